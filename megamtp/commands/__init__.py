@@ -1,0 +1,1 @@
+"""Command lines: pretrain lives beside this package, the other tools in it."""

@@ -1,0 +1,366 @@
+"""Every setting of a run: frozen dataclasses, filled from one YAML file and `key=value` overrides, then cross-checked.
+
+`read_config(["configs/quickstart.yaml", "optimizer.lr=3e-4"])` is the whole interface; `describe()` is what `--help` prints.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING as REQUIRED
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from megamtp.errors import InputError
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+def option(default: Any, meaning: str) -> Any:
+    """A dataclass field with its `--help` text; `default=REQUIRED` makes the user give it."""
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata={"meaning": meaning})
+    return field(default=default, metadata={"meaning": meaning})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A Llama-form multi-token model. `num_layers` counts trunk layers plus heads, as in the paper (L)."""
+
+    dim: int = option(REQUIRED, "width of the residual stream")
+    num_layers: int = option(REQUIRED, "transformer layers, trunk and heads together (L); the trunk has L - n")
+    num_future_tokens: int = option(4, "heads (n): head i predicts the i-th next token; 1 is the ordinary model")
+    num_attention_heads: int = option(REQUIRED, "attention heads of a layer")
+    num_key_value_heads: int | None = option(None, "key/value heads of a layer (grouped-query attention); null: one per attention head")
+    mlp_dim: int | None = option(None, "hidden width of SwiGLU; null: 8/3 of model.dim rounded up to a multiple of 256")
+    vocab_size: int = option(REQUIRED, "rows of embedding and unembedding")
+    rope_theta: float = option(10000.0, "base of the rotary embedding's wavelengths")
+    norm_eps: float = option(1e-5, "epsilon of RMSNorm")
+
+    @property
+    def num_trunk_layers(self) -> int:
+        return self.num_layers - self.num_future_tokens
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_attention_heads
+
+    @property
+    def key_value_heads(self) -> int:
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def hidden_dim(self) -> int:
+        """Hidden width of SwiGLU (f in paper.md's table)."""
+        return self.mlp_dim or -(-8 * self.dim // (3 * 256)) * 256
+
+
+@dataclass(frozen=True)
+class HeadLossConfig:
+    """The heads' losses."""
+
+    weights: list[float] | None = option(None, "weight of each head's loss, n numbers; null: all 1, as in the paper")
+    chunk_rows: int = option(4096, "rows (positions) whose logits are alive at a time")
+    z_loss: float = option(0.0, "coefficient of the mean squared log-partition function (0: none)")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, warm-up and cosine decay. Defaults: the paper's tables S13 and S14."""
+
+    lr: float = option(3e-4, "peak learning rate")
+    warmup_steps: int = option(1000, "steps of linear warm-up from 0 to the peak")
+    final_lr_ratio: float = option(0.03, "learning rate of the last step over the peak (cosine in between)")
+    beta1: float = option(0.9, "decay of AdamW's first moment")
+    beta2: float = option(0.95, "decay of AdamW's second moment")
+    eps: float = option(1e-8, "AdamW's epsilon")
+    weight_decay: float = option(0.1, "decoupled weight decay of matrices (norms have none)")
+    gradient_clipping: float = option(1.0, "largest norm of the whole gradient; 0: no clipping")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The mathematics of a run: none of these depends on the number of ranks."""
+
+    steps: int = option(REQUIRED, "optimizer steps")
+    global_batch_tokens: int = option(REQUIRED, "tokens of one step over all ranks; gradient accumulation follows from the world size")
+    micro_batch_size: int = option(REQUIRED, "windows of one forward pass of one rank")
+    sequence_length: int = option(4096, "positions of a window (T)")
+    precision: str = option("bf16", "bf16, fp32 or fp16 (fp16 on GPUs only)")
+    activation_checkpointing: bool = option(False, "recompute trunk layers in the backward pass to save memory")
+    seed: int = option(0, "seed of the initial weights and of the order of the data")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """The DeepSpeed engine that hosts the model."""
+
+    kind: str = option("zero3", "zero3: parameters, gradients and optimizer sharded; zero1: optimizer only")
+    head_schedule: str = option("sequential", "sequential: heads forward and backward in turn; deferred: one backward through all")
+    reduce_bucket_size: int = option(500_000_000, "elements of a gradient reduction bucket")
+    param_persistence_threshold: int = option(0, "zero3: parameters of fewer elements stay on every rank")
+    reduce_dtype: str | None = option(None, "precision in which gradients cross ranks: fp32, bf16 or fp16; null: train.precision")
+    offload_optimizer: bool = option(False, "keep optimizer state in CPU memory")
+    offload_parameters: bool = option(False, "zero3: keep parameter shards in CPU memory")
+    deepspeed: dict[str, Any] = option({}, "further DeepSpeed settings, passed through; a clash with ours is refused")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Prepared corpora: prefixes of Megatron .bin/.idx pairs (tools/prepare_data.py writes them)."""
+
+    train: str = option(REQUIRED, "prefix of the training corpus")
+    validation: str | None = option(None, "prefix of the validation corpus; null: no evaluation")
+    tokenizer: str | None = option(None, "SentencePiece model, checked against model.vocab_size and exported with the model")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run writes, and how often."""
+
+    directory: str = option(REQUIRED, "folder of metrics, checkpoints and the resolved configuration; an existing run is resumed")
+    save_every_steps: int = option(1000, "steps between checkpoints; the last step is always saved")
+    keep_checkpoints: int = option(2, "newest checkpoints kept")
+    evaluate_every_steps: int = option(1000, "steps between evaluations; the last step is always evaluated")
+    evaluation_windows: int | None = option(None, "validation windows of an evaluation; null: all")
+    log_every_steps: int = option(1, "steps between lines of metrics")
+    tensorboard: bool = option(True, "write TensorBoard events beside metrics.jsonl")
+    peak_flops: float | None = option(None, "FLOP/s of one card at train.precision, for the model-FLOP share; null: known cards only")
+    requeue_exit_code: int = option(0, "exit status after a save asked for by SIGTERM or SIGUSR1")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. Sections appear as `section.key` in YAML files, overrides and messages."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    head_loss: HeadLossConfig = field(default_factory=HeadLossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    @property
+    def head_weights(self) -> list[float]:
+        return list(self.head_loss.weights or [1.0] * self.model.num_future_tokens)
+
+    @property
+    def global_batch_windows(self) -> int:
+        return self.train.global_batch_tokens // self.train.sequence_length
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches of one rank in a step (A) when `world_size` ranks share the global batch.
+
+        Raises:
+            InputError: the global batch does not divide.
+        """
+        tokens = self.train.sequence_length * self.train.micro_batch_size * world_size
+        if self.train.global_batch_tokens % tokens:
+            raise InputError(
+                f"train.global_batch_tokens={self.train.global_batch_tokens} is not a multiple of {tokens} = "
+                f"train.sequence_length {self.train.sequence_length} x train.micro_batch_size "
+                f"{self.train.micro_batch_size} x {world_size} ranks; change one of them"
+            )
+        return self.train.global_batch_tokens // tokens
+
+
+def read_config(arguments: list[str]) -> Config:
+    """`[file.yaml, key=value, ...]` -> a checked configuration.
+
+    Raises:
+        InputError: an unreadable file, an unknown key (the nearest right one is named), a wrong type or value.
+    """
+    settings = _schema()
+    for argument in arguments:
+        settings = _merge(settings, *_parse(argument))
+    missing = sorted(OmegaConf.missing_keys(settings))
+    if missing:
+        raise InputError(f"{missing[0]} is not set; give it in the YAML file or as {missing[0]}=VALUE")
+    config = OmegaConf.to_object(settings)
+    _check(config)
+    return config
+
+
+def write_config(config: Config, path: Path) -> None:
+    """Saves the resolved configuration as YAML that `read_config` accepts."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def describe() -> str:
+    """One line per key: its meaning and default."""
+    defaults = _schema()
+    required = OmegaConf.missing_keys(defaults)
+    lines = []
+    for key, key_type, meaning in _keys(Config):
+        default = "required" if key in required else _shown(OmegaConf.select(defaults, key))
+        lines.append(f"  {key:38s} {meaning} [{_type_name(key_type)}; {default}]")
+    return "\n".join(lines)
+
+
+def _schema() -> DictConfig:
+    schema = OmegaConf.structured(Config)
+    for node in (schema, *(schema[section] for section in schema)):
+        OmegaConf.set_readonly(node, None)  # frozen dataclasses make read-only nodes, which refuse to be merged
+    return schema
+
+
+def _parse(argument: str) -> tuple[str, DictConfig]:
+    """The name to blame in messages, and the settings of one argument."""
+    if "=" in argument and not Path(argument).is_file():
+        try:
+            return argument, OmegaConf.from_dotlist([argument])
+        except (OmegaConfBaseException, YAMLError) as error:
+            raise InputError(f"{argument}: {_first_line(error)}; expected key=value") from None
+    try:
+        settings = OmegaConf.load(argument)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise InputError(f"{argument}: {reason}; expected a YAML file or key=value") from None
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise InputError(f"{argument} is not valid YAML: {_first_line(error)}; mend the file") from None
+    if not isinstance(settings, DictConfig):
+        raise InputError(f"{argument} holds no sections; expected YAML such as 'model: {{dim: 128}}'")
+    return argument, settings
+
+
+def _merge(settings: DictConfig, source: str, given: DictConfig) -> DictConfig:
+    known = [key for key, _, _ in _keys(Config)]
+    for section in given:
+        values = given[section]
+        names = [section] if not isinstance(values, DictConfig) else [f"{section}.{name}" for name in values]
+        for name in names:
+            if name not in known:
+                raise InputError(f"{source}: unknown key {name}; {_nearest(str(name), known)}")
+    try:
+        return OmegaConf.merge(settings, given)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None)
+        raise InputError(f"{source}: {f'{key}: ' if key else ''}{_first_line(error)}{_expected(key)}") from None
+
+
+def _expected(key: str | None) -> str:
+    expected = {name: key_type for name, key_type, _ in _keys(Config)}.get(key or "")
+    return f"; expected {_type_name(expected)}" if expected else ""
+
+
+def _keys(section: type, prefix: str = "") -> list[tuple[str, Any, str]]:
+    """(dotted key, type, meaning) of every setting."""
+    found = []
+    for item in dataclasses.fields(section):
+        if item.default_factory is not MISSING and dataclasses.is_dataclass(item.default_factory):
+            found += _keys(item.default_factory, f"{item.name}.")
+        else:
+            found.append((prefix + item.name, item.type, item.metadata["meaning"]))
+    return found
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    def likeness(key: str) -> float:
+        """Of the whole key, or of its last part: `lr` means optimizer.lr."""
+        pairs = ((name, key), (name.rpartition(".")[2], key.rpartition(".")[2]))
+        return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+
+    return f"did you mean {max(known, key=likeness)}? (--help lists every key)"
+
+
+def _type_name(key_type: Any) -> str:
+    if isinstance(key_type, types.UnionType):
+        return " or ".join(_type_name(part) for part in typing.get_args(key_type))
+    if key_type is type(None):
+        return "null"
+    return "mapping" if typing.get_origin(key_type) is dict else getattr(key_type, "__name__", str(key_type))
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).splitlines()[0].split())
+
+
+def _require(good: bool, found: str, expected: str) -> None:
+    if not good:
+        raise InputError(f"{found}; expected {expected}")
+
+
+def _one_of(key: str, value: str | None, allowed: tuple[str | None, ...]) -> None:
+    _require(value in allowed, f"{key}={_shown(value)}", " or ".join(map(_shown, allowed)))
+
+
+def _positive(config: Config, *keys: str) -> None:
+    for key in keys:
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        _require(value is None or value >= 1, f"{key}={value}", "at least 1")
+
+
+def _not_negative(config: Config, *keys: str) -> None:
+    for key in keys:
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        _require(value >= 0, f"{key}={value}", "0 or more")
+
+
+def _check(config: Config) -> None:
+    """Everything that can be known without data, devices and peers."""
+    _check_model(config.model)
+    train, head_loss, optimizer = config.train, config.head_loss, config.optimizer
+    _positive(
+        config, "train.steps", "train.global_batch_tokens", "train.micro_batch_size", "train.sequence_length",
+        "head_loss.chunk_rows", "run.save_every_steps", "run.keep_checkpoints", "run.evaluate_every_steps",
+        "run.evaluation_windows", "run.log_every_steps", "engine.reduce_bucket_size",
+    )  # fmt: skip
+    _not_negative(
+        config, "optimizer.lr", "optimizer.warmup_steps", "optimizer.final_lr_ratio", "optimizer.eps",
+        "optimizer.weight_decay", "optimizer.gradient_clipping", "head_loss.z_loss", "train.seed",
+        "engine.param_persistence_threshold",
+    )  # fmt: skip
+    for name in ("beta1", "beta2"):
+        value = getattr(optimizer, name)
+        _require(0 <= value < 1, f"optimizer.{name}={value}", "a number in [0, 1)")
+    _one_of("train.precision", train.precision, PRECISIONS)
+    _one_of("engine.reduce_dtype", config.engine.reduce_dtype, (*PRECISIONS, None))
+    _one_of("engine.kind", config.engine.kind, ("zero3", "zero1"))
+    _one_of("engine.head_schedule", config.engine.head_schedule, ("sequential", "deferred"))
+    _require(0 <= config.run.requeue_exit_code <= 255, f"run.requeue_exit_code={config.run.requeue_exit_code}", "0 to 255")
+    n = config.model.num_future_tokens
+    _require(
+        head_loss.weights is None or len(head_loss.weights) == n,
+        f"head_loss.weights has {len(head_loss.weights or [])} numbers", f"{n}, one per head (model.num_future_tokens)",
+    )  # fmt: skip
+    for weight in config.head_weights:
+        _require(weight >= 0, f"head_loss.weights holds {weight}", "0 or more")
+    _require(
+        not config.engine.offload_parameters or config.engine.kind == "zero3",
+        f"engine.offload_parameters with engine.kind={config.engine.kind}", "engine.kind=zero3",
+    )  # fmt: skip
+    config.accumulation(world_size=1)
+
+
+def _check_model(model: ModelConfig) -> None:
+    for name in ("dim", "num_attention_heads", "vocab_size", "num_key_value_heads", "mlp_dim"):
+        value = getattr(model, name)
+        _require(value is None or value >= 1, f"model.{name}={value}", "at least 1")
+    n = model.num_future_tokens
+    _require(n >= 1, f"model.num_future_tokens={n}", "at least 1 (1 is the ordinary next-token model)")
+    _require(
+        n < model.num_layers, f"model.num_future_tokens={n} with model.num_layers={model.num_layers}",
+        "fewer heads than layers: num_layers counts trunk and heads together, and the trunk needs one",
+    )  # fmt: skip
+    _require(
+        model.dim % model.num_attention_heads == 0 and model.head_dim % 2 == 0,
+        f"model.dim={model.dim} with model.num_attention_heads={model.num_attention_heads}",
+        "heads of one even width: dim a multiple of 2 x num_attention_heads",
+    )
+    _require(
+        model.num_attention_heads % model.key_value_heads == 0,
+        f"model.num_key_value_heads={model.num_key_value_heads}",
+        f"a divisor of model.num_attention_heads={model.num_attention_heads}",
+    )
