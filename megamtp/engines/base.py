@@ -1,0 +1,81 @@
+"""What the training loop asks of an engine, and the normalisation of the loss that all engines share."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megamtp.data.loader import Batch
+from megamtp.losses.linear_cross_entropy import IGNORED
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, as this rank saw it.
+
+    Attributes:
+        nll_sums: [n] on the device: each head's negative log-likelihood summed over this rank's valid targets.
+        gradient_norm: norm of the whole gradient before clipping; not finite where fp16 overflowed.
+        skipped: the step was skipped because fp16 overflowed.
+    """
+
+    nll_sums: Tensor
+    gradient_norm: float
+    skipped: bool
+
+
+class Engine(Protocol):
+    """A model, its optimizer and its ranks. Every method is collective: all ranks call it, in the same order."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def train_batch(self, micro_batches: list[Batch], target_counts: list[int], lr: float) -> StepResult:
+        """One optimizer step over this rank's micro-batches (all ranks have equally many).
+
+        Args:
+            target_counts: each head's number of valid targets in the whole step, over all ranks: see count_targets.
+        """
+
+    def evaluate(self, batches: Iterable[Batch]) -> Tensor:
+        """[n + n] on the device: each head's summed negative log-likelihood, then its number of valid targets, of this rank."""
+
+    def save(self, directory: Path) -> None:
+        """Writes weights, optimizer and random states of all ranks into `directory`."""
+
+    def load(self, directory: Path) -> None:
+        """Restores what `save` wrote, bit for bit, at the same world size.
+
+        Raises:
+            CheckpointError: the files are missing or do not fit.
+        """
+
+
+def count_targets(micro_batches: list[Batch], can_be_ignored: bool, world_size: int, device: torch.device) -> list[int]:
+    """Each head's number of valid targets in a step, over all ranks and micro-batches (N_i).
+
+    Collective (one all-reduce of n integers), except when no target can be ignored: then it is a constant.
+    """
+    if not can_be_ignored:
+        positions = sum(batch.targets[0].numel() for batch in micro_batches) * world_size
+        return [positions] * len(micro_batches[0].targets)
+    counts = sum((batch.targets != IGNORED).sum(dim=(1, 2)) for batch in micro_batches).to(device)
+    dist.all_reduce(counts)
+    return counts.tolist()
+
+
+def loss_scales(weights: list[float], target_counts: list[int], world_size: int, accumulation: int) -> list[float]:
+    """The factor of each head's summed cross-entropy: weight_i * D * A / N_i, and 0 where a head has no target.
+
+    D and A undo the averages over ranks and micro-batches that DeepSpeed takes, so that what remains is the mean over all valid
+    targets of the step, however they are spread.
+    """
+    return [
+        weight * world_size * accumulation / count if count else 0.0
+        for weight, count in zip(weights, target_counts, strict=True)
+    ]

@@ -1,0 +1,10 @@
+"""Picks the engine that `engine.kind` names."""
+
+from megamtp.config import Config
+from megamtp.engines.base import Engine
+from megamtp.engines.zero import ZeroEngine
+
+
+def build_engine(config: Config) -> Engine:
+    """Builds the model on all ranks. torch.distributed must be initialised; collective."""
+    return {"zero1": ZeroEngine, "zero3": ZeroEngine}[config.engine.kind](config)

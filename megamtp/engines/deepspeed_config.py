@@ -1,0 +1,88 @@
+"""Our configuration -> DeepSpeed's, and the refusal of what cannot work beside it."""
+
+from typing import Any
+
+from megamtp.config import Config
+from megamtp.errors import InputError
+from megamtp.model.cost import layer_parameters
+
+# DeepSpeed settings that break sequential heads or would silently change what is trained, and why.
+REFUSED = {
+    "compile": "DeepCompile removes the module hooks that fetch the heads' weights",
+    "optimizer": "megamtp builds the optimizer; set optimizer.*",
+    "scheduler": "megamtp sets the learning rate; set optimizer.*",
+    "pipeline": "the pipeline engine is not chosen by DeepSpeed's settings",
+    "zenflow": "its own backward hooks do not see the heads' backward passes",
+    "hybrid_engine": "it replaces the modules that the heads are",
+    "tensor_parallel": "it replaces the modules that the heads are",
+    "torch_autocast": "it changes precision inside the fused loss; set train.precision",
+    "amp": "it changes precision inside the fused loss; set train.precision",
+    "sparse_gradients": "the embedding's gradient is dense here",
+    "progressive_layer_drop": "it passes arguments that the model does not take",
+    "curriculum_learning": "the data order is megamtp's, so that runs can be resumed",
+    "data_efficiency": "the data order is megamtp's, so that runs can be resumed",
+    "prescale_gradients": "the loss is normalised globally before the reduction",
+    "gradient_predivide_factor": "the loss is normalised globally before the reduction",
+    "managed_gradient_accumulation": "megamtp marks the last micro-batch itself",
+}
+
+
+def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
+    """The dictionary for deepspeed.initialize and zero.Init.
+
+    Raises:
+        InputError: engine.deepspeed names a setting of ours, or one that cannot work (REFUSED).
+    """
+    precision = config.train.precision
+    ours = {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": config.accumulation(world_size),
+        "gradient_clipping": config.optimizer.gradient_clipping,  # explicit: DeepSpeed's default is 1.0, not off
+        "steps_per_print": 10**9,
+        "zero_force_ds_cpu_optimizer": False,  # with offload torch's fused AdamW steps on the CPU: no compiler needed
+        "bf16": {"enabled": precision == "bf16"},
+        "fp16": {"enabled": precision == "fp16"},
+        "data_types": {"grad_accum_dtype": "fp32"},  # DeepSpeed's default is the model's dtype, silently
+        "communication_data_type": config.engine.reduce_dtype or precision,
+        "zero_optimization": _zero_settings(config),
+    }
+    return _merged(ours, config.engine.deepspeed, "")
+
+
+def _zero_settings(config: Config) -> dict[str, Any]:
+    engine, model = config.engine, config.model
+    settings: dict[str, Any] = {
+        "stage": 3 if engine.kind == "zero3" else 1,
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+        "reduce_scatter": True,
+        "reduce_bucket_size": engine.reduce_bucket_size,
+    }
+    if engine.offload_optimizer:
+        settings["offload_optimizer"] = {"device": "cpu"}
+    if engine.kind == "zero3":
+        layer, unembedding = layer_parameters(model), model.vocab_size * model.dim + model.dim
+        settings |= {
+            "stage3_prefetch_bucket_size": layer,  # one layer ahead: head i + 1 arrives while head i computes
+            "stage3_max_live_parameters": 3 * layer + unembedding,  # a trunk layer, two heads and the unembedding
+            "stage3_max_reuse_distance": 0,  # a layer used again in backward is gathered again: that is ZeRO-3's bargain
+            "stage3_param_persistence_threshold": engine.param_persistence_threshold,
+        }
+        if engine.offload_parameters:
+            settings["offload_param"] = {"device": "cpu"}
+    return settings
+
+
+def _merged(ours: dict[str, Any], theirs: dict[str, Any], prefix: str) -> dict[str, Any]:
+    merged = dict(ours)
+    for key, value in theirs.items():
+        name = f"engine.deepspeed.{prefix}{key}"
+        if not prefix and key in REFUSED:
+            raise InputError(f"{name} cannot be used: {REFUSED[key]}; remove it")
+        if isinstance(value, dict) and isinstance(ours.get(key), dict):
+            merged[key] = _merged(ours[key], value, f"{prefix}{key}.")
+        elif key in ours:
+            raise InputError(f"{name} clashes with megamtp's own setting ({ours[key]}); remove it: --help lists our keys")
+        else:
+            merged[key] = value
+    return merged

@@ -1,0 +1,126 @@
+"""What DeepSpeed must be told while heads run forward and backward inside the trunk's forward pass.
+
+DeepSpeed believes that a forward pass makes no gradients. Each step below corrects one such belief; leaving one out gives wrong
+gradients, often silently. (a) to (e) are tested one by one in tests/distributed/test_head_phase.py.
+
+This file knows DeepSpeed's `ds_*` attributes and its parameter coordinator; no other file does. Checked against DeepSpeed 0.19.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from torch import nn
+
+from megamtp.losses.sequential import HeadPhase
+from megamtp.model.mtp import MTPModel
+
+PIN = -1  # stands in a parameter's set of active modules, whose other members are module ids from 0 up
+
+
+class DeepSpeedHeadPhase(HeadPhase):
+    """Bookkeeping around the heads of one model under one DeepSpeed engine (ZeRO-1 or ZeRO-3)."""
+
+    def __init__(self, engine: DeepSpeedEngine, model: MTPModel):
+        self.engine, self.model = engine, model
+        self.sharded = engine.zero_optimization_partition_weights()
+
+    def seed(self) -> float:
+        # (a) The outer backward will start with loss_scale / accumulation; the heads' own must too.
+        one = torch.ones((), requires_grad=True)  # only what could be a loss is scaled
+        return self.engine.optimizer.scale_if_loss(one).item() / self.engine.gradient_accumulation_steps()
+
+    @contextlib.contextmanager
+    def all_heads(self) -> Iterator[None]:
+        optimizer = self.engine.optimizer
+        # (c) The engine says so only at the start of the outer backward; the heads' reductions come before it.
+        optimizer.set_gradient_accumulation_boundary(self.engine.is_gradient_accumulation_boundary())
+        if isinstance(optimizer, BF16_Optimizer):
+            optimizer.clear_lp_grads()  # (d) as its backward prologue would
+        with self._pinned(self.model.unembedding):
+            yield
+        if isinstance(optimizer, BF16_Optimizer):
+            optimizer.update_hp_grads(clear_lp_grads=True)  # (d) into fp32 now: the outer prologue zeroes what it finds
+
+    @contextlib.contextmanager
+    def one_head(self, index: int) -> Iterator[None]:
+        shared = list(self.model.unembedding.parameters())
+        for parameter in shared:
+            # (b) Its gradient is complete at the last head only; until then it must not enter a reduction bucket.
+            parameter.ds_grad_is_ready = index == len(self.model.heads) - 1
+        try:
+            with self._pinned(self.model.heads[index]):
+                yield
+        finally:
+            for parameter in shared:
+                parameter.ds_grad_is_ready = True
+
+    @contextlib.contextmanager
+    def _pinned(self, module: nn.Module) -> Iterator[None]:
+        """Keeps a module's weights gathered from their first use until the end of the block: one gather for all uses."""
+        if not self.sharded:
+            yield
+            return
+        parameters = list(module.parameters())
+        for parameter in parameters:
+            parameter.ds_active_sub_modules.add(PIN)
+        try:
+            yield
+        finally:
+            for parameter in parameters:
+                parameter.ds_active_sub_modules.discard(PIN)
+            # forward=True: a release outside any backward hook, which would look for a module in backward.
+            self._coordinator().release_sub_module(module, forward=True)
+
+    @contextlib.contextmanager
+    def abandoned_on_error(self) -> Iterator[None]:
+        """Around one micro-batch: if forward ran and backward did not, forgets what the heads have left behind."""
+        try:
+            yield
+        except BaseException:
+            # (e) Gradients wait in reduction buckets for a backward pass that will not come.
+            for bucket in getattr(self.engine.optimizer, "ipg_buckets", {}).values():
+                bucket.clear_params()
+            for parameter in self.model.parameters():
+                parameter.grad = None
+            if self.sharded:
+                self._coordinator().release_and_reset_all(self.model)
+            self.engine.optimizer.zero_grad()
+            raise
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Around forward passes without backward: they get a prefetch trace of their own.
+
+        DeepSpeed's coordinator records the order of fetches once and drops the record when a pass strays from it. An evaluation
+        would be such a pass, so it runs under a second coordinator.
+        """
+        if not self.sharded:
+            yield
+            return
+        offload = self.engine.optimizer.parameter_offload
+        training = offload.param_coordinator
+        offload.param_coordinator = PartitionedParameterCoordinator(
+            prefetch_bucket_sz=offload._prefetch_bucket_sz,
+            max_reuse_distance_in_numel=offload._max_reuse_distance_in_numel,
+            max_available_parameters_in_numel=offload._max_available_parameters_in_numel,
+            allgather_stream=offload._DeepSpeedZeRoOffload__allgather_stream,
+            inflight_param_registry=self.engine.module.ds_inflight_param_registry,
+            prefetch_nvme=False,
+        )
+        try:
+            yield
+        finally:
+            offload.param_coordinator.reset_step()
+            offload.param_coordinator = training
+
+    def _coordinator(self) -> PartitionedParameterCoordinator:
+        return self.engine.optimizer.parameter_offload.get_param_coordinator()
+
+
+def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """A parameter's shape, whether or not ZeRO-3 holds it in shards."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))

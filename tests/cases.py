@@ -1,0 +1,43 @@
+"""Small configurations and batches with unevenly ignored targets, for tests of engines."""
+
+import torch
+
+from megamtp.config import Config, read_config
+from megamtp.data.loader import Batch
+from megamtp.losses.linear_cross_entropy import IGNORED
+
+VOCABULARY, POSITIONS, WINDOWS = 97, 12, 2
+
+
+def small_config(world_size: int = 2, accumulation: int = 1, **overrides) -> Config:
+    """A 5-layer model of width 16; override any key with `section__key=value`."""
+    settings = {
+        "model.dim": 16, "model.num_layers": 5, "model.num_future_tokens": 2, "model.num_attention_heads": 2,
+        "model.mlp_dim": 24, "model.vocab_size": VOCABULARY, "head_loss.chunk_rows": 7, "optimizer.lr": 1e-2,
+        "optimizer.warmup_steps": 0, "train.steps": 20, "train.micro_batch_size": WINDOWS,
+        "train.sequence_length": POSITIONS, "train.precision": "fp32",
+        "train.global_batch_tokens": POSITIONS * WINDOWS * world_size * accumulation,
+        "data.train": "unused", "run.directory": "unused",
+    } | {key.replace("__", "."): value for key, value in overrides.items()}  # fmt: skip
+    return read_config([f"{key}={value}" for key, value in settings.items()])
+
+
+def global_batch(config: Config, step: int, num_micro_batches: int) -> list[Batch]:
+    """The micro-batches of all ranks: targets ignored differently in each, per head, and one micro-batch without any valid one."""
+    n = config.model.num_future_tokens
+    generator = torch.Generator().manual_seed(1000 + step)
+    batches = []
+    for index in range(num_micro_batches):
+        tokens = torch.randint(VOCABULARY, (WINDOWS, POSITIONS + n), generator=generator)
+        targets = torch.stack([tokens[:, 1 + head : 1 + head + POSITIONS] for head in range(n)])
+        ignored = torch.rand(targets.shape, generator=generator) < 0.1 + 0.3 * torch.rand(n, 1, 1, generator=generator)
+        targets[ignored] = IGNORED
+        if index == (step + 1) % num_micro_batches:
+            targets[:] = IGNORED
+        batches.append(Batch(tokens[:, :POSITIONS].contiguous(), targets))
+    return batches
+
+
+def own_share(batches: list[Batch], rank: int, world_size: int) -> list[Batch]:
+    """A rank's micro-batches, in the loader's order."""
+    return batches[rank::world_size]

@@ -1,0 +1,81 @@
+"""Runs a function on several gloo ranks: `run_ranks(function, 2, argument)` -> what each rank returned.
+
+Ranks are forked from a server that has imported torch and DeepSpeed already, which makes a two-rank test take seconds.
+"""
+
+import os
+import pickle
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "TRUE")
+_context = get_context("forkserver")
+_context.set_forkserver_preload(["torch", "deepspeed", "tests.ranks", "megamtp.engines.zero"])
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, timeout_seconds: float = 250) -> list[Any]:
+    """Calls function(*arguments) on every rank; function must be a module's top-level function.
+
+    Raises:
+        AssertionError: with the traceback of every rank that failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            _context.Process(target=_rank_main, args=(function, arguments, rank, world_size, folder)) for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        failures = _wait(processes, Path(folder), timeout_seconds)
+        assert not failures, "\n".join(failures)
+        return [pickle.loads((Path(folder) / f"result{rank}").read_bytes()) for rank in range(world_size)]
+
+
+def _wait(processes: list, folder: Path, timeout_seconds: float) -> list[str]:
+    """Waits for all; when one fails, the others, which would wait for it for ever, are killed."""
+    remaining = timeout_seconds
+    while any(process.is_alive() for process in processes) and remaining > 0:
+        if any(process.exitcode for process in processes):
+            break
+        alive = next((process for process in processes if process.is_alive()), None)
+        if alive:
+            alive.join(0.1)
+        remaining -= 0.1
+    failures = []
+    for rank, process in enumerate(processes):
+        if process.is_alive() and not any(other.exitcode for other in processes):
+            failures.append(f"rank {rank} still ran after {timeout_seconds} s")
+        process.join(2.0)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        report = folder / f"traceback{rank}"
+        if report.exists():
+            failures.append(f"rank {rank}:\n{report.read_text()}")
+        elif process.exitcode and not failures:
+            failures.append(f"rank {rank} ended with status {process.exitcode}")
+    return failures
+
+
+def _rank_main(function: Callable[..., Any], arguments: tuple, rank: int, world_size: int, folder: str) -> None:
+    import torch
+    import torch.distributed as dist
+    from deepspeed.ops import __compatible_ops__
+
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+        result = function(*arguments)
+        (Path(folder) / f"result{rank}").write_bytes(pickle.dumps(result))
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        (Path(folder) / f"traceback{rank}").write_text(traceback.format_exc())
+        raise SystemExit(1) from None
