@@ -76,19 +76,21 @@ class DeepSpeedHeadPhase(HeadPhase):
             self._coordinator().release_sub_module(module, forward=True)
 
     @contextlib.contextmanager
-    def abandoned_on_error(self) -> Iterator[None]:
-        """Around one micro-batch: if forward ran and backward did not, forgets what the heads have left behind."""
+    def whole_or_nothing(self) -> Iterator[None]:
+        """Around the micro-batches of one step: if it is interrupted, no gradient of it reaches the next step."""
         try:
             yield
         except BaseException:
-            # (e) Gradients wait in reduction buckets for a backward pass that will not come.
-            for bucket in getattr(self.engine.optimizer, "ipg_buckets", {}).values():
-                bucket.clear_params()
+            # (e) The heads' gradients wait in reduction buckets for an outer backward that will not come.
+            optimizer = self.engine.optimizer
+            for bucket in getattr(optimizer, "ipg_buckets", {}).values():
+                (bucket.clear_params if self.sharded else bucket.clear)()
             for parameter in self.model.parameters():
                 parameter.grad = None
             if self.sharded:
                 self._coordinator().release_and_reset_all(self.model)
-            self.engine.optimizer.zero_grad()
+            getattr(optimizer, "all_grad_tensors", {}).clear()  # ZeRO-1's sum over earlier micro-batches
+            optimizer.zero_grad()
             raise
 
     @contextlib.contextmanager

@@ -54,13 +54,13 @@ class ZeroEngine:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         nll_sums = torch.zeros(self.config.model.num_future_tokens, device=self.device)
-        for index, batch in enumerate(micro_batches):
-            self.engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
-            with self.head_phase.abandoned_on_error():
+        with self.head_phase.whole_or_nothing():
+            for index, batch in enumerate(micro_batches):
+                self.engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
                 loss, micro_nll_sums = self.engine(batch.inputs.to(self.device), batch.targets.to(self.device), scales)
                 self.engine.backward(loss)
-            nll_sums += micro_nll_sums
-            self.engine.step()
+                self.engine.step()
+                nll_sums += micro_nll_sums
         return StepResult(nll_sums, float(self.engine.get_global_grad_norm()), self.engine.was_step_applied() is False)
 
     @torch.no_grad()

@@ -1,0 +1,165 @@
+"""Where checkpoints lie and when they count: RUN/checkpoints/step-0000100, with a manifest that is written last.
+
+A checkpoint is written as step-0000100.partial and renamed when all ranks have finished, so what bears the final name is whole.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megamtp.config import ModelConfig
+from megamtp.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+NAME = re.compile(r"step-(\d{7,})")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint is of.
+
+    Attributes:
+        step: optimizer steps taken.
+        file_bytes: size of every file, by path relative to the checkpoint.
+    """
+
+    step: int
+    world_size: int
+    engine_kind: str
+    precision: str
+    model: dict[str, Any]
+    file_bytes: dict[str, int]
+
+
+def checkpoints(run_directory: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    folder = run_directory / "checkpoints"
+    found = [path for path in folder.iterdir() if NAME.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def newest_checkpoint(run_directory: Path) -> Path:
+    """Raises: CheckpointError if there is none."""
+    found = checkpoints(run_directory)
+    if not found:
+        raise CheckpointError(f"{run_directory} holds no checkpoint; expected {run_directory}/checkpoints/step-*: train there first")
+    return found[-1]
+
+
+def read_manifest(checkpoint: Path) -> Manifest:
+    """The manifest, after checking that every file is there in its full size.
+
+    Raises:
+        CheckpointError: something is missing, cut short or unreadable.
+    """
+    path = checkpoint / MANIFEST
+    try:
+        manifest = Manifest(**json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise CheckpointError(f"{checkpoint} is not a checkpoint: it has no {MANIFEST}; give a run's folder or one of its checkpoints") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); remove {checkpoint} to go on from an older one") from None
+    for name, size in manifest.file_bytes.items():
+        file = checkpoint / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes"
+            raise CheckpointError(f"{file} {state}, expected {size} bytes; remove {checkpoint} to go on from an older one")
+    return manifest
+
+
+def check_fits(checkpoint: Path, manifest: Manifest, model: ModelConfig, world_size: int, engine_kind: str, precision: str) -> None:
+    """Raises: CheckpointError if the checkpoint is of another model, or laid out for another job than this one."""
+    wanted = {"model": dataclasses.asdict(model), "world_size": world_size, "engine_kind": engine_kind, "precision": precision}
+    for key, value in wanted.items():
+        found = getattr(manifest, key)
+        if key == "model":
+            for name, setting in value.items():
+                if found.get(name) != setting:
+                    raise CheckpointError(
+                        f"{checkpoint} is of another model: model.{name}={found.get(name)}, expected {setting}; "
+                        "change the configuration or run.directory"
+                    )
+        elif found != value:
+            raise CheckpointError(
+                f"{checkpoint} was written with {key.replace('_', ' ')} {found}, expected {value}; "
+                f"go on with {found}, or choose another run.directory"
+            )
+
+
+def publish(
+    run_directory: Path, manifest: Manifest, keep: int, rank: int, barrier: Callable[[], None], write: Callable[[Path], None]
+) -> Path:
+    """Writes a checkpoint on all ranks, makes it visible at once, and removes all but the newest `keep`. Collective.
+
+    Args:
+        manifest: without file sizes, which are filled in here.
+        write: saves this rank's state into the folder it is given; collective.
+    """
+    final = run_directory / "checkpoints" / f"step-{manifest.step:07d}"
+    partial = final.with_name(final.name + ".partial")
+    if rank == 0:
+        for leftover in final.parent.glob("*.partial"):
+            shutil.rmtree(leftover)
+        partial.mkdir(parents=True)
+    barrier()
+    write(partial)
+    barrier()
+    if rank == 0:
+        _seal(partial, manifest)
+        if final.exists():
+            shutil.rmtree(final)
+        os.rename(partial, final)
+        _sync(final.parent)
+        for old in checkpoints(run_directory)[:-keep]:
+            _remove(old)
+    barrier()
+    return final
+
+
+def _seal(partial: Path, manifest: Manifest) -> None:
+    """Writes the manifest after everything else is on disk."""
+    sizes = {}
+    for path in sorted(partial.rglob("*")):
+        if path.is_file():
+            _sync(path)
+            sizes[str(path.relative_to(partial))] = path.stat().st_size
+    (partial / MANIFEST).write_text(json.dumps(dataclasses.asdict(dataclasses.replace(manifest, file_bytes=sizes)), indent=1))
+    _sync(partial / MANIFEST)
+    _sync(partial)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Takes the name away first, so that a half-removed checkpoint is never taken for a whole one."""
+    doomed = checkpoint.with_name(checkpoint.name + ".partial")
+    os.rename(checkpoint, doomed)
+    shutil.rmtree(doomed)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load_weights(checkpoint: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """A checkpoint's model and its full fp32 weights by MTPModel's parameter names, gathered from all ranks' shards.
+
+    Raises:
+        CheckpointError: as read_manifest.
+    """
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    manifest = read_manifest(checkpoint)
+    weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag="engine")
+    return ModelConfig(**manifest.model), {name: weight.contiguous() for name, weight in weights.items()}

@@ -1,0 +1,129 @@
+"""Pretrains a multi-token model.
+
+    deepspeed --module megamtp.pretrain configs/quickstart.yaml model.num_future_tokens=4 optimizer.lr=3e-4
+    torchrun --nproc-per-node 8 -m megamtp.pretrain configs/1.3b_n4.yaml data.train=corpus/train run.directory=runs/1.3b
+    python -m megamtp.pretrain configs/quickstart.yaml          (one rank)
+
+Later arguments override earlier ones. A run directory that holds checkpoints is resumed.
+"""
+
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from megamtp.checkpoint import store
+from megamtp.cluster.environment import Place, find_place, join_peers
+from megamtp.config import Config, describe, read_config, write_config
+from megamtp.data.indexed_dataset import IndexedDataset
+from megamtp.data.loader import TrainLoader
+from megamtp.data.tokenizer import SentencePieceTokenizer
+from megamtp.data.windows import Windows
+from megamtp.engines.deepspeed_config import deepspeed_config
+from megamtp.errors import InputError
+
+
+@dataclass(frozen=True)
+class Job:
+    """A configuration whose every input has been looked at: what remains needs peers and devices."""
+
+    config: Config
+    train: TrainLoader
+    validation: Windows | None
+    checkpoint: Path | None
+    finished_steps: int
+
+
+def main(arguments: list[str]) -> int:
+    """Trains and returns the exit status: 0, or run.requeue_exit_code after an early stop. Raises InputError."""
+    if "--help" in arguments or "-h" in arguments:
+        print(f"{__doc__}\nKeys [type; default]:\n{describe()}")
+        return 0
+    place = find_place()
+    job = check(read_config([argument for argument in arguments if not argument.startswith("--local_rank")]), place)
+    if job.finished_steps >= job.config.train.steps:
+        if place.rank == 0:
+            print(f"{job.config.run.directory} has all its {job.config.train.steps} steps already; nothing to do")
+        return 0
+    return 0 if _train(job, place) else job.config.run.requeue_exit_code
+
+
+def check(config: Config, place: Place) -> Job:
+    """Looks at everything that can be wrong before peers are met; creates the run directory when nothing is.
+
+    Raises:
+        InputError: one line that says what is wrong.
+    """
+    deepspeed_config(config, place.world_size)
+    if config.data.tokenizer:
+        _check_tokenizer(config)
+    train = _windows(config, config.data.train)
+    validation = _windows(config, config.data.validation) if config.data.validation else None
+    loader = TrainLoader(train, config.global_batch_windows, config.train.micro_batch_size, place.rank, place.world_size)
+    run_directory = Path(config.run.directory)
+    found = store.checkpoints(run_directory)
+    manifest = store.read_manifest(found[-1]) if found else None
+    if manifest:
+        store.check_fits(found[-1], manifest, config.model, place.world_size, config.engine.kind, config.train.precision)
+    _make_writable(run_directory)
+    return Job(config, loader, validation, found[-1] if found else None, manifest.step if manifest else 0)
+
+
+def _train(job: Job, place: Place) -> bool:
+    from megamtp.cluster.signals import StopRequest
+
+    stop = StopRequest(launched=place.world_size > 1)
+    join_peers(place)
+    from megamtp.engines.build import build_engine
+    from megamtp.training.loop import Training
+
+    engine = build_engine(job.config)
+    if place.rank == 0:
+        write_config(job.config, Path(job.config.run.directory) / "config.yaml")
+    if job.checkpoint:
+        engine.load(job.checkpoint)
+    return Training(job.config, engine, job.train, job.validation, stop, job.finished_steps).run()
+
+
+def _windows(config: Config, prefix: str) -> Windows:
+    windows = Windows(
+        IndexedDataset(prefix), config.train.sequence_length, config.model.num_future_tokens, seed=config.train.seed
+    )
+    windows.check_vocabulary(config.model.vocab_size)
+    return windows
+
+
+def _check_tokenizer(config: Config) -> None:
+    found = SentencePieceTokenizer(config.data.tokenizer).vocab_size
+    if found != config.model.vocab_size:
+        raise InputError(
+            f"{config.data.tokenizer} has {found} pieces, model.vocab_size is {config.model.vocab_size}; expected the same: "
+            f"set model.vocab_size={found} or choose the model's tokenizer"
+        )
+
+
+def _make_writable(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise InputError(f"{directory} cannot be written to: {error.strerror}; choose another run.directory") from None
+
+
+def entry() -> None:
+    """The command line: an InputError becomes one line on stderr and exit status 2, once per node."""
+    try:
+        status = main(sys.argv[1:])
+    except InputError as error:
+        if find_place().local_rank == 0:
+            print(f"megamtp: error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(10)  # the launcher kills the others when one rank ends; this one must not be first
+        status = 2
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    entry()

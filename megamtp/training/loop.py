@@ -1,0 +1,84 @@
+"""The training loop: data, engine, metrics, evaluation, checkpoints, and an orderly end."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megamtp.checkpoint import store
+from megamtp.cluster.signals import StopRequest
+from megamtp.config import Config
+from megamtp.data.loader import TrainLoader, evaluation_batches
+from megamtp.data.windows import Windows
+from megamtp.engines.base import Engine, count_targets
+from megamtp.training.metrics import Metrics
+from megamtp.training.schedule import learning_rate
+
+
+class Training:
+    """One run on all ranks, from its newest checkpoint (or the beginning) to its last step."""
+
+    def __init__(
+        self, config: Config, engine: Engine, train: TrainLoader, validation: Windows | None, stop: StopRequest, first_step: int
+    ):
+        """`first_step`: steps already taken; the engine has loaded the checkpoint of that step if it is not 0."""
+        self.config, self.engine, self.train, self.validation, self.stop = config, engine, train, validation, stop
+        self.step = self.saved_step = first_step
+        self.metrics = Metrics(config, first_step, engine.rank, engine.world_size, engine.device)
+
+    def run(self) -> bool:
+        """Trains. False if it ended early, saved, because a rank was asked to stop. Collective."""
+        run, steps = self.config.run, self.config.train.steps
+        stopped = False
+        while self.step < steps and not stopped:
+            self.step += 1
+            stopped = self._train_step()
+            if self.validation and (self.step % run.evaluate_every_steps == 0 or self.step == steps):
+                self._evaluate()
+            if self.step % run.save_every_steps == 0 or self.step == steps or stopped:
+                self._save()
+        if stopped:
+            self.metrics.say(f"asked to stop: saved at step {self.step}")
+        self.metrics.close()
+        return not stopped
+
+    def _train_step(self) -> bool:
+        """One optimizer step and its report. True if any rank was asked to stop."""
+        engine, n = self.engine, self.config.model.num_future_tokens
+        with self.metrics.phase("data"):
+            micro_batches = self.train.micro_batches(self.step - 1)
+        with self.metrics.phase("train"):
+            counts = count_targets(micro_batches, self.train.windows.targets_can_be_ignored, engine.world_size, engine.device)
+            lr = learning_rate(self.step, self.config.train.steps, self.config.optimizer)
+            result = engine.train_batch(micro_batches, counts, lr)
+        with self.metrics.phase("report"):
+            totals = torch.zeros(n + 1, dtype=torch.float64, device=engine.device)
+            totals[:n] = result.nll_sums
+            totals[n] = self.stop.asked
+            dist.all_reduce(totals)  # of the losses and, with them, of the wish to stop
+            *nll_sums, wishes = totals.tolist()
+        losses = [nll / max(1, count) for nll, count in zip(nll_sums, counts, strict=True)]
+        self.metrics.training(self.step, losses, result.gradient_norm, lr, result.skipped)
+        return wishes > 0
+
+    def _evaluate(self) -> None:
+        engine = self.engine
+        batches = evaluation_batches(
+            self.validation, self.config.train.micro_batch_size, engine.rank, engine.world_size, self.config.run.evaluation_windows
+        )
+        with self.metrics.phase("evaluate"):
+            totals = engine.evaluate(batches)
+            dist.all_reduce(totals)
+        nll_sums, counts = totals.view(2, -1).tolist()
+        self.metrics.validation(self.step, [nll / max(1, count) for nll, count in zip(nll_sums, counts, strict=True)])
+
+    def _save(self) -> None:
+        config = self.config
+        manifest = store.Manifest(
+            self.step, self.engine.world_size, config.engine.kind, config.train.precision, dataclasses.asdict(config.model), {}
+        )
+        with self.metrics.phase("save"):
+            store.publish(
+                Path(config.run.directory), manifest, config.run.keep_checkpoints, self.engine.rank, dist.barrier, self.engine.save
+            )

@@ -1,0 +1,133 @@
+"""What a run reports: metrics.jsonl (one object a line), TensorBoard events, a progress bar. Rank 0 only."""
+
+import json
+import os
+import resource
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from megamtp.config import Config
+from megamtp.model.cost import flops_per_token, peak_flops
+
+FILE = "metrics.jsonl"
+
+
+class Metrics:
+    """Collects the times of a step's phases on every rank, and reports them on rank 0.
+
+    A resumed run drops what was reported after its checkpoint, so that each step appears once.
+    """
+
+    def __init__(self, config: Config, resumed_step: int, rank: int, world_size: int, device: torch.device):
+        self.config, self.device, self.world_size = config, device, world_size
+        self.seconds: dict[str, float] = {}
+        self.reporting = rank == 0
+        self.flops_per_token = flops_per_token(config.model, config.train.sequence_length)
+        self.peak_flops = config.run.peak_flops or _known_peak(device, config.train.precision)
+        if not self.reporting:
+            return
+        directory = Path(config.run.directory)
+        _keep_until(directory / FILE, resumed_step)
+        self.file = open(directory / FILE, "a", buffering=1)  # noqa: SIM115 - closed by close()
+        self.events = _tensorboard(directory, resumed_step) if config.run.tensorboard else None
+        self.bar = tqdm(total=config.train.steps, initial=resumed_step, unit="step", dynamic_ncols=True, smoothing=0.05)
+
+    @contextmanager
+    def phase(self, name: str):
+        """Adds the time of the block to the step's record."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def training(self, step: int, losses: list[float], gradient_norm: float, lr: float, skipped: bool) -> None:
+        """Reports one optimizer step. `losses`: mean negative log-likelihood of each head, in nats per token."""
+        seconds, self.seconds = self.seconds, {}
+        if not self.reporting:
+            return
+        tokens_per_second = self.config.train.global_batch_tokens / sum(seconds.values())
+        flops_per_second = tokens_per_second * self.flops_per_token
+        record = {
+            "losses": losses,
+            "gradient_norm": gradient_norm,
+            "lr": lr,
+            "tokens_per_second": tokens_per_second,
+            "flops_per_second": flops_per_second,
+            "flops_share": flops_per_second / (self.peak_flops * self.world_size) if self.peak_flops else None,
+            "peak_memory_bytes": _peak_memory_bytes(self.device),
+            "seconds": seconds,
+            "skipped": skipped,
+        }
+        self.bar.set_postfix_str(f"loss {_shown(losses)}, {tokens_per_second:,.0f} tokens/s", refresh=False)
+        self.bar.update()
+        if step % self.config.run.log_every_steps == 0 or step == self.config.train.steps:
+            self._write("train", step, record)
+
+    def validation(self, step: int, losses: list[float]) -> None:
+        """Reports one evaluation; its time counts with the next step's record, not with this one's."""
+        self.seconds.pop("evaluate", None)
+        if self.reporting:
+            self._write("validation", step, {"losses": losses})
+            self.say(f"step {step}: validation loss {_shown(losses)}")
+
+    def say(self, line: str) -> None:
+        """One line above the progress bar."""
+        if self.reporting:
+            self.bar.write(line)
+
+    def close(self) -> None:
+        if self.reporting:
+            self.bar.close()
+            self.file.close()
+            if self.events:
+                self.events.close()
+
+    def _write(self, kind: str, step: int, record: dict[str, Any]) -> None:
+        self.file.write(json.dumps({"kind": kind, "step": step, **record}) + "\n")
+        if self.events:
+            for name, value in _scalars(record):
+                self.events.add_scalar(f"{kind}/{name}", value, step)
+
+
+def _shown(losses: list[float]) -> str:
+    return " ".join(f"{loss:.3f}" for loss in losses)
+
+
+def _scalars(record: dict[str, Any]) -> list[tuple[str, float]]:
+    scalars = [(f"loss/head{index}", loss) for index, loss in enumerate(record["losses"], start=1)]
+    scalars += [(f"seconds/{name}", value) for name, value in record.get("seconds", {}).items()]
+    return scalars + [(name, value) for name, value in record.items() if isinstance(value, (int, float))]
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drops the records of later steps, and a last line that was cut short; replaces the file in one act."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        if line.endswith("\n") and json.loads(line)["step"] <= step:
+            kept.append(line)
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
+
+
+def _tensorboard(directory: Path, resumed_step: int):
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(directory / "tensorboard"), purge_step=resumed_step + 1)
+
+
+def _known_peak(device: torch.device, precision: str) -> float | None:
+    return peak_flops(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    """Of this rank so far: allocated GPU memory, or resident memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,217 @@
+"""What DeepSpeed is told around the heads: each of (a) to (e), how often parameters travel, and evaluation's own trace."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from megamtp.config import Config
+from tests.cases import global_batch, own_share, small_config
+from tests.engine_steps import largest_errors, step_with_gradients
+from tests.ranks import run_ranks
+
+N = 3  # heads
+
+
+def _errors(settings: dict) -> float:
+    from megamtp.engines.zero import ZeroEngine
+
+    config = small_config(model__num_future_tokens=N, **settings)
+    return largest_errors(config, ZeroEngine(config), num_steps=3)[0]
+
+
+def error_of(**settings) -> float:
+    return max(run_ranks(_errors, 2, settings))
+
+
+@pytest.mark.parametrize("kind", ["zero1", "zero3"])
+def test_a_heads_start_with_the_outer_backwards_seed(kind):
+    assert error_of(accumulation=2, engine__kind=kind) < 1e-5
+
+
+@pytest.mark.parametrize("bucket", [300, 100_000])
+def test_b_shared_gradients_wait_for_the_last_head(bucket):
+    assert error_of(engine__kind="zero3", engine__reduce_bucket_size=bucket) < 1e-5
+
+
+@pytest.mark.parametrize("settings", [{"engine__kind": "zero1"}, {"engine__kind": "zero3", "engine__offload_optimizer": True}])
+def test_c_heads_know_the_last_micro_batch(settings):
+    assert error_of(accumulation=2, engine__reduce_bucket_size=300, **settings) < 1e-5
+
+
+def test_d_bf16_optimizer_keeps_the_heads_gradients():
+    assert error_of(accumulation=2, engine__kind="zero1", train__precision="bf16") < 0.04
+
+
+def _error_after_interruption(kind: str, precision: str, interrupted_micro_batch: int) -> tuple[float, bool]:
+    """Interrupts a step between a forward and its backward, then checks the gradients of the steps that follow."""
+    from megamtp.engines.zero import ZeroEngine
+
+    config = small_config(accumulation=2, engine__kind=kind, model__num_future_tokens=N, train__precision=precision)
+    engine = ZeroEngine(config)
+    largest_errors(config, engine, num_steps=2)
+    backward, calls, interrupted = engine.engine.backward, [], False
+
+    def interrupted_backward(loss):
+        if len(calls) == interrupted_micro_batch:
+            raise KeyboardInterrupt
+        calls.append(loss)
+        return backward(loss)
+
+    engine.engine.backward = interrupted_backward
+    try:
+        step_with_gradients(engine, global_batch(config, 0, 4))
+    except KeyboardInterrupt:
+        interrupted = True
+    engine.engine.backward = backward
+    return largest_errors(config, engine, num_steps=2)[0], interrupted
+
+
+@pytest.mark.parametrize("interrupted_micro_batch", [0, 1])
+@pytest.mark.parametrize(("kind", "precision"), [("zero1", "fp32"), ("zero1", "bf16"), ("zero3", "fp32")])
+def test_e_a_forward_without_backward_leaves_nothing_behind(kind, precision, interrupted_micro_batch):
+    for error, interrupted in run_ranks(_error_after_interruption, 2, kind, precision, interrupted_micro_batch):
+        assert interrupted
+        assert error < (0.04 if precision == "bf16" else 1e-5)
+
+
+class Traffic:
+    """Which parameters are gathered and reduced under ZeRO-3, in order, by name."""
+
+    def __init__(self, engine):
+        self.gathers: list[str] = []
+        self.reductions: list[str] = []
+        self.log: list[tuple[str, str]] = []
+        names = {parameter.ds_id: name for name, parameter in engine.model.named_parameters()}
+        for parameter in engine.model.parameters():
+            self._watch_gathers(parameter, names)
+        optimizer = engine.engine.optimizer
+        attribute = "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads"
+        reduce = getattr(optimizer, attribute)
+
+        def watched_reduce(communication_dtype):
+            self.reductions += [names[parameter.ds_id] for parameter in optimizer.ipg_buckets[communication_dtype].params]
+            return reduce(communication_dtype)
+
+        setattr(optimizer, attribute, watched_reduce)
+
+    def _watch_gathers(self, parameter, names) -> None:
+        gather = parameter.all_gather_coalesced
+
+        def watched_gather(parameters, *arguments, **options):
+            found = sorted(names[each.ds_id] for each in parameters)
+            self.gathers += found
+            self.log += [("gather", name) for name in found]
+            return gather(parameters, *arguments, **options)
+
+        parameter.all_gather_coalesced = watched_gather
+
+    def clear(self) -> None:
+        self.gathers, self.reductions, self.log = [], [], []
+
+
+def _traffic_of_steps(checkpointing: bool) -> list[tuple[bool, Counter, Counter]]:
+    """(prefetch trace complete, gathers, reductions) of each of five one-micro-batch steps; the first records the trace."""
+    from megamtp.engines.zero import ZeroEngine
+
+    config = small_config(engine__kind="zero3", model__num_future_tokens=N, train__activation_checkpointing=checkpointing)
+    engine = ZeroEngine(config)
+    traffic = Traffic(engine)
+    records = []
+    for step in range(5):
+        traffic.clear()
+        step_with_gradients(engine, global_batch(config, step, 2))
+        complete = engine.engine.optimizer.parameter_offload.get_param_coordinator().is_complete_trace()
+        records.append((complete, Counter(traffic.gathers), Counter(traffic.reductions)))
+    return records
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_heads_and_unembedding_travel_once(checkpointing):
+    records, _ = run_ranks(_traffic_of_steps, 2, checkpointing)
+    assert [complete for complete, _, _ in records] == [False, True, True, True, True]
+    for _, gathers, reductions in records:
+        once = [name for name in gathers if name.startswith(("heads.", "unembedding."))]
+        assert len(once) == 9 * N + 2
+        assert all(gathers[name] == 1 for name in once)
+        assert all(reductions[name] == 1 for name in once)
+        trunk = [name for name in gathers if name.startswith("trunk.")]
+        assert len(trunk) == 9 * (5 - N)
+        assert all(gathers[name] <= 2 and reductions[name] == 1 for name in trunk)
+
+
+def _events_of_a_prefetching_step() -> list[tuple[str, str]]:
+    from megamtp.engines.zero import ZeroEngine
+
+    config = small_config(engine__kind="zero3", model__num_future_tokens=N)
+    engine = ZeroEngine(config)
+    traffic = Traffic(engine)
+    for index, head in enumerate(engine.model.heads):
+        head.attention_norm.weight.register_post_accumulate_grad_hook(
+            lambda _, index=index: traffic.log.append(("gradient", f"heads.{index}.attention_norm.weight"))
+        )
+    for step in range(4):
+        traffic.clear()
+        step_with_gradients(engine, global_batch(config, step, 2))
+    return traffic.log
+
+
+def test_next_head_is_fetched_before_this_heads_backward_ends():
+    log, _ = run_ranks(_events_of_a_prefetching_step, 2)
+    for index in range(N - 1):
+        gathered = log.index(("gather", f"heads.{index + 1}.attention_norm.weight"))
+        assert gathered < log.index(("gradient", f"heads.{index}.attention_norm.weight"))
+
+
+def _trace_around_evaluation() -> tuple[list[bool], list[str], list[str]]:
+    from megamtp.engines.zero import ZeroEngine
+
+    config = small_config(engine__kind="zero3", model__num_future_tokens=N)
+    engine = ZeroEngine(config)
+    traffic = Traffic(engine)
+
+    def complete() -> bool:
+        return engine.engine.optimizer.parameter_offload.get_param_coordinator().is_complete_trace()
+
+    def gathers_of_step(step: int) -> list[str]:
+        traffic.clear()
+        step_with_gradients(engine, global_batch(config, step, 2))
+        return list(traffic.gathers)
+
+    for step in range(4):
+        before = gathers_of_step(step)
+    states = [complete()]
+    for _ in range(3):
+        engine.evaluate(own_share(global_batch(config, 9, 6), engine.rank, 2))
+        states.append(complete())
+        after = gathers_of_step(5)
+        states.append(complete())
+    return states, before, after
+
+
+def test_evaluation_leaves_the_prefetch_trace_intact():
+    (states, before, after), _ = run_ranks(_trace_around_evaluation, 2)
+    assert all(states)
+    assert before == after
+    assert len(before) > 9 * 5
+
+
+def _evaluation_and_reference(settings: dict) -> tuple[list[float], list[float]]:
+    import torch.distributed as dist
+
+    from megamtp.engines.zero import ZeroEngine
+    from tests.reference import reference_model, reference_step
+
+    config: Config = small_config(model__num_future_tokens=N, **settings)
+    engine = ZeroEngine(config)
+    batches = global_batch(config, 3, 6)
+    totals = engine.evaluate(own_share(batches, engine.rank, 2))
+    dist.all_reduce(totals)
+    nll_sums, counts = totals.view(2, N)
+    return (nll_sums / counts).tolist(), reference_step(config, reference_model(config), batches).losses
+
+
+@pytest.mark.parametrize("kind", ["zero1", "zero3"])
+def test_evaluation_equals_the_reference(kind):
+    for found, expected in run_ranks(_evaluation_and_reference, 2, {"engine__kind": kind}):
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-6, atol=0)
