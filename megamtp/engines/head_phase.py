@@ -1,7 +1,7 @@
 """What DeepSpeed must be told while heads run forward and backward inside the trunk's forward pass.
 
 DeepSpeed believes that a forward pass makes no gradients. Each step below corrects one such belief; leaving one out gives wrong
-gradients, often silently. (a) to (e) are tested one by one in tests/distributed/test_head_phase.py.
+gradients, often silently. (a) to (e), of which (c) is in zero.py, are tested one by one in tests/distributed/test_head_phase.py.
 
 This file knows DeepSpeed's `ds_*` attributes and its parameter coordinator; no other file does. Checked against DeepSpeed 0.19.
 """
@@ -36,8 +36,6 @@ class DeepSpeedHeadPhase(HeadPhase):
     @contextlib.contextmanager
     def all_heads(self) -> Iterator[None]:
         optimizer = self.engine.optimizer
-        # (c) The engine says so only at the start of the outer backward; the heads' reductions come before it.
-        optimizer.set_gradient_accumulation_boundary(self.engine.is_gradient_accumulation_boundary())
         if isinstance(optimizer, BF16_Optimizer):
             optimizer.clear_lp_grads()  # (d) as its backward prologue would
         with self._pinned(self.model.unembedding):
@@ -81,17 +79,24 @@ class DeepSpeedHeadPhase(HeadPhase):
         try:
             yield
         except BaseException:
-            # (e) The heads' gradients wait in reduction buckets for an outer backward that will not come.
-            optimizer = self.engine.optimizer
-            for bucket in getattr(optimizer, "ipg_buckets", {}).values():
-                (bucket.clear_params if self.sharded else bucket.clear)()
-            for parameter in self.model.parameters():
-                parameter.grad = None
-            if self.sharded:
-                self._coordinator().release_and_reset_all(self.model)
-            getattr(optimizer, "all_grad_tensors", {}).clear()  # ZeRO-1's sum over earlier micro-batches
-            optimizer.zero_grad()
+            self._forget_step()
             raise
+
+    def _forget_step(self) -> None:
+        optimizer = self.engine.optimizer
+        # (e) The heads' gradients wait in reduction buckets for an outer backward that will not come.
+        for bucket in getattr(optimizer, "ipg_buckets", {}).values():
+            (bucket.clear_params if self.sharded else bucket.clear)()
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        if self.sharded:
+            self._coordinator().release_and_reset_all(self.model)
+        elif not isinstance(optimizer, BF16_Optimizer):
+            optimizer.params_already_reduced = [False] * len(optimizer.params_already_reduced)
+            optimizer.all_grad_tensors.clear()
+            optimizer.averaged_gradients.clear()
+            optimizer.grads_in_partition, optimizer.grads_in_partition_offset = None, 0
+        optimizer.zero_grad()  # resets ZeRO-3's count of micro-batches and BF16_Optimizer's fp32 sums, too
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:

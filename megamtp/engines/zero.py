@@ -56,6 +56,7 @@ class ZeroEngine:
         nll_sums = torch.zeros(self.config.model.num_future_tokens, device=self.device)
         with self.head_phase.whole_or_nothing():
             for index, batch in enumerate(micro_batches):
+                # (c) DeepSpeed tells its optimizer only when the outer backward starts; the heads' reductions come before it.
                 self.engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
                 loss, micro_nll_sums = self.engine(batch.inputs.to(self.device), batch.targets.to(self.device), scales)
                 self.engine.backward(loss)

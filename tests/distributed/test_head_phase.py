@@ -43,36 +43,47 @@ def test_d_bf16_optimizer_keeps_the_heads_gradients():
     assert error_of(accumulation=2, engine__kind="zero1", train__precision="bf16") < 0.04
 
 
-def _error_after_interruption(kind: str, precision: str, interrupted_micro_batch: int) -> tuple[float, bool]:
-    """Interrupts a step between a forward and its backward, then checks the gradients of the steps that follow."""
+def _errors_after_interruptions(kind: str, precision: str) -> list[float]:
+    """Interrupts steps in the middle of the heads, or between forward and backward; the gradients' errors in the steps that follow."""
     from megamtp.engines.zero import ZeroEngine
 
-    config = small_config(accumulation=2, engine__kind=kind, model__num_future_tokens=N, train__precision=precision)
+    config = small_config(
+        accumulation=2, engine__kind=kind, engine__reduce_bucket_size=300, model__num_future_tokens=N, train__precision=precision
+    )
     engine = ZeroEngine(config)
     largest_errors(config, engine, num_steps=2)
-    backward, calls, interrupted = engine.engine.backward, [], False
+    errors = []
+    for micro_batch in (0, 1):
+        for owner, method in ((engine.model.heads[1], "forward"), (engine.engine, "backward")):
+            _interrupt(config, engine, owner, method, after_calls=micro_batch)
+            errors.append(largest_errors(config, engine, num_steps=2)[0])
+    return errors
 
-    def interrupted_backward(loss):
-        if len(calls) == interrupted_micro_batch:
+
+def _interrupt(config: Config, engine, owner: object, method: str, after_calls: int) -> None:
+    """Takes a step in which owner.method is interrupted at the call after `after_calls` good ones."""
+    original, calls = getattr(owner, method), []
+
+    def interrupted(*arguments):
+        if len(calls) == after_calls:
             raise KeyboardInterrupt
-        calls.append(loss)
-        return backward(loss)
+        calls.append(arguments)
+        return original(*arguments)
 
-    engine.engine.backward = interrupted_backward
+    setattr(owner, method, interrupted)
     try:
-        step_with_gradients(engine, global_batch(config, 0, 4))
-    except KeyboardInterrupt:
-        interrupted = True
-    engine.engine.backward = backward
-    return largest_errors(config, engine, num_steps=2)[0], interrupted
+        with pytest.raises(KeyboardInterrupt):
+            step_with_gradients(engine, global_batch(config, 0, 4))
+    finally:
+        setattr(owner, method, original)
 
 
-@pytest.mark.parametrize("interrupted_micro_batch", [0, 1])
 @pytest.mark.parametrize(("kind", "precision"), [("zero1", "fp32"), ("zero1", "bf16"), ("zero3", "fp32")])
-def test_e_a_forward_without_backward_leaves_nothing_behind(kind, precision, interrupted_micro_batch):
-    for error, interrupted in run_ranks(_error_after_interruption, 2, kind, precision, interrupted_micro_batch):
-        assert interrupted
-        assert error < (0.04 if precision == "bf16" else 1e-5)
+def test_e_an_interrupted_step_leaves_nothing_behind(kind, precision):
+    bound = 0.04 if precision == "bf16" else 1e-5
+    for errors in run_ranks(_errors_after_interruptions, 2, kind, precision):
+        assert len(errors) == 4
+        assert all(error < bound for error in errors), errors
 
 
 class Traffic:

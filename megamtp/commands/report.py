@@ -1,0 +1,167 @@
+"""Draws a run's losses to RUN_DIRECTORY/loss.png and prints them beside the corpus's unigram entropy.
+
+    python -m megamtp.commands.report runs/quickstart
+    python -m megamtp.commands.report runs/quickstart --min-margin 1.0      (exit status 1 unless it has learned that much)
+
+The unigram entropy is the loss of a model that knows how often each token occurs, and nothing else.
+"""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from megamtp.commands.command_line import run
+from megamtp.config import Config, read_config
+from megamtp.errors import InputError
+from megamtp.training.metrics import FILE
+
+PICTURE = "loss.png"
+ENTROPY_KEY = "validation_unigram_entropy_nats"  # of corpus.json, in nats per token
+
+
+@dataclass(frozen=True)
+class Losses:
+    """One kind of record: steps [records], and losses [records, n] in nats per token."""
+
+    steps: np.ndarray
+    losses: np.ndarray
+
+    def last(self, index: int) -> float | None:
+        return float(self.losses[-1, index]) if len(self.steps) else None
+
+
+def main() -> None:
+    """Exits with status 1 if a check asked for fails. Raises InputError."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_directory", type=Path)
+    parser.add_argument(
+        "--min-margin", type=float, metavar="NATS",
+        help="check that head 1's last validation loss is at least this far below the unigram entropy, and that each further head's "
+        "is above the one before it",
+    )  # fmt: skip
+    arguments = parser.parse_args()
+    config = read_config([str(arguments.run_directory / "config.yaml")])
+    training, validation = _read_metrics(arguments.run_directory / FILE, config.model.num_future_tokens)
+    entropy = _unigram_entropy(config)
+    _draw(arguments.run_directory, training, validation, entropy)
+    _print_table(training, validation, entropy)
+    if arguments.min_margin is not None and not _check(validation, entropy, arguments.min_margin):
+        sys.exit(1)
+
+
+def _read_metrics(path: Path, num_heads: int) -> tuple[Losses, Losses]:
+    """The training and the validation losses."""
+    found = {"train": ([], []), "validation": ([], [])}
+    try:
+        lines = path.read_text().splitlines(keepends=True)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}); expected the metrics of a run: train there first") from None
+    for number, line in enumerate(lines, start=1):
+        if number == len(lines) and not line.endswith("\n"):
+            break  # being written, or cut short when the run was killed
+        try:
+            record = json.loads(line)
+            if record["kind"] in found:
+                losses = [float(loss) for loss in record["losses"]]
+                if len(losses) != num_heads:
+                    raise ValueError(f"{len(losses)} losses, not one for each of {num_heads} heads")
+                found[record["kind"]][0].append(int(record["step"]))
+                found[record["kind"]][1].append(losses)
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}, line {number} is damaged ({error!r}); expected a JSON object of a run's metrics: remove the line") from None
+    if not found["train"][0]:
+        raise InputError(f"{path} holds no training step; expected at least one: train longer")
+    training, validation = (Losses(np.array(steps), np.array(losses)) for steps, losses in found.values())
+    return training, validation
+
+
+def _unigram_entropy(config: Config) -> float | None:
+    """Of the validation split, in nats per token, as prepare_data wrote it; None for a corpus of other make."""
+    if config.data.validation is None:
+        return None
+    path = Path(config.data.validation).parent / "corpus.json"
+    if not path.exists():
+        return None
+    try:
+        return float(json.loads(path.read_text())[ENTROPY_KEY])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error!r}); expected the validation split's unigram entropy: prepare the data again") from None
+
+
+def _draw(run_directory: Path, training: Losses, validation: Losses, entropy: float | None) -> None:
+    figure = Figure(figsize=(9, 5.5), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    num_heads = training.losses.shape[1]
+    colors = matplotlib.colormaps["viridis"](np.linspace(0.05, 0.8, num_heads))
+    for index, color in enumerate(colors):
+        axes.plot(training.steps, _smooth(training.losses[:, index]), color=color, alpha=0.35, linewidth=1)
+    for index, color in enumerate(colors):
+        label = f"head {index + 1}" + (" (next token)" if index == 0 else "")
+        axes.plot(validation.steps, validation.losses[:, index : index + 1], color=color, marker="o", markersize=4, label=label)
+    if entropy is not None:
+        axes.axhline(entropy, color="0.3", linestyle="--", linewidth=1, label="unigram entropy")
+    axes.set(xlabel="optimizer step", ylabel="loss, nats per token", title=f"{run_directory.resolve().name}: loss of each head")
+    axes.set_title("dots: validation\nlight lines: training", loc="right", fontsize="small", color="0.3")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    partial = run_directory / f"{PICTURE}.partial"
+    try:
+        figure.savefig(partial, format="png")
+        os.replace(partial, run_directory / PICTURE)
+    except OSError as error:
+        raise InputError(f"{run_directory / PICTURE} cannot be written: {error.strerror}; make room or the folder writable") from None
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """The mean of about 1 % of the steps on either side, fewer at the ends."""
+    positions = np.arange(len(values))
+    reach = np.minimum(np.minimum(positions, positions[::-1]), len(values) // 100)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    return (sums[positions + reach + 1] - sums[positions - reach]) / (2 * reach + 1)
+
+
+def _print_table(training: Losses, validation: Losses, entropy: float | None) -> None:
+    print(f"{'head':>4}  {'training loss':>13}  {'validation loss':>15}  {'below unigram entropy':>21}")
+    for index in range(training.losses.shape[1]):
+        valid = validation.last(index)
+        margin = entropy - valid if entropy is not None and valid is not None else None
+        print(f"{index + 1:>4}  {_shown(training.last(index)):>13}  {_shown(valid):>15}  {_shown(margin):>21}")
+
+
+def _shown(nats: float | None) -> str:
+    return "-" if nats is None else f"{nats:.4f}"
+
+
+def _check(validation: Losses, entropy: float | None, min_margin: float) -> bool:
+    """Prints a line for each check; True if all hold."""
+    if not len(validation.steps) or entropy is None:
+        raise InputError("--min-margin needs validation losses and corpus.json beside data.validation; expected a corpus of prepare_data")
+    losses = validation.losses[-1]
+    margin = entropy - losses[0]
+    good = bool(margin >= min_margin)  # False for a loss that is no number
+    _say(good, f"head 1 lies {margin:.4f} nats below the unigram entropy {entropy:.4f}, expected at least {min_margin:g}")
+    for index in range(1, len(losses)):
+        above = bool(losses[index] > losses[index - 1])
+        _say(above, f"head {index + 1} ({losses[index]:.4f}), expected above head {index} ({losses[index - 1]:.4f})")
+        good = good and above
+    return good
+
+
+def _say(good: bool, finding: str) -> None:
+    print(f"{'OK' if good else 'FAILED'}: {finding}")
+
+
+def entry() -> None:
+    run(main)
+
+
+if __name__ == "__main__":
+    entry()

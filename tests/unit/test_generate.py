@@ -1,0 +1,189 @@
+"""Decoding with a cache against decoding without one and against transformers, sampling, and the command line."""
+
+import argparse
+import dataclasses
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from megamtp.checkpoint import hf, store
+from megamtp.commands import convert_checkpoint, generate as command
+from megamtp.config import ModelConfig
+from megamtp.data.tokenizer import SentencePieceTokenizer, train_sentencepiece
+from megamtp.decoding.generate import _choose, generate
+from megamtp.errors import CheckpointError, InputError
+from megamtp.model.initial import initial_value
+from megamtp.model.mtp import MTPModel
+
+CONFIG = ModelConfig(
+    dim=32, num_layers=5, num_future_tokens=2, num_attention_heads=4, num_key_value_heads=2, mlp_dim=48, vocab_size=500
+)
+PROMPT = [5, 17, 300, 42]
+
+
+@pytest.fixture(scope="module")
+def model() -> MTPModel:
+    """Weights large enough that the likeliest token depends on the whole prompt."""
+    model = MTPModel(CONFIG)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(initial_value(name, parameter.shape, CONFIG, seed=2) * (8 if parameter.dim() == 2 else 1))
+    return model
+
+
+def greedy_from_scratch(model: MTPModel, ids: list[int], count: int) -> list[int]:
+    ids = list(ids)
+    with torch.no_grad():
+        for _ in range(count):
+            ids.append(int(model.logits(torch.tensor([ids]))[0, 0, -1].argmax()))
+    return ids[-count:]
+
+
+def test_the_cache_changes_no_token(model):
+    found = generate(model, PROMPT, 40)
+    assert found == greedy_from_scratch(model, PROMPT, 40)
+    assert len(set(found)) > 5
+    assert found != generate(model, [6, *PROMPT[1:]], 40)
+
+
+def test_transformers_generates_the_same(model, tmp_path):
+    hf.export(CONFIG, model.state_dict(), tmp_path / "exported", 64, None)
+    llama = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    expected = llama.generate(torch.tensor([PROMPT]), max_new_tokens=40, do_sample=False)[0, len(PROMPT) :].tolist()
+    assert generate(model, PROMPT, 40) == expected
+
+
+def test_one_candidate_is_greedy(model):
+    greedy = generate(model, PROMPT, 20)
+    assert generate(model, PROMPT, 20, temperature=1.0, top_k=1) == greedy
+    assert generate(model, PROMPT, 20, temperature=1.0, top_p=1e-9) == greedy
+    assert generate(model, PROMPT, 20, temperature=1e-30) == greedy
+
+
+def test_the_seed_decides_the_sample(model):
+    samples = [generate(model, PROMPT, 20, temperature=1.0, seed=seed) for seed in (3, 3, 4)]
+    assert samples[0] == samples[1] != samples[2]
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(None, None), (7, None), (None, 0.5), (7, 0.5)])
+def test_samples_follow_the_truncated_distribution(model, top_k, top_p):
+    """4000 draws against the probabilities, spelled out token by token."""
+    with torch.no_grad():
+        logits = model.logits(torch.tensor([PROMPT]))[0, 0, -1]
+    probabilities = (logits / 0.7).softmax(0).tolist()
+    kept, total = {}, 0.0
+    ranked = sorted(enumerate(probabilities), key=lambda pair: -pair[1])[:top_k]
+    mass = sum(probability for _, probability in ranked)
+    for token, probability in ranked:
+        if top_p is None or total < top_p * mass:
+            kept[token] = probability
+        total += probability
+    generator = torch.Generator().manual_seed(0)
+    draws = [_choose(logits, 0.7, top_k, top_p, generator) for _ in range(4000)]
+    assert set(draws) <= kept.keys()
+    for token, probability in kept.items():
+        expected = probability / sum(kept.values())
+        error = 5 * (expected * (1 - expected) / len(draws)) ** 0.5 + 1 / len(draws)
+        assert abs(draws.count(token) / len(draws) - expected) < error
+
+
+def test_the_end_id_stops_and_is_not_returned(model):
+    greedy = generate(model, PROMPT, 40)
+    end = greedy[10]
+    assert generate(model, PROMPT, 40, end_id=end) == greedy[: greedy.index(end)]
+
+
+def test_an_empty_prompt_begins_from_the_end_id(model):
+    start = next(token for token in range(500) if token not in greedy_from_scratch(model, [token], 10))
+    assert generate(model, [], 10, end_id=start) == greedy_from_scratch(model, [start], 10)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_new_tokens": -1}, {"temperature": -0.1}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.1},
+        {"prompt_ids": []}, {"prompt_ids": [500]}, {"prompt_ids": [-1]},
+    ],
+)  # fmt: skip
+def test_bad_values_are_refused(model, wrong):
+    with pytest.raises(InputError, match="expected"):
+        generate(**{"model": model, "prompt_ids": PROMPT, "max_new_tokens": 3} | wrong)
+
+
+@pytest.fixture
+def run_directory(model, tmp_path, monkeypatch) -> Path:
+    """A run with one checkpoint, whose loading from DeepSpeed's shards is stood in for."""
+    folder = tmp_path / "run"
+    checkpoint = folder / "checkpoints" / "step-0000003"
+    checkpoint.mkdir(parents=True)
+    train_sentencepiece([Path(argparse.__file__).read_text()], folder / "spm.model", vocab_size=500, seed=0)
+    sections = {
+        "model": dataclasses.asdict(CONFIG),
+        "train": {"steps": 3, "global_batch_tokens": 64, "micro_batch_size": 1, "sequence_length": 64},
+        "data": {"train": "unused", "tokenizer": str(folder / "spm.model")},
+        "run": {"directory": str(folder)},
+    }
+    (folder / "config.yaml").write_text(json.dumps(sections))  # JSON is YAML
+
+    def load_weights(path):
+        assert path == checkpoint
+        return CONFIG, {name: weight.clone() for name, weight in model.state_dict().items()}
+
+    monkeypatch.setattr(store, "load_weights", load_weights)
+    return folder
+
+
+def call(monkeypatch, tool, *arguments) -> None:
+    monkeypatch.setattr(sys, "argv", ["tool", *map(str, arguments)])
+    tool.main()
+
+
+def test_a_run_its_checkpoint_and_its_export_say_the_same(run_directory, model, tmp_path, monkeypatch, capsys):
+    checkpoint = run_directory / "checkpoints" / "step-0000003"
+    call(monkeypatch, convert_checkpoint, run_directory, tmp_path / "exported", "--to", "hf")
+    call(monkeypatch, convert_checkpoint, checkpoint, tmp_path / "exported")
+    capsys.readouterr()
+    tokenizer = SentencePieceTokenizer(run_directory / "spm.model")
+    ids = tokenizer.encode("def main(")
+    expected = tokenizer.decode(ids + generate(model, ids, 12, end_id=tokenizer.end_of_document_id)) + "\n"
+    for source in (run_directory, checkpoint, tmp_path / "exported"):
+        call(monkeypatch, command, source, "--prompt", "def main(", "--max-new-tokens", 12, "--device", "cpu")
+        assert capsys.readouterr().out == expected
+
+
+def test_the_prompt_can_be_piped_in(run_directory, monkeypatch, capsys):
+    call(monkeypatch, command, run_directory, "--prompt", "x = ", "--device", "cpu")
+    expected = capsys.readouterr().out
+    monkeypatch.setattr(sys, "stdin", io.StringIO("x = "))
+    call(monkeypatch, command, run_directory, "--device", "cpu")
+    assert capsys.readouterr().out == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "nonsense"], "--device nonsense"),
+        (["--temperature", "-1"], "temperature -1"),
+        (["--prompt", "\udcff"], "not UTF-8"),
+        (["--tokenizer", "nowhere.model"], "nowhere.model"),
+    ],
+)
+def test_bad_arguments_are_input_errors(run_directory, monkeypatch, arguments, message):
+    with pytest.raises(InputError, match=message):
+        call(monkeypatch, command, run_directory, "--prompt", "x", "--device", "cpu", *arguments)
+
+
+@pytest.mark.parametrize("tool", [convert_checkpoint, command])
+def test_a_missing_checkpoint_is_one_line_and_status_2(tool, tmp_path, monkeypatch, capsys):
+    arguments = [tmp_path / "nowhere", *([tmp_path / "exported"] if tool is convert_checkpoint else ["--prompt", "x"])]
+    with pytest.raises(CheckpointError):
+        call(monkeypatch, tool, *arguments)
+    with pytest.raises(SystemExit) as caught:
+        tool.entry()
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,271 @@
+"""The export against transformers, the way back bit for bit, and what is refused."""
+
+import argparse
+import dataclasses
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megamtp.checkpoint import hf
+from megamtp.config import ModelConfig
+from megamtp.data.tokenizer import SentencePieceTokenizer, train_sentencepiece
+from megamtp.errors import CheckpointError
+from megamtp.model.initial import initial_value
+from megamtp.model.mtp import MTPModel
+
+VOCABULARY = 300
+SMALL = ModelConfig(
+    dim=32, num_layers=5, num_future_tokens=3, num_attention_heads=4, num_key_value_heads=2, mlp_dim=48, vocab_size=VOCABULARY,
+    rope_theta=500.0, norm_eps=1e-3,
+)  # fmt: skip
+AWKWARD = [
+    "", " ", "  ", "\n", "\t", "\tx = 1\n", "    return  x\n", "a\r\nb\r", "x\n\n\n  y ", "trailing   ", "</s>", "<s>a</s>", "<unk>",
+    "<0x0A>", "é e\u0301 ﬁ Ａ 中文 😀", "a\u00a0b\u200bc\u2028d\x00\x01", "\u2581", "a \u2581 b\u2581", "12345 1.5e-10", "====------",
+]  # fmt: skip
+
+
+def random_model(config: ModelConfig) -> MTPModel:
+    """Larger weights than the initial ones, so that logits differ and attention attends."""
+    model = MTPModel(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(initial_value(name, parameter.shape, config, seed=1) * (8 if parameter.dim() == 2 else 1))
+            if parameter.dim() == 1:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+    return model
+
+
+@pytest.fixture(scope="module")
+def tokenizer_path(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    sources = [Path(module.__file__).read_text() for module in (argparse, json, os, random, dataclasses)]
+    train_sentencepiece(sources, path, vocab_size=700, seed=0)
+    return path
+
+
+@pytest.fixture
+def exported(tmp_path) -> Path:
+    hf.export(SMALL, random_model(SMALL).state_dict(), tmp_path / "exported", 64, None)
+    return tmp_path / "exported"
+
+
+@pytest.mark.parametrize("key_value_heads", [None, 2, 1])
+@pytest.mark.parametrize("num_future_tokens", [1, 3])
+def test_transformers_computes_the_same_logits(tmp_path, key_value_heads, num_future_tokens):
+    config = dataclasses.replace(SMALL, num_key_value_heads=key_value_heads, num_future_tokens=num_future_tokens)
+    model = random_model(config)
+    hf.export(config, model.state_dict(), tmp_path / "exported", 64, None)
+    llama, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", output_loading_info=True)
+    assert not any(loading.values()), loading
+    assert llama.config.num_hidden_layers == 5 - num_future_tokens + 1
+    assert llama.dtype == torch.float32
+    tokens = torch.randint(VOCABULARY, (2, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, found = model.logits(tokens)[0], llama(tokens).logits
+    assert expected.std() > 0.5
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_reading_an_export_gives_the_weights_back_bit_for_bit(exported):
+    config, weights = hf.read(exported)
+    assert config == dataclasses.replace(SMALL, num_layers=3, num_future_tokens=1)
+    expected = random_model(SMALL).state_dict()
+    assert weights.keys() == {name for name in expected if not name.startswith(("heads.1.", "heads.2."))}
+    assert all(torch.equal(weights[name], expected[name]) for name in weights)
+    MTPModel(config).load_state_dict(weights, strict=True)
+
+
+def test_a_large_model_is_split_into_files_and_read_back(tmp_path, monkeypatch):
+    save = hf.save_torch_state_dict
+    monkeypatch.setattr(hf, "save_torch_state_dict", lambda *given, **options: save(*given, **options | {"max_shard_size": "40KB"}))
+    model = random_model(SMALL)
+    hf.export(SMALL, model.state_dict(), tmp_path / "exported", 64, None)
+    assert len(list((tmp_path / "exported").glob("*.safetensors"))) > 1
+    _, weights = hf.read(tmp_path / "exported")
+    assert all(torch.equal(weights[name], model.state_dict()[name]) for name in weights)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+
+
+def test_what_transformers_saves_can_be_read(exported, tmp_path):
+    AutoModelForCausalLM.from_pretrained(exported).save_pretrained(tmp_path / "saved")
+    config, weights = hf.read(tmp_path / "saved")
+    expected_config, expected = hf.read(exported)
+    assert config == expected_config
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def drop(tensors):
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+
+
+def add(tensors):
+    tensors["model.layers.1.mlp.up_proj.bias"] = torch.zeros(3)
+
+
+def reshape(tensors):
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(47, 32)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (drop, r"no tensor model\.layers\.1\.mlp\.up_proj\.weight"),
+        (add, r"unknown tensor model\.layers\.1\.mlp\.up_proj\.bias"),
+        (reshape, r"tensor model\.layers\.1\.mlp\.up_proj\.weight has shape \[47, 32\], expected \[48, 32\]"),
+    ],
+)
+def test_a_wrong_tensor_is_named_when_reading(exported, damage, message):
+    tensors = load_file(exported / "model.safetensors")
+    damage(tensors)
+    save_file(tensors, exported / "model.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        hf.read(exported)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("heads.2.mlp.up.weight", None, r"no tensor heads\.2\.mlp\.up\.weight"),
+        ("heads.3.mlp.up.weight", torch.zeros(48, 32), r"unknown tensor heads\.3\.mlp\.up\.weight"),
+        ("trunk.0.attention.key.weight", torch.zeros(32, 32), r"trunk\.0\.attention\.key\.weight has shape \[32, 32\], expected \[16, 32\]"),
+    ],
+)
+def test_a_wrong_tensor_is_named_when_exporting(tmp_path, name, value, message):
+    weights = random_model(SMALL).state_dict() | {name: value}
+    if value is None:
+        del weights[name]
+    with pytest.raises(CheckpointError, match=message):
+        hf.export(SMALL, weights, tmp_path / "exported", 64, None)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "model_type", "rope_theta"])
+def test_a_configuration_without_a_key_is_refused(exported, key):
+    settings = json.loads((exported / "config.json").read_text())
+    del settings[key]
+    (exported / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=key):
+        hf.read(exported)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:100])])
+def test_a_missing_or_truncated_file_is_refused_in_one_line(exported, file, damage):
+    damage(exported / file)
+    with pytest.raises(CheckpointError) as caught:
+        hf.read(exported)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_earlier_export_is_replaced_as_a_whole(exported):
+    larger = dataclasses.replace(SMALL, mlp_dim=64)
+    hf.export(larger, random_model(larger).state_dict(), exported, 64, None)
+    assert hf.read(exported)[0].mlp_dim == 64
+    assert [path.name for path in exported.parent.iterdir()] == ["exported"]
+
+
+def test_a_folder_of_something_else_is_refused_and_left_alone(exported):
+    (exported / "notes.txt").write_text("mine")
+    before = {path.name: path.read_bytes() for path in exported.iterdir()}
+    with pytest.raises(CheckpointError, match="holds other files"):
+        hf.export(SMALL, random_model(SMALL).state_dict(), exported, 64, None)
+    assert before == {path.name: path.read_bytes() for path in exported.iterdir()}
+
+
+def test_all_files_can_be_read_by_whom_the_folder_can(exported):
+    assert {path.stat().st_mode for path in exported.iterdir()} == {(exported / "config.json").stat().st_mode}
+
+
+def test_an_empty_folder_is_filled_and_a_file_refused(tmp_path):
+    weights = random_model(SMALL).state_dict()
+    (tmp_path / "empty").mkdir()
+    hf.export(SMALL, weights, tmp_path / "empty", 64, None)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="is a file"):
+        hf.export(SMALL, weights, tmp_path / "file", 64, None)
+
+
+def test_a_failed_export_leaves_the_earlier_one_and_nothing_else(exported, monkeypatch):
+    def full_disk(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    before = {path.name: path.read_bytes() for path in exported.iterdir()}
+    monkeypatch.setattr(hf, "save_torch_state_dict", full_disk)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        hf.export(SMALL, random_model(SMALL).state_dict(), exported, 64, None)
+    assert [path.name for path in exported.parent.iterdir()] == ["exported"]
+    assert before == {path.name: path.read_bytes() for path in exported.iterdir()}
+
+
+def test_an_unwritable_parent_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        hf.export(SMALL, random_model(SMALL).state_dict(), tmp_path / "file" / "exported", 64, None)
+
+
+def test_the_exported_tokenizer_gives_our_ids(tmp_path, tokenizer_path):
+    config = dataclasses.replace(SMALL, vocab_size=700)
+    hf.export(config, random_model(config).state_dict(), tmp_path / "exported", 64, tokenizer_path)
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "exported"), SentencePieceTokenizer(tokenizer_path)
+    draw = random.Random(0)
+    alphabet = [*AWKWARD, *" \t\n-=#_.abcdefs01", "self", "def ", "    "]
+    texts = [*AWKWARD, Path(__file__).read_text(), *("".join(draw.choices(alphabet, k=draw.randrange(30))) for _ in range(500))]
+    texts += [symbol * count for symbol in " -=a\n" for count in range(2, 80)]
+    for text in texts:
+        ids = ours.encode(text)
+        assert theirs(text)["input_ids"] == ids, repr(text)
+        assert theirs.decode(ids, skip_special_tokens=True) == text
+    assert theirs.eos_token_id == theirs.bos_token_id == ours.end_of_document_id
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "exported").generation_config.eos_token_id == ours.end_of_document_id
+    assert (tmp_path / "exported" / "tokenizer.model").read_bytes() == tokenizer_path.read_bytes()
+
+
+def train_foreign(path: Path, **settings) -> Path:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(Path(__file__).read_text().splitlines()), model_prefix=str(path), vocab_size=VOCABULARY + 80,
+        byte_fallback=True, hard_vocab_limit=False, minloglevel=2, **settings,
+    )  # fmt: skip
+    return path.with_suffix(".model")
+
+
+def test_a_tokenizer_with_a_dummy_prefix_gives_its_ids(tmp_path):
+    """Llama 2's form."""
+    path = train_foreign(
+        tmp_path / "foreign", model_type="bpe", normalization_rule_name="identity", remove_extra_whitespaces=False
+    )
+    ours = SentencePieceTokenizer(path)
+    config = dataclasses.replace(SMALL, vocab_size=ours.vocab_size)
+    hf.export(config, random_model(config).state_dict(), tmp_path / "exported", 64, path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    for text in [text for text in AWKWARD if "\u2581" not in text]:
+        assert theirs(text)["input_ids"] == ours.encode(text), repr(text)
+        assert theirs.decode(ours.encode(text), skip_special_tokens=True) == text
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model_type": "unigram", "normalization_rule_name": "identity", "remove_extra_whitespaces": False},
+        {"model_type": "bpe", "normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": False},
+        {"model_type": "bpe", "normalization_rule_name": "identity"},
+        {"model_type": "bpe", "normalization_rule_name": "identity", "remove_extra_whitespaces": False, "user_defined_symbols": ["<fim>"]},
+    ],
+)
+def test_a_tokenizer_that_cannot_be_translated_is_refused(tmp_path, settings):
+    path = train_foreign(tmp_path / "foreign", **settings)
+    config = dataclasses.replace(SMALL, vocab_size=SentencePieceTokenizer(path).vocab_size)
+    with pytest.raises(CheckpointError, match="cannot be exported"):
+        hf.export(config, random_model(config).state_dict(), tmp_path / "exported", 64, path)
+    assert not (tmp_path / "exported").exists()
+
+
+def test_a_tokenizer_of_another_size_is_refused(tmp_path, tokenizer_path):
+    with pytest.raises(CheckpointError, match="700 pieces, expected the model's 300"):
+        hf.export(SMALL, random_model(SMALL).state_dict(), tmp_path / "exported", 64, tokenizer_path)

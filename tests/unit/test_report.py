@@ -1,0 +1,146 @@
+"""The report's picture, table and checks on invented metrics."""
+
+import json
+import math
+import os
+import struct
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megamtp.commands import report
+from megamtp.errors import InputError
+
+ENTROPY = 5.5
+LEARNED = [2.5, 3.25, 3.75]
+
+
+def write_run(folder: Path, validation: list[float] | None, entropy: float | None = ENTROPY) -> Path:
+    """400 steps of three heads whose losses fall from ln(2000); the last validation losses as given."""
+    run, corpus = folder / "quickstart", folder / "corpus"
+    run.mkdir()
+    corpus.mkdir()
+    config = {
+        "model": {"dim": 32, "num_layers": 5, "num_future_tokens": 3, "num_attention_heads": 4, "vocab_size": 2000},
+        "train": {"steps": 400, "global_batch_tokens": 64, "micro_batch_size": 1, "sequence_length": 64},
+        "data": {"train": str(corpus / "train"), "validation": str(corpus / "validation")},
+        "run": {"directory": str(run)},
+    }
+    (run / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
+    if entropy is not None:
+        (corpus / "corpus.json").write_text(json.dumps({report.ENTROPY_KEY: entropy}))
+    noise, last = np.random.default_rng(0), np.array(validation or LEARNED)
+    lines = []
+    for step in range(1, 401):
+        losses = last + (math.log(2000) - last) * math.exp(-step / 60)
+        lines.append({"kind": "train", "step": step, "losses": list(losses + noise.normal(0, 0.08, 3)), "lr": 1e-3})
+        if step % 40 == 0 and validation:
+            lines.append({"kind": "validation", "step": step, "losses": list(last if step == 400 else losses + 0.05)})
+    (run / report.FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return run
+
+
+def call(monkeypatch, *arguments) -> int:
+    """The exit status."""
+    monkeypatch.setattr(sys, "argv", ["report", *map(str, arguments)])
+    try:
+        report.main()
+    except SystemExit as error:
+        return error.code
+    return 0
+
+
+def picture_size(run: Path) -> tuple[int, int]:
+    content = (run / "loss.png").read_bytes()
+    assert content.startswith(b"\x89PNG\r\n\x1a\n")
+    assert len(content) > 20_000
+    return struct.unpack(">II", content[16:24])
+
+
+def test_the_picture_and_the_table(tmp_path, monkeypatch, capsys):
+    run = write_run(tmp_path, LEARNED)
+    assert call(monkeypatch, run) == 0
+    width, height = picture_size(run)
+    assert width > 1000
+    assert height > 600
+    head, *rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert head[0] == "head"
+    assert [row[0] for row in rows] == ["1", "2", "3"]
+    assert [row[2:] for row in rows] == [["2.5000", "3.0000"], ["3.2500", "2.2500"], ["3.7500", "1.7500"]]
+    assert all(abs(float(row[1]) - loss) < 0.4 for row, loss in zip(rows, LEARNED, strict=True))
+    assert {path.name for path in run.iterdir()} == {"config.yaml", "metrics.jsonl", "loss.png"}
+
+
+@pytest.mark.parametrize(
+    ("validation", "min_margin", "verdicts"),
+    [
+        (LEARNED, 3.0, ["OK", "OK", "OK"]),
+        (LEARNED, 3.001, ["FAILED", "OK", "OK"]),
+        ([5.6, 5.7, 5.8], 0.0, ["FAILED", "OK", "OK"]),
+        ([2.5, 2.5, 3.75], 1.0, ["OK", "FAILED", "OK"]),
+        ([2.5, 3.75, 3.25], 1.0, ["OK", "OK", "FAILED"]),
+        ([math.nan, 3.25, 3.75], 1.0, ["FAILED", "FAILED", "OK"]),
+    ],
+)
+def test_the_checks_and_the_exit_status(tmp_path, monkeypatch, capsys, validation, min_margin, verdicts):
+    status = call(monkeypatch, write_run(tmp_path, validation), "--min-margin", min_margin)
+    lines = capsys.readouterr().out.splitlines()[4:]
+    assert [line.split(":")[0] for line in lines] == verdicts
+    assert status == (1 if "FAILED" in verdicts else 0)
+
+
+@pytest.mark.parametrize(("validation", "entropy"), [(None, ENTROPY), (LEARNED, None)])
+def test_without_validation_or_entropy_there_is_a_picture_but_no_check(tmp_path, monkeypatch, capsys, validation, entropy):
+    run = write_run(tmp_path, validation, entropy)
+    assert call(monkeypatch, run) == 0
+    picture_size(run)
+    assert all(line.split()[-1] == "-" for line in capsys.readouterr().out.splitlines()[1:])
+    with pytest.raises(InputError, match="--min-margin"):
+        call(monkeypatch, run, "--min-margin", 1)
+
+
+def test_a_last_line_still_being_written_is_left_out(tmp_path, monkeypatch):
+    run = write_run(tmp_path, LEARNED)
+    with open(run / report.FILE, "a") as stream:
+        stream.write('{"kind": "train", "st')
+    assert call(monkeypatch, run) == 0
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"kind": "train", "st', "3", '{"kind": "train", "step": 1}', '{"kind": "train", "step": 1, "losses": [1, 2]}',
+        '{"kind": "train", "step": 1, "losses": [1, 2, null]}', '{"step": 1, "losses": [1, 2, 3]}',
+    ],
+)  # fmt: skip
+def test_a_damaged_line_is_named(tmp_path, monkeypatch, line):
+    run = write_run(tmp_path, LEARNED)
+    lines = (run / report.FILE).read_text().splitlines()
+    lines[6] = line
+    (run / report.FILE).write_text("\n".join(lines) + "\n")
+    with pytest.raises(InputError, match="metrics.jsonl, line 7 is damaged") as caught:
+        call(monkeypatch, run)
+    assert "\n" not in str(caught.value)
+    assert not (run / "loss.png").exists()
+
+
+@pytest.mark.parametrize("damage", [os.remove, lambda path: path.write_text("")])
+def test_missing_metrics_are_one_line_and_status_2(tmp_path, monkeypatch, capsys, damage):
+    run = write_run(tmp_path, LEARNED)
+    damage(run / report.FILE)
+    monkeypatch.setattr(sys, "argv", ["report", str(run)])
+    with pytest.raises(SystemExit) as caught:
+        report.entry()
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert "metrics.jsonl" in error
+    assert error.count("\n") == 1
+
+
+def test_a_damaged_corpus_file_is_refused(tmp_path, monkeypatch):
+    run = write_run(tmp_path, LEARNED)
+    (tmp_path / "corpus" / "corpus.json").write_text("{}")
+    with pytest.raises(InputError, match="corpus.json is damaged"):
+        call(monkeypatch, run)
