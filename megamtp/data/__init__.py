@@ -1,0 +1,1 @@
+"""Text to training batches: documents -> corpus (tokenizer + indexed_dataset) -> windows -> loader."""
