@@ -3,7 +3,8 @@
     export(model, weights, Path("exported"), sequence_length=4096, tokenizer_path=Path("corpus/tokenizer.model"))
     model, weights = read(Path("exported"))       # the ordinary next-token model: num_future_tokens = 1
 
-Head 1 is the last layer; heads 2 to n stay behind, being no part of that architecture. Versions 4 and 5 of transformers load it.
+Head 1 is the last layer; heads 2 to n stay behind, being no part of that architecture. Versions 4 and 5 of transformers
+load it.
 """
 
 import json
@@ -25,7 +26,8 @@ from megamtp.config import ModelConfig
 from megamtp.errors import CheckpointError
 from megamtp.model.mtp import MTPModel
 
-CONFIG, WEIGHTS, INDEX, TOKENIZER = "config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.model"
+CONFIG, TOKENIZER = "config.json", "tokenizer.model"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"  # the index only beside weights in several files
 EXPORT_LIST = "megamtp_export.json"  # names the files of an export of ours: only such a folder is ever replaced
 
 # MTPModel's names -> LlamaForCausalLM's. Both write rotary pairs as (k, k + K/2), so no row of a matrix moves.
@@ -46,6 +48,9 @@ LAYER_NAMES = {
     "mlp.down.weight": "mlp.down_proj.weight",
 }
 
+# What normalisation and whitespace rules of other tokenizers would change.
+PROBES = ("\t x\r\n", "  two  spaces  ", "\ufb01 \uff21 \u00e9 e\u0301 \u200b \U0001f600\x01")
+
 
 def export(
     model: ModelConfig, weights: dict[str, Tensor], directory: Path, sequence_length: int, tokenizer_path: Path | None
@@ -59,8 +64,8 @@ def export(
         tokenizer_path: SentencePiece model; None exports no tokenizer and no end-of-text id.
 
     Raises:
-        CheckpointError: the destination holds something else or cannot be written, a weight is missing, of another shape or of
-            no parameter, or transformers cannot reproduce the tokenizer.
+        CheckpointError: the destination holds something else or cannot be written, a weight is missing, misshaped
+            or unknown, or transformers cannot reproduce the tokenizer.
     """
     directory = directory.resolve()
     _check_replaceable(directory)
@@ -75,7 +80,7 @@ def export(
             _write_tokenizer(partial, tokenizer, sequence_length)
         _publish(partial, directory)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{directory} cannot be written: {error}; choose another destination or free space") from None
+        raise CheckpointError(f"{directory} cannot be written: {error}; choose another destination") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -84,8 +89,8 @@ def read(directory: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """The model of a LlamaForCausalLM folder and its weights in fp32, by MTPModel's names with num_future_tokens = 1.
 
     Raises:
-        CheckpointError: a file is missing or unreadable, the model is of another form, or a tensor is missing, of another shape,
-            or unknown (the message names it).
+        CheckpointError: a file is missing or unreadable, the model is of another form, or a tensor is missing,
+            misshaped or unknown (the message names it).
     """
     try:
         settings = json.loads((directory / CONFIG).read_text())
@@ -93,7 +98,7 @@ def read(directory: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {WEIGHTS}
         found = {name: tensor for file in sorted(files) for name, tensor in load_file(directory / file).items()}
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f"{directory} is no exported model, or a damaged one ({error}); export it again") from None
+        raise CheckpointError(f"{directory} is no exported model or a damaged one ({error}); export it again") from None
     model = _model_config(settings, directory)
     names = _names(model)
     expected = {names[name]: shape for name, shape in _shapes(model).items()}
@@ -124,7 +129,9 @@ def _check_tensors(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[
             raise CheckpointError(f"{where}: tensor {name} has shape {list(found[name])}, expected {list(shape)}")
     for name in found:
         if name not in expected:
-            raise CheckpointError(f"{where} has an unknown tensor {name}; expected only the {len(expected)} of its configuration")
+            raise CheckpointError(
+                f"{where} has an unknown tensor {name}; expected only its configuration's {len(expected)}"
+            )
 
 
 def _model_config(settings: dict[str, Any], directory: Path) -> ModelConfig:
@@ -137,7 +144,9 @@ def _model_config(settings: dict[str, Any], directory: Path) -> ModelConfig:
     expected = {"model_type": "llama", "hidden_act": "silu", "rope_type": "default"}
     for key, value in form.items():
         if value != expected[key]:
-            raise CheckpointError(f"{directory}/{CONFIG}: {key} is {value}, expected {expected[key]}: this model has another form")
+            raise CheckpointError(
+                f"{directory}/{CONFIG}: {key} is {value}, expected {expected[key]}: another form of model"
+            )
     try:
         return ModelConfig(
             dim=settings["hidden_size"],
@@ -151,11 +160,15 @@ def _model_config(settings: dict[str, Any], directory: Path) -> ModelConfig:
             norm_eps=settings["rms_norm_eps"],
         )
     except KeyError as error:
-        raise CheckpointError(f"{directory}/{CONFIG} has no {error}; expected what transformers writes: export it again") from None
+        raise CheckpointError(f"{directory}/{CONFIG} has no {error}; export the model again") from None
 
 
 def _write_model(
-    folder: Path, model: ModelConfig, weights: dict[str, Tensor], sequence_length: int, tokenizer: SentencePieceProcessor | None
+    folder: Path,
+    model: ModelConfig,
+    weights: dict[str, Tensor],
+    sequence_length: int,
+    tokenizer: SentencePieceProcessor | None,
 ) -> None:
     # Documents follow each other's end piece in training, so that piece, not <s>, is what a text begins with.
     end_id = tokenizer.eos_id() if tokenizer else None
@@ -188,9 +201,11 @@ def _read_tokenizer(path: Path, vocab_size: int) -> SentencePieceProcessor:
     try:
         tokenizer = SentencePieceProcessor(model_proto=path.read_bytes())
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{path} cannot be read as a SentencePiece model ({error}); set data.tokenizer of the run") from None
+        raise CheckpointError(f"{path} is no SentencePiece model ({error}); mend data.tokenizer of the run") from None
     if tokenizer.vocab_size() != vocab_size:
-        raise CheckpointError(f"{path} has {tokenizer.vocab_size()} pieces, expected the model's {vocab_size}; set data.tokenizer of the run")
+        raise CheckpointError(
+            f"{path} has {tokenizer.vocab_size()} pieces, expected the model's {vocab_size}; mend data.tokenizer"
+        )
     return tokenizer
 
 
@@ -217,16 +232,18 @@ def _write_tokenizer(folder: Path, tokenizer: SentencePieceProcessor, sequence_l
 
 
 def _translate(tokenizer: SentencePieceProcessor) -> Tokenizer:
-    """SentencePiece's BPE with byte fallback in the `tokenizers` library: a merge for each way to cut a piece in two, best piece first.
+    """SentencePiece's BPE with byte fallback in the `tokenizers` library.
 
-    Pieces are written with real spaces, not SentencePiece's mark U+2581, so that a mark in the text is none.
+    Its merges are all the ways to cut a piece into two pieces, those of the best piece first. Pieces are written with
+    real spaces, not with SentencePiece's mark U+2581, so that a mark in the text is none.
     """
     ids = range(tokenizer.vocab_size())
     special = {token for token in ids if tokenizer.is_control(token) or tokenizer.is_unknown(token)}
     plain = {token for token in ids if token not in special and not tokenizer.is_byte(token)}
     pieces = [tokenizer.id_to_piece(token) for token in ids]
     texts = {piece.replace("\u2581", " ") if token in plain else piece: token for token, piece in enumerate(pieces)}
-    best_first = sorted((text for text, token in texts.items() if token in plain), key=lambda text: -tokenizer.get_score(texts[text]))
+    best_first = [text for text, token in texts.items() if token in plain]
+    best_first.sort(key=lambda text: -tokenizer.get_score(texts[text]))
     merges = [
         (text[:cut], text[cut:])
         for text in best_first
@@ -239,19 +256,19 @@ def _translate(tokenizer: SentencePieceProcessor) -> Tokenizer:
         translated.normalizer = normalizers.Prepend(" ")
         steps.append(decoders.Strip(" ", left=1))
     translated.decoder = decoders.Sequence(steps)
-    _check_translation(tokenizer, translated, [*best_first, "\t x\r\n", "  two  spaces  ", "\ufb01 \uff21 \u00e9 e\u0301 \u200b \U0001f600\x01"])
-    translated.add_special_tokens([AddedToken(pieces[token], special=True, normalized=False) for token in sorted(special)])
+    _check_translation(tokenizer, translated, [*best_first, *PROBES])
+    translated.add_special_tokens([AddedToken(pieces[token], normalized=False) for token in sorted(special)])
     return translated
 
 
 def _check_translation(tokenizer: SentencePieceProcessor, translated: Tokenizer, texts: list[str]) -> None:
-    """Every piece must come out right, and what other SentencePiece settings (unigram, NFKC, fewer spaces) change."""
+    """Raises: CheckpointError if any text becomes other ids than SentencePiece's: a tokenizer of another kind."""
     found = [encoding.ids for encoding in translated.encode_batch(texts)]
     for text, ids, expected in zip(texts, found, tokenizer.encode(texts), strict=True):
         if ids != expected:
             raise CheckpointError(
-                f"the tokenizer cannot be exported: {text!r} would become {ids}, expected {expected}; expected a BPE model with "
-                "byte fallback, without normalisation (prepare_data trains such), or a run without data.tokenizer"
+                f"the tokenizer cannot be exported: {text!r} would become {ids}, expected {expected}; expected a BPE "
+                "model with byte fallback and no normalisation (prepare_data trains such) or none: unset data.tokenizer"
             )
 
 
@@ -263,8 +280,8 @@ def _check_replaceable(directory: Path) -> None:
     found = sorted(path.name for path in directory.iterdir())
     if found and found != _listed(directory):
         raise CheckpointError(
-            f"{directory} holds other files than an earlier export ({found[0]}, ...); expected a new or empty folder: choose another "
-            "destination"
+            f"{directory} holds other files than an earlier export ({found[0]}, ...); expected a new or empty folder: "
+            "choose another destination"
         )
 
 

@@ -1,7 +1,9 @@
-"""Turns a run's newest checkpoint, or a given one, into a folder that transformers loads: trunk and head 1 as a Llama model.
+"""Turns a run's newest checkpoint, or a given one, into a folder that transformers loads.
 
     python -m megamtp.commands.convert_checkpoint runs/quickstart exported --to hf
     python -m megamtp.commands.convert_checkpoint runs/quickstart/checkpoints/step-0000100 exported --to hf
+
+The folder holds trunk and head 1 as a Llama model, and the tokenizer if the run has one.
 """
 
 import argparse

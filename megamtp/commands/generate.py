@@ -2,9 +2,12 @@
 
     python -m megamtp.commands.generate runs/quickstart --prompt "def main("
     python -m megamtp.commands.generate exported --max-new-tokens 200 --temperature 0.8 --top-p 0.95 < prompt.py
+
+Prints the prompt and its continuation, head 1's.
 """
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 
@@ -42,15 +45,23 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="an exported folder, a run directory (its newest checkpoint), or a checkpoint")
+    parser.add_argument(
+        "model", type=Path, help="an exported folder, a run directory (its newest checkpoint), or a checkpoint"
+    )
     parser.add_argument("--prompt", help="text to continue; without it, what is piped in; without either, from scratch")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="fewer if the model ends the text (default: 64)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
     parser.add_argument("--top-k", type=int, help="sample among the k likeliest tokens")
-    parser.add_argument("--top-p", type=float, help="sample among the likeliest tokens that together reach this probability")
+    parser.add_argument(
+        "--top-p", type=float, help="sample among the likeliest tokens that together reach this probability"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
-    parser.add_argument("--tokenizer", type=Path, help="SentencePiece model (default: the export's, or data.tokenizer of the run)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="SentencePiece model (default: the export's, or data.tokenizer of the run)"
+    )
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one"
+    )
     return parser
 
 
@@ -67,7 +78,9 @@ def _device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: {str(error).splitlines()[0]}; expected cpu, or cuda on a machine with a GPU") from None
+        raise InputError(
+            f"--device {name}: {str(error).splitlines()[0]}; expected cpu, or cuda on a machine with a GPU"
+        ) from None
 
 
 def _required(path: Path | None) -> Path:
@@ -85,7 +98,8 @@ def _load(source: Path, device: torch.device) -> tuple[MTPModel, Path | None]:
         checkpoint, run_directory = find_checkpoint(source)
         named = read_config([str(run_directory / "config.yaml")]).data.tokenizer
         tokenizer_path = Path(named) if named else None
-        config, weights = store.load_weights(checkpoint)
+        with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints what it reads; our output is text alone
+            config, weights = store.load_weights(checkpoint)
     with torch.device("meta"):
         model = MTPModel(config)
     model.load_state_dict({name: weight.to(device) for name, weight in weights.items()}, strict=True, assign=True)

@@ -1,9 +1,10 @@
 """Draws a run's losses to RUN_DIRECTORY/loss.png and prints them beside the corpus's unigram entropy.
 
     python -m megamtp.commands.report runs/quickstart
-    python -m megamtp.commands.report runs/quickstart --min-margin 1.0      (exit status 1 unless it has learned that much)
+    python -m megamtp.commands.report runs/quickstart --min-margin 1.0
 
-The unigram entropy is the loss of a model that knows how often each token occurs, and nothing else.
+The unigram entropy is the loss of a model that knows how often each token occurs, and nothing else. With --min-margin
+the exit status is 1 unless head 1 has learned that much more.
 """
 
 import argparse
@@ -19,11 +20,11 @@ from matplotlib.figure import Figure
 
 from megamtp.commands.command_line import run
 from megamtp.config import Config, read_config
+from megamtp.data.corpus import SUMMARY
 from megamtp.errors import InputError
-from megamtp.training.metrics import FILE
+from megamtp.training.metrics import FILE as METRICS
 
 PICTURE = "loss.png"
-ENTROPY_KEY = "validation_unigram_entropy_nats"  # of corpus.json, in nats per token
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,12 @@ def main() -> None:
     parser.add_argument("run_directory", type=Path)
     parser.add_argument(
         "--min-margin", type=float, metavar="NATS",
-        help="check that head 1's last validation loss is at least this far below the unigram entropy, and that each further head's "
-        "is above the one before it",
+        help="check that head 1's last validation loss is at least this far below the unigram entropy, and that each "
+        "further head's is above the one before it",
     )  # fmt: skip
     arguments = parser.parse_args()
     config = read_config([str(arguments.run_directory / "config.yaml")])
-    training, validation = _read_metrics(arguments.run_directory / FILE, config.model.num_future_tokens)
+    training, validation = _read_metrics(arguments.run_directory / METRICS, config.model.num_future_tokens)
     entropy = _unigram_entropy(config)
     _draw(arguments.run_directory, training, validation, entropy)
     _print_table(training, validation, entropy)
@@ -64,8 +65,6 @@ def _read_metrics(path: Path, num_heads: int) -> tuple[Losses, Losses]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read ({error}); expected the metrics of a run: train there first") from None
     for number, line in enumerate(lines, start=1):
-        if number == len(lines) and not line.endswith("\n"):
-            break  # being written, or cut short when the run was killed
         try:
             record = json.loads(line)
             if record["kind"] in found:
@@ -75,10 +74,16 @@ def _read_metrics(path: Path, num_heads: int) -> tuple[Losses, Losses]:
                 found[record["kind"]][0].append(int(record["step"]))
                 found[record["kind"]][1].append(losses)
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}, line {number} is damaged ({error!r}); expected a JSON object of a run's metrics: remove the line") from None
+            if number == len(lines) and not line.endswith("\n"):
+                break  # being written, or cut short when the run was killed
+            raise InputError(
+                f"{path}, line {number} is damaged ({error!r}); expected a run's metrics: remove the line"
+            ) from None
     if not found["train"][0]:
         raise InputError(f"{path} holds no training step; expected at least one: train longer")
-    training, validation = (Losses(np.array(steps), np.array(losses)) for steps, losses in found.values())
+    training, validation = (
+        Losses(np.array(steps), np.array(losses).reshape(-1, num_heads)) for steps, losses in found.values()
+    )
     return training, validation
 
 
@@ -86,13 +91,15 @@ def _unigram_entropy(config: Config) -> float | None:
     """Of the validation split, in nats per token, as prepare_data wrote it; None for a corpus of other make."""
     if config.data.validation is None:
         return None
-    path = Path(config.data.validation).parent / "corpus.json"
+    path = Path(config.data.validation).parent / SUMMARY
     if not path.exists():
         return None
     try:
-        return float(json.loads(path.read_text())[ENTROPY_KEY])
+        return float(json.loads(path.read_text())["unigram_entropy"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({error!r}); expected the validation split's unigram entropy: prepare the data again") from None
+        raise InputError(
+            f"{path} is damaged ({error!r}); expected the validation split's unigram entropy: prepare the data again"
+        ) from None
 
 
 def _draw(run_directory: Path, training: Losses, validation: Losses, entropy: float | None) -> None:
@@ -101,13 +108,13 @@ def _draw(run_directory: Path, training: Losses, validation: Losses, entropy: fl
     num_heads = training.losses.shape[1]
     colors = matplotlib.colormaps["viridis"](np.linspace(0.05, 0.8, num_heads))
     for index, color in enumerate(colors):
-        axes.plot(training.steps, _smooth(training.losses[:, index]), color=color, alpha=0.35, linewidth=1)
+        axes.plot(training.steps, _smooth(training.losses[:, index]), color=color, alpha=0.45, linewidth=1)
     for index, color in enumerate(colors):
         label = f"head {index + 1}" + (" (next token)" if index == 0 else "")
-        axes.plot(validation.steps, validation.losses[:, index : index + 1], color=color, marker="o", markersize=4, label=label)
+        axes.plot(validation.steps, validation.losses[:, index], color=color, marker="o", markersize=4, label=label)
     if entropy is not None:
         axes.axhline(entropy, color="0.3", linestyle="--", linewidth=1, label="unigram entropy")
-    axes.set(xlabel="optimizer step", ylabel="loss, nats per token", title=f"{run_directory.resolve().name}: loss of each head")
+    axes.set(xlabel="optimizer step", ylabel="loss, nats per token", title=run_directory.resolve().name)
     axes.set_title("dots: validation\nlight lines: training", loc="right", fontsize="small", color="0.3")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -117,7 +124,9 @@ def _draw(run_directory: Path, training: Losses, validation: Losses, entropy: fl
         figure.savefig(partial, format="png")
         os.replace(partial, run_directory / PICTURE)
     except OSError as error:
-        raise InputError(f"{run_directory / PICTURE} cannot be written: {error.strerror}; make room or the folder writable") from None
+        raise InputError(
+            f"{run_directory / PICTURE} cannot be written: {error.strerror}; make room or the folder writable"
+        ) from None
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
@@ -143,14 +152,19 @@ def _shown(nats: float | None) -> str:
 def _check(validation: Losses, entropy: float | None, min_margin: float) -> bool:
     """Prints a line for each check; True if all hold."""
     if not len(validation.steps) or entropy is None:
-        raise InputError("--min-margin needs validation losses and corpus.json beside data.validation; expected a corpus of prepare_data")
+        raise InputError(f"--min-margin needs validation losses, and prepare_data's {SUMMARY} beside data.validation")
     losses = validation.losses[-1]
     margin = entropy - losses[0]
     good = bool(margin >= min_margin)  # False for a loss that is no number
-    _say(good, f"head 1 lies {margin:.4f} nats below the unigram entropy {entropy:.4f}, expected at least {min_margin:g}")
+    _say(
+        good,
+        f"head 1's loss {losses[0]:.4f} is {margin:.4f} nats below the unigram entropy, expected {min_margin:g}",
+    )
     for index in range(1, len(losses)):
         above = bool(losses[index] > losses[index - 1])
-        _say(above, f"head {index + 1} ({losses[index]:.4f}), expected above head {index} ({losses[index - 1]:.4f})")
+        _say(
+            above, f"head {index + 1}'s loss {losses[index]:.4f}, expected above head {index}'s {losses[index - 1]:.4f}"
+        )
         good = good and above
     return good
 

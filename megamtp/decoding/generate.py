@@ -1,4 +1,4 @@
-"""Token by token from head 1, with a key/value cache: greedy, or sampled at a temperature among the likeliest tokens."""
+"""Token by token from head 1, with a key/value cache: greedy, or sampled among the likeliest tokens."""
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ def generate(
     Raises:
         InputError: a number out of its range.
     """
-    _check(model, prompt_ids, max_new_tokens, temperature, top_k, top_p, end_id)
+    _check(model, prompt_ids, max_new_tokens, temperature, top_k, top_p, seed, end_id)
     device = model.embedding.weight.device
     generator = torch.Generator().manual_seed(seed)
     pending, caches, new_ids = prompt_ids or [end_id], None, []
@@ -44,7 +44,9 @@ def generate(
     return new_ids
 
 
-def _choose(logits_V: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator) -> int:
+def _choose(
+    logits_V: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
+) -> int:
     if temperature == 0:
         return int(logits_V.argmax())
     logits_V, tokens_V = ((logits_V - logits_V.max()) / temperature).sort(descending=True, stable=True)
@@ -56,8 +58,8 @@ def _choose(logits_V: Tensor, temperature: float, top_k: int | None, top_p: floa
 
 
 def _check(
-    model: MTPModel, prompt_ids: list[int], max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None,
-    end_id: int | None,
+    model: MTPModel, prompt_ids: list[int], max_new_tokens: int, temperature: float,
+    top_k: int | None, top_p: float | None, seed: int, end_id: int | None,
 ) -> None:  # fmt: skip
     vocab_size = model.config.vocab_size
     if max_new_tokens < 0:
@@ -68,7 +70,11 @@ def _check(
         raise InputError(f"top-k {top_k}; expected at least 1")
     if top_p is not None and not 0 < top_p <= 1:
         raise InputError(f"top-p {top_p}; expected more than 0, at most 1")
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed {seed}; expected 0 or more, below 2**63")
     if not prompt_ids and end_id is None:
         raise InputError("an empty prompt, and no end-of-document id to begin from; expected a prompt")
     if not all(0 <= token < vocab_size for token in prompt_ids):
-        raise InputError(f"the prompt holds token ids outside the model's {vocab_size}; expected the model's own tokenizer")
+        raise InputError(
+            f"the prompt holds token ids outside the model's {vocab_size}; expected the model's own tokenizer"
+        )

@@ -7,6 +7,8 @@ Source: the gradient-in-forward idea is Liger-Kernel's (arXiv:2410.10989, sectio
 Shapes: N rows (positions), D width, V vocabulary, C rows of a chunk.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -65,48 +67,73 @@ def linear_cross_entropy(
     Returns:
         (loss, nll_sum): scalars in fp32 (fp64 for fp64). Only `loss` is differentiable, with respect to hidden and weight, once.
     """
-    shared_gradient = shared_gradient or SharedGradient(num_uses=1)
-    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, scale, seed, z_loss, chunk_rows, shared_gradient)
+    # Asked here: inside an autograd function needs_input_grad is true even under no_grad.
+    learning = torch.is_grad_enabled()
+    sinks = _Sinks(
+        torch.empty_like(hidden_ND) if learning and hidden_ND.requires_grad else None,
+        (shared_gradient or SharedGradient(num_uses=1)) if learning and weight_VD.requires_grad else None,
+    )
+    options = _Options(scale, seed, z_loss, chunk_rows)
+    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, options, sinks)
+
+
+@dataclass(frozen=True)
+class _Options:
+    scale: float
+    seed: float
+    z_loss: float
+    chunk_rows: int
+
+
+@dataclass(frozen=True)
+class _Sinks:
+    """Where gradients go; None where none is wanted."""
+
+    hidden_ND: Tensor | None
+    weight: SharedGradient | None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, targets_N, scale, seed, z_loss, chunk_rows, shared_gradient):
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        d_hidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
-        d_weight_VD = shared_gradient.buffer(weight_VD) if needs_weight else None
-        loss, nll_sum = torch.zeros(2, dtype=_wide(hidden_ND.dtype), device=hidden_ND.device)
-        for start in range(0, len(hidden_ND), chunk_rows):
-            rows = slice(start, start + chunk_rows)
-            logits_CV = _wide_product(hidden_ND[rows], weight_VD)
-            nll_C, log_partition_C, valid_C = _negative_log_likelihood(logits_CV, targets_N[rows])
-            nll_sum += nll_C.sum()
-            if z_loss:
-                loss += z_loss * (log_partition_C.square() * valid_C).sum()
-            if needs_hidden or needs_weight:
-                gradient_CV = _into_gradient(logits_CV, targets_N[rows], log_partition_C, valid_C, scale * seed, z_loss)
-                gradient_CV = gradient_CV.to(hidden_ND.dtype)
-            del logits_CV
-            if needs_hidden:
-                torch.mm(gradient_CV, weight_VD, out=d_hidden_ND[rows])
-            if needs_weight:
-                _add_product(d_weight_VD, gradient_CV.T, hidden_ND[rows])
-        loss = scale * (loss + nll_sum)
-        ctx.save_for_backward(d_hidden_ND)
-        ctx.seed, ctx.shared_gradient, ctx.weight_dtype = seed, shared_gradient, weight_VD.dtype
+    def forward(ctx, hidden_ND, weight_VD, targets_N, options, sinks):
+        nll_sum, z_sum = torch.zeros(2, dtype=_wide(hidden_ND.dtype), device=hidden_ND.device)
+        for start in range(0, len(hidden_ND), options.chunk_rows):
+            chunk_nll, chunk_z = _chunk(hidden_ND, weight_VD, targets_N, slice(start, start + options.chunk_rows), options, sinks)
+            nll_sum += chunk_nll
+            z_sum += chunk_z
+        ctx.save_for_backward(sinks.hidden_ND)
+        ctx.seed, ctx.shared_gradient, ctx.weight_dtype = options.seed, sinks.weight, weight_VD.dtype
         ctx.mark_non_differentiable(nll_sum)
-        return loss, nll_sum
+        return options.scale * (nll_sum + options.z_loss * z_sum), nll_sum
 
     @staticmethod
     def backward(ctx, d_loss, _):
         (d_hidden_ND,) = ctx.saved_tensors
-        d_weight_VD = ctx.shared_gradient.take_if_last() if ctx.needs_input_grad[1] else None
+        d_weight_VD = ctx.shared_gradient.take_if_last() if ctx.shared_gradient else None
         factor = d_loss / ctx.seed  # exactly 1 in training, and then nothing changes
         if d_hidden_ND is not None:
             d_hidden_ND = (d_hidden_ND * factor).to(d_hidden_ND.dtype)
         if d_weight_VD is not None:
             d_weight_VD = (d_weight_VD * factor).to(ctx.weight_dtype)
-        return d_hidden_ND, d_weight_VD, *[None] * 6
+        return d_hidden_ND, d_weight_VD, None, None, None
+
+
+def _chunk(
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, rows: slice, options: _Options, sinks: _Sinks
+) -> tuple[Tensor, Tensor]:
+    """(summed nll, summed squared log-partition) of some rows; adds their gradients to the sinks. Its logits die with the call."""
+    hidden_CD, targets_C = hidden_ND[rows], targets_N[rows]
+    logits_CV = _wide_product(hidden_CD, weight_VD)
+    nll_C, log_partition_C, valid_C = _negative_log_likelihood(logits_CV, targets_C)
+    if sinks.hidden_ND is not None or sinks.weight:
+        gradient_CV = _into_gradient(logits_CV, targets_C, log_partition_C, valid_C, options.scale * options.seed, options.z_loss)
+        gradient_CV = gradient_CV.to(hidden_ND.dtype)
+        del logits_CV
+        if sinks.hidden_ND is not None:
+            torch.mm(gradient_CV, weight_VD, out=sinks.hidden_ND[rows])
+        if sinks.weight:
+            _add_product(sinks.weight.buffer(weight_VD), gradient_CV.T, hidden_CD)
+    return nll_C.sum(), (log_partition_C.square() * valid_C).sum()
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -12,7 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megamtp.checkpoint import hf, store
-from megamtp.commands import convert_checkpoint, generate as command
+from megamtp.commands import convert_checkpoint
+from megamtp.commands import generate as command
 from megamtp.config import ModelConfig
 from megamtp.data.tokenizer import SentencePieceTokenizer, train_sentencepiece
 from megamtp.decoding.generate import _choose, generate
@@ -24,6 +25,15 @@ CONFIG = ModelConfig(
     dim=32, num_layers=5, num_future_tokens=2, num_attention_heads=4, num_key_value_heads=2, mlp_dim=48, vocab_size=500
 )
 PROMPT = [5, 17, 300, 42]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Many tiny steps: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +116,8 @@ def test_an_empty_prompt_begins_from_the_end_id(model):
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"max_new_tokens": -1}, {"temperature": -0.1}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.1},
-        {"prompt_ids": []}, {"prompt_ids": [500]}, {"prompt_ids": [-1]},
+        {"max_new_tokens": -1}, {"temperature": -0.1}, {"temperature": float("nan")}, {"top_k": 0},
+        {"top_p": 0.0}, {"top_p": 1.1}, {"seed": -1}, {"seed": 2**64}, {"prompt_ids": []}, {"prompt_ids": [500]}, {"prompt_ids": [-1]},
     ],
 )  # fmt: skip
 def test_bad_values_are_refused(model, wrong):

@@ -22,12 +22,13 @@ from megamtp.model.mtp import MTPModel
 
 VOCABULARY = 300
 SMALL = ModelConfig(
-    dim=32, num_layers=5, num_future_tokens=3, num_attention_heads=4, num_key_value_heads=2, mlp_dim=48, vocab_size=VOCABULARY,
-    rope_theta=500.0, norm_eps=1e-3,
+    dim=32, num_layers=5, num_future_tokens=3, num_attention_heads=4, num_key_value_heads=2, mlp_dim=48,
+    vocab_size=VOCABULARY, rope_theta=500.0, norm_eps=1e-3,
 )  # fmt: skip
 AWKWARD = [
-    "", " ", "  ", "\n", "\t", "\tx = 1\n", "    return  x\n", "a\r\nb\r", "x\n\n\n  y ", "trailing   ", "</s>", "<s>a</s>", "<unk>",
-    "<0x0A>", "é e\u0301 ﬁ Ａ 中文 😀", "a\u00a0b\u200bc\u2028d\x00\x01", "\u2581", "a \u2581 b\u2581", "12345 1.5e-10", "====------",
+    "", " ", "  ", "\n", "\t", "\tx = 1\n", "    return  x\n", "a\r\nb\r", "x\n\n\n  y ", "trailing   ",
+    "</s>", "<s>a</s>", "<unk>", "<0x0A>", "é e\u0301 \ufb01 \uff21 中文 😀",
+    "a\u00a0b\u200bc\u2028d\x00\x01", "\u2581", "a \u2581 b\u2581", "12345 1.5e-10", "====------",
 ]  # fmt: skip
 
 
@@ -84,7 +85,8 @@ def test_reading_an_export_gives_the_weights_back_bit_for_bit(exported):
 
 def test_a_large_model_is_split_into_files_and_read_back(tmp_path, monkeypatch):
     save = hf.save_torch_state_dict
-    monkeypatch.setattr(hf, "save_torch_state_dict", lambda *given, **options: save(*given, **options | {"max_shard_size": "40KB"}))
+    small_files = lambda *given, **options: save(*given, **options | {"max_shard_size": "40KB"})  # noqa: E731
+    monkeypatch.setattr(hf, "save_torch_state_dict", small_files)
     model = random_model(SMALL)
     hf.export(SMALL, model.state_dict(), tmp_path / "exported", 64, None)
     assert len(list((tmp_path / "exported").glob("*.safetensors"))) > 1
@@ -134,7 +136,11 @@ def test_a_wrong_tensor_is_named_when_reading(exported, damage, message):
     [
         ("heads.2.mlp.up.weight", None, r"no tensor heads\.2\.mlp\.up\.weight"),
         ("heads.3.mlp.up.weight", torch.zeros(48, 32), r"unknown tensor heads\.3\.mlp\.up\.weight"),
-        ("trunk.0.attention.key.weight", torch.zeros(32, 32), r"trunk\.0\.attention\.key\.weight has shape \[32, 32\], expected \[16, 32\]"),
+        (
+            "trunk.0.attention.key.weight",
+            torch.zeros(32, 32),
+            r"trunk\.0\.attention\.key\.weight has shape \[32, 32\], expected \[16, 32\]",
+        ),
     ],
 )
 def test_a_wrong_tensor_is_named_when_exporting(tmp_path, name, value, message):
@@ -216,21 +222,26 @@ def test_the_exported_tokenizer_gives_our_ids(tmp_path, tokenizer_path):
     theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "exported"), SentencePieceTokenizer(tokenizer_path)
     draw = random.Random(0)
     alphabet = [*AWKWARD, *" \t\n-=#_.abcdefs01", "self", "def ", "    "]
-    texts = [*AWKWARD, Path(__file__).read_text(), *("".join(draw.choices(alphabet, k=draw.randrange(30))) for _ in range(500))]
+    texts = [
+        *AWKWARD,
+        Path(__file__).read_text(),
+        *("".join(draw.choices(alphabet, k=draw.randrange(30))) for _ in range(500)),
+    ]
     texts += [symbol * count for symbol in " -=a\n" for count in range(2, 80)]
     for text in texts:
         ids = ours.encode(text)
         assert theirs(text)["input_ids"] == ids, repr(text)
         assert theirs.decode(ids, skip_special_tokens=True) == text
     assert theirs.eos_token_id == theirs.bos_token_id == ours.end_of_document_id
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "exported").generation_config.eos_token_id == ours.end_of_document_id
+    llama = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    assert llama.generation_config.eos_token_id == ours.end_of_document_id
     assert (tmp_path / "exported" / "tokenizer.model").read_bytes() == tokenizer_path.read_bytes()
 
 
 def train_foreign(path: Path, **settings) -> Path:
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(Path(__file__).read_text().splitlines()), model_prefix=str(path), vocab_size=VOCABULARY + 80,
-        byte_fallback=True, hard_vocab_limit=False, minloglevel=2, **settings,
+        sentence_iterator=iter(Path(__file__).read_text().splitlines()), model_prefix=str(path),
+        vocab_size=VOCABULARY + 80, byte_fallback=True, hard_vocab_limit=False, minloglevel=2, **settings,
     )  # fmt: skip
     return path.with_suffix(".model")
 
@@ -255,7 +266,12 @@ def test_a_tokenizer_with_a_dummy_prefix_gives_its_ids(tmp_path):
         {"model_type": "unigram", "normalization_rule_name": "identity", "remove_extra_whitespaces": False},
         {"model_type": "bpe", "normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": False},
         {"model_type": "bpe", "normalization_rule_name": "identity"},
-        {"model_type": "bpe", "normalization_rule_name": "identity", "remove_extra_whitespaces": False, "user_defined_symbols": ["<fim>"]},
+        {
+            "model_type": "bpe",
+            "normalization_rule_name": "identity",
+            "remove_extra_whitespaces": False,
+            "user_defined_symbols": ["<fim>"],
+        },
     ],
 )
 def test_a_tokenizer_that_cannot_be_translated_is_refused(tmp_path, settings):

@@ -1,5 +1,6 @@
 """The report's picture, table and checks on invented metrics."""
 
+import dataclasses
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from megamtp.commands import report
+from megamtp.data.corpus import Corpus
 from megamtp.errors import InputError
 
 ENTROPY = 5.5
@@ -30,7 +32,7 @@ def write_run(folder: Path, validation: list[float] | None, entropy: float | Non
     }
     (run / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
     if entropy is not None:
-        (corpus / "corpus.json").write_text(json.dumps({report.ENTROPY_KEY: entropy}))
+        (corpus / "corpus.json").write_text(json.dumps(dataclasses.asdict(Corpus({}, 2000, {}, {}, 3.5, entropy, []))))
     noise, last = np.random.default_rng(0), np.array(validation or LEARNED)
     lines = []
     for step in range(1, 401):
@@ -38,7 +40,7 @@ def write_run(folder: Path, validation: list[float] | None, entropy: float | Non
         lines.append({"kind": "train", "step": step, "losses": list(losses + noise.normal(0, 0.08, 3)), "lr": 1e-3})
         if step % 40 == 0 and validation:
             lines.append({"kind": "validation", "step": step, "losses": list(last if step == 400 else losses + 0.05)})
-    (run / report.FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / report.METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
     return run
 
 
@@ -92,7 +94,9 @@ def test_the_checks_and_the_exit_status(tmp_path, monkeypatch, capsys, validatio
 
 
 @pytest.mark.parametrize(("validation", "entropy"), [(None, ENTROPY), (LEARNED, None)])
-def test_without_validation_or_entropy_there_is_a_picture_but_no_check(tmp_path, monkeypatch, capsys, validation, entropy):
+def test_without_validation_or_entropy_there_is_a_picture_but_no_check(
+    tmp_path, monkeypatch, capsys, validation, entropy
+):
     run = write_run(tmp_path, validation, entropy)
     assert call(monkeypatch, run) == 0
     picture_size(run)
@@ -103,7 +107,7 @@ def test_without_validation_or_entropy_there_is_a_picture_but_no_check(tmp_path,
 
 def test_a_last_line_still_being_written_is_left_out(tmp_path, monkeypatch):
     run = write_run(tmp_path, LEARNED)
-    with open(run / report.FILE, "a") as stream:
+    with open(run / report.METRICS, "a") as stream:
         stream.write('{"kind": "train", "st')
     assert call(monkeypatch, run) == 0
 
@@ -117,10 +121,10 @@ def test_a_last_line_still_being_written_is_left_out(tmp_path, monkeypatch):
 )  # fmt: skip
 def test_a_damaged_line_is_named(tmp_path, monkeypatch, line):
     run = write_run(tmp_path, LEARNED)
-    lines = (run / report.FILE).read_text().splitlines()
+    lines = (run / report.METRICS).read_text().splitlines()
     lines[6] = line
-    (run / report.FILE).write_text("\n".join(lines) + "\n")
-    with pytest.raises(InputError, match="metrics.jsonl, line 7 is damaged") as caught:
+    (run / report.METRICS).write_text("\n".join(lines) + "\n")
+    with pytest.raises(InputError, match=r"metrics\.jsonl, line 7 is damaged") as caught:
         call(monkeypatch, run)
     assert "\n" not in str(caught.value)
     assert not (run / "loss.png").exists()
@@ -129,7 +133,7 @@ def test_a_damaged_line_is_named(tmp_path, monkeypatch, line):
 @pytest.mark.parametrize("damage", [os.remove, lambda path: path.write_text("")])
 def test_missing_metrics_are_one_line_and_status_2(tmp_path, monkeypatch, capsys, damage):
     run = write_run(tmp_path, LEARNED)
-    damage(run / report.FILE)
+    damage(run / report.METRICS)
     monkeypatch.setattr(sys, "argv", ["report", str(run)])
     with pytest.raises(SystemExit) as caught:
         report.entry()
@@ -142,5 +146,5 @@ def test_missing_metrics_are_one_line_and_status_2(tmp_path, monkeypatch, capsys
 def test_a_damaged_corpus_file_is_refused(tmp_path, monkeypatch):
     run = write_run(tmp_path, LEARNED)
     (tmp_path / "corpus" / "corpus.json").write_text("{}")
-    with pytest.raises(InputError, match="corpus.json is damaged"):
+    with pytest.raises(InputError, match=r"corpus\.json is damaged"):
         call(monkeypatch, run)

@@ -1,0 +1,43 @@
+"""Installs megamtp and its commands. Ranges here, the tested versions in requirements.lock."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+VERSION = re.search(r'__version__ = "(.+)"', Path(__file__).with_name("megamtp").joinpath("__init__.py").read_text())[1]
+
+setup(
+    name="megamtp",
+    version=VERSION,
+    description="Pretrains multi-token-prediction language models on DeepSpeed",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["megamtp", "megamtp.*"]),
+    install_requires=[
+        "torch>=2.11",
+        "deepspeed>=0.19.8,<0.20",
+        "matplotlib>=3.8",
+        "numpy>=1.26",
+        "omegaconf>=2.3",
+        "psutil>=5.9",
+        "safetensors>=0.4",
+        "sentencepiece>=0.2",
+        "tensorboard>=2.15",
+        "tqdm>=4.66",
+        "transformers>=4.56",
+    ],
+    extras_require={
+        "mpi": ["mpi4py>=4", "mpich>=5"],
+        "test": ["hypothesis>=6", "import-linter>=2", "mpi4py>=4", "mpich>=5", "pytest>=8", "pytest-timeout>=2", "ruff>=0.9"],
+    },
+    entry_points={
+        "console_scripts": [
+            "megamtp-pretrain=megamtp.pretrain:entry",
+            "megamtp-prepare-data=megamtp.commands.prepare_data:entry",
+            "megamtp-convert=megamtp.commands.convert_checkpoint:entry",
+            "megamtp-generate=megamtp.commands.generate:entry",
+            "megamtp-report=megamtp.commands.report:entry",
+        ]
+    },
+)

@@ -1,0 +1,108 @@
+"""Configuration: what is accepted, what is refused and in which words, and every file in configs/."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from megamtp.config import Config, describe, read_config, write_config
+from megamtp.errors import InputError
+from megamtp.model import cost
+
+ROOT = Path(__file__).parents[2]
+GOOD = [
+    "model.dim=128", "model.num_layers=6", "model.num_attention_heads=4", "model.vocab_size=100", "train.steps=1",
+    "train.global_batch_tokens=1024", "train.micro_batch_size=1", "train.sequence_length=128", "data.train=x", "run.directory=y",
+]  # fmt: skip
+
+# Source: paper.md, table S5.
+PARAMETERS = {"0.3b": 296.8e6, "0.6b": 630.5e6, "1.3b": 1364.3e6, "3b": 3018.8e6, "6.7b": 6738.4e6, "13b": 13015.9e6}
+FLOP_RATIOS = {
+    "0.3b": (1.097, 1.290), "0.6b": (1.056, 1.168), "1.3b": (1.044, 1.131),
+    "3b": (1.025, 1.074), "6.7b": (1.018, 1.055), "13b": (1.012, 1.036),
+}  # fmt: skip
+WIDTHS = {"0.3b": (1024, 18, 16), "0.6b": (1280, 27, 20), "1.3b": (2048, 24, 16), "3b": (2560, 36, 20), "6.7b": (4096, 32, 32), "13b": (5120, 40, 40)}
+
+
+def paper_config(size: str, n: int) -> Config:
+    return read_config([str(ROOT / f"configs/{size}_n{n}.yaml"), "data.train=x", "run.directory=y"])
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("model.dmi=3", ["model.dmi", "did you mean model.dim?"]),
+        ("lr=3", ["unknown key lr", "did you mean optimizer.lr?"]),
+        ("optimiser.lr=3", ["did you mean optimizer.lr?"]),
+        ("model.dim=wide", ["model.dim", "wide", "expected int"]),
+        ("model.dim=null", ["model.dim", "expected int"]),
+        ("train.precision=fp8", ["train.precision=fp8", "fp32 or bf16 or fp16"]),
+        ("model.num_future_tokens=0", ["model.num_future_tokens=0", "at least 1"]),
+        ("model.num_future_tokens=6", ["model.num_future_tokens=6", "fewer heads than layers"]),
+        ("model.num_attention_heads=3", ["model.num_attention_heads=3", "multiple"]),
+        ("model.num_key_value_heads=3", ["model.num_key_value_heads=3", "divisor"]),
+        ("head_loss.weights=[1,2]", ["2 numbers", "4"]),
+        ("optimizer.lr=nan", ["optimizer.lr=nan", "0 or more"]),
+        ("train.micro_batch_size=3", ["train.global_batch_tokens=1024", "multiple of 384"]),
+        ("engine.kind=zero2", ["engine.kind=zero2", "zero3 or zero1"]),
+        ("nowhere.yaml", ["nowhere.yaml", "No such file"]),
+        ("engine.deepspeed=3", ["engine.deepspeed", "mapping"]),
+    ],
+)
+def test_bad_settings_are_named_in_one_line(argument, words):
+    with pytest.raises(InputError) as error:
+        read_config([*GOOD, argument])
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_missing_key_is_named():
+    with pytest.raises(InputError, match=r"run\.directory is not set"):
+        read_config(GOOD[:-1])
+
+
+def test_broken_yaml_is_named(tmp_path):
+    path = tmp_path / "broken.yaml"
+    path.write_text("model: {dim: [")
+    with pytest.raises(InputError, match="not valid YAML"):
+        read_config([str(path)])
+
+
+def test_written_configuration_reads_back(tmp_path):
+    config = read_config([*GOOD, "optimizer.lr=3e-4", "engine.deepspeed.a.b=1", "head_loss.weights=[1,0.5,0.5,0.5]"])
+    write_config(config, tmp_path / "config.yaml")
+    assert read_config([str(tmp_path / "config.yaml")]) == config
+    assert config.optimizer.lr == 3e-4
+    assert config.engine.deepspeed == {"a": {"b": 1}}
+
+
+def test_configuration_is_frozen():
+    with pytest.raises(AttributeError):
+        read_config(GOOD).model.dim = 3
+
+
+def test_help_lists_every_key_with_meaning_and_default():
+    lines = {line.split()[0]: line for line in describe().splitlines()}
+    assert len(lines) == 47
+    assert "[int; required]" in lines["model.dim"]
+    assert "[float; 0.0003]" in lines["optimizer.lr"]
+    assert all(re.search(r"  \S+ +\S.* \[.+; .+\]$", line) for line in lines.values())
+
+
+@pytest.mark.parametrize("size", PARAMETERS)
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_paper_configurations(size, n):
+    config = paper_config(size, n)
+    model = config.model
+    assert (model.dim, model.num_layers, model.num_attention_heads) == WIDTHS[size]
+    assert (model.num_future_tokens, model.vocab_size, config.train.sequence_length) == (n, 32000, 4096)
+    assert cost.parameters(model) == pytest.approx(PARAMETERS[size], rel=2e-4)
+    assert config.accumulation(world_size=64) >= 1
+
+
+@pytest.mark.parametrize("size", FLOP_RATIOS)
+def test_flop_ratios_of_table_s5(size):
+    one, two, four = (cost.flops_per_token(paper_config(size, n).model, 4096) for n in (1, 2, 4))
+    assert (round(two / one, 3), round(four / one, 3)) == FLOP_RATIOS[size]
