@@ -36,7 +36,9 @@ class ModelConfig:
     num_layers: int = option(REQUIRED, "transformer layers, trunk and heads together (L); the trunk has L - n")
     num_future_tokens: int = option(4, "heads (n): head i predicts the i-th next token; 1 is the ordinary model")
     num_attention_heads: int = option(REQUIRED, "attention heads of a layer")
-    num_key_value_heads: int | None = option(None, "key/value heads of a layer (grouped-query attention); null: one per attention head")
+    num_key_value_heads: int | None = option(
+        None, "key/value heads of a layer (grouped-query attention); null: one per attention head"
+    )
     mlp_dim: int | None = option(None, "hidden width of SwiGLU; null: 8/3 of model.dim rounded up to a multiple of 256")
     vocab_size: int = option(REQUIRED, "rows of embedding and unembedding")
     rope_theta: float = option(10000.0, "base of the rotary embedding's wavelengths")
@@ -88,7 +90,9 @@ class TrainConfig:
     """The mathematics of a run: none of these depends on the number of ranks."""
 
     steps: int = option(REQUIRED, "optimizer steps")
-    global_batch_tokens: int = option(REQUIRED, "tokens of one step over all ranks; gradient accumulation follows from the world size")
+    global_batch_tokens: int = option(
+        REQUIRED, "tokens of one step over all ranks; gradient accumulation follows from the world size"
+    )
     micro_batch_size: int = option(REQUIRED, "windows of one forward pass of one rank")
     sequence_length: int = option(4096, "positions of a window (T)")
     precision: str = option("bf16", "bf16, fp32 or fp16 (fp16 on GPUs only)")
@@ -130,7 +134,9 @@ class RunConfig:
     evaluation_windows: int | None = option(None, "validation windows of an evaluation; null: all")
     log_every_steps: int = option(1, "steps between lines of metrics")
     tensorboard: bool = option(True, "write TensorBoard events beside metrics.jsonl")
-    peak_flops: float | None = option(None, "FLOP/s of one card at train.precision, for the model-FLOP share; null: known cards only")
+    peak_flops: float | None = option(
+        None, "FLOP/s of one card at train.precision, for the model-FLOP share; null: known cards only"
+    )
     requeue_exit_code: int = option(0, "exit status after a save asked for by SIGTERM or SIGUSR1")
 
 

@@ -87,9 +87,7 @@ def _train(job: Job, place: Place) -> bool:
 
 
 def _windows(config: Config, prefix: str) -> Windows:
-    windows = Windows(
-        IndexedDataset(prefix), config.train.sequence_length, config.model.num_future_tokens, seed=config.train.seed
-    )
+    windows = Windows(IndexedDataset(prefix), config.train.sequence_length, config.model.num_future_tokens, seed=config.train.seed)
     windows.check_vocabulary(config.model.vocab_size)
     return windows
 

@@ -12,7 +12,9 @@ from tests.cases import global_batch, own_share
 from tests.reference import reference_model, reference_step, relative_error
 
 
-def step_with_gradients(engine: ZeroEngine, batches: list[Batch], lr: float = 0.0) -> tuple[StepResult, list[int], dict[str, Tensor]]:
+def step_with_gradients(
+    engine: ZeroEngine, batches: list[Batch], lr: float = 0.0
+) -> tuple[StepResult, list[int], dict[str, Tensor]]:
     """One train_batch over this rank's share of `batches`: its result, the target counts, every parameter's whole gradient."""
     gradients: dict[str, Tensor] = {}
     own = own_share(batches, engine.rank, engine.world_size)

@@ -129,9 +129,7 @@ def _check_tensors(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[
             raise CheckpointError(f"{where}: tensor {name} has shape {list(found[name])}, expected {list(shape)}")
     for name in found:
         if name not in expected:
-            raise CheckpointError(
-                f"{where} has an unknown tensor {name}; expected only its configuration's {len(expected)}"
-            )
+            raise CheckpointError(f"{where} has an unknown tensor {name}; expected only its configuration's {len(expected)}")
 
 
 def _model_config(settings: dict[str, Any], directory: Path) -> ModelConfig:
@@ -144,9 +142,7 @@ def _model_config(settings: dict[str, Any], directory: Path) -> ModelConfig:
     expected = {"model_type": "llama", "hidden_act": "silu", "rope_type": "default"}
     for key, value in form.items():
         if value != expected[key]:
-            raise CheckpointError(
-                f"{directory}/{CONFIG}: {key} is {value}, expected {expected[key]}: another form of model"
-            )
+            raise CheckpointError(f"{directory}/{CONFIG}: {key} is {value}, expected {expected[key]}: another form of model")
     try:
         return ModelConfig(
             dim=settings["hidden_size"],
@@ -203,9 +199,7 @@ def _read_tokenizer(path: Path, vocab_size: int) -> SentencePieceProcessor:
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{path} is no SentencePiece model ({error}); mend data.tokenizer of the run") from None
     if tokenizer.vocab_size() != vocab_size:
-        raise CheckpointError(
-            f"{path} has {tokenizer.vocab_size()} pieces, expected the model's {vocab_size}; mend data.tokenizer"
-        )
+        raise CheckpointError(f"{path} has {tokenizer.vocab_size()} pieces, expected the model's {vocab_size}; mend data.tokenizer")
     return tokenizer
 
 

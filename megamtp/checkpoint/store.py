@@ -50,7 +50,9 @@ def newest_checkpoint(run_directory: Path) -> Path:
     """Raises: CheckpointError if there is none."""
     found = checkpoints(run_directory)
     if not found:
-        raise CheckpointError(f"{run_directory} holds no checkpoint; expected {run_directory}/checkpoints/step-*: train there first")
+        raise CheckpointError(
+            f"{run_directory} holds no checkpoint; expected {run_directory}/checkpoints/step-*: train there first"
+        )
     return found[-1]
 
 
@@ -64,7 +66,9 @@ def read_manifest(checkpoint: Path) -> Manifest:
     try:
         manifest = Manifest(**json.loads(path.read_text()))
     except FileNotFoundError:
-        raise CheckpointError(f"{checkpoint} is not a checkpoint: it has no {MANIFEST}; give a run's folder or one of its checkpoints") from None
+        raise CheckpointError(
+            f"{checkpoint} is not a checkpoint: it has no {MANIFEST}; give a run's folder or one of its checkpoints"
+        ) from None
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); remove {checkpoint} to go on from an older one") from None
     for name, size in manifest.file_bytes.items():

@@ -45,23 +45,15 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "model", type=Path, help="an exported folder, a run directory (its newest checkpoint), or a checkpoint"
-    )
+    parser.add_argument("model", type=Path, help="an exported folder, a run directory (its newest checkpoint), or a checkpoint")
     parser.add_argument("--prompt", help="text to continue; without it, what is piped in; without either, from scratch")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="fewer if the model ends the text (default: 64)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
     parser.add_argument("--top-k", type=int, help="sample among the k likeliest tokens")
-    parser.add_argument(
-        "--top-p", type=float, help="sample among the likeliest tokens that together reach this probability"
-    )
+    parser.add_argument("--top-p", type=float, help="sample among the likeliest tokens that together reach this probability")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
-    parser.add_argument(
-        "--tokenizer", type=Path, help="SentencePiece model (default: the export's, or data.tokenizer of the run)"
-    )
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one"
-    )
+    parser.add_argument("--tokenizer", type=Path, help="SentencePiece model (default: the export's, or data.tokenizer of the run)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one")
     return parser
 
 
@@ -78,9 +70,7 @@ def _device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            f"--device {name}: {str(error).splitlines()[0]}; expected cpu, or cuda on a machine with a GPU"
-        ) from None
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}; expected cpu, or cuda on a machine with a GPU") from None
 
 
 def _required(path: Path | None) -> Path:

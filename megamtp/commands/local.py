@@ -32,7 +32,11 @@ def launch(module: str, arguments: list[str], num_ranks: int, grace_seconds: flo
     launcher = subprocess.Popen(
         [*command, "--quiet", "--module", module, *arguments], env=os.environ | {JOB_VARIABLE: job}, start_new_session=True
     )
-    for received, passed_on in ((signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGTERM), (signal.SIGUSR1, signal.SIGUSR1)):
+    for received, passed_on in (
+        (signal.SIGTERM, signal.SIGTERM),
+        (signal.SIGINT, signal.SIGTERM),
+        (signal.SIGUSR1, signal.SIGUSR1),
+    ):
         signal.signal(received, lambda *_, number=passed_on: _send(_ranks(job, module), number))
     status = launcher.wait()
     orphans = _ranks(job, module)

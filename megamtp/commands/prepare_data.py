@@ -1,7 +1,7 @@
 """Turns text into a corpus that megamtp and Megatron-LM can train on.
 
-    megamtp-prepare-data --input src/ more.jsonl --output corpus
-    megamtp-prepare-data --standard-library --output corpus
+megamtp-prepare-data --input src/ more.jsonl --output corpus
+megamtp-prepare-data --standard-library --output corpus
 """
 
 import argparse
@@ -28,7 +28,9 @@ def main() -> None:
     if corpus.unreadable_files:
         print(f"passed over {len(corpus.unreadable_files)} files that are not UTF-8, the first: {corpus.unreadable_files[0]}")
     for split in corpus.tokens:
-        print(f"{split}: {corpus.documents[split]:,} documents, {corpus.tokens[split]:,} tokens in {options.output / split}.bin, .idx")
+        print(
+            f"{split}: {corpus.documents[split]:,} documents, {corpus.tokens[split]:,} tokens in {options.output / split}.bin, .idx"
+        )
     print(
         f"{corpus.vocab_size} pieces, {corpus.bytes_per_token:.2f} bytes per token, unigram entropy of validation "
         f"{corpus.unigram_entropy:.3f} nats{' (reused)' if reused else ''}"

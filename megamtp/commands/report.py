@@ -76,14 +76,10 @@ def _read_metrics(path: Path, num_heads: int) -> tuple[Losses, Losses]:
         except (ValueError, KeyError, TypeError) as error:
             if number == len(lines) and not line.endswith("\n"):
                 break  # being written, or cut short when the run was killed
-            raise InputError(
-                f"{path}, line {number} is damaged ({error!r}); expected a run's metrics: remove the line"
-            ) from None
+            raise InputError(f"{path}, line {number} is damaged ({error!r}); expected a run's metrics: remove the line") from None
     if not found["train"][0]:
         raise InputError(f"{path} holds no training step; expected at least one: train longer")
-    training, validation = (
-        Losses(np.array(steps), np.array(losses).reshape(-1, num_heads)) for steps, losses in found.values()
-    )
+    training, validation = (Losses(np.array(steps), np.array(losses).reshape(-1, num_heads)) for steps, losses in found.values())
     return training, validation
 
 
@@ -162,9 +158,7 @@ def _check(validation: Losses, entropy: float | None, min_margin: float) -> bool
     )
     for index in range(1, len(losses)):
         above = bool(losses[index] > losses[index - 1])
-        _say(
-            above, f"head {index + 1}'s loss {losses[index]:.4f}, expected above head {index}'s {losses[index - 1]:.4f}"
-        )
+        _say(above, f"head {index + 1}'s loss {losses[index]:.4f}, expected above head {index}'s {losses[index - 1]:.4f}")
         good = good and above
     return good
 

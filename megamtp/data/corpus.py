@@ -70,7 +70,9 @@ def prepare(
     if existing and not overwrite:
         if existing.settings == settings:
             return existing, True
-        raise InputError(f"{output} holds a corpus of other inputs or settings; expected the same: use --overwrite or another folder")
+        raise InputError(
+            f"{output} holds a corpus of other inputs or settings; expected the same: use --overwrite or another folder"
+        )
     try:
         output.mkdir(parents=True, exist_ok=True)
         (output / SUMMARY).unlink(missing_ok=True)
@@ -100,7 +102,11 @@ def read_corpus(folder: Path) -> Corpus:
 
 def _existing(output: Path) -> Corpus | None:
     """A whole earlier corpus, or None."""
-    files = [output / SUMMARY, output / "tokenizer.model", *(output / f"{split}{end}" for split in SPLITS for end in (".bin", ".idx"))]
+    files = [
+        output / SUMMARY,
+        output / "tokenizer.model",
+        *(output / f"{split}{end}" for split in SPLITS for end in (".bin", ".idx")),
+    ]
     return read_corpus(output) if all(file.is_file() for file in files) else None
 
 

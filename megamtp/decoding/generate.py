@@ -44,9 +44,7 @@ def generate(
     return new_ids
 
 
-def _choose(
-    logits_V: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
-) -> int:
+def _choose(logits_V: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator) -> int:
     if temperature == 0:
         return int(logits_V.argmax())
     logits_V, tokens_V = ((logits_V - logits_V.max()) / temperature).sort(descending=True, stable=True)
@@ -75,6 +73,4 @@ def _check(
     if not prompt_ids and end_id is None:
         raise InputError("an empty prompt, and no end-of-document id to begin from; expected a prompt")
     if not all(0 <= token < vocab_size for token in prompt_ids):
-        raise InputError(
-            f"the prompt holds token ids outside the model's {vocab_size}; expected the model's own tokenizer"
-        )
+        raise InputError(f"the prompt holds token ids outside the model's {vocab_size}; expected the model's own tokenizer")

@@ -76,6 +76,5 @@ def loss_scales(weights: list[float], target_counts: list[int], world_size: int,
     targets of the step, however they are spread.
     """
     return [
-        weight * world_size * accumulation / count if count else 0.0
-        for weight, count in zip(weights, target_counts, strict=True)
+        weight * world_size * accumulation / count if count else 0.0 for weight, count in zip(weights, target_counts, strict=True)
     ]

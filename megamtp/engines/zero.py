@@ -86,7 +86,9 @@ class ZeroEngine:
         """See Engine.load."""
         path, _ = self.engine.load_checkpoint(str(directory), tag="engine")
         if path is None:
-            raise CheckpointError(f"{directory}/engine holds no DeepSpeed checkpoint; remove {directory} to go on from an older one")
+            raise CheckpointError(
+                f"{directory}/engine holds no DeepSpeed checkpoint; remove {directory} to go on from an older one"
+            )
         _set_random_states(torch.load(directory / f"random_rank{self.rank:05d}.pt", weights_only=True))
 
 

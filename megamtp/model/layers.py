@@ -34,7 +34,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 @functools.lru_cache(maxsize=8)
-def rotary_tables(num_positions: int, head_dim: int, theta: float, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary_tables(
+    num_positions: int, head_dim: int, theta: float, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """(cos, sin), each [num_positions, head_dim], of the two-halves form that transformers' Llama uses.
 
     Computed in fp32 (positions lose precision in 16 bits); cached, because every layer of every micro-batch asks for the same.

@@ -71,7 +71,9 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture(scope="module")
 def errors_of_all(request) -> dict[tuple, tuple[float, float]]:
     """All selected cases, run in one group of ranks."""
-    cases = [item.callspec.params["case"] for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    cases = [
+        item.callspec.params["case"] for item in request.session.items if item.path == request.path and hasattr(item, "callspec")
+    ]
     first_rank, _ = run_ranks(gradient_errors, 2, cases, timeout_seconds=20 * len(cases) + 60)
     return dict(zip(cases, first_rank, strict=True))
 

@@ -248,9 +248,7 @@ def train_foreign(path: Path, **settings) -> Path:
 
 def test_a_tokenizer_with_a_dummy_prefix_gives_its_ids(tmp_path):
     """Llama 2's form."""
-    path = train_foreign(
-        tmp_path / "foreign", model_type="bpe", normalization_rule_name="identity", remove_extra_whitespaces=False
-    )
+    path = train_foreign(tmp_path / "foreign", model_type="bpe", normalization_rule_name="identity", remove_extra_whitespaces=False)
     ours = SentencePieceTokenizer(path)
     config = dataclasses.replace(SMALL, vocab_size=ours.vocab_size)
     hf.export(config, random_model(config).state_dict(), tmp_path / "exported", 64, path)

@@ -114,7 +114,12 @@ def test_initial_values_follow_seed_and_name_alone():
 
 @pytest.mark.parametrize(
     ("name", "deviation"),
-    [("embedding.weight", 0.02), ("trunk.0.mlp.up.weight", 0.02), ("heads.1.mlp.down.weight", 0.02 / 10**0.5), ("trunk.0.attention.output.weight", 0.02 / 10**0.5)],
+    [
+        ("embedding.weight", 0.02),
+        ("trunk.0.mlp.up.weight", 0.02),
+        ("heads.1.mlp.down.weight", 0.02 / 10**0.5),
+        ("trunk.0.attention.output.weight", 0.02 / 10**0.5),
+    ],
 )
 def test_initial_standard_deviations(name, deviation):
     assert initial_value(name, (400, 400), small(), 0).std().item() == pytest.approx(deviation, rel=0.02)

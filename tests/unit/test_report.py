@@ -94,9 +94,7 @@ def test_the_checks_and_the_exit_status(tmp_path, monkeypatch, capsys, validatio
 
 
 @pytest.mark.parametrize(("validation", "entropy"), [(None, ENTROPY), (LEARNED, None)])
-def test_without_validation_or_entropy_there_is_a_picture_but_no_check(
-    tmp_path, monkeypatch, capsys, validation, entropy
-):
+def test_without_validation_or_entropy_there_is_a_picture_but_no_check(tmp_path, monkeypatch, capsys, validation, entropy):
     run = write_run(tmp_path, validation, entropy)
     assert call(monkeypatch, run) == 0
     picture_size(run)

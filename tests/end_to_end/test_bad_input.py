@@ -1,0 +1,144 @@
+"""Mistakes: one clear line, exit status 2, nothing half-written."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megamtp.data.indexed_dataset import IndexedDatasetWriter
+from tests.end_to_end.jobs import MODULE, deepspeed, run
+
+PLAIN = ["-m", MODULE]
+
+
+def truncated(corpus: Path, folder: Path, suffix: str) -> Path:
+    for end in (".bin", ".idx"):
+        shutil.copy(corpus / f"train{end}", folder / f"train{end}")
+    content = (folder / f"train{suffix}").read_bytes()
+    (folder / f"train{suffix}").write_bytes(content[: len(content) - 10])
+    return folder / "train"
+
+
+def foreign(folder: Path) -> Path:
+    (folder / "foreign.bin").write_bytes(b"\x00" * 64)
+    (folder / "foreign.idx").write_bytes(b"something else altogether" * 9)
+    return folder / "foreign"
+
+
+def tiny(folder: Path, tokens: list[int]) -> Path:
+    with IndexedDatasetWriter(folder / "tiny", np.uint16) as writer:
+        if tokens:
+            writer.add_document(tokens)
+    return folder / "tiny"
+
+
+CASES = {
+    "unknown key": (lambda corpus, tmp: ["model.dmi=32"], ["model.dmi", "did you mean model.dim?"]),
+    "wrong type": (lambda corpus, tmp: ["model.dim=wide"], ["model.dim", "wide", "expected int"]),
+    "no head": (lambda corpus, tmp: ["model.num_future_tokens=0"], ["model.num_future_tokens=0", "at least 1"]),
+    "as many heads as layers": (lambda corpus, tmp: ["model.num_future_tokens=4"], ["model.num_future_tokens=4", "model.num_layers=4"]),
+    "sequence longer than corpus": (
+        lambda corpus, tmp: ["train.sequence_length=10000000", "train.global_batch_tokens=20000000"],
+        ["tokens", "10000001", "sequence_length"],
+    ),
+    "empty corpus": (lambda corpus, tmp: [f"data.train={tiny(tmp, [])}"], ["0 tokens", "expected at least 33"]),
+    "vocabulary of tokenizer": (lambda corpus, tmp: ["model.vocab_size=300"], ["400 pieces", "model.vocab_size is 300"]),
+    "vocabulary of corpus": (
+        lambda corpus, tmp: [f"data.train={tiny(tmp, [1, 400] * 50)}"], ["token 400", "model.vocab_size is 400"],
+    ),
+    "truncated bin": (lambda corpus, tmp: [f"data.train={truncated(corpus, tmp, '.bin')}"], ["train.bin", "bytes"]),
+    "truncated idx": (lambda corpus, tmp: [f"data.train={truncated(corpus, tmp, '.idx')}"], ["train.idx", "bytes"]),
+    "foreign idx": (lambda corpus, tmp: [f"data.train={foreign(tmp)}"], ["foreign.idx", "MMIDIDX"]),
+    "missing corpus": (lambda corpus, tmp: ["data.train=/nowhere/train"], ["/nowhere/train", "No such file"]),
+    "missing tokenizer": (lambda corpus, tmp: ["data.tokenizer=/nowhere/model"], ["/nowhere/model", "No such file"]),
+    "batch not divisible": (lambda corpus, tmp: ["train.micro_batch_size=3"], ["train.global_batch_tokens=256", "multiple of 96"]),
+    "output is a file": (lambda corpus, tmp: [f"run.directory={foreign(tmp)}.bin"], ["foreign.bin", "cannot be written"]),
+    "output cannot be made": (lambda corpus, tmp: ["run.directory=/proc/run"], ["/proc/run", "cannot be written"]),
+    "DeepSpeed setting of ours": (
+        lambda corpus, tmp: ["engine.deepspeed.zero_optimization.stage=2"], ["zero_optimization.stage", "clashes"],
+    ),
+    "DeepCompile": (lambda corpus, tmp: ["engine.deepspeed.compile.deepcompile=true"], ["compile", "DeepCompile"]),
+}  # fmt: skip
+
+
+def assert_one_line(finished, words: list[str]) -> None:
+    assert finished.returncode == 2, finished.stderr
+    (line,) = finished.stderr.splitlines()
+    assert line.startswith("megamtp: error: ")
+    for word in words:
+        assert word in line
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_plain_python_says_one_line(case, arguments, corpus, tmp_path):
+    make, words = CASES[case]
+    folder = tmp_path / "made"
+    folder.mkdir()
+    finished = run([*PLAIN, *arguments, f"run.directory={tmp_path}/run", *make(corpus, folder)])
+    assert_one_line(finished, words)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("case", ["unknown key", "truncated bin", "batch not divisible"])
+def test_launcher_says_it_once(case, arguments, corpus, tmp_path):
+    make, words = CASES[case]
+    if case == "batch not divisible":  # by the number of ranks, which only a launcher knows
+        make, words = (lambda *_: ["train.micro_batch_size=8"]), ["multiple of 512", "2 ranks"]
+    finished = run([*deepspeed(2), *arguments, f"run.directory={tmp_path}/run", *make(corpus, tmp_path)])
+    output = finished.stdout + finished.stderr
+    assert finished.returncode == 2, output
+    assert "Traceback" not in output
+    lines = [line for line in output.splitlines() if line.startswith("megamtp: error: ")]
+    assert len(lines) == 1, output
+    for word in words:
+        assert word in lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def trained(arguments, tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("trained") / "run"
+    finished = run([*PLAIN, *arguments, "train.steps=1", f"run.directory={directory}"])
+    assert finished.returncode == 0, finished.stderr
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["model.mlp_dim=64"], ["another model", "model.mlp_dim=48", "expected 64"]),
+        (["engine.kind=zero1"], ["engine kind zero3", "expected zero1"]),
+        (["train.precision=bf16"], ["precision fp32", "expected bf16"]),
+    ],
+)
+def test_checkpoint_of_another_model(settings, words, trained, arguments):
+    before = sorted(path.name for path in trained.rglob("*"))
+    assert_one_line(run([*PLAIN, *arguments, f"run.directory={trained}", *settings]), words)
+    assert sorted(path.name for path in trained.rglob("*")) == before
+
+
+def test_checkpoint_of_another_world_size(trained, arguments):
+    finished = run([*deepspeed(2), *arguments, f"run.directory={trained}"])
+    assert finished.returncode == 2
+    assert (finished.stdout + finished.stderr).count("written with world size 1, expected 2") == 1
+
+
+def test_truncated_checkpoint(trained, arguments, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    (file,) = (tmp_path / "run").rglob("*optim_states.pt")
+    file.write_bytes(file.read_bytes()[:-100])
+    assert_one_line(run([*PLAIN, *arguments, f"run.directory={tmp_path}/run"]), [file.name, "bytes", "remove"])
+
+
+@pytest.mark.parametrize("command", [["megamtp.commands.convert_checkpoint", "{}", "{}/hf"], ["megamtp.commands.generate", "{}"]])
+def test_missing_checkpoint(command, tmp_path):
+    module, *rest = (word.format(tmp_path) for word in command)
+    assert_one_line(run(["-m", module, *rest]), ["no checkpoint", str(tmp_path)])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resumed_run_that_is_finished_does_nothing(trained, arguments):
+    finished = run([*PLAIN, *arguments, "train.steps=1", f"run.directory={trained}"])
+    assert finished.returncode == 0
+    assert "nothing to do" in finished.stdout

@@ -1,0 +1,84 @@
+"""Installed with pip, the commands work from another folder: text to corpus to model to export to text."""
+
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+import torch
+
+from megamtp.checkpoint.store import load_weights, newest_checkpoint
+from megamtp.model.mtp import MTPModel
+from tests.end_to_end.jobs import ROOT, environment, run
+
+MODEL = [
+    "model.dim=32", "model.num_layers=4", "model.num_future_tokens=2", "model.num_attention_heads=2", "model.vocab_size=300",
+    "train.steps=3", "train.global_batch_tokens=256", "train.micro_batch_size=2", "train.sequence_length=32", "train.precision=fp32",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """The bin folder of a new environment with megamtp installed from a copy of its sources, beside this one's libraries."""
+    folder = tmp_path_factory.mktemp("installed")
+    sources = folder / "sources"
+    shutil.copytree(ROOT / "megamtp", sources / "megamtp", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, sources)
+    venv.create(folder / "venv", with_pip=False, symlinks=True)
+    site = Path(sysconfig.get_path("purelib", vars={"base": str(folder / "venv")}))
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--ignore-installed"]
+    subprocess.run([*pip, "--prefix", str(folder / "venv"), str(sources)], check=True)
+    (site / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return folder / "venv/bin"
+
+
+def test_commands_of_an_installation(installed, tmp_path):
+    def command(name: str, *arguments: str) -> str:
+        finished = subprocess.run(
+            [str(installed / name), *arguments],
+            cwd=tmp_path,
+            env=environment(PYTHONPATH=""),
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert finished.returncode == 0, finished.stderr
+        return finished.stdout
+
+    command("megamtp-prepare-data", "--input", str(ROOT / "megamtp"), "--output", "corpus", "--vocab-size", "300")
+    data = ["data.train=corpus/train", "data.validation=corpus/validation", "data.tokenizer=corpus/tokenizer.model"]
+    command("megamtp-pretrain", *MODEL, *data, "run.directory=run")
+    command("megamtp-convert", "run", "hf", "--to", "hf")
+    assert command("megamtp-generate", "hf", "--prompt", "def ", "--max-new-tokens", "5").startswith("def ")
+    assert command("megamtp-generate", "run", "--prompt", "def ", "--max-new-tokens", "5").startswith("def ")
+    assert "head" in command("megamtp-report", "run")
+    assert (tmp_path / "run/loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((tmp_path / "run/tensorboard").iterdir())
+
+    from transformers import AutoModelForCausalLM
+
+    config, weights = load_weights(newest_checkpoint(tmp_path / "run"))
+    model = MTPModel(config)
+    model.load_state_dict(weights)
+    tokens = torch.randint(300, (2, 30))
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(exported(tokens).logits, model.logits(tokens)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["prepare_data", "convert_checkpoint", "generate", "report"])
+def test_tools_are_the_commands(name, tmp_path):
+    finished = run([str(ROOT / "tools" / f"{name}.py"), "--help"], cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    assert f"{name}.py" in finished.stdout
+
+
+def test_help_of_pretraining_lists_the_keys():
+    finished = run(["-m", "megamtp.pretrain", "--help"])
+    assert finished.returncode == 0
+    for key in ("model.num_future_tokens", "optimizer.lr", "train.global_batch_tokens", "engine.kind", "run.directory"):
+        assert key in finished.stdout

@@ -1,0 +1,60 @@
+"""The same job under every launcher: the same losses, whoever starts the ranks."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.end_to_end.jobs import MODULE, deepspeed, free_port, losses, run
+
+STEPS = ["train.steps=4", "data.validation=null", "run.save_every_steps=100"]
+
+
+@pytest.fixture(scope="module")
+def expected(arguments, tmp_path_factory) -> list[list[float]]:
+    directory = tmp_path_factory.mktemp("plain") / "run"
+    finished = run(["-m", MODULE, *arguments, *STEPS, f"run.directory={directory}"])
+    assert finished.returncode == 0, finished.stderr
+    return losses(directory)
+
+
+def assert_same(directory: Path, expected: list[list[float]]) -> None:
+    torch.testing.assert_close(torch.tensor(losses(directory)), torch.tensor(expected), rtol=1e-5, atol=0)
+    assert len(expected) == 4
+
+
+def launcher(name: str) -> list[str]:
+    """What comes before the job's arguments."""
+    if name == "deepspeed":
+        return deepspeed(2)
+    if name == "torchrun":
+        return ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}", "-m", MODULE]
+    mpirun = Path(sys.executable).with_name("mpirun")
+    return ["-c", "import os, sys; os.execv(sys.argv[1], sys.argv[1:])", str(mpirun), "-n", "2", sys.executable, "-m", MODULE]
+
+
+@pytest.mark.parametrize("name", ["deepspeed", "torchrun", "mpirun"])
+def test_launchers_give_the_losses_of_one_rank(name, arguments, expected, tmp_path):
+    finished = run([*launcher(name), *arguments, *STEPS, f"run.directory={tmp_path}/run"])
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert_same(tmp_path / "run", expected)
+
+
+def test_two_nodes_give_the_losses_of_one(arguments, expected, tmp_path, start):
+    """Two launches on this machine, each a node with one rank, as `--no_ssh --node_rank` does it on two."""
+    hosts = tmp_path / "hosts"
+    hosts.write_text("node-a slots=1\nnode-b slots=1\n")
+    port = free_port()
+    nodes = [
+        start([
+            "-m", "deepspeed.launcher.runner", "--hostfile", str(hosts), "--no_ssh", "--node_rank", str(node),
+            "--master_addr", "127.0.0.1", "--master_port", str(port), "--module", MODULE,
+            *arguments, *STEPS, f"run.directory={tmp_path}/run",
+        ])
+        for node in (0, 1)
+    ]  # fmt: skip
+    for node in nodes:
+        output, _ = node.communicate(timeout=200)
+        assert node.returncode == 0, output
+    assert_same(tmp_path / "run", expected)

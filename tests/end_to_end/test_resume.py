@@ -1,0 +1,57 @@
+"""Interrupted equals uninterrupted, bit for bit; and the number of ranks changes nothing but the last digits."""
+
+import torch
+import torch.distributed as dist
+
+from megamtp.checkpoint.store import checkpoints, load_weights
+from tests.cases import global_batch, own_share, small_config
+from tests.end_to_end.jobs import deepspeed, losses, records, run
+from tests.end_to_end.killed_pretrain import KILLED_STEP
+from tests.ranks import run_ranks
+
+
+def test_killed_and_resumed_equals_uninterrupted(arguments, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finished = run([*deepspeed(2), *arguments, f"run.directory={whole}"])
+    assert finished.returncode == 0, finished.stderr
+    run([*deepspeed(2, "tests.end_to_end.killed_pretrain"), *arguments, f"run.directory={killed}"])
+    assert [record["step"] for record in records(killed)] == list(range(1, KILLED_STEP))
+    assert [path.name for path in checkpoints(killed)] == ["step-0000010"]
+    resumed = run([*deepspeed(2), *arguments, f"run.directory={killed}"])
+    assert resumed.returncode == 0, resumed.stderr
+    assert [record["step"] for record in records(killed)] == list(range(1, 21))
+    assert losses(killed) == losses(whole)
+    assert [record["losses"] for record in records(killed, "validation")] == [
+        record["losses"] for record in records(whole, "validation")
+    ]
+    assert losses(whole)[-1][0] < losses(whole)[0][0] - 0.5
+    (_, expected), (_, found) = load_weights(checkpoints(whole)[-1]), load_weights(checkpoints(killed)[-1])
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def losses_of_ten_steps(world_size: int, kind: str) -> list[list[float]]:
+    """Each step's mean losses per head, in a global batch of four micro-batches with unevenly ignored targets."""
+    from megamtp.engines.base import count_targets
+    from megamtp.engines.zero import ZeroEngine
+
+    config = small_config(world_size, accumulation=4 // world_size, engine__kind=kind, model__num_future_tokens=3)
+    engine = ZeroEngine(config)
+    found = []
+    for step in range(10):
+        own = own_share(global_batch(config, step, 4), engine.rank, world_size)
+        counts = count_targets(own, True, world_size, engine.device)
+        nll_sums = engine.train_batch(own, counts, 1e-2).nll_sums.double()
+        dist.all_reduce(nll_sums)
+        found.append([nll / count for nll, count in zip(nll_sums.tolist(), counts, strict=True)])
+    return found
+
+
+def test_losses_do_not_depend_on_the_world_size():
+    one, two, four = (torch.tensor(run_ranks(losses_of_ten_steps, size, size, "zero3")[0]) for size in (1, 2, 4))
+    assert one.shape == (10, 3)
+    torch.testing.assert_close(two, one, rtol=1e-5, atol=0)
+    torch.testing.assert_close(four, one, rtol=1e-5, atol=0)
+    assert (one[0] - one[-1]).min() > 0.1  # something was learned, so that a difference had a way to grow
+    zero1 = torch.tensor(run_ranks(losses_of_ten_steps, 2, 2, "zero1")[0])
+    torch.testing.assert_close(zero1, one, rtol=1e-5, atol=0)

@@ -1,0 +1,80 @@
+"""Asked to stop, all ranks save together and exit; whoever was asked, and whoever died."""
+
+import os
+import signal
+
+import psutil
+import pytest
+
+from megamtp.checkpoint.store import newest_checkpoint, read_manifest
+from tests.end_to_end.jobs import deepspeed, ranks, records, wait_for
+
+ENDLESS = ["train.steps=1000000", "data.validation=null", "run.save_every_steps=1000000", "run.requeue_exit_code=85"]
+
+
+def assert_saved_and_gone(directory) -> None:
+    """A whole checkpoint of the last reported step, and no rank left."""
+    wait_for(lambda: not ranks(directory), seconds=60)
+    manifest = read_manifest(newest_checkpoint(directory))
+    assert manifest.step == records(directory)[-1]["step"]
+    assert not list((directory / "checkpoints").glob("*.partial"))
+
+
+def started(start, command, arguments, directory):
+    """A job that has taken some steps."""
+    process = start([*command, *arguments, *ENDLESS, f"run.directory={directory}"])
+    wait_for(lambda: len(records(directory)) >= 3 or process.poll() is not None)
+    assert process.poll() is None, process.communicate()[0]
+    assert len(ranks(directory)) == 2
+    return process
+
+
+@pytest.mark.parametrize(("rank", "number"), [(0, signal.SIGTERM), (1, signal.SIGUSR1)])
+def test_signal_to_one_rank_stops_all(rank, number, arguments, tmp_path, start):
+    process = started(start, deepspeed(2), arguments, tmp_path / "run")
+    ranks(tmp_path / "run")[rank].send_signal(number)
+    process.communicate(timeout=90)
+    assert process.returncode == 85
+    assert_saved_and_gone(tmp_path / "run")
+
+
+def test_signal_to_the_per_node_launcher(arguments, tmp_path, start):
+    process = started(start, deepspeed(2), arguments, tmp_path / "run")
+    (per_node,) = psutil.Process(process.pid).children()
+    per_node.send_signal(signal.SIGTERM)
+    process.communicate(timeout=90)
+    assert_saved_and_gone(tmp_path / "run")
+
+
+def test_signal_to_the_deepspeed_process(arguments, tmp_path, start):
+    """It dies at once and leaves its ranks, who notice."""
+    process = started(start, deepspeed(2), arguments, tmp_path / "run")
+    os.kill(process.pid, signal.SIGTERM)
+    process.wait(timeout=30)
+    assert_saved_and_gone(tmp_path / "run")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_signal_to_our_launch_command(number, arguments, tmp_path, start):
+    process = started(start, ["-m", "megamtp.commands.local"], arguments, tmp_path / "run")
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 85
+    assert "Traceback" not in output
+    assert_saved_and_gone(tmp_path / "run")
+
+
+def test_killed_launch_command_leaves_no_orphan(arguments, tmp_path, start):
+    process = started(start, ["-m", "megamtp.commands.local"], arguments, tmp_path / "run")
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=30)
+    assert_saved_and_gone(tmp_path / "run")
+
+
+def test_dead_launcher_under_our_launch_command(arguments, tmp_path, start):
+    process = started(start, ["-m", "megamtp.commands.local"], arguments, tmp_path / "run")
+    for child in psutil.Process(process.pid).children():
+        child.send_signal(signal.SIGKILL)
+    process.communicate(timeout=90)
+    assert process.returncode > 0
+    assert_saved_and_gone(tmp_path / "run")
