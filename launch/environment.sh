@@ -9,8 +9,9 @@ if ! "$PYTHON" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (
 fi
 
 # Of an installed torch that setup.py accepts, the virtual environment makes use; otherwise the lock decides.
+# Asked of the new environment: it sees the system's packages, but not those of another virtual environment.
 keep_torch() {
-    "$PYTHON" - <<'PY' 2>/dev/null
+    .venv/bin/python - <<'PY' 2>/dev/null
 import importlib.metadata, re, sys
 minimum = re.search(r'"torch>=(\d+)\.(\d+)"', open("setup.py").read())
 found = re.match(r"(\d+)\.(\d+)", importlib.metadata.version("torch"))
@@ -23,12 +24,12 @@ if [ "$(cat .venv/stamp 2>/dev/null)" != "$stamp" ]; then
     echo "Installing into $PWD/.venv (once; about two minutes) ..."
     rm -rf .venv
     lock=requirements.lock
+    "$PYTHON" -m venv --system-site-packages .venv
     if keep_torch; then
-        "$PYTHON" -m venv --system-site-packages .venv
         grep -v '^torch==' requirements.lock >.venv/requirements.lock
         lock=.venv/requirements.lock
     else
-        "$PYTHON" -m venv .venv
+        "$PYTHON" -m venv --clear .venv
     fi
     # DeepSpeed compiles its operations at first use, if one is used: none of ours is.
     DS_BUILD_OPS=0 .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$lock"

@@ -13,6 +13,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from megamtp.checkpoint import store
 from megamtp.cluster.environment import Place, find_place, join_peers
 from megamtp.config import Config, describe, read_config, write_config
@@ -56,6 +58,8 @@ def check(config: Config, place: Place) -> Job:
         InputError: one line that says what is wrong.
     """
     deepspeed_config(config, place.world_size)
+    if config.train.precision == "fp16" and not torch.cuda.is_available():
+        raise InputError("train.precision=fp16 without a GPU; expected fp32 or bf16: DeepSpeed's fp16 needs a GPU")
     if config.data.tokenizer:
         _check_tokenizer(config)
     train = _windows(config, config.data.train)

@@ -23,8 +23,9 @@ def step_with_gradients(
 
     def keep_gradients_and_step() -> None:
         if engine.engine.is_gradient_accumulation_boundary():
+            loss_scale = getattr(engine.engine.optimizer, "loss_scale", 1)
             for name, parameter in engine.model.named_parameters():
-                gradients[name] = safe_get_full_grad(parameter).clone().cpu()
+                gradients[name] = safe_get_full_grad(parameter).cpu() / loss_scale
         take_step()
 
     engine.engine.step = keep_gradients_and_step

@@ -3,11 +3,12 @@
 Ranks are forked from a server that has imported torch and DeepSpeed already, which makes a two-rank test take seconds.
 """
 
+import contextlib
 import os
 import pickle
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -20,20 +21,45 @@ _context.set_forkserver_preload(["torch", "deepspeed", "tests.ranks", "megamtp.e
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, timeout_seconds: float = 250) -> list[Any]:
-    """Calls function(*arguments) on every rank; function must be a module's top-level function.
+    """Calls function(*arguments) on every gloo rank; function must be a module's top-level function.
 
     Raises:
         AssertionError: with the traceback of every rank that failed.
     """
+    return _run(_context, "gloo", function, world_size, arguments, timeout_seconds)
+
+
+def run_gpu_rank(function: Callable[..., Any], *arguments: Any, timeout_seconds: float = 250) -> Any:
+    """Calls function(*arguments) on one NCCL rank with one GPU, in a new process, and returns what it returned."""
+    (result,) = _run(get_context("spawn"), "nccl", function, 1, arguments, timeout_seconds)
+    return result
+
+
+def _run(
+    context, backend: str, function: Callable[..., Any], world_size: int, arguments: tuple, timeout_seconds: float
+) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            _context.Process(target=_rank_main, args=(function, arguments, rank, world_size, folder)) for rank in range(world_size)
+            context.Process(target=_rank_main, args=(backend, function, arguments, rank, world_size, folder))
+            for rank in range(world_size)
         ]
-        for process in processes:
-            process.start()
+        with _accelerator("cuda" if backend == "nccl" else "cpu"):
+            for process in processes:
+                process.start()
         failures = _wait(processes, Path(folder), timeout_seconds)
         assert not failures, "\n".join(failures)
         return [pickle.loads((Path(folder) / f"result{rank}").read_bytes()) for rank in range(world_size)]
+
+
+@contextlib.contextmanager
+def _accelerator(name: str) -> Iterator[None]:
+    """What processes started here tell DeepSpeed, which asks once, when it is imported."""
+    before = os.environ["DS_ACCELERATOR"]
+    os.environ["DS_ACCELERATOR"] = name
+    try:
+        yield
+    finally:
+        os.environ["DS_ACCELERATOR"] = before
 
 
 def _wait(processes: list, folder: Path, timeout_seconds: float) -> list[str]:
@@ -62,7 +88,7 @@ def _wait(processes: list, folder: Path, timeout_seconds: float) -> list[str]:
     return failures
 
 
-def _rank_main(function: Callable[..., Any], arguments: tuple, rank: int, world_size: int, folder: str) -> None:
+def _rank_main(backend: str, function: Callable[..., Any], arguments: tuple, rank: int, world_size: int, folder: str) -> None:
     import torch
     import torch.distributed as dist
     from deepspeed.ops import __compatible_ops__
@@ -71,7 +97,7 @@ def _rank_main(function: Callable[..., Any], arguments: tuple, rank: int, world_
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     try:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+        dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
         result = function(*arguments)
         (Path(folder) / f"result{rank}").write_bytes(pickle.dumps(result))
         dist.barrier()

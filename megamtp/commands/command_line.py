@@ -1,9 +1,21 @@
 """How every command reports an error of its user: one line on stderr, exit status 2, no traceback."""
 
+import argparse
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from megamtp.errors import InputError
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that describes the command by its module's docstring and raises InputError for wrong arguments."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see {self.prog} --help")
 
 
 def run(main: Callable[[], None]) -> None:

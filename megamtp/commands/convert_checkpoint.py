@@ -6,17 +6,16 @@
 The folder holds trunk and head 1 as a Llama model, and the tokenizer if the run has one.
 """
 
-import argparse
 from pathlib import Path
 
 from megamtp.checkpoint import hf, store
-from megamtp.commands.command_line import run
+from megamtp.commands.command_line import Parser, run
 from megamtp.config import read_config
 
 
 def main() -> None:
     """Raises InputError."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("source", type=Path, help="a run directory (its newest checkpoint), or one checkpoint in it")
     parser.add_argument("destination", type=Path, help="a new or empty folder, or an earlier export, which is replaced")
     parser.add_argument("--to", choices=["hf"], default="hf", help="hf: LlamaForCausalLM of transformers")

@@ -6,7 +6,6 @@
 Prints the prompt and its continuation, head 1's.
 """
 
-import argparse
 import contextlib
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 
 from megamtp.checkpoint import hf, store
-from megamtp.commands.command_line import run
+from megamtp.commands.command_line import Parser, run
 from megamtp.commands.convert_checkpoint import find_checkpoint
 from megamtp.config import read_config
 from megamtp.data.tokenizer import SentencePieceTokenizer
@@ -43,8 +42,8 @@ def main() -> None:
     print(tokenizer.decode(prompt_ids + new_ids))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _parser() -> Parser:
+    parser = Parser(__doc__)
     parser.add_argument("model", type=Path, help="an exported folder, a run directory (its newest checkpoint), or a checkpoint")
     parser.add_argument("--prompt", help="text to continue; without it, what is piped in; without either, from scratch")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="fewer if the model ends the text (default: 64)")

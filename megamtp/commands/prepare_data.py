@@ -7,7 +7,7 @@ megamtp-prepare-data --standard-library --output corpus
 import argparse
 from pathlib import Path
 
-from megamtp.commands.command_line import run
+from megamtp.commands.command_line import Parser, run
 from megamtp.data.corpus import prepare
 from megamtp.data.documents import find_source, standard_library
 from megamtp.errors import InputError
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     inputs = parser.add_mutually_exclusive_group(required=True)
     inputs.add_argument("--input", nargs="+", type=Path, metavar="PATH", help="text files, .jsonl files, folders of source or text")
     inputs.add_argument("--standard-library", action="store_true", help="the running Python's own standard library")

@@ -7,7 +7,6 @@ The unigram entropy is the loss of a model that knows how often each token occur
 the exit status is 1 unless head 1 has learned that much more.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -18,7 +17,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from megamtp.commands.command_line import run
+from megamtp.commands.command_line import Parser, run
 from megamtp.config import Config, read_config
 from megamtp.data.corpus import SUMMARY
 from megamtp.errors import InputError
@@ -40,7 +39,7 @@ class Losses:
 
 def main() -> None:
     """Exits with status 1 if a check asked for fails. Raises InputError."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("run_directory", type=Path)
     parser.add_argument(
         "--min-margin", type=float, metavar="NATS",

@@ -54,7 +54,8 @@ def prepare(
 ) -> tuple[Corpus, bool]:
     """Tokenises all documents into `output`, each ended by the tokenizer's end-of-document id.
 
-    Documents go to the validation split by a hash of (seed, name), so the split does not depend on their order or number.
+    Documents go to the validation split by a hash of (seed, name), so the split does not depend on their order. Whatever else is
+    wrong than the disk is found before an earlier corpus is touched.
 
     Args:
         tokenizer: an existing SentencePiece model; without, one of `vocab_size` pieces is trained on the documents.
@@ -66,22 +67,25 @@ def prepare(
         InputError: nothing to read or nowhere to write, or `output` holds another corpus and `overwrite` is not set.
     """
     settings = _settings(source, vocab_size, tokenizer, validation_fraction, seed)
-    existing = _existing(output)
-    if existing and not overwrite:
-        if existing.settings == settings:
-            return existing, True
-        raise InputError(
-            f"{output} holds a corpus of other inputs or settings; expected the same: use --overwrite or another folder"
-        )
     try:
+        existing = None if overwrite else _existing(output)
+        if existing and existing.settings != settings:
+            raise InputError(
+                f"{output} holds a corpus of other inputs or settings; expected the same: use --overwrite or another folder"
+            )
+        if existing:
+            return existing, True
         output.mkdir(parents=True, exist_ok=True)
-        (output / SUMMARY).unlink(missing_ok=True)
+        held_out = _held_out(source, validation_fraction, seed)
+        new_tokenizer = output / "tokenizer.model.new"
         if tokenizer:
             SentencePieceTokenizer(tokenizer)
-            write_atomically(output / "tokenizer.model", tokenizer.read_bytes())
+            write_atomically(new_tokenizer, tokenizer.read_bytes())
         else:
-            train_sentencepiece((text for _, text in source.documents()), output / "tokenizer.model", vocab_size, seed)
-        corpus = _tokenise(source, output, settings, validation_fraction, seed)
+            train_sentencepiece((text for _, text in source.documents()), new_tokenizer, vocab_size, seed)
+        (output / SUMMARY).unlink(missing_ok=True)
+        os.replace(new_tokenizer, output / "tokenizer.model")
+        corpus = _tokenise(source, output, settings, held_out)
         write_atomically(output / SUMMARY, json.dumps(dataclasses.asdict(corpus), indent=1).encode())
     except OSError as error:
         raise InputError(f"{output} cannot be written to: {error.strerror}; choose another folder or make room") from None
@@ -97,7 +101,7 @@ def read_corpus(folder: Path) -> Corpus:
     try:
         return Corpus(**json.loads((folder / SUMMARY).read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{folder / SUMMARY} cannot be read ({error}); prepare the corpus again") from None
+        raise InputError(f"{folder / SUMMARY} cannot be read ({error}); prepare the corpus again, with --overwrite") from None
 
 
 def _existing(output: Path) -> Corpus | None:
@@ -111,7 +115,7 @@ def _existing(output: Path) -> Corpus | None:
 
 
 def _settings(source: Source, vocab_size: int, tokenizer: Path | None, validation_fraction: float, seed: int) -> dict:
-    inputs = hashlib.sha256(f"{source.json_key}".encode())
+    inputs = hashlib.sha256(source.json_key.encode(errors="backslashreplace"))
     try:
         for name, path in source.files:
             inputs.update(f"\n{name}\t{path.stat().st_size}\t{path.stat().st_mtime_ns}".encode())
@@ -121,11 +125,10 @@ def _settings(source: Source, vocab_size: int, tokenizer: Path | None, validatio
     return {"inputs": inputs.hexdigest(), "tokenizer": model, "validation_fraction": validation_fraction, "seed": seed}
 
 
-def _tokenise(source: Source, output: Path, settings: dict, validation_fraction: float, seed: int) -> Corpus:
+def _tokenise(source: Source, output: Path, settings: dict, held_out: set[str]) -> Corpus:
     tokenizer = SentencePieceTokenizer(output / "tokenizer.model")
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
     documents, tokens, num_bytes = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0), 0
-    held_out = _held_out(source, validation_fraction, seed)
     with ExitStack() as stack:
         dtype = best_dtype(tokenizer.vocab_size)
         writers = {split: stack.enter_context(IndexedDatasetWriter(output / split, dtype)) for split in SPLITS}
@@ -146,11 +149,15 @@ def _tokenise(source: Source, output: Path, settings: dict, validation_fraction:
 
 
 def _held_out(source: Source, validation_fraction: float, seed: int) -> set[str]:
-    """Names of the validation documents: those with the smallest hashes, at least one, and never all."""
-    ranked = sorted((hashlib.sha256(f"{seed}/{name}".encode()).digest(), name) for name, _ in source.pieces())
+    """Names of the validation documents: those with the smallest hashes, at least one, and never all.
+
+    Documents of one name, from several inputs, stay together.
+    """
+    ranked = sorted((hashlib.sha256(f"{seed}/{name}".encode()).digest(), name) for name in {name for name, _ in source.pieces()})
     if len(ranked) < 2:
+        place = f"{source.files[0][1]}{' and others' if len(source.files) > 1 else ''}"
         raise InputError(
-            f"found {len(ranked)} documents in {source.files[0][1]}{' and others' if len(source.files) > 1 else ''}; "
+            f"found {len(ranked)} documents that differ in name in {place}; "
             "expected at least two, or one long enough to be cut in pieces: add text"
         )
     number = min(len(ranked) - 1, max(1, round(validation_fraction * len(ranked))))

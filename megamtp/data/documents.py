@@ -1,6 +1,7 @@
 """Raw text -> documents: text files, source trees and JSONL, in an order that does not depend on the file system."""
 
 import json
+import re
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ STANDARD_LIBRARY_EXCLUDED = ("test", "tests", "idle_test", "site-packages", "dis
 # Inputs with fewer documents than this are cut into pieces, so that some can be held out for validation.
 FEW_DOCUMENTS = 40
 PIECE_CHARACTERS = 16 * 1024
+# JSON can spell these ("\ud800"), UTF-8 cannot.
+LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 @dataclass
@@ -43,7 +46,7 @@ class Source:
             yield from self._jsonl(name, path) if path.suffix == ".jsonl" else self._text(name, path)
 
     def pieces(self) -> Iterator[tuple[str, str]]:
-        """The documents, or if they are few their pieces of about 16 Ki characters, cut at line ends."""
+        """The documents, or if they are few their pieces, cut at the first line end after 16 Ki characters, or at 32 Ki."""
         few = sum(1 for _ in self.documents()) < FEW_DOCUMENTS
         for name, text in self.documents():
             if few:
@@ -77,12 +80,14 @@ class Source:
             return ""
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{place}: not JSON ({error}); expected one object a line: mend the line") from None
         text = record.get(self.json_key) if isinstance(record, dict) else None
         if not isinstance(text, str):
-            keys = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
+            keys = ", ".join(map(repr, record)) if isinstance(record, dict) else type(record).__name__
             raise InputError(f"{place}: no text under {self.json_key!r} (found: {keys}); give the right one with --json-key")
+        if LONE_SURROGATE.search(text):
+            raise InputError(f"{place}: half a surrogate pair under {self.json_key!r}; expected Unicode text: mend the line")
         return text
 
 
@@ -95,21 +100,27 @@ def find_source(inputs: list[Path], exclude: tuple[str, ...] = (), json_key: str
     Raises:
         InputError: an input does not exist, or there is no file at all.
     """
-    files = []
-    for given in inputs:
-        if given.is_dir():
-            for path in given.rglob("*"):
-                relative = path.relative_to(given)
-                wanted = path.suffix in TEXT_SUFFIXES or path.suffix == ".jsonl"
-                if wanted and path.is_file() and not any(part in exclude for part in relative.parts):
-                    files.append((relative.as_posix(), path))
-        elif given.is_file():
-            files.append((given.name, given))
-        else:
-            raise InputError(f"{given} does not exist; expected a text file, a .jsonl file or a folder")
+    try:
+        files = [(_name(relative), path) for given in inputs for relative, path in _find(given, exclude)]
+    except OSError as error:
+        raise InputError(f"{error.filename}: {error.strerror}; expected files that can be read: mend it or leave it out") from None
     if not files:
         raise InputError(f"no text files in {', '.join(map(str, inputs))}; expected files such as *.py, *.txt, *.jsonl")
     return Source(sorted(files), json_key)
+
+
+def _find(given: Path, exclude: tuple[str, ...]) -> Iterator[tuple[Path, Path]]:
+    """(path below the folder `given`, path) of each text file; for a file `given`, its name and itself."""
+    if given.is_dir():
+        for path in given.rglob("*"):
+            relative = path.relative_to(given)
+            wanted = path.suffix in TEXT_SUFFIXES or path.suffix == ".jsonl"
+            if wanted and not any(part in exclude for part in relative.parts) and path.is_file():
+                yield relative, path
+    elif not given.is_file():
+        raise InputError(f"{given} does not exist; expected a text file, a .jsonl file or a folder")
+    elif given.name not in exclude:
+        yield Path(given.name), given
 
 
 def standard_library() -> Source:
@@ -120,13 +131,14 @@ def standard_library() -> Source:
 
 
 def _cut(text: str) -> Iterator[str]:
-    piece: list[str] = []
-    length = 0
-    for line in text.splitlines(keepends=True):
-        piece.append(line)
-        length += len(line)
-        if length >= PIECE_CHARACTERS:
-            yield "".join(piece)
-            piece, length = [], 0
-    if piece:
-        yield "".join(piece)
+    start = 0
+    while start < len(text):
+        longest = start + 2 * PIECE_CHARACTERS
+        end = text.find("\n", start + PIECE_CHARACTERS - 1, longest) + 1 or longest
+        yield text[start:end]
+        start = end
+
+
+def _name(path: Path) -> str:
+    """The path as text that can be encoded and printed, even if the file system's name is not UTF-8."""
+    return path.as_posix().encode(errors="backslashreplace").decode()

@@ -72,9 +72,9 @@ class IndexedDatasetWriter:
             if error_type is None:
                 self._publish()
         finally:
-            self._stream.close()
             self._partial_bin.unlink(missing_ok=True)
             self._partial_idx.unlink(missing_ok=True)
+            self._stream.close()  # last, since it raises if the disk is full
 
     def _publish(self) -> None:
         with open(self._partial_idx, "wb") as index:
@@ -102,8 +102,8 @@ def _flush_to_disk(stream) -> None:
 class IndexedDataset:
     """Memory-mapped documents of PREFIX.bin and .idx: `len` documents, `dataset[i]` the tokens [length] of one.
 
-    `document_lengths` int64 [documents] and `num_tokens` count tokens; `name` is the prefix, for messages. Raises InputError for files that are missing,
-    truncated, of another format, or that contradict each other.
+    `document_lengths` int64 [documents] and `num_tokens` count tokens; `name` is the prefix, for messages. Raises InputError for
+    files that are missing, truncated, of another format, or that contradict each other.
     """
 
     def __init__(self, prefix: Path | str):
@@ -165,11 +165,13 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarra
     if version != VERSION or code not in DTYPES:
         raise _bad_file(path, f"version {version} and type code {code}, not version {VERSION} and a code 1 to 8")
     sections = [HEADER.size, 4 * num_sequences, 8 * num_sequences, 8 * num_documents]
-    if num_documents == 0 or len(content) != sum(sections):
+    if num_documents == 0:
+        raise _bad_file(path, "its header says that it has no document numbers")
+    if len(content) != sum(sections):
         raise _bad_file(path, f"{len(content)} bytes, but its header says {sum(sections)}")
     lengths, pointers, documents = np.split(content, np.cumsum(sections))[1:4]
     return DTYPES[code], lengths.view("<i4"), pointers.view("<i8"), documents.view("<i8")
 
 
 def _bad_file(path: Path, found: str) -> InputError:
-    return InputError(f"{path}: {found}; expected whole .bin and .idx files of tokens: make them again (prepare_data)")
+    return InputError(f"{path}: {found}; expected whole .bin and .idx files of tokens: make them again (prepare_data --overwrite)")

@@ -97,7 +97,7 @@ def train_sentencepiece(documents: Iterable[str], path: Path, vocab_size: int, s
             max_sentence_length=4 * CHUNK_CHARACTERS,  # in UTF-8 bytes; longer ones would be dropped
             minloglevel=2,
         )
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # ValueError: vocab_size is no 32-bit integer
         raise InputError(_explain(str(error), vocab_size)) from error
     write_atomically(path, model.getvalue())
 
@@ -132,7 +132,10 @@ def _explain(message: str, vocab_size: int) -> str:
             f"a vocabulary of {vocab_size} pieces cannot hold the bytes and characters of the corpus, "
             f"expected at least {smallest[1]}: raise vocab_size"
         )
-    return f"SentencePiece cannot train on this corpus ({' '.join(message.split())}), expected text: check the inputs"
+    return (
+        f"SentencePiece cannot train {vocab_size} pieces on this corpus ({' '.join(message.split())}), "
+        "expected text, and some hundred pieces or more: check both"
+    )
 
 
 def write_atomically(path: Path, content: bytes) -> None:

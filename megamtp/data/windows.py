@@ -40,6 +40,8 @@ class Windows:
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """(inputs [T], targets [n, T]), int64; targets[i - 1, t] is the token i positions after inputs[t]."""
+        if not 0 <= index < self.number:
+            raise IndexError(f"window {index} of {self.number}")
         length, start = self.sequence_length, index * self.sequence_length
         tokens = np.full(length + self.num_future_tokens, IGNORED, dtype=np.int64)
         found = self.dataset.tokens(start, start + len(tokens))
@@ -59,9 +61,10 @@ class Windows:
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises: InputError if a token does not fit a model of `vocab_size`; reads the whole corpus once."""
         for start in range(0, self.dataset.num_tokens, SCANNED_TOKENS):
-            largest = int(self.dataset.tokens(start, start + SCANNED_TOKENS).max())
-            if largest >= vocab_size:
-                raise InputError(
-                    f"{self.dataset.name} holds token {largest}, model.vocab_size is {vocab_size}; expected tokens below it: "
-                    "the corpus was made with another tokenizer than the model's"
-                )
+            tokens = self.dataset.tokens(start, start + SCANNED_TOKENS)
+            for token in (int(tokens.min()), int(tokens.max())):
+                if not 0 <= token < vocab_size:
+                    raise InputError(
+                        f"{self.dataset.name} holds token {token}, model.vocab_size is {vocab_size}; expected tokens from 0 to "
+                        "below it: the corpus was made with another tokenizer than the model's"
+                    )

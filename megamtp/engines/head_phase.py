@@ -30,7 +30,8 @@ class DeepSpeedHeadPhase(HeadPhase):
 
     def seed(self) -> float:
         # (a) The outer backward will start with loss_scale / accumulation; the heads' own must too.
-        one = torch.ones((), requires_grad=True)  # only what could be a loss is scaled
+        with torch.enable_grad():
+            one = torch.ones((), requires_grad=True).clone()  # a leaf, having no grad_fn, would not count as a loss: not be scaled
         return self.engine.optimizer.scale_if_loss(one).item() / self.engine.gradient_accumulation_steps()
 
     @contextlib.contextmanager

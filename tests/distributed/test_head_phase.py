@@ -13,11 +13,14 @@ from tests.ranks import run_ranks
 N = 3  # heads
 
 
-def _errors(settings: dict) -> float:
+def _errors(settings: dict, loss_scale: float | None = None) -> float:
     from megamtp.engines.zero import ZeroEngine
 
     config = small_config(model__num_future_tokens=N, **settings)
-    return largest_errors(config, ZeroEngine(config), num_steps=3)[0]
+    engine = ZeroEngine(config)
+    if loss_scale:
+        engine.engine.optimizer.override_loss_scale(loss_scale)
+    return largest_errors(config, engine, num_steps=3)[0]
 
 
 def error_of(**settings) -> float:
@@ -27,6 +30,12 @@ def error_of(**settings) -> float:
 @pytest.mark.parametrize("kind", ["zero1", "zero3"])
 def test_a_heads_start_with_the_outer_backwards_seed(kind):
     assert error_of(accumulation=2, engine__kind=kind) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["zero1", "zero3"])
+def test_a_heads_know_the_loss_scale(kind):
+    """fp16's, which on a CPU stands in front of fp32 gradients; the trunk's and the heads' must be scaled alike."""
+    assert max(run_ranks(_errors, 2, {"engine__kind": kind}, 256.0)) < 1e-5
 
 
 @pytest.mark.parametrize("bucket", [300, 100_000])
@@ -44,7 +53,7 @@ def test_d_bf16_optimizer_keeps_the_heads_gradients():
 
 
 def _errors_after_interruptions(kind: str, precision: str) -> list[float]:
-    """Interrupts steps in the middle of the heads, or between forward and backward; the gradients' errors in the steps that follow."""
+    """Interrupts steps in the middle of the heads, or between forward and backward; gradients' errors in later steps."""
     from megamtp.engines.zero import ZeroEngine
 
     config = small_config(

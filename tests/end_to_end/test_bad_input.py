@@ -37,7 +37,9 @@ CASES = {
     "unknown key": (lambda corpus, tmp: ["model.dmi=32"], ["model.dmi", "did you mean model.dim?"]),
     "wrong type": (lambda corpus, tmp: ["model.dim=wide"], ["model.dim", "wide", "expected int"]),
     "no head": (lambda corpus, tmp: ["model.num_future_tokens=0"], ["model.num_future_tokens=0", "at least 1"]),
-    "as many heads as layers": (lambda corpus, tmp: ["model.num_future_tokens=4"], ["model.num_future_tokens=4", "model.num_layers=4"]),
+    "as many heads as layers": (
+        lambda corpus, tmp: ["model.num_future_tokens=4"], ["model.num_future_tokens=4", "model.num_layers=4"],
+    ),
     "sequence longer than corpus": (
         lambda corpus, tmp: ["train.sequence_length=10000000", "train.global_batch_tokens=20000000"],
         ["tokens", "10000001", "sequence_length"],
@@ -58,6 +60,7 @@ CASES = {
     "DeepSpeed setting of ours": (
         lambda corpus, tmp: ["engine.deepspeed.zero_optimization.stage=2"], ["zero_optimization.stage", "clashes"],
     ),
+    "fp16 on a CPU": (lambda corpus, tmp: ["train.precision=fp16"], ["fp16", "without a GPU"]),
     "DeepCompile": (lambda corpus, tmp: ["engine.deepspeed.compile.deepcompile=true"], ["compile", "DeepCompile"]),
 }  # fmt: skip
 

@@ -15,8 +15,9 @@ from megamtp.model.mtp import MTPModel
 from tests.end_to_end.jobs import ROOT, environment, run
 
 MODEL = [
-    "model.dim=32", "model.num_layers=4", "model.num_future_tokens=2", "model.num_attention_heads=2", "model.vocab_size=300",
-    "train.steps=3", "train.global_batch_tokens=256", "train.micro_batch_size=2", "train.sequence_length=32", "train.precision=fp32",
+    "model.dim=32", "model.num_layers=4", "model.num_future_tokens=2", "model.num_attention_heads=2", "model.vocab_size=400",
+    "train.steps=3", "train.global_batch_tokens=256", "train.micro_batch_size=2", "train.sequence_length=32",
+    "train.precision=fp32",
 ]  # fmt: skip
 
 
@@ -49,7 +50,7 @@ def test_commands_of_an_installation(installed, tmp_path):
         assert finished.returncode == 0, finished.stderr
         return finished.stdout
 
-    command("megamtp-prepare-data", "--input", str(ROOT / "megamtp"), "--output", "corpus", "--vocab-size", "300")
+    command("megamtp-prepare-data", "--input", str(ROOT / "megamtp"), "--output", "corpus", "--vocab-size", "400")
     data = ["data.train=corpus/train", "data.validation=corpus/validation", "data.tokenizer=corpus/tokenizer.model"]
     command("megamtp-pretrain", *MODEL, *data, "run.directory=run")
     command("megamtp-convert", "run", "hf", "--to", "hf")
@@ -64,7 +65,7 @@ def test_commands_of_an_installation(installed, tmp_path):
     config, weights = load_weights(newest_checkpoint(tmp_path / "run"))
     model = MTPModel(config)
     model.load_state_dict(weights)
-    tokens = torch.randint(300, (2, 30))
+    tokens = torch.randint(400, (2, 30))
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(exported(tokens).logits, model.logits(tokens)[0], rtol=1e-5, atol=1e-5)

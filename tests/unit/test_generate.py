@@ -117,7 +117,8 @@ def test_an_empty_prompt_begins_from_the_end_id(model):
     "wrong",
     [
         {"max_new_tokens": -1}, {"temperature": -0.1}, {"temperature": float("nan")}, {"top_k": 0},
-        {"top_p": 0.0}, {"top_p": 1.1}, {"seed": -1}, {"seed": 2**64}, {"prompt_ids": []}, {"prompt_ids": [500]}, {"prompt_ids": [-1]},
+        {"top_p": 0.0}, {"top_p": 1.1}, {"seed": -1}, {"seed": 2**64}, {"prompt_ids": []}, {"prompt_ids": [500]},
+        {"prompt_ids": [-1]},
     ],
 )  # fmt: skip
 def test_bad_values_are_refused(model, wrong):

@@ -1,0 +1,57 @@
+"""Our settings as DeepSpeed's: what is always said, what is passed through, what is refused."""
+
+import pytest
+
+from megamtp.engines.deepspeed_config import REFUSED, deepspeed_config
+from megamtp.errors import InputError
+from tests.cases import small_config
+
+
+@pytest.mark.parametrize("kind", ["zero1", "zero3"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_deepspeeds_defaults_would_change_silently_is_said(kind, precision):
+    settings = deepspeed_config(small_config(2, 3, engine__kind=kind, train__precision=precision), world_size=2)
+    assert settings["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert settings["gradient_clipping"] == 1.0
+    assert settings["gradient_accumulation_steps"] == 3
+    assert settings["communication_data_type"] == precision
+    assert settings["bf16"]["enabled"] == (precision == "bf16")
+    assert settings["zero_optimization"]["stage"] == int(kind[-1])
+
+
+def test_no_clipping_stays_no_clipping():
+    assert deepspeed_config(small_config(optimizer__gradient_clipping=0), 2)["gradient_clipping"] == 0
+
+
+def test_reduction_has_a_dtype_of_its_own():
+    config = small_config(train__precision="bf16", engine__reduce_dtype="fp32")
+    assert deepspeed_config(config, 2)["communication_data_type"] == "fp32"
+
+
+def test_offload_is_passed_on():
+    config = small_config(engine__offload_optimizer=True, engine__offload_parameters=True)
+    zero = deepspeed_config(config, 2)["zero_optimization"]
+    assert zero["offload_optimizer"] == zero["offload_param"] == {"device": "cpu"}
+
+
+def test_other_settings_pass_through_at_every_depth():
+    config = small_config(engine__deepspeed__wall_clock_breakdown=True, engine__deepspeed__zero_optimization__sub_group_size=1000)
+    settings = deepspeed_config(config, 2)
+    assert settings["wall_clock_breakdown"] is True
+    assert settings["zero_optimization"]["sub_group_size"] == 1000
+    assert settings["zero_optimization"]["stage"] == 3
+
+
+@pytest.mark.parametrize("name", ["gradient_clipping", "zero_optimization.stage", "bf16.enabled", "data_types.grad_accum_dtype"])
+def test_clashes_are_refused_by_name(name):
+    config = small_config(**{f"engine__deepspeed__{name.replace('.', '__')}": 1})
+    with pytest.raises(InputError, match=rf"engine\.deepspeed\.{name} clashes"):
+        deepspeed_config(config, 2)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_work_is_refused_with_its_reason(name):
+    with pytest.raises(InputError) as error:
+        deepspeed_config(small_config(**{f"engine__deepspeed__{name}": True}), 2)
+    assert name in str(error.value)
+    assert REFUSED[name] in str(error.value)

@@ -1,0 +1,168 @@
+"""Documents: found in one order wherever they lie, read as they are, and every bad file named with its line."""
+
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from megamtp.data import documents
+from megamtp.data.documents import find_source, standard_library
+from megamtp.errors import InputError
+
+TREE = {"b.py": "b = 1\r\n\tb\r\n", "a/z.txt": "z\u2581 \n", "a/b/c.md": "# c", "B.py": "B = 1", "a.txt": "a"}
+
+
+def write(folder: Path, files: dict[str, str | bytes]) -> Path:
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+def refusal(function, *arguments) -> str:
+    with pytest.raises(InputError) as error:
+        function(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def found(*inputs: Path, **options) -> list[tuple[str, str]]:
+    return list(find_source(list(inputs), **options).documents())
+
+
+def test_order_and_names_do_not_depend_on_the_file_system(tmp_path, monkeypatch):
+    expected = sorted(TREE.items())
+    listing = Path.rglob
+    for seed in range(5):
+
+        def shuffled(folder, pattern, seed=seed):
+            return random.Random(seed).sample(entries := list(listing(folder, pattern)), len(entries))
+
+        monkeypatch.setattr(Path, "rglob", shuffled)
+        folder = write(tmp_path / f"{seed}/corpus", dict(random.Random(seed).sample(list(TREE.items()), len(TREE))))
+        assert found(folder) == expected
+    inputs = [write(tmp_path / "other", {"c.py": "c"}), folder, tmp_path / "0/corpus/b.py"]
+    assert found(*inputs) == found(*reversed(inputs))
+
+
+def test_only_text_is_taken_from_folders_and_anything_that_is_named(tmp_path):
+    write(tmp_path, {**TREE, "picture.png": b"\x89PNG", "empty.py": "", "notes": "no suffix"})
+    (tmp_path / "folder.py").mkdir()
+    (tmp_path / "broken.py").symlink_to(tmp_path / "nowhere")
+    assert found(tmp_path) == sorted(TREE.items())
+    assert found(tmp_path / "notes") == [("notes", "no suffix")]
+
+
+def test_files_that_are_not_utf8_are_passed_over_and_reported(tmp_path):
+    write(tmp_path, {"latin.txt": "caf\u00e9".encode("latin-1"), "good.txt": "caf\u00e9", "x/wide.py": "x = 1".encode("utf-16")})
+    source = find_source([tmp_path])
+    for _ in range(2):  # not reported twice
+        assert list(source.documents()) == [("good.txt", "caf\u00e9")]
+        assert source.unreadable == ["latin.txt", "x/wide.py"]
+
+
+def test_names_that_are_not_utf8_can_be_printed(tmp_path):
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("text")
+    ((name, text),) = found(tmp_path)
+    assert (name, text) == ("caf\\udce9.txt", "text")
+    assert name.encode().isascii()
+
+
+def test_exclusion(tmp_path):
+    write(tmp_path, TREE)
+    assert [name for name, _ in found(tmp_path, exclude=("b", "B.py"))] == ["a.txt", "a/z.txt", "b.py"]
+    assert [name for name, _ in found(tmp_path, exclude=("a",))] == ["B.py", "a.txt", "b.py"]
+    assert [name for name, _ in found(tmp_path / "a.txt", tmp_path / "b.py", exclude=("b.py",))] == ["a.txt"]
+    assert "no text files" in refusal(find_source, [tmp_path / "a.txt"], ("a.txt",))
+
+
+def test_missing_input_is_named(tmp_path):
+    write(tmp_path, TREE)
+    assert refusal(find_source, [tmp_path, tmp_path / "none"]).startswith(f"{tmp_path}/none does not exist; expected ")
+    assert "File name too long" in refusal(find_source, [tmp_path / ("x" * 300)])
+
+
+def test_nothing_found(tmp_path):
+    write(tmp_path, {"picture.png": b"\x89PNG"})
+    assert refusal(find_source, [tmp_path]).startswith(f"no text files in {tmp_path}; expected files such as ")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_file_that_vanished_is_named(tmp_path, name):
+    source = find_source([write(tmp_path, {name: '{"text": "a"}'})])
+    (tmp_path / name).unlink()
+    assert refusal(list, source.documents()).startswith(f"{tmp_path}/{name}: No such file")
+
+
+def test_jsonl_lines_are_documents(tmp_path):
+    texts = ["one\n\u2581two\r\n", "", "three"]
+    lines = [json.dumps({"id": 1, "body": text}) for text in texts]
+    path = write(tmp_path, {"a.jsonl": "\n".join([*lines[:2], " ", lines[2]])}) / "a.jsonl"
+    expected = [("a.jsonl/1", texts[0]), ("a.jsonl/4", "three")]
+    assert found(path, json_key="body") == expected
+    assert found(tmp_path, json_key="body") == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b'{"txt": "a", "new\\nline": 1}', ["no text under 'text'", "found: 'txt', 'new\\nline'", "--json-key"]),
+        (b'{"text": 3}', ["no text under 'text'"]),
+        (b'["text"]', ["no text under 'text'", "list"]),
+        (b"3", ["no text under 'text'", "int"]),
+        (b'{"text": "a"', ["not JSON", "one object a line"]),
+        (b"plain text", ["not JSON"]),
+        (b'{"text": "caf\xe9"}', ["not JSON", "utf-8"]),
+        (b"[" * 100_000, ["not JSON", "recursion"]),
+        (b'{"text": "a\\ud800b"}', ["half a surrogate pair", "'text'"]),
+    ],
+)
+def test_bad_jsonl_line_is_named(tmp_path, line, words):
+    write(tmp_path, {"bad.jsonl": b'{"text": "good"}\n\n' + line + b"\n"})
+    message = refusal(list, find_source([tmp_path]).documents())
+    assert message.startswith(f"{tmp_path}/bad.jsonl:3: ")
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("number", [1, 39, 40])
+def test_few_documents_are_cut_in_pieces(tmp_path, number):
+    text = "".join(f"line {line}\n" for line in range(4000))
+    source = find_source([write(tmp_path, {f"{index:02}.txt": text for index in range(number)})])
+    pieces = list(source.pieces())
+    if number == 40:
+        assert pieces == list(source.documents())
+        return
+    names = [f"{index:02}.txt/{piece}" for index in range(number) for piece in range(3)]
+    assert [name for name, _ in pieces] == names
+    assert "".join(piece for _, piece in pieces) == text * number
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("abc\n", ["abc\n"]),
+        ("abc\nd", ["abc\n", "d"]),
+        ("a\nb\nc\nd\ne", ["a\nb\n", "c\nd\n", "e"]),
+        ("a\r\n\r\nb\r\n", ["a\r\n\r\n", "b\r\n"]),
+        ("abcdefghijklmnopqr", ["abcdefgh", "ijklmnop", "qr"]),
+        ("abcdefg\nijk", ["abcdefg\n", "ijk"]),
+        ("abcdefgh\nijk", ["abcdefgh", "\nijk"]),
+        ("\n" * 9, ["\n" * 4, "\n" * 4, "\n"]),
+    ],
+)
+def test_pieces_end_at_line_ends_unless_a_line_is_too_long(tmp_path, monkeypatch, text, expected):
+    monkeypatch.setattr(documents, "PIECE_CHARACTERS", 4)
+    source = find_source([write(tmp_path, {"a.txt": text})])
+    assert [piece for _, piece in source.pieces()] == expected
+
+
+def test_standard_library_is_python_without_tests():
+    source = standard_library()
+    names = [name for name, _ in source.files]
+    assert {"argparse.py", "json/decoder.py"} <= set(names)
+    assert all(name.endswith(".py") for name in names)
+    assert not any(part in ("test", "tests", "site-packages") for name in names for part in name.split("/"))
+    assert names == sorted(set(names))

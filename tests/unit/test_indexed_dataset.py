@@ -1,0 +1,209 @@
+"""Token files: Megatron's format byte by byte, what is refused, and what an interrupted writer leaves."""
+
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megamtp.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, best_dtype
+from megamtp.errors import InputError
+
+# Codes of the format, as the struct module spells the types.
+CODES = {1: "B", 2: "b", 3: "h", 4: "i", 5: "q", 6: "d", 7: "f", 8: "H"}
+INTEGERS = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+# The documents [5, 65499], [] and [258] as uint16.
+DOCUMENTS = [[5, 65499], [], [258]]
+BIN = bytes.fromhex("0500 dbff 0201")
+IDX = bytes.fromhex(
+    "4d4d49444944580000 0100000000000000 08 0300000000000000 0400000000000000"
+    "02000000 00000000 01000000"
+    "0000000000000000 0400000000000000 0400000000000000"
+    "0000000000000000 0100000000000000 0200000000000000 0300000000000000"
+)
+
+
+def encode(code: int, sequences: list[list], documents: list[int]) -> tuple[bytes, bytes]:
+    """The .bin and .idx of `sequences`, `documents` being the first sequence of each and then their number."""
+    content = b"".join(struct.pack(f"<{len(tokens)}{CODES[code]}", *tokens) for tokens in sequences)
+    lengths = [len(tokens) for tokens in sequences]
+    pointers = [sum(lengths[:number]) * struct.calcsize(f"<{CODES[code]}") for number in range(len(lengths))]
+    index = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, code, len(lengths), len(documents))
+    index += struct.pack(f"<{len(lengths)}i{len(lengths)}q", *lengths, *pointers)
+    return content, index + struct.pack(f"<{len(documents)}q", *documents)
+
+
+def write_pair(prefix: Path, content: bytes, index: bytes) -> Path:
+    Path(f"{prefix}.bin").write_bytes(content)
+    Path(f"{prefix}.idx").write_bytes(index)
+    return prefix
+
+
+def write_ours(prefix: Path, documents: list, dtype=np.uint16) -> Path:
+    with IndexedDatasetWriter(prefix, dtype) as writer:
+        for tokens in documents:
+            writer.add_document(tokens)
+    return prefix
+
+
+def read(prefix: Path) -> list[list]:
+    return [tokens.tolist() for tokens in IndexedDataset(prefix)]
+
+
+def refusal(prefix: Path) -> str:
+    with pytest.raises(InputError) as error:
+        IndexedDataset(prefix)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_literal_bytes_are_read(tmp_path):
+    dataset = IndexedDataset(write_pair(tmp_path / "by.hand", BIN, IDX))
+    assert [tokens.tolist() for tokens in dataset] == DOCUMENTS
+    assert dataset.document_lengths.tolist() == [2, 0, 1]
+    assert (len(dataset), dataset.num_tokens, dataset.dtype) == (3, 3, np.uint16)
+    assert dataset.name == str(tmp_path / "by.hand")
+
+
+def test_literal_bytes_are_written(tmp_path):
+    write_ours(tmp_path / "ours", DOCUMENTS)
+    assert (tmp_path / "ours.bin").read_bytes() == BIN
+    assert (tmp_path / "ours.idx").read_bytes() == IDX
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours.bin", "ours.idx"]
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_every_type_of_another_writer_is_read(tmp_path, code):
+    dataset = IndexedDataset(write_pair(tmp_path / "typed", *encode(code, [[1, 127], [], [3]], [0, 1, 2, 3])))
+    assert [tokens.tolist() for tokens in dataset] == [[1, 127], [], [3]]
+    assert dataset.dtype == np.dtype(CODES[code])
+
+
+@pytest.mark.parametrize("code", INTEGERS)
+def test_round_trip_keeps_the_extremes(tmp_path, code):
+    limits = np.iinfo(INTEGERS[code])
+    documents = [[limits.min, limits.max], [], [0]]
+    write_ours(tmp_path / "ours", documents, INTEGERS[code])
+    assert read(tmp_path / "ours") == documents
+    assert ((tmp_path / "ours.bin").read_bytes(), (tmp_path / "ours.idx").read_bytes()) == encode(code, documents, [0, 1, 2, 3])
+
+
+@settings(max_examples=25, deadline=None)
+@given(documents=st.lists(st.lists(st.integers(0, 65535), max_size=6), max_size=6))
+def test_our_files_equal_an_independent_writers(tmp_path_factory, documents):
+    prefix = write_ours(tmp_path_factory.getbasetemp() / "property", documents)
+    written = Path(f"{prefix}.bin").read_bytes(), Path(f"{prefix}.idx").read_bytes()
+    assert written == encode(8, documents, list(range(len(documents) + 1)))
+    dataset = IndexedDataset(prefix)
+    assert [tokens.tolist() for tokens in dataset] == documents
+    assert dataset.tokens(0, dataset.num_tokens).tolist() == [token for tokens in documents for token in tokens]
+
+
+def test_documents_of_several_sequences(tmp_path):
+    sequences = [[1, 2], [3], [], [4, 5, 6]]
+    dataset = IndexedDataset(write_pair(tmp_path / "several", *encode(4, sequences, [0, 2, 2, 4])))
+    assert [tokens.tolist() for tokens in dataset] == [[1, 2, 3], [], [4, 5, 6]]
+    assert dataset.document_lengths.tolist() == [3, 0, 3]
+
+
+def test_ranges_of_tokens_and_documents(tmp_path):
+    dataset = IndexedDataset(write_ours(tmp_path / "ours", [[1, 2], [3, 4, 5]]))
+    assert dataset.tokens(1, 4).tolist() == [2, 3, 4]
+    assert dataset.tokens(4, 9).tolist() == [5]
+    assert not dataset.tokens(0, 5).flags.writeable
+    for outside in (-1, 2):
+        with pytest.raises(IndexError):
+            dataset[outside]
+    for suffix in (".bin", ".idx"):
+        assert read(tmp_path / f"ours{suffix}") == [[1, 2], [3, 4, 5]]
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        (b"", ["begins with b''"]),
+        (b"something else altogether" * 9, ["MMIDIDX"]),
+        (IDX[:20], ["20 of 34 bytes"]),
+        (IDX + b"\x00", ["103 bytes", "says 102"]),
+        (IDX[:9] + b"\x02" + IDX[10:], ["version 2"]),
+        (IDX[:17] + b"\x00" + IDX[18:], ["type code 0"]),
+        (IDX[:17] + b"\x09" + IDX[18:], ["type code 9"]),
+        (IDX[:17] + b"\x04" + IDX[18:], ["contradict"]),  # pointers of 2-byte tokens, said to have 4
+        (IDX[:18] + b"\xff" * 8 + IDX[26:], ["102 bytes"]),
+        (IDX[:26] + bytes(8) + IDX[34:70], ["no document numbers"]),
+        (IDX[:34] + b"\xff\xff\xff\xff" + IDX[38:], ["contradict"]),
+        (IDX[:38] + struct.pack("<2i3q", 2, -1, 0, 4, 8) + IDX[70:], ["contradict"]),  # agreeing but for a length of -1
+        (IDX[:54] + b"\x02" + IDX[55:], ["contradict"]),
+        (IDX[:70] + b"\x01" + IDX[71:], ["document numbers"]),
+        (IDX[:78] + b"\x03" + IDX[79:], ["document numbers"]),
+        (IDX[:94] + b"\x02" + IDX[95:], ["document numbers"]),
+        (IDX[:94] + b"\x04" + IDX[95:], ["document numbers"]),
+    ],
+)
+def test_bad_index_is_refused(tmp_path, index, words):
+    message = refusal(write_pair(tmp_path / "bad", BIN, index))
+    assert message.startswith(f"{tmp_path}/bad.idx: ")
+    assert all(word in message for word in words), message
+
+
+def test_every_truncated_index_is_refused(tmp_path):
+    for length in range(len(IDX)):
+        assert f"{tmp_path}/cut.idx: " in refusal(write_pair(tmp_path / "cut", BIN, IDX[:length]))
+
+
+@pytest.mark.parametrize("content", [b"", BIN[:-1], BIN + b"\x00"])
+def test_tokens_that_contradict_the_index_are_refused(tmp_path, content):
+    assert refusal(write_pair(tmp_path / "bad", content, IDX)).startswith(f"{tmp_path}/bad.bin: {len(content)} bytes, ")
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_missing_file_is_named(tmp_path, suffix):
+    write_pair(tmp_path / "half", BIN, IDX)
+    (tmp_path / f"half{suffix}").unlink()
+    assert refusal(tmp_path / "half").startswith(f"{tmp_path}/half{suffix}: No such file")
+
+
+@pytest.mark.parametrize(("dtype", "token"), [(np.uint16, -1), (np.uint16, 65536), (np.int32, 2**31), (np.uint8, 256)])
+def test_token_out_of_range_leaves_nothing(tmp_path, dtype, token):
+    with pytest.raises(InputError, match=rf"^found token ids .*{token}.*, expected .*{np.dtype(dtype).name}.*$"):
+        write_ours(tmp_path / "bad", [[1], [1, token]], dtype)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(1, np.uint16), (65499, np.uint16), (65500, np.int32)])
+def test_best_dtype(vocab_size, dtype):
+    assert best_dtype(vocab_size) == dtype
+
+
+@pytest.mark.parametrize("old", [[], [[9, 9]]])
+@pytest.mark.parametrize(("function", "call"), [("fsync", 0), ("fsync", 1), ("replace", 0), ("replace", 1)])
+def test_interrupted_publication_leaves_no_new_pair(tmp_path, monkeypatch, old, function, call):
+    if old:
+        write_ours(tmp_path / "ours", old)
+    original, calls = getattr(os, function), []
+
+    def interrupt(*arguments):
+        calls.append(arguments)
+        if len(calls) == call + 1:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(os, function, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_ours(tmp_path / "ours", [[1, 2]])
+    if old and function == "fsync":
+        assert read(tmp_path / "ours") == old
+    else:
+        refusal(tmp_path / "ours")
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("num_tokens", [3, 100_000])  # less and more than the stream's buffer
+def test_full_disk_leaves_nothing(tmp_path, num_tokens):
+    (tmp_path / "ours.bin.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        write_ours(tmp_path / "ours", [[1] * num_tokens])
+    assert list(tmp_path.iterdir()) == []

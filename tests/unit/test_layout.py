@@ -1,0 +1,25 @@
+"""The house rules that a tool can check: imports run downward, style, and nothing unexpected at the top level."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+TOP_LEVEL = {
+    "megamtp", "launch", "configs", "tools", "tests", "setup.py", "README.md", "LICENSE", "pyproject.toml", "requirements.lock",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", [["lint-imports", "--no-cache"], ["ruff", "check", "."], ["ruff", "format", "--check", "."]])
+def test_tool_is_content(command):
+    finished = subprocess.run([str(BIN / command[0]), *command[1:]], cwd=ROOT, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+
+
+def test_top_level_holds_what_it_should():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    found = {name.split("/")[0] for name in listed if name and not name.startswith(".")}
+    assert found == TOP_LEVEL

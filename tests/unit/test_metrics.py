@@ -1,0 +1,81 @@
+"""What a run reports: the records' numbers, and each step once however often the run is resumed."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from megamtp.config import Config
+from megamtp.model.cost import flops_per_token, peak_flops
+from megamtp.training.metrics import Metrics
+from tests.cases import small_config
+
+
+def config_at(folder: Path, **settings) -> Config:
+    return small_config(run__directory=folder, run__tensorboard=False, **settings)
+
+
+def report(config: Config, resumed_step: int, steps: range, rank: int = 0) -> None:
+    metrics = Metrics(config, resumed_step, rank, world_size=2, device=torch.device("cpu"))
+    for step in steps:
+        metrics.seconds = {"data": 0.5, "train": 1.5}
+        metrics.training(step, [1.0 + step, 2.0], gradient_norm=0.1, lr=1e-3, skipped=False)
+    metrics.close()
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_record_holds_the_steps_numbers(tmp_path):
+    config = config_at(tmp_path, run__peak_flops=1e6)
+    report(config, 0, range(1, 2))
+    (record,) = records(tmp_path)
+    assert (record["kind"], record["step"], record["losses"]) == ("train", 1, [2.0, 2.0])
+    assert record["tokens_per_second"] == pytest.approx(config.train.global_batch_tokens / 2.0)
+    flops = record["tokens_per_second"] * flops_per_token(config.model, config.train.sequence_length)
+    assert record["flops_per_second"] == pytest.approx(flops)
+    assert record["flops_share"] == pytest.approx(flops / 2e6)
+    assert record["peak_memory_bytes"] > 1e6
+
+
+def test_a_resumed_run_drops_later_steps_and_a_torn_line(tmp_path):
+    config = config_at(tmp_path)
+    report(config, 0, range(1, 8))
+    with open(tmp_path / "metrics.jsonl", "a") as stream:
+        stream.write('{"kind": "train", "st')
+    report(config, 5, range(6, 8))
+    assert [record["step"] for record in records(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_only_rank_0_writes(tmp_path):
+    report(config_at(tmp_path), 0, range(1, 3), rank=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fewer_lines_on_request_but_always_the_last(tmp_path):
+    report(config_at(tmp_path, run__log_every_steps=8, train__steps=20), 0, range(1, 21))
+    assert [record["step"] for record in records(tmp_path)] == [8, 16, 20]
+
+
+def test_phases_add_up():
+    metrics = Metrics(config_at("unused"), 0, rank=1, world_size=1, device=torch.device("cpu"))
+    for _ in range(2):
+        with metrics.phase("train"):
+            sum(range(10000))
+    assert metrics.seconds.keys() == {"train"}
+    assert metrics.seconds["train"] > 0
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", 989.4e12),
+        ("NVIDIA H100 PCIe", "fp16", 756e12),
+        ("NVIDIA A100-SXM4-80GB", "bf16", 312e12),
+        ("some other card", "bf16", None),
+    ],
+)
+def test_known_cards(device, precision, expected):
+    assert peak_flops(device, precision) == expected

@@ -1,0 +1,95 @@
+"""The command line of prepare_data: what it prints, and each mistake in one line with exit status 2."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from megamtp.commands import prepare_data
+
+TEXT = "".join(f"line {number} of a text\n" for number in range(3000))
+SMALL = ["--vocab-size", "290"]
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """call(*arguments) -> (exit status, stdout, stderr), run in a folder with some inputs."""
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(TEXT)
+    Path("short.txt").write_text("short")
+    Path("latin.txt").write_bytes(b"caf\xe9")
+    Path("bad.jsonl").write_text('{"text": "good"}\n{"txt": "a"}\n')
+    Path("broken.jsonl").write_text('{"text": "good"}\n{"text": \n')
+    Path("empty").mkdir()
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["prepare_data", *arguments])
+        try:
+            prepare_data.entry()
+            status = 0
+        except SystemExit as error:
+            status = error.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+CASES = {
+    "missing input": (["--input", "text.txt", "none"], ["none does not exist"]),
+    "nothing found": (["--input", "empty"], ["no text files in empty"]),
+    "nothing left": (["--input", "text.txt", "--exclude", "text.txt"], ["no text files in text.txt"]),
+    "name too long": (["--input", "x" * 300], ["File name too long"]),
+    "too little text": (["--input", "short.txt"], ["found 1 documents", "short.txt"]),
+    "nothing readable": (["--input", "latin.txt"], ["found 0 documents", "latin.txt"]),
+    "wrong key": (["--input", "bad.jsonl"], ["bad.jsonl:2", "'txt'", "--json-key"]),
+    "not JSON": (["--input", "broken.jsonl"], ["broken.jsonl:2", "not JSON"]),
+    "no validation": (["--input", "text.txt", "--validation-fraction", "0"], ["--validation-fraction 0.0", "between 0 and 1"]),
+    "all validation": (["--input", "text.txt", "--validation-fraction", "1"], ["--validation-fraction 1.0"]),
+    "not a fraction": (["--input", "text.txt", "--validation-fraction", "nan"], ["--validation-fraction nan"]),
+    "vocabulary too small": (["--input", "text.txt", "--vocab-size", "100"], ["100 pieces", "expected at least"]),
+    "vocabulary too large": (["--input", "text.txt", "--vocab-size", "100000"], ["100000 pieces", "expected at most"]),
+    "vocabulary below nothing": (["--input", "text.txt", "--vocab-size", "-1"], ["-1 pieces"]),
+    "vocabulary beyond 32 bits": (["--input", "text.txt", "--vocab-size", "9999999999"], ["9999999999 pieces"]),
+    "missing tokenizer": (["--input", "text.txt", "--tokenizer", "none.model"], ["none.model", "No such file"]),
+    "tokenizer is a folder": (["--input", "text.txt", "--tokenizer", "empty"], ["empty", "Is a directory"]),
+    "no tokenizer": (["--input", "text.txt", "--tokenizer", "text.txt"], ["text.txt", "not a SentencePiece model"]),
+    "output is a file": (["--input", "text.txt", *SMALL, "--output", "short.txt"], ["short.txt", "File exists"]),
+    "output below a file": (["--input", "text.txt", *SMALL, "--output", "short.txt/out"], ["short.txt/out", "Not a directory"]),
+    "output cannot be made": (["--input", "text.txt", *SMALL, "--output", "/proc/out"], ["/proc/out", "cannot be written"]),
+    "output too long": (["--input", "text.txt", *SMALL, "--output", "x" * 300], ["File name too long"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_mistake_is_one_line(case, call):
+    arguments, words = CASES[case]
+    status, out, err = call("--output", "out", *arguments)
+    assert (status, out) == (2, "")
+    (line,) = err.splitlines()
+    assert line.startswith("megamtp: error: ")
+    assert all(word in line for word in words), line
+    assert not Path("out").exists() or list(Path("out").iterdir()) == []
+
+
+def test_prepares_reuses_refuses_and_overwrites(call):
+    arguments = ["--input", "text.txt", "latin.txt", "--output", "out", *SMALL]
+    status, first, err = call(*arguments)
+    assert (status, err) == (0, "")
+    assert "passed over 1 files that are not UTF-8, the first: latin.txt\n" in first
+    assert re.search(r"^train: 3 documents, [\d,]+ tokens in out/train\.bin, \.idx$", first, re.MULTILINE)
+    assert re.search(r"^290 pieces, \d\.\d\d bytes per token, unigram entropy .* \d\.\d{3} nats$", first, re.MULTILINE)
+    assert call(*arguments) == (0, first.replace(" nats", " nats (reused)"), "")
+    status, out, err = call(*arguments, "--seed", "1")
+    assert (status, out) == (2, "")
+    assert re.fullmatch(r"megamtp: error: out holds a corpus of other inputs or settings; .*--overwrite.*\n", err)
+    status, out, err = call(*arguments, "--seed", "1", "--overwrite")
+    assert (status, err) == (0, "")
+    assert "(reused)" not in out
+
+
+@pytest.mark.parametrize("arguments", [["--input", "text.txt"], ["--output", "out"], ["--input", "a", "--standard-library"]])
+def test_wrong_usage(call, arguments):
+    status, out, err = call(*arguments)
+    assert (status, out) == (2, "")
+    assert re.fullmatch(r"megamtp: error: .+; see .* --help\n", err)

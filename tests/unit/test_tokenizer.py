@@ -1,0 +1,152 @@
+"""The tokenizer: nothing lost on the way to ids and back, the same model every time, and clear words about bad ones."""
+
+import argparse
+import io
+import os
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from megamtp.data import tokenizer as tokenizer_module
+from megamtp.data.tokenizer import SentencePieceTokenizer, train_sentencepiece, write_atomically
+from megamtp.errors import InputError
+
+TEXTS = [Path(argparse.__file__).read_text(), "2024 " * 500]
+VOCAB_SIZE = 400
+PECULIAR = "\u2581 \t\r\n\v\x00a1<s>/_\u2585\u2047\ufeff\u0301\u00e9\u2028\U0001f600"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> SentencePieceTokenizer:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    train_sentencepiece(TEXTS, path, VOCAB_SIZE, seed=0)
+    return SentencePieceTokenizer(path)
+
+
+def foreign_model(path: Path, **options) -> Path:
+    """A model trained with SentencePiece's own defaults and `options`."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS[0].splitlines()),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=300,
+        minloglevel=2,
+        **options,
+    )
+    path.write_bytes(model.getvalue())
+    return path
+
+
+def refusal(function, *arguments) -> str:
+    with pytest.raises(InputError) as error:
+        function(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.one_of(st.text(), st.text(alphabet=PECULIAR), st.text(alphabet="def \u2581\t\r\n(:")))
+@example("\u2581")
+@example("\u2581 \u2581\u2581a\u2581")
+@example("\tdef f():\r\n\t\treturn  1\r\n")
+@example("<s></s><unk><0x41>")
+@example("  ")
+def test_decoding_undoes_encoding(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert all(0 <= token < VOCAB_SIZE and token != tokenizer.end_of_document_id for token in ids)
+
+
+def test_batches_are_encoded_as_single_texts(tokenizer):
+    texts = ["", "def f():", "a\u2581b", TEXTS[0], "\u2581"]
+    assert tokenizer.encode_batch(texts, num_threads=3) == [tokenizer.encode(text) for text in texts]
+    assert tokenizer.encode_batch([], num_threads=3) == []
+
+
+def test_end_of_document_decodes_to_nothing(tokenizer):
+    end = tokenizer.end_of_document_id
+    assert tokenizer.decode([*tokenizer.encode("one "), end, *tokenizer.encode(" two"), end]) == "one  two"
+    assert tokenizer.vocab_size == VOCAB_SIZE
+
+
+def test_merges_were_learned(tokenizer):
+    assert len(tokenizer.encode(TEXTS[0])) < 0.6 * len(TEXTS[0])
+    assert len(tokenizer.encode(" " * 8)) < 8
+    assert len(tokenizer.encode("2024")) == 4
+
+
+def test_training_is_deterministic_and_seeded(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer_module, "MAX_CHUNKS", 8)
+    monkeypatch.setattr(tokenizer_module, "CHUNK_CHARACTERS", 500)
+    models = []
+    for seed in (0, 0, 1):
+        train_sentencepiece(iter(TEXTS), tmp_path / "tokenizer.model", 350, seed)
+        models.append((tmp_path / "tokenizer.model").read_bytes())
+    assert models[0] == models[1]
+    assert models[0] != models[2]
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.model"]
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model", b"\x00" * 100, TEXTS[0].encode()])
+def test_foreign_file(tmp_path, content):
+    (tmp_path / "bad.model").write_bytes(content)
+    assert refusal(SentencePieceTokenizer, tmp_path / "bad.model").startswith(f"{tmp_path}/bad.model: not a SentencePiece model")
+
+
+def test_truncated_model(tokenizer, tmp_path):
+    content = tokenizer.path.read_bytes()
+    (tmp_path / "cut.model").write_bytes(content[: len(content) // 2])
+    assert "cut.model: not a SentencePiece model" in refusal(SentencePieceTokenizer, tmp_path / "cut.model")
+
+
+def test_missing_file_and_folder(tmp_path):
+    assert "none.model: cannot read this tokenizer (No such file" in refusal(SentencePieceTokenizer, tmp_path / "none.model")
+    assert f"{tmp_path}: cannot read this tokenizer (Is a directory)" in refusal(SentencePieceTokenizer, tmp_path)
+
+
+def test_model_without_end_of_sequence(tmp_path):
+    message = refusal(SentencePieceTokenizer, foreign_model(tmp_path / "endless.model", eos_id=-1))
+    assert message.startswith(f"{tmp_path}/endless.model: this tokenizer has no end-of-sequence piece")
+
+
+def test_model_without_byte_pieces_reads_a_space_mark_as_a_space(tmp_path):
+    tokenizer = SentencePieceTokenizer(foreign_model(tmp_path / "plain.model"))
+    assert tokenizer.decode(tokenizer.encode("the\u2581parser")) == "the parser"
+
+
+@pytest.mark.parametrize(("wrong", "words"), [(3, "expected at least"), (10**6, "expected at most")])
+def test_vocabulary_too_small_or_too_large(tmp_path, wrong, words):
+    message = refusal(train_sentencepiece, TEXTS, tmp_path / "tokenizer.model", wrong, 0)
+    assert f"a vocabulary of {wrong} pieces" in message
+    assert list(tmp_path.iterdir()) == []
+    possible = int(message.split(words)[1].split(":")[0])
+    train_sentencepiece(TEXTS, tmp_path / "tokenizer.model", possible, 0)
+    assert SentencePieceTokenizer(tmp_path / "tokenizer.model").vocab_size == possible
+
+
+@pytest.mark.parametrize(("vocab_size", "texts"), [(-5, TEXTS), (0, TEXTS), (1, TEXTS), (10**10, TEXTS), (300, []), (300, ["\n"])])
+def test_what_cannot_be_trained_at_all(tmp_path, vocab_size, texts):
+    message = refusal(train_sentencepiece, texts, tmp_path / "tokenizer.model", vocab_size, 0)
+    assert f"cannot train {vocab_size} pieces on this corpus" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupted_write_keeps_the_old_content(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    monkeypatch.undo()
+    write_atomically(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
