@@ -105,8 +105,12 @@ class EngineConfig:
     """The DeepSpeed engine that hosts the model."""
 
     kind: str = option("zero3", "zero3: parameters, gradients and optimizer sharded; zero1: optimizer only")
+    communication: str = option(
+        "grouped", "zero3: grouped, one collective per module, straight to and from the weights; or deepspeed, as it is shipped"
+    )
+    prefetch_modules: int = option(2, "zero3, grouped: modules whose weights are on their way before they are needed")
     head_schedule: str = option("sequential", "sequential: heads forward and backward in turn; deferred: one backward through all")
-    reduce_bucket_size: int = option(500_000_000, "elements of a gradient reduction bucket")
+    reduce_bucket_size: int = option(500_000_000, "elements of a gradient reduction bucket; unused by grouped communication")
     param_persistence_threshold: int = option(0, "zero3: parameters of fewer elements stay on every rank")
     reduce_dtype: str | None = option(None, "precision in which gradients cross ranks: fp32, bf16 or fp16; null: train.precision")
     offload_optimizer: bool = option(False, "keep optimizer state in CPU memory")
@@ -326,7 +330,7 @@ def _check(config: Config) -> None:
     _not_negative(
         config, "optimizer.lr", "optimizer.warmup_steps", "optimizer.final_lr_ratio", "optimizer.eps",
         "optimizer.weight_decay", "optimizer.gradient_clipping", "head_loss.z_loss", "train.seed",
-        "engine.param_persistence_threshold",
+        "engine.param_persistence_threshold", "engine.prefetch_modules",
     )  # fmt: skip
     for name in ("beta1", "beta2"):
         value = getattr(optimizer, name)
@@ -334,6 +338,7 @@ def _check(config: Config) -> None:
     _one_of("train.precision", train.precision, PRECISIONS)
     _one_of("engine.reduce_dtype", config.engine.reduce_dtype, (*PRECISIONS, None))
     _one_of("engine.kind", config.engine.kind, ("zero3", "zero1"))
+    _one_of("engine.communication", config.engine.communication, ("grouped", "deepspeed"))
     _one_of("engine.head_schedule", config.engine.head_schedule, ("sequential", "deferred"))
     _require(0 <= config.run.requeue_exit_code <= 255, f"run.requeue_exit_code={config.run.requeue_exit_code}", "0 to 255")
     n = config.model.num_future_tokens

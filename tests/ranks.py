@@ -20,13 +20,18 @@ _context = get_context("forkserver")
 _context.set_forkserver_preload(["torch", "deepspeed", "tests.ranks", "megamtp.engines.zero"])
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, timeout_seconds: float = 250) -> list[Any]:
-    """Calls function(*arguments) on every gloo rank; function must be a module's top-level function.
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *arguments: Any, timeout_seconds: float = 250, backend: str = "gloo"
+) -> list[Any]:
+    """Calls function(*arguments) on every CPU rank; function must be a module's top-level function.
+
+    Args:
+        backend: gloo, or ordered (see ordered_backend.py).
 
     Raises:
         AssertionError: with the traceback of every rank that failed.
     """
-    return _run(_context, "gloo", function, world_size, arguments, timeout_seconds)
+    return _run(_context, backend, function, world_size, arguments, timeout_seconds)
 
 
 def run_gpu_rank(function: Callable[..., Any], *arguments: Any, timeout_seconds: float = 250) -> Any:
@@ -93,7 +98,10 @@ def _rank_main(backend: str, function: Callable[..., Any], arguments: tuple, ran
     import torch.distributed as dist
     from deepspeed.ops import __compatible_ops__
 
+    from tests import ordered_backend
+
     __compatible_ops__["deepspeed_shm_comm"] = False
+    ordered_backend.register()
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     try:

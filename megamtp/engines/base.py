@@ -69,12 +69,13 @@ def count_targets(micro_batches: list[Batch], can_be_ignored: bool, world_size: 
     return counts.tolist()
 
 
-def loss_scales(weights: list[float], target_counts: list[int], world_size: int, accumulation: int) -> list[float]:
+def loss_scales(weights: list[float], target_counts: list[int], averaged_ranks: int, accumulation: int) -> list[float]:
     """The factor of each head's summed cross-entropy: weight_i * D * A / N_i, and 0 where a head has no target.
 
-    D and A undo the averages over ranks and micro-batches that DeepSpeed takes, so that what remains is the mean over all valid
-    targets of the step, however they are spread.
+    D and A undo the averages over ranks and micro-batches that the engine takes, so that what remains is the mean over all valid
+    targets of the step, however they are spread. D is 1 where gradients are summed over the ranks.
     """
     return [
-        weight * world_size * accumulation / count if count else 0.0 for weight, count in zip(weights, target_counts, strict=True)
+        weight * averaged_ranks * accumulation / count if count else 0.0
+        for weight, count in zip(weights, target_counts, strict=True)
     ]

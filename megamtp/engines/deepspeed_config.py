@@ -24,6 +24,16 @@ REFUSED = {
     "prescale_gradients": "the loss is normalised globally before the reduction",
     "gradient_predivide_factor": "the loss is normalised globally before the reduction",
     "managed_gradient_accumulation": "megamtp marks the last micro-batch itself",
+    "sequence_parallel_size": "attention here sees whole sequences",
+    "expert_parallel": "the model has no experts",
+    "zero_optimization.zero_hpz_partition_size": "weights are gathered from one set of shards (no hpZ)",
+    "zero_optimization.zero_quantized_weights": "weights are gathered as they are (no quantised gathers)",
+    "zero_optimization.zero_quantized_nontrainable_weights": "weights are gathered as they are (no quantised gathers)",
+    "zero_optimization.zero_quantized_gradients": "gradients are reduced as they are (no quantised reductions)",
+    "zero_optimization.mics_shard_size": "shards are spread over all ranks (no MiCS)",
+    "zero_optimization.mics_hierarchical_params_gather": "shards are spread over all ranks (no MiCS)",
+    "zero_optimization.offload_param.device": "set engine.offload_parameters (to CPU memory; NVMe is not supported)",
+    "zero_optimization.offload_optimizer.device": "set engine.offload_optimizer (to CPU memory; NVMe is not supported)",
 }
 
 
@@ -46,6 +56,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         "communication_data_type": config.engine.reduce_dtype or precision,
         "zero_optimization": _zero_settings(config),
     }
+    _refuse(config.engine.deepspeed, "")
     return _merged(ours, config.engine.deepspeed, "")
 
 
@@ -54,7 +65,7 @@ def _zero_settings(config: Config) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "stage": 3 if engine.kind == "zero3" else 1,
         "overlap_comm": True,
-        "contiguous_gradients": True,
+        "contiguous_gradients": engine.kind != "zero3" or engine.communication == "deepspeed",  # a copy that grouping saves
         "reduce_scatter": True,
         "reduce_bucket_size": engine.reduce_bucket_size,
     }
@@ -73,12 +84,19 @@ def _zero_settings(config: Config) -> dict[str, Any]:
     return settings
 
 
+def _refuse(settings: dict[str, Any], prefix: str) -> None:
+    for key, value in settings.items():
+        reason = REFUSED.get(f"{prefix}{key}")
+        if reason:
+            raise InputError(f"engine.deepspeed.{prefix}{key} cannot be used: {reason}; remove it")
+        if isinstance(value, dict):
+            _refuse(value, f"{prefix}{key}.")
+
+
 def _merged(ours: dict[str, Any], theirs: dict[str, Any], prefix: str) -> dict[str, Any]:
     merged = dict(ours)
     for key, value in theirs.items():
         name = f"engine.deepspeed.{prefix}{key}"
-        if not prefix and key in REFUSED:
-            raise InputError(f"{name} cannot be used: {REFUSED[key]}; remove it")
         if isinstance(value, dict) and isinstance(ours.get(key), dict):
             merged[key] = _merged(ours[key], value, f"{prefix}{key}.")
         elif key in ours:

@@ -3,7 +3,7 @@
 DeepSpeed believes that a forward pass makes no gradients. Each step below corrects one such belief; leaving one out gives wrong
 gradients, often silently. (a) to (e), of which (c) is in zero.py, are tested one by one in tests/distributed/test_head_phase.py.
 
-This file knows DeepSpeed's `ds_*` attributes and its parameter coordinator; no other file does. Checked against DeepSpeed 0.19.
+This file and gather.py are the only ones that know DeepSpeed's `ds_*` attributes. Checked against DeepSpeed 0.19.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from torch import nn
 
+from megamtp.engines.gather import GroupedTraffic
 from megamtp.losses.sequential import HeadPhase
 from megamtp.model.mtp import MTPModel
 
@@ -22,10 +23,13 @@ PIN = -1  # stands in a parameter's set of active modules, whose other members a
 
 
 class DeepSpeedHeadPhase(HeadPhase):
-    """Bookkeeping around the heads of one model under one DeepSpeed engine (ZeRO-1 or ZeRO-3)."""
+    """Bookkeeping around the heads of one model under one DeepSpeed engine (ZeRO-1 or ZeRO-3).
 
-    def __init__(self, engine: DeepSpeedEngine, model: MTPModel):
-        self.engine, self.model = engine, model
+    `traffic` is None where DeepSpeed's own coordinator and buckets do the work.
+    """
+
+    def __init__(self, engine: DeepSpeedEngine, model: MTPModel, traffic: GroupedTraffic | None):
+        self.engine, self.model, self.traffic = engine, model, traffic
         self.sharded = engine.zero_optimization_partition_weights()
 
     def seed(self) -> float:
@@ -60,6 +64,10 @@ class DeepSpeedHeadPhase(HeadPhase):
     @contextlib.contextmanager
     def _pinned(self, module: nn.Module) -> Iterator[None]:
         """Keeps a module's weights gathered from their first use until the end of the block: one gather for all uses."""
+        if self.traffic:
+            with self.traffic.gather.pinned(module):
+                yield
+            return
         if not self.sharded:
             yield
             return
@@ -85,6 +93,8 @@ class DeepSpeedHeadPhase(HeadPhase):
 
     def _forget_step(self) -> None:
         optimizer = self.engine.optimizer
+        if self.traffic:
+            self.traffic.scatter.end()  # (e) here, gradients that wait for others of their module
         # (e) The heads' gradients wait in reduction buckets for an outer backward that will not come.
         for bucket in getattr(optimizer, "ipg_buckets", {}).values():
             (bucket.clear_params if self.sharded else bucket.clear)()
@@ -106,7 +116,7 @@ class DeepSpeedHeadPhase(HeadPhase):
         DeepSpeed's coordinator records the order of fetches once and drops the record when a pass strays from it. An evaluation
         would be such a pass, so it runs under a second coordinator.
         """
-        if not self.sharded:
+        if not self.sharded or self.traffic:  # Gather knows evaluation's order beside training's
             yield
             return
         offload = self.engine.optimizer.parameter_offload

@@ -18,6 +18,7 @@ from megamtp.config import Config
 from megamtp.data.loader import Batch
 from megamtp.engines.base import StepResult, loss_scales
 from megamtp.engines.deepspeed_config import deepspeed_config
+from megamtp.engines.gather import GroupedTraffic
 from megamtp.engines.head_phase import DeepSpeedHeadPhase, full_shape
 from megamtp.errors import CheckpointError
 from megamtp.losses.linear_cross_entropy import IGNORED
@@ -34,6 +35,7 @@ class ZeroEngine:
     Attributes:
         engine: DeepSpeed's own.
         model: the MTPModel inside it.
+        traffic: what stands in for DeepSpeed's gathers and reductions; None where they are DeepSpeed's own.
     """
 
     def __init__(self, config: Config):
@@ -45,12 +47,18 @@ class ZeroEngine:
         self.engine, *_ = deepspeed.initialize(
             model=self.model, optimizer=_optimizer(config, self.model), config=settings, dist_init_required=False
         )
-        self.head_phase = self.model.head_phase = DeepSpeedHeadPhase(self.engine, self.model)
+        self.traffic = None
+        if config.engine.kind == "zero3" and config.engine.communication == "grouped":
+            modules = [self.model.embedding, *self.model.trunk, *self.model.heads, self.model.unembedding]
+            self.traffic = GroupedTraffic(self.engine, modules, config.engine.prefetch_modules)
+        self.head_phase = self.model.head_phase = DeepSpeedHeadPhase(self.engine, self.model, self.traffic)
 
     def train_batch(self, micro_batches: list[Batch], target_counts: list[int], lr: float) -> StepResult:
         """See Engine.train_batch."""
         self.engine.train()
-        scales = loss_scales(self.config.head_weights, target_counts, self.world_size, len(micro_batches))
+        # Where the reduction does not divide by the number of ranks, the loss is not multiplied by it.
+        averaged_ranks = self.world_size if self.traffic is None or self.traffic.scatter.divides else 1
+        scales = loss_scales(self.config.head_weights, target_counts, averaged_ranks, len(micro_batches))
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         nll_sums = torch.zeros(self.config.model.num_future_tokens, device=self.device)

@@ -11,6 +11,11 @@ from tests.engine_steps import largest_errors, step_with_gradients
 from tests.ranks import run_ranks
 
 N = 3  # heads
+COMMUNICATIONS = ("grouped", "deepspeed")
+
+
+def zero3(communication: str, **settings) -> Config:
+    return small_config(engine__kind="zero3", engine__communication=communication, model__num_future_tokens=N, **settings)
 
 
 def _errors(settings: dict, loss_scale: float | None = None) -> float:
@@ -38,9 +43,9 @@ def test_a_heads_know_the_loss_scale(kind):
     assert max(run_ranks(_errors, 2, {"engine__kind": kind}, 256.0)) < 1e-5
 
 
-@pytest.mark.parametrize("bucket", [300, 100_000])
-def test_b_shared_gradients_wait_for_the_last_head(bucket):
-    assert error_of(engine__kind="zero3", engine__reduce_bucket_size=bucket) < 1e-5
+@pytest.mark.parametrize(("communication", "bucket"), [("grouped", 300), ("deepspeed", 300), ("deepspeed", 100_000)])
+def test_b_shared_gradients_wait_for_the_last_head(communication, bucket):
+    assert error_of(engine__kind="zero3", engine__communication=communication, engine__reduce_bucket_size=bucket) < 1e-5
 
 
 @pytest.mark.parametrize("settings", [{"engine__kind": "zero1"}, {"engine__kind": "zero3", "engine__offload_optimizer": True}])
@@ -52,13 +57,11 @@ def test_d_bf16_optimizer_keeps_the_heads_gradients():
     assert error_of(accumulation=2, engine__kind="zero1", train__precision="bf16") < 0.04
 
 
-def _errors_after_interruptions(kind: str, precision: str) -> list[float]:
+def _errors_after_interruptions(settings: dict) -> list[float]:
     """Interrupts steps in the middle of the heads, or between forward and backward; gradients' errors in later steps."""
     from megamtp.engines.zero import ZeroEngine
 
-    config = small_config(
-        accumulation=2, engine__kind=kind, engine__reduce_bucket_size=300, model__num_future_tokens=N, train__precision=precision
-    )
+    config = small_config(accumulation=2, engine__reduce_bucket_size=300, model__num_future_tokens=N, **settings)
     engine = ZeroEngine(config)
     largest_errors(config, engine, num_steps=2)
     errors = []
@@ -87,10 +90,18 @@ def _interrupt(config: Config, engine, owner: object, method: str, after_calls: 
         setattr(owner, method, original)
 
 
-@pytest.mark.parametrize(("kind", "precision"), [("zero1", "fp32"), ("zero1", "bf16"), ("zero3", "fp32")])
-def test_e_an_interrupted_step_leaves_nothing_behind(kind, precision):
-    bound = 0.04 if precision == "bf16" else 1e-5
-    for errors in run_ranks(_errors_after_interruptions, 2, kind, precision):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"engine__kind": "zero1"},
+        {"engine__kind": "zero1", "train__precision": "bf16"},
+        {"engine__kind": "zero3"},
+        {"engine__kind": "zero3", "engine__communication": "deepspeed"},
+    ],
+)
+def test_e_an_interrupted_step_leaves_nothing_behind(settings):
+    bound = 0.04 if "train__precision" in settings else 1e-5
+    for errors in run_ranks(_errors_after_interruptions, 2, settings):
         assert len(errors) == 4
         assert all(error < bound for error in errors), errors
 
@@ -99,42 +110,65 @@ class Traffic:
     """Which parameters are gathered and reduced under ZeRO-3, in order, by name."""
 
     def __init__(self, engine):
+        self.clear()
+        self._names = {parameter.ds_id: name for name, parameter in engine.model.named_parameters()}
+        if engine.traffic:
+            self._watch_units(engine.traffic)
+        else:
+            self._watch_deepspeed(engine)
+
+    def clear(self) -> None:
         self.gathers: list[str] = []
         self.reductions: list[str] = []
         self.log: list[tuple[str, str]] = []
-        names = {parameter.ds_id: name for name, parameter in engine.model.named_parameters()}
+
+    def _gathered(self, parameters) -> None:
+        found = sorted(self._names[parameter.ds_id] for parameter in parameters)
+        self.gathers += found
+        self.log += [("gather", name) for name in found]
+
+    def _reduced(self, parameters) -> None:
+        self.reductions += [self._names[parameter.ds_id] for parameter in parameters]
+
+    def _watch_units(self, traffic) -> None:
+        send_for, send = traffic.gather._send_for, traffic.scatter._send
+
+        def watched_send_for(unit):
+            if unit.weights is None:
+                self._gathered(unit.parameters)
+            send_for(unit)
+
+        def watched_send(unit):
+            self._reduced(unit.parameters)
+            send(unit)
+
+        traffic.gather._send_for, traffic.scatter._send = watched_send_for, watched_send
+
+    def _watch_deepspeed(self, engine) -> None:
         for parameter in engine.model.parameters():
-            self._watch_gathers(parameter, names)
+            gather = parameter.all_gather_coalesced
+
+            def watched_gather(parameters, *arguments, gather=gather, **options):
+                self._gathered(parameters)
+                return gather(parameters, *arguments, **options)
+
+            parameter.all_gather_coalesced = watched_gather
         optimizer = engine.engine.optimizer
         attribute = "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads"
         reduce = getattr(optimizer, attribute)
 
         def watched_reduce(communication_dtype):
-            self.reductions += [names[parameter.ds_id] for parameter in optimizer.ipg_buckets[communication_dtype].params]
+            self._reduced(optimizer.ipg_buckets[communication_dtype].params)
             return reduce(communication_dtype)
 
         setattr(optimizer, attribute, watched_reduce)
 
-    def _watch_gathers(self, parameter, names) -> None:
-        gather = parameter.all_gather_coalesced
 
-        def watched_gather(parameters, *arguments, **options):
-            found = sorted(names[each.ds_id] for each in parameters)
-            self.gathers += found
-            self.log += [("gather", name) for name in found]
-            return gather(parameters, *arguments, **options)
-
-        parameter.all_gather_coalesced = watched_gather
-
-    def clear(self) -> None:
-        self.gathers, self.reductions, self.log = [], [], []
-
-
-def _traffic_of_steps(checkpointing: bool) -> list[tuple[bool, Counter, Counter]]:
+def _traffic_of_steps(communication: str, checkpointing: bool) -> list[tuple[bool, Counter, Counter]]:
     """(prefetch trace complete, gathers, reductions) of each of five one-micro-batch steps; the first records the trace."""
     from megamtp.engines.zero import ZeroEngine
 
-    config = small_config(engine__kind="zero3", model__num_future_tokens=N, train__activation_checkpointing=checkpointing)
+    config = zero3(communication, train__activation_checkpointing=checkpointing)
     engine = ZeroEngine(config)
     traffic = Traffic(engine)
     records = []
@@ -146,9 +180,10 @@ def _traffic_of_steps(checkpointing: bool) -> list[tuple[bool, Counter, Counter]
     return records
 
 
+@pytest.mark.parametrize("communication", COMMUNICATIONS)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_heads_and_unembedding_travel_once(checkpointing):
-    records, _ = run_ranks(_traffic_of_steps, 2, checkpointing)
+def test_heads_and_unembedding_travel_once(communication, checkpointing):
+    records, _ = run_ranks(_traffic_of_steps, 2, communication, checkpointing)
     assert [complete for complete, _, _ in records] == [False, True, True, True, True]
     for _, gathers, reductions in records:
         once = [name for name in gathers if name.startswith(("heads.", "unembedding."))]
@@ -160,10 +195,10 @@ def test_heads_and_unembedding_travel_once(checkpointing):
         assert all(gathers[name] <= 2 and reductions[name] == 1 for name in trunk)
 
 
-def _events_of_a_prefetching_step() -> list[tuple[str, str]]:
+def _events_of_a_prefetching_step(communication: str) -> list[tuple[str, str]]:
     from megamtp.engines.zero import ZeroEngine
 
-    config = small_config(engine__kind="zero3", model__num_future_tokens=N)
+    config = zero3(communication)
     engine = ZeroEngine(config)
     traffic = Traffic(engine)
     for index, head in enumerate(engine.model.heads):
@@ -176,17 +211,18 @@ def _events_of_a_prefetching_step() -> list[tuple[str, str]]:
     return traffic.log
 
 
-def test_next_head_is_fetched_before_this_heads_backward_ends():
-    log, _ = run_ranks(_events_of_a_prefetching_step, 2)
+@pytest.mark.parametrize("communication", COMMUNICATIONS)
+def test_next_head_is_fetched_before_this_heads_backward_ends(communication):
+    log, _ = run_ranks(_events_of_a_prefetching_step, 2, communication)
     for index in range(N - 1):
         gathered = log.index(("gather", f"heads.{index + 1}.attention_norm.weight"))
         assert gathered < log.index(("gradient", f"heads.{index}.attention_norm.weight"))
 
 
-def _trace_around_evaluation() -> tuple[list[bool], list[str], list[str]]:
+def _trace_around_evaluation(communication: str) -> tuple[list[bool], list[str], list[str]]:
     from megamtp.engines.zero import ZeroEngine
 
-    config = small_config(engine__kind="zero3", model__num_future_tokens=N)
+    config = zero3(communication)
     engine = ZeroEngine(config)
     traffic = Traffic(engine)
 
@@ -209,8 +245,9 @@ def _trace_around_evaluation() -> tuple[list[bool], list[str], list[str]]:
     return states, before, after
 
 
-def test_evaluation_leaves_the_prefetch_trace_intact():
-    (states, before, after), _ = run_ranks(_trace_around_evaluation, 2)
+@pytest.mark.parametrize("communication", COMMUNICATIONS)
+def test_evaluation_leaves_the_prefetch_trace_intact(communication):
+    (states, before, after), _ = run_ranks(_trace_around_evaluation, 2, communication)
     assert all(states)
     assert before == after
     assert len(before) > 9 * 5

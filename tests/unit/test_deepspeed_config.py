@@ -52,6 +52,6 @@ def test_clashes_are_refused_by_name(name):
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_work_is_refused_with_its_reason(name):
     with pytest.raises(InputError) as error:
-        deepspeed_config(small_config(**{f"engine__deepspeed__{name}": True}), 2)
+        deepspeed_config(small_config(**{f"engine__deepspeed__{name.replace('.', '__')}": True}), 2)
     assert name in str(error.value)
     assert REFUSED[name] in str(error.value)
