@@ -92,7 +92,7 @@ def test_configuration_is_frozen():
 
 def test_help_lists_every_key_with_meaning_and_default():
     lines = {line.split()[0]: line for line in describe().splitlines()}
-    assert len(lines) == 47
+    assert len(lines) == 49
     assert "[int; required]" in lines["model.dim"]
     assert "[float; 0.0003]" in lines["optimizer.lr"]
     assert all(re.search(r"  \S+ +\S.* \[.+; .+\]$", line) for line in lines.values())
