@@ -119,6 +119,22 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
+class ClusterConfig:
+    """A cluster that is emulated on one GPU, to see what a job would cost on it. Defaults: H100, NVLink, 400 Gb/s per GPU."""
+
+    emulate: int | None = option(None, "ranks of the emulated cluster, of which this process is one; null: no emulation")
+    latency: float = option(20e-6, "seconds before a collective's first byte")
+    flat_bandwidth: float | None = option(None, "bytes/s of each rank in a network without nodes; null: nodes, as follows")
+    ranks_per_node: int = option(8, "ranks of a node")
+    node_bandwidth: float = option(360e9, "bytes/s of each rank inside its node")
+    network_bandwidth: float = option(50e9, "bytes/s of each rank to other nodes; collectives use all of a node's links at once")
+    efficiency: dict[str, float] = option(
+        {}, "share of the bandwidth that a kind of collective reaches, such as {reduce_scatter: 0.9}; 1 where not given"
+    )
+    communication_sms: int = option(16, "multiprocessors that a collective holds while it lasts")
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Prepared corpora: prefixes of Megatron .bin/.idx pairs (tools/prepare_data.py writes them)."""
 
@@ -153,6 +169,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     data: DataConfig = field(default_factory=DataConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
@@ -325,12 +342,14 @@ def _check(config: Config) -> None:
     _positive(
         config, "train.steps", "train.global_batch_tokens", "train.micro_batch_size", "train.sequence_length",
         "head_loss.chunk_rows", "run.save_every_steps", "run.keep_checkpoints", "run.evaluate_every_steps",
-        "run.evaluation_windows", "run.log_every_steps", "engine.reduce_bucket_size",
+        "run.evaluation_windows", "run.log_every_steps", "engine.reduce_bucket_size", "cluster.emulate",
+        "cluster.ranks_per_node", "cluster.flat_bandwidth", "cluster.node_bandwidth", "cluster.network_bandwidth",
+        "cluster.communication_sms",
     )  # fmt: skip
     _not_negative(
         config, "optimizer.lr", "optimizer.warmup_steps", "optimizer.final_lr_ratio", "optimizer.eps",
         "optimizer.weight_decay", "optimizer.gradient_clipping", "head_loss.z_loss", "train.seed",
-        "engine.param_persistence_threshold", "engine.prefetch_modules",
+        "engine.param_persistence_threshold", "engine.prefetch_modules", "cluster.latency",
     )  # fmt: skip
     for name in ("beta1", "beta2"):
         value = getattr(optimizer, name)

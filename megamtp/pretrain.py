@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from megamtp.checkpoint import store
-from megamtp.cluster.environment import Place, find_place, join_peers
+from megamtp.cluster.environment import Place, emulated_place, find_place, join_peers
 from megamtp.config import Config, describe, read_config, write_config
 from megamtp.data.indexed_dataset import IndexedDataset
 from megamtp.data.loader import TrainLoader
@@ -43,7 +43,9 @@ def main(arguments: list[str]) -> int:
         print(f"{__doc__}\nKeys [type; default]:\n{describe()}")
         return 0
     place = find_place()
-    job = check(read_config([argument for argument in arguments if not argument.startswith("--local_rank")]), place)
+    config = read_config([argument for argument in arguments if not argument.startswith("--local_rank")])
+    place = emulated_place(place, config.cluster)
+    job = check(config, place)
     if job.finished_steps >= job.config.train.steps:
         if place.rank == 0:
             print(f"{job.config.run.directory} has all its {job.config.train.steps} steps already; nothing to do")
@@ -77,8 +79,8 @@ def check(config: Config, place: Place) -> Job:
 def _train(job: Job, place: Place) -> bool:
     from megamtp.cluster.signals import StopRequest
 
-    stop = StopRequest(launched=place.world_size > 1)
-    join_peers(place)
+    stop = StopRequest(launched=place.world_size > 1 and not job.config.cluster.emulate)
+    join_peers(place, job.config.cluster)
     from megamtp.engines.build import build_engine
     from megamtp.training.loop import Training
 

@@ -26,7 +26,7 @@ def run_ranks(
     """Calls function(*arguments) on every CPU rank; function must be a module's top-level function.
 
     Args:
-        backend: gloo, or ordered (see ordered_backend.py).
+        backend: gloo, ordered (see ordered_backend.py), or none for a function that initialises torch.distributed itself.
 
     Raises:
         AssertionError: with the traceback of every rank that failed.
@@ -105,7 +105,8 @@ def _rank_main(backend: str, function: Callable[..., Any], arguments: tuple, ran
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     try:
-        dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+        if backend != "none":
+            dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
         result = function(*arguments)
         (Path(folder) / f"result{rank}").write_bytes(pickle.dumps(result))
         dist.barrier()

@@ -4,6 +4,10 @@ import os
 import socket
 from dataclasses import dataclass
 
+from megamtp.cluster import emulated
+from megamtp.config import ClusterConfig
+from megamtp.errors import InputError
+
 # (rank, local rank, world size) as torch-style launchers, Open MPI, MPICH/Intel MPI (Hydra) and Slurm's PMI spell them.
 SPELLINGS = (
     ("RANK", "LOCAL_RANK", "WORLD_SIZE"),
@@ -30,8 +34,21 @@ def find_place() -> Place:
     return Place(0, 0, 1)
 
 
-def join_peers(place: Place) -> None:
-    """Initialises torch.distributed: NCCL on GPUs, gloo without. Collective."""
+def emulated_place(place: Place, cluster: ClusterConfig) -> Place:
+    """The place in the emulated cluster, if there is one: rank 0.
+
+    Raises:
+        InputError: this process has real peers.
+    """
+    if not cluster.emulate:
+        return place
+    if place.world_size > 1:
+        raise InputError(f"cluster.emulate={cluster.emulate} under a launcher of {place.world_size} ranks; expected one process")
+    return Place(0, 0, cluster.emulate)
+
+
+def join_peers(place: Place, cluster: ClusterConfig) -> None:
+    """Initialises torch.distributed: NCCL on GPUs, gloo without, or the emulated cluster. Collective."""
     import torch
 
     if not torch.cuda.is_available():
@@ -42,6 +59,8 @@ def join_peers(place: Place) -> None:
     # DeepSpeed compiles a shared-memory collective for CPU ranks at first use; gloo does not need it, and there may be no compiler.
     compatible_ops["deepspeed_shm_comm"] = False
     _announce(place)
+    if cluster.emulate:
+        emulated.join(cluster)
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
 
 

@@ -75,6 +75,9 @@ class Training:
 
     def _save(self) -> None:
         config = self.config
+        if config.cluster.emulate:
+            self.metrics.say("an emulated cluster's weights are not trained ones: no checkpoint is written")
+            return
         manifest = store.Manifest(
             self.step, self.engine.world_size, config.engine.kind, config.train.precision, dataclasses.asdict(config.model), {}
         )

@@ -58,3 +58,12 @@ def test_two_nodes_give_the_losses_of_one(arguments, expected, tmp_path, start):
         output, _ = node.communicate(timeout=200)
         assert node.returncode == 0, output
     assert_same(tmp_path / "run", expected)
+
+
+def test_emulated_cluster_trains_as_one_of_many_ranks_and_writes_no_checkpoint(arguments, tmp_path):
+    settings = ["cluster.emulate=4", "train.global_batch_tokens=256", "train.micro_batch_size=1"]
+    finished = run(["-m", MODULE, *arguments, *STEPS, *settings, f"run.directory={tmp_path}/run"])
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "no checkpoint is written" in finished.stdout + finished.stderr
+    assert len(losses(tmp_path / "run")) == 4
+    assert not (tmp_path / "run/checkpoints").exists()

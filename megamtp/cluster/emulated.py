@@ -1,0 +1,213 @@
+"""A cluster of W ranks on one GPU: this process is rank 0, the others are only the time that talking to them would take.
+
+    python -m megamtp.pretrain configs/6.7b_n4.yaml cluster.emulate=64 cluster.flat_bandwidth=100e9 cluster.communication_sms=1 ...
+
+A torch.distributed backend: shards, memory, host work, streams and memory traffic are those of one true rank. A gather writes the
+whole output (W copies of the own shard), a reduction reads the whole input (and sums its W pieces); then the communication stream
+is held for as long as the network would need. What is computed from that is not training: no checkpoint is written from it.
+On a CPU nothing is held, but every transfer is written down with its bytes and predicted time.
+"""
+
+import functools
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megamtp.config import ClusterConfig
+
+BACKEND = "emulated"
+LOGGED_TRANSFERS = 100_000
+PASSES = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "broadcast": 1, "barrier": 0}  # of the bytes over a link
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One collective: its kind, the bytes of the whole tensors (not of a shard), and the seconds that the network needs."""
+
+    kind: str
+    num_bytes: int
+    seconds: float
+
+
+class Network:
+    """How long a collective of all ranks takes.
+
+    Of a tensor of S bytes, gathered or reduced, S (W - 1) / W cross each rank's link; an all-reduce is both. Between nodes, whose
+    links all carry their part at once, S (N - 1) / N enter each of N nodes. The slower of the two decides.
+    Source: Thakur, Rabenseifner, Gropp 2005, "Optimization of collective communication operations in MPICH", section 4.
+    """
+
+    def __init__(self, cluster: ClusterConfig):
+        self.cluster, self.world_size = cluster, cluster.emulate
+
+    def seconds(self, kind: str, num_bytes: int) -> float:
+        """Seconds of one collective over tensors of `num_bytes` in all."""
+        cluster, world_size = self.cluster, self.world_size
+        if world_size == 1:
+            return 0.0
+        moved = PASSES[kind] * num_bytes
+        share = cluster.efficiency.get(kind, 1.0)
+        if cluster.flat_bandwidth:
+            return cluster.latency + moved * (world_size - 1) / world_size / (cluster.flat_bandwidth * share)
+        ranks = min(world_size, cluster.ranks_per_node)
+        nodes = -(-world_size // cluster.ranks_per_node)
+        inside = moved * (world_size - 1) / world_size / cluster.node_bandwidth
+        between = moved * (nodes - 1) / nodes / (ranks * cluster.network_bandwidth)
+        return cluster.latency + max(inside, between) / share
+
+
+class EmulatedWork(dist.Work):
+    """Like NCCL's: `wait` makes the current stream wait, and the tensors live until then."""
+
+    def __init__(self, done: torch.cuda.Event | None, tensors: list[Tensor]):
+        super().__init__()
+        self._done, self._tensors = done, tensors
+
+    def wait(self, timeout=None) -> bool:
+        if self._done is not None:
+            torch.cuda.current_stream().wait_event(self._done)
+        self._tensors = []
+        return True
+
+    def synchronize(self) -> None:
+        self.wait()
+
+    def is_completed(self) -> bool:
+        return self._done is None or self._done.query()
+
+
+class EmulatedGroup(dist.ProcessGroup):
+    """The process group of rank 0. Every collective is written down in `transfers`."""
+
+    def __init__(self, network: Network, transfers: deque[Transfer]):
+        super().__init__(0, network.world_size)
+        self._network, self._transfers = network, transfers
+        self._size, self._stream = network.world_size, None
+
+    def getBackendName(self) -> str:
+        return BACKEND
+
+    @property
+    def pg_name(self) -> str:
+        return dist.distributed_c10d._world.pg_names[self]
+
+    @property
+    def group_name(self) -> str:
+        return self.pg_name
+
+    def _run(self, kind: str, whole: list[Tensor], others: list[Tensor], move: Callable[[], None]) -> EmulatedWork:
+        """Moves the data on the communication stream, then holds that stream."""
+        num_bytes = sum(tensor.nbytes for tensor in whole)
+        transfer = Transfer(kind, num_bytes, self._network.seconds(kind, num_bytes))
+        self._transfers.append(transfer)
+        if not whole or not whole[0].is_cuda:
+            move()
+            return EmulatedWork(None, [])
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            move()
+            _hold(transfer.seconds, self._network.cluster.communication_sms)
+        return EmulatedWork(self._stream.record_event(), [*whole, *others])
+
+    def allgather_into_tensor_coalesced(self, outputs, tensors, opts=None):
+        def move() -> None:
+            for output, tensor in zip(outputs, tensors, strict=True):
+                output.view(self._size, -1).copy_(tensor.reshape(1, -1))
+
+        return self._run("all_gather", outputs, tensors, move)
+
+    def _allgather_base(self, output, tensor, opts=None):
+        if output.data_ptr() <= tensor.data_ptr() < output.data_ptr() + output.nbytes:
+            tensor = tensor.clone()  # a shard that lies in the output
+        return self.allgather_into_tensor_coalesced([output], [tensor])
+
+    all_gather_single = _allgather_base
+
+    def allgather(self, outputs, tensors, opts=None):
+        def move() -> None:
+            for pieces, tensor in zip(outputs, tensors, strict=True):
+                for piece in pieces:
+                    piece.copy_(tensor)
+
+        return self._run("all_gather", [piece for pieces in outputs for piece in pieces], tensors, move)
+
+    def reduce_scatter_tensor_coalesced(self, outputs, tensors, opts=None):
+        def move() -> None:
+            for output, tensor in zip(outputs, tensors, strict=True):
+                torch.sum(tensor.view(self._size, -1), dim=0, out=output.view(-1))
+
+        return self._run("reduce_scatter", tensors, outputs, move)
+
+    def _reduce_scatter_base(self, output, tensor, opts=None):
+        # Into memory of its own, for the output may lie in the input.
+        return self._run(
+            "reduce_scatter", [tensor], [output], lambda: output.view(-1).copy_(tensor.reshape(self._size, -1).sum(dim=0))
+        )
+
+    reduce_scatter_single = _reduce_scatter_base
+
+    def allreduce(self, tensors, opts=None):
+        return self._run("all_reduce", tensors, [], lambda: None)
+
+    allreduce_coalesced = allreduce
+
+    def broadcast(self, tensors, opts=None):
+        return self._run("broadcast", tensors, [], lambda: None)
+
+    def barrier(self, opts=None):
+        return self._run("barrier", [], [], lambda: None)
+
+
+def join(cluster: ClusterConfig) -> deque[Transfer]:
+    """Initialises torch.distributed as rank 0 of `cluster.emulate` ranks; returns the log of transfers, latest last."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    network, transfers = Network(cluster), deque(maxlen=LOGGED_TRANSFERS)
+    dist.Backend.register_backend(BACKEND, lambda *_: EmulatedGroup(network, transfers), devices=["cpu", "cuda"])
+    dist.init_process_group(BACKEND, store=FakeStore(), rank=0, world_size=network.world_size)
+    return transfers
+
+
+def _hold(seconds: float, num_sms: int) -> None:
+    """Keeps the current stream, and some multiprocessors, busy. One of them: a single waiting thread, and its share of nothing."""
+    if num_sms == 1:
+        torch.cuda._sleep(int(seconds * _cycles_per_second()))
+    elif seconds > 0:
+        _holding_kernel()[(num_sms,)](int(seconds * 1e9), num_warps=16)
+
+
+@functools.cache
+def _cycles_per_second() -> float:
+    cycles = 20_000_000
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(cycles)  # the first one also loads the kernel
+    start.record()
+    torch.cuda._sleep(cycles)
+    end.record()
+    end.synchronize()
+    return cycles / (start.elapsed_time(end) / 1e3)
+
+
+@functools.cache
+def _holding_kernel():
+    """A kernel whose every block occupies one multiprocessor's registers, as NCCL's do, until the time is over."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def now():
+        return tl.inline_asm_elementwise("mov.u64 $0, %globaltimer;", "=l", [], dtype=tl.int64, is_pure=False, pack=1)
+
+    @triton.jit
+    def hold(nanoseconds):
+        end = now() + nanoseconds
+        while now() < end:
+            pass
+
+    return hold
