@@ -67,7 +67,9 @@ class HeadLossConfig:
     """The heads' losses."""
 
     weights: list[float] | None = option(None, "weight of each head's loss, n numbers; null: all 1, as in the paper")
-    chunk_rows: int = option(4096, "rows (positions) whose logits are alive at a time")
+    chunk_rows: int | None = option(
+        None, "rows (positions) whose logits are alive at a time; null: at most 8192, and one GiB of logits"
+    )
     z_loss: float = option(0.0, "coefficient of the mean squared log-partition function (0: none)")
 
 
@@ -97,6 +99,7 @@ class TrainConfig:
     sequence_length: int = option(4096, "positions of a window (T)")
     precision: str = option("bf16", "bf16, fp32 or fp16 (fp16 on GPUs only)")
     activation_checkpointing: bool = option(False, "recompute trunk layers in the backward pass to save memory")
+    compile: bool | None = option(None, "run the layers through torch.compile, one function for all of them; null: on GPUs")
     seed: int = option(0, "seed of the initial weights and of the order of the data")
 
 

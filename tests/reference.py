@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megamtp.config import Config
 from megamtp.data.loader import Batch
-from megamtp.losses.linear_cross_entropy import IGNORED
+from megamtp.losses.softmax_gradient import IGNORED
 from megamtp.model.initial import initial_value
 from megamtp.model.mtp import MTPModel
 

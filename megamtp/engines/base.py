@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megamtp.data.loader import Batch
-from megamtp.losses.linear_cross_entropy import IGNORED
+from megamtp.losses.softmax_gradient import IGNORED
 
 
 @dataclass(frozen=True)

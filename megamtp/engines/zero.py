@@ -21,7 +21,7 @@ from megamtp.engines.deepspeed_config import deepspeed_config
 from megamtp.engines.gather import GroupedTraffic
 from megamtp.engines.head_phase import DeepSpeedHeadPhase, full_shape
 from megamtp.errors import CheckpointError
-from megamtp.losses.linear_cross_entropy import IGNORED
+from megamtp.losses.softmax_gradient import IGNORED
 from megamtp.model.initial import initial_value
 from megamtp.model.layers import TransformerLayer
 from megamtp.model.mtp import MTPModel
@@ -107,7 +107,11 @@ def _build_model(config: Config, settings: dict, device: torch.device) -> MTPMod
     place = deepspeed.zero.Init(config_dict_or_path=settings) if sharded else torch.device("meta")
     with place:
         model = MTPModel(
-            config.model, config.head_loss, config.engine.head_schedule, recompute_trunk=config.train.activation_checkpointing
+            config.model,
+            config.head_loss,
+            config.engine.head_schedule,
+            recompute_trunk=config.train.activation_checkpointing,
+            compile_layers=device.type == "cuda" if config.train.compile is None else config.train.compile,
         )
     if sharded:
         set_z3_leaf_modules(model, [TransformerLayer])  # one gather per layer, no hooks inside

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-IGNORED = -100  # a target that counts for nothing; torch's own convention
+from megamtp.losses.softmax_gradient import negative_log_likelihood_, softmax_gradient_
+
+MAX_CHUNK_BYTES, MAX_CHUNK_ROWS = 2**30, 8192
 
 
 class SharedGradient:
@@ -26,10 +28,9 @@ class SharedGradient:
         self.remaining_uses = num_uses
         self.total_VD: Tensor | None = None
 
-    def buffer(self, weight_VD: Tensor) -> Tensor:
-        if self.total_VD is None:
-            self.total_VD = torch.zeros(weight_VD.shape, dtype=_wide(weight_VD.dtype), device=weight_VD.device)
-        return self.total_VD
+    def add_product(self, left_VC: Tensor, right_CD: Tensor) -> None:
+        """total += left @ right, in fp32 (fp64 for fp64)."""
+        self.total_VD = _wide_product(left_VC, right_CD, add_to=self.total_VD)
 
     def take_if_last(self) -> Tensor | None:
         """Called once per use; the sum at the last one."""
@@ -48,7 +49,7 @@ def linear_cross_entropy(
     scale: float = 1.0,
     seed: float = 1.0,
     z_loss: float = 0.0,
-    chunk_rows: int = 4096,
+    chunk_rows: int | None = None,
     shared_gradient: SharedGradient | None = None,
 ) -> tuple[Tensor, Tensor]:
     """scale * sum over rows of (-log softmax(H W^T)[target] + z_loss * logsumexp^2), and the bare sum of the first term.
@@ -61,7 +62,8 @@ def linear_cross_entropy(
         seed: the gradient that backward will receive. It is multiplied in before anything is cast to 16 bits, so that fp16
             loss scaling protects what it is meant to protect; a different one in backward is still right, only rounded again.
         z_loss: coefficient of the squared log-partition function. Source: PaLM, arXiv:2204.02311, section 5.
-        chunk_rows: rows whose logits are alive at a time (in fp32, and once more in 16 bits if the model is).
+        chunk_rows: rows whose logits are alive at a time; None: see default_chunk_rows. On a GPU they are in the model's dtype;
+            on a CPU in fp32, and once more in 16 bits if the model is.
         shared_gradient: the accumulator of dW when the weight has several uses; None if this is the only one.
 
     Returns:
@@ -73,6 +75,7 @@ def linear_cross_entropy(
         torch.empty_like(hidden_ND) if learning and hidden_ND.requires_grad else None,
         (shared_gradient or SharedGradient(num_uses=1)) if learning and weight_VD.requires_grad else None,
     )
+    chunk_rows = chunk_rows or default_chunk_rows(len(weight_VD), hidden_ND.element_size())
     options = _Options(scale, seed, z_loss, chunk_rows)
     return _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, options, sinks)
 
@@ -112,10 +115,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_weight_VD = ctx.shared_gradient.take_if_last() if ctx.shared_gradient else None
         factor = d_loss / ctx.seed  # exactly 1 in training, and then nothing changes
         if d_hidden_ND is not None:
-            d_hidden_ND = (d_hidden_ND * factor).to(d_hidden_ND.dtype)
+            d_hidden_ND = d_hidden_ND.mul_(factor)
         if d_weight_VD is not None:
-            d_weight_VD = (d_weight_VD * factor).to(ctx.weight_dtype)
+            rounded_VD = torch.empty_like(d_weight_VD, dtype=ctx.weight_dtype)
+            d_weight_VD = torch.mul(d_weight_VD, factor, out=rounded_VD)
         return d_hidden_ND, d_weight_VD, None, None, None
+
+
+def default_chunk_rows(vocab_size: int, bytes_per_logit: int) -> int:
+    """The largest power of two whose logits fit in a GiB, at most 8192: fewer chunks mean fewer passes over dW."""
+    rows = MAX_CHUNK_ROWS
+    while rows > 1 and rows * vocab_size * bytes_per_logit > MAX_CHUNK_BYTES:
+        rows //= 2
+    return rows
 
 
 def _chunk(
@@ -123,55 +135,34 @@ def _chunk(
 ) -> tuple[Tensor, Tensor]:
     """(summed nll, summed squared log-partition) of some rows; adds their gradients to the sinks. Its logits die with the call."""
     hidden_CD, targets_C = hidden_ND[rows], targets_N[rows]
-    logits_CV = _wide_product(hidden_CD, weight_VD)
-    nll_C, log_partition_C, valid_C = _negative_log_likelihood(logits_CV, targets_C)
-    if sinks.hidden_ND is not None or sinks.weight:
-        gradient_CV = _into_gradient(logits_CV, targets_C, log_partition_C, valid_C, options.scale * options.seed, options.z_loss)
-        gradient_CV = gradient_CV.to(hidden_ND.dtype)
-        del logits_CV
-        if sinks.hidden_ND is not None:
-            torch.mm(gradient_CV, weight_VD, out=sinks.hidden_ND[rows])
-        if sinks.weight:
-            _add_product(sinks.weight.buffer(weight_VD), gradient_CV.T, hidden_CD)
-    return nll_C.sum(), (log_partition_C.square() * valid_C).sum()
+    logits_CV = hidden_CD @ weight_VD.T
+    if not hidden_CD.is_cuda:
+        logits_CV = logits_CV.to(
+            _wide(logits_CV.dtype)
+        )  # torch's operations, unlike the kernel, compute in the dtype they are given
+    if sinks.hidden_ND is None and not sinks.weight:
+        nll_C, log_partition_C, valid_C = negative_log_likelihood_(logits_CV.to(_wide(logits_CV.dtype)), targets_C)
+        return nll_C.sum(), (log_partition_C.square() * valid_C).sum()
+    nll_C, squared_C = softmax_gradient_(logits_CV, targets_C, options.scale * options.seed, options.z_loss)
+    gradient_CV = logits_CV.to(hidden_ND.dtype)
+    del logits_CV
+    if sinks.hidden_ND is not None:
+        torch.mm(gradient_CV, weight_VD, out=sinks.hidden_ND[rows])
+    if sinks.weight:
+        sinks.weight.add_product(gradient_CV.T, hidden_CD)
+    return nll_C.sum(), squared_C.sum()
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 else torch.float32
 
 
-def _wide_product(hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:
-    """H W^T with fp32 results; a GPU writes them straight from its fp32 accumulators."""
-    if hidden_CD.is_cuda and hidden_CD.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(hidden_CD, weight_VD.T, out_dtype=torch.float32)
-    return torch.mm(hidden_CD, weight_VD.T).to(_wide(hidden_CD.dtype))
-
-
-def _add_product(total_VD: Tensor, left_VC: Tensor, right_CD: Tensor) -> None:
-    """total += left @ right in the total's precision."""
-    if left_VC.dtype == total_VD.dtype:
-        total_VD.addmm_(left_VC, right_CD)
-    elif left_VC.is_cuda:
-        torch.addmm(total_VD, left_VC, right_CD, out_dtype=total_VD.dtype, out=total_VD)
-    else:
-        total_VD.addmm_(left_VC.to(total_VD.dtype), right_CD.to(total_VD.dtype))
-
-
-def _negative_log_likelihood(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(nll, log-partition, validity) of each row; overwrites the logits with softmax probabilities."""
-    valid_C = targets_C != IGNORED
-    target_logits_C = logits_CV.gather(1, targets_C.where(valid_C, 0)[:, None])[:, 0]
-    largest_C = logits_CV.amax(dim=1)
-    partition_C = logits_CV.sub_(largest_C[:, None]).exp_().sum(dim=1)
-    log_partition_C = partition_C.log() + largest_C
-    logits_CV.div_(partition_C[:, None])
-    return (log_partition_C - target_logits_C).where(valid_C, 0.0), log_partition_C, valid_C
-
-
-def _into_gradient(
-    probabilities_CV: Tensor, targets_C: Tensor, log_partition_C: Tensor, valid_C: Tensor, factor: float, z_loss: float
-) -> Tensor:
-    """factor * d(nll + z_loss * log_partition^2)/d logits, in place."""
-    factors_C = valid_C.to(probabilities_CV.dtype) * factor
-    probabilities_CV.mul_((factors_C * (1 + 2 * z_loss * log_partition_C))[:, None])
-    return probabilities_CV.scatter_add_(1, targets_C.where(valid_C, 0)[:, None], -factors_C[:, None])
+def _wide_product(left: Tensor, right: Tensor, add_to: Tensor | None) -> Tensor:
+    """left @ right, plus `add_to`, in fp32 (fp64 for fp64); a GPU adds it inside its fp32 accumulators' last step."""
+    wide = _wide(left.dtype)
+    if left.dtype == wide or not left.is_cuda:
+        left, right = left.to(wide), right.to(wide)
+        return left @ right if add_to is None else add_to.addmm_(left, right)
+    if add_to is None:
+        return torch.mm(left, right, out_dtype=wide)
+    return torch.addmm(add_to, left, right, out_dtype=wide, out=add_to)

@@ -4,6 +4,7 @@ Source: Touvron et al. 2023, arXiv:2302.13971, section 2.2; grouped queries: Ain
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -15,22 +16,9 @@ from megamtp.config import ModelConfig
 KeyValueCache = tuple[Tensor, Tensor]
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, computed in fp32 and returned in x's dtype."""
-
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(dim))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm as a function. fp32 inside, as Llama does: the mean of squares loses too much in 16 bits."""
-    wide = x if x.dtype == torch.float64 else x.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+    """x / rms(x) * weight over the last dimension. torch computes it in fp32 inside, and on a GPU in one kernel."""
+    return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
 @functools.lru_cache(maxsize=8)
@@ -55,34 +43,33 @@ def rotate(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
     return x_BHTK * cos_TK + torch.cat((-second, first), dim=-1) * sin_TK
 
 
-class Attention(nn.Module):
-    """Causal self-attention with rotary positions; fewer key/value heads than query heads if the model says so."""
+def attention(
+    x_BTD: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, rotary: tuple[Tensor, Tensor], head_dim: int,
+    cache: KeyValueCache | None = None,
+) -> tuple[Tensor, KeyValueCache]:  # fmt: skip
+    """Causal self-attention; fewer key/value heads than query heads if the weights say so.
 
-    def __init__(self, model: ModelConfig):
-        super().__init__()
-        self.head_dim, self.theta = model.head_dim, model.rope_theta
-        key_value_dim = model.key_value_heads * model.head_dim
-        self.query = nn.Linear(model.dim, model.dim, bias=False)
-        self.key = nn.Linear(model.dim, key_value_dim, bias=False)
-        self.value = nn.Linear(model.dim, key_value_dim, bias=False)
-        self.output = nn.Linear(model.dim, model.dim, bias=False)
+    Args:
+        query, key, value, output: weights [out, in].
+        rotary: (cos, sin) [T, K] of the new positions.
+        cache: keys and values [B, H_kv, past, K] of earlier positions.
 
-    def forward(self, x_BTD: Tensor, cache: KeyValueCache | None = None) -> tuple[Tensor, KeyValueCache]:
-        """-> (output [B, T, D], keys and values [B, H_kv, past + T, K] of all positions so far)."""
-        batch, length, _ = x_BTD.shape
-        past = cache[0].shape[2] if cache else 0
-        cos, sin = rotary_tables(past + length, self.head_dim, self.theta, x_BTD.device, x_BTD.dtype)
-        queries, keys, values = (
-            projection(x_BTD).view(batch, length, -1, self.head_dim).transpose(1, 2)
-            for projection in (self.query, self.key, self.value)
-        )
-        queries, keys = (rotate(part, cos[past:], sin[past:]) for part in (queries, keys))
-        if cache:
-            keys, values = torch.cat((cache[0], keys), dim=2), torch.cat((cache[1], values), dim=2)
-        mixed = F.scaled_dot_product_attention(
-            queries, keys, values, enable_gqa=keys.shape[1] != queries.shape[1], **_causal(length, past, x_BTD.device)
-        )
-        return self.output(mixed.transpose(1, 2).reshape(batch, length, -1)), (keys, values)
+    Returns:
+        (output [B, T, D], keys and values [B, H_kv, past + T, K] of all positions so far).
+    """
+    batch, length, _ = x_BTD.shape
+    queries, keys, values = (
+        F.linear(x_BTD, weight).view(batch, length, -1, head_dim).transpose(1, 2) for weight in (query, key, value)
+    )
+    queries, keys = rotate(queries, *rotary), rotate(keys, *rotary)
+    past = 0
+    if cache is not None:
+        past = cache[0].shape[2]
+        keys, values = torch.cat((cache[0], keys), dim=2), torch.cat((cache[1], values), dim=2)
+    mixed = F.scaled_dot_product_attention(
+        queries, keys, values, enable_gqa=keys.shape[1] != queries.shape[1], **_causal(length, past, x_BTD.device)
+    )
+    return F.linear(mixed.transpose(1, 2).reshape(batch, length, -1), output), (keys, values)
 
 
 def _causal(length: int, past: int, device: torch.device) -> dict:
@@ -91,44 +78,94 @@ def _causal(length: int, past: int, device: torch.device) -> dict:
     return {"attn_mask": torch.ones(length, past + length, dtype=torch.bool, device=device).tril(past)}
 
 
-class SwiGLU(nn.Module):
+def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """down(silu(gate(x)) * up(x)). Source: Shazeer 2020, arXiv:2002.05202."""
+    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
-    def __init__(self, model: ModelConfig):
+
+def transformer_layer(
+    x_BTD: Tensor, weights: tuple[Tensor, ...], rotary: tuple[Tensor, Tensor], head_dim: int, eps: float,
+    cache: KeyValueCache | None = None,
+) -> tuple[Tensor, KeyValueCache]:  # fmt: skip
+    """x + attention(norm(x)), then + mlp(norm(.)), and the keys and values of all positions.
+
+    `weights` in the order of TransformerLayer.weights. They are arguments, so that one compiled function serves all layers.
+    """
+    attention_norm, query, key, value, output, mlp_norm, gate, up, down = weights
+    normed_BTD = rms_norm(x_BTD, attention_norm, eps)
+    attended_BTD, cache = attention(normed_BTD, query, key, value, output, rotary, head_dim, cache)
+    x_BTD = x_BTD + attended_BTD
+    return x_BTD + swiglu(rms_norm(x_BTD, mlp_norm, eps), gate, up, down), cache
+
+
+def layer_output(x_BTD: Tensor, weights: tuple[Tensor, ...], rotary: tuple[Tensor, Tensor], head_dim: int, eps: float) -> Tensor:
+    """transformer_layer without its keys and values: what is compiled, since in training nobody wants them."""
+    return transformer_layer(x_BTD, weights, rotary, head_dim, eps)[0]
+
+
+@functools.cache
+def compiled_layer_output() -> Callable[..., Tensor]:
+    """layer_output, compiled at its first call for each shape; an error, never a silent return to eager, if it cannot be."""
+    return torch.compile(layer_output, dynamic=False, fullgraph=True)
+
+
+class Norm(nn.Module):
+    """Holds the weight of an RMSNorm."""
+
+    def __init__(self, dim: int):
         super().__init__()
-        self.gate = nn.Linear(model.dim, model.hidden_dim, bias=False)
-        self.up = nn.Linear(model.dim, model.hidden_dim, bias=False)
-        self.down = nn.Linear(model.hidden_dim, model.dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        self.weight = nn.Parameter(torch.empty(dim))
 
 
 class TransformerLayer(nn.Module):
-    """x + attention(norm(x)), then + mlp(norm(.)): one trunk layer or the body of one head.
+    """The weights of one layer, a trunk layer or the body of one head, and their use.
 
-    `recompute` drops the activations and computes them again in backward. It is done inside `forward`, so that an
-    engine's module hooks see one forward and one backward: one gather for both the recomputation and the gradient.
+    Args:
+        recompute: drop the activations and compute them again in backward. It is done inside `forward`, so that an engine's
+            module hooks see one forward and one backward: one gather for both the recomputation and the gradient.
+        compiled: run through torch.compile; all layers share one compiled function.
     """
 
-    def __init__(self, model: ModelConfig, recompute: bool = False):
+    def __init__(self, model: ModelConfig, recompute: bool = False, compiled: bool = False):
         super().__init__()
-        self.attention_norm = RMSNorm(model.dim, model.norm_eps)
-        self.attention = Attention(model)
-        self.mlp_norm = RMSNorm(model.dim, model.norm_eps)
-        self.mlp = SwiGLU(model)
-        self.recompute = recompute
+        self.head_dim, self.theta, self.eps = model.head_dim, model.rope_theta, model.norm_eps
+        self.recompute, self.compiled = recompute, compiled
+        key_value_dim = model.key_value_heads * model.head_dim
+        self.attention_norm = Norm(model.dim)
+        self.attention = nn.ModuleDict(
+            {
+                "query": nn.Linear(model.dim, model.dim, bias=False),
+                "key": nn.Linear(model.dim, key_value_dim, bias=False),
+                "value": nn.Linear(model.dim, key_value_dim, bias=False),
+                "output": nn.Linear(model.dim, model.dim, bias=False),
+            }
+        )
+        self.mlp_norm = Norm(model.dim)
+        self.mlp = nn.ModuleDict(
+            {
+                "gate": nn.Linear(model.dim, model.hidden_dim, bias=False),
+                "up": nn.Linear(model.dim, model.hidden_dim, bias=False),
+                "down": nn.Linear(model.hidden_dim, model.dim, bias=False),
+            }
+        )
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """In the order in which transformer_layer takes them: that of their definition."""
+        return tuple(self.parameters())
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        function = compiled_layer_output() if self.compiled else layer_output
+        arguments = (x_BTD, self.weights, self._rotary(0, x_BTD), self.head_dim, self.eps)
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._layer, x_BTD, use_reentrant=False, preserve_rng_state=False)
-        return self._layer(x_BTD)
-
-    def _layer(self, x_BTD: Tensor) -> Tensor:
-        return self.extend(x_BTD, None)[0]
+            return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return function(*arguments)
 
     def extend(self, x_BTD: Tensor, cache: KeyValueCache | None) -> tuple[Tensor, KeyValueCache]:
         """Decoding: the layer's output for T new positions behind the cached ones, and the longer cache."""
-        attended, cache = self.attention(self.attention_norm(x_BTD), cache)
-        x_BTD = x_BTD + attended
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
+        past = cache[0].shape[2] if cache else 0
+        return transformer_layer(x_BTD, self.weights, self._rotary(past, x_BTD), self.head_dim, self.eps, cache)
+
+    def _rotary(self, past: int, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = rotary_tables(past + x_BTD.shape[1], self.head_dim, self.theta, x_BTD.device, x_BTD.dtype)
+        return cos[past:], sin[past:]

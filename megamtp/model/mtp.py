@@ -29,6 +29,7 @@ class MTPModel(nn.Module):
         schedule: "sequential" runs each head's backward right behind its forward (losses/sequential.py); "deferred" leaves all of
             them to the ordinary backward pass. The gradients are the same.
         recompute_trunk: activation checkpointing of each trunk layer. Heads are never recomputed.
+        compile_layers: run all layers, trunk and heads, through one compiled function.
 
     Attributes:
         head_phase: what the engine does around sequential heads; set by the engine.
@@ -40,13 +41,14 @@ class MTPModel(nn.Module):
         head_loss: HeadLossConfig | None = None,
         schedule: str = "sequential",
         recompute_trunk: bool = False,
+        compile_layers: bool = False,
     ):
         super().__init__()
         self.config, self.head_loss_config, self.schedule = model, head_loss or HeadLossConfig(), schedule
         self.head_phase = HeadPhase()
         self.embedding = nn.Embedding(model.vocab_size, model.dim)
-        self.trunk = nn.ModuleList(TransformerLayer(model, recompute_trunk) for _ in range(model.num_trunk_layers))
-        self.heads = nn.ModuleList(TransformerLayer(model) for _ in range(model.num_future_tokens))
+        self.trunk = nn.ModuleList(TransformerLayer(model, recompute_trunk, compile_layers) for _ in range(model.num_trunk_layers))
+        self.heads = nn.ModuleList(TransformerLayer(model, compiled=compile_layers) for _ in range(model.num_future_tokens))
         self.unembedding = Unembedding(model)
 
     def forward(self, inputs_BT: Tensor, targets_NBT: Tensor, loss_scales: list[float]) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,85 @@
+"""Logits -> the gradient of cross-entropy with respect to them, in place, and each row's loss.
+
+On a GPU one kernel reads each row from memory once and writes it once; elsewhere the same in torch's operations.
+Shapes: C rows, V vocabulary.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+IGNORED = -100  # a target that counts for nothing; torch's own convention
+BLOCK = 16384  # columns that a kernel program holds at a time
+
+
+def softmax_gradient_(logits_CV: Tensor, targets_C: Tensor, factor: float, z_loss: float) -> tuple[Tensor, Tensor]:
+    """Overwrites `logits_CV` with factor * d(nll + z_loss * log_partition^2)/d logits; zero in rows whose target is IGNORED.
+
+    Returns:
+        (nll, squared log-partition): [C] in fp32 (fp64 for fp64), both 0 where the target is IGNORED.
+    """
+    if logits_CV.is_cuda and logits_CV.dtype != torch.float64:
+        return _triton(logits_CV, targets_C, factor, z_loss)
+    nll_C, log_partition_C, valid_C = negative_log_likelihood_(logits_CV, targets_C)
+    factors_C = valid_C.to(logits_CV.dtype) * factor
+    logits_CV.mul_((factors_C * (1 + 2 * z_loss * log_partition_C))[:, None])
+    logits_CV.scatter_add_(1, targets_C.where(valid_C, 0)[:, None], -factors_C[:, None])
+    return nll_C, log_partition_C.square() * valid_C
+
+
+def negative_log_likelihood_(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(nll, log-partition, validity) of each row; overwrites the logits with softmax probabilities."""
+    valid_C = targets_C != IGNORED
+    target_logits_C = logits_CV.gather(1, targets_C.where(valid_C, 0)[:, None])[:, 0]
+    largest_C = logits_CV.amax(dim=1)
+    partition_C = logits_CV.sub_(largest_C[:, None]).exp_().sum(dim=1)
+    log_partition_C = partition_C.log() + largest_C
+    logits_CV.div_(partition_C[:, None])
+    return (log_partition_C - target_logits_C).where(valid_C, 0.0), log_partition_C, valid_C
+
+
+def _triton(logits_CV: Tensor, targets_C: Tensor, factor: float, z_loss: float) -> tuple[Tensor, Tensor]:
+    nll_C, squared_C = torch.empty(2, len(logits_CV), dtype=torch.float32, device=logits_CV.device)
+    num_columns = logits_CV.shape[1]
+    _kernel()[(len(logits_CV),)](
+        logits_CV, targets_C, nll_C, squared_C, num_columns, logits_CV.stride(0), factor, z_loss,
+        ignored=IGNORED, block=BLOCK, num_warps=16,
+    )  # fmt: skip
+    return nll_C, squared_C
+
+
+@functools.cache
+def _kernel():
+    """One program a row: the first loop finds the largest logit and the partition function (online, Milakov and Gimelshein 2018,
+    arXiv:1805.02867, algorithm 3); the second, whose reads come from the cache, writes the gradient."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def kernel(logits, targets, nll, squared, num_columns, stride, factor, z_loss, ignored: tl.constexpr, block: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        logits += row * stride
+        target = tl.load(targets + row)
+        columns = tl.arange(0, block)
+        largest, partition = -float("inf"), 0.0
+        for start in range(0, num_columns, block):
+            values = tl.load(logits + start + columns, mask=start + columns < num_columns, other=-float("inf")).to(tl.float32)
+            new_largest = tl.maximum(largest, tl.max(values))
+            partition = partition * tl.exp(largest - new_largest) + tl.sum(tl.exp(values - new_largest))
+            largest = new_largest
+        log_partition = largest + tl.log(partition)
+        valid = target != ignored
+        target_logit = tl.load(logits + tl.where(valid, target, 0)).to(tl.float32)
+        tl.store(nll + row, tl.where(valid, log_partition - target_logit, 0.0))
+        tl.store(squared + row, tl.where(valid, log_partition * log_partition, 0.0))
+        row_factor = tl.where(valid, factor, 0.0)
+        scale = row_factor * (1 + 2 * z_loss * log_partition) / partition
+        tl.debug_barrier()  # all have read the target's logit before anyone overwrites it
+        for start in range(0, num_columns, block):
+            inside = start + columns < num_columns
+            values = tl.load(logits + start + columns, mask=inside, other=-float("inf")).to(tl.float32)
+            gradient = scale * tl.exp(values - largest) - tl.where(start + columns == target, row_factor, 0.0)
+            tl.store(logits + start + columns, gradient.to(logits.dtype.element_ty), mask=inside)
+
+    return kernel
