@@ -122,7 +122,7 @@ class Gather:
     def __init__(self, units: list[Unit], model: nn.Module, group: dist.ProcessGroup, streams: Streams, prefetch: int):
         self._model, self._group, self._streams, self._prefetch_units = model, group, streams, prefetch
         self._world_size = dist.get_world_size(group)
-        self._units = {unit.module.ds_id: unit for unit in units if unit.gathered}
+        self._units = {unit.module.ds_id: unit for unit in units}
         self._buffers = WeightBuffers()
         self._orders: dict[bool, list[Unit]] = {True: [], False: []}  # in training, in evaluation
         self._complete = {True: False, False: False}
@@ -148,6 +148,9 @@ class Gather:
         if isinstance(module, nn.Embedding) and not forward:
             self._show_shapes(unit)
             return
+        lacking = [p for p in unit.parameters if p.ds_persist and p.ds_status is ZeroParamStatus.NOT_AVAILABLE]
+        if lacking:
+            lacking[0].all_gather(lacking)
         self._follow(unit)
         self._send_for(unit)
         self._wait_for(unit)
@@ -194,10 +197,7 @@ class Gather:
     @contextlib.contextmanager
     def pinned(self, module: nn.Module) -> Iterator[None]:
         """Keeps a module's weights from their first use to the end of the block: one gather for all uses."""
-        unit = self._units.get(module.ds_id)
-        if unit is None:
-            yield
-            return
+        unit = self._units[module.ds_id]
         unit.pins += 1
         try:
             yield
@@ -233,7 +233,7 @@ class Gather:
     def _send_for(self, unit: Unit) -> None:
         if unit.weights is not None:
             return
-        if self._world_size == 1:
+        if self._world_size == 1 or not unit.gathered:
             unit.weights = [parameter.ds_tensor.to(self._streams.device) for parameter in unit.gathered]
         else:
             dtype = unit.gathered[0].ds_tensor.dtype
@@ -256,7 +256,7 @@ class Gather:
         if unit.weights is None or unit.pins:
             return
         self._wait_for(unit)
-        if self._world_size > 1:
+        if self._world_size > 1 and unit.gathered:
             self._buffers.give_back(unit.weights, self._streams.mark())
         unit.weights = None
         self._hide(unit)
