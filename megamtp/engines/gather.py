@@ -381,3 +381,12 @@ class GroupedTraffic:
     def _end_backward(self) -> None:
         self._epilogue()  # makes the current stream wait for the last reduction
         self.scatter.end()
+
+
+def fill_shards(model: nn.Module, standard_deviation: float) -> None:
+    """Values for an emulated cluster's one rank: of the right size, drawn without the peers that do not exist."""
+    for parameter in model.parameters():
+        if len(parameter.ds_shape) == 1:
+            parameter.ds_tensor.fill_(1.0)
+        else:
+            parameter.ds_tensor.normal_(0.0, standard_deviation)

@@ -19,6 +19,7 @@ from megamtp.engines.gather import GroupedTraffic
 from megamtp.losses.sequential import HeadPhase
 from megamtp.model.mtp import MTPModel
 
+HEAD_PHASE_RANGE = "megamtp heads"  # how traces name the heads of a micro-batch
 PIN = -1  # stands in a parameter's set of active modules, whose other members are module ids from 0 up
 
 
@@ -43,7 +44,7 @@ class DeepSpeedHeadPhase(HeadPhase):
         optimizer = self.engine.optimizer
         if isinstance(optimizer, BF16_Optimizer):
             optimizer.clear_lp_grads()  # (d) as its backward prologue would
-        with self._pinned(self.model.unembedding):
+        with self._pinned(self.model.unembedding), torch.profiler.record_function(HEAD_PHASE_RANGE):
             yield
         if isinstance(optimizer, BF16_Optimizer):
             optimizer.update_hp_grads(clear_lp_grads=True)  # (d) into fp32 now: the outer prologue zeroes what it finds

@@ -18,11 +18,11 @@ from megamtp.config import Config
 from megamtp.data.loader import Batch
 from megamtp.engines.base import StepResult, loss_scales
 from megamtp.engines.deepspeed_config import deepspeed_config
-from megamtp.engines.gather import GroupedTraffic
+from megamtp.engines.gather import GroupedTraffic, fill_shards
 from megamtp.engines.head_phase import DeepSpeedHeadPhase, full_shape
 from megamtp.errors import CheckpointError
 from megamtp.losses.softmax_gradient import IGNORED
-from megamtp.model.initial import initial_value
+from megamtp.model.initial import STANDARD_DEVIATION, initial_value
 from megamtp.model.layers import TransformerLayer
 from megamtp.model.mtp import MTPModel
 
@@ -117,12 +117,28 @@ def _build_model(config: Config, settings: dict, device: torch.device) -> MTPMod
         set_z3_leaf_modules(model, [TransformerLayer])  # one gather per layer, no hooks inside
     else:
         model = model.to(DTYPES[config.train.precision]).to_empty(device=device)
-    for name, parameter in model.named_parameters():
-        gathered = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0) if sharded else contextlib.nullcontext()
-        with gathered, torch.no_grad():
-            if not sharded or dist.get_rank() == 0:
-                parameter.copy_(initial_value(name, full_shape(parameter), config.model, config.train.seed))
+    if config.cluster.emulate and sharded:
+        fill_shards(model, STANDARD_DEVIATION)
+    else:
+        _initialise(model, config, sharded)
     return model
+
+
+def _initialise(model: MTPModel, config: Config, sharded: bool) -> None:
+    """Gives every parameter its initial value. Of sharded ones, each rank draws every D-th, all at the same time."""
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if sharded else (0, 1)
+    parameters = list(model.named_parameters())
+    for first in range(0, len(parameters), world_size):
+        group = parameters[first : first + world_size]
+        value = None
+        if rank < len(group):
+            name, parameter = group[rank]
+            value = initial_value(name, full_shape(parameter), config.model, config.train.seed)
+        for owner, (_, parameter) in enumerate(group):
+            gathered = deepspeed.zero.GatheredParameters([parameter], modifier_rank=owner) if sharded else contextlib.nullcontext()
+            with gathered, torch.no_grad():
+                if owner == rank:
+                    parameter.copy_(value)
 
 
 def _optimizer(config: Config, model: nn.Module) -> torch.optim.AdamW:

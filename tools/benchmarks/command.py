@@ -1,0 +1,27 @@
+"""The command line of tools/benchmark.py."""
+
+import importlib
+import sys
+
+from megamtp.commands.command_line import run
+from megamtp.errors import InputError
+
+COMMANDS = {
+    "overhead": "step time of n heads over that of one: ours, FSDP2, and a step without engine and communication",
+    "loss": "the loss of one head: time over that of its three products, and memory",
+}
+
+
+def main() -> None:
+    """Raises InputError."""
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print(__doc__ + "\n" + "\n".join(f"  {name:10s}{meaning}" for name, meaning in COMMANDS.items()))
+        return
+    name = sys.argv.pop(1)
+    if name not in COMMANDS:
+        raise InputError(f"unknown benchmark {name}; expected one of {', '.join(COMMANDS)}")
+    importlib.import_module(f"benchmarks.{name}").main()
+
+
+def entry() -> None:
+    run(main)

@@ -1,0 +1,202 @@
+"""Ways to run forward and backward of one model, measured alike: ours, FSDP2's two, and none at all."""
+
+import dataclasses
+import gc
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from megamtp.config import Config
+from megamtp.data.loader import Batch
+from megamtp.engines.zero import ZeroEngine
+from megamtp.model.initial import STANDARD_DEVIATION
+from megamtp.model.mtp import MTPModel
+
+Cell = tuple[str, int]  # (one of NAMES, number of heads)
+NAMES = ("plain", "ours", "fsdp2 one backward", "fsdp2 per head", "deepspeed as shipped")
+
+
+class Variant:
+    """One way to run a configuration. `step` returns the milliseconds of forward and backward on the device.
+
+    Attributes:
+        config: of the emulated cluster, train.global_batch_tokens being one micro-batch of each rank.
+    """
+
+    def __init__(self, config: Config):
+        self.config = config
+        n, vocabulary = config.model.num_future_tokens, config.model.vocab_size
+        shape = config.train.micro_batch_size, config.train.sequence_length
+        tokens = torch.randint(vocabulary, (shape[0], shape[1] + n), device="cuda")
+        self.batch = Batch(tokens[:, : shape[1]].contiguous(), tokens[:, 1:].unfold(1, shape[1], 1).permute(1, 0, 2))
+        self.scales = [1.0 / (shape[0] * shape[1])] * n
+        self.build()
+
+    def build(self) -> None:
+        """Makes the model on the device."""
+        raise NotImplementedError
+
+    def forward_and_backward(self) -> Tensor:
+        """The loss; gradients are where the variant leaves them."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """What follows a step and is not measured."""
+
+    def step(self) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        loss = self.forward_and_backward()
+        end.record()
+        torch.cuda.synchronize()
+        if not torch.isfinite(loss):
+            raise RuntimeError(f"{type(self).__name__}: the loss is {loss}")
+        self.finish()
+        return start.elapsed_time(end)
+
+
+def _random_model(config: Config, schedule: str, model_class: type[MTPModel] = MTPModel) -> MTPModel:
+    """A bf16 model on the GPU, whole, with compiled layers."""
+    with torch.device("meta"):
+        model = model_class(config.model, config.head_loss, schedule, compile_layers=True)
+    model = model.to(torch.bfloat16).to_empty(device="cuda")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(0.0, STANDARD_DEVIATION)
+    return model
+
+
+class Plain(Variant):
+    """No engine, no communication: the limit. Gradients are dropped as soon as they are there, since nobody collects them."""
+
+    def build(self) -> None:
+        self.model = _random_model(self.config, "sequential")
+        for parameter in self.model.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+
+    def forward_and_backward(self) -> Tensor:
+        loss, _ = self.model(self.batch.inputs, self.batch.targets, self.scales)
+        loss.backward()
+        return loss
+
+
+class Ours(Variant):
+    """The engine as pretrain builds it."""
+
+    def build(self) -> None:
+        self.engine = ZeroEngine(self.config)
+        self.engine.engine.train()
+
+    def forward_and_backward(self) -> Tensor:
+        engine = self.engine.engine
+        loss, _ = engine(self.batch.inputs, self.batch.targets, self.scales)
+        engine.backward(loss)
+        return loss
+
+    def finish(self) -> None:
+        self.engine.engine.step()
+
+
+class Shipped(Ours):
+    """The same heads on DeepSpeed's own gathers and reductions."""
+
+    def build(self) -> None:
+        engine = dataclasses.replace(self.config.engine, communication="deepspeed")
+        self.config = dataclasses.replace(self.config, engine=engine)
+        super().build()
+
+
+class TrunkFirst(MTPModel):
+    """Its forward pass ends at z, so that the heads can have their own backward passes."""
+
+    def forward(self, inputs_BT: Tensor) -> Tensor:
+        return self.z(inputs_BT)
+
+
+def _shard(model: MTPModel, world_size: int) -> None:
+    mesh = init_device_mesh("cuda", (world_size,))
+    for layer in [*model.trunk, *model.heads, model.embedding]:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model.unembedding, mesh=mesh, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh)
+
+
+class FsdpOneBackward(Variant):
+    """FSDP2; the fused losses in the forward pass, then one backward pass through heads and trunk."""
+
+    def build(self) -> None:
+        self.model = _random_model(self.config, "deferred")
+        _shard(self.model, self.config.cluster.emulate)
+
+    def forward_and_backward(self) -> Tensor:
+        loss, _ = self.model(self.batch.inputs, self.batch.targets, self.scales)
+        loss.backward()
+        return loss
+
+    def finish(self) -> None:
+        self.model.zero_grad(set_to_none=True)
+
+
+class FsdpPerHead(FsdpOneBackward):
+    """FSDP2; a backward pass for each head, then one for the trunk: what the paper did."""
+
+    def build(self) -> None:
+        self.model = _random_model(self.config, "sequential", TrunkFirst)
+        _shard(self.model, self.config.cluster.emulate)
+
+    def forward_and_backward(self) -> Tensor:
+        z = self.model(self.batch.inputs)
+        z_heads = z.detach().requires_grad_()
+        losses = []
+        for head, targets, scale in zip(self.model.heads, self.batch.targets, self.scales, strict=True):
+            loss, _ = self.model.unembedding(head(z_heads), targets, scale=scale)
+            loss.backward()
+            losses.append(loss.detach())
+        z.backward(z_heads.grad)
+        return torch.stack(losses).sum()
+
+
+CLASSES = dict(zip(NAMES, (Plain, Ours, FsdpOneBackward, FsdpPerHead, Shipped), strict=True))
+
+
+@dataclasses.dataclass
+class Measurement:
+    """Of one cell: each step's milliseconds, and the bytes that the variant needs at the most, what it keeps included."""
+
+    milliseconds: list[float] = dataclasses.field(default_factory=list)
+    kept_bytes: int = 0
+    peak_bytes: int = 0
+
+
+def measure(
+    cells: list[Cell], make: Callable[[Cell], Variant], rounds: int, steps: int
+) -> tuple[dict[Cell, Measurement], dict[Cell, Variant]]:
+    """`rounds` times over all cells in turn, `steps` measured steps each; and the variants that still exist at the end.
+
+    Plain models are made anew in each round, for no two fit beside each other; the sharded ones stay.
+    """
+    kept: dict[Cell, Variant] = {}
+    found = {cell: Measurement() for cell in cells}
+    for _ in range(rounds):
+        for cell in cells:
+            before = torch.cuda.memory_allocated()
+            variant, cell_found = kept.get(cell) or make(cell), found[cell]
+            for _ in range(1 if cell in kept else 3):
+                variant.step()  # the first ones compile, and record the order of fetches
+            if cell not in kept:
+                cell_found.kept_bytes = torch.cuda.memory_allocated() - before
+            resting = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            cell_found.milliseconds += [variant.step() for _ in range(steps)]
+            peak = torch.cuda.max_memory_allocated() - resting + cell_found.kept_bytes
+            cell_found.peak_bytes = max(cell_found.peak_bytes, peak)
+            if isinstance(variant, Plain):
+                del variant
+                gc.collect()
+                torch.cuda.empty_cache()
+            else:
+                kept[cell] = variant
+    return found, kept
