@@ -78,6 +78,7 @@ def _zero_settings(config: Config) -> dict[str, Any]:
             "stage3_max_live_parameters": 3 * layer + unembedding,  # a trunk layer, two heads and the unembedding
             "stage3_max_reuse_distance": 0,  # a layer used again in backward is gathered again: that is ZeRO-3's bargain
             "stage3_param_persistence_threshold": engine.param_persistence_threshold,
+            "memory_efficient_linear": False,  # it replaces torch's linear by one that torch.compile compiles anew for each layer
         }
         if engine.offload_parameters:
             settings["offload_param"] = {"device": "cpu"}

@@ -3,7 +3,8 @@
 DeepSpeed believes that a forward pass makes no gradients. Each step below corrects one such belief; leaving one out gives wrong
 gradients, often silently. (a) to (e), of which (c) is in zero.py, are tested one by one in tests/distributed/test_head_phase.py.
 
-This file and gather.py are the only ones that know DeepSpeed's `ds_*` attributes. Checked against DeepSpeed 0.19.
+This file and those of the grouped traffic (traffic.py) are the only ones that know DeepSpeed's `ds_*` attributes. Checked against
+DeepSpeed 0.19.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from torch import nn
 
-from megamtp.engines.gather import GroupedTraffic
+from megamtp.engines.traffic import GroupedTraffic
 from megamtp.losses.sequential import HeadPhase
 from megamtp.model.mtp import MTPModel
 
@@ -66,7 +67,7 @@ class DeepSpeedHeadPhase(HeadPhase):
     def _pinned(self, module: nn.Module) -> Iterator[None]:
         """Keeps a module's weights gathered from their first use until the end of the block: one gather for all uses."""
         if self.traffic:
-            with self.traffic.gather.pinned(module):
+            with self.traffic.pinned(module):
                 yield
             return
         if not self.sharded:

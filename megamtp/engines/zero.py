@@ -18,8 +18,8 @@ from megamtp.config import Config
 from megamtp.data.loader import Batch
 from megamtp.engines.base import StepResult, loss_scales
 from megamtp.engines.deepspeed_config import deepspeed_config
-from megamtp.engines.gather import GroupedTraffic, fill_shards
 from megamtp.engines.head_phase import DeepSpeedHeadPhase, full_shape
+from megamtp.engines.traffic import GroupedTraffic, fill_shards
 from megamtp.errors import CheckpointError
 from megamtp.losses.softmax_gradient import IGNORED
 from megamtp.model.initial import STANDARD_DEVIATION, initial_value

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megamtp.losses.softmax_gradient import negative_log_likelihood_, softmax_gradient_
 
-MAX_CHUNK_BYTES, MAX_CHUNK_ROWS = 2**30, 8192
+MAX_CHUNK_BYTES, MAX_CHUNK_ROWS = 2**30, 4096
 
 
 class SharedGradient:
@@ -123,7 +123,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def default_chunk_rows(vocab_size: int, bytes_per_logit: int) -> int:
-    """The largest power of two whose logits fit in a GiB, at most 8192: fewer chunks mean fewer passes over dW."""
+    """The largest power of two whose logits fit in a GiB, at most 4096.
+
+    More rows mean fewer passes over dW, but beyond 4096 an H100 gained nothing: tools/benchmark.py loss.
+    """
     rows = MAX_CHUNK_ROWS
     while rows > 1 and rows * vocab_size * bytes_per_logit > MAX_CHUNK_BYTES:
         rows //= 2

@@ -43,6 +43,28 @@ def rotate(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
     return x_BHTK * cos_TK + torch.cat((-second, first), dim=-1) * sin_TK
 
 
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return gradient @ weight, gradient.flatten(0, -2).T @ x.flatten(0, -2)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T. Unlike torch's it keeps the parameter itself for backward, not a transposed view of what it held in forward.
+
+    A sharded engine takes a parameter's memory away between forward and backward, and gives it other memory then; a view would
+    keep the old memory alive, or, where memory is used again, read another layer's weights. tests/distributed/test_gather.py
+    and tests/gpu/test_emulated.py notice.
+    """
+    return _Linear.apply(x, weight)
+
+
 def attention(
     x_BTD: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, rotary: tuple[Tensor, Tensor], head_dim: int,
     cache: KeyValueCache | None = None,
@@ -59,7 +81,7 @@ def attention(
     """
     batch, length, _ = x_BTD.shape
     queries, keys, values = (
-        F.linear(x_BTD, weight).view(batch, length, -1, head_dim).transpose(1, 2) for weight in (query, key, value)
+        linear(x_BTD, weight).view(batch, length, -1, head_dim).transpose(1, 2) for weight in (query, key, value)
     )
     queries, keys = rotate(queries, *rotary), rotate(keys, *rotary)
     past = 0
@@ -69,7 +91,7 @@ def attention(
     mixed = F.scaled_dot_product_attention(
         queries, keys, values, enable_gqa=keys.shape[1] != queries.shape[1], **_causal(length, past, x_BTD.device)
     )
-    return F.linear(mixed.transpose(1, 2).reshape(batch, length, -1), output), (keys, values)
+    return linear(mixed.transpose(1, 2).reshape(batch, length, -1), output), (keys, values)
 
 
 def _causal(length: int, past: int, device: torch.device) -> dict:
@@ -80,7 +102,7 @@ def _causal(length: int, past: int, device: torch.device) -> dict:
 
 def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """down(silu(gate(x)) * up(x)). Source: Shazeer 2020, arXiv:2002.05202."""
-    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+    return linear(F.silu(linear(x, gate)) * linear(x, up), down)
 
 
 def transformer_layer(
@@ -130,6 +152,7 @@ class TransformerLayer(nn.Module):
         super().__init__()
         self.head_dim, self.theta, self.eps = model.head_dim, model.rope_theta, model.norm_eps
         self.recompute, self.compiled = recompute, compiled
+        self._weights: tuple[Tensor, ...] | None = None
         key_value_dim = model.key_value_heads * model.head_dim
         self.attention_norm = Norm(model.dim)
         self.attention = nn.ModuleDict(
@@ -151,8 +174,13 @@ class TransformerLayer(nn.Module):
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
-        """In the order in which transformer_layer takes them: that of their definition."""
-        return tuple(self.parameters())
+        """In the order in which transformer_layer takes them: that of their definition.
+
+        Kept, for looking them up takes longer than a launch; engines that exchange the parameters themselves exchange all.
+        """
+        if self._weights is None or self._weights[0] is not self.attention_norm.weight:
+            self._weights = tuple(self.parameters())
+        return self._weights
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         function = compiled_layer_output() if self.compiled else layer_output

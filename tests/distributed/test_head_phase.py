@@ -134,7 +134,7 @@ class Traffic:
         send_for, send = traffic.gather._send_for, traffic.scatter._send
 
         def watched_send_for(unit):
-            if unit.weights is None:
+            if unit.buffer is None:
                 self._gathered(unit.parameters)
             send_for(unit)
 
