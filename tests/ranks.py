@@ -34,9 +34,9 @@ def run_ranks(
     return _run(_context, backend, function, world_size, arguments, timeout_seconds)
 
 
-def run_gpu_rank(function: Callable[..., Any], *arguments: Any, timeout_seconds: float = 250) -> Any:
-    """Calls function(*arguments) on one NCCL rank with one GPU, in a new process, and returns what it returned."""
-    (result,) = _run(get_context("spawn"), "nccl", function, 1, arguments, timeout_seconds)
+def run_gpu_rank(function: Callable[..., Any], *arguments: Any, timeout_seconds: float = 250, backend: str = "nccl") -> Any:
+    """Calls function(*arguments) on one rank with one GPU, in a new process, and returns what it returned. `backend`: or none."""
+    (result,) = _run(get_context("spawn"), backend, function, 1, arguments, timeout_seconds, accelerator="cuda")
     return result
 
 
@@ -48,7 +48,7 @@ def _run(
             context.Process(target=_rank_main, args=(backend, function, arguments, rank, world_size, folder))
             for rank in range(world_size)
         ]
-        with _accelerator("cuda" if backend == "nccl" else "cpu"):
+        with _accelerator(accelerator):
             for process in processes:
                 process.start()
         failures = _wait(processes, Path(folder), timeout_seconds)

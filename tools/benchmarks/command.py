@@ -17,10 +17,10 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(__doc__ + "\n" + "\n".join(f"  {name:10s}{meaning}" for name, meaning in COMMANDS.items()))
         return
-    name = sys.argv.pop(1)
+    name, *arguments = sys.argv[1:]
     if name not in COMMANDS:
         raise InputError(f"unknown benchmark {name}; expected one of {', '.join(COMMANDS)}")
-    importlib.import_module(f"benchmarks.{name}").main()
+    importlib.import_module(f"benchmarks.{name}").main(arguments)
 
 
 def entry() -> None:

@@ -21,12 +21,12 @@ from megamtp.losses.linear_cross_entropy import linear_cross_entropy
 SHAPES = [(2048, 32000), (4096, 32000), (4096, 128256)]
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """Raises InputError."""
     parser = Parser(__doc__)
     parser.add_argument("--rows", type=int, default=8192, help="positions [8192]")
     parser.add_argument("--output", type=Path, default=Path("results"))
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     rate, results = _rate(), []
     for dim, vocabulary in SHAPES:
         results += _measure_shape(options.rows, dim, vocabulary, rate)

@@ -23,7 +23,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 MICRO_BATCHES = {"0.3b": 4, "0.6b": 4, "1.3b": 2, "3b": 2, "6.7b": 2, "13b": 1}
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """Raises InputError."""
     parser = Parser(__doc__)
     parser.add_argument("--sizes", nargs="+", default=list(MICRO_BATCHES), choices=MICRO_BATCHES)
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="measured steps in a turn [5]")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings of ours")
     parser.add_argument("--output", type=Path, default=Path("results"))
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     results = []
     for size in options.sizes:
         results += _measure_size(size, options)
