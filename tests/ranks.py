@@ -41,7 +41,13 @@ def run_gpu_rank(function: Callable[..., Any], *arguments: Any, timeout_seconds:
 
 
 def _run(
-    context, backend: str, function: Callable[..., Any], world_size: int, arguments: tuple, timeout_seconds: float
+    context,
+    backend: str,
+    function: Callable[..., Any],
+    world_size: int,
+    arguments: tuple,
+    timeout_seconds: float,
+    accelerator="cpu",
 ) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:
         processes = [
