@@ -253,7 +253,9 @@ def _parse(argument: str) -> tuple[str, DictConfig]:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise InputError(f"{argument}: {reason}; expected a YAML file or key=value") from None
     except (OmegaConfBaseException, YAMLError) as error:
-        raise InputError(f"{argument} is not valid YAML: {_first_line(error)}; mend the file") from None
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        place = f"line {mark.line + 1}: {problem}" if mark and problem else _first_line(error)
+        raise InputError(f"{argument} is not valid YAML, {place}; mend the file") from None
     if not isinstance(settings, DictConfig):
         raise InputError(f"{argument} holds no sections; expected YAML such as 'model: {{dim: 128}}'")
     return argument, settings

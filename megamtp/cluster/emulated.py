@@ -175,28 +175,17 @@ def join(cluster: ClusterConfig) -> deque[Transfer]:
 
 
 def _hold(seconds: float, num_sms: int) -> None:
-    """Keeps the current stream, and some multiprocessors, busy. One of them: a single waiting thread, and its share of nothing."""
-    if num_sms == 1:
-        torch.cuda._sleep(int(seconds * _cycles_per_second()))
-    elif seconds > 0:
-        _holding_kernel()[(num_sms,)](int(seconds * 1e9), num_warps=16)
-
-
-@functools.cache
-def _cycles_per_second() -> float:
-    cycles = 20_000_000
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda._sleep(cycles)  # the first one also loads the kernel
-    start.record()
-    torch.cuda._sleep(cycles)
-    end.record()
-    end.synchronize()
-    return cycles / (start.elapsed_time(end) / 1e3)
+    """Keeps the current stream, and some multiprocessors, busy. One of them: a single waiting warp, which leaves room beside it."""
+    if seconds > 0:
+        _holding_kernel()[(num_sms,)](round(seconds * 1e9), num_warps=1 if num_sms == 1 else 16)
 
 
 @functools.cache
 def _holding_kernel():
-    """A kernel whose every block occupies one multiprocessor's registers, as NCCL's do, until the time is over."""
+    """Waits by the card's clock of nanoseconds, not by its cycles, whose length changes with its load.
+
+    With 16 warps a block occupies one multiprocessor's registers, as NCCL's do.
+    """
     import triton
     import triton.language as tl
 

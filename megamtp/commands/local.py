@@ -16,6 +16,9 @@ import uuid
 
 import psutil
 
+from megamtp.commands.command_line import run
+from megamtp.errors import InputError
+
 GRACE_SECONDS = 120.0
 JOB_VARIABLE = "MEGAMTP_JOB"  # marks the processes of one job, also after their parents have died
 
@@ -83,11 +86,14 @@ def _free_port() -> int:
 
 
 def main() -> int:
-    """Counts GPUs, shares out the CPU's cores, launches megamtp.pretrain."""
+    """Counts GPUs, shares out the CPU's cores, launches megamtp.pretrain and returns its exit status. Raises InputError."""
     import torch
 
     num_gpus = torch.cuda.device_count()
-    num_ranks = int(os.environ.get("MEGAMTP_RANKS") or num_gpus or 2)
+    given = os.environ.get("MEGAMTP_RANKS") or str(num_gpus or 2)
+    if not given.isdecimal() or int(given) < 1:
+        raise InputError(f"MEGAMTP_RANKS={given}; expected a number of ranks")
+    num_ranks = int(given)
     if not num_gpus:
         os.environ["DS_ACCELERATOR"] = "cpu"
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
@@ -95,4 +101,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(lambda: sys.exit(main()))

@@ -53,6 +53,7 @@ def gradient_errors(cases: list[tuple]) -> list[tuple[float, float]]:
             engine__reduce_bucket_size=bucket,
             engine__head_schedule=schedule,
             model__num_future_tokens=n,
+            head_loss__weights=[1.0, 0.5, 0.75, 0.25][:n],
             train__activation_checkpointing=checkpointing,
             train__precision="bf16" if engine.endswith("bf16") else "fp32",
             engine__communication="deepspeed" if engine == "zero3_deepspeed" else "grouped",

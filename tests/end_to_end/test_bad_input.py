@@ -145,3 +145,8 @@ def test_resumed_run_that_is_finished_does_nothing(trained, arguments):
     finished = run([*PLAIN, *arguments, "train.steps=1", f"run.directory={trained}"])
     assert finished.returncode == 0
     assert "nothing to do" in finished.stdout
+
+
+def test_wrong_number_of_ranks():
+    finished = run(["-m", "megamtp.commands.local", "configs/quickstart.yaml"], MEGAMTP_RANKS="x")
+    assert_one_line(finished, ["MEGAMTP_RANKS=x", "expected a number"])

@@ -17,7 +17,10 @@ pytestmark = pytest.mark.gpu
 WORLD_SIZE, STEPS = 4, 12
 
 
-def _errors(checkpointing: bool, prefetch: int) -> list[float]:
+CASES = [(False, 2), (True, 2), (False, 0), (False, 5)]  # (activation checkpointing, modules sent for ahead)
+
+
+def _errors() -> dict[tuple[bool, int], list[float]]:
     """The largest error of any shard of a gradient, in each of some steps on different tokens."""
     from torch._dynamo.utils import counters
 
@@ -25,40 +28,65 @@ def _errors(checkpointing: bool, prefetch: int) -> list[float]:
     from megamtp.engines.zero import ZeroEngine
     from megamtp.model.mtp import MTPModel
 
-    config = small_config(
-        WORLD_SIZE, model__dim=256, model__mlp_dim=512, model__num_layers=9, model__num_future_tokens=3, model__vocab_size=4096,
-        model__num_attention_heads=4, train__sequence_length=512, train__global_batch_tokens=2 * 512 * WORLD_SIZE,
-        train__activation_checkpointing=checkpointing, engine__prefetch_modules=prefetch, cluster__emulate=WORLD_SIZE,
-        cluster__flat_bandwidth=20e9, head_loss__chunk_rows=256,
-    )  # fmt: skip
-    join_peers(emulated_place(Place(0, 0, 1), config.cluster), config.cluster)
-    engine = ZeroEngine(config)
-    plain = MTPModel(config.model, config.head_loss, schedule="deferred").cuda()
-    with torch.no_grad():
-        for parameter, sharded in zip(plain.parameters(), engine.model.parameters(), strict=True):
-            parameter.copy_(sharded.ds_tensor.repeat(WORLD_SIZE)[: parameter.numel()].view_as(parameter))
-    optimizer, errors = engine.engine.optimizer, []
-    for step in range(STEPS):
-        tokens = torch.randint(4096, (2, 512 + 3), generator=torch.Generator().manual_seed(step)).cuda()
-        batch = Batch(tokens[:, :512].contiguous(), tokens[:, 1:].unfold(1, 512, 1).permute(1, 0, 2))
-        engine.train_batch([batch], [1024] * 3, lr=0.0)
-        plain.zero_grad()
-        plain(batch.inputs, batch.targets, [1 / 1024] * 3)[0].backward()
-        sums = optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
-        errors.append(
-            max(
-                relative_error(sums[sharded.ds_id], parameter.grad.view(WORLD_SIZE, -1).sum(0).double())
-                for parameter, sharded in zip(plain.parameters(), engine.model.parameters(), strict=True)
+    found = {}
+    for checkpointing, prefetch in CASES:
+        config = small_config(
+            WORLD_SIZE, model__dim=256, model__mlp_dim=512, model__num_layers=9, model__num_future_tokens=3,
+            model__vocab_size=4096, model__num_attention_heads=4, train__sequence_length=512,
+            train__global_batch_tokens=2 * 512 * WORLD_SIZE, train__activation_checkpointing=checkpointing,
+            engine__prefetch_modules=prefetch, cluster__emulate=WORLD_SIZE, cluster__flat_bandwidth=20e9,
+            head_loss__chunk_rows=256,
+        )  # fmt: skip
+        if not found:
+            join_peers(emulated_place(Place(0, 0, 1), config.cluster), config.cluster)
+        engine = ZeroEngine(config)
+        plain = MTPModel(config.model, config.head_loss, schedule="deferred").cuda()
+        with torch.no_grad():
+            for parameter, sharded in zip(plain.parameters(), engine.model.parameters(), strict=True):
+                parameter.copy_(sharded.ds_tensor.repeat(WORLD_SIZE)[: parameter.numel()].view_as(parameter))
+        errors = found[checkpointing, prefetch] = []
+        for step in range(STEPS):
+            tokens = torch.randint(4096, (2, 512 + 3), generator=torch.Generator().manual_seed(step)).cuda()
+            batch = Batch(tokens[:, :512].contiguous(), tokens[:, 1:].unfold(1, 512, 1).permute(1, 0, 2))
+            engine.train_batch([batch], [1024] * 3, lr=0.0)
+            plain.zero_grad()
+            plain(batch.inputs, batch.targets, [1 / 1024] * 3)[0].backward()
+            sums = engine.engine.optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+            errors.append(
+                max(
+                    relative_error(sums[sharded.ds_id], parameter.grad.view(WORLD_SIZE, -1).sum(0).double())
+                    for parameter, sharded in zip(plain.parameters(), engine.model.parameters(), strict=True)
+                )
             )
-        )
-    assert counters["stats"]["unique_graphs"] == 1
-    assert sum(counters["graph_break"].values()) == 0
-    return errors
+        assert counters["stats"]["unique_graphs"] == 1  # for all layers of all these engines
+        assert sum(counters["graph_break"].values()) == 0
+    return found
 
 
-@pytest.mark.parametrize(("checkpointing", "prefetch"), [(False, 2), (True, 2), (False, 0), (False, 5)])
-def test_gradients_equal_plain_autograds(checkpointing, prefetch):
+def test_gradients_equal_plain_autograds():
     """fp32 without TF32: what remains is the order of sums over 1024 positions."""
-    errors = run_gpu_rank(_errors, checkpointing, prefetch, backend="none")
-    assert len(errors) == STEPS
-    assert max(errors) < 1e-5
+    found = run_gpu_rank(_errors, backend="none")
+    assert list(found) == CASES
+    for case, errors in found.items():
+        assert len(errors) == STEPS
+        assert max(errors) < 1e-5, case
+
+
+def _held() -> float:
+    from megamtp.cluster.emulated import _hold
+
+    _hold(1e-3, 1)
+    _hold(1e-3, 16)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    for num_sms in (1, 16):
+        for _ in range(20):
+            _hold(2e-3, num_sms)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def test_the_stream_is_held_for_the_time_asked_for():
+    assert _held() == pytest.approx(40 * 2.0, rel=0.02)

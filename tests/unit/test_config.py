@@ -71,11 +71,16 @@ def test_missing_key_is_named():
         read_config(GOOD[:-1])
 
 
-def test_broken_yaml_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("model: {dim: [", "line 2: did not find"), ("model:\n  dim: 3\n  dim: 4\n", "line 3: found duplicate key dim")],
+)
+def test_broken_yaml_is_named_with_its_line(text, words, tmp_path):
     path = tmp_path / "broken.yaml"
-    path.write_text("model: {dim: [")
-    with pytest.raises(InputError, match="not valid YAML"):
+    path.write_text(text)
+    with pytest.raises(InputError) as error:
         read_config([str(path)])
+    assert f"{path} is not valid YAML, {words}" in str(error.value)
 
 
 def test_written_configuration_reads_back(tmp_path):

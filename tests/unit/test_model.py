@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from megamtp.config import ModelConfig
+from megamtp.config import HeadLossConfig, ModelConfig
+from megamtp.model import layers
 from megamtp.model.cost import layer_parameters, parameters
 from megamtp.model.initial import initial_value
 from megamtp.model.layers import TransformerLayer, rms_norm, rotary_tables, rotate
@@ -124,3 +125,27 @@ def test_initial_standard_deviations(name, deviation):
 
 def test_norms_start_at_one():
     assert torch.equal(initial_value("unembedding.norm", (32,), small(), 0), torch.ones(32))
+
+
+def test_the_losses_options_reach_every_head():
+    """Scales and z-loss against plain cross-entropy."""
+    config = small()
+    model = built(config, head_loss=HeadLossConfig(z_loss=0.01, chunk_rows=5))
+    tokens, targets = torch.randint(50, (2, 9)), torch.randint(50, (2, 2, 9))
+    loss, nll_sums = model(tokens, targets, [0.3, 0.7])
+    expected = 0.0
+    for scale, logits, head_targets, nll in zip([0.3, 0.7], model.logits(tokens), targets, nll_sums, strict=True):
+        cross_entropy = torch.nn.functional.cross_entropy(logits.flatten(0, 1), head_targets.flatten(), reduction="sum")
+        expected += scale * (cross_entropy + 0.01 * logits.logsumexp(-1).square().sum())
+        torch.testing.assert_close(nll, cross_entropy)
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_only_trunk_layers_are_recomputed(recompute, monkeypatch):
+    calls = []
+    original = layers.layer_output
+    monkeypatch.setattr(layers, "layer_output", lambda *arguments: calls.append(1) or original(*arguments))
+    model = built(small(), recompute_trunk=recompute)
+    model(torch.randint(50, (2, 9)), torch.randint(50, (2, 2, 9)), [0.1, 0.2])[0].backward()
+    assert len(calls) == 5 + (3 if recompute else 0)

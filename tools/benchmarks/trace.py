@@ -8,15 +8,16 @@ from torch.profiler import ProfilerActivity, profile
 
 from megamtp.engines.head_phase import HEAD_PHASE_RANGE
 
-TRANSFER_KERNELS = ("spin_kernel", "hold", "nccl")
+TRANSFER_KERNELS = ("hold", "nccl")
 Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Exposure:
-    """Milliseconds of a part of a step: in all, with a transfer but no computation, and with neither."""
+    """Milliseconds of a part of a step: in all, with a transfer, with a transfer but no computation, and with neither."""
 
     total: float
+    transferring: float
     exposed: float
     idle: float
 
@@ -67,4 +68,4 @@ def _length(intervals: list[Interval], window: Interval) -> float:
 
 def _exposure(window: Interval, transfers: list[Interval], computing: list[Interval]) -> Exposure:
     total, busy = window[1] - window[0], _length(_union([*transfers, *computing]), window)
-    return Exposure(total, busy - _length(computing, window), total - busy)
+    return Exposure(total, _length(transfers, window), busy - _length(computing, window), total - busy)
