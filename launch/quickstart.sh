@@ -21,8 +21,18 @@ fi
 echo "1. Corpus and tokenizer"
 python -m megamtp.commands.prepare_data "${corpus[@]}" --output "$run/corpus"
 echo "2. Pretraining"
-bash launch/local.sh configs/quickstart.yaml "run.directory=$run" \
-    "data.train=$run/corpus/train" "data.validation=$run/corpus/validation" "data.tokenizer=$run/corpus/tokenizer.model"
+bash launch/local.sh configs/quickstart.yaml "run.directory=$run" run.requeue_exit_code=75 \
+    "data.train=$run/corpus/train" "data.validation=$run/corpus/validation" "data.tokenizer=$run/corpus/tokenizer.model" &
+job=$! status=0
+trap 'kill -TERM "$job" 2>/dev/null || true' TERM INT  # the job saves and ends; so does this script then
+while kill -0 "$job" 2>/dev/null; do
+    wait "$job" && status=0 || status=$?
+done
+trap - TERM INT
+if [ "$status" = 75 ]; then
+    echo "Stopped and saved. The same command goes on from there."
+fi
+[ "$status" = 0 ] || exit "$status"
 echo "3. Loss curves"
 python -m megamtp.commands.report "$run" --min-margin 0.8
 echo "4. Export and a sample"
