@@ -5,6 +5,7 @@
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import MISSING, dataclass, field
@@ -18,6 +19,7 @@ from yaml import YAMLError
 
 from megamtp.errors import InputError
 
+RESOLVED = "config.yaml"  # in a run's folder: its whole configuration
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
@@ -209,17 +211,34 @@ def read_config(arguments: list[str]) -> Config:
     settings = _schema()
     for argument in arguments:
         settings = _merge(settings, *_parse(argument))
-    missing = sorted(OmegaConf.missing_keys(settings))
-    if missing:
+    try:
+        missing = sorted(OmegaConf.missing_keys(settings))
+        config = None if missing else OmegaConf.to_object(settings)
+    except OmegaConfBaseException as error:  # an interpolation, ${...}, of what is not there
+        key = getattr(error, "full_key", None)
+        raise InputError(f"{f'{key}: ' if key else ''}{_first_line(error)}; expected a value, or ${{section.key}}") from None
+    if config is None:
         raise InputError(f"{missing[0]} is not set; give it in the YAML file or as {missing[0]}=VALUE")
-    config = OmegaConf.to_object(settings)
     _check(config)
     return config
 
 
 def write_config(config: Config, path: Path) -> None:
-    """Saves the resolved configuration as YAML that `read_config` accepts."""
+    """Saves the resolved configuration as YAML that `read_config` accepts, from any working directory."""
+    paths = {name: str(Path(value).absolute()) for name, value in dataclasses.asdict(config.data).items() if value}
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **paths))
     path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """`section.key: old -> new` of every setting that is not the same."""
+    before, after = dataclasses.asdict(old), dataclasses.asdict(new)
+    keys = [key.split(".") for key, _, _ in _keys(Config)]
+    return [
+        f"{section}.{name}: {_shown(before[section][name])} -> {_shown(after[section][name])}"
+        for section, name in keys
+        if before[section][name] != after[section][name]
+    ]
 
 
 def describe() -> str:
@@ -356,6 +375,12 @@ def _check(config: Config) -> None:
         "optimizer.weight_decay", "optimizer.gradient_clipping", "head_loss.z_loss", "train.seed",
         "engine.param_persistence_threshold", "engine.prefetch_modules", "cluster.latency",
     )  # fmt: skip
+    for name in ("lr", "eps", "weight_decay", "gradient_clipping"):
+        value = getattr(optimizer, name)
+        _require(math.isfinite(value), f"optimizer.{name}={value}", "a finite number")
+    for name in ("rope_theta", "norm_eps"):
+        value = getattr(config.model, name)
+        _require(0 < value < math.inf, f"model.{name}={value}", "a number above 0")
     for name in ("beta1", "beta2"):
         value = getattr(optimizer, name)
         _require(0 <= value < 1, f"optimizer.{name}={value}", "a number in [0, 1)")

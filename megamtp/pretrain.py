@@ -7,23 +7,29 @@
 Later arguments override earlier ones. A run directory that holds checkpoints is resumed.
 """
 
+import fcntl
+import os
+import socket
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
 from megamtp.checkpoint import store
 from megamtp.cluster.environment import Place, emulated_place, find_place, join_peers
-from megamtp.config import Config, describe, read_config, write_config
+from megamtp.config import RESOLVED, Config, describe, differences, read_config, write_config
 from megamtp.data.indexed_dataset import IndexedDataset
 from megamtp.data.loader import TrainLoader
 from megamtp.data.tokenizer import SentencePieceTokenizer
 from megamtp.data.windows import Windows
 from megamtp.engines.deepspeed_config import deepspeed_config
 from megamtp.errors import InputError
+from megamtp.training.metrics import FILE as METRICS
+from megamtp.training.metrics import records_until
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,8 @@ class Job:
     validation: Windows | None
     checkpoint: Path | None
     finished_steps: int
+    changes: list[str]  # of a resumed run's configuration
+    lock: TextIO | None  # held open by rank 0 as long as the job runs
 
 
 def main(arguments: list[str]) -> int:
@@ -68,12 +76,18 @@ def check(config: Config, place: Place) -> Job:
     validation = _windows(config, config.data.validation) if config.data.validation else None
     loader = TrainLoader(train, config.global_batch_windows, config.train.micro_batch_size, place.rank, place.world_size)
     run_directory = Path(config.run.directory)
+    _make_writable(run_directory)
+    lock = _lock(run_directory) if place.rank == 0 else None
     found = store.checkpoints(run_directory)
     manifest = store.read_manifest(found[-1]) if found else None
     if manifest:
         store.check_fits(found[-1], manifest, config.model, place.world_size, config.engine.kind, config.train.precision)
-    _make_writable(run_directory)
-    return Job(config, loader, validation, found[-1] if found else None, manifest.step if manifest else 0)
+    finished_steps, changes = manifest.step if manifest else 0, []
+    if place.rank == 0:
+        records_until(run_directory / METRICS, finished_steps)
+        if manifest and (run_directory / RESOLVED).exists():
+            changes = differences(read_config([str(run_directory / RESOLVED)]), config)
+    return Job(config, loader, validation, found[-1] if found else None, finished_steps, changes, lock)
 
 
 def _train(job: Job, place: Place) -> bool:
@@ -86,7 +100,9 @@ def _train(job: Job, place: Place) -> bool:
 
     engine = build_engine(job.config)
     if place.rank == 0:
-        write_config(job.config, Path(job.config.run.directory) / "config.yaml")
+        for change in job.changes:
+            print(f"changed since the run began: {change}", flush=True)
+        write_config(job.config, Path(job.config.run.directory) / RESOLVED)
     if job.checkpoint:
         engine.load(job.checkpoint)
     return Training(job.config, engine, job.train, job.validation, stop, job.finished_steps).run()
@@ -108,6 +124,9 @@ def _check_tokenizer(config: Config) -> None:
 
 
 def _make_writable(directory: Path) -> None:
+    checkpoints = directory / "checkpoints"
+    if checkpoints.exists() and not checkpoints.is_dir():
+        raise InputError(f"{checkpoints} is a file; expected a folder of checkpoints: choose another run.directory")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
@@ -116,15 +135,39 @@ def _make_writable(directory: Path) -> None:
         raise InputError(f"{directory} cannot be written to: {error.strerror}; choose another run.directory") from None
 
 
+def _lock(directory: Path) -> TextIO:
+    """Makes sure that no other job writes there; the system lets go of the lock when the process ends, however it ends.
+
+    Raises:
+        InputError: another job has it.
+    """
+    path = directory / "lock"
+    lock = open(path, "a+")  # noqa: SIM115 - open as long as the job runs
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        raise InputError(
+            f"{directory} belongs to a running job ({lock.read().strip()}); stop that one, or choose another run.directory"
+        ) from None
+    except OSError as error:
+        print(f"megamtp: warning: {path} cannot be locked ({error.strerror}): see to it that no other job uses it", file=sys.stderr)
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
+    return lock
+
+
 def entry() -> None:
-    """The command line: an InputError becomes one line on stderr and exit status 2, once per node."""
+    """The command line: an InputError becomes one line on stderr and exit status 2, once per node; Ctrl-C is status 130."""
     try:
         status = main(sys.argv[1:])
+    except KeyboardInterrupt:
+        status = 130
     except InputError as error:
-        if find_place().local_rank == 0:
-            print(f"megamtp: error: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(10)  # the launcher kills the others when one rank ends; this one must not be first
+        if find_place().local_rank != 0:
+            time.sleep(10)  # when local rank 0 has the same error, the launcher ends this one while it sleeps
+        print(f"megamtp: error: {error}", file=sys.stderr, flush=True)
         status = 2
     sys.exit(status)
 

@@ -1,6 +1,6 @@
 """Trunk and head 1 as a LlamaForCausalLM folder of transformers, and back.
 
-    export(model, weights, Path("exported"), sequence_length=4096, tokenizer_path=Path("corpus/tokenizer.model"))
+    export(model, weights, Path("exported"), 4096, read_tokenizer(Path("corpus/tokenizer.model"), model.vocab_size))
     model, weights = read(Path("exported"))       # the ordinary next-token model: num_future_tokens = 1
 
 Head 1 is the last layer; heads 2 to n stay behind, being no part of that architecture. Versions 4 and 5 of transformers
@@ -10,6 +10,7 @@ load it.
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -53,36 +54,37 @@ PROBES = ("\t x\r\n", "  two  spaces  ", "\ufb01 \uff21 \u00e9 e\u0301 \u200b \U
 
 
 def export(
-    model: ModelConfig, weights: dict[str, Tensor], directory: Path, sequence_length: int, tokenizer_path: Path | None
+    model: ModelConfig, weights: dict[str, Tensor], directory: Path, sequence_length: int, tokenizer: SentencePieceProcessor | None
 ) -> None:
-    """Writes the folder under a temporary name beside `directory` and renames it: what bears the final name is whole.
+    """Writes the folder in a temporary one beside `directory` and renames it: what bears the final name is whole.
 
     Args:
         weights: every parameter of MTPModel by name; written as fp32, in files of at most 5 GB.
         directory: new, empty, or an earlier export, which is replaced.
         sequence_length: positions of a training window, the exported model's `max_position_embeddings`.
-        tokenizer_path: SentencePiece model; None exports no tokenizer and no end-of-text id.
+        tokenizer: None exports none, and no end-of-text id.
 
     Raises:
         CheckpointError: the destination holds something else or cannot be written, a weight is missing, misshaped
             or unknown, or transformers cannot reproduce the tokenizer.
     """
     directory = directory.resolve()
-    _check_replaceable(directory)
+    check_replaceable(directory)
     _check_tensors({name: tuple(weight.shape) for name, weight in weights.items()}, _shapes(model), "the checkpoint")
-    tokenizer = _read_tokenizer(tokenizer_path, model.vocab_size) if tokenizer_path else None
-    partial = directory.with_name(directory.name + ".partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _write_model(partial, model, weights, sequence_length, tokenizer)
-        if tokenizer:
-            _write_tokenizer(partial, tokenizer, sequence_length)
-        _publish(partial, directory)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as temporary:
+            new, old = Path(temporary, "new"), Path(temporary, "old")
+            new.mkdir()
+            _write_model(new, model, weights, sequence_length, tokenizer)
+            if tokenizer:
+                _write_tokenizer(new, tokenizer, sequence_length)
+            _seal(new)
+            if directory.exists():
+                os.rename(directory, old)
+            os.rename(new, directory)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{directory} cannot be written: {error}; choose another destination") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def read(directory: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -193,7 +195,8 @@ def _write_model(
     save_torch_state_dict(exported, folder, max_shard_size="5GB", metadata={"format": "pt"})
 
 
-def _read_tokenizer(path: Path, vocab_size: int) -> SentencePieceProcessor:
+def read_tokenizer(path: Path, vocab_size: int) -> SentencePieceProcessor:
+    """Raises: CheckpointError if it is no SentencePiece model of so many pieces."""
     try:
         tokenizer = SentencePieceProcessor(model_proto=path.read_bytes())
     except (OSError, RuntimeError) as error:
@@ -266,7 +269,8 @@ def _check_translation(tokenizer: SentencePieceProcessor, translated: Tokenizer,
             )
 
 
-def _check_replaceable(directory: Path) -> None:
+def check_replaceable(directory: Path) -> None:
+    """Raises: CheckpointError if an export would destroy something else."""
     if not directory.exists():
         return
     if not directory.is_dir():
@@ -286,18 +290,13 @@ def _listed(directory: Path) -> list[str] | None:
         return None
 
 
-def _publish(partial: Path, directory: Path) -> None:
-    _write_json(partial / EXPORT_LIST, sorted([EXPORT_LIST, *(path.name for path in partial.iterdir())]))
-    for path in partial.iterdir():
-        shutil.copymode(partial / CONFIG, path)  # safetensors makes files that only their owner may read
+def _seal(folder: Path) -> None:
+    """Lists the files, readable for all who may read the folder's, and waits until they are on disk."""
+    _write_json(folder / EXPORT_LIST, sorted([EXPORT_LIST, *(path.name for path in folder.iterdir())]))
+    for path in folder.iterdir():
+        shutil.copymode(folder / CONFIG, path)  # safetensors makes files that only their owner may read
         with open(path, "rb") as stream:
             os.fsync(stream.fileno())
-    old = directory.with_name(directory.name + ".replaced")
-    shutil.rmtree(old, ignore_errors=True)
-    if directory.exists():
-        os.rename(directory, old)
-    os.rename(partial, directory)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_json(path: Path, content: Any) -> None:

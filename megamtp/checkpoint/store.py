@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from megamtp.config import ModelConfig
 from megamtp.errors import CheckpointError
 
 MANIFEST = "manifest.json"
+TORCH_WRITERS = ("inline_container", "PytorchStreamWriter")  # named in torch.save's RuntimeError of a full disk
 NAME = re.compile(r"step-(\d{7,})")
 
 
@@ -65,6 +67,10 @@ def read_manifest(checkpoint: Path) -> Manifest:
     path = checkpoint / MANIFEST
     try:
         manifest = Manifest(**json.loads(path.read_text()))
+        for field in dataclasses.fields(Manifest):
+            kind, value = typing.get_origin(field.type) or field.type, getattr(manifest, field.name)
+            if not isinstance(value, kind):
+                raise TypeError(f"{field.name} is {value!r}, not of type {kind.__name__}")
     except FileNotFoundError:
         raise CheckpointError(
             f"{checkpoint} is not a checkpoint: it has no {MANIFEST}; give a run's folder or one of its checkpoints"
@@ -107,8 +113,29 @@ def publish(
     Args:
         manifest: without file sizes, which are filled in here.
         write: saves this rank's state into the folder it is given; collective.
+
+    Raises:
+        CheckpointError: it cannot be written, as when the disk is full; older checkpoints are untouched.
     """
     final = run_directory / "checkpoints" / f"step-{manifest.step:07d}"
+    try:
+        _publish(final, manifest, rank, barrier, write)
+        if rank == 0:
+            for old in checkpoints(run_directory)[:-keep]:
+                _remove(old)
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(name in str(error) for name in TORCH_WRITERS):
+            raise
+        reason = " ".join(str(error).splitlines()[0].split())
+        raise CheckpointError(
+            f"{final} cannot be written ({reason}); {shutil.disk_usage(run_directory).free:,} bytes are free there: "
+            "make room, and start the job again: it goes on from the checkpoint before"
+        ) from error
+    barrier()
+    return final
+
+
+def _publish(final: Path, manifest: Manifest, rank: int, barrier: Callable[[], None], write: Callable[[Path], None]) -> None:
     partial = final.with_name(final.name + ".partial")
     if rank == 0:
         for leftover in final.parent.glob("*.partial"):
@@ -123,10 +150,6 @@ def publish(
             shutil.rmtree(final)
         os.rename(partial, final)
         _sync(final.parent)
-        for old in checkpoints(run_directory)[:-keep]:
-            _remove(old)
-    barrier()
-    return final
 
 
 def _seal(partial: Path, manifest: Manifest) -> None:

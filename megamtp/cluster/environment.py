@@ -28,7 +28,7 @@ class Place:
 def find_place() -> Place:
     """Reads the launcher's environment variables; without any, this is the only rank."""
     for rank, local_rank, world_size in SPELLINGS:
-        if world_size in os.environ:
+        if rank in os.environ and world_size in os.environ:  # one alone is some other program's
             own_rank = int(os.environ[rank])
             return Place(own_rank, int(os.environ.get(local_rank, own_rank)), int(os.environ[world_size]))
     return Place(0, 0, 1)
@@ -78,11 +78,18 @@ def _announce(place: Place) -> None:
 
 
 def _ask_mpi_for_master() -> None:
-    """mpirun names no meeting point: rank 0 chooses one and tells the others over MPI."""
+    """mpirun names no meeting point: rank 0 chooses one and tells the others over MPI, which is then left for good.
+
+    At its exit a rank would otherwise wait for all others to leave MPI, also for those that wait for this failed one.
+    """
+    import mpi4py
+
+    mpi4py.rc.finalize = False
     from mpi4py import MPI
 
     address = (socket.gethostbyname(socket.gethostname()), _free_port()) if MPI.COMM_WORLD.rank == 0 else None
     host, port = MPI.COMM_WORLD.bcast(address, root=0)
+    MPI.Finalize()
     os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
 
 

@@ -1,4 +1,4 @@
-"""Being asked to stop: by SIGTERM or SIGUSR1, or by the death of the launcher.
+"""Being asked to stop: by SIGTERM, SIGUSR1 or Ctrl-C, or by the death of the launcher.
 
 DeepSpeed's launchers do not pass signals on well: SIGTERM to `deepspeed` ends it and leaves the ranks running; SIGTERM to its
 per-node process reaches one rank after the other. So a rank also watches its ancestors, and the ranks agree every step.
@@ -9,7 +9,14 @@ import signal
 
 import psutil
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+LAUNCHERS = ("deepspeed.launcher", "bin/deepspeed", "torchrun", "torch.distributed", "mpirun", "mpiexec", "hydra_pmi_proxy")
+LAUNCHER_VARIABLE = "MEGAMTP_LAUNCHER"  # names our own launch command, which may be gone before a rank could look for it
+
+
+def identity(pid: int) -> str:
+    """A living process, told apart from later ones of the same number."""
+    return f"{pid}:{psutil.Process(pid).create_time()}"
 
 
 class StopRequest:
@@ -18,18 +25,30 @@ class StopRequest:
     def __init__(self, launched: bool):
         """`launched`: a launcher stands above this process, and its death means stop."""
         self._received = False
-        self._ancestors = _ancestors() if launched else []
+        self._watched = _ancestors() if launched else []
+        named = os.environ.get(LAUNCHER_VARIABLE)
+        if named:
+            self._watch(named)
         for number in SIGNALS:
             signal.signal(number, self._receive)
 
+    def _watch(self, named: str) -> None:
+        pid = int(named.partition(":")[0])
+        if psutil.pid_exists(pid) and identity(pid) == named:
+            self._watched.append(psutil.Process(pid))
+        else:
+            self._received = True
+
     def _receive(self, number: int, frame: object) -> None:
+        if number == signal.SIGINT and self._received:
+            raise KeyboardInterrupt  # asked twice: at once, without saving
         self._received = True
 
     @property
     def asked(self) -> bool:
         """True from the first signal, or the first death among the launcher's processes, on."""
-        if not self._received and self._ancestors:
-            self._received = any(_ended(process) for process in self._ancestors)
+        if not self._received and self._watched:
+            self._received = any(_ended(process) for process in self._watched)
         return self._received
 
 
@@ -48,7 +67,7 @@ def _ancestors() -> list[psutil.Process]:
             words = " ".join(process.cmdline())
         except psutil.Error:
             break
-        if not any(name in words for name in ("deepspeed", "torchrun", "torch.distributed", "mpirun", "mpiexec", "megamtp")):
+        if not any(name in words for name in LAUNCHERS):
             break
         launchers.append(process)
     return launchers

@@ -19,9 +19,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Calls `main`; an InputError is printed as one line on stderr and ends the process with exit status 2."""
+    """Calls `main`; an InputError is printed as one line on stderr and ends the process with exit status 2; Ctrl-C with 130."""
     try:
         main()
     except InputError as error:
         print(f"megamtp: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)  # as shells report a process that Ctrl-C has ended

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megamtp.checkpoint import hf, store
 from megamtp.commands.command_line import Parser, run
-from megamtp.config import read_config
+from megamtp.config import RESOLVED, read_config
 
 
 def main() -> None:
@@ -21,10 +21,11 @@ def main() -> None:
     parser.add_argument("--to", choices=["hf"], default="hf", help="hf: LlamaForCausalLM of transformers")
     arguments = parser.parse_args()
     checkpoint, run_directory = find_checkpoint(arguments.source)
-    config = read_config([str(run_directory / "config.yaml")])
+    config = read_config([str(run_directory / RESOLVED)])
+    hf.check_replaceable(arguments.destination)  # both before the weights, which may take long to read
+    tokenizer = hf.read_tokenizer(Path(config.data.tokenizer), config.model.vocab_size) if config.data.tokenizer else None
     model, weights = store.load_weights(checkpoint)
-    tokenizer_path = Path(config.data.tokenizer) if config.data.tokenizer else None
-    hf.export(model, weights, arguments.destination, config.train.sequence_length, tokenizer_path)
+    hf.export(model, weights, arguments.destination, config.train.sequence_length, tokenizer)
     print(f"{checkpoint} -> {arguments.destination}")
 
 

@@ -15,7 +15,7 @@ import torch
 from megamtp.checkpoint import hf, store
 from megamtp.commands.command_line import Parser, run
 from megamtp.commands.convert_checkpoint import find_checkpoint
-from megamtp.config import read_config
+from megamtp.config import RESOLVED, read_config
 from megamtp.data.tokenizer import SentencePieceTokenizer
 from megamtp.decoding.generate import generate
 from megamtp.errors import InputError
@@ -85,7 +85,7 @@ def _load(source: Path, device: torch.device) -> tuple[MTPModel, Path | None]:
         tokenizer_path = source / hf.TOKENIZER
     else:
         checkpoint, run_directory = find_checkpoint(source)
-        named = read_config([str(run_directory / "config.yaml")]).data.tokenizer
+        named = read_config([str(run_directory / RESOLVED)]).data.tokenizer
         tokenizer_path = Path(named) if named else None
         with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints what it reads; our output is text alone
             config, weights = store.load_weights(checkpoint)

@@ -16,51 +16,71 @@ import uuid
 
 import psutil
 
+from megamtp.cluster.signals import LAUNCHER_VARIABLE, identity
 from megamtp.commands.command_line import run
 from megamtp.errors import InputError
 
 GRACE_SECONDS = 120.0
 JOB_VARIABLE = "MEGAMTP_JOB"  # marks the processes of one job, also after their parents have died
+PASSED_ON = {signal.SIGTERM: signal.SIGTERM, signal.SIGINT: signal.SIGTERM, signal.SIGUSR1: signal.SIGUSR1}
 
 
-def launch(module: str, arguments: list[str], num_ranks: int, grace_seconds: float = GRACE_SECONDS) -> int:
-    """Runs `module` on `num_ranks` ranks of this machine and returns its exit status.
+class Job:
+    """One launch of `module` on `num_ranks` ranks of this machine. Installs handlers of SIGTERM, SIGINT and SIGUSR1."""
 
-    Should the launcher die first, its ranks get SIGTERM, and after `grace_seconds` SIGKILL; the status is then 1 at least.
-    Installs handlers of SIGTERM, SIGINT and SIGUSR1.
-    """
-    job = uuid.uuid4().hex
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(num_ranks), "--master_port", str(_free_port())]
-    # A session of its own: Ctrl-C in the terminal then reaches this process alone, which passes it on in order.
-    launcher = subprocess.Popen(
-        [*command, "--quiet", "--module", module, *arguments], env=os.environ | {JOB_VARIABLE: job}, start_new_session=True
-    )
-    for received, passed_on in (
-        (signal.SIGTERM, signal.SIGTERM),
-        (signal.SIGINT, signal.SIGTERM),
-        (signal.SIGUSR1, signal.SIGUSR1),
-    ):
-        signal.signal(received, lambda *_, number=passed_on: _send(_ranks(job, module), number))
-    status = launcher.wait()
-    orphans = _ranks(job, module)
-    if orphans:
-        _end(orphans, grace_seconds)
-        return max(1, status)
-    return status if status >= 0 else 128 - status
+    def __init__(self, module: str, arguments: list[str], num_ranks: int):
+        self._module, self._name, self._received = module, uuid.uuid4().hex, 0
+        for number in PASSED_ON:
+            signal.signal(number, self._receive)
+        command = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(num_ranks), "--master_port", str(_free_port()), "--quiet"]
+        # A session of its own: Ctrl-C in the terminal then reaches this process alone, which passes it on in order.
+        self._launcher = subprocess.Popen(
+            [sys.executable, *command, "--module", module, *arguments],
+            env=os.environ | {JOB_VARIABLE: self._name, LAUNCHER_VARIABLE: identity(os.getpid())},
+            start_new_session=True,
+        )
+        if self._received:
+            self._pass_on()
 
+    def wait(self) -> int:
+        """The exit status of the job, or 128 + the number of the signal that ended it before it could save.
 
-def _ranks(job: str, module: str) -> list[psutil.Process]:
-    """The living rank processes of a job: those that run the module itself, not the launcher's that name it."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            words = process.cmdline()
-            is_rank = module in words and words[words.index(module) - 1] == "-m" and "deepspeed.launcher.launch" not in words
-            if is_rank and process.environ().get(JOB_VARIABLE) == job:
-                found.append(process)
-        except psutil.Error:  # ended meanwhile, or another user's
-            continue
-    return found
+        Should the launcher die first, its ranks get SIGTERM, and after GRACE_SECONDS SIGKILL; the status is then 1 at least.
+        """
+        status = self._launcher.wait()
+        orphans = self._ranks()
+        if orphans:
+            _end(orphans)
+        number = PASSED_ON.get(self._received)
+        if number and status in (-number, -number & 0xFF):  # as Python says it, and as DeepSpeed's launcher passes it on
+            return 128 + number
+        return max(1, status) if orphans or status < 0 else status
+
+    def _receive(self, number: int, frame: object) -> None:
+        self._received = number
+        if hasattr(self, "_launcher"):
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        ranks = self._ranks()
+        if ranks:
+            _send(ranks, PASSED_ON[self._received])
+        elif self._launcher.poll() is None:  # nothing has begun that could be saved
+            os.killpg(self._launcher.pid, PASSED_ON[self._received])
+
+    def _ranks(self) -> list[psutil.Process]:
+        """The living rank processes: those that run the module itself, not the launcher's that name it."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                words = process.cmdline()
+                place = words.index(self._module) if self._module in words else 0
+                is_rank = place and words[place - 1] == "-m" and "deepspeed.launcher.launch" not in words
+                if is_rank and process.environ().get(JOB_VARIABLE) == self._name:
+                    found.append(process)
+            except psutil.Error:  # ended meanwhile, or another user's
+                continue
+        return found
 
 
 def _send(processes: list[psutil.Process], number: int) -> None:
@@ -71,9 +91,9 @@ def _send(processes: list[psutil.Process], number: int) -> None:
             continue
 
 
-def _end(processes: list[psutil.Process], grace_seconds: float) -> None:
+def _end(processes: list[psutil.Process]) -> None:
     _send(processes, signal.SIGTERM)
-    deadline = time.monotonic() + grace_seconds
+    deadline = time.monotonic() + GRACE_SECONDS
     while any(process.is_running() for process in processes) and time.monotonic() < deadline:
         time.sleep(0.1)
     _send(processes, signal.SIGKILL)
@@ -85,8 +105,8 @@ def _free_port() -> int:
         return listener.getsockname()[1]
 
 
-def main() -> int:
-    """Counts GPUs, shares out the CPU's cores, launches megamtp.pretrain and returns its exit status. Raises InputError."""
+def main() -> None:
+    """Counts GPUs, shares out the CPU's cores, launches megamtp.pretrain and exits with its status. Raises InputError."""
     import torch
 
     num_gpus = torch.cuda.device_count()
@@ -97,8 +117,8 @@ def main() -> int:
     if not num_gpus:
         os.environ["DS_ACCELERATOR"] = "cpu"
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
-    return launch("megamtp.pretrain", sys.argv[1:], num_ranks)
+    sys.exit(Job("megamtp.pretrain", sys.argv[1:], num_ranks).wait())
 
 
 if __name__ == "__main__":
-    run(lambda: sys.exit(main()))
+    run(main)

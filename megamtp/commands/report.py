@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from megamtp.commands.command_line import Parser, run
-from megamtp.config import Config, read_config
+from megamtp.config import RESOLVED, Config, read_config
 from megamtp.data.corpus import SUMMARY
 from megamtp.errors import InputError
 from megamtp.training.metrics import FILE as METRICS
@@ -47,7 +47,7 @@ def main() -> None:
         "further head's is above the one before it",
     )  # fmt: skip
     arguments = parser.parse_args()
-    config = read_config([str(arguments.run_directory / "config.yaml")])
+    config = read_config([str(arguments.run_directory / RESOLVED)])
     training, validation = _read_metrics(arguments.run_directory / METRICS, config.model.num_future_tokens)
     entropy = _unigram_entropy(config)
     _draw(arguments.run_directory, training, validation, entropy)

@@ -6,8 +6,17 @@ from megamtp.config import Config
 from megamtp.errors import InputError
 from megamtp.model.cost import layer_parameters
 
+# DeepSpeed settings that may be passed through: none of them changes what is trained, unless it is named below.
+PASSED_ON = (
+    "zero_optimization", "fp16", "bf16", "data_types", "wall_clock_breakdown", "memory_breakdown", "dump_state", "flops_profiler",
+    "comms_logger", "checkpoint", "aio",
+)  # fmt: skip
+
 # DeepSpeed settings that break sequential heads or would silently change what is trained, and why.
 REFUSED = {
+    "train_batch_size": "it follows from train.global_batch_tokens",
+    "elasticity": "the number of ranks is the launcher's",
+    "compression_training": "it replaces the modules that the heads are",
     "compile": "DeepCompile removes the module hooks that fetch the heads' weights",
     "optimizer": "megamtp builds the optimizer; set optimizer.*",
     "scheduler": "megamtp sets the learning rate; set optimizer.*",
@@ -57,7 +66,13 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         "zero_optimization": _zero_settings(config),
     }
     _refuse(config.engine.deepspeed, "")
-    return _merged(ours, config.engine.deepspeed, "")
+    merged = _merged(ours, config.engine.deepspeed, "")
+    for key in config.engine.deepspeed:
+        if key not in PASSED_ON:
+            raise InputError(f"engine.deepspeed.{key} is not known to work; expected one of {', '.join(PASSED_ON)}: remove it")
+    if config.engine.deepspeed:
+        _check_with_deepspeed(merged)
+    return merged
 
 
 def _zero_settings(config: Config) -> dict[str, Any]:
@@ -83,6 +98,21 @@ def _zero_settings(config: Config) -> dict[str, Any]:
         if engine.offload_parameters:
             settings["offload_param"] = {"device": "cpu"}
     return settings
+
+
+def _check_with_deepspeed(settings: dict[str, Any]) -> None:
+    """Raises: InputError for what DeepSpeed itself would end with a traceback."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedConfig(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise InputError(f"engine.deepspeed: {place}={first['input']!r}: {first['msg']}; see DeepSpeed's configuration") from None
+    except (AssertionError, TypeError, ValueError) as error:
+        raise InputError(f"engine.deepspeed: {error}; expected settings of DeepSpeed with values of their types") from None
 
 
 def _refuse(settings: dict[str, Any], prefix: str) -> None:

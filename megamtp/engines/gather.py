@@ -62,7 +62,7 @@ class Unit:
         parameters: all of them, in DeepSpeed's order; their gradients leave together.
         gathered: those that are whole only while they are needed, which is all but persistent ones.
         buffer: where the weights are, from the moment they are sent for.
-        arriving: the gather's handle, until somebody has waited for it.
+        arriving: handles of the gather, until somebody has waited for them.
         pins: while above 0, the weights stay.
         ready: number of its parameters whose gradient is complete.
     """
@@ -73,7 +73,7 @@ class Unit:
         self.gathered = [parameter for parameter in self.parameters if not parameter.ds_persist]
         self.shapes = tuple(tuple(parameter.ds_shape) for parameter in self.gathered)
         self.buffer: Buffer | None = None
-        self.arriving: dist.Work | None = None
+        self.arriving: list[dist.Work] = []
         self.pins = self.ready = 0
 
 
@@ -187,10 +187,21 @@ class Gather:
             else:
                 unit.buffer = self._take_buffer(unit, shards)
                 self._streams.wait_for(unit.buffer.last_use)
-                unit.arriving = self._group.allgather_into_tensor_coalesced(unit.buffer.flat, shards)
+                unit.arriving = self._gather(unit.buffer.flat, shards)
         for parameter, weight in zip(unit.gathered, unit.buffer.weights, strict=True):
             parameter.data = weight
             parameter.ds_status = ZeroParamStatus.AVAILABLE
+
+    def _gather(self, whole: list[Tensor], shards: list[Tensor]) -> list[dist.Work]:
+        """One collective, or under gloo one for each parameter.
+
+        torch's gloo notes the name of the work done last in a string that its two threads share without a lock. A name that does
+        not fit into the string itself (over 15 characters) is then freed twice: ALLGATHER_COALESCED, sooner or later, crashes.
+        """
+        if dist.get_backend(self._group) != "gloo":
+            return [self._group.allgather_into_tensor_coalesced(whole, shards)]
+        pairs = zip(whole, shards, strict=True)
+        return [dist.all_gather_into_tensor(target, shard, group=self._group, async_op=True) for target, shard in pairs]
 
     def _take_buffer(self, unit: Unit, shards: list[Tensor]) -> Buffer:
         free = self._free.get(unit.shapes)
@@ -204,9 +215,9 @@ class Gather:
         return Buffer(flat, weights)
 
     def _wait_for(self, unit: Unit) -> None:
-        if unit.arriving is not None:
-            unit.arriving.wait()
-            unit.arriving = None
+        for handle in unit.arriving:
+            handle.wait()
+        unit.arriving = []
 
     def _release(self, unit: Unit) -> None:
         if unit.buffer is None or unit.pins:

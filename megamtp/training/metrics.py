@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from megamtp.config import Config
+from megamtp.errors import InputError
 from megamtp.model.cost import flops_per_token, peak_flops
 
 FILE = "metrics.jsonl"
@@ -103,14 +104,34 @@ def _scalars(record: dict[str, Any]) -> list[tuple[str, float]]:
     return scalars + [(name, value) for name, value in record.items() if isinstance(value, (int, float))]
 
 
+def records_until(path: Path, step: int) -> list[str]:
+    """The lines of steps up to `step`, without a last one that was cut short.
+
+    Raises:
+        InputError: the file is no run's metrics, or a line of it is damaged.
+    """
+    try:
+        lines = path.read_text().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}); expected a run's metrics: choose another run.directory") from None
+    kept = []
+    for number, line in enumerate(lines, start=1):
+        if line.endswith("\n"):
+            try:
+                if int(json.loads(line)["step"]) <= step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(f"{path}, line {number} is damaged ({error!r}); expected a run's metrics: remove it") from None
+    return kept
+
+
 def _keep_until(path: Path, step: int) -> None:
-    """Drops the records of later steps, and a last line that was cut short; replaces the file in one act."""
+    """Drops the records of later steps; replaces the file in one act."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        if line.endswith("\n") and json.loads(line)["step"] <= step:
-            kept.append(line)
+    kept = records_until(path, step)
     temporary = path.with_name(path.name + ".partial")
     temporary.write_text("".join(kept))
     os.replace(temporary, path)

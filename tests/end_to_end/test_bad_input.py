@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megamtp.checkpoint.store import newest_checkpoint, read_manifest
 from megamtp.data.indexed_dataset import IndexedDatasetWriter
-from tests.end_to_end.jobs import MODULE, deepspeed, run
+from tests.end_to_end.jobs import MODULE, deepspeed, records, run, wait_for
 
 PLAIN = ["-m", MODULE]
 
@@ -61,6 +62,17 @@ CASES = {
         lambda corpus, tmp: ["engine.deepspeed.zero_optimization.stage=2"], ["zero_optimization.stage", "clashes"],
     ),
     "fp16 on a CPU": (lambda corpus, tmp: ["train.precision=fp16"], ["fp16", "without a GPU"]),
+    "infinite learning rate": (lambda corpus, tmp: ["optimizer.lr=inf"], ["optimizer.lr=inf", "a finite number"]),
+    "no wavelength": (lambda corpus, tmp: ["model.rope_theta=0"], ["model.rope_theta=0", "above 0"]),
+    "interpolation of nothing": (lambda corpus, tmp: ["run.directory=${nothing}"], ["nothing", "expected a value"]),
+    "unknown DeepSpeed section": (lambda corpus, tmp: ["engine.deepspeed.amp2.enabled=true"], ["amp2", "not known to work"]),
+    "unknown DeepSpeed key": (
+        lambda corpus, tmp: ["engine.deepspeed.zero_optimization.no_such_key=1"], ["no_such_key", "not permitted"],
+    ),
+    "DeepSpeed value of a wrong type": (
+        lambda corpus, tmp: ["engine.deepspeed.zero_optimization.round_robin_gradients=perhaps"],
+        ["round_robin_gradients", "perhaps", "boolean"],
+    ),
     "DeepCompile": (lambda corpus, tmp: ["engine.deepspeed.compile.deepcompile=true"], ["compile", "DeepCompile"]),
 }  # fmt: skip
 
@@ -145,6 +157,64 @@ def test_resumed_run_that_is_finished_does_nothing(trained, arguments):
     finished = run([*PLAIN, *arguments, "train.steps=1", f"run.directory={trained}"])
     assert finished.returncode == 0
     assert "nothing to do" in finished.stdout
+
+
+def test_damaged_metrics(trained, arguments, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    metrics = tmp_path / "run/metrics.jsonl"
+    metrics.write_text("{not json\n" + metrics.read_text())
+    before = metrics.read_text()
+    assert_one_line(run([*PLAIN, *arguments, f"run.directory={tmp_path}/run"]), ["metrics.jsonl, line 1", "damaged"])
+    assert metrics.read_text() == before
+
+
+def test_a_file_where_checkpoints_should_be(arguments, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoints").write_text("mine")
+    assert_one_line(run([*PLAIN, *arguments, f"run.directory={tmp_path}/run"]), ["run/checkpoints is a file", "folder"])
+    assert (tmp_path / "run/checkpoints").read_text() == "mine"
+
+
+def test_full_disk_while_saving(trained, arguments, tmp_path):
+    """A limit of 20 KiB a file stands in for it: torch's writer fails in the same way."""
+    shutil.copytree(trained, tmp_path / "run")
+    limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20480, 20480)); "
+    program = limited + f"sys.argv[0] = '{MODULE}'; runpy.run_module('{MODULE}', run_name='__main__')"
+    finished = run(["-c", program, *arguments, "train.steps=2", f"run.directory={tmp_path}/run"])
+    assert finished.returncode == 2, finished.stderr
+    (line,) = [line for line in finished.stderr.splitlines() if "megamtp: error" in line]
+    assert "step-0000002 cannot be written" in line and "make room" in line
+    assert "Traceback" not in finished.stderr
+    assert_same_checkpoints(tmp_path / "run", trained)
+    finished = run([*PLAIN, *arguments, "train.steps=2", f"run.directory={tmp_path}/run"])
+    assert finished.returncode == 0, finished.stderr
+
+
+def assert_same_checkpoints(run_directory: Path, expected: Path) -> None:
+    found, wanted = (newest_checkpoint(directory) for directory in (run_directory, expected))
+    assert found.name == wanted.name
+    assert read_manifest(found) == read_manifest(wanted)
+
+
+def test_second_job_in_one_folder(arguments, tmp_path, start):
+    endless = [*arguments, "train.steps=1000000", f"run.directory={tmp_path}/run"]
+    first = start([*PLAIN, *endless])
+    wait_for(lambda: records(tmp_path / "run"))
+    assert_one_line(run([*PLAIN, *endless]), [f"{tmp_path}/run belongs to a running job", f"process {first.pid}"])
+    assert first.poll() is None
+    first.kill()
+    first.wait()
+    finished = run([*PLAIN, *arguments, "train.steps=2", f"run.directory={tmp_path}/run"])
+    assert finished.returncode == 0, finished.stderr  # the dead job's lock is gone
+
+
+def test_resumed_run_says_what_has_changed(trained, arguments, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    finished = run([*PLAIN, *arguments, "train.steps=2", "optimizer.lr=0.5", f"run.directory={tmp_path}/run"])
+    assert finished.returncode == 0, finished.stderr
+    changes = [line for line in finished.stdout.splitlines() if line.startswith("changed since the run began: ")]
+    assert any("optimizer.lr: 0.01 -> 0.5" in line for line in changes) and any("train.steps: 1 -> 2" in line for line in changes)
+    assert len(changes) == 3  # and run.directory, being a copy
 
 
 def test_wrong_number_of_ranks():

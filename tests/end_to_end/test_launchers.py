@@ -41,6 +41,18 @@ def test_launchers_give_the_losses_of_one_rank(name, arguments, expected, tmp_pa
     assert_same(tmp_path / "run", expected)
 
 
+def test_a_failed_rank_ends_the_job_under_mpirun():
+    program = (
+        "import sys, torch.distributed as dist; from megamtp.config import ClusterConfig; "
+        "from megamtp.cluster.environment import find_place, join_peers; place = find_place(); "
+        "join_peers(place, ClusterConfig()); sys.exit(3) if place.rank else dist.barrier()"
+    )
+    *mpirun, _, _ = launcher("mpirun")
+    finished = run([*mpirun, "-c", program], timeout=100)
+    assert finished.returncode != 0
+    assert "barrier" in finished.stderr  # rank 0 was told, and did not wait for the other for ever
+
+
 def test_two_nodes_give_the_losses_of_one(arguments, expected, tmp_path, start):
     """Two launches on this machine, each a node with one rank, as `--no_ssh --node_rank` does it on two."""
     hosts = tmp_path / "hosts"

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import psutil
 import pytest
@@ -62,6 +63,18 @@ def test_signal_to_our_launch_command(number, arguments, tmp_path, start):
     assert process.returncode == 85
     assert "Traceback" not in output
     assert_saved_and_gone(tmp_path / "run")
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.5, 2.0, 4.0])
+def test_signal_before_there_are_ranks_or_steps(seconds, arguments, tmp_path, start):
+    """Nothing may be left, whether the ranks had begun or not."""
+    process = start(["-m", "megamtp.commands.local", *arguments, *ENDLESS, f"run.directory={tmp_path}/run"])
+    wait_for(lambda: psutil.Process(process.pid).children())
+    time.sleep(seconds)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode in (128 + signal.SIGTERM, 85), output
+    assert not ranks(tmp_path / "run")
 
 
 def test_killed_launch_command_leaves_no_orphan(arguments, tmp_path, start):

@@ -84,7 +84,9 @@ def test_broken_yaml_is_named_with_its_line(text, words, tmp_path):
 
 
 def test_written_configuration_reads_back(tmp_path):
-    config = read_config([*GOOD, "optimizer.lr=3e-4", "engine.deepspeed.a.b=1", "head_loss.weights=[1,0.5,0.5,0.5]"])
+    config = read_config(
+        [*GOOD, "optimizer.lr=3e-4", "data.train=/corpus/train", "engine.deepspeed.a.b=1", "head_loss.weights=[1,0.5,0.5,0.5]"]
+    )
     write_config(config, tmp_path / "config.yaml")
     assert read_config([str(tmp_path / "config.yaml")]) == config
     assert config.optimizer.lr == 3e-4

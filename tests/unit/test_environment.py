@@ -16,6 +16,7 @@ from megamtp.cluster.environment import Place, find_place
         ),
         ({"PMI_RANK": "5", "MPI_LOCALRANKID": "2", "PMI_SIZE": "6"}, Place(5, 2, 6)),
         ({"PMI_RANK": "1", "PMI_SIZE": "2"}, Place(1, 1, 2)),
+        ({"WORLD_SIZE": "8"}, Place(0, 0, 1)),
     ],
 )
 def test_place_under_each_launcher(variables, expected, monkeypatch):

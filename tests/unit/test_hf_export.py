@@ -218,7 +218,7 @@ def test_an_unwritable_parent_is_one_line(tmp_path):
 
 def test_the_exported_tokenizer_gives_our_ids(tmp_path, tokenizer_path):
     config = dataclasses.replace(SMALL, vocab_size=700)
-    hf.export(config, random_model(config).state_dict(), tmp_path / "exported", 64, tokenizer_path)
+    hf.export(config, random_model(config).state_dict(), tmp_path / "exported", 64, hf.read_tokenizer(tokenizer_path, 700))
     theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "exported"), SentencePieceTokenizer(tokenizer_path)
     draw = random.Random(0)
     alphabet = [*AWKWARD, *" \t\n-=#_.abcdefs01", "self", "def ", "    "]
@@ -251,7 +251,7 @@ def test_a_tokenizer_with_a_dummy_prefix_gives_its_ids(tmp_path):
     path = train_foreign(tmp_path / "foreign", model_type="bpe", normalization_rule_name="identity", remove_extra_whitespaces=False)
     ours = SentencePieceTokenizer(path)
     config = dataclasses.replace(SMALL, vocab_size=ours.vocab_size)
-    hf.export(config, random_model(config).state_dict(), tmp_path / "exported", 64, path)
+    hf.export(config, random_model(config).state_dict(), tmp_path / "exported", 64, hf.read_tokenizer(path, ours.vocab_size))
     theirs = AutoTokenizer.from_pretrained(tmp_path / "exported")
     for text in [text for text in AWKWARD if "\u2581" not in text]:
         assert theirs(text)["input_ids"] == ours.encode(text), repr(text)
@@ -276,10 +276,10 @@ def test_a_tokenizer_that_cannot_be_translated_is_refused(tmp_path, settings):
     path = train_foreign(tmp_path / "foreign", **settings)
     config = dataclasses.replace(SMALL, vocab_size=SentencePieceTokenizer(path).vocab_size)
     with pytest.raises(CheckpointError, match="cannot be exported"):
-        hf.export(config, random_model(config).state_dict(), tmp_path / "exported", 64, path)
+        hf.export(config, random_model(config).state_dict(), tmp_path / "exported", 64, hf.read_tokenizer(path, config.vocab_size))
     assert not (tmp_path / "exported").exists()
 
 
-def test_a_tokenizer_of_another_size_is_refused(tmp_path, tokenizer_path):
+def test_a_tokenizer_of_another_size_is_refused(tokenizer_path):
     with pytest.raises(CheckpointError, match="700 pieces, expected the model's 300"):
-        hf.export(SMALL, random_model(SMALL).state_dict(), tmp_path / "exported", 64, tokenizer_path)
+        hf.read_tokenizer(tokenizer_path, SMALL.vocab_size)
