@@ -105,6 +105,7 @@ class DeepSpeedHeadPhase(HeadPhase):
         if self.sharded:
             self._coordinator().release_and_reset_all(self.model)
         elif not isinstance(optimizer, BF16_Optimizer):
+            optimizer.extra_large_param_to_reduce.clear()
             optimizer.params_already_reduced = [False] * len(optimizer.params_already_reduced)
             optimizer.all_grad_tensors.clear()
             optimizer.averaged_gradients.clear()

@@ -58,7 +58,7 @@ def test_d_bf16_optimizer_keeps_the_heads_gradients():
 
 
 def _errors_after_interruptions(settings: dict) -> list[float]:
-    """Interrupts steps in the middle of the heads, or between forward and backward; gradients' errors in later steps."""
+    """Interrupts steps between two heads, within a layer's backward, or before the trunk's; gradients' errors in later steps."""
     from megamtp.engines.zero import ZeroEngine
 
     config = small_config(accumulation=2, engine__reduce_bucket_size=300, model__num_future_tokens=N, **settings)
@@ -69,7 +69,24 @@ def _errors_after_interruptions(settings: dict) -> list[float]:
         for owner, method in ((engine.model.heads[1], "forward"), (engine.engine, "backward")):
             _interrupt(config, engine, owner, method, after_calls=micro_batch)
             errors.append(largest_errors(config, engine, num_steps=2)[0])
+        _interrupt_within_a_layer(config, engine, after_calls=micro_batch)
+        errors.append(largest_errors(config, engine, num_steps=2)[0])
     return errors
+
+
+def _interrupt_within_a_layer(config: Config, engine, after_calls: int) -> None:
+    """Takes a step that is interrupted when a head has some of its gradients."""
+    calls = []
+
+    def interrupt(gradient: torch.Tensor) -> None:
+        calls.append(gradient)
+        if len(calls) > after_calls:
+            raise KeyboardInterrupt
+
+    hook = engine.model.heads[1].mlp.gate.weight.register_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        step_with_gradients(engine, global_batch(config, 0, 4))
+    hook.remove()
 
 
 def _interrupt(config: Config, engine, owner: object, method: str, after_calls: int) -> None:
@@ -102,7 +119,7 @@ def _interrupt(config: Config, engine, owner: object, method: str, after_calls: 
 def test_e_an_interrupted_step_leaves_nothing_behind(settings):
     bound = 0.04 if "train__precision" in settings else 1e-5
     for errors in run_ranks(_errors_after_interruptions, 2, settings):
-        assert len(errors) == 4
+        assert len(errors) == 6
         assert all(error < bound for error in errors), errors
 
 
