@@ -100,7 +100,7 @@ class EmulatedGroup(dist.ProcessGroup):
         return self.pg_name
 
     def _run(self, kind: str, whole: list[Tensor], others: list[Tensor], move: Callable[[], None]) -> EmulatedWork:
-        """Moves the data on the communication stream, then holds that stream."""
+        """Moves the data on the communication stream, and holds that stream until the network would have done it."""
         num_bytes = sum(tensor.nbytes for tensor in whole)
         transfer = Transfer(kind, num_bytes, self._network.seconds(kind, num_bytes))
         self._transfers.append(transfer)
@@ -111,8 +111,9 @@ class EmulatedGroup(dist.ProcessGroup):
             self._stream = torch.cuda.Stream()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
+            start = mark()
             move()
-            _hold(transfer.seconds, self._network.cluster.communication_sms)
+            hold(start, transfer.seconds, self._network.cluster.communication_sms)
         return EmulatedWork(self._stream.record_event(), [*whole, *others])
 
     def allgather_into_tensor_coalesced(self, outputs, tensors, opts=None):
@@ -174,18 +175,25 @@ def join(cluster: ClusterConfig) -> deque[Transfer]:
     return transfers
 
 
-def _hold(seconds: float, num_sms: int) -> None:
-    """Keeps the current stream, and some multiprocessors, busy. One of them: a single waiting warp, which leaves room beside it."""
-    if seconds > 0:
-        _holding_kernel()[(num_sms,)](round(seconds * 1e9), num_warps=1 if num_sms == 1 else 16)
+def mark() -> Tensor:
+    """The time at which the current stream gets here: int64 [1], nanoseconds."""
+    time = torch.empty(1, dtype=torch.int64, device="cuda")
+    _kernels()[0][(1,)](time, num_warps=1)
+    return time
+
+
+def hold(start: Tensor, seconds: float, num_sms: int) -> None:
+    """Keeps the current stream, and some multiprocessors, busy until `seconds` after the time that `mark` noted.
+
+    One multiprocessor is held by a single waiting warp, which leaves room beside it; several by 16 warps each, which occupy a
+    multiprocessor's registers, as NCCL's do.
+    """
+    _kernels()[1][(num_sms,)](start, round(seconds * 1e9), num_warps=1 if num_sms == 1 else 16)
 
 
 @functools.cache
-def _holding_kernel():
-    """Waits by the card's clock of nanoseconds, not by its cycles, whose length changes with its load.
-
-    With 16 warps a block occupies one multiprocessor's registers, as NCCL's do.
-    """
+def _kernels() -> tuple:
+    """By the card's clock of nanoseconds, not of its cycles, whose length changes with its load."""
     import triton
     import triton.language as tl
 
@@ -194,9 +202,13 @@ def _holding_kernel():
         return tl.inline_asm_elementwise("mov.u64 $0, %globaltimer;", "=l", [], dtype=tl.int64, is_pure=False, pack=1)
 
     @triton.jit
-    def hold(nanoseconds):
-        end = now() + nanoseconds
+    def mark(time):
+        tl.store(time, now())
+
+    @triton.jit
+    def hold(start, nanoseconds):
+        end = tl.load(start) + nanoseconds
         while now() < end:
             pass
 
-    return hold
+    return mark, hold

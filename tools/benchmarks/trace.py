@@ -9,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from megamtp.engines.head_phase import HEAD_PHASE_RANGE
 
 TRANSFER_KERNELS = ("hold", "nccl")
+BEGINNING_KERNEL = "mark"  # an emulated transfer lasts from this to the end of its hold, whatever runs in between
 Interval = tuple[float, float]
 
 
@@ -37,7 +38,7 @@ def exposures(step: Callable[[], object]) -> dict[str, Exposure]:
     ranges = [_interval(event) for event in on_device if event.name() == HEAD_PHASE_RANGE]
     kernels = [event for event in on_device if event.name() != HEAD_PHASE_RANGE and event.duration_ns() > 0]
     communicating = {e.device_resource_id() for e in kernels if any(name in e.name() for name in TRANSFER_KERNELS)}
-    transfers = _union([_interval(event) for event in kernels if event.device_resource_id() in communicating])
+    transfers = _transfers([event for event in kernels if event.device_resource_id() in communicating])
     computing = _union([_interval(event) for event in kernels if event.device_resource_id() not in communicating])
     whole = (computing[0][0], max(computing[-1][1], transfers[-1][1])) if transfers else (computing[0][0], computing[-1][1])
     found = {"step": _exposure(whole, transfers, computing)}
@@ -45,6 +46,18 @@ def exposures(step: Callable[[], object]) -> dict[str, Exposure]:
         heads = (min(start for start, _ in ranges), max(end for _, end in ranges))
         found["heads"] = _exposure(heads, transfers, computing)
     return found
+
+
+def _transfers(events: list) -> list[Interval]:
+    found, beginning = [], None
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        start, end = _interval(event)
+        if event.name() == BEGINNING_KERNEL:
+            beginning = start
+        found.append((start if beginning is None else beginning, end))
+        if "hold" in event.name():
+            beginning = None
+    return _union(found)
 
 
 def _interval(event) -> Interval:
