@@ -20,29 +20,42 @@ from torch import Tensor, nn
 
 
 class Streams:
-    """The streams of one device, or their absence on a CPU, where every operation is over when it returns."""
+    """The streams of one device, or their absence on a CPU, where every operation is over when it returns.
+
+    Attributes:
+        compute: the stream that the model runs on.
+    """
 
     def __init__(self, device: torch.device):
         self.device, self.on_gpu = device, device.type == "cuda"
+        self.compute = torch.cuda.current_stream(device) if self.on_gpu else None
         self.gather = torch.cuda.Stream(device) if self.on_gpu else None
         self.scatter = torch.cuda.Stream(device) if self.on_gpu else None
 
-    def on(self, stream: torch.cuda.Stream | None) -> contextlib.AbstractContextManager:
-        return torch.cuda.stream(stream) if self.on_gpu else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def on(self, stream: torch.cuda.Stream | None) -> Iterator[None]:
+        """As torch.cuda.stream, in a third of its time: the stream to come back to is known."""
+        if self.on_gpu:
+            torch.cuda.set_stream(stream)
+        try:
+            yield
+        finally:
+            if self.on_gpu:
+                torch.cuda.set_stream(self.compute)
 
-    def mark(self) -> torch.cuda.Event | None:
-        """A point in the current stream's work."""
-        return torch.cuda.current_stream(self.device).record_event() if self.on_gpu else None
+    def mark(self, stream: torch.cuda.Stream | None) -> torch.cuda.Event | None:
+        """A point in a stream's work."""
+        return stream.record_event() if self.on_gpu else None
 
-    def wait_for(self, event: torch.cuda.Event | None) -> None:
-        """Makes the current stream wait, not the host."""
+    def wait_for(self, event: torch.cuda.Event | None, stream: torch.cuda.Stream | None) -> None:
+        """Makes the stream wait, not the host."""
         if event is not None:
-            torch.cuda.current_stream(self.device).wait_event(event)
+            stream.wait_event(event)
 
     def follow_compute(self, stream: torch.cuda.Stream | None) -> None:
-        """Makes `stream` wait for all that the current stream has been given."""
+        """Makes `stream` wait for all that the compute stream has been given."""
         if self.on_gpu:
-            stream.wait_stream(torch.cuda.current_stream(self.device))
+            stream.wait_stream(self.compute)
 
 
 @dataclass
@@ -186,7 +199,7 @@ class Gather:
                 unit.buffer = Buffer(shards, weights)
             else:
                 unit.buffer = self._take_buffer(unit, shards)
-                self._streams.wait_for(unit.buffer.last_use)
+                self._streams.wait_for(unit.buffer.last_use, self._streams.gather)
                 unit.arriving = self._gather(unit.buffer.flat, shards)
         for parameter, weight in zip(unit.gathered, unit.buffer.weights, strict=True):
             parameter.data = weight
@@ -224,7 +237,7 @@ class Gather:
             return
         self._wait_for(unit)
         if self._world_size > 1 and unit.gathered:
-            unit.buffer.last_use = self._streams.mark()
+            unit.buffer.last_use = self._streams.mark(self._streams.compute)
             self._free.setdefault(unit.shapes, deque()).append(unit.buffer)
         unit.buffer = None
         self._hide(unit)

@@ -76,10 +76,10 @@ class Scatter:
             shards = torch.empty(sum(sizes), dtype=self._dtype, device=self._streams.device).split(sizes)
             self._group.reduce_scatter_tensor_coalesced(list(shards), whole).wait()
             self._add_to_sums(unit, shards)
-            self._leaving.append((self._streams.mark(), [*gradients, *whole, *shards]))
+            self._leaving.append((self._streams.mark(self._streams.scatter), [*gradients, *whole, *shards]))
         if len(self._leaving) > MAX_LEAVING:
             sent, _ = self._leaving.popleft()
-            self._streams.wait_for(sent)  # from here on the allocator may reuse that memory
+            self._streams.wait_for(sent, self._streams.compute)  # from here on the allocator may reuse that memory
 
     def _add_to_sums(self, unit: Unit, shards: tuple[Tensor, ...]) -> None:
         sums = self._sums[unit]
@@ -93,7 +93,7 @@ class Scatter:
 
     def _padded(self, gradient: Tensor, parameter: nn.Parameter) -> Tensor:
         missing = parameter.ds_tensor.ds_numel * self._world_size - parameter.ds_numel
-        flat = gradient.to(self._dtype).reshape(-1)
+        flat = (gradient if gradient.dtype == self._dtype else gradient.to(self._dtype)).reshape(-1)
         return nn.functional.pad(flat, (0, missing)) if missing else flat
 
 
