@@ -1,0 +1,60 @@
+"""launch/quickstart.sh, stopped in the middle of a stage: it says so, leaves no process, and goes on from there."""
+
+import signal
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from megamtp.checkpoint.store import newest_checkpoint, read_manifest
+from tests.end_to_end.jobs import ROOT, environment, kill_tree, ranks, records, wait_for
+
+LIBRARY = Path(sysconfig.get_paths()["stdlib"])
+CORPUS = [
+    str(LIBRARY / name) for name in ("asyncio", "email", "http", "logging", "multiprocessing", "unittest", "xml", "argparse.py")
+]
+
+
+@pytest.fixture
+def quickstart(tmp_path):
+    """quickstart() -> the running script, its output in tmp_path/output."""
+    started = []
+
+    def start() -> subprocess.Popen:
+        command = ["bash", "launch/quickstart.sh", "--run", str(tmp_path / "run"), "--corpus", *CORPUS]
+        with open(tmp_path / "output", "w") as output:
+            started.append(subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=output, stderr=subprocess.STDOUT))
+        return started[-1]
+
+    yield start
+    for process in started:
+        kill_tree(process)
+
+
+def test_stopped_while_it_prepares_the_corpus(quickstart, tmp_path):
+    process = quickstart()
+    wait_for(lambda: "1. Corpus" in (tmp_path / "output").read_text())
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 75
+    output = (tmp_path / "output").read_text()
+    assert "Stopped. The same command goes on from there." in output and "2. Pretraining" not in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_while_it_trains(number, quickstart, tmp_path):
+    process = quickstart()
+    wait_for(lambda: len(records(tmp_path / "run")) >= 2 or process.poll() is not None, seconds=200)
+    process.send_signal(number)
+    assert process.wait(timeout=90) == 75
+    output = (tmp_path / "output").read_text()
+    assert "Stopped and saved. The same command goes on from there." in output and "3. Loss curves" not in output
+    assert not ranks(tmp_path / "run")
+    assert read_manifest(newest_checkpoint(tmp_path / "run")).step == records(tmp_path / "run")[-1]["step"]
+
+
+def test_wrong_arguments_are_one_line():
+    finished = subprocess.run(["bash", "launch/quickstart.sh", "--corpse"], cwd=ROOT, capture_output=True, text=True)
+    assert finished.returncode == 2
+    assert finished.stderr.startswith("megamtp: error: --corpse: unknown argument") and finished.stderr.count("\n") == 1
