@@ -21,10 +21,11 @@ PEAK_FLOPS = {
 
 def layer_parameters(model: ModelConfig) -> int:
     """Parameters of one transformer layer, its two norms included."""
-    return _layer_matrices(model) + 2 * model.dim
+    return layer_matrices(model) + 2 * model.dim
 
 
-def _layer_matrices(model: ModelConfig) -> int:
+def layer_matrices(model: ModelConfig) -> int:
+    """Those of them that are in matrices."""
     attention = 2 * model.dim * model.dim + 2 * model.dim * model.key_value_heads * model.head_dim
     return attention + 3 * model.dim * model.hidden_dim
 
@@ -36,7 +37,7 @@ def parameters(model: ModelConfig) -> int:
 
 def flops_per_token(model: ModelConfig, sequence_length: int) -> int:
     """Floating-point operations of forward and backward for one position of a window of `sequence_length`."""
-    layer = 2 * _layer_matrices(model) + 2 * sequence_length * model.dim
+    layer = 2 * layer_matrices(model) + 2 * sequence_length * model.dim
     return 3 * (model.num_layers * layer + model.num_future_tokens * 2 * model.vocab_size * model.dim)
 
 

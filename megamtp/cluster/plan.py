@@ -1,0 +1,165 @@
+"""What a configuration needs on a cluster, before renting it: memory of a rank by kind, and the time of a step.
+
+Sources: bytes from what the engine keeps (engines/gather.py, scatter.py, losses/linear_cross_entropy.py); rates, and what a
+layer saves for its backward pass, from the steps in tools/results, which predictions are tested against.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megamtp.cluster.emulated import Network
+from megamtp.config import Config
+from megamtp.errors import InputError
+from megamtp.model.cost import layer_matrices, layer_parameters, parameters
+
+DAY = 86400.0
+BUFFERED_LAYERS = 3  # gathered layers at a time: the running one and two on their way
+CHUNK_ROWS, CHUNK_BYTES = 4096, 2**30  # of the loss, where head_loss.chunk_rows is not given
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU as measured in bf16.
+
+    Attributes:
+        memory_bytes: what a process can have of it.
+        matrix_flops: FLOP/s of large matrix products.
+        attention_flops: FLOP/s of attention, causal products counted at half.
+        element_seconds: seconds that one element of the residual stream costs a layer beside them, forward and backward.
+        memory_bandwidth: bytes/s.
+    """
+
+    memory_bytes: float
+    matrix_flops: float
+    attention_flops: float
+    element_seconds: float
+    memory_bandwidth: float
+    multiprocessors: int
+
+
+# Fitted to the "plain" steps of tools/results/overhead*.json (H100 80GB HBM3, 2026-11-25). An H200 computes alike and holds more.
+CARDS = {
+    "h100": Card(79e9, 720e12, 173e12, 0.235e-12, 2.8e12, 132),
+    "h200": Card(140e9, 720e12, 173e12, 0.235e-12, 4.0e12, 132),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes of one rank at its peak by kind, and seconds of one optimizer step.
+
+    Attributes:
+        compute: forward and backward passes of all micro-batches, as if nothing were communicated.
+        exposed: communication that nothing hides, and what communication takes from computation.
+        update: the optimizer.
+    """
+
+    memory: dict[str, float]
+    micro_batches: int
+    compute: float
+    exposed: float
+    update: float
+
+    @property
+    def peak_bytes(self) -> float:
+        return sum(self.memory.values())
+
+    @property
+    def step_seconds(self) -> float:
+        return self.compute + self.exposed + self.update
+
+
+def plan(config: Config, world_size: int, card: Card) -> Plan:
+    """Under ZeRO-3 with grouped communication, in bf16.
+
+    Raises:
+        InputError: another engine or precision, or a batch that does not divide.
+    """
+    engine = config.engine
+    found = f"engine.kind={engine.kind}, engine.communication={engine.communication}, train.precision={config.train.precision}"
+    if found != "engine.kind=zero3, engine.communication=grouped, train.precision=bf16":
+        raise InputError(f"{found}: not measured, so not planned; expected zero3, grouped and bf16")
+    micro_batches = config.accumulation(world_size)
+    compute, exposed = _micro_batch_seconds(config, world_size, card)
+    share = parameters(config.model) / world_size
+    update = 0.0 if engine.offload_optimizer else 30 * share / card.memory_bandwidth  # 16 bytes read, 14 written
+    return Plan(_memory(config, world_size), micro_batches, micro_batches * compute, micro_batches * exposed, update)
+
+
+def _memory(config: Config, world_size: int) -> dict[str, float]:
+    model, tokens = config.model, config.train.micro_batch_size * config.train.sequence_length
+    share = parameters(model) / world_size
+    layer, vocabulary = 2 * layer_parameters(model), 2 * model.vocab_size * model.dim
+    saved = tokens * (8 * model.dim + 4 * model.key_value_heads * model.head_dim + 7 * model.hidden_dim)  # of one layer
+    trunk = model.num_trunk_layers
+    boundaries = 2 * tokens * model.dim * trunk
+    rows = config.head_loss.chunk_rows or min(CHUNK_ROWS, CHUNK_BYTES // (2 * model.vocab_size))
+    on_device = 0 if config.engine.offload_optimizer else 1
+    return {
+        "weights": 0 if config.engine.offload_parameters else 2 * share,
+        "gradients": 4 * share * on_device,
+        "optimizer": 12 * share * on_device,
+        "gathered weights": BUFFERED_LAYERS * layer + 2 * vocabulary if world_size > 1 else 0,
+        "gradients on their way": layer,
+        "activations": (boundaries + saved if config.train.activation_checkpointing else (trunk + 1) * saved),
+        "a layer's backward": 13 * tokens * model.hidden_dim,
+        "head loss": 3 * vocabulary + 2 * rows * model.vocab_size,  # dW in fp32 and as it is sent, and a chunk of logits
+    }
+
+
+def _micro_batch_seconds(config: Config, world_size: int, card: Card) -> tuple[float, float]:
+    """(computing, exposed) of one micro-batch's forward and backward pass."""
+    model, length = config.model, config.train.sequence_length
+    tokens = config.train.micro_batch_size * length
+    forward = tokens * (
+        2 * layer_matrices(model) / card.matrix_flops
+        + 2 * length * model.dim / card.attention_flops
+        + model.dim * card.element_seconds / 3
+    )
+    losses = model.num_future_tokens * 6 * tokens * model.vocab_size * model.dim / card.matrix_flops
+    again = model.num_trunk_layers * forward if config.train.activation_checkpointing else 0.0
+    compute = 3 * model.num_layers * forward + losses + again
+
+    network = Network(dataclasses.replace(config.cluster, emulate=world_size))
+    layer, vocabulary = 2 * layer_parameters(model), 2 * model.vocab_size * model.dim
+    gather, reduction = (network.seconds(kind, layer) for kind in ("all_gather", "reduce_scatter"))
+    outer = network.seconds("all_gather", vocabulary) + network.seconds("reduce_scatter", vocabulary)
+    ends = outer + gather + reduction  # embedding and first layer: nothing runs before them, or after
+    between = (model.num_trunk_layers - 1) * max(0.0, gather - forward)
+    between += (model.num_layers - 1) * max(0.0, gather + reduction - 2 * forward)
+    communicating = min(1.0, (2 * gather + reduction) * model.num_layers / compute)
+    taken = compute * communicating * config.cluster.communication_sms / card.multiprocessors if world_size > 1 else 0.0
+    return compute, ends + between + taken
+
+
+def fitting(config: Config, world_size: int, card: Card) -> tuple[str, Config, int] | None:
+    """The nearest changes that fit, in words, with the configuration and number of ranks they lead to; None if none does."""
+    for words, changed, ranks in _alternatives(config, world_size):
+        try:
+            if plan(changed, ranks, card).peak_bytes <= card.memory_bytes:
+                return words, changed, ranks
+        except InputError:  # a batch that does not divide among so many ranks: not an alternative
+            continue
+    return None
+
+
+def _alternatives(config: Config, world_size: int) -> Iterator[tuple[str, Config, int]]:
+    """From what costs nothing to what costs more cards."""
+    smaller = config.train.micro_batch_size
+    while smaller > 1:
+        smaller = max(1, smaller // 2)
+        yield f"train.micro_batch_size={smaller}", _with_train(config, micro_batch_size=smaller), world_size
+    recomputing = _with_train(config, micro_batch_size=1, activation_checkpointing=True)
+    words = "train.micro_batch_size=1 train.activation_checkpointing=true"
+    yield words, recomputing, world_size
+    offloading = dataclasses.replace(recomputing, engine=dataclasses.replace(config.engine, offload_optimizer=True))
+    yield f"{words} engine.offload_optimizer=true", offloading, world_size
+    ranks = world_size
+    while ranks < 8192:
+        ranks *= 2
+        yield f"--gpus {ranks} {words}", recomputing, ranks
+
+
+def _with_train(config: Config, **changes) -> Config:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))

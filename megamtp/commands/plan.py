@@ -1,0 +1,77 @@
+"""Memory and time of a configuration on a cluster, before renting it.
+
+    python tools/plan.py configs/6.7b_n4.yaml --gpus 64 --gpu h100
+    python tools/plan.py configs/13b_n4.yaml --gpus 8 --gpu h100 --bandwidth 100e9 train.micro_batch_size=1
+
+Exits with status 1 if it does not fit. Without --bandwidth the network is cluster.*'s: NVLink and 400 Gb/s per GPU.
+"""
+
+import sys
+
+from megamtp.cluster.plan import CARDS, DAY, Card, Plan, fitting, plan
+from megamtp.commands.command_line import Parser, run
+from megamtp.config import Config, read_config
+
+GIB = 2**30
+
+
+def main() -> None:
+    """Raises InputError."""
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "config", nargs="+", help="a YAML file and key=value settings, as for pretrain; data and run may be left out"
+    )
+    parser.add_argument("--gpus", type=int, required=True, help="ranks")
+    parser.add_argument("--gpu", choices=CARDS, default="h100", help="kind of card [h100]")
+    parser.add_argument("--bandwidth", type=float, help="bytes/s of each rank in a flat network")
+    options = parser.parse_intermixed_args()
+    flat = [f"cluster.flat_bandwidth={options.bandwidth}"] if options.bandwidth else []
+    if options.gpus < 1:
+        parser.error(f"--gpus {options.gpus}: expected 1 or more")
+    config = read_config(["data.train=none", "run.directory=none", *options.config, *flat])
+    card = CARDS[options.gpu]
+    found = plan(config, options.gpus, card)
+    print(_memory_table(found, card))
+    if found.peak_bytes > card.memory_bytes:
+        _explain(found, config, options.gpus, card)
+        sys.exit(1)
+    print(_time_table(found, config))
+
+
+def _memory_table(found: Plan, card: Card) -> str:
+    lines = ["| memory of a rank | GiB |", "|---|---|"]
+    lines += [f"| {kind} | {size / GIB:.2f} |" for kind, size in found.memory.items()]
+    return "\n".join([*lines, f"| **together**, of {card.memory_bytes / GIB:.1f} | **{found.peak_bytes / GIB:.2f}** |"])
+
+
+def _time_table(found: Plan, config: Config) -> str:
+    tokens = config.train.global_batch_tokens
+    per_day = tokens / found.step_seconds * DAY
+    total = config.train.steps * tokens
+    rows = {
+        "forward and backward, s a step": f"{found.compute:.3f} ({found.micro_batches} micro-batches)",
+        "exposed communication, s a step": f"{found.exposed:.3f} ({found.exposed / found.step_seconds:.1%})",
+        "optimizer, s a step": f"{found.update:.3f}",
+        "**step, s**": f"**{found.step_seconds:.3f}**",
+        "tokens a day": f"{per_day:.3g}",
+        f"days for {config.train.steps} steps, {total:.3g} tokens": f"{total / per_day:.2f}",
+    }
+    return "\n".join(["", "| time | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def _explain(found: Plan, config: Config, world_size: int, card: Card) -> None:
+    largest = max(found.memory, key=found.memory.__getitem__)
+    print(
+        f"\ndoes not fit, because {found.peak_bytes / GIB:.1f} GiB are needed of {card.memory_bytes / GIB:.1f}, "
+        f"most of them for {largest} ({found.memory[largest] / GIB:.1f})"
+    )
+    nearest = fitting(config, world_size, card)
+    print(f"the nearest that fits: {nearest[0]}" if nearest else "nothing nearby fits: take more cards, or a smaller model")
+
+
+def entry() -> None:
+    run(main)
+
+
+if __name__ == "__main__":
+    entry()

@@ -1,0 +1,98 @@
+"""The planner against recorded steps of the emulated cluster, and what it says when a configuration does not fit."""
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megamtp.cluster.plan import CARDS, fitting, plan
+from megamtp.config import Config, read_config
+from megamtp.errors import InputError
+
+ROOT = Path(__file__).parents[2]
+
+
+def recorded() -> dict[str, tuple[dict, dict]]:
+    """(a measured step of ours, its settings) by name."""
+    found = {}
+    for path in sorted((ROOT / "tools/results").glob("overhead*.json")):
+        content = json.loads(path.read_text())
+        for result in content["results"]:
+            if result["variant"] == "ours":
+                found[f"{result['size']}-n{result['heads']}"] = result, content["settings"]
+    return found
+
+
+RECORDED = recorded()
+
+
+def config_of(size: str, heads: int, *settings: str) -> Config:
+    return read_config([str(ROOT / f"configs/{size}_n{heads}.yaml"), "data.train=none", "run.directory=none", *settings])
+
+
+def test_the_six_sizes_were_recorded():
+    assert len(RECORDED) == 12
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_prediction_is_within_a_tenth_of_the_recorded_step(name):
+    result, settings = RECORDED[name]
+    ranks, micro_batch = settings["ranks"], result["micro_batch"]
+    config = config_of(
+        result["size"], result["heads"], f"cluster.flat_bandwidth={settings['bandwidth']}",
+        f"cluster.communication_sms={settings['SMs held']}", f"train.micro_batch_size={micro_batch}",
+        f"train.global_batch_tokens={ranks * micro_batch * settings['T']}",
+    )  # fmt: skip
+    found = plan(config, ranks, CARDS["h100"])
+    assert found.micro_batches == 1
+    assert found.peak_bytes == pytest.approx(result["peak_bytes"], rel=0.1)
+    seconds = statistics.median(result["milliseconds"]) / 1e3
+    assert found.compute + found.exposed == pytest.approx(seconds, rel=0.1)
+
+
+def test_more_ranks_take_shards_and_micro_batches_away():
+    config = config_of("6.7b", 4, "train.micro_batch_size=1")
+    few, many = (plan(config, ranks, CARDS["h100"]) for ranks in (64, 128))
+    assert many.memory["optimizer"] == few.memory["optimizer"] / 2
+    assert many.memory["activations"] == few.memory["activations"]
+    assert few.micro_batches == 2 * many.micro_batches
+    assert many.compute == few.compute / 2
+
+
+def test_slower_networks_are_exposed():
+    fast, slow = (plan(config_of("6.7b", 4, f"cluster.flat_bandwidth={rate}"), 64, CARDS["h100"]) for rate in (400e9, 20e9))
+    assert slow.compute == fast.compute
+    assert slow.exposed > 5 * fast.exposed
+
+
+def test_the_nearest_configuration_that_fits_does_fit():
+    config = config_of("13b", 4)
+    assert plan(config, 8, CARDS["h100"]).peak_bytes > CARDS["h100"].memory_bytes
+    words, changed, ranks = fitting(config, 8, CARDS["h100"])
+    assert words == "train.micro_batch_size=1" and ranks == 8
+    assert plan(changed, ranks, CARDS["h100"]).peak_bytes <= CARDS["h100"].memory_bytes
+
+
+@pytest.mark.parametrize("setting", ["engine.kind=zero1", "engine.communication=deepspeed", "train.precision=fp32"])
+def test_what_was_not_measured_is_not_planned(setting):
+    with pytest.raises(InputError, match=f"{setting}.*not planned; expected"):
+        plan(config_of("0.3b", 4, setting), 8, CARDS["h100"])
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "tools/plan.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_command_says_what_fits_and_what_does_not():
+    fits = run("configs/6.7b_n4.yaml", "--gpus", "64", "--bandwidth", "100e9", "train.steps=10")
+    assert fits.returncode == 0, fits.stderr
+    assert "**together**" in fits.stdout and "days for 10 steps" in fits.stdout
+    large = run("configs/13b_n4.yaml", "--gpus", "8")
+    assert large.returncode == 1
+    assert "does not fit, because" in large.stdout and "the nearest that fits: train.micro_batch_size=1" in large.stdout
+    wrong = run("configs/13b_n4.yaml", "--gpus", "7")
+    assert wrong.returncode == 2
+    assert wrong.stderr.count("\n") == 1 and "7 ranks" in wrong.stderr
