@@ -20,7 +20,7 @@ from typing import TextIO
 import torch
 
 from megamtp.checkpoint import store
-from megamtp.cluster.environment import Place, emulated_place, find_place, join_peers
+from megamtp.cluster.environment import Place, emulated_place, find_place, join_peers, share_error
 from megamtp.config import RESOLVED, Config, describe, differences, read_config, write_config
 from megamtp.data.indexed_dataset import IndexedDataset
 from megamtp.data.loader import TrainLoader
@@ -50,10 +50,14 @@ def main(arguments: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         print(f"{__doc__}\nKeys [type; default]:\n{describe()}")
         return 0
-    place = find_place()
-    config = read_config([argument for argument in arguments if not argument.startswith("--local_rank")])
+    place, job, error = find_place(), None, None
+    try:
+        config = read_config([argument for argument in arguments if not argument.startswith("--local_rank")])
+        job = check(config, emulated_place(place, config.cluster))
+    except InputError as found:
+        error = found
+    share_error(place, error)
     place = emulated_place(place, config.cluster)
-    job = check(config, place)
     if job.finished_steps >= job.config.train.steps:
         if place.rank == 0:
             print(f"{job.config.run.directory} has all its {job.config.train.steps} steps already; nothing to do")

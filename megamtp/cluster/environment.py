@@ -66,8 +66,6 @@ def join_peers(place: Place, cluster: ClusterConfig) -> None:
 
 def _announce(place: Place) -> None:
     """Sets the variables that torch.distributed reads, where the launcher has not."""
-    if place.world_size > 1 and "MASTER_ADDR" not in os.environ:
-        _ask_mpi_for_master()
     os.environ |= {
         "RANK": str(place.rank),
         "LOCAL_RANK": str(place.local_rank),
@@ -77,19 +75,35 @@ def _announce(place: Place) -> None:
     }
 
 
-def _ask_mpi_for_master() -> None:
-    """mpirun names no meeting point: rank 0 chooses one and tells the others over MPI, which is then left for good.
+def share_error(place: Place, error: InputError | None) -> None:
+    """Raises this rank's own error; under mpirun rank 0 raises the first of any rank's, and the others exit with status 2.
 
-    At its exit a rank would otherwise wait for all others to leave MPI, also for those that wait for this failed one.
+    Other launchers end all ranks when one has failed. mpirun may let the others wait for it for ever, so there the ranks tell each
+    other over MPI, and in the same message where to meet, which mpirun does not tell them. Then MPI is left for good: at its exit
+    a rank would otherwise wait for all others to leave it, also for those that wait for this one.
     """
+    if place.world_size == 1 or "MASTER_ADDR" in os.environ:
+        if error:
+            raise error
+        return
     import mpi4py
 
     mpi4py.rc.finalize = False
     from mpi4py import MPI
 
-    address = (socket.gethostbyname(socket.gethostname()), _free_port()) if MPI.COMM_WORLD.rank == 0 else None
-    host, port = MPI.COMM_WORLD.bcast(address, root=0)
+    if MPI.COMM_WORLD.size != place.world_size:
+        raise InputError(
+            f"{place.world_size} ranks by the environment, but no MASTER_ADDR and no MPI; expected a launcher that sets both"
+        )
+    address = (socket.gethostbyname(socket.gethostname()), _free_port()) if place.rank == 0 else None
+    told = MPI.COMM_WORLD.allgather((error and str(error), address))
     MPI.Finalize()
+    errors = [message for message, _ in told if message]
+    if errors and place.rank == 0:
+        raise InputError(errors[0])
+    if errors:
+        raise SystemExit(2)
+    host, port = told[0][1]
     os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.end_to_end.jobs import MODULE, deepspeed, free_port, losses, run
+from tests.end_to_end.jobs import MODULE, deepspeed, free_port, losses, run, wait_for
 
 STEPS = ["train.steps=4", "data.validation=null", "run.save_every_steps=100"]
 
@@ -44,13 +44,25 @@ def test_launchers_give_the_losses_of_one_rank(name, arguments, expected, tmp_pa
 def test_a_failed_rank_ends_the_job_under_mpirun():
     program = (
         "import sys, torch.distributed as dist; from megamtp.config import ClusterConfig; "
-        "from megamtp.cluster.environment import find_place, join_peers; place = find_place(); "
-        "join_peers(place, ClusterConfig()); sys.exit(3) if place.rank else dist.barrier()"
+        "from megamtp.cluster.environment import find_place, join_peers, share_error; place = find_place(); "
+        "share_error(place, None); join_peers(place, ClusterConfig()); sys.exit(3) if place.rank else dist.barrier()"
     )
     *mpirun, _, _ = launcher("mpirun")
     finished = run([*mpirun, "-c", program], timeout=100)
     assert finished.returncode != 0
     assert "barrier" in finished.stderr  # rank 0 was told, and did not wait for the other for ever
+
+
+def test_an_error_of_one_rank_is_all_ranks_under_mpirun(arguments, tmp_path, start):
+    """Only rank 0 sees that the folder is another job's."""
+    endless = [*arguments, "train.steps=1000000", f"run.directory={tmp_path}/run"]
+    start(["-m", MODULE, *endless])
+    wait_for(lambda: losses(tmp_path / "run"))
+    finished = run([*launcher("mpirun"), *endless], timeout=100)
+    assert finished.returncode == 2
+    errors = [line for line in (finished.stdout + finished.stderr).splitlines() if "megamtp: error: " in line]
+    assert len(errors) == 1 and "belongs to a running job" in errors[0]
+    assert "Traceback" not in finished.stderr
 
 
 def test_two_nodes_give_the_losses_of_one(arguments, expected, tmp_path, start):
