@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from megamtp.errors import InputError
+from megamtp.files import write_atomically
 
 RESOLVED = "config.yaml"  # in a run's folder: its whole configuration
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -227,7 +228,7 @@ def write_config(config: Config, path: Path) -> None:
     """Saves the resolved configuration as YAML that `read_config` accepts, from any working directory."""
     paths = {name: str(Path(value).absolute()) for name, value in dataclasses.asdict(config.data).items() if value}
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, **paths))
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    write_atomically(path, OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
 
 
 def differences(old: Config, new: Config) -> list[str]:
@@ -290,9 +291,11 @@ def _merge(settings: DictConfig, source: str, given: DictConfig) -> DictConfig:
                 raise InputError(f"{source}: unknown key {name}; {_nearest(str(name), known)}")
     try:
         return OmegaConf.merge(settings, given)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, TypeError) as error:
         key = getattr(error, "full_key", None)
-        raise InputError(f"{source}: {f'{key}: ' if key else ''}{_first_line(error)}{_expected(key)}") from None
+        raise InputError(
+            f"{source}: {f'{key}: ' if key else ''}{_first_line(error)}{_expected(key or source.partition('=')[0])}"
+        ) from None
 
 
 def _expected(key: str | None) -> str:
@@ -375,9 +378,12 @@ def _check(config: Config) -> None:
         "optimizer.weight_decay", "optimizer.gradient_clipping", "head_loss.z_loss", "train.seed",
         "engine.param_persistence_threshold", "engine.prefetch_modules", "cluster.latency",
     )  # fmt: skip
-    for name in ("lr", "eps", "weight_decay", "gradient_clipping"):
-        value = getattr(optimizer, name)
-        _require(math.isfinite(value), f"optimizer.{name}={value}", "a finite number")
+    for key in ("lr", "eps", "weight_decay", "gradient_clipping", "final_lr_ratio"):
+        value = getattr(optimizer, key)
+        _require(math.isfinite(value), f"optimizer.{key}={value}", "a finite number")
+    _require(math.isfinite(head_loss.z_loss), f"head_loss.z_loss={head_loss.z_loss}", "a finite number")
+    peak = config.run.peak_flops
+    _require(peak is None or 0 < peak < math.inf, f"run.peak_flops={peak}", "a number above 0")
     for name in ("rope_theta", "norm_eps"):
         value = getattr(config.model, name)
         _require(0 < value < math.inf, f"model.{name}={value}", "a number above 0")
@@ -396,7 +402,8 @@ def _check(config: Config) -> None:
         f"head_loss.weights has {len(head_loss.weights or [])} numbers", f"{n}, one per head (model.num_future_tokens)",
     )  # fmt: skip
     for weight in config.head_weights:
-        _require(weight >= 0, f"head_loss.weights holds {weight}", "0 or more")
+        _require(0 <= weight < math.inf, f"head_loss.weights holds {weight}", "0 or more")
+    _require(any(config.head_weights), f"head_loss.weights={config.head_weights}", "at least one above 0")
     _require(
         not config.engine.offload_parameters or config.engine.kind == "zero3",
         f"engine.offload_parameters with engine.kind={config.engine.kind}", "engine.kind=zero3",

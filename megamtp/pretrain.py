@@ -7,6 +7,7 @@
 Later arguments override earlier ones. A run directory that holds checkpoints is resumed.
 """
 
+import errno
 import fcntl
 import os
 import socket
@@ -31,6 +32,9 @@ from megamtp.errors import InputError
 from megamtp.training.metrics import FILE as METRICS
 from megamtp.training.metrics import records_until
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+PROBE_BYTES = 65536  # that must fit before a run begins: a configuration and some metrics
+
 
 @dataclass(frozen=True)
 class Job:
@@ -41,7 +45,7 @@ class Job:
     validation: Windows | None
     checkpoint: Path | None
     finished_steps: int
-    changes: list[str]  # of a resumed run's configuration
+    changes: list[str]  # of a resumed run's configuration, in words
     lock: TextIO | None  # held open by rank 0 as long as the job runs
 
 
@@ -90,7 +94,7 @@ def check(config: Config, place: Place) -> Job:
     if place.rank == 0:
         records_until(run_directory / METRICS, finished_steps)
         if manifest and (run_directory / RESOLVED).exists():
-            changes = differences(read_config([str(run_directory / RESOLVED)]), config)
+            changes = _changes(run_directory / RESOLVED, config)
     return Job(config, loader, validation, found[-1] if found else None, finished_steps, changes, lock)
 
 
@@ -99,13 +103,14 @@ def _train(job: Job, place: Place) -> bool:
 
     stop = StopRequest(launched=place.world_size > 1 and not job.config.cluster.emulate)
     join_peers(place, job.config.cluster)
+    stop.listen()
     from megamtp.engines.build import build_engine
     from megamtp.training.loop import Training
 
     engine = build_engine(job.config)
     if place.rank == 0:
         for change in job.changes:
-            print(f"changed since the run began: {change}", flush=True)
+            print(change, flush=True)
         write_config(job.config, Path(job.config.run.directory) / RESOLVED)
     if job.checkpoint:
         engine.load(job.checkpoint)
@@ -133,10 +138,17 @@ def _make_writable(directory: Path) -> None:
         raise InputError(f"{checkpoints} is a file; expected a folder of checkpoints: choose another run.directory")
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
+        with tempfile.TemporaryFile(dir=directory) as probe:
+            probe.write(bytes(PROBE_BYTES))
     except OSError as error:
         raise InputError(f"{directory} cannot be written to: {error.strerror}; choose another run.directory") from None
+
+
+def _changes(path: Path, config: Config) -> list[str]:
+    try:
+        return [f"changed since the run began: {change}" for change in differences(read_config([str(path)]), config)]
+    except InputError as error:  # it is about to be written anew
+        return [f"what has changed since the run began is not known: {error}"]
 
 
 def _lock(directory: Path) -> TextIO:
@@ -146,7 +158,12 @@ def _lock(directory: Path) -> TextIO:
         InputError: another job has it.
     """
     path = directory / "lock"
-    lock = open(path, "a+")  # noqa: SIM115 - open as long as the job runs
+    try:
+        lock = open(path, "a+")  # noqa: SIM115 - open as long as the job runs
+    except OSError as error:
+        raise InputError(
+            f"{path}: {error.strerror}; expected a file of your own: remove it, or choose another run.directory"
+        ) from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -168,6 +185,14 @@ def entry() -> None:
         status = main(sys.argv[1:])
     except KeyboardInterrupt:
         status = 130
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        place = error.filename or "a file of the run"
+        print(
+            f"megamtp: error: {place} cannot be written: {error.strerror}; make room, and start again", file=sys.stderr, flush=True
+        )
+        status = 2
     except InputError as error:
         if find_place().local_rank != 0:
             time.sleep(10)  # when local rank 0 has the same error, the launcher ends this one while it sleeps

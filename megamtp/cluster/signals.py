@@ -29,6 +29,9 @@ class StopRequest:
         named = os.environ.get(LAUNCHER_VARIABLE)
         if named:
             self._watch(named)
+
+    def listen(self) -> None:
+        """From here on, signals ask. Before, while a rank waits for its peers and has nothing to save, they end it."""
         for number in SIGNALS:
             signal.signal(number, self._receive)
 

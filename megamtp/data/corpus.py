@@ -17,8 +17,9 @@ import numpy as np
 
 from megamtp.data.documents import Source
 from megamtp.data.indexed_dataset import IndexedDatasetWriter, best_dtype
-from megamtp.data.tokenizer import SentencePieceTokenizer, train_sentencepiece, write_atomically
+from megamtp.data.tokenizer import SentencePieceTokenizer, train_sentencepiece
 from megamtp.errors import InputError
+from megamtp.files import write_atomically
 
 SUMMARY = "corpus.json"
 SPLITS = ("train", "validation")

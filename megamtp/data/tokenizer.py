@@ -1,7 +1,6 @@
 """SentencePiece: training a code-friendly BPE tokenizer, and encoding and decoding with one."""
 
 import io
-import os
 import random
 import re
 from collections.abc import Iterable, Iterator
@@ -10,6 +9,7 @@ from pathlib import Path
 import sentencepiece
 
 from megamtp.errors import InputError
+from megamtp.files import write_atomically
 
 # SentencePiece writes spaces as this character and decodes it as a space, so a literal one needs care to survive.
 SPACE_MARK = "\u2581"
@@ -136,16 +136,3 @@ def _explain(message: str, vocab_size: int) -> str:
         f"SentencePiece cannot train {vocab_size} pieces on this corpus ({' '.join(message.split())}), "
         "expected text, and some hundred pieces or more: check both"
     )
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that a reader, or a run killed at any time, sees the old content, the new, or none. Raises OSError."""
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        with open(temporary, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -7,10 +7,7 @@ from megamtp.errors import InputError
 from megamtp.model.cost import layer_parameters
 
 # DeepSpeed settings that may be passed through: none of them changes what is trained, unless it is named below.
-PASSED_ON = (
-    "zero_optimization", "fp16", "bf16", "data_types", "wall_clock_breakdown", "memory_breakdown", "dump_state", "flops_profiler",
-    "comms_logger", "checkpoint", "aio",
-)  # fmt: skip
+PASSED_ON = ("zero_optimization", "fp16", "bf16", "data_types", "wall_clock_breakdown", "memory_breakdown", "comms_logger")
 
 # DeepSpeed settings that break sequential heads or would silently change what is trained, and why.
 REFUSED = {
@@ -35,6 +32,11 @@ REFUSED = {
     "managed_gradient_accumulation": "megamtp marks the last micro-batch itself",
     "sequence_parallel_size": "attention here sees whole sequences",
     "expert_parallel": "the model has no experts",
+    "zero_optimization.zenflow": "its own backward hooks do not see the heads' backward passes",
+    "zero_optimization.legacy_stage1": "DeepSpeed has given it up",
+    "zero_optimization.zeropp_loco_param": "gradients are reduced as they are (no quantised reductions)",
+    "fp16.fp16_master_weights_and_grads": "the optimizer's weights are fp32",
+    "bf16.bf16_master_weights_and_grads": "the optimizer's weights are fp32",
     "zero_optimization.zero_hpz_partition_size": "weights are gathered from one set of shards (no hpZ)",
     "zero_optimization.zero_quantized_weights": "weights are gathered as they are (no quantised gathers)",
     "zero_optimization.zero_quantized_nontrainable_weights": "weights are gathered as they are (no quantised gathers)",
@@ -111,8 +113,11 @@ def _check_with_deepspeed(settings: dict[str, Any]) -> None:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise InputError(f"engine.deepspeed: {place}={first['input']!r}: {first['msg']}; see DeepSpeed's configuration") from None
-    except (AssertionError, TypeError, ValueError) as error:
-        raise InputError(f"engine.deepspeed: {error}; expected settings of DeepSpeed with values of their types") from None
+    except Exception as error:  # of every kind: DeepSpeed does not check the types of what it is given
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"engine.deepspeed is refused by DeepSpeed ({reason}); expected settings of the types it documents"
+        ) from None
 
 
 def _refuse(settings: dict[str, Any], prefix: str) -> None:
@@ -130,6 +135,8 @@ def _merged(ours: dict[str, Any], theirs: dict[str, Any], prefix: str) -> dict[s
         name = f"engine.deepspeed.{prefix}{key}"
         if isinstance(value, dict) and isinstance(ours.get(key), dict):
             merged[key] = _merged(ours[key], value, f"{prefix}{key}.")
+        elif isinstance(ours.get(key), dict):
+            raise InputError(f"{name} is {value!r}; expected a mapping of DeepSpeed's settings")
         elif key in ours:
             raise InputError(f"{name} clashes with megamtp's own setting ({ours[key]}); remove it: --help lists our keys")
         else:

@@ -4,6 +4,8 @@ Source: Rajbhandari et al. 2020, arXiv:1910.02054.
 """
 
 import contextlib
+import pickle
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -92,7 +94,10 @@ class ZeroEngine:
 
     def load(self, directory: Path) -> None:
         """See Engine.load."""
-        path, _ = self.engine.load_checkpoint(str(directory), tag="engine")
+        try:
+            path, _ = self.engine.load_checkpoint(str(directory), tag="engine")
+        except (KeyError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+            raise CheckpointError(f"{directory} is damaged ({error!r}); remove it to go on from an older one") from None
         if path is None:
             raise CheckpointError(
                 f"{directory}/engine holds no DeepSpeed checkpoint; remove {directory} to go on from an older one"

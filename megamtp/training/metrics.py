@@ -1,7 +1,6 @@
 """What a run reports: metrics.jsonl (one object a line), TensorBoard events, a progress bar. Rank 0 only."""
 
 import json
-import os
 import resource
 import time
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from tqdm import tqdm
 
 from megamtp.config import Config
 from megamtp.errors import InputError
+from megamtp.files import write_atomically
 from megamtp.model.cost import flops_per_token, peak_flops
 
 FILE = "metrics.jsonl"
@@ -131,10 +131,7 @@ def _keep_until(path: Path, step: int) -> None:
     """Drops the records of later steps; replaces the file in one act."""
     if not path.exists():
         return
-    kept = records_until(path, step)
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    write_atomically(path, "".join(records_until(path, step)).encode())
 
 
 def _tensorboard(directory: Path, resumed_step: int):

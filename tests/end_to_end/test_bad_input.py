@@ -1,12 +1,14 @@
 """Mistakes: one clear line, exit status 2, nothing half-written."""
 
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megamtp.checkpoint.store import newest_checkpoint, read_manifest
+from megamtp.config import read_config
 from megamtp.data.indexed_dataset import IndexedDatasetWriter
 from tests.end_to_end.jobs import MODULE, deepspeed, records, run, wait_for
 
@@ -63,6 +65,13 @@ CASES = {
     ),
     "fp16 on a CPU": (lambda corpus, tmp: ["train.precision=fp16"], ["fp16", "without a GPU"]),
     "infinite learning rate": (lambda corpus, tmp: ["optimizer.lr=inf"], ["optimizer.lr=inf", "a finite number"]),
+    "infinite z-loss": (lambda corpus, tmp: ["head_loss.z_loss=inf"], ["head_loss.z_loss=inf", "a finite number"]),
+    "no head counts": (lambda corpus, tmp: ["head_loss.weights=[0,0]"], ["head_loss.weights=[0.0, 0.0]", "at least one above 0"]),
+    "list of DeepSpeed settings": (lambda corpus, tmp: ["engine.deepspeed=[1,2]"], ["engine.deepspeed", "expected mapping"]),
+    "DeepSpeed section that is none": (
+        lambda corpus, tmp: ["engine.deepspeed.zero_optimization=3"], ["zero_optimization is 3", "expected a mapping"],
+    ),
+    "DeepSpeed value of any kind": (lambda corpus, tmp: ["engine.deepspeed.comms_logger=5"], ["refused by DeepSpeed"]),
     "no wavelength": (lambda corpus, tmp: ["model.rope_theta=0"], ["model.rope_theta=0", "above 0"]),
     "interpolation of nothing": (lambda corpus, tmp: ["run.directory=${nothing}"], ["nothing", "expected a value"]),
     "unknown DeepSpeed section": (lambda corpus, tmp: ["engine.deepspeed.amp2.enabled=true"], ["amp2", "not known to work"]),
@@ -176,9 +185,9 @@ def test_a_file_where_checkpoints_should_be(arguments, tmp_path):
 
 
 def test_full_disk_while_saving(trained, arguments, tmp_path):
-    """A limit of 20 KiB a file stands in for it: torch's writer fails in the same way."""
+    """A limit of 100 KiB a file stands in for it: torch's writer fails in the same way."""
     shutil.copytree(trained, tmp_path / "run")
-    limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20480, 20480)); "
+    limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (102400, 102400)); "
     program = limited + f"sys.argv[0] = '{MODULE}'; runpy.run_module('{MODULE}', run_name='__main__')"
     finished = run(["-c", program, *arguments, "train.steps=2", f"run.directory={tmp_path}/run"])
     assert finished.returncode == 2, finished.stderr
@@ -194,6 +203,51 @@ def assert_same_checkpoints(run_directory: Path, expected: Path) -> None:
     found, wanted = (newest_checkpoint(directory) for directory in (run_directory, expected))
     assert found.name == wanted.name
     assert read_manifest(found) == read_manifest(wanted)
+
+
+@pytest.mark.parametrize("content", ["", "model: [", "model: {no_such_key: 1}"])
+def test_damaged_configuration_of_the_run_is_written_anew(content, trained, arguments, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run/config.yaml").write_text(content)
+    finished = run([*PLAIN, *arguments, "train.steps=2", f"run.directory={tmp_path}/run"])
+    assert finished.returncode == 0, finished.stderr
+    assert "what has changed since the run began is not known" in finished.stdout
+    assert read_config([str(tmp_path / "run/config.yaml")]).train.steps == 2
+
+
+def test_checkpoint_of_zeros(trained, arguments, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    (file,) = (tmp_path / "run").rglob("*optim_states.pt")
+    file.write_bytes(bytes(file.stat().st_size))
+    finished = run([*PLAIN, *arguments, "train.steps=2", f"run.directory={tmp_path}/run"])
+    assert finished.returncode == 2
+    (line,) = [line for line in finished.stderr.splitlines() if "megamtp: error: " in line]
+    assert "step-0000001 is damaged" in line and "remove it" in line
+
+
+def test_lock_that_cannot_be_opened(arguments, tmp_path):
+    (tmp_path / "run/lock").mkdir(parents=True)
+    assert_one_line(run([*PLAIN, *arguments, f"run.directory={tmp_path}/run"]), ["run/lock", "Is a directory"])
+
+
+def test_disk_that_is_full_from_the_start(arguments, tmp_path):
+    limited = f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); sys.argv[0] = '{MODULE}'; "
+    finished = run(
+        ["-c", limited + f"runpy.run_module('{MODULE}', run_name='__main__')", *arguments, f"run.directory={tmp_path}/run"]
+    )
+    assert_one_line(finished, [f"{tmp_path}/run", "cannot be written to"])
+
+
+def test_second_job_ends_soon_under_a_launcher(arguments, tmp_path, start):
+    endless = [*arguments, "train.steps=1000000", f"run.directory={tmp_path}/run"]
+    start([*PLAIN, *endless])
+    wait_for(lambda: records(tmp_path / "run"))
+    beginning = time.monotonic()
+    finished = run([*deepspeed(2), *endless])
+    assert finished.returncode == 2
+    assert (finished.stdout + finished.stderr).count("belongs to a running job") == 1
+    assert "Traceback" not in finished.stdout + finished.stderr
+    assert time.monotonic() - beginning < 25  # not the 30 s after which the launcher gives up on a rank that will not go
 
 
 def test_second_job_in_one_folder(arguments, tmp_path, start):

@@ -11,8 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megamtp.data import tokenizer as tokenizer_module
-from megamtp.data.tokenizer import SentencePieceTokenizer, train_sentencepiece, write_atomically
+from megamtp.data.tokenizer import SentencePieceTokenizer, train_sentencepiece
 from megamtp.errors import InputError
+from megamtp.files import write_atomically
 
 TEXTS = [Path(argparse.__file__).read_text(), "2024 " * 500]
 VOCAB_SIZE = 400
