@@ -37,6 +37,7 @@ setup(
             "megamtp-prepare-data=megamtp.commands.prepare_data:entry",
             "megamtp-convert=megamtp.commands.convert_checkpoint:entry",
             "megamtp-generate=megamtp.commands.generate:entry",
+            "megamtp-plan=megamtp.commands.plan:entry",
             "megamtp-report=megamtp.commands.report:entry",
         ]
     },

@@ -86,8 +86,12 @@ def share_error(place: Place, error: InputError | None) -> None:
         if error:
             raise error
         return
-    import mpi4py
-
+    try:
+        import mpi4py
+    except ImportError:
+        raise InputError(
+            f"{place.world_size} ranks but no MASTER_ADDR, and no mpi4py to ask mpirun's ranks: pip install mpi4py"
+        ) from None
     mpi4py.rc.finalize = False
     from mpi4py import MPI
 
