@@ -359,7 +359,7 @@ def _not_negative(config: Config, *keys: str) -> None:
     for key in keys:
         section, name = key.split(".")
         value = getattr(getattr(config, section), name)
-        _require(value >= 0, f"{key}={value}", "0 or more")
+        _require(0 <= value < math.inf, f"{key}={value}", "a finite number, 0 or more")
 
 
 def _check(config: Config) -> None:
@@ -378,15 +378,8 @@ def _check(config: Config) -> None:
         "optimizer.weight_decay", "optimizer.gradient_clipping", "head_loss.z_loss", "train.seed",
         "engine.param_persistence_threshold", "engine.prefetch_modules", "cluster.latency",
     )  # fmt: skip
-    for key in ("lr", "eps", "weight_decay", "gradient_clipping", "final_lr_ratio"):
-        value = getattr(optimizer, key)
-        _require(math.isfinite(value), f"optimizer.{key}={value}", "a finite number")
-    _require(math.isfinite(head_loss.z_loss), f"head_loss.z_loss={head_loss.z_loss}", "a finite number")
     peak = config.run.peak_flops
     _require(peak is None or 0 < peak < math.inf, f"run.peak_flops={peak}", "a number above 0")
-    for name in ("rope_theta", "norm_eps"):
-        value = getattr(config.model, name)
-        _require(0 < value < math.inf, f"model.{name}={value}", "a number above 0")
     for name in ("beta1", "beta2"):
         value = getattr(optimizer, name)
         _require(0 <= value < 1, f"optimizer.{name}={value}", "a number in [0, 1)")
@@ -415,6 +408,9 @@ def _check_model(model: ModelConfig) -> None:
     for name in ("dim", "num_attention_heads", "vocab_size", "num_key_value_heads", "mlp_dim"):
         value = getattr(model, name)
         _require(value is None or value >= 1, f"model.{name}={value}", "at least 1")
+    for name in ("rope_theta", "norm_eps"):
+        value = getattr(model, name)
+        _require(0 < value < math.inf, f"model.{name}={value}", "a number above 0")
     n = model.num_future_tokens
     _require(n >= 1, f"model.num_future_tokens={n}", "at least 1 (1 is the ordinary next-token model)")
     _require(

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from megamtp.cluster.emulated import Network
 from megamtp.config import Config
 from megamtp.errors import InputError
+from megamtp.losses.linear_cross_entropy import default_chunk_rows
 from megamtp.model.cost import layer_matrices, layer_parameters, parameters
 
 DAY = 86400.0
 BUFFERED_LAYERS = 3  # gathered layers at a time: the running one and two on their way
-CHUNK_ROWS, CHUNK_BYTES = 4096, 2**30  # of the loss, where head_loss.chunk_rows is not given
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _memory(config: Config, world_size: int) -> dict[str, float]:
     saved = tokens * (8 * model.dim + 4 * model.key_value_heads * model.head_dim + 7 * model.hidden_dim)  # of one layer
     trunk = model.num_trunk_layers
     boundaries = 2 * tokens * model.dim * trunk
-    rows = config.head_loss.chunk_rows or min(CHUNK_ROWS, CHUNK_BYTES // (2 * model.vocab_size))
+    rows = config.head_loss.chunk_rows or default_chunk_rows(model.vocab_size, bytes_per_logit=2)
     on_device = 0 if config.engine.offload_optimizer else 1
     return {
         "weights": 0 if config.engine.offload_parameters else 2 * share,

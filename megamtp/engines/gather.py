@@ -34,7 +34,7 @@ class Streams:
 
     @contextlib.contextmanager
     def on(self, stream: torch.cuda.Stream | None) -> Iterator[None]:
-        """As torch.cuda.stream, in a third of its time: the stream to come back to is known."""
+        """As torch.cuda.stream, without asking for the stream to come back to: it is known."""
         if self.on_gpu:
             torch.cuda.set_stream(stream)
         try:
