@@ -24,6 +24,8 @@ megamtp_install() {
     stamp="$(cat requirements.lock setup.py launch/environment.sh | cksum) $("$python" -c 'import sys; print(sys.version)')"
     [ "$(cat .venv/stamp 2>/dev/null)" != "$stamp" ] || return 0
     echo "Installing into $PWD/.venv (once; about two minutes) ..."
+    # An activated .venv is what $python may name, and it is about to go: the interpreter below it stays.
+    python="$("$python" -c 'import sys; print(sys._base_executable)')" || return 1
     rm -rf .venv
     "$python" -m venv --system-site-packages .venv || return 1
     if megamtp_keep_torch; then

@@ -1,5 +1,6 @@
 """Installed with pip, the commands work from another folder: text to corpus to model to export to text."""
 
+import importlib.metadata
 import shutil
 import subprocess
 import sys
@@ -84,3 +85,23 @@ def test_help_of_pretraining_lists_the_keys():
     assert finished.returncode == 0
     for key in ("model.num_future_tokens", "optimizer.lr", "train.global_batch_tokens", "engine.kind", "run.directory"):
         assert key in finished.stdout
+
+
+def test_an_active_environment_is_installed_anew(tmp_path):
+    """The interpreter of an activated .venv outlives that environment's replacement."""
+    (tmp_path / "launch").mkdir()
+    shutil.copy(ROOT / "launch/environment.sh", tmp_path / "launch")
+    (tmp_path / "setup.py").write_text('from setuptools import setup\n\nsetup(name="nothing")  # "torch>=999.0"\n')
+    (tmp_path / "requirements.lock").write_text(f"setuptools=={importlib.metadata.version('setuptools')}\n")
+    venv.create(tmp_path / ".venv", with_pip=False, symlinks=True)
+    finished = subprocess.run(
+        ["bash", "-c", ". .venv/bin/activate && . launch/environment.sh && command -v python"],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.splitlines()[-1] == str(tmp_path / ".venv/bin/python")
+    assert (tmp_path / ".venv/stamp").exists()
