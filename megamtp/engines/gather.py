@@ -9,6 +9,7 @@ Source of what is replaced: deepspeed/runtime/zero/partitioned_param_coordinator
 """
 
 import contextlib
+import itertools
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -94,7 +95,8 @@ class Gather:
     """Brings weights before a module needs them and lets them go after.
 
     The order in which modules need their weights is recorded in one pass; from then on the next `prefetch` modules' weights are
-    always on their way. Training and evaluation have an order each, so neither disturbs the other's.
+    always on their way. Training and evaluation have an order each, so neither disturbs the other's. Between the micro-batches of
+    one step the weights do not change, and the end of the order is followed by its beginning.
 
     Memory is handed out with the event after which it may be overwritten, so the host never waits, and never runs so far ahead
     that memory grows.
@@ -107,15 +109,26 @@ class Gather:
         self._orders: dict[bool, list[Unit]] = {True: [], False: []}  # in training, in evaluation
         self._complete = {True: False, False: False}
         self._training, self._position = True, 0
+        self._repeats = False  # whether another pass over the same weights follows the present one
         self._shown: list[Unit] = []
         self._nothing = torch.empty(0, dtype=units[0].parameters[0].dtype, device=streams.device)
 
-    def start(self, training: bool) -> None:
-        """A forward pass begins: the order of the last one is complete, and the optimizer may have changed the shards."""
+    def start(self, training: bool, repeats: bool) -> None:
+        """A forward pass begins, and the order of the last one is complete.
+
+        Args:
+            repeats: whether this is a micro-batch that another one of the same step will follow.
+        """
         self._complete[self._training] = bool(self._orders[self._training])
-        self.release_all()
-        self._training, self._position = training, 0
-        self._streams.follow_compute(self._streams.gather)
+        if not (self._repeats and training):
+            self.release_all()
+            self._streams.follow_compute(self._streams.gather)  # the optimizer may have changed the shards
+        self._training, self._position, self._repeats = training, 0, repeats
+
+    def end(self) -> None:
+        """A backward pass is over: all weights go, unless they are there for the micro-batch that follows."""
+        if not (self._repeats and self.is_complete_trace()):
+            self.release_all()
 
     def is_complete_trace(self) -> bool:
         """Whether the order of the present kind of pass is known."""
@@ -134,13 +147,18 @@ class Gather:
 
     def show_shapes(self, unit: Unit) -> None:
         """For a backward pass that reads no weight, such as a lookup's: autograd only wants to see the gradient's shape."""
+        if unit.buffer is not None:  # already there for the next micro-batch
+            return
         for parameter in unit.gathered:
             parameter.data = torch.empty(1, dtype=parameter.dtype, device=self._streams.device).expand(parameter.ds_shape)
         self._shown.append(unit)
 
     def release(self, unit: Unit) -> None:
-        """Lets the module's weights go, unless they are pinned or the very next to be needed."""
-        if not (self.is_complete_trace() and self._next() is unit):
+        """Lets the module's weights go, unless they are pinned or among the next two to be needed.
+
+        Two, because the first layer's backward pass is followed by the embedding and the first layer.
+        """
+        if not (self.is_complete_trace() and unit in itertools.islice(self._ahead(), 2)):
             self._release(unit)
 
     @contextlib.contextmanager
@@ -155,12 +173,15 @@ class Gather:
 
     def release_all(self, pinned: bool = False) -> None:
         """Lets all weights go; with `pinned`, also those that somebody wanted to keep."""
+        self._repeats = False
         for unit in self._units:
             if pinned:
                 unit.pins = 0
             self._release(unit)
         while self._shown:
-            self._hide(self._shown.pop())
+            shown = self._shown.pop()
+            if shown.buffer is None:
+                self._hide(shown)
 
     def _follow(self, unit: Unit) -> None:
         """Moves on in the recorded order, or records from where a pass strays from it."""
@@ -174,17 +195,23 @@ class Gather:
         order = self._orders[self._training]
         return order[self._position] if self._position < len(order) else None
 
+    def _ahead(self) -> Iterator[Unit]:
+        """The rest of the order, and its beginning if that is what follows."""
+        order = self._orders[self._training]
+        yield from itertools.islice(order, self._position, None)
+        if self._repeats:
+            yield from order
+
     def _following(self, current: Unit) -> list[Unit]:
         """The next few modules other than the current one."""
         found: list[Unit] = []
         if not self.is_complete_trace():
             return found
-        order = self._orders[self._training]
-        for place in range(self._position, len(order)):
+        for unit in self._ahead():
             if len(found) == self._prefetch:
                 break
-            if order[place] is not current and order[place] not in found:
-                found.append(order[place])
+            if unit is not current and unit not in found:
+                found.append(unit)
         return found
 
     def _send_for(self, unit: Unit) -> None:

@@ -6,6 +6,7 @@ Source of what is replaced: deepspeed/runtime/zero/stage3.py (its `ipg` buckets)
 """
 
 from collections import deque
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -57,7 +58,7 @@ class Scatter:
         return unit
 
     def end(self) -> None:
-        """The end of a backward pass, and of an interrupted one: what was sent may be freed, what was not is dropped."""
+        """The end of a step, and of an interrupted one: what was sent may be freed, what was not is dropped."""
         for unit in self._sums:
             unit.ready = 0
         self._leaving.clear()
@@ -98,11 +99,18 @@ class Scatter:
 
 
 class DeviceOrderedStream(torch.cuda.Stream):
-    """A stream whose `synchronize` makes the device wait instead of the host.
+    """A stream whose `synchronize` makes the device wait instead of the host, and only where that is needed.
 
     DeepSpeed synchronises its reduction stream at the end of every backward pass. What follows reads the gradients on the device
-    alone, so an order among streams is enough, and the host may go on.
+    alone, so an order among streams is enough, and the host may go on. After a micro-batch that is not its step's last, nothing
+    reads them at all.
+
+    Attributes:
+        is_awaited: tells whether anything reads the gradients next.
     """
 
+    is_awaited: Callable[[], bool]
+
     def synchronize(self) -> None:
-        torch.cuda.current_stream(self.device).wait_stream(self)
+        if self.is_awaited():
+            torch.cuda.current_stream(self.device).wait_stream(self)

@@ -39,7 +39,7 @@ class Coordinator:
 
     def release_backward_leftovers(self) -> None:
         """The end of a backward pass."""
-        self._gather.release_all()
+        self._gather.end()
 
     def release_and_reset_all(self, module: nn.Module) -> None:
         """Before the optimizer's step, and after an interrupted one: persistent weights go, too."""
@@ -67,12 +67,13 @@ class GroupedTraffic:
         self._remove_deepspeeds_hooks()
         if streams.on_gpu and not optimizer.offload_optimizer:
             streams.scatter = optimizer.reduce_and_partition_stream = DeviceOrderedStream(streams.device)
+            streams.scatter.is_awaited = engine.is_gradient_accumulation_boundary
         self.gather = Gather(units, group, streams, prefetch)
         self.scatter = Scatter(units, engine, group, streams)
         optimizer.parameter_offload.param_coordinator = Coordinator(self.gather)
         self._epilogue = optimizer.independent_gradient_partition_epilogue
         optimizer.independent_gradient_partition_epilogue = self._end_backward
-        self._hooks = [engine.module.register_forward_pre_hook(lambda model, _: self.gather.start(model.training))]
+        self._hooks = [engine.module.register_forward_pre_hook(self._start)]
         for unit in units:
             self._hook(unit)
 
@@ -120,9 +121,13 @@ class GroupedTraffic:
         if sent is not None:
             self.gather.release(sent)  # the last gradient of a module ends its backward pass
 
+    def _start(self, model: nn.Module, arguments: tuple) -> None:
+        self.gather.start(model.training, repeats=model.training and not self._engine.is_gradient_accumulation_boundary())
+
     def _end_backward(self) -> None:
-        self._epilogue()  # makes the current stream wait for the last reduction
-        self.scatter.end()
+        self._epilogue()  # after a step's last micro-batch, makes the current stream wait for the last reduction
+        if self._engine.is_gradient_accumulation_boundary():
+            self.scatter.end()
 
 
 def fill_shards(model: nn.Module, standard_deviation: float) -> None:

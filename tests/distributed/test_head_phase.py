@@ -236,6 +236,39 @@ def test_next_head_is_fetched_before_this_heads_backward_ends(communication):
         assert gathered < log.index(("gradient", f"heads.{index}.attention_norm.weight"))
 
 
+MICRO_BATCHES = 3
+
+
+def _traffic_of_an_accumulating_step() -> tuple[list[tuple[str, str]], list[str]]:
+    """(events of a step of several micro-batches with a complete trace, modules whose weights are still there after it)."""
+    from megamtp.engines.zero import ZeroEngine
+
+    config = zero3("grouped", accumulation=MICRO_BATCHES)
+    engine = ZeroEngine(config)
+    traffic = Traffic(engine)
+    first_layer = engine.model.trunk[0].attention_norm.weight
+    first_layer.register_post_accumulate_grad_hook(lambda _: traffic.log.append(("gradient", "trunk.0.attention_norm.weight")))
+    for step in range(2):
+        traffic.clear()
+        step_with_gradients(engine, global_batch(config, step, 2 * MICRO_BATCHES))
+    left = [type(unit.module).__name__ for unit in engine.traffic.gather._units if unit.buffer is not None]
+    return traffic.log, left
+
+
+def test_a_micro_batch_begins_with_weights_that_the_last_one_left_or_sent_for():
+    log, left = run_ranks(_traffic_of_an_accumulating_step, 2)[0]
+    first_layer, embedding = "trunk.0.attention_norm.weight", "embedding.weight"
+    gathers = Counter(name for kind, name in log if kind == "gather")
+    assert gathers["trunk.1.attention_norm.weight"] == 2 * MICRO_BATCHES  # forward and backward
+    assert gathers[first_layer] == MICRO_BATCHES + 1  # kept from each backward pass for the next forward pass
+    assert gathers[embedding] == MICRO_BATCHES
+    ends = [place for place, event in enumerate(log) if event == ("gradient", first_layer)]
+    arrivals = [place for place, event in enumerate(log) if event == ("gather", embedding)]
+    assert len(ends) == MICRO_BATCHES
+    assert all(arrival < end for arrival, end in zip(arrivals[1:], ends, strict=False))  # during the backward pass before
+    assert left == []
+
+
 def _trace_around_evaluation(communication: str) -> tuple[list[bool], list[str], list[str]]:
     from megamtp.engines.zero import ZeroEngine
 

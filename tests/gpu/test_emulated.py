@@ -18,10 +18,11 @@ pytestmark = pytest.mark.gpu
 WORLD_SIZE, STEPS = 4, 12
 
 
-CASES = [(False, 2), (True, 2), (False, 0), (False, 5)]  # (activation checkpointing, modules sent for ahead)
+# (activation checkpointing, modules sent for ahead, micro-batches of a step)
+CASES = [(False, 2, 1), (True, 2, 2), (False, 0, 1), (False, 5, 3)]
 
 
-def _errors() -> dict[tuple[bool, int], list[float]]:
+def _errors() -> dict[tuple[bool, int, int], list[float]]:
     """The largest error of any shard of a gradient, in each of some steps on different tokens."""
     from torch._dynamo.utils import counters
 
@@ -30,11 +31,11 @@ def _errors() -> dict[tuple[bool, int], list[float]]:
     from megamtp.model.mtp import MTPModel
 
     found = {}
-    for checkpointing, prefetch in CASES:
+    for checkpointing, prefetch, accumulation in CASES:
         config = small_config(
             WORLD_SIZE, model__dim=256, model__mlp_dim=512, model__num_layers=9, model__num_future_tokens=3,
             model__vocab_size=4096, model__num_attention_heads=4, train__sequence_length=512,
-            train__global_batch_tokens=2 * 512 * WORLD_SIZE, train__activation_checkpointing=checkpointing,
+            train__global_batch_tokens=2 * 512 * WORLD_SIZE * accumulation, train__activation_checkpointing=checkpointing,
             engine__prefetch_modules=prefetch, cluster__emulate=WORLD_SIZE, cluster__flat_bandwidth=20e9,
             head_loss__chunk_rows=256,
         )  # fmt: skip
@@ -45,13 +46,16 @@ def _errors() -> dict[tuple[bool, int], list[float]]:
         with torch.no_grad():
             for parameter, sharded in zip(plain.parameters(), engine.model.parameters(), strict=True):
                 parameter.copy_(sharded.ds_tensor.repeat(WORLD_SIZE)[: parameter.numel()].view_as(parameter))
-        errors = found[checkpointing, prefetch] = []
+        errors = found[checkpointing, prefetch, accumulation] = []
         for step in range(STEPS):
-            tokens = torch.randint(4096, (2, 512 + 3), generator=torch.Generator().manual_seed(step)).cuda()
-            batch = Batch(tokens[:, :512].contiguous(), tokens[:, 1:].unfold(1, 512, 1).permute(1, 0, 2))
-            engine.train_batch([batch], [1024] * 3, lr=0.0)
             plain.zero_grad()
-            plain(batch.inputs, batch.targets, [1 / 1024] * 3)[0].backward()
+            batches = []
+            for index in range(accumulation):
+                generator = torch.Generator().manual_seed(step * accumulation + index)
+                tokens = torch.randint(4096, (2, 512 + 3), generator=generator).cuda()
+                batches.append(Batch(tokens[:, :512].contiguous(), tokens[:, 1:].unfold(1, 512, 1).permute(1, 0, 2)))
+                plain(batches[-1].inputs, batches[-1].targets, [1 / 1024 / accumulation] * 3)[0].backward()
+            engine.train_batch(batches, [1024 * accumulation] * 3, lr=0.0)
             sums = engine.engine.optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
             errors.append(
                 max(
