@@ -60,6 +60,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         "gradient_accumulation_steps": config.accumulation(world_size),
         "gradient_clipping": config.optimizer.gradient_clipping,  # explicit: DeepSpeed's default is 1.0, not off
         "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},  # by default the host waits for the device around every micro-batch
         "zero_force_ds_cpu_optimizer": False,  # with offload torch's fused AdamW steps on the CPU: no compiler needed
         "bf16": {"enabled": precision == "bf16"},
         "fp16": {"enabled": precision == "fp16"},

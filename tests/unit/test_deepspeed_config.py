@@ -15,6 +15,7 @@ def test_what_deepspeeds_defaults_would_change_silently_is_said(kind, precision)
     assert settings["gradient_clipping"] == 1.0
     assert settings["gradient_accumulation_steps"] == 3
     assert settings["communication_data_type"] == precision
+    assert settings["timers"]["throughput"]["enabled"] is False
     assert settings["bf16"]["enabled"] == (precision == "bf16")
     assert settings["zero_optimization"]["stage"] == int(kind[-1])
 
