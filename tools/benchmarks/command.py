@@ -8,6 +8,7 @@ from megamtp.errors import InputError
 
 COMMANDS = {
     "overhead": "step time of n heads over that of one: ours, FSDP2, and a step without engine and communication",
+    "world": "step time against the number of ranks: ours, FSDP2, and DeepSpeed as shipped",
     "loss": "the loss of one head: time over that of its three products, and memory",
 }
 
