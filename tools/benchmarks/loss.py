@@ -2,110 +2,155 @@
 
     python tools/benchmark.py loss --output results
 
-Extra memory is what is alive besides inputs, dH and one fp32 dW. liger-kernel and cut-cross-entropy take part where installed.
+Extra memory is what is alive besides inputs, dH and one sum of dW. liger-kernel and cut-cross-entropy take part where installed.
+The losses take turns, on random weights; cut-cross-entropy, which skips what it can, also where the softmax has a peak.
 """
 
+import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor
-from triton.testing import do_bench
 
 from benchmarks import output
-from megamtp.commands.command_line import Parser
 from megamtp.losses.linear_cross_entropy import linear_cross_entropy
 
 SHAPES = [(2048, 32000), (4096, 32000), (4096, 128256)]
+DEVIATION = 0.02  # of random weights
+TARGET_LOGIT = 14.0  # where the softmax has a peak
+PRODUCTS = "the three products alone"
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A forward and backward pass, and the dtype in which it sums dW over chunks of rows."""
+
+    run: Callable[[], object]
+    sum_dtype: torch.dtype = torch.bfloat16
 
 
 def main(arguments: list[str]) -> None:
     """Raises InputError."""
-    parser = Parser(__doc__)
-    parser.add_argument("--rows", type=int, default=8192, help="positions [8192]")
-    parser.add_argument("--output", type=Path, default=Path("results"))
+    parser = output.parser(__doc__, "loss")
+    parser.add_argument("--rows", type=output.positive, default=8192, help="positions [8192]")
+    parser.add_argument("--rounds", type=output.positive, default=3, help="turns of each loss, 0.1 s or more each [3]")
     options = parser.parse_args(arguments)
+    output.start(options)
     rate, results = _rate(), []
     for dim, vocabulary in SHAPES:
-        results += _measure_shape(options.rows, dim, vocabulary, rate)
-    rows = [
-        [
-            str(r["dim"]),
-            str(r["vocabulary"]),
-            r["name"],
-            f"{r['milliseconds']:.2f}",
-            f"{r['over_floor']:.2f}",
-            _gib(r["extra_bytes"]),
-        ]
-        for r in results
-    ]
-    header = ["d", "V", "loss", "ms", "over floor", "extra memory, GiB"]
+        results += _measure_shape(options.rows, dim, vocabulary, rate, options.rounds)
     settings = {"positions": options.rows, "floor": f"three products at {rate / 1e12:.0f} TFLOP/s, measured"}
-    output.write(options.output, "loss", settings, results, output.table(header, rows))
-
-
-def _gib(num_bytes: int | None) -> str:
-    return "-" if num_bytes is None else f"{num_bytes / 2**30:.2f}"
+    output.write(options, settings, results, _table(results), _draw(results))
 
 
 def _rate() -> float:
     """FLOP/s of a large bf16 product on this card."""
+    from triton.testing import do_bench
+
     left, right = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
     return 2 * 8192**3 / (do_bench(lambda: left @ right, warmup=100, rep=500, return_mode="median") / 1e3)
 
 
-def _measure_shape(rows: int, dim: int, vocabulary: int, rate: float) -> list[dict]:
+def _measure_shape(rows: int, dim: int, vocabulary: int, rate: float, rounds: int) -> list[dict]:
+    from triton.testing import do_bench
+
     hidden = torch.randn(rows, dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    weight = (torch.randn(vocabulary, dim, device="cuda") * 0.02).bfloat16().requires_grad_()
+    weight = (torch.randn(vocabulary, dim, device="cuda") * DEVIATION).bfloat16().requires_grad_()
     targets = torch.randint(vocabulary, (rows,), device="cuda")
-    floor = 6 * rows * dim * vocabulary / rate * 1e3
+    peaked = (0.3 * hidden + weight[targets] * TARGET_LOGIT / (DEVIATION**2 * dim)).detach().requires_grad_()
+    inputs, floor = [hidden, peaked, weight], 6 * rows * dim * vocabulary / rate * 1e3
+    contestants = _contestants(hidden, peaked, weight, targets)
+    milliseconds = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, contestant in contestants.items():
+            milliseconds[name] += do_bench(contestant.run, rep=100, return_mode="all", grad_to_none=inputs)
     results = []
-    for name, run in _contestants(hidden, weight, targets).items():
-        milliseconds = do_bench(run, warmup=50, rep=300, return_mode="median", grad_to_none=[hidden, weight])
-        result = {
-            "dim": dim,
-            "vocabulary": vocabulary,
-            "name": name,
-            "milliseconds": milliseconds,
-            "over_floor": milliseconds / floor,
-        }
-        result["extra_bytes"] = _extra_bytes(run, hidden, weight) if "products" not in name else None
-        results.append(result)
-        print(f"d={dim} V={vocabulary} {name}: {milliseconds:.2f} ms, {milliseconds / floor:.2f} x floor", flush=True)
+    for name, contestant in contestants.items():
+        median = statistics.median(milliseconds[name])
+        results.append({
+            "dim": dim, "vocabulary": vocabulary, "name": name, "sum_dtype": str(contestant.sum_dtype).removeprefix("torch."),
+            "milliseconds": milliseconds[name], "over_floor": median / floor,
+            "extra_bytes": None if name == PRODUCTS else _extra_bytes(contestant, inputs),
+        })  # fmt: skip
+        print(f"d={dim} V={vocabulary} {name}: {output.spread(milliseconds[name], 2)} ms, {median / floor:.2f} x floor", flush=True)
     return results
 
 
-def _extra_bytes(run: Callable[[], object], hidden: Tensor, weight: Tensor) -> int:
-    hidden.grad = weight.grad = None
+def _extra_bytes(contestant: Contestant, inputs: list[Tensor]) -> int:
+    hidden, _, weight = inputs
+    for tensor in inputs:
+        tensor.grad = None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    run()
-    extra = torch.cuda.max_memory_allocated() - before - hidden.nbytes - 2 * weight.nbytes
-    hidden.grad = weight.grad = None
-    return extra
+    contestant.run()
+    return torch.cuda.max_memory_allocated() - before - hidden.nbytes - weight.numel() * contestant.sum_dtype.itemsize
 
 
-def _contestants(hidden: Tensor, weight: Tensor, targets: Tensor) -> dict[str, Callable[[], object]]:
-    def learn(loss: Callable[[], Tensor]) -> Callable[[], object]:
-        return lambda: loss().backward()
+def _contestants(hidden: Tensor, peaked: Tensor, weight: Tensor, targets: Tensor) -> dict[str, Contestant]:
+    def learn(loss: Callable[[], Tensor], sum_dtype: torch.dtype = torch.bfloat16) -> Contestant:
+        return Contestant(lambda: loss().backward(), sum_dtype)
+
+    def ours(chunk_rows: int | None) -> Contestant:
+        return learn(lambda: linear_cross_entropy(hidden, weight, targets, chunk_rows=chunk_rows)[0], torch.float32)
 
     bare, gradient = hidden.detach(), torch.randn(len(hidden), len(weight), device="cuda", dtype=torch.bfloat16)
     found = {
-        "ours": learn(lambda: linear_cross_entropy(hidden, weight, targets)[0]),
-        "ours, 2048 rows": learn(lambda: linear_cross_entropy(hidden, weight, targets, chunk_rows=2048)[0]),
-        "ours, 8192 rows": learn(lambda: linear_cross_entropy(hidden, weight, targets, chunk_rows=8192)[0]),
+        "ours": ours(None),
+        "ours, 2048 rows": ours(2048),
+        "ours, 8192 rows": ours(8192),
         "logits in memory, fp32": learn(lambda: F.cross_entropy((hidden @ weight.T).float(), targets, reduction="sum")),
-        "the three products alone": lambda: (bare @ weight.detach().T, gradient @ weight.detach(), gradient.T @ bare),
+        PRODUCTS: Contestant(lambda: (bare @ weight.detach().T, gradient @ weight.detach(), gradient.T @ bare)),
     }
     if find_spec("liger_kernel"):
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger
 
-        found["liger-kernel"] = learn(lambda: liger_fused_linear_cross_entropy(hidden, weight, targets, reduction="sum"))
+        for name, dtype in (("liger-kernel", None), ("liger-kernel, accum_dtype fp32", torch.float32)):
+            found[name] = learn(
+                lambda dtype=dtype: liger(hidden, weight, targets, reduction="sum", accum_dtype=dtype), dtype or weight.dtype
+            )
     if find_spec("cut_cross_entropy"):
         from cut_cross_entropy import linear_cross_entropy as cut
 
         found["cut-cross-entropy"] = learn(lambda: cut(hidden, weight, targets, reduction="sum"))
+        found["cut-cross-entropy, peaked"] = learn(lambda: cut(peaked, weight, targets, reduction="sum"))
     return found
+
+
+def _table(results: list[dict]) -> str:
+    header = ["d", "V", "loss", "dW summed in", "ms", "over floor", "extra memory, GiB"]
+    rows = [
+        [
+            str(r["dim"]), str(r["vocabulary"]), r["name"], r["sum_dtype"], output.spread(r["milliseconds"], 2),
+            f"{r['over_floor']:.2f}", "-" if r["extra_bytes"] is None else f"{r['extra_bytes'] / 2**30:.2f}",
+        ]
+        for r in results
+    ]  # fmt: skip
+    note = (
+        "dW is summed over chunks of rows, and over heads, in the dtype given: bfloat16 is rounded at every chunk, as liger-kernel "
+        "does unless told otherwise, and cut-cross-entropy; whole logits and bare products have one chunk."
+    )
+    return f"{output.table(header, rows)}\n\n{note}"
+
+
+def _draw(results: list[dict]) -> Figure:
+    """Time above, memory below; a group of bars for each shape."""
+    groups = list(dict.fromkeys(_group(result) for result in results))
+    names = list(dict.fromkeys(result["name"] for result in results))
+    picture, (time, memory) = output.figure(13, 7, rows=2, sharex=True)
+    for axes, key, unit in ((time, "over_floor", 1), (memory, "extra_bytes", 2**30)):
+        known = [result for result in results if result[key] is not None]
+        output.bars(axes, groups, {name: {_group(r): r[key] / unit for r in known if r["name"] == name} for name in names})
+    time.axhline(1.0, color="0.5", linewidth=0.8)
+    time.set_ylabel("time / three products at the card's rate")
+    memory.set_ylabel("extra memory, GiB")
+    picture.legend(*time.get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)
+    return picture
+
+
+def _group(result: dict) -> str:
+    return f"d={result['dim']}, V={result['vocabulary']}"

@@ -1,11 +1,44 @@
-"""What every benchmark leaves: a Markdown table on the terminal, JSON with every number, and the circumstances of both."""
+"""What every benchmark leaves: a Markdown table on the terminal and in NAME.md, every number in NAME.json, and NAME.png."""
 
+import argparse
 import datetime
 import json
+import statistics
 import sys
 from pathlib import Path
 
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from megamtp.commands.command_line import Parser
+from megamtp.errors import InputError
+
+
+def positive(text: str) -> int:
+    """An option's whole number from 1 up."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}; expected a whole number, 1 or more")
+    return int(text)
+
+
+def parser(description: str, name: str) -> Parser:
+    """With the options of every benchmark."""
+    parser = Parser(description)
+    parser.prog += f" {name}"
+    parser.add_argument("--output", type=Path, default=Path("results"), help="folder of what is written [results]")
+    parser.add_argument("--name", default=name, help=f"files are called so, with .md, .json and .png [{name}]")
+    return parser
+
+
+def start(options: argparse.Namespace) -> None:
+    """Before the first measurement. Raises InputError: no GPU, or nowhere to write."""
+    if not torch.cuda.is_available():
+        raise InputError("no GPU; expected one: benchmarks measure a GPU's time")
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output {options.output}: {error.strerror}; expected a folder to write to") from None
 
 
 def circumstances() -> dict[str, str]:
@@ -18,18 +51,44 @@ def circumstances() -> dict[str, str]:
     }
 
 
+def spread(values: list[float], digits: int = 1) -> str:
+    """Median, least and largest."""
+    return f"{statistics.median(values):.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
+
+
 def table(header: list[str], rows: list[list[str]]) -> str:
     """Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def write(folder: Path, name: str, settings: dict, results: list[dict], shown: str) -> None:
-    """Prints the table under its circumstances and settings, and writes NAME.json and NAME.md."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write(options: argparse.Namespace, settings: dict, results: list[dict], shown: str, picture: Figure) -> None:
+    """Prints `shown` under its circumstances and settings, and writes the three files."""
     where = circumstances()
     heading = f"{where['card']}, torch {where['torch']}, {where['date']}; {', '.join(f'{k} {v}' for k, v in settings.items())}"
     text = f"{heading}\n\n{shown}\n\n`{where['command']}`\n"
-    (folder / f"{name}.md").write_text(text)
-    (folder / f"{name}.json").write_text(json.dumps({"circumstances": where, "settings": settings, "results": results}, indent=1))
+    stem = options.output / options.name
+    Path(f"{stem}.md").write_text(text)
+    Path(f"{stem}.json").write_text(json.dumps({"circumstances": where, "settings": settings, "results": results}, indent=1))
+    picture.savefig(f"{stem}.png")
     print(text, flush=True)
+
+
+def figure(width: float, height: float, rows: int = 1, columns: int = 1, **shared: bool) -> tuple[Figure, list[Axes]]:
+    """A picture of some diagrams without lines above and to the right of them."""
+    picture = Figure(figsize=(width, height), dpi=130, layout="constrained")
+    diagrams = picture.subplots(rows, columns, squeeze=False, **shared).flatten().tolist()
+    for axes in diagrams:
+        axes.spines[["top", "right"]].set_visible(False)
+    return picture, diagrams
+
+
+def bars(axes: Axes, groups: list[str], heights: dict[str, dict[str, float]]) -> None:
+    """A group of bars for each of `groups`; `heights[label]` has those of one label, which may be absent from some groups."""
+    width = 0.8 / len(heights)
+    for index, (label, found) in enumerate(heights.items()):
+        places = [place for place, group in enumerate(groups) if group in found]
+        left = [place + (index - (len(heights) - 1) / 2) * width for place in places]
+        drawn = axes.bar(left, [found[groups[place]] for place in places], width * 0.95, label=label)
+        axes.bar_label(drawn, fmt="%.2f", fontsize=7, padding=2)
+    axes.set_xticks(range(len(groups)), groups)

@@ -1,84 +1,93 @@
-"""Exposed communication: time in which a transfer is under way and nothing computes, read from a profiler's trace."""
+"""Exposed communication of one step, read from a profiler's trace: with prefetch as configured, and with none.
 
-from collections.abc import Callable
-from dataclasses import dataclass
+    python tools/benchmark.py trace --size 6.7b --heads 4 --output results
 
-import torch
-from torch.profiler import ProfilerActivity, profile
+Exposed is the time in which a transfer is under way and nothing computes. The exit status is 1 if its share of the head phase is
+above the limit. Without prefetch it should be: a check that cannot fail shows nothing.
+"""
 
-from megamtp.engines.head_phase import HEAD_PHASE_RANGE
+import sys
+from functools import partial
 
-TRANSFER_KERNELS = ("hold", "nccl")
-BEGINNING_KERNEL = "mark"  # an emulated transfer lasts from this to the end of its hold, whatever runs in between
-Interval = tuple[float, float]
+from matplotlib.figure import Figure
 
+from benchmarks import emulation, output, variants
+from benchmarks.exposure import Trace, union
 
-@dataclass(frozen=True)
-class Exposure:
-    """Milliseconds of a part of a step: in all, with a transfer, with a transfer but no computation, and with neither."""
-
-    total: float
-    transferring: float
-    exposed: float
-    idle: float
-
-    @property
-    def share(self) -> float:
-        return self.exposed / self.total
+CONFIGURED, NONE = "prefetch as configured", "no prefetch"
+UNSEEN = 0.1  # milliseconds between kernels that no picture can show, but that would make it paler
+COLORS = {"head phase": "0.9", "computing": "tab:blue", "communicating": "tab:green", "exposed": "tab:red"}
 
 
-def exposures(step: Callable[[], object]) -> dict[str, Exposure]:
-    """Of one profiled step: "step", and "heads" (the head phase, from its first kernel to its last)."""
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
-        step()
-        torch.cuda.synchronize()
-    events = profiled.profiler.kineto_results.events()
-    on_device = [event for event in events if event.device_type() == torch.autograd.DeviceType.CUDA]
-    # Ranges that the program named also appear on the device, as long as the kernels launched inside them.
-    ranges = [_interval(event) for event in on_device if event.name() == HEAD_PHASE_RANGE]
-    kernels = [event for event in on_device if event.name() != HEAD_PHASE_RANGE and event.duration_ns() > 0]
-    communicating = {e.device_resource_id() for e in kernels if any(name in e.name() for name in TRANSFER_KERNELS)}
-    transfers = _transfers([event for event in kernels if event.device_resource_id() in communicating])
-    computing = _union([_interval(event) for event in kernels if event.device_resource_id() not in communicating])
-    whole = (computing[0][0], max(computing[-1][1], transfers[-1][1])) if transfers else (computing[0][0], computing[-1][1])
-    found = {"step": _exposure(whole, transfers, computing)}
-    if ranges:
-        heads = (min(start for start, _ in ranges), max(end for _, end in ranges))
-        found["heads"] = _exposure(heads, transfers, computing)
-    return found
+def main(arguments: list[str]) -> None:
+    """Raises InputError."""
+    parser = emulation.parser(__doc__, "trace")
+    parser.add_argument("--size", default="6.7b", choices=emulation.MICRO_BATCHES)
+    parser.add_argument("--heads", type=output.positive, default=4, help="number of heads [4]")
+    parser.add_argument("--world-size", type=output.positive, default=64, help="ranks emulated [64]")
+    parser.add_argument("--limit", type=float, default=3.0, metavar="PERCENT", help="largest exposed share of the head phase [3]")
+    options = parser.parse_args(arguments)
+    settings_of = {CONFIGURED: [], NONE: ["engine.prefetch_modules=0"]}
+    configs = {
+        name: emulation.config(options.size, options.heads, options.world_size, options, *settings)
+        for name, settings in settings_of.items()
+    }
+    output.start(options)
+    emulation.join(configs[CONFIGURED])
+    makers = {name: partial(variants.Ours, config) for name, config in configs.items()}
+    found, kept = variants.measure(makers, rounds=1, steps=options.steps)
+    traces = {name: variant.trace() for name, variant in kept.items()}
+    results = [
+        {
+            "variant": name, "prefetch_modules": configs[name].engine.prefetch_modules,
+            "milliseconds": found[name].milliseconds, "exposure": trace.exposures(),
+        }
+        for name, trace in traces.items()
+    ]  # fmt: skip
+    settings = {
+        "size": options.size, "n": options.heads, "ranks": options.world_size,
+        **emulation.settings(configs[CONFIGURED], options), "prefetch_modules": configs[CONFIGURED].engine.prefetch_modules,
+    }  # fmt: skip
+    shares = {name: 100 * trace.exposure("heads").share for name, trace in traces.items()}
+    verdicts = [
+        f"{name}: head phase: exposed {share:.2f} % <= {options.limit:g} %: {'holds' if share <= options.limit else 'FAILS'}"
+        for name, share in shares.items()
+    ]
+    output.write(options, settings, results, "\n\n".join([_table(results), *verdicts]), _draw(traces))
+    if shares[CONFIGURED] > options.limit:
+        sys.exit(1)
 
 
-def _transfers(events: list) -> list[Interval]:
-    found, beginning = [], None
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        start, end = _interval(event)
-        if event.name() == BEGINNING_KERNEL:
-            beginning = start
-        found.append((start if beginning is None else beginning, end))
-        if "hold" in event.name():
-            beginning = None
-    return _union(found)
+def _table(results: list[dict]) -> str:
+    header = ["variant", "part", "total, ms", "transferring, ms", "exposed, ms", "exposed share", "idle, ms", "unprofiled, ms"]
+    rows = []
+    for result in results:
+        for part, found in result["exposure"].items():
+            rows.append([
+                result["variant"], {"heads": "head phase"}.get(part, part),
+                f"{found['total']:.1f}", f"{found['transferring']:.1f}", f"{found['exposed']:.2f}",
+                f"{found['exposed'] / found['total']:.2%}", f"{found['idle']:.2f}",
+                output.spread(result["milliseconds"]) if part == "step" else "-",
+            ])  # fmt: skip
+    return output.table(header, rows)
 
 
-def _interval(event) -> Interval:
-    return event.start_ns() / 1e6, (event.start_ns() + event.duration_ns()) / 1e6
-
-
-def _union(intervals: list[Interval]) -> list[Interval]:
-    """Sorted, disjoint intervals that cover the same time."""
-    merged: list[Interval] = []
-    for start, end in sorted(intervals):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
-        else:
-            merged.append((start, end))
-    return merged
-
-
-def _length(intervals: list[Interval], window: Interval) -> float:
-    return sum(max(0.0, min(end, window[1]) - max(start, window[0])) for start, end in intervals)
-
-
-def _exposure(window: Interval, transfers: list[Interval], computing: list[Interval]) -> Exposure:
-    total, busy = window[1] - window[0], _length(_union([*transfers, *computing]), window)
-    return Exposure(total, _length(transfers, window), busy - _length(computing, window), total - busy)
+def _draw(traces: dict[str, Trace]) -> Figure:
+    """One step a panel: when it computed, and when it communicated."""
+    picture, panels = output.figure(12, 4.5, rows=len(traces), sharex=True)
+    for axes, (name, trace) in zip(panels, traces.items(), strict=True):
+        computing = union([(start, end + UNSEEN) for start, end in trace.computing])
+        shown = {
+            "head phase": ([trace.parts["heads"]], (-0.1, 2.0)), "computing": (computing, (1, 0.8)),
+            "communicating": (trace.transfers, (0, 0.8)), "exposed": (trace.exposed, (0, 0.8)),
+        }  # fmt: skip
+        beginning, _ = trace.parts["step"]
+        for label, (intervals, lane) in shown.items():
+            bars = [(start - beginning, end - start) for start, end in intervals]
+            axes.broken_barh(bars, lane, facecolor=COLORS[label], linewidth=0, snap=False, label=label)
+        axes.set_yticks([0.4, 1.4], ["communication", "compute"])
+        axes.set_title(f"{name}: {trace.exposure('heads').share:.1%} of the head phase exposed", loc="left", fontsize="medium")
+        axes.margins(x=0.01, y=0)
+    panels[-1].set_xlabel("milliseconds of one step, forward and backward")
+    picture.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=len(COLORS), frameon=False)
+    return picture

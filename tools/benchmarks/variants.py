@@ -9,13 +9,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from benchmarks import exposure, output
 from megamtp.config import Config
 from megamtp.data.loader import Batch
 from megamtp.engines.zero import ZeroEngine
 from megamtp.model.initial import STANDARD_DEVIATION
 from megamtp.model.mtp import MTPModel
 
-Cell = tuple[str, int]  # (one of NAMES, number of heads)
 NAMES = ("plain", "ours", "fsdp2 one backward", "fsdp2 per head", "deepspeed as shipped")
 
 
@@ -56,6 +56,14 @@ class Variant:
             raise RuntimeError(f"{type(self).__name__}: the loss is {loss}")
         self.finish()
         return start.elapsed_time(end)
+
+    def trace(self, times: int = 3) -> exposure.Trace:
+        """Of `times` profiled steps the one whose head phase has the median share of exposed communication."""
+        traces = []
+        for _ in range(times):
+            traces.append(exposure.record(self.forward_and_backward))
+            self.finish()
+        return sorted(traces, key=lambda trace: trace.exposure("heads").share)[times // 2]
 
 
 def _random_model(config: Config, schedule: str, model_class: type[MTPModel] = MTPModel) -> MTPModel:
@@ -171,26 +179,26 @@ class Measurement:
     peak_bytes: int = 0
 
 
-def measure(
-    cells: list[Cell], make: Callable[[Cell], Variant], rounds: int, steps: int
-) -> tuple[dict[Cell, Measurement], dict[Cell, Variant]]:
+def measure(makers: dict[str, Callable[[], Variant]], rounds: int, steps: int) -> tuple[dict[str, Measurement], dict[str, Variant]]:
     """`rounds` times over all cells in turn, `steps` measured steps each; and the variants that still exist at the end.
 
     Plain models are made anew in each round, for no two fit beside each other; the sharded ones stay.
     """
-    kept: dict[Cell, Variant] = {}
-    found = {cell: Measurement() for cell in cells}
+    kept: dict[str, Variant] = {}
+    found = {cell: Measurement() for cell in makers}
     for _ in range(rounds):
-        for cell in cells:
+        for cell, make in makers.items():
             before = torch.cuda.memory_allocated()
-            variant, cell_found = kept.get(cell) or make(cell), found[cell]
+            variant, cell_found = kept.get(cell) or make(), found[cell]
             for _ in range(1 if cell in kept else 3):
                 variant.step()  # the first ones compile, and record the order of fetches
             if cell not in kept:
                 cell_found.kept_bytes = torch.cuda.memory_allocated() - before
             resting = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
-            cell_found.milliseconds += [variant.step() for _ in range(steps)]
+            milliseconds = [variant.step() for _ in range(steps)]
+            print(f"{cell}: {output.spread(milliseconds)} ms", flush=True)
+            cell_found.milliseconds += milliseconds
             peak = torch.cuda.max_memory_allocated() - resting + cell_found.kept_bytes
             cell_found.peak_bytes = max(cell_found.peak_bytes, peak)
             if isinstance(variant, Plain):

@@ -1,0 +1,215 @@
+"""The benchmarks' command line, tables and pictures, on invented measurements; what they measure needs a GPU."""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from benchmarks import emulation, exposure, loss, output, overhead, processes, trace, variants, world
+
+from megamtp.errors import InputError
+
+ROOT = Path(__file__).parents[2]
+
+MEASURED = {"ours": 150.0, "fsdp2 one backward": 190.0, "deepspeed as shipped": 250.0}
+
+
+def options(folder: Path, *arguments: str) -> argparse.Namespace:
+    return emulation.parser("", "invented").parse_args(["--output", str(folder), *arguments])
+
+
+def rows(table: str) -> list[list[str]]:
+    """A Markdown table's cells, header first, without the line below it."""
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")]
+    return [cells[0], *cells[2:]]
+
+
+@pytest.mark.skipif(output.torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize("name", ["overhead", "world", "trace", "loss"])
+def test_without_a_gpu_every_benchmark_is_one_line_and_status_2(name, tmp_path):
+    command = [sys.executable, "tools/benchmark.py", name, "--output", str(tmp_path / "results")]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert finished.returncode == 2
+    assert finished.stderr == "megamtp: error: no GPU; expected one: benchmarks measure a GPU's time\n"
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "message"),
+    [
+        (overhead, ["--sizes", "7b"], "invalid choice: '7b'.*see .*overhead --help"),
+        (overhead, ["--heads", "4", "1"], "--heads 4 1; expected 1 first"),
+        (overhead, ["--heads", "1", "18", "--sizes", "0.3b"], "num_future_tokens=18 .*expected fewer"),
+        (overhead, ["--set", "engine.head_schedule=deferred"], "head_schedule=deferred; expected sequential"),
+        (world, ["--world-sizes", "8", "0"], "--world-sizes: 0; expected a whole number, 1 or more"),
+        (world, ["--world-sizes", "8", "many"], "--world-sizes: many; expected a whole number"),
+        (world, ["--variants", "deepspeed as shipped", "--shipped-at", "8"], "nothing to measure at 16 ranks; expected"),
+        (world, ["--bandwidth", "fast"], "flat_bandwidth=fast"),
+        (trace, ["--world-size", "-4"], "--world-size: -4; expected"),
+        (trace, ["--sms", "0"], "communication_sms=0; expected at least 1"),
+        (trace, ["--limit", "low"], "--limit: invalid float value"),
+        (loss, ["--rows", "1.5"], "--rows: 1.5; expected"),
+    ],
+)
+def test_bad_arguments_are_named_before_a_gpu_is_looked_for(module, arguments, message):
+    with pytest.raises(InputError, match=message) as caught:
+        module.main(arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_in_place_of_the_folder_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(output.torch.cuda, "is_available", lambda: True)
+    with pytest.raises(InputError, match=r"--output .*file: File exists; expected a folder"):
+        output.start(options(tmp_path / "file"))
+
+
+def test_settings_tell_the_network(tmp_path):
+    """What test_plan.py gives back to the planner, and nothing that was not set."""
+    flat = options(tmp_path)
+    assert emulation.settings(emulation.config("1.3b", 4, 512, flat), flat) == {
+        "bandwidth": "1e+11", "latency": "2e-05", "SMs held": 1, "T": 4096,
+    }  # fmt: skip
+    nodes = options(tmp_path, "--bandwidth", "null", "--sms", "16", "--set", "cluster.latency=0")
+    config = emulation.config("0.3b", 1, 64, nodes)
+    assert (config.cluster.emulate, config.global_batch_windows, config.cluster.latency) == (64, 64 * 4, 0.0)
+    assert emulation.settings(config, nodes) == {
+        "bandwidth": "null", "in nodes": "3.6e+11", "between nodes": "5e+10", "latency": "0", "SMs held": 16, "T": 4096,
+        "set": "cluster.latency=0",
+    }  # fmt: skip
+
+
+def test_all_three_files_are_called_as_asked(tmp_path, capsys):
+    picture, (axes,) = output.figure(4, 3)
+    output.bars(axes, ["a", "b"], {"one": {"a": 1.0, "b": 2.0}, "other": {"b": 3.0}})
+    assert [round(bar.get_height()) for bar in axes.patches] == [1, 2, 3]
+    output.write(options(tmp_path, "--name", "sms16"), {"SMs held": 16}, [{"n": 1}], "the table", picture)
+    assert {path.name for path in tmp_path.iterdir()} == {"sms16.md", "sms16.json", "sms16.png"}
+    assert json.loads((tmp_path / "sms16.json").read_text())["settings"] == {"SMs held": 16}
+    assert (tmp_path / "sms16.md").read_text() in capsys.readouterr().out
+
+
+def test_a_fresh_process_answers_or_says_how_it_ended():
+    first, second = processes.Fresh(os.getpid), processes.Fresh(os.getpid)
+    assert len({first.result(), second.result(), os.getpid()}) == 3
+    with pytest.raises(InputError, match="no GPU"):
+        processes.Fresh(output.start, None).result()
+    for failing in (processes.Fresh(math.sqrt, -1), processes.Fresh(os._exit, 1)):
+        with pytest.raises(RuntimeError, match="ended with status 1"):
+            failing.result()
+
+
+def test_world_goes_up_and_down_and_divides_by_the_first(tmp_path, monkeypatch):
+    """A step as long as it was given, and longer by the number of times that its process was made."""
+    made = []
+
+    class Invented:
+        def __init__(self, function, config, names, num_steps):
+            made.append(config.cluster.emulate)
+            slower = {"deepspeed as shipped": config.cluster.emulate / 8}
+            self.answer = {name: [MEASURED[name] * slower.get(name, 1.0) + len(made)] * num_steps for name in names}
+
+        def result(self):
+            return self.answer
+
+    monkeypatch.setattr(world, "Fresh", Invented)
+    monkeypatch.setattr(output, "start", lambda options: None)
+    world.main(["--world-sizes", "8", "64", "512", "--output", str(tmp_path), "--steps", "3"])
+    assert made == [8, 64, 512, 512, 64, 8]
+    header, *found = rows((tmp_path / "world.md").read_text())
+    assert header[1:3] == ["ours, ms", "over 8 ranks"]
+    assert [row[0] for row in found] == ["8", "64", "512"]
+    assert [row[1] for row in found] == ["153.5 [151.0, 156.0]", "153.5 [152.0, 155.0]", "153.5 [153.0, 154.0]"]
+    assert [row[2] for row in found] == ["1.000"] * 3
+    assert [row[6] for row in found] == ["1.000", "-", f"{16003.5 / 253.5:.3f}"]
+    assert (tmp_path / "world.png").stat().st_size > 10_000
+
+
+def invented_trace(exposed: float) -> exposure.Trace:
+    """A step of 600 ms, of which 400 to 500 are the head phase, with `exposed` ms of transfers at its beginning."""
+    computing, transfers = [], []
+    for start in range(0, 600, 10):
+        late = exposed if start == 400 else 0.5
+        computing.append((start + late, start + 10.0))
+        transfers.append((float(start), start + max(late, 5.0)))
+    return exposure.Trace(computing, transfers, {"step": (0.0, 600.0), "heads": (400.0, 500.0)})
+
+
+@pytest.mark.parametrize(("exposed", "status", "word"), [(1.0, 0, "holds"), (8.5, 1, "FAILS")])
+def test_trace_tells_whether_the_head_phase_is_exposed(tmp_path, monkeypatch, exposed, status, word):
+    class Invented(variants.Variant):
+        def __init__(self, config):
+            self.prefetches = config.engine.prefetch_modules > 0
+
+        def trace(self, times=3):
+            return invented_trace(exposed if self.prefetches else 9.5)
+
+    def measure(makers, rounds, steps):
+        return {name: variants.Measurement([600.0] * steps) for name in makers}, {name: make() for name, make in makers.items()}
+
+    monkeypatch.setattr(variants, "Ours", Invented)
+    monkeypatch.setattr(variants, "measure", measure)
+    monkeypatch.setattr(emulation, "join", lambda config: None)
+    monkeypatch.setattr(output, "start", lambda options: None)
+    try:
+        trace.main(["--output", str(tmp_path), "--limit", "6"])
+        ended = 0
+    except SystemExit as end:
+        ended = end.code
+    assert ended == status
+    shown = (tmp_path / "trace.md").read_text()
+    share = exposed + 9 * 0.5
+    assert f"prefetch as configured: head phase: exposed {share:.2f} % <= 6 %: {word}" in shown
+    assert "no prefetch: head phase: exposed 14.00 % <= 6 %: FAILS" in shown
+    assert [row[1] for row in rows(shown)[1:]] == ["step", "head phase"] * 2
+    assert rows(shown)[2][2:7] == ["100.0", f"{9 * 5.0 + max(exposed, 5.0):.1f}", f"{share:.2f}", f"{share:.2f}%", "0.00"]
+    assert json.loads((tmp_path / "trace.json").read_text())["results"][1]["prefetch_modules"] == 0
+    assert (tmp_path / "trace.png").stat().st_size > 10_000
+
+
+def overhead_result(variant: str, heads: int, milliseconds: float, **further) -> dict:
+    return {
+        "size": "6.7b", "variant": variant, "heads": heads, "micro_batch": 2, "flops": 3.5e14 * (1 + 0.018 * (heads - 1)),
+        "milliseconds": [milliseconds - 1, milliseconds, milliseconds + 2], "kept_bytes": 0, "peak_bytes": 2**35, **further,
+    }  # fmt: skip
+
+
+def test_overhead_shows_ratios_and_first_steps(tmp_path):
+    exposed = {"heads": {"total": 100.0, "transferring": 30.0, "exposed": 1.5, "idle": 1.0}}
+    results = [
+        overhead_result("plain", 1, 600), overhead_result("plain", 4, 633),
+        overhead_result("ours", 1, 620, exposure=exposed, first_step_seconds=30.0),
+        overhead_result("ours", 4, 645, exposure=exposed, first_step_seconds=31.5), overhead_result("fsdp2 per head", 4, 900),
+    ]  # fmt: skip
+    header, plain, ours, per_head = rows(overhead._table(results, [1, 4]))
+    assert header[-1] == "first step, s"
+    assert plain[2:6] == ["600.0 [599.0, 602.0]", "633.0 [632.0, 635.0]", "1.055", "1.054"]
+    assert ours[4:] == ["1.040", "1.054", "1.033", "565", "1.000 of 32.0 GiB", "1.50%", "30.0, 31.5"]
+    assert (per_head[2], per_head[4], per_head[-2:]) == ("-", "-", ["-", "-"])
+    assert len({len(header), len(plain), len(ours), len(per_head)}) == 1
+    warm = [{key: value for key, value in result.items() if key != "first_step_seconds"} for result in results]
+    assert rows(overhead._table(warm, [1, 4]))[0] == header[:-1]
+    overhead._draw(results).savefig(tmp_path / "overhead.png")
+    assert (tmp_path / "overhead.png").stat().st_size > 10_000
+
+
+def test_loss_says_in_what_dtype_gradients_are_summed(tmp_path):
+    names = ["ours", "liger-kernel", "cut-cross-entropy", loss.PRODUCTS]
+    results = [
+        {
+            "dim": dim, "vocabulary": vocabulary, "name": name, "sum_dtype": "float32" if name == "ours" else "bfloat16",
+            "milliseconds": [4.0, 5.0, 6.0 + index], "over_floor": 1.2 + index, "extra_bytes": None if index == 3 else 2**29,
+        }
+        for dim, vocabulary in loss.SHAPES
+        for index, name in enumerate(names)
+    ]  # fmt: skip
+    _, *found = rows(loss._table(results))
+    assert len(found) == 12
+    assert found[0] == ["2048", "32000", "ours", "float32", "5.00 [4.00, 6.00]", "1.20", "0.50"]
+    assert (found[3][3], found[3][-1]) == ("bfloat16", "-")
+    loss._draw(results).savefig(tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").stat().st_size > 10_000

@@ -1,0 +1,90 @@
+"""Exposed communication of invented kernels, in milliseconds known beforehand."""
+
+import pytest
+from benchmarks.exposure import Exposure, Kernel, read, subtract, union
+
+from megamtp.engines.head_phase import HEAD_PHASE_RANGE
+
+COMPUTE, GATHER, SCATTER = 7, 20, 21
+
+
+def computing(start: float, end: float, stream: int = COMPUTE) -> Kernel:
+    return Kernel("sm90_gemm", stream, start, end)
+
+
+def emulated(start: float, end: float, stream: int = GATHER, copy_end: float | None = None) -> list[Kernel]:
+    """A transfer as the emulated cluster runs it: begin, copy, and a hold that may begin late."""
+    copy_end = start + 1 if copy_end is None else copy_end
+    return [
+        Kernel("mark", stream, start, start + 0.1),
+        Kernel("Memcpy DtoD", stream, start + 0.2, copy_end),
+        Kernel("hold", stream, copy_end + 0.3, end),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("intervals", "covered", "left"),
+    [
+        ([(0, 10)], [], [(0, 10)]),
+        ([], [(0, 10)], []),
+        ([(0, 10)], [(0, 10)], []),
+        ([(0, 10)], [(2, 3), (5, 7)], [(0, 2), (3, 5), (7, 10)]),
+        ([(2, 4), (6, 8)], [(0, 3), (7, 9)], [(3, 4), (6, 7)]),
+        ([(0, 2), (3, 5)], [(1, 4)], [(0, 1), (4, 5)]),
+        ([(5, 6)], [(0, 1), (2, 5), (6, 7)], [(5, 6)]),
+    ],
+)
+def test_subtraction(intervals, covered, left):
+    assert subtract(intervals, covered) == left
+
+
+def test_union_joins_what_overlaps_or_touches():
+    assert union([(5, 6), (0, 2), (1, 3), (3, 4), (0, 1)]) == [(0, 4), (5, 6)]
+
+
+def test_hidden_exposed_and_idle_times():
+    """Computes 0-10 and 14-20, transfers 4-12: 10-12 are exposed, 12-14 idle."""
+    trace = read([computing(0, 6), computing(6, 10), computing(14, 20), *emulated(4, 12)])
+    assert trace.computing == [(0, 10), (14, 20)]
+    assert trace.transfers == [(4, 12)]
+    assert trace.exposed == [(10, 12)]
+    assert trace.parts == {"step": (0, 20)}
+    assert trace.exposure("step") == Exposure(total=20, transferring=8, exposed=2, idle=2)
+    assert trace.exposure("step").share == 0.1
+
+
+def test_a_part_counts_only_what_lies_in_it():
+    """The head phase is 8-18 of that step, and on the device it is one range for each stream."""
+    ranges = [Kernel(HEAD_PHASE_RANGE, COMPUTE, 9, 18), Kernel(HEAD_PHASE_RANGE, GATHER, 8, 12)]
+    trace = read([computing(0, 10), computing(14, 20), *emulated(4, 12), *ranges])
+    assert trace.parts == {"step": (0, 20), "heads": (8, 18)}
+    assert trace.exposure("heads") == Exposure(total=10, transferring=4, exposed=2, idle=2)
+    assert trace.exposures()["heads"]["exposed"] == 2
+
+
+def test_a_transfer_ends_with_its_own_hold():
+    """One after the other on one stream, with nothing under way in 8-10; in between, its stream only waits."""
+    trace = read([computing(0, 1), *emulated(2, 8, copy_end=5), *emulated(10, 13), computing(20, 21)])
+    assert trace.transfers == [(2, 8), (10, 13)]
+    assert trace.exposure("step") == Exposure(total=21, transferring=9, exposed=9, idle=10)
+
+
+def test_each_stream_has_its_own_transfers():
+    """The second one's beginning and end lie within the first, on another stream."""
+    first, second = emulated(0, 10, copy_end=6), emulated(2, 4, SCATTER)
+    trace = read([computing(11, 12), *first, *second])
+    assert trace.transfers == [(0, 10)]
+    assert read([computing(11, 12), *second]).transfers == [(2, 4)]
+
+
+def test_what_runs_beside_transfers_on_other_streams_computes():
+    """Also on a second stream; and no kernel is a transfer because its name contains one's."""
+    trace = read([computing(0, 2), Kernel("threshold_backward", COMPUTE, 2, 3), computing(3, 6, stream=8), *emulated(0, 8)])
+    assert trace.computing == [(0, 6)]
+    assert trace.exposure("step") == Exposure(total=8, transferring=8, exposed=2, idle=0)
+
+
+def test_real_collectives_are_transfers_of_their_own():
+    trace = read([computing(0, 4), Kernel("ncclDevKernel_AllGather_RING_LL", GATHER, 3, 6)])
+    assert trace.transfers == [(3, 6)]
+    assert trace.exposure("step") == Exposure(total=6, transferring=3, exposed=2, idle=0)

@@ -1,0 +1,57 @@
+"""Configurations of one rank of an emulated cluster, and the options that all benchmarks of steps share."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from benchmarks import output
+from megamtp.cluster.environment import Place, emulated_place, join_peers
+from megamtp.commands.command_line import Parser
+from megamtp.config import Config, read_config
+from megamtp.errors import InputError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+MICRO_BATCHES = {"0.3b": 4, "0.6b": 4, "1.3b": 2, "3b": 2, "6.7b": 2, "13b": 1}
+SEQUENCE_LENGTH = 4096
+
+
+def parser(description: str, name: str) -> Parser:
+    """With the options of every benchmark of steps."""
+    parser = output.parser(description, name)
+    parser.add_argument("--bandwidth", default="100e9", help="bytes/s of a flat network; null: NVLink and 400 Gb/s [100e9]")
+    parser.add_argument("--sms", default="1", help="multiprocessors that communication holds [1]")
+    parser.add_argument("--steps", type=output.positive, default=5, help="measured steps in a turn [5]")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings")
+    return parser
+
+
+def config(size: str, heads: int, world_size: int, options: argparse.Namespace, *settings: str) -> Config:
+    """One micro-batch of every rank a step, with a head phase. Raises InputError."""
+    micro_batch = MICRO_BATCHES[size]
+    config = read_config([
+        str(CONFIGS / f"{size}_n{1 if heads == 1 else 4}.yaml"), f"model.num_future_tokens={heads}",
+        "data.train=none", "run.directory=none", f"cluster.emulate={world_size}",
+        f"cluster.flat_bandwidth={options.bandwidth}", f"cluster.communication_sms={options.sms}",
+        f"train.sequence_length={SEQUENCE_LENGTH}", f"train.micro_batch_size={micro_batch}",
+        f"train.global_batch_tokens={SEQUENCE_LENGTH * micro_batch * world_size}", *options.set, *settings,
+    ])  # fmt: skip
+    if config.engine.head_schedule != "sequential":
+        raise InputError(f"engine.head_schedule={config.engine.head_schedule}; expected sequential, which has a head phase")
+    return config
+
+
+def settings(config: Config, options: argparse.Namespace) -> dict[str, object]:
+    """What a table of steps says about its cluster."""
+    cluster = config.cluster
+    network = {"bandwidth": "null" if cluster.flat_bandwidth is None else f"{cluster.flat_bandwidth:g}"}
+    if cluster.flat_bandwidth is None:
+        network |= {"in nodes": f"{cluster.node_bandwidth:g}", "between nodes": f"{cluster.network_bandwidth:g}"}
+    further = {"set": " ".join(options.set)} if options.set else {}
+    return {**network, "latency": f"{cluster.latency:g}", "SMs held": cluster.communication_sms, "T": SEQUENCE_LENGTH, **further}
+
+
+def join(config: Config) -> None:
+    """Makes this process the emulated cluster's rank 0, unless it is."""
+    if not torch.distributed.is_initialized():
+        join_peers(emulated_place(Place(0, 0, 1), config.cluster), config.cluster)

@@ -1,0 +1,136 @@
+"""Exposed communication: time in which a transfer is under way and nothing computes, read from a profiler's trace."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from megamtp.engines.head_phase import HEAD_PHASE_RANGE
+
+# An emulated transfer lasts from the kernel that notes its beginning to the end of its hold, whatever runs in between.
+BEGIN, HOLD, REAL_TRANSFER = "mark", "hold", "nccl"
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Something that ran on a stream of the device, or the range of the head phase; milliseconds."""
+
+    name: str
+    stream: int
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Exposure:
+    """Milliseconds of a part of a step: in all, with a transfer, with a transfer but no computation, and with neither."""
+
+    total: float
+    transferring: float
+    exposed: float
+    idle: float
+
+    @property
+    def share(self) -> float:
+        return self.exposed / self.total
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A step on the device: when it computed, when a transfer was under way, and when its parts began and ended.
+
+    `parts` are "step" and, if the program named it, "heads": the head phase from its first kernel to its last.
+    """
+
+    computing: list[Interval]
+    transfers: list[Interval]
+    parts: dict[str, Interval]
+
+    @property
+    def exposed(self) -> list[Interval]:
+        return subtract(self.transfers, self.computing)
+
+    def exposures(self) -> dict[str, dict[str, float]]:
+        """Of every part, as it is written to JSON."""
+        return {part: asdict(self.exposure(part)) for part in self.parts}
+
+    def exposure(self, part: str) -> Exposure:
+        window = self.parts[part]
+        total, busy = window[1] - window[0], _length(union([*self.transfers, *self.computing]), window)
+        return Exposure(total, _length(self.transfers, window), _length(self.exposed, window), total - busy)
+
+
+def record(step: Callable[[], object]) -> Trace:
+    """Runs one step under the profiler. Ranges that the program named lie on the device as long as the kernels started in them."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        step()
+        torch.cuda.synchronize()
+    return read([
+        Kernel(event.name(), event.device_resource_id(), event.start_ns() / 1e6, (event.start_ns() + event.duration_ns()) / 1e6)
+        for event in profiled.profiler.kineto_results.events()
+        if event.device_type() == torch.autograd.DeviceType.CUDA
+        and (event.name() == HEAD_PHASE_RANGE or not event.is_user_annotation())
+    ])  # fmt: skip
+
+
+def read(events: list[Kernel]) -> Trace:
+    """Streams that ever carry a transfer communicate, all others compute."""
+    heads = [event for event in events if event.name == HEAD_PHASE_RANGE]
+    kernels = [event for event in events if event.name != HEAD_PHASE_RANGE and event.end > event.start]
+    communicating = {kernel.stream for kernel in kernels if kernel.name == HOLD or kernel.name.startswith(REAL_TRANSFER)}
+    computing = union([(kernel.start, kernel.end) for kernel in kernels if kernel.stream not in communicating])
+    transfers = _transfers([kernel for kernel in kernels if kernel.stream in communicating])
+    parts = {"step": _hull([*computing, *transfers])}
+    if heads:
+        parts["heads"] = _hull([(event.start, event.end) for event in heads])
+    return Trace(computing, transfers, parts)
+
+
+def union(intervals: list[Interval]) -> list[Interval]:
+    """Sorted, disjoint intervals that cover the same time."""
+    merged: list[Interval] = []
+    for start, end in sorted(intervals):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def subtract(intervals: list[Interval], covered: list[Interval]) -> list[Interval]:
+    """The parts of `intervals` outside `covered`; both, and the result, as `union` returns them."""
+    left, first = [], 0
+    for start, end in intervals:
+        while first < len(covered) and covered[first][1] <= start:
+            first += 1
+        for cover_start, cover_end in covered[first:]:
+            if cover_start >= end:
+                break
+            if cover_start > start:
+                left.append((start, cover_start))
+            start = max(start, cover_end)
+        if start < end:
+            left.append((start, end))
+    return left
+
+
+def _transfers(kernels: list[Kernel]) -> list[Interval]:
+    found: list[Interval] = []
+    beginnings: dict[int, float] = {}  # by stream
+    for kernel in sorted(kernels, key=lambda kernel: kernel.start):
+        if kernel.name == BEGIN:
+            beginnings[kernel.stream] = kernel.start
+        found.append((beginnings.get(kernel.stream, kernel.start), kernel.end))
+        if kernel.name == HOLD:
+            beginnings.pop(kernel.stream, None)
+    return union(found)
+
+
+def _hull(intervals: list[Interval]) -> Interval:
+    return min(start for start, _ in intervals), max(end for _, end in intervals)
+
+
+def _length(intervals: list[Interval], window: Interval) -> float:
+    return sum(max(0.0, min(end, window[1]) - max(start, window[0])) for start, end in intervals)
