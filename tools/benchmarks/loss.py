@@ -2,7 +2,8 @@
 
     python tools/benchmark.py loss --output results
 
-Extra memory is what is alive besides inputs, dH and one fp32 dW. liger-kernel and cut-cross-entropy take part where installed.
+Extra memory is what is alive besides inputs, dH and one fp32 dW. "One of 4 heads": a quarter of the time of four losses that share
+dW and, in fp8, the quantised weight. liger-kernel and cut-cross-entropy take part where installed.
 """
 
 from collections.abc import Callable
@@ -16,8 +17,11 @@ from triton.testing import do_bench
 
 from benchmarks import output
 from megamtp.commands.command_line import Parser
-from megamtp.losses.linear_cross_entropy import linear_cross_entropy
+from megamtp.losses.float8 import Float8Weight
+from megamtp.losses.linear_cross_entropy import SharedGradient, linear_cross_entropy
+from megamtp.pretrain import FLOAT8_CAPABILITY
 
+HEADS, OF_HEADS = 4, ", one of 4 heads"
 SHAPES = [(2048, 32000), (4096, 32000), (4096, 128256)]
 
 
@@ -64,6 +68,7 @@ def _measure_shape(rows: int, dim: int, vocabulary: int, rate: float) -> list[di
     results = []
     for name, run in _contestants(hidden, weight, targets).items():
         milliseconds = do_bench(run, warmup=50, rep=300, return_mode="median", grad_to_none=[hidden, weight])
+        milliseconds /= HEADS if name.endswith(OF_HEADS) else 1
         result = {
             "dim": dim,
             "vocabulary": vocabulary,
@@ -92,14 +97,27 @@ def _contestants(hidden: Tensor, weight: Tensor, targets: Tensor) -> dict[str, C
     def learn(loss: Callable[[], Tensor]) -> Callable[[], object]:
         return lambda: loss().backward()
 
+    def learn_heads(float8: bool) -> Callable[[], object]:
+        def run() -> None:
+            shared, float8_weight = SharedGradient(HEADS), Float8Weight() if float8 else None
+            for _ in range(HEADS):
+                hidden.grad = None
+                linear_cross_entropy(hidden, weight, targets, shared_gradient=shared, float8_weight=float8_weight)[0].backward()
+
+        return run
+
     bare, gradient = hidden.detach(), torch.randn(len(hidden), len(weight), device="cuda", dtype=torch.bfloat16)
     found = {
         "ours": learn(lambda: linear_cross_entropy(hidden, weight, targets)[0]),
         "ours, 2048 rows": learn(lambda: linear_cross_entropy(hidden, weight, targets, chunk_rows=2048)[0]),
         "ours, 8192 rows": learn(lambda: linear_cross_entropy(hidden, weight, targets, chunk_rows=8192)[0]),
+        f"ours{OF_HEADS}": learn_heads(float8=False),
         "logits in memory, fp32": learn(lambda: F.cross_entropy((hidden @ weight.T).float(), targets, reduction="sum")),
         "the three products alone": lambda: (bare @ weight.detach().T, gradient @ weight.detach(), gradient.T @ bare),
     }
+    if torch.cuda.get_device_capability() >= FLOAT8_CAPABILITY:
+        found["ours, fp8"] = learn(lambda: linear_cross_entropy(hidden, weight, targets, float8_weight=Float8Weight())[0])
+        found[f"ours, fp8{OF_HEADS}"] = learn_heads(float8=True)
     if find_spec("liger_kernel"):
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
