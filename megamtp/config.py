@@ -74,6 +74,14 @@ class HeadLossConfig:
         None, "rows (positions) whose logits are alive at a time; null: at most 4096, and one GiB of logits"
     )
     z_loss: float = option(0.0, "coefficient of the mean squared log-partition function (0: none)")
+    precision: str | None = option(
+        None, "fp8: products with the unembedding in 8 bits while training (bf16 models, H100 and later); null: the model's"
+    )
+    fp8_first_head: bool = option(True, "precision=fp8: head 1 too; false: heads 2 to n only")
+
+    def in_float8(self, index: int) -> bool:
+        """Whether the head at `index` (from 0) trains with an fp8 loss."""
+        return self.precision == "fp8" and (index > 0 or self.fp8_first_head)
 
 
 @dataclass(frozen=True)
@@ -401,7 +409,18 @@ def _check(config: Config) -> None:
         not config.engine.offload_parameters or config.engine.kind == "zero3",
         f"engine.offload_parameters with engine.kind={config.engine.kind}", "engine.kind=zero3",
     )  # fmt: skip
+    _one_of("head_loss.precision", head_loss.precision, (None, "fp8"))
+    if head_loss.precision == "fp8":
+        _check_float8(config)
     config.accumulation(world_size=1)
+
+
+def _check_float8(config: Config) -> None:
+    found = f"head_loss.precision=fp8 with train.precision={config.train.precision}"
+    _require(config.train.precision == "bf16", found, "train.precision=bf16")
+    for name in ("dim", "vocab_size"):
+        value = getattr(config.model, name)
+        _require(value % 16 == 0, f"head_loss.precision=fp8 with model.{name}={value}", "a multiple of 16, as fp8 products need")
 
 
 def _check_model(model: ModelConfig) -> None:

@@ -33,6 +33,7 @@ from megamtp.training.metrics import FILE as METRICS
 from megamtp.training.metrics import records_until
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+FLOAT8_CAPABILITY = (8, 9)  # the first GPUs with fp8 products
 PROBE_BYTES = 65536  # that must fit before a run begins: a configuration and some metrics
 
 
@@ -78,6 +79,8 @@ def check(config: Config, place: Place) -> Job:
     deepspeed_config(config, place.world_size)
     if config.train.precision == "fp16" and not torch.cuda.is_available():
         raise InputError("train.precision=fp16 without a GPU; expected fp32 or bf16: DeepSpeed's fp16 needs a GPU")
+    if config.head_loss.precision == "fp8":
+        _check_float8()
     if config.data.tokenizer:
         _check_tokenizer(config)
     train = _windows(config, config.data.train)
@@ -121,6 +124,16 @@ def _windows(config: Config, prefix: str) -> Windows:
     windows = Windows(IndexedDataset(prefix), config.train.sequence_length, config.model.num_future_tokens, seed=config.train.seed)
     windows.check_vocabulary(config.model.vocab_size)
     return windows
+
+
+def _check_float8() -> None:
+    if not torch.cuda.is_available():
+        found = "without a GPU"
+    elif torch.cuda.get_device_capability() < FLOAT8_CAPABILITY:
+        found = f"on {torch.cuda.get_device_name()}"
+    else:
+        return
+    raise InputError(f"head_loss.precision=fp8 {found}; expected one that multiplies fp8 (H100, H200 or later): leave it null")
 
 
 def _check_tokenizer(config: Config) -> None:

@@ -28,6 +28,7 @@ class Card:
         attention_flops: FLOP/s of attention, causal products counted at half.
         element_seconds: seconds that one element of the residual stream costs a layer beside them, forward and backward.
         memory_bandwidth: bytes/s.
+        float8_speedup: rate of the loss's fp8 products over that of the same in bf16.
     """
 
     memory_bytes: float
@@ -36,12 +37,13 @@ class Card:
     element_seconds: float
     memory_bandwidth: float
     multiprocessors: int
+    float8_speedup: float
 
 
 # Fitted to the "plain" steps of tools/results/overhead*.json (H100 80GB HBM3, 2026-11-25). An H200 computes alike and holds more.
 CARDS = {
-    "h100": Card(79e9, 720e12, 173e12, 0.235e-12, 2.8e12, 132),
-    "h200": Card(140e9, 720e12, 173e12, 0.235e-12, 4.0e12, 132),
+    "h100": Card(79e9, 720e12, 173e12, 0.235e-12, 2.8e12, 132, 1.8),
+    "h200": Card(140e9, 720e12, 173e12, 0.235e-12, 4.0e12, 132, 1.8),
 }
 
 
@@ -95,6 +97,9 @@ def _memory(config: Config, world_size: int) -> dict[str, float]:
     trunk = model.num_trunk_layers
     boundaries = 2 * tokens * model.dim * trunk
     rows = config.head_loss.chunk_rows or default_chunk_rows(model.vocab_size, bytes_per_logit=2)
+    # dW in fp32 and as it is sent, and a chunk of logits; in fp8 also two copies of the weight, and one of the chunk's gradient.
+    head_loss = 3 * vocabulary + 2 * rows * model.vocab_size
+    head_loss += vocabulary + rows * model.vocab_size if _float8_heads(config) else 0
     on_device = 0 if config.engine.offload_optimizer else 1
     return {
         "weights": 0 if config.engine.offload_parameters else 2 * share,
@@ -104,7 +109,7 @@ def _memory(config: Config, world_size: int) -> dict[str, float]:
         "gradients on their way": layer,
         "activations": (boundaries + saved if config.train.activation_checkpointing else (trunk + 1) * saved),
         "a layer's backward": 13 * tokens * model.hidden_dim,
-        "head loss": 3 * vocabulary + 2 * rows * model.vocab_size,  # dW in fp32 and as it is sent, and a chunk of logits
+        "head loss": head_loss,
     }
 
 
@@ -117,7 +122,11 @@ def _micro_batch_seconds(config: Config, world_size: int, card: Card) -> tuple[f
         + 2 * length * model.dim / card.attention_flops
         + model.dim * card.element_seconds / 3
     )
-    losses = model.num_future_tokens * 6 * tokens * model.vocab_size * model.dim / card.matrix_flops
+    product = 2 * tokens * model.vocab_size * model.dim / card.matrix_flops
+    float8_heads = _float8_heads(config)
+    losses = 3 * product * model.num_future_tokens - 2 * product * float8_heads * (1 - 1 / card.float8_speedup)
+    if float8_heads:  # the weight is read for its largest element, and to be written twice, in 8 bits
+        losses += 6 * model.vocab_size * model.dim / card.memory_bandwidth
     again = model.num_trunk_layers * forward if config.train.activation_checkpointing else 0.0
     compute = 3 * model.num_layers * forward + losses + again
 
@@ -131,6 +140,10 @@ def _micro_batch_seconds(config: Config, world_size: int, card: Card) -> tuple[f
     communicating = min(1.0, (2 * gather + reduction) * model.num_layers / compute)
     taken = compute * communicating * config.cluster.communication_sms / card.multiprocessors if world_size > 1 else 0.0
     return compute, ends + between + taken
+
+
+def _float8_heads(config: Config) -> int:
+    return sum(config.head_loss.in_float8(index) for index in range(config.model.num_future_tokens))
 
 
 def fitting(config: Config, world_size: int, card: Card) -> tuple[str, Config, int] | None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megamtp.losses.float8 import GRADIENT, GRADIENT_SCALE, Float8Weight
 from megamtp.losses.softmax_gradient import negative_log_likelihood_, softmax_gradient_
 
 MAX_CHUNK_BYTES, MAX_CHUNK_ROWS = 2**30, 4096
@@ -51,6 +52,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     chunk_rows: int | None = None,
     shared_gradient: SharedGradient | None = None,
+    float8_weight: Float8Weight | None = None,
 ) -> tuple[Tensor, Tensor]:
     """scale * sum over rows of (-log softmax(H W^T)[target] + z_loss * logsumexp^2), and the bare sum of the first term.
 
@@ -65,6 +67,9 @@ def linear_cross_entropy(
         chunk_rows: rows whose logits are alive at a time; None: see default_chunk_rows. On a GPU they are in the model's dtype;
             on a CPU in fp32, and once more in 16 bits if the model is.
         shared_gradient: the accumulator of dW when the weight has several uses; None if this is the only one.
+        float8_weight: run logits and dH in fp8, with these copies of the weight, which are made if no earlier use has; hidden and
+            weight in bf16, D and V multiples of 16. One byte more for each logit of a chunk. Where nothing is to be learned the
+            loss stays in the model's dtype, so that evaluations compare.
 
     Returns:
         (loss, nll_sum): scalars in fp32 (fp64 for fp64). Only `loss` is differentiable, with respect to hidden and weight, once.
@@ -77,7 +82,7 @@ def linear_cross_entropy(
     )
     chunk_rows = chunk_rows or default_chunk_rows(len(weight_VD), hidden_ND.element_size())
     options = _Options(scale, seed, z_loss, chunk_rows)
-    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, options, sinks)
+    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, options, sinks, float8_weight if sinks.wanted else None)
 
 
 @dataclass(frozen=True)
@@ -95,13 +100,20 @@ class _Sinks:
     hidden_ND: Tensor | None
     weight: SharedGradient | None
 
+    @property
+    def wanted(self) -> bool:
+        return self.hidden_ND is not None or self.weight is not None
+
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, targets_N, options, sinks):
+    def forward(ctx, hidden_ND, weight_VD, targets_N, options, sinks, float8_weight):
+        if float8_weight:
+            float8_weight.make_once(weight_VD)
         nll_sum, z_sum = torch.zeros(2, dtype=_wide(hidden_ND.dtype), device=hidden_ND.device)
         for start in range(0, len(hidden_ND), options.chunk_rows):
-            chunk_nll, chunk_z = _chunk(hidden_ND, weight_VD, targets_N, slice(start, start + options.chunk_rows), options, sinks)
+            rows = slice(start, start + options.chunk_rows)
+            chunk_nll, chunk_z = _chunk(hidden_ND, weight_VD, targets_N, rows, options, sinks, float8_weight)
             nll_sum += chunk_nll
             z_sum += chunk_z
         ctx.save_for_backward(sinks.hidden_ND)
@@ -119,7 +131,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if d_weight_VD is not None:
             rounded_VD = torch.empty_like(d_weight_VD, dtype=ctx.weight_dtype)
             d_weight_VD = torch.mul(d_weight_VD, factor, out=rounded_VD)
-        return d_hidden_ND, d_weight_VD, None, None, None
+        return d_hidden_ND, d_weight_VD, None, None, None, None
 
 
 def default_chunk_rows(vocab_size: int, bytes_per_logit: int) -> int:
@@ -134,22 +146,27 @@ def default_chunk_rows(vocab_size: int, bytes_per_logit: int) -> int:
 
 
 def _chunk(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, rows: slice, options: _Options, sinks: _Sinks
-) -> tuple[Tensor, Tensor]:
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, rows: slice, options: _Options, sinks: _Sinks,
+    float8_weight: Float8Weight | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(summed nll, summed squared log-partition) of some rows; adds their gradients to the sinks. Its logits die with the call."""
     hidden_CD, targets_C = hidden_ND[rows], targets_N[rows]
-    logits_CV = hidden_CD @ weight_VD.T
+    logits_CV = float8_weight.logits(hidden_CD) if float8_weight else hidden_CD @ weight_VD.T
     if not hidden_CD.is_cuda:
         logits_CV = logits_CV.to(
             _wide(logits_CV.dtype)
         )  # torch's operations, unlike the kernel, compute in the dtype they are given
-    if sinks.hidden_ND is None and not sinks.weight:
+    if not sinks.wanted:
         nll_C, log_partition_C, valid_C = negative_log_likelihood_(logits_CV.to(_wide(logits_CV.dtype)), targets_C)
         return nll_C.sum(), (log_partition_C.square() * valid_C).sum()
-    nll_C, squared_C = softmax_gradient_(logits_CV, targets_C, options.scale * options.seed, options.z_loss)
+    factor = options.scale * options.seed
+    gradient8_CV = torch.empty_like(logits_CV, dtype=GRADIENT) if float8_weight and sinks.hidden_ND is not None else None
+    nll_C, squared_C = softmax_gradient_(logits_CV, targets_C, factor, options.z_loss, gradient8_CV, GRADIENT_SCALE)
     gradient_CV = logits_CV.to(hidden_ND.dtype)
     del logits_CV
-    if sinks.hidden_ND is not None:
+    if gradient8_CV is not None:
+        float8_weight.hidden_gradient(gradient8_CV, factor, out=sinks.hidden_ND[rows])
+    elif sinks.hidden_ND is not None:
         torch.mm(gradient_CV, weight_VD, out=sinks.hidden_ND[rows])
     if sinks.weight:
         sinks.weight.add_product(gradient_CV.T, hidden_CD)

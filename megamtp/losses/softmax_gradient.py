@@ -13,18 +13,26 @@ IGNORED = -100  # a target that counts for nothing; torch's own convention
 BLOCK = 16384  # columns that a kernel program holds at a time
 
 
-def softmax_gradient_(logits_CV: Tensor, targets_C: Tensor, factor: float, z_loss: float) -> tuple[Tensor, Tensor]:
+def softmax_gradient_(
+    logits_CV: Tensor, targets_C: Tensor, factor: float, z_loss: float, copy_CV: Tensor | None = None, copy_scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Overwrites `logits_CV` with factor * d(nll + z_loss * log_partition^2)/d logits; zero in rows whose target is IGNORED.
+
+    Args:
+        copy_CV: receives the same with copy_scale in the place of factor, in its own dtype.
 
     Returns:
         (nll, squared log-partition): [C] in fp32 (fp64 for fp64), both 0 where the target is IGNORED.
     """
     if logits_CV.is_cuda and logits_CV.dtype != torch.float64:
-        return _triton(logits_CV, targets_C, factor, z_loss)
+        return _triton(logits_CV, targets_C, factor, z_loss, copy_CV, copy_scale)
     nll_C, log_partition_C, valid_C = negative_log_likelihood_(logits_CV, targets_C)
-    factors_C = valid_C.to(logits_CV.dtype) * factor
-    logits_CV.mul_((factors_C * (1 + 2 * z_loss * log_partition_C))[:, None])
-    logits_CV.scatter_add_(1, targets_C.where(valid_C, 0)[:, None], -factors_C[:, None])
+    ones_C = valid_C.to(logits_CV.dtype)
+    logits_CV.mul_((ones_C * (1 + 2 * z_loss * log_partition_C))[:, None])
+    logits_CV.scatter_add_(1, targets_C.where(valid_C, 0)[:, None], -ones_C[:, None])
+    if copy_CV is not None:
+        copy_CV.copy_(logits_CV * copy_scale)
+    logits_CV.mul_(factor)
     return nll_C, log_partition_C.square() * valid_C
 
 
@@ -39,11 +47,13 @@ def negative_log_likelihood_(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tens
     return (log_partition_C - target_logits_C).where(valid_C, 0.0), log_partition_C, valid_C
 
 
-def _triton(logits_CV: Tensor, targets_C: Tensor, factor: float, z_loss: float) -> tuple[Tensor, Tensor]:
+def _triton(
+    logits_CV: Tensor, targets_C: Tensor, factor: float, z_loss: float, copy_CV: Tensor | None, copy_scale: float
+) -> tuple[Tensor, Tensor]:
     nll_C, squared_C = torch.empty(2, len(logits_CV), dtype=torch.float32, device=logits_CV.device)
     num_columns = logits_CV.shape[1]
     _kernel()[(len(logits_CV),)](
-        logits_CV, targets_C, nll_C, squared_C, num_columns, logits_CV.stride(0), factor, z_loss,
+        logits_CV, targets_C, nll_C, squared_C, copy_CV, num_columns, logits_CV.stride(0), factor, z_loss, copy_scale,
         ignored=IGNORED, block=BLOCK, num_warps=16,
     )  # fmt: skip
     return nll_C, squared_C
@@ -52,12 +62,15 @@ def _triton(logits_CV: Tensor, targets_C: Tensor, factor: float, z_loss: float) 
 @functools.cache
 def _kernel():
     """One program a row: the first loop finds the largest logit and the partition function (online, Milakov and Gimelshein 2018,
-    arXiv:1805.02867, algorithm 3); the second, whose reads come from the cache, writes the gradient."""
+    arXiv:1805.02867, algorithm 3); the second, whose reads come from the cache, writes the gradient and its copy."""
     import triton
     import triton.language as tl
 
     @triton.jit
-    def kernel(logits, targets, nll, squared, num_columns, stride, factor, z_loss, ignored: tl.constexpr, block: tl.constexpr):
+    def kernel(
+        logits, targets, nll, squared, copy, num_columns, stride, factor, z_loss, copy_scale,
+        ignored: tl.constexpr, block: tl.constexpr,
+    ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         logits += row * stride
         target = tl.load(targets + row)
@@ -73,13 +86,15 @@ def _kernel():
         target_logit = tl.load(logits + tl.where(valid, target, 0)).to(tl.float32)
         tl.store(nll + row, tl.where(valid, log_partition - target_logit, 0.0))
         tl.store(squared + row, tl.where(valid, log_partition * log_partition, 0.0))
-        row_factor = tl.where(valid, factor, 0.0)
-        scale = row_factor * (1 + 2 * z_loss * log_partition) / partition
+        one = tl.where(valid, 1.0, 0.0)
+        scale = one * (1 + 2 * z_loss * log_partition) / partition
         tl.debug_barrier()  # all have read the target's logit before anyone overwrites it
         for start in range(0, num_columns, block):
             inside = start + columns < num_columns
             values = tl.load(logits + start + columns, mask=inside, other=-float("inf")).to(tl.float32)
-            gradient = scale * tl.exp(values - largest) - tl.where(start + columns == target, row_factor, 0.0)
-            tl.store(logits + start + columns, gradient.to(logits.dtype.element_ty), mask=inside)
+            gradient = scale * tl.exp(values - largest) - tl.where(start + columns == target, one, 0.0)
+            tl.store(logits + start + columns, (factor * gradient).to(logits.dtype.element_ty), mask=inside)
+            if copy is not None:
+                tl.store(copy + row * num_columns + start + columns, (copy_scale * gradient).to(copy.dtype.element_ty), mask=inside)
 
     return kernel

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from megamtp.config import HeadLossConfig, ModelConfig
+from megamtp.losses.float8 import Float8Weight
 from megamtp.losses.linear_cross_entropy import SharedGradient
 from megamtp.losses.sequential import HeadPhase, SequentialHeadLoss
 from megamtp.model.heads import Unembedding
@@ -63,7 +64,7 @@ class MTPModel(nn.Module):
             (loss, nll_sums [n]): the sum over heads of scale * cross-entropy, and each head's bare summed negative log-likelihood.
         """
         z_BTD = self.z(inputs_BT)
-        shared_gradient = SharedGradient(num_uses=len(self.heads))
+        shared_gradient, float8_weight = SharedGradient(num_uses=len(self.heads)), Float8Weight()
         seed = self.head_phase.seed()
 
         def head_loss(index: int, z_BTD: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,6 +76,7 @@ class MTPModel(nn.Module):
                 z_loss=self.head_loss_config.z_loss,
                 chunk_rows=self.head_loss_config.chunk_rows,
                 shared_gradient=shared_gradient,
+                float8_weight=float8_weight if self.head_loss_config.in_float8(index) else None,
             )
 
         if self.schedule == "sequential" and z_BTD.requires_grad:

@@ -50,6 +50,7 @@ def paper_config(size: str, n: int) -> Config:
         ("model.num_attention_heads=3", ["model.num_attention_heads=3", "multiple"]),
         ("model.num_key_value_heads=3", ["model.num_key_value_heads=3", "divisor"]),
         ("head_loss.weights=[1,2]", ["2 numbers", "4"]),
+        ("head_loss.precision=fp4", ["head_loss.precision=fp4", "null or fp8"]),
         ("optimizer.lr=nan", ["optimizer.lr=nan", "0 or more"]),
         ("train.micro_batch_size=3", ["train.global_batch_tokens=1024", "multiple of 384"]),
         ("engine.kind=zero2", ["engine.kind=zero2", "zero3 or zero1"]),
@@ -64,6 +65,28 @@ def test_bad_settings_are_named_in_one_line(argument, words):
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("train.precision=fp32", "head_loss.precision=fp8 with train.precision=fp32; expected train.precision=bf16"),
+        ("train.precision=fp16", "head_loss.precision=fp8 with train.precision=fp16; expected train.precision=bf16"),
+        ("model.vocab_size=100", "head_loss.precision=fp8 with model.vocab_size=100; expected a multiple of 16"),
+        ("model.dim=136", "head_loss.precision=fp8 with model.dim=136; expected a multiple of 16"),
+    ],
+)
+def test_what_fp8_cannot_do_is_named(argument, words):
+    good = [*GOOD, "model.vocab_size=96", "head_loss.precision=fp8"]
+    assert read_config(good).head_loss.in_float8(0)
+    with pytest.raises(InputError, match=words):
+        read_config([*good, argument])
+
+
+def test_heads_in_fp8():
+    further = read_config([*GOOD, "model.vocab_size=96", "head_loss.precision=fp8", "head_loss.fp8_first_head=false"])
+    assert [further.head_loss.in_float8(index) for index in range(3)] == [False, True, True]
+    assert not read_config(GOOD).head_loss.in_float8(1)
 
 
 def test_missing_key_is_named():

@@ -68,6 +68,16 @@ def test_slower_networks_are_exposed():
     assert slow.exposed > 5 * fast.exposed
 
 
+def test_fp8_losses_take_memory_for_time():
+    plain, further, all_heads = (
+        plan(config_of("6.7b", 4, *settings), 64, CARDS["h100"])
+        for settings in ([], ["head_loss.precision=fp8", "head_loss.fp8_first_head=false"], ["head_loss.precision=fp8"])
+    )
+    weight, chunk = 2 * 32000 * 4096, 4096 * 32000
+    assert all_heads.peak_bytes - plain.peak_bytes == further.peak_bytes - plain.peak_bytes == weight + chunk
+    assert all_heads.compute < further.compute < plain.compute
+
+
 def test_the_nearest_configuration_that_fits_does_fit():
     config = config_of("13b", 4)
     assert plan(config, 8, CARDS["h100"]).peak_bytes > CARDS["h100"].memory_bytes

@@ -1,0 +1,60 @@
+"""tools/benchmarks/learning.py on invented metrics: what is read, the table, the picture."""
+
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megamtp.errors import InputError
+
+TOOLS = Path(__file__).parents[2] / "tools"
+STEPS = 240
+
+
+@pytest.fixture
+def learning(monkeypatch):
+    monkeypatch.syspath_prepend(str(TOOLS))
+    return importlib.import_module("benchmarks.learning")
+
+
+def write_metrics(path: Path, factor: float, steps: int = STEPS) -> Path:
+    """Two heads, whose losses fall from 10 to 4 and 5 times the factor for the last hundred steps."""
+    lines = []
+    for step in range(1, steps + 1):
+        losses = [factor * max(last, 10 - 0.05 * step) for last in (4.0, 5.0)]
+        lines.append({"kind": "train", "step": step, "losses": losses})
+        if step % 60 == 0:
+            lines.append({"kind": "validation", "step": step, "losses": [loss + 0.5 for loss in losses]})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_the_table_compares_with_the_first(learning, tmp_path):
+    learned = {name: learning.read(write_metrics(tmp_path / name, factor), STEPS) for name, factor in (("bf16", 1), ("fp8", 1.002))}
+    *_, one, two = learning.table(learned).splitlines()
+    assert one == "| fp8 | 1 | 4.0080 | +0.20% | 4.5080 | +0.18% |"
+    assert two == "| fp8 | 2 | 5.0100 | +0.20% | 5.5100 | +0.18% |"
+    first = learning.results(learned)[0]
+    assert first["training_difference"] == first["validation_difference"] == 0
+    assert len(first["curve"]) == STEPS // learning.POINT_STEPS
+    assert first["curve"][0] == pytest.approx(np.mean([10 - 0.05 * step for step in range(1, 21)]), abs=1e-4)
+
+
+def test_the_picture(learning, tmp_path):
+    learned = {name: learning.read(write_metrics(tmp_path / name, 1 + i / 500), STEPS) for i, name in enumerate(learning.VARIANTS)}
+    learning.draw(learned, tmp_path / "learning.png")
+    content = (tmp_path / "learning.png").read_bytes()
+    assert content.startswith(b"\x89PNG\r\n\x1a\n") and len(content) > 20_000
+
+
+def test_an_unfinished_run_is_named(learning, tmp_path):
+    path = write_metrics(tmp_path / "metrics.jsonl", 1.0, steps=STEPS - 1)
+    with pytest.raises(InputError, match=f"holds 239 of {STEPS} steps"):
+        learning.read(path, STEPS)
+
+
+def test_a_missing_corpus_is_named(learning, tmp_path):
+    with pytest.raises(InputError, match="see --prepare"):
+        learning.main(["--data", str(tmp_path), "--output", str(tmp_path)])

@@ -1,0 +1,167 @@
+"""Whether fp8 losses learn as well as bf16's: the 0.3B model with 4 heads, trained on the same data from the same weights.
+
+    python tools/benchmark.py learning --prepare TEXT ... --data corpus --output results
+
+Each training is a run of megamtp.pretrain in --runs: called again, what was interrupted goes on, and what is finished is only read.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+
+from benchmarks import output
+from megamtp.commands.command_line import Parser
+from megamtp.data.corpus import SUMMARY
+from megamtp.errors import InputError
+from megamtp.training.metrics import FILE as METRICS
+from megamtp.training.metrics import records_until
+
+ROOT = Path(__file__).parents[2]
+VARIANTS = {
+    "bf16": [],
+    "fp8": ["head_loss.precision=fp8"],
+    "fp8-further": ["head_loss.precision=fp8", "head_loss.fp8_first_head=false"],
+}
+LAST_STEPS = 100  # whose mean is the final training loss
+POINT_STEPS = 20  # whose mean is one point of a curve
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Losses [steps, heads] of one training, and the last validation's [heads]."""
+
+    training: np.ndarray
+    validation: np.ndarray
+
+    @property
+    def final(self) -> np.ndarray:
+        return self.training[-LAST_STEPS:].mean(0)
+
+    @property
+    def curve(self) -> np.ndarray:
+        """[points, heads]"""
+        points = len(self.training) // POINT_STEPS
+        return self.training[: points * POINT_STEPS].reshape(points, POINT_STEPS, self.training.shape[1]).mean(1)
+
+
+def main(arguments: list[str]) -> None:
+    """Raises InputError."""
+    parser = Parser(__doc__)
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="a corpus of prepare_data")
+    parser.add_argument("--prepare", nargs="+", metavar="PATH", help="text to make it of, if it is not there yet")
+    parser.add_argument("--vocab-size", type=int, default=32000, help="of the corpus that is made [32000]")
+    parser.add_argument(
+        "--variants", nargs="+", default=["bf16", "fp8"], choices=VARIANTS, help="the first is what others are compared to"
+    )
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings of all trainings")
+    parser.add_argument("--runs", type=Path, default=Path("runs/learning"), help="folder of the trainings [runs/learning]")
+    parser.add_argument("--output", type=Path, default=Path("results"))
+    options = parser.parse_args(arguments)
+    if options.prepare:
+        _call("megamtp.commands.prepare_data", "--input", *options.prepare, "--output", str(options.data),
+              "--vocab-size", str(options.vocab_size))  # fmt: skip
+    learned = {}
+    for name in options.variants:
+        run = options.runs / name
+        _call("megamtp.pretrain", *_settings(options.data, run, options.steps), *VARIANTS[name], *options.set)
+        learned[name] = read(run / METRICS, options.steps)
+    settings = {
+        "model": "0.3B, n = 4",
+        "steps": options.steps,
+        "tokens a step": 8192,
+        "training loss": f"mean of the last {LAST_STEPS}",
+    }
+    output.write(options.output, "learning", settings, results(learned), table(learned))
+    draw(learned, options.output / "learning.png")
+
+
+def _call(module: str, *arguments: str) -> None:
+    status = subprocess.run([sys.executable, "-m", module, *arguments]).returncode
+    if status:
+        raise InputError(f"{module} ended with status {status}; mend what it said and call again, to go on from there")
+
+
+def _settings(data: Path, run: Path, steps: int) -> list[str]:
+    """A thousandth of the paper's batch and its learning rate, warmed up over a tenth of the steps."""
+    try:
+        vocab_size = json.loads((data / SUMMARY).read_text())["vocab_size"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{data / SUMMARY} cannot be read ({error}); expected a corpus of prepare_data: see --prepare") from None
+    return [
+        str(ROOT / "configs/0.3b_n4.yaml"), f"model.vocab_size={vocab_size}", f"data.train={data}/train",
+        f"data.validation={data}/validation", f"run.directory={run}", f"train.steps={steps}",
+        "train.global_batch_tokens=8192", "train.micro_batch_size=4", "train.sequence_length=2048", "engine.kind=zero1",
+        f"optimizer.warmup_steps={steps // 10}", f"run.evaluate_every_steps={max(1, steps // 10)}", "run.evaluation_windows=64",
+        f"run.save_every_steps={max(1, steps // 2)}", "run.keep_checkpoints=1", "run.tensorboard=false",
+    ]  # fmt: skip
+
+
+def read(path: Path, steps: int) -> Learned:
+    """Raises InputError if the run has not come to its last step."""
+    records = [json.loads(line) for line in records_until(path, steps)]
+    training = np.array([record["losses"] for record in records if record["kind"] == "train"])
+    validations = [record for record in records if record["kind"] == "validation"]
+    if len(training) != steps or not validations or validations[-1]["step"] != steps:
+        raise InputError(f"{path} holds {len(training)} of {steps} steps and their validation; call again to go on")
+    return Learned(training, np.array(validations[-1]["losses"]))
+
+
+def results(learned: dict[str, Learned]) -> list[dict]:
+    """Of each variant and head: losses in nats per token, differences relative to the first variant, and the training's curve."""
+    first = next(iter(learned.values()))
+    return [
+        {
+            "variant": name,
+            "head": head + 1,
+            "training": float(found.final[head]),
+            "training_difference": float(found.final[head] / first.final[head] - 1),
+            "validation": float(found.validation[head]),
+            "validation_difference": float(found.validation[head] / first.validation[head] - 1),
+            "steps_a_point": POINT_STEPS,
+            "curve": found.curve[:, head].round(4).tolist(),
+        }
+        for name, found in learned.items()
+        for head in range(len(found.validation))
+    ]
+
+
+def table(learned: dict[str, Learned]) -> str:
+    header = ["losses", "head", "training loss", "difference", "validation loss", "difference"]
+    return output.table(header, [
+        [
+            r["variant"], str(r["head"]), f"{r['training']:.4f}", f"{r['training_difference']:+.2%}",
+            f"{r['validation']:.4f}", f"{r['validation_difference']:+.2%}",
+        ]
+        for r in results(learned)
+    ])  # fmt: skip
+
+
+def draw(learned: dict[str, Learned], path: Path) -> None:
+    """The curves of all variants in one picture, and beside it how far they lie from the first one's."""
+    (first_name, first), *others = learned.items()
+    figure = Figure(figsize=(11, 5), dpi=150, layout="constrained")
+    losses, differences = figure.subplots(1, 2)
+    steps = POINT_STEPS * np.arange(1, len(first.curve) + 1)
+    colors = colormaps["viridis"](np.linspace(0.05, 0.8, first.curve.shape[1]))
+    for (name, found), style in zip(learned.items(), ("-", "--", ":"), strict=False):
+        for head, color in enumerate(colors):
+            losses.plot(steps, found.curve[:, head], style, color=color, linewidth=1.2, label=f"head {head + 1}, {name}")
+    for (name, found), style in zip(others, ("--", ":"), strict=False):
+        for head, color in enumerate(colors):
+            relative = 100 * (found.curve[:, head] / first.curve[:, head] - 1)
+            differences.plot(steps, relative, style, color=color, linewidth=1.2, label=f"head {head + 1}, {name}")
+    losses.set(xlabel="optimizer step", ylabel="training loss, nats per token", title="0.3B, n = 4")
+    differences.set(xlabel="optimizer step", ylabel=f"training loss over {first_name}'s, %", title=f"difference from {first_name}")
+    differences.axhline(0, color="0.5", linewidth=0.8)
+    for axes in (losses, differences):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    losses.legend(frameon=False, fontsize="small")
+    figure.savefig(path)
