@@ -2,9 +2,9 @@
 
     python tools/benchmark.py loss --output results
 
-Extra memory is what is alive besides inputs, dH and one sum of dW. "One of 4 heads": a quarter of the time of four losses that share
-dW and, in fp8, the quantised weight. liger-kernel and cut-cross-entropy take part where installed. The losses take turns, on random
-weights; cut-cross-entropy, which skips what it can, also where the softmax has a peak.
+Extra memory is what is alive besides inputs, dH and one sum of dW. "One of 4 heads": a quarter of the time of four losses that
+share dW and, in fp8, the quantised weight. liger-kernel and cut-cross-entropy take part where installed. The losses take turns, on
+random weights; cut-cross-entropy, which skips what it can, also where the softmax has a peak.
 """
 
 import statistics
