@@ -4,7 +4,7 @@ from typing import Any
 
 from megamtp.config import Config
 from megamtp.errors import InputError
-from megamtp.model.cost import layer_parameters
+from megamtp.model.cost import layer_parameters, unembedding_parameters
 
 # DeepSpeed settings that may be passed through: none of them changes what is trained, unless it is named below.
 PASSED_ON = ("zero_optimization", "fp16", "bf16", "data_types", "wall_clock_breakdown", "memory_breakdown", "comms_logger")
@@ -90,7 +90,7 @@ def _zero_settings(config: Config) -> dict[str, Any]:
     if engine.offload_optimizer:
         settings["offload_optimizer"] = {"device": "cpu"}
     if engine.kind == "zero3":
-        layer, unembedding = layer_parameters(model), model.vocab_size * model.dim + model.dim
+        layer, unembedding = layer_parameters(model), unembedding_parameters(model)
         settings |= {
             "stage3_prefetch_bucket_size": layer,  # one layer ahead: head i + 1 arrives while head i computes
             "stage3_max_live_parameters": 3 * layer + unembedding,  # a trunk layer, two heads and the unembedding
