@@ -26,7 +26,7 @@ from megamtp.model.cost import (
     unembedding_parameters,
 )
 
-FEW_MICRO_BATCHES = 4  # per stage; from there on the bubble is small. Source: Huang et al. 2019, arXiv:1811.06965, section 2.3
+ENOUGH_MICRO_BATCHES = 4  # per stage, for the bubble to be small. Source: Huang et al. 2019, arXiv:1811.06965, section 2.3
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,9 @@ class Partition:
         return 1 - self.micro_batches * sum(forward + backward) / (len(self.stages) * end)
 
     @property
-    def too_few_micro_batches(self) -> bool:
-        return self.micro_batches < FEW_MICRO_BATCHES * len(self.stages)
+    def enough_micro_batches(self) -> int:
+        """From which on the bubble is small."""
+        return ENOUGH_MICRO_BATCHES * len(self.stages)
 
     def summary(self) -> str:
         """A line for each stage, and one for the whole."""
@@ -86,7 +87,7 @@ class Partition:
             parts = ["embedding"] if index == 0 else []
             trunk = range(stage.first, min(stage.end, num_trunk_layers))
             parts += [f"trunk {_span(trunk)}"] if trunk else []
-            parts += [f"head{'s'[: len(stage.heads) - 1]} {_span(stage.heads)}"] if stage.heads else []
+            parts += [f"{'head' if len(stage.heads) == 1 else 'heads'} {_span(stage.heads)}"] if stage.heads else []
             memory = sum(stage.memory_bytes.values()) / 2**30
             lines.append(f"stage {index}: {stage.flops / total:6.1%} of FLOPs, {memory:7.2f} GiB: {', '.join(parts)}")
         lines.append(

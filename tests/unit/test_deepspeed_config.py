@@ -10,7 +10,7 @@ from tests.cases import small_config
 @pytest.mark.parametrize("kind", ["zero1", "zero3"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_what_deepspeeds_defaults_would_change_silently_is_said(kind, precision):
-    settings = deepspeed_config(small_config(2, 3, engine__kind=kind, train__precision=precision), world_size=2)
+    settings = deepspeed_config(small_config(2, 3, engine__kind=kind, train__precision=precision), data_parallel_size=2)
     assert settings["data_types"] == {"grad_accum_dtype": "fp32"}
     assert settings["gradient_clipping"] == 1.0
     assert settings["gradient_accumulation_steps"] == 3
