@@ -449,6 +449,12 @@ def _check_pipeline(config: Config) -> None:
     for name, only in others.items():
         value = getattr(engine, name)
         _require(value == only, f"engine.{name}={value} with engine.kind=pipeline", f"{only}, for the pipeline does nothing else")
+    zero = engine.deepspeed.get("zero_optimization")
+    for name in zero if isinstance(zero, dict) else ():
+        _require(
+            not str(name).startswith("stage"), f"engine.deepspeed.zero_optimization.{name} with engine.kind=pipeline",
+            "engine.kind=zero3: a pipeline has ZeRO-1",
+        )  # fmt: skip
     _require(config.train.precision != "fp16", "train.precision=fp16 with engine.kind=pipeline", "bf16 or fp32")
     _require(config.cluster.emulate is None, "cluster.emulate with engine.kind=pipeline", "zero3: stages are not emulated")
 
