@@ -415,7 +415,7 @@ def _check(config: Config) -> None:
 
 
 def _check_pipeline(config: Config) -> None:
-    """The stages of engine.kind=pipeline, and that nothing is asked for that it does not do."""
+    """The stages of engine.kind=pipeline; no other kind has any."""
     engine, num_layers = config.engine, config.model.num_layers
     if engine.kind != "pipeline":
         for name in ("num_stages", "stage_layers", "stage_memory_bytes"):
@@ -442,6 +442,12 @@ def _check_pipeline(config: Config) -> None:
         _require(
             limit is None, "engine.stage_memory_bytes with engine.stage_layers", "one of them: a limit is for cuts that are chosen"
         )
+    _check_only_pipeline(config)
+
+
+def _check_only_pipeline(config: Config) -> None:
+    """Nothing is asked for that the pipeline engine does not do."""
+    engine = config.engine
     others = {
         "offload_parameters": False, "offload_optimizer": False, "param_persistence_threshold": 0, "communication": "grouped",
         "head_schedule": "sequential",

@@ -63,8 +63,7 @@ class PipelineEngine:
             # Weights under MTPModel's names, as DeepSpeed's other engines save them; its pipeline's own are of numbered layers.
             setattr(self.engine, name, getattr(super(DeepSpeedPipelineEngine, self.engine), name))
         self.model.head_phase = SeededHeads(self.engine)
-        if self.model.copies:
-            SharedUnembedding(self.engine, self.model, self.data_parallel_size)
+        self.engine._INSTRUCTION_MAP = self.engine._INSTRUCTION_MAP | {schedule.ReduceTiedGrads: self._reduce_unembedding}
         if self.rank == 0:
             self._report()
 
@@ -114,6 +113,22 @@ class PipelineEngine:
             )
         load_state(self.engine, directory, self.rank)
 
+    def _reduce_unembedding(self, engine: DeepSpeedPipelineEngine) -> None:
+        """Sums the gradients of all copies of the unembedding, once a step: when this stage has sent its last gradient upstream.
+
+        The stages before it still have backward passes to run then, which hide the transfer. Over the stages of all pipelines in
+        one: so all copies get the same bits, and stay equal. DeepSpeed's own, over the stages of one pipeline, leaves the sum over
+        pipelines to each stage's reduction, which may add in another order on another stage.
+
+        Source: deepspeed/runtime/pipe/engine.py, _exec_reduce_tied_grads; schedule.py, TrainSchedule.
+        """
+        if not self.model.copies:
+            return
+        for parameter in self.model.unembedding.parameters():
+            gradient = parameter._hp_grad if isinstance(engine.optimizer, BF16_Optimizer) else parameter.grad
+            gradient /= self.data_parallel_size  # the reduction over pipelines that follows finds their sum, and averages it
+            dist.all_reduce(gradient, group=self.model.copies)
+
     def _report(self) -> None:
         print(self.cut.summary(), flush=True)
         if self.cut.micro_batches < self.cut.enough_micro_batches:
@@ -137,49 +152,6 @@ class SeededHeads(HeadPhase):
 
     def seed(self) -> float:
         return backward_seed(self.engine)
-
-
-class SharedUnembedding:
-    """One all-reduce of the unembedding's gradient over all its copies, instead of DeepSpeed's over the stages of one pipeline.
-
-    It starts before the backward pass of the last micro-batch and is awaited after it. Then all stages have run their heads for the
-    last time, for the gradient of the last micro-batch has come from the last stage; and the first stages' backward passes, the
-    bubble of the last ones, hide it. Over all copies in one: so that all get the same bits, and stay equal. DeepSpeed's order, over
-    stages and then, among other parameters, over pipelines, may add up copies in different orders.
-
-    Source: deepspeed/runtime/pipe/engine.py, _exec_reduce_tied_grads.
-    """
-
-    def __init__(self, engine: DeepSpeedPipelineEngine, stage: PipelineStage, data_parallel_size: int):
-        self.parameters, self.group, self.data_parallel_size = (
-            list(stage.unembedding.parameters()),
-            stage.copies,
-            data_parallel_size,
-        )
-        self.num_backward_passes, self.pending = 0, []
-        self.deepspeed_backward_pass = engine._INSTRUCTION_MAP[schedule.BackwardPass]
-        engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | {
-            schedule.BackwardPass: self.backward_pass,
-            schedule.ReduceTiedGrads: self.wait,
-        }
-
-    def backward_pass(self, engine: DeepSpeedPipelineEngine, buffer_id: int) -> None:
-        self.num_backward_passes += 1
-        if self.num_backward_passes == engine.micro_batches:
-            self.num_backward_passes = 0
-            gradients = [
-                parameter._hp_grad if isinstance(engine.optimizer, BF16_Optimizer) else parameter.grad
-                for parameter in self.parameters
-            ]
-            for gradient in gradients:
-                gradient /= self.data_parallel_size  # what follows adds up the pipelines, whose average DeepSpeed takes later
-            self.pending = [dist.all_reduce(gradient, group=self.group, async_op=True) for gradient in gradients]
-        self.deepspeed_backward_pass(engine, buffer_id)
-
-    def wait(self, engine: DeepSpeedPipelineEngine) -> None:
-        for work in self.pending:
-            work.wait()
-        self.pending = []
 
 
 def _inputs(micro_batches: list[Batch]) -> Iterable[tuple[Tensor, tuple]]:

@@ -1,5 +1,7 @@
 """The layers of one pipeline stage as the module that DeepSpeed's pipeline engine runs."""
 
+import contextlib
+import io
 from collections.abc import Iterator
 
 import torch
@@ -35,7 +37,8 @@ class PipelineStage(PipelineModule):
         self.config, self.cut, self.device = config, cut, device  # before PipelineModule's own, which calls _build
         names = [f"trunk.{index}" for index in range(config.model.num_trunk_layers)]
         names += [f"heads.{index}" for index in range(config.model.num_future_tokens)]
-        super().__init__(names, num_stages=len(cut.stages))
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints the place of every rank
+            super().__init__(names, num_stages=len(cut.stages))
         self.head_phase = HeadPhase()
         self.copies = self._copies()
 

@@ -39,6 +39,21 @@ def test_killed_and_resumed_equals_uninterrupted(num_ranks, settings, arguments,
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+@pytest.mark.timeout(600)
+def test_pipeline_reads_and_reports_what_zero3_does(arguments, tmp_path):
+    """One rank under ZeRO-3, two stages of two pipelines: the same windows, losses, norms, evaluation."""
+    arguments = [*arguments, "train.steps=5", "run.evaluate_every_steps=5"]
+    for name, launcher, settings in (("zero3", [*deepspeed(1)], []), ("pipeline", [*deepspeed(4)], PIPELINE)):
+        finished = run([*launcher, *arguments, *settings, f"run.directory={tmp_path}/{name}"])
+        assert finished.returncode == 0, finished.stderr
+    for kind, keys in (("train", ("losses", "gradient_norm", "lr")), ("validation", ("losses",))):
+        expected, found = (records(tmp_path / name, kind) for name in ("zero3", "pipeline"))
+        assert len(expected) == len(found) == (5 if kind == "train" else 1)
+        for one, other in zip(expected, found, strict=True):
+            for key in keys:
+                assert other[key] == pytest.approx(one[key], rel=1e-4)
+
+
 def losses_of_ten_steps(world_size: int, kind: str) -> list[list[float]]:
     """Ten steps' mean losses per head, on two global batches in turn: four micro-batches each, unevenly ignored targets."""
     from megamtp.engines.base import count_targets
