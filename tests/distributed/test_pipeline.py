@@ -34,12 +34,13 @@ SHAPES = {2: (2, 1), 3: (3, 1), 4: (2, 2)}  # ranks: (stages, pipelines)
 
 
 def cases(ranks: int) -> list[tuple]:
-    """(accumulation, heads, cut, precision, recompute trunk) for a number of ranks; recomputation alternates."""
+    """(accumulation, heads, cut, precision, recompute trunk) for a number of ranks; every third recomputes."""
     stages, _ = SHAPES[ranks]
     combinations = [
         (accumulation, n, cut, precision)
         for accumulation, n, precision in itertools.product((1, 4), (1, 2, 4), ("fp32", "bf16"))
         for cut in CUTS[stages, n]
+        if accumulation > 1 or precision == "fp32"
     ]
     return [(*combination, index % 3 == 0) for index, combination in enumerate(combinations)]
 
@@ -109,19 +110,21 @@ def _train(config, engine, steps) -> list[list[float]]:
     return found
 
 
-def _initial_weights(precision: str) -> bool:
-    """Whether this stage's weights are bit for bit those every engine starts from."""
+def _initial_weights() -> list[bool]:
+    """Whether this stage's weights are bit for bit those every engine starts from, in fp32 and in bf16."""
     from megamtp.engines.pipeline import PipelineEngine
 
-    config = pipeline_config(3, 1, engine__stage_layers=[1, 3, 1], train__precision=precision)
-    expected = dict(reference_model(config, torch.float32).named_parameters())
-    found = _weights(PipelineEngine(config))
-    return bool(found) and all(torch.equal(found[name].float(), expected[name]) for name in found)
+    same = []
+    for precision in ("fp32", "bf16"):
+        config = pipeline_config(3, 1, engine__stage_layers=[1, 3, 1], train__precision=precision)
+        expected = dict(reference_model(config, torch.float32).named_parameters())
+        found = _weights(PipelineEngine(config))
+        same.append(bool(found) and all(torch.equal(found[name].float(), expected[name]) for name in found))
+    return same
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_initial_weights_are_every_engines(precision):
-    assert run_ranks(_initial_weights, 3, precision) == [True] * 3
+def test_initial_weights_are_every_engines():
+    assert run_ranks(_initial_weights, 3) == [[True, True]] * 3
 
 
 def _counts(recompute: bool) -> tuple[Counter, Counter, int, list[float]]:
@@ -174,11 +177,8 @@ def test_each_stage_runs_one_backward_pass_of_each_micro_batch_and_no_head_twice
     if not recompute:  # else the output has no graph of its own before it is computed again
         assert {name: backwards[name] for name in trunk} == trunk
     assert [outer for _, _, outer, _ in results] == [4, 4, 4]
-
-
-def test_the_unembeddings_gradient_is_reduced_once_a_step():
-    _, middle, last = (result[3] for result in run_ranks(_counts, 3, False))
-    assert sorted(middle) == sorted(last) == [16, 97 * 16]
+    # The unembedding's gradient, norm and weight, is reduced once a step over the stages that have heads.
+    assert [sorted(reduced) for _, _, _, reduced in results] == [[], [16, 97 * 16], [16, 97 * 16]]
 
 
 def _copies_after_training(stages: int, pipelines: int, cut: list[int], precision: str) -> torch.Tensor:
