@@ -20,6 +20,15 @@ def test_what_deepspeeds_defaults_would_change_silently_is_said(kind, precision)
     assert settings["zero_optimization"]["stage"] == int(kind[-1])
 
 
+def test_a_pipeline_has_zero1_sums_in_fp32_and_reduces_at_the_end():
+    config = small_config(2, 3, engine__kind="pipeline", engine__num_stages=2, train__precision="bf16")
+    settings = deepspeed_config(config, data_parallel_size=2)
+    zero = settings["zero_optimization"]
+    assert (zero["stage"], zero["overlap_comm"], zero["contiguous_gradients"]) == (1, False, False)
+    assert settings["bf16"] == {"enabled": True, "immediate_grad_update": True}
+    assert settings["gradient_accumulation_steps"] == 3
+
+
 def test_no_clipping_stays_no_clipping():
     assert deepspeed_config(small_config(optimizer__gradient_clipping=0), 2)["gradient_clipping"] == 0
 
