@@ -191,7 +191,7 @@ def _copies_after_training(stages: int, pipelines: int, cut: list[int], precisio
 
 
 @pytest.mark.parametrize(
-    ("stages", "pipelines", "cut", "precision"), [(2, 2, [3, 2], "bf16"), (3, 1, [3, 1, 1], "fp32"), (2, 3, [3, 2], "fp32")]
+    ("stages", "pipelines", "cut", "precision"), [(2, 2, [3, 2], "bf16"), (3, 1, [3, 1, 1], "fp32"), (2, 3, [4, 1], "fp32")]
 )
 def test_copies_of_the_unembedding_stay_equal(stages, pipelines, cut, precision):
     """Also over three pipelines, whose sums depend on their order."""
