@@ -118,7 +118,15 @@ class TrainConfig:
 class EngineConfig:
     """The DeepSpeed engine that hosts the model."""
 
-    kind: str = option("zero3", "zero3: parameters, gradients and optimizer sharded; zero1: optimizer only")
+    kind: str = option(
+        "zero3",
+        "zero3: parameters, gradients and optimizer sharded; zero1: optimizer only; pipeline: layers cut into stages, and zero1",
+    )
+    num_stages: int | None = option(None, "pipeline: stages, each on ranks of its own; a divisor of their number")
+    stage_layers: list[int] | None = option(
+        None, "pipeline: layers of each stage, trunk and then heads; null: the cut whose slowest stage is fastest"
+    )
+    stage_memory_bytes: float | None = option(None, "pipeline: memory of a rank that a chosen cut must fit into; null: any")
     communication: str = option(
         "grouped", "zero3: grouped, one collective per module, straight to and from the weights; or deepspeed, as it is shipped"
     )
@@ -195,18 +203,19 @@ class Config:
     def global_batch_windows(self) -> int:
         return self.train.global_batch_tokens // self.train.sequence_length
 
-    def accumulation(self, world_size: int) -> int:
-        """Micro-batches of one rank in a step (A) when `world_size` ranks share the global batch.
+    def accumulation(self, data_parallel_size: int) -> int:
+        """Micro-batches of one rank in a step (A) when `data_parallel_size` ranks, or pipelines of ranks, share the global batch.
 
         Raises:
             InputError: the global batch does not divide.
         """
-        tokens = self.train.sequence_length * self.train.micro_batch_size * world_size
+        tokens = self.train.sequence_length * self.train.micro_batch_size * data_parallel_size
         if self.train.global_batch_tokens % tokens:
+            sharers = "pipelines" if self.engine.kind == "pipeline" else "ranks"
             raise InputError(
                 f"train.global_batch_tokens={self.train.global_batch_tokens} is not a multiple of {tokens} = "
                 f"train.sequence_length {self.train.sequence_length} x train.micro_batch_size "
-                f"{self.train.micro_batch_size} x {world_size} ranks; change one of them"
+                f"{self.train.micro_batch_size} x {data_parallel_size} {sharers}; change one of them"
             )
         return self.train.global_batch_tokens // tokens
 
@@ -393,7 +402,7 @@ def _check(config: Config) -> None:
         _require(0 <= value < 1, f"optimizer.{name}={value}", "a number in [0, 1)")
     _one_of("train.precision", train.precision, PRECISIONS)
     _one_of("engine.reduce_dtype", config.engine.reduce_dtype, (*PRECISIONS, None))
-    _one_of("engine.kind", config.engine.kind, ("zero3", "zero1"))
+    _one_of("engine.kind", config.engine.kind, ("zero3", "zero1", "pipeline"))
     _one_of("engine.communication", config.engine.communication, ("grouped", "deepspeed"))
     _one_of("engine.head_schedule", config.engine.head_schedule, ("sequential", "deferred"))
     _require(0 <= config.run.requeue_exit_code <= 255, f"run.requeue_exit_code={config.run.requeue_exit_code}", "0 to 255")
@@ -412,7 +421,60 @@ def _check(config: Config) -> None:
     _one_of("head_loss.precision", head_loss.precision, (None, "fp8"))
     if head_loss.precision == "fp8":
         _check_float8(config)
-    config.accumulation(world_size=1)
+    _check_pipeline(config)
+    config.accumulation(data_parallel_size=1)
+
+
+def _check_pipeline(config: Config) -> None:
+    """The stages of engine.kind=pipeline; no other kind has any."""
+    engine, num_layers = config.engine, config.model.num_layers
+    if engine.kind != "pipeline":
+        for name in ("num_stages", "stage_layers", "stage_memory_bytes"):
+            value = getattr(engine, name)
+            _require(value is None, f"engine.{name}={value} with engine.kind={engine.kind}", "engine.kind=pipeline")
+        return
+    _require(
+        engine.num_stages is not None and engine.num_stages >= 2, f"engine.num_stages={_shown(engine.num_stages)}",
+        "at least 2 with engine.kind=pipeline (engine.kind=zero1 is a pipeline of one stage)",
+    )  # fmt: skip
+    _require(
+        engine.num_stages <= num_layers, f"engine.num_stages={engine.num_stages} with model.num_layers={num_layers}",
+        "no more stages than layers",
+    )  # fmt: skip
+    limit = engine.stage_memory_bytes
+    _require(limit is None or 0 < limit < math.inf, f"engine.stage_memory_bytes={limit}", "a number above 0")
+    if engine.stage_layers is not None:
+        _require(
+            len(engine.stage_layers) == engine.num_stages and min(engine.stage_layers) >= 1
+            and sum(engine.stage_layers) == num_layers,
+            f"engine.stage_layers={engine.stage_layers}",
+            f"{engine.num_stages} numbers (engine.num_stages), each at least 1, that sum to model.num_layers={num_layers}",
+        )  # fmt: skip
+        _require(
+            limit is None, "engine.stage_memory_bytes with engine.stage_layers", "one of them: a limit is for cuts that are chosen"
+        )
+    _check_only_pipeline(config)
+
+
+def _check_only_pipeline(config: Config) -> None:
+    """Nothing is asked for that the pipeline engine does not do."""
+    engine = config.engine
+    others = {
+        "offload_parameters": False, "offload_optimizer": False, "param_persistence_threshold": 0, "communication": "grouped",
+        "head_schedule": "sequential",
+    }  # fmt: skip
+    for name, only in others.items():
+        value = getattr(engine, name)
+        _require(value == only, f"engine.{name}={value} with engine.kind=pipeline", f"{only}, for the pipeline does nothing else")
+    zero = engine.deepspeed.get("zero_optimization")
+    for name in zero if isinstance(zero, dict) else ():
+        _require(
+            not str(name).startswith("stage"), f"engine.deepspeed.zero_optimization.{name} with engine.kind=pipeline",
+            "engine.kind=zero3: a pipeline has ZeRO-1",
+        )  # fmt: skip
+    _require(config.train.precision != "fp16", "train.precision=fp16 with engine.kind=pipeline", "bf16 or fp32")
+    _require(config.cluster.emulate is None, "cluster.emulate with engine.kind=pipeline", "zero3: stages are not emulated")
+    _require(config.head_loss.precision is None, "head_loss.precision=fp8 with engine.kind=pipeline", "null, or engine.kind=zero3")
 
 
 def _check_float8(config: Config) -> None:

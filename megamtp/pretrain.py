@@ -27,7 +27,7 @@ from megamtp.data.indexed_dataset import IndexedDataset
 from megamtp.data.loader import TrainLoader
 from megamtp.data.tokenizer import SentencePieceTokenizer
 from megamtp.data.windows import Windows
-from megamtp.engines.deepspeed_config import deepspeed_config
+from megamtp.engines.check import check_engine
 from megamtp.errors import InputError
 from megamtp.training.metrics import FILE as METRICS
 from megamtp.training.metrics import records_until
@@ -76,7 +76,7 @@ def check(config: Config, place: Place) -> Job:
     Raises:
         InputError: one line that says what is wrong.
     """
-    deepspeed_config(config, place.world_size)
+    data_parallel_rank, data_parallel_size = check_engine(config, place.rank, place.world_size)
     if config.train.precision == "fp16" and not torch.cuda.is_available():
         raise InputError("train.precision=fp16 without a GPU; expected fp32 or bf16: DeepSpeed's fp16 needs a GPU")
     if config.head_loss.precision == "fp8":
@@ -85,7 +85,7 @@ def check(config: Config, place: Place) -> Job:
         _check_tokenizer(config)
     train = _windows(config, config.data.train)
     validation = _windows(config, config.data.validation) if config.data.validation else None
-    loader = TrainLoader(train, config.global_batch_windows, config.train.micro_batch_size, place.rank, place.world_size)
+    loader = TrainLoader(train, config.global_batch_windows, config.train.micro_batch_size, data_parallel_rank, data_parallel_size)
     run_directory = Path(config.run.directory)
     _make_writable(run_directory)
     lock = _lock(run_directory) if place.rank == 0 else None

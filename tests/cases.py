@@ -10,7 +10,7 @@ VOCABULARY, POSITIONS, WINDOWS = 97, 12, 2
 
 
 def small_config(world_size: int = 2, accumulation: int = 1, **overrides) -> Config:
-    """A 5-layer model of width 16; override any key with `section__key=value`."""
+    """A 5-layer model of width 16; override any key with `section__key=value`. `world_size`: ranks that share the data."""
     settings = {
         "model.dim": 16, "model.num_layers": 5, "model.num_future_tokens": 2, "model.num_attention_heads": 2,
         "model.mlp_dim": 24, "model.vocab_size": VOCABULARY, "head_loss.chunk_rows": 7, "optimizer.lr": 1e-2,
@@ -23,7 +23,7 @@ def small_config(world_size: int = 2, accumulation: int = 1, **overrides) -> Con
 
 
 def global_batch(config: Config, step: int, num_micro_batches: int) -> list[Batch]:
-    """The micro-batches of all ranks: targets ignored differently in each, per head, and one micro-batch without any valid one."""
+    """The micro-batches of all ranks: targets ignored differently in each, per head, one micro-batch of several without any."""
     n = config.model.num_future_tokens
     generator = torch.Generator().manual_seed(1000 + step)
     batches = []
@@ -32,7 +32,7 @@ def global_batch(config: Config, step: int, num_micro_batches: int) -> list[Batc
         targets = torch.stack([tokens[:, 1 + head : 1 + head + POSITIONS] for head in range(n)])
         ignored = torch.rand(targets.shape, generator=generator) < 0.1 + 0.3 * torch.rand(n, 1, 1, generator=generator)
         targets[ignored] = IGNORED
-        if index == (step + 1) % num_micro_batches:
+        if num_micro_batches > 1 and index == (step + 1) % num_micro_batches:
             targets[:] = IGNORED
         batches.append(Batch(tokens[:, :POSITIONS].contiguous(), targets))
     return batches

@@ -7,46 +7,53 @@ from torch import Tensor
 from megamtp.config import Config
 from megamtp.data.loader import Batch
 from megamtp.engines.base import StepResult, count_targets
+from megamtp.engines.pipeline import PipelineEngine
 from megamtp.engines.zero import ZeroEngine
 from tests.cases import global_batch, own_share
 from tests.reference import reference_model, reference_step, relative_error
 
 
 def step_with_gradients(
-    engine: ZeroEngine, batches: list[Batch], lr: float = 0.0
+    engine: ZeroEngine | PipelineEngine, batches: list[Batch], lr: float = 0.0
 ) -> tuple[StepResult, list[int], dict[str, Tensor]]:
-    """One train_batch over this rank's share of `batches`: its result, the target counts, every parameter's whole gradient."""
+    """One train_batch over this rank's share of `batches`: its result, the target counts, the whole gradients of its parameters."""
     gradients: dict[str, Tensor] = {}
-    own = own_share(batches, engine.rank, engine.world_size)
-    counts = count_targets(own, True, engine.world_size, engine.device)
-    take_step = engine.engine.step
+    own = own_share(batches, engine.data_parallel_rank, engine.data_parallel_size)
+    counts = count_targets(own, True, engine.data_parallel_size, engine.device)
+    take_step = engine.engine._take_model_step
 
-    def keep_gradients_and_step() -> None:
-        if engine.engine.is_gradient_accumulation_boundary():
-            loss_scale = getattr(engine.engine.optimizer, "loss_scale", 1)
-            for name, parameter in engine.model.named_parameters():
-                gradients[name] = safe_get_full_grad(parameter).cpu() / loss_scale
-        take_step()
+    def keep_gradients_and_step(lr_kwargs: dict | None) -> None:
+        loss_scale = getattr(engine.engine.optimizer, "loss_scale", 1)
+        for name, parameter in engine.model.named_parameters():
+            gradients[name] = safe_get_full_grad(parameter).cpu() / loss_scale
+        take_step(lr_kwargs)
 
-    engine.engine.step = keep_gradients_and_step
+    engine.engine._take_model_step = keep_gradients_and_step
     try:
         return engine.train_batch(own, counts, lr), counts, gradients
     finally:
-        del engine.engine.step
+        del engine.engine._take_model_step
 
 
-def largest_errors(config: Config, engine: ZeroEngine, num_steps: int) -> tuple[float, float]:
+def names_on_all_ranks(gradients: dict[str, Tensor]) -> set[str]:
+    """The parameters that any rank has a gradient of."""
+    names: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(names, list(gradients))
+    return {name for of_rank in names for name in of_rank}
+
+
+def largest_errors(config: Config, engine: ZeroEngine | PipelineEngine, num_steps: int) -> tuple[float, float]:
     """(gradients', losses') largest relative error against the float64 reference over some steps at learning rate 0.
 
     The first steps record ZeRO-3's trace, the later ones prefetch by it; both must be right.
     """
-    model, accumulation = reference_model(config), config.accumulation(engine.world_size)
+    model, num_micro_batches = reference_model(config), config.accumulation(engine.data_parallel_size) * engine.data_parallel_size
     gradient_error = loss_error = 0.0
     for step in range(num_steps):
-        batches = global_batch(config, step, accumulation * engine.world_size)
+        batches = global_batch(config, step, num_micro_batches)
         expected = reference_step(config, model, batches)
         result, counts, gradients = step_with_gradients(engine, batches)
-        assert gradients.keys() == expected.gradients.keys()
+        assert names_on_all_ranks(gradients) == expected.gradients.keys()
         gradient_error = max(gradient_error, *(relative_error(gradients[name], expected.gradients[name]) for name in gradients))
         nll_sums = result.nll_sums.double()
         dist.all_reduce(nll_sums)

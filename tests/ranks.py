@@ -17,7 +17,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "TRUE")
 _context = get_context("forkserver")
-_context.set_forkserver_preload(["torch", "deepspeed", "tests.ranks", "megamtp.engines.zero"])
+_context.set_forkserver_preload(["torch", "deepspeed", "tests.ranks", "megamtp.engines.build"])
 
 
 def run_ranks(

@@ -4,6 +4,7 @@ A checkpoint is written as step-0000100.partial and renamed when all ranks have 
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megamtp.config import ModelConfig
@@ -188,5 +190,33 @@ def load_weights(checkpoint: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     manifest = read_manifest(checkpoint)
-    weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag="engine")
+    if manifest.engine_kind == "zero3":
+        weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag="engine")
+    else:
+        weights = {}
+        for stage in sorted((checkpoint / "engine").glob("mp_rank_*_model_states.pt")):
+            weights |= _weights_of_stage(stage)
     return ModelConfig(**manifest.model), {name: weight.contiguous() for name, weight in weights.items()}
+
+
+def _weights_of_stage(file: Path) -> dict[str, Tensor]:
+    """The fp32 weights of one pipeline stage, or of all under ZeRO-1, from the optimizer states beside `file`.
+
+    DeepSpeed's own reader knows neither several stages nor BF16_Optimizer. Each group of parameters is one row of numbers, cut into
+    a part for each rank; the last part may be padded. Source: deepspeed/utils/zero_to_fp32.py, _zero2_merge_trainable_params.
+    """
+    shapes = torch.load(file, map_location="cpu", mmap=True, weights_only=False)["param_shapes"]
+    stage, parts = file.name.removesuffix("_model_states.pt"), []
+    for rank in itertools.count():
+        found = list(file.parent.glob(f"*zero_pp_rank_{rank}_{stage}_optim_states.pt"))
+        if not found:
+            break
+        state = torch.load(found[0], map_location="cpu", mmap=True, weights_only=False)
+        parts.append(state["optimizer_state_dict"]["single_partition_of_fp32_groups"])
+    weights = {}
+    for group, shapes_of_group in enumerate(shapes):
+        row, start = torch.cat([part[group] for part in parts]), 0
+        for name, shape in shapes_of_group.items():
+            weights[name] = row[start : start + shape.numel()].view(shape)
+            start += shape.numel()
+    return weights

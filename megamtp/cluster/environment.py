@@ -51,7 +51,9 @@ def join_peers(place: Place, cluster: ClusterConfig) -> None:
     """Initialises torch.distributed: NCCL on GPUs, gloo without, or the emulated cluster. Collective."""
     import torch
 
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        torch.cuda.set_device(place.local_rank)  # engines build on the current device, before DeepSpeed chooses this rank's
+    else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
     from deepspeed.ops import __compatible_ops__ as compatible_ops

@@ -12,7 +12,7 @@ from megamtp.cluster.emulated import Network
 from megamtp.config import Config
 from megamtp.errors import InputError
 from megamtp.losses.linear_cross_entropy import default_chunk_rows
-from megamtp.model.cost import layer_matrices, layer_parameters, parameters
+from megamtp.model.cost import layer_activation_bytes, layer_matrices, layer_parameters, parameters
 
 DAY = 86400.0
 BUFFERED_LAYERS = 3  # gathered layers at a time: the running one and two on their way
@@ -93,7 +93,7 @@ def _memory(config: Config, world_size: int) -> dict[str, float]:
     model, tokens = config.model, config.train.micro_batch_size * config.train.sequence_length
     share = parameters(model) / world_size
     layer, vocabulary = 2 * layer_parameters(model), 2 * model.vocab_size * model.dim
-    saved = tokens * (8 * model.dim + 4 * model.key_value_heads * model.head_dim + 7 * model.hidden_dim)  # of one layer
+    saved = tokens * layer_activation_bytes(model)
     trunk = model.num_trunk_layers
     boundaries = 2 * tokens * model.dim * trunk
     rows = config.head_loss.chunk_rows or default_chunk_rows(model.vocab_size, bytes_per_logit=2)

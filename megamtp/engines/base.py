@@ -9,8 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megamtp.config import Config
 from megamtp.data.loader import Batch
+from megamtp.errors import InputError
 from megamtp.losses.softmax_gradient import IGNORED
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by train.precision
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,8 @@ class StepResult:
     """One optimizer step, as this rank saw it.
 
     Attributes:
-        nll_sums: [n] on the device: each head's negative log-likelihood summed over this rank's valid targets.
+        nll_sums: [n] on the device: each head's negative log-likelihood summed over this rank's valid targets; 0 where another
+            rank computes that head.
         gradient_norm: norm of the whole gradient before clipping; not finite where fp16 overflowed.
         skipped: the step was skipped because fp16 overflowed.
     """
@@ -29,10 +34,15 @@ class StepResult:
 
 
 class Engine(Protocol):
-    """A model, its optimizer and its ranks. Every method is collective: all ranks call it, in the same order."""
+    """A model, its optimizer and its ranks. Every method is collective: all ranks call it, in the same order.
+
+    Ranks of the same data_parallel_rank (of data_parallel_size) read the same micro-batches: the stages of one pipeline.
+    """
 
     rank: int
     world_size: int
+    data_parallel_rank: int
+    data_parallel_size: int
     device: torch.device
 
     def train_batch(self, micro_batches: list[Batch], target_counts: list[int], lr: float) -> StepResult:
@@ -43,7 +53,10 @@ class Engine(Protocol):
         """
 
     def evaluate(self, batches: Iterable[Batch]) -> Tensor:
-        """[n + n] on the device: each head's summed negative log-likelihood, then its number of valid targets, of this rank."""
+        """[n + n] on the device: each head's summed negative log-likelihood, then its number of valid targets, of this rank.
+
+        Both are 0 where another rank computes that head.
+        """
 
     def save(self, directory: Path) -> None:
         """Writes weights, optimizer and random states of all ranks into `directory`."""
@@ -56,17 +69,36 @@ class Engine(Protocol):
         """
 
 
-def count_targets(micro_batches: list[Batch], can_be_ignored: bool, world_size: int, device: torch.device) -> list[int]:
+def data_parallel_place(config: Config, rank: int, world_size: int) -> tuple[int, int]:
+    """(data_parallel_rank, data_parallel_size): which share of every step's micro-batches a rank reads, of how many shares.
+
+    Neighbouring ranks hold the same stage of different pipelines, so that within a node gradients are reduced. Source:
+    deepspeed/runtime/pipe/topology.py, PipeDataParallelTopology.
+
+    Raises:
+        InputError: the ranks do not divide among the stages.
+    """
+    num_stages = config.engine.num_stages or 1
+    if world_size % num_stages:
+        raise InputError(
+            f"{world_size} ranks do not divide among engine.num_stages={num_stages}; expected a multiple of it: start as many, or "
+            "change the stages"
+        )
+    return rank % (world_size // num_stages), world_size // num_stages
+
+
+def count_targets(micro_batches: list[Batch], can_be_ignored: bool, data_parallel_size: int, device: torch.device) -> list[int]:
     """Each head's number of valid targets in a step, over all ranks and micro-batches (N_i).
 
     Collective (one all-reduce of n integers), except when no target can be ignored: then it is a constant.
     """
     if not can_be_ignored:
-        positions = sum(batch.targets[0].numel() for batch in micro_batches) * world_size
+        positions = sum(batch.targets[0].numel() for batch in micro_batches) * data_parallel_size
         return [positions] * len(micro_batches[0].targets)
     counts = sum((batch.targets != IGNORED).sum(dim=(1, 2)) for batch in micro_batches).to(device)
     dist.all_reduce(counts)
-    return counts.tolist()
+    readers = dist.get_world_size() // data_parallel_size  # of every micro-batch
+    return [count // readers for count in counts.tolist()]
 
 
 def loss_scales(weights: list[float], target_counts: list[int], averaged_ranks: int, accumulation: int) -> list[float]:

@@ -4,7 +4,7 @@ from typing import Any
 
 from megamtp.config import Config
 from megamtp.errors import InputError
-from megamtp.model.cost import layer_parameters
+from megamtp.model.cost import layer_parameters, unembedding_parameters
 
 # DeepSpeed settings that may be passed through: none of them changes what is trained, unless it is named below.
 PASSED_ON = ("zero_optimization", "fp16", "bf16", "data_types", "wall_clock_breakdown", "memory_breakdown", "comms_logger")
@@ -48,7 +48,7 @@ REFUSED = {
 }
 
 
-def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
+def deepspeed_config(config: Config, data_parallel_size: int) -> dict[str, Any]:
     """The dictionary for deepspeed.initialize and zero.Init.
 
     Raises:
@@ -57,12 +57,12 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     precision = config.train.precision
     ours = {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
-        "gradient_accumulation_steps": config.accumulation(world_size),
+        "gradient_accumulation_steps": config.accumulation(data_parallel_size),
         "gradient_clipping": config.optimizer.gradient_clipping,  # explicit: DeepSpeed's default is 1.0, not off
         "steps_per_print": 10**9,
         "timers": {"throughput": {"enabled": False}},  # by default the host waits for the device around every micro-batch
         "zero_force_ds_cpu_optimizer": False,  # with offload torch's fused AdamW steps on the CPU: no compiler needed
-        "bf16": {"enabled": precision == "bf16"},
+        "bf16": _bf16_settings(config),
         "fp16": {"enabled": precision == "fp16"},
         "data_types": {"grad_accum_dtype": "fp32"},  # DeepSpeed's default is the model's dtype, silently
         "communication_data_type": config.engine.reduce_dtype or precision,
@@ -78,19 +78,27 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     return merged
 
 
+def _bf16_settings(config: Config) -> dict[str, Any]:
+    settings: dict[str, Any] = {"enabled": config.train.precision == "bf16"}
+    if config.engine.kind == "pipeline":
+        settings["immediate_grad_update"] = True  # each gradient into the fp32 sums as it appears: (d) of head_phase.py is moot
+    return settings
+
+
 def _zero_settings(config: Config) -> dict[str, Any]:
     engine, model = config.engine, config.model
     settings: dict[str, Any] = {
         "stage": 3 if engine.kind == "zero3" else 1,
-        "overlap_comm": True,
-        "contiguous_gradients": engine.kind != "zero3" or engine.communication == "deepspeed",  # a copy that grouping saves
+        "overlap_comm": engine.kind != "pipeline",  # DeepSpeed's pipeline reduces after the last backward pass
+        # A copy that grouping saves; and a pipeline's gradients are complete where they are when they are reduced.
+        "contiguous_gradients": engine.kind == "zero1" or (engine.kind == "zero3" and engine.communication == "deepspeed"),
         "reduce_scatter": True,
         "reduce_bucket_size": engine.reduce_bucket_size,
     }
     if engine.offload_optimizer:
         settings["offload_optimizer"] = {"device": "cpu"}
     if engine.kind == "zero3":
-        layer, unembedding = layer_parameters(model), model.vocab_size * model.dim + model.dim
+        layer, unembedding = layer_parameters(model), unembedding_parameters(model)
         settings |= {
             "stage3_prefetch_bucket_size": layer,  # one layer ahead: head i + 1 arrives while head i computes
             "stage3_max_live_parameters": 3 * layer + unembedding,  # a trunk layer, two heads and the unembedding

@@ -35,10 +35,7 @@ class DeepSpeedHeadPhase(HeadPhase):
         self.sharded = engine.zero_optimization_partition_weights()
 
     def seed(self) -> float:
-        # (a) The outer backward will start with loss_scale / accumulation; the heads' own must too.
-        with torch.enable_grad():
-            one = torch.ones((), requires_grad=True).clone()  # a leaf, having no grad_fn, would not count as a loss: not be scaled
-        return self.engine.optimizer.scale_if_loss(one).item() / self.engine.gradient_accumulation_steps()
+        return backward_seed(self.engine)
 
     @contextlib.contextmanager
     def all_heads(self) -> Iterator[None]:
@@ -140,6 +137,13 @@ class DeepSpeedHeadPhase(HeadPhase):
 
     def _coordinator(self) -> PartitionedParameterCoordinator:
         return self.engine.optimizer.parameter_offload.get_param_coordinator()
+
+
+def backward_seed(engine: DeepSpeedEngine) -> float:
+    """(a) The outer backward will start with loss_scale / accumulation; the heads' own must too."""
+    with torch.enable_grad():
+        one = torch.ones((), requires_grad=True).clone()  # a leaf, having no grad_fn, would not count as a loss: not be scaled
+    return engine.optimizer.scale_if_loss(one).item() / engine.gradient_accumulation_steps()
 
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:

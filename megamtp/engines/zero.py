@@ -4,8 +4,6 @@ Source: Rajbhandari et al. 2020, arXiv:1910.02054.
 """
 
 import contextlib
-import pickle
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,21 +12,20 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import set_z3_leaf_modules
-from torch import Tensor, nn
+from torch import Tensor
 
 from megamtp.config import Config
 from megamtp.data.loader import Batch
-from megamtp.engines.base import StepResult, loss_scales
+from megamtp.engines.base import DTYPES, StepResult, loss_scales
 from megamtp.engines.deepspeed_config import deepspeed_config
 from megamtp.engines.head_phase import DeepSpeedHeadPhase, full_shape
+from megamtp.engines.optimizer import adamw
+from megamtp.engines.saved_state import load_state, save_state
 from megamtp.engines.traffic import GroupedTraffic, fill_shards
-from megamtp.errors import CheckpointError
 from megamtp.losses.softmax_gradient import IGNORED
 from megamtp.model.initial import STANDARD_DEVIATION, initial_value
 from megamtp.model.layers import TransformerLayer
 from megamtp.model.mtp import MTPModel
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class ZeroEngine:
@@ -43,11 +40,12 @@ class ZeroEngine:
     def __init__(self, config: Config):
         self.config = config
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.data_parallel_rank, self.data_parallel_size = self.rank, self.world_size
         self.device = torch.device(get_accelerator().current_device_name())
-        settings = deepspeed_config(config, self.world_size)
+        settings = deepspeed_config(config, self.data_parallel_size)
         self.model = _build_model(config, settings, self.device)
         self.engine, *_ = deepspeed.initialize(
-            model=self.model, optimizer=_optimizer(config, self.model), config=settings, dist_init_required=False
+            model=self.model, optimizer=adamw(config, self.model), config=settings, dist_init_required=False
         )
         self.traffic = None
         if config.engine.kind == "zero3" and config.engine.communication == "grouped":
@@ -88,21 +86,12 @@ class ZeroEngine:
         return totals.flatten()
 
     def save(self, directory: Path) -> None:
-        """See Engine.save. DeepSpeed's own layout, one file per rank and kind of state, in `directory`/engine."""
-        self.engine.save_checkpoint(str(directory), tag="engine", save_latest=False)
-        torch.save(_random_states(), directory / f"random_rank{self.rank:05d}.pt")
+        """See Engine.save."""
+        save_state(self.engine, directory, self.rank)
 
     def load(self, directory: Path) -> None:
         """See Engine.load."""
-        try:
-            path, _ = self.engine.load_checkpoint(str(directory), tag="engine")
-        except (KeyError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-            raise CheckpointError(f"{directory} is damaged ({error!r}); remove it to go on from an older one") from None
-        if path is None:
-            raise CheckpointError(
-                f"{directory}/engine holds no DeepSpeed checkpoint; remove {directory} to go on from an older one"
-            )
-        _set_random_states(torch.load(directory / f"random_rank{self.rank:05d}.pt", weights_only=True))
+        load_state(self.engine, directory, self.rank)
 
 
 def _build_model(config: Config, settings: dict, device: torch.device) -> MTPModel:
@@ -144,30 +133,3 @@ def _initialise(model: MTPModel, config: Config, sharded: bool) -> None:
             with gathered, torch.no_grad():
                 if owner == rank:
                     parameter.copy_(value)
-
-
-def _optimizer(config: Config, model: nn.Module) -> torch.optim.AdamW:
-    """Fused AdamW; weight decay for matrices, none for norms."""
-    settings = config.optimizer
-    matrices = [parameter for parameter in model.parameters() if len(full_shape(parameter)) > 1]
-    vectors = [parameter for parameter in model.parameters() if len(full_shape(parameter)) == 1]
-    return torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=settings.lr,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.eps,
-        fused=True,
-    )
-
-
-def _random_states() -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def _set_random_states(states: dict[str, Tensor]) -> None:
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"])

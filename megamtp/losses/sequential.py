@@ -43,23 +43,47 @@ class SequentialHeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z_BTD: Tensor, head_loss: HeadLoss, num_heads: int, phase: HeadPhase):
         ctx.seed = phase.seed()
-        dz_BTD = torch.zeros_like(z_BTD, dtype=torch.float64 if z_BTD.dtype == torch.float64 else torch.float32)
-        losses, nll_sums = [], []
-        with phase.all_heads():
-            for index in range(num_heads):
-                z_head_BTD = z_BTD.detach().requires_grad_()
-                with phase.one_head(index), torch.enable_grad():
-                    loss, nll_sum = head_loss(index, z_head_BTD)
-                    torch.autograd.backward(loss, torch.full_like(loss, ctx.seed))
-                dz_BTD += z_head_BTD.grad
-                losses.append(loss.detach())
-                nll_sums.append(nll_sum)
-        ctx.save_for_backward(dz_BTD.to(z_BTD.dtype))
-        nll_sums = torch.stack(nll_sums)
+        dz_BTD, loss, nll_sums = _run_heads(z_BTD, head_loss, num_heads, phase, ctx.seed)
+        ctx.save_for_backward(dz_BTD)
         ctx.mark_non_differentiable(nll_sums)
-        return torch.stack(losses).sum(), nll_sums
+        return loss, nll_sums
 
     @staticmethod
     def backward(ctx, d_loss, _):
         (dz_BTD,) = ctx.saved_tensors
         return (dz_BTD * (d_loss / ctx.seed)).to(dz_BTD.dtype), None, None, None
+
+
+class PassingHeads(torch.autograd.Function):
+    """(z, head_loss, num_heads, phase) -> (z, summed negative log-likelihoods [n]): heads that z passes on its way to others.
+
+    As SequentialHeadLoss, but the gradient that comes back is that of z, seeded already; backward adds these heads' dz to it.
+    """
+
+    @staticmethod
+    def forward(ctx, z_BTD: Tensor, head_loss: HeadLoss, num_heads: int, phase: HeadPhase):
+        dz_BTD, _, nll_sums = _run_heads(z_BTD, head_loss, num_heads, phase, phase.seed())
+        ctx.save_for_backward(dz_BTD)
+        ctx.mark_non_differentiable(nll_sums)
+        return z_BTD.view_as(z_BTD), nll_sums
+
+    @staticmethod
+    def backward(ctx, dz_of_others_BTD, _):
+        (dz_BTD,) = ctx.saved_tensors
+        return dz_of_others_BTD + dz_BTD, None, None, None
+
+
+def _run_heads(z_BTD: Tensor, head_loss: HeadLoss, num_heads: int, phase: HeadPhase, seed: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(dz, sum of the losses, summed negative log-likelihoods), after forward and backward of each head in turn."""
+    dz_BTD = torch.zeros_like(z_BTD, dtype=torch.float64 if z_BTD.dtype == torch.float64 else torch.float32)
+    losses, nll_sums = [], []
+    with phase.all_heads():
+        for index in range(num_heads):
+            z_head_BTD = z_BTD.detach().requires_grad_()
+            with phase.one_head(index), torch.enable_grad():
+                loss, nll_sum = head_loss(index, z_head_BTD)
+                torch.autograd.backward(loss, torch.full_like(loss, seed))
+            dz_BTD += z_head_BTD.grad
+            losses.append(loss.detach())
+            nll_sums.append(nll_sum)
+    return dz_BTD.to(z_BTD.dtype), torch.stack(losses).sum(), torch.stack(nll_sums)

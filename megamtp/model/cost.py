@@ -1,4 +1,5 @@
-"""What a configuration costs: parameters and floating-point operations. Used for the model-FLOP share and for planning.
+"""What a configuration costs: parameters, floating-point operations, kept activations. Used for the model-FLOP share, for planning
+and for cutting the layers into pipeline stages.
 
 Source: paper.md, table S5 (F(n) = 3 [L (2 P_layer + 2 T d) + n 2 V d]: causal attention counted at half, norms and the
 embedding's lookup not at all, recomputation not at all).
@@ -32,13 +33,34 @@ def layer_matrices(model: ModelConfig) -> int:
 
 def parameters(model: ModelConfig) -> int:
     """Parameters of the whole model: embedding, trunk, heads, norm and unembedding."""
-    return model.num_layers * layer_parameters(model) + 2 * model.vocab_size * model.dim + model.dim
+    return model.num_layers * layer_parameters(model) + model.vocab_size * model.dim + unembedding_parameters(model)
+
+
+def unembedding_parameters(model: ModelConfig) -> int:
+    """Parameters of the unembedding, the final norm included."""
+    return model.vocab_size * model.dim + model.dim
+
+
+def layer_flops(model: ModelConfig, sequence_length: int) -> int:
+    """Floating-point operations of one layer's forward pass, for one position of a window of `sequence_length`."""
+    return 2 * layer_matrices(model) + 2 * sequence_length * model.dim
+
+
+def unembedding_flops(model: ModelConfig) -> int:
+    """Floating-point operations of one projection to the vocabulary, forward only, for one position."""
+    return 2 * model.vocab_size * model.dim
 
 
 def flops_per_token(model: ModelConfig, sequence_length: int) -> int:
     """Floating-point operations of forward and backward for one position of a window of `sequence_length`."""
-    layer = 2 * layer_matrices(model) + 2 * sequence_length * model.dim
-    return 3 * (model.num_layers * layer + model.num_future_tokens * 2 * model.vocab_size * model.dim)
+    layers = model.num_layers * layer_flops(model, sequence_length)
+    return 3 * (layers + model.num_future_tokens * unembedding_flops(model))
+
+
+def layer_activation_bytes(model: ModelConfig, bytes_per_element: int = 2) -> int:
+    """What one layer keeps of one position for its backward pass, without recomputation. Fitted to measured steps in bf16."""
+    in_bf16 = 8 * model.dim + 4 * model.key_value_heads * model.head_dim + 7 * model.hidden_dim
+    return in_bf16 * bytes_per_element // 2
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:

@@ -49,7 +49,8 @@ class Training:
         with self.metrics.phase("data"):
             micro_batches = self.train.micro_batches(self.step - 1)
         with self.metrics.phase("train"):
-            counts = count_targets(micro_batches, self.train.windows.targets_can_be_ignored, engine.world_size, engine.device)
+            can_be_ignored = self.train.windows.targets_can_be_ignored
+            counts = count_targets(micro_batches, can_be_ignored, engine.data_parallel_size, engine.device)
             lr = learning_rate(self.step, self.config.train.steps, self.config.optimizer)
             result = engine.train_batch(micro_batches, counts, lr)
         with self.metrics.phase("report"):
@@ -65,7 +66,11 @@ class Training:
     def _evaluate(self) -> None:
         engine = self.engine
         batches = evaluation_batches(
-            self.validation, self.config.train.micro_batch_size, engine.rank, engine.world_size, self.config.run.evaluation_windows
+            self.validation,
+            self.config.train.micro_batch_size,
+            engine.data_parallel_rank,
+            engine.data_parallel_size,
+            self.config.run.evaluation_windows,
         )
         with self.metrics.phase("evaluate"):
             totals = engine.evaluate(batches)

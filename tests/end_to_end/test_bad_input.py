@@ -36,6 +36,10 @@ def tiny(folder: Path, tokens: list[int]) -> Path:
     return folder / "tiny"
 
 
+def pipeline(num_stages: int) -> list[str]:
+    return ["engine.kind=pipeline", f"engine.num_stages={num_stages}"]
+
+
 CASES = {
     "unknown key": (lambda corpus, tmp: ["model.dmi=32"], ["model.dmi", "did you mean model.dim?"]),
     "wrong type": (lambda corpus, tmp: ["model.dim=wide"], ["model.dim", "wide", "expected int"]),
@@ -85,6 +89,39 @@ CASES = {
         lambda corpus, tmp: ["engine.deepspeed.zero_optimization.round_robin_gradients=perhaps"],
         ["round_robin_gradients", "perhaps", "boolean"],
     ),
+    "stages without a pipeline": (lambda corpus, tmp: ["engine.num_stages=2"], ["engine.num_stages=2", "engine.kind=pipeline"]),
+    "pipeline without stages": (lambda corpus, tmp: ["engine.kind=pipeline"], ["engine.num_stages=null", "at least 2"]),
+    "more stages than layers": (
+        lambda corpus, tmp: [*pipeline(5)], ["engine.num_stages=5", "model.num_layers=4", "no more stages than layers"],
+    ),
+    "ranks that do not divide among stages": (lambda corpus, tmp: [*pipeline(2)], ["1 ranks", "engine.num_stages=2", "a multiple"]),
+    "cut that does not cover the layers": (
+        lambda corpus, tmp: [*pipeline(2), "engine.stage_layers=[2,1]"], ["[2, 1]", "sum to model.num_layers=4"],
+    ),
+    "cut of too few stages": (
+        lambda corpus, tmp: [*pipeline(2), "engine.stage_layers=[4]"], ["engine.stage_layers=[4]", "2 numbers"],
+    ),
+    "cut with an empty stage": (
+        lambda corpus, tmp: [*pipeline(2), "engine.stage_layers=[4,0]"], ["engine.stage_layers=[4, 0]", "at least 1"],
+    ),
+    "ZeRO-3's offload with a pipeline": (
+        lambda corpus, tmp: [*pipeline(2), "engine.offload_parameters=true"], ["engine.offload_parameters", "engine.kind=zero3"],
+    ),
+    "offload with a pipeline": (
+        lambda corpus, tmp: [*pipeline(2), "engine.offload_optimizer=true"], ["engine.offload_optimizer", "engine.kind=pipeline"],
+    ),
+    "ZeRO-3's settings with a pipeline": (
+        lambda corpus, tmp: [*pipeline(2), "engine.deepspeed.zero_optimization.stage3_prefetch_bucket_size=9"],
+        ["stage3_prefetch_bucket_size", "engine.kind=pipeline", "engine.kind=zero3"],
+    ),
+    "ZeRO-3 with a pipeline": (
+        lambda corpus, tmp: [*pipeline(2), "engine.deepspeed.zero_optimization.stage=3"],
+        ["zero_optimization.stage", "engine.kind=pipeline", "engine.kind=zero3"],
+    ),
+    "deferred heads in a pipeline": (
+        lambda corpus, tmp: [*pipeline(2), "engine.head_schedule=deferred"], ["engine.head_schedule=deferred", "sequential"],
+    ),
+    "fp16 in a pipeline": (lambda corpus, tmp: [*pipeline(2), "train.precision=fp16"], ["train.precision=fp16", "bf16 or fp32"]),
     "DeepCompile": (lambda corpus, tmp: ["engine.deepspeed.compile.deepcompile=true"], ["compile", "DeepCompile"]),
 }  # fmt: skip
 
@@ -107,11 +144,14 @@ def test_plain_python_says_one_line(case, arguments, corpus, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("case", ["unknown key", "truncated bin", "batch not divisible"])
+@pytest.mark.parametrize("case", ["unknown key", "truncated bin", "batch not divisible", "no cut that fits"])
 def test_launcher_says_it_once(case, arguments, corpus, tmp_path):
-    make, words = CASES[case]
     if case == "batch not divisible":  # by the number of ranks, which only a launcher knows
         make, words = (lambda *_: ["train.micro_batch_size=8"]), ["multiple of 512", "2 ranks"]
+    elif case == "no cut that fits":
+        make, words = (lambda *_: [*pipeline(2), "engine.stage_memory_bytes=1000"]), ["no cut of 4 layers into 2 stages fits"]
+    else:
+        make, words = CASES[case]
     finished = run([*deepspeed(2), *arguments, f"run.directory={tmp_path}/run", *make(corpus, tmp_path)])
     output = finished.stdout + finished.stderr
     assert finished.returncode == 2, output

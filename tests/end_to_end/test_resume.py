@@ -1,5 +1,6 @@
 """Interrupted equals uninterrupted, bit for bit; and the number of ranks changes nothing but the last digits."""
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -9,15 +10,23 @@ from tests.end_to_end.jobs import deepspeed, losses, records, run
 from tests.end_to_end.killed_pretrain import KILLED_STEP
 from tests.ranks import run_ranks
 
+PIPELINE = ["engine.kind=pipeline", "engine.num_stages=2", "engine.stage_layers=[3,1]"]  # a head on each stage
 
-def test_killed_and_resumed_equals_uninterrupted(arguments, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finished = run([*deepspeed(2), *arguments, f"run.directory={whole}"])
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("num_ranks", "settings"), [(2, []), (4, PIPELINE), (2, [*PIPELINE, "train.precision=bf16"])])
+def test_killed_and_resumed_equals_uninterrupted(num_ranks, settings, arguments, tmp_path):
+    whole, killed, arguments = tmp_path / "whole", tmp_path / "killed", [*arguments, *settings]
+    finished = run([*deepspeed(num_ranks), *arguments, f"run.directory={whole}"])
     assert finished.returncode == 0, finished.stderr
-    run([*deepspeed(2, "tests.end_to_end.killed_pretrain"), *arguments, f"run.directory={killed}"])
+    if settings:
+        output = finished.stdout + finished.stderr
+        assert "embedding, trunk 1-2, head 1" in output and "slowest stage / mean" in output
+        assert "megamtp: warning:" in output and "few for 2 stages" in output
+    run([*deepspeed(num_ranks, "tests.end_to_end.killed_pretrain"), *arguments, f"run.directory={killed}"])
     assert [record["step"] for record in records(killed)] == list(range(1, KILLED_STEP))
     assert [path.name for path in checkpoints(killed)] == ["step-0000010"]
-    resumed = run([*deepspeed(2), *arguments, f"run.directory={killed}"])
+    resumed = run([*deepspeed(num_ranks), *arguments, f"run.directory={killed}"])
     assert resumed.returncode == 0, resumed.stderr
     assert [record["step"] for record in records(killed)] == list(range(1, 21))
     assert losses(killed) == losses(whole)
@@ -28,6 +37,21 @@ def test_killed_and_resumed_equals_uninterrupted(arguments, tmp_path):
     (_, expected), (_, found) = load_weights(checkpoints(whole)[-1]), load_weights(checkpoints(killed)[-1])
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.timeout(600)
+def test_pipeline_reads_and_reports_what_zero3_does(arguments, tmp_path):
+    """One rank under ZeRO-3, two stages of two pipelines: the same windows, losses, norms, evaluation."""
+    arguments = [*arguments, "train.steps=5", "run.evaluate_every_steps=5"]
+    for name, launcher, settings in (("zero3", [*deepspeed(1)], []), ("pipeline", [*deepspeed(4)], PIPELINE)):
+        finished = run([*launcher, *arguments, *settings, f"run.directory={tmp_path}/{name}"])
+        assert finished.returncode == 0, finished.stderr
+    for kind, keys in (("train", ("losses", "gradient_norm", "lr")), ("validation", ("losses",))):
+        expected, found = (records(tmp_path / name, kind) for name in ("zero3", "pipeline"))
+        assert len(expected) == len(found) == (5 if kind == "train" else 1)
+        for one, other in zip(expected, found, strict=True):
+            for key in keys:
+                assert other[key] == pytest.approx(one[key], rel=1e-4)
 
 
 def losses_of_ten_steps(world_size: int, kind: str) -> list[list[float]]:

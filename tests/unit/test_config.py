@@ -138,7 +138,7 @@ def test_paper_configurations(size, n):
     assert (model.dim, model.num_layers, model.num_attention_heads) == WIDTHS[size]
     assert (model.num_future_tokens, model.vocab_size, config.train.sequence_length) == (n, 32000, 4096)
     assert cost.parameters(model) == pytest.approx(PARAMETERS[size], rel=2e-4)
-    assert config.accumulation(world_size=64) >= 1
+    assert config.accumulation(64) >= 1
 
 
 @pytest.mark.parametrize("size", FLOP_RATIOS)

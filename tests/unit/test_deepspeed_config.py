@@ -10,7 +10,7 @@ from tests.cases import small_config
 @pytest.mark.parametrize("kind", ["zero1", "zero3"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_what_deepspeeds_defaults_would_change_silently_is_said(kind, precision):
-    settings = deepspeed_config(small_config(2, 3, engine__kind=kind, train__precision=precision), world_size=2)
+    settings = deepspeed_config(small_config(2, 3, engine__kind=kind, train__precision=precision), data_parallel_size=2)
     assert settings["data_types"] == {"grad_accum_dtype": "fp32"}
     assert settings["gradient_clipping"] == 1.0
     assert settings["gradient_accumulation_steps"] == 3
@@ -18,6 +18,15 @@ def test_what_deepspeeds_defaults_would_change_silently_is_said(kind, precision)
     assert settings["timers"]["throughput"]["enabled"] is False
     assert settings["bf16"]["enabled"] == (precision == "bf16")
     assert settings["zero_optimization"]["stage"] == int(kind[-1])
+
+
+def test_a_pipeline_has_zero1_sums_in_fp32_and_reduces_at_the_end():
+    config = small_config(2, 3, engine__kind="pipeline", engine__num_stages=2, train__precision="bf16")
+    settings = deepspeed_config(config, data_parallel_size=2)
+    zero = settings["zero_optimization"]
+    assert (zero["stage"], zero["overlap_comm"], zero["contiguous_gradients"]) == (1, False, False)
+    assert settings["bf16"] == {"enabled": True, "immediate_grad_update": True}
+    assert settings["gradient_accumulation_steps"] == 3
 
 
 def test_no_clipping_stays_no_clipping():

@@ -3,7 +3,7 @@
 import torch
 
 from megamtp.losses.linear_cross_entropy import SharedGradient
-from megamtp.losses.sequential import HeadPhase, SequentialHeadLoss
+from megamtp.losses.sequential import HeadPhase, PassingHeads, SequentialHeadLoss
 
 # In bf16, whose numbers above 256 are even, 256 + 1 + 1 + ... stays 256; 264 is representable.
 CONTRIBUTIONS = [256.0] + 8 * [1.0]
@@ -44,3 +44,20 @@ def test_parameters_get_their_gradients_before_backward_and_z_after_it():
     assert z.grad is None
     (loss * 10).backward()
     assert torch.equal(z.grad, torch.full((3,), 30.0))
+
+
+def test_heads_that_z_passes_add_their_dz_to_that_of_the_others():
+    weight = torch.ones(3, requires_grad=True)
+    z = torch.arange(3.0, requires_grad=True)
+
+    def head_loss(index, z_head):
+        loss = ((index + 1) * weight * z_head).sum()
+        return loss, loss.detach()
+
+    passed, nll_sums = PassingHeads.apply(z, head_loss, 2, HeadPhase())
+    assert torch.equal(weight.grad, 3 * z.detach())
+    assert torch.equal(passed, z)
+    assert nll_sums.tolist() == [3.0, 6.0]
+    (passed * torch.tensor([1.0, 10.0, 100.0])).sum().backward()
+    assert torch.equal(z.grad, torch.tensor([4.0, 13.0, 103.0]))
+    assert torch.equal(weight.grad, 3 * z.detach())

@@ -1,0 +1,19 @@
+"""What can be wrong about an engine, found before peers and devices are met; light to import."""
+
+from megamtp.config import Config
+from megamtp.engines.base import data_parallel_place
+from megamtp.engines.deepspeed_config import deepspeed_config
+from megamtp.engines.partition import partition
+
+
+def check_engine(config: Config, rank: int, world_size: int) -> tuple[int, int]:
+    """(data_parallel_rank, data_parallel_size) that the engine will have.
+
+    Raises:
+        InputError: ranks, batch, layers or settings do not go together.
+    """
+    place = data_parallel_place(config, rank, world_size)
+    deepspeed_config(config, place[1])
+    if config.engine.kind == "pipeline":
+        partition(config, place[1])
+    return place

@@ -1,0 +1,159 @@
+"""Pipeline and data parallelism with ZeRO-1 through DeepSpeed's 1F1B engine, with sequential heads on any of the last stages.
+
+    stage 0: embedding, trunk ...   |   stage 1: ... trunk, head 1   |   stage 2: head 2 ... head n        x D pipelines
+
+A stage runs its heads forward and backward when z passes (losses/sequential.py) and adds their dz when the gradient of z comes
+back, so every stage runs one forward and one backward pass of each micro-batch, and sends one tensor each way.
+"""
+
+import itertools
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.pipe import schedule
+from deepspeed.runtime.pipe.engine import PipelineEngine as DeepSpeedPipelineEngine
+from torch import Tensor
+
+from megamtp.config import Config
+from megamtp.data.loader import Batch
+from megamtp.engines.base import StepResult, data_parallel_place, loss_scales
+from megamtp.engines.deepspeed_config import deepspeed_config
+from megamtp.engines.head_phase import backward_seed
+from megamtp.engines.optimizer import adamw
+from megamtp.engines.partition import partition
+from megamtp.engines.saved_state import load_state, save_state
+from megamtp.engines.stage import PipelineStage
+from megamtp.errors import CheckpointError
+from megamtp.losses.sequential import HeadPhase
+from megamtp.losses.softmax_gradient import IGNORED
+
+CUT_FILE = "stages.json"  # in a checkpoint: the number of layers of each stage
+
+
+class PipelineEngine:
+    """The Engine of engine.kind pipeline. torch.distributed must be initialised.
+
+    Attributes:
+        engine: DeepSpeed's own.
+        model: this rank's PipelineStage inside it.
+    """
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.data_parallel_rank, self.data_parallel_size = data_parallel_place(config, self.rank, self.world_size)
+        self.device = torch.device(get_accelerator().current_device_name())
+        self.cut = partition(config, self.data_parallel_size)
+        deepspeed.init_distributed(verbose=False)  # wraps torch.distributed, before the stage asks for its groups
+        self.model = PipelineStage(config, self.cut, self.device)
+        self.engine, *_ = deepspeed.initialize(
+            model=self.model,
+            optimizer=adamw(config, self.model),
+            config=deepspeed_config(config, self.data_parallel_size),
+            dist_init_required=False,
+        )
+        for name in ("module_state_dict", "load_module_state_dict"):
+            # Weights under MTPModel's names, as DeepSpeed's other engines save them; its pipeline's own are of numbered layers.
+            setattr(self.engine, name, getattr(super(DeepSpeedPipelineEngine, self.engine), name))
+        self.model.head_phase = SeededHeads(self.engine)
+        self.engine._INSTRUCTION_MAP = self.engine._INSTRUCTION_MAP | {schedule.ReduceTiedGrads: self._reduce_unembedding}
+        if self.rank == 0:
+            self._report()
+
+    def train_batch(self, micro_batches: list[Batch], target_counts: list[int], lr: float) -> StepResult:
+        """See Engine.train_batch."""
+        scales = loss_scales(self.config.head_weights, target_counts, self.data_parallel_size, len(micro_batches))
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        self.model.begin((batch.targets for batch in micro_batches), scales)
+        self.engine.train_batch(_inputs(micro_batches))
+        return StepResult(self.model.nll_sums, float(self.engine.get_global_grad_norm()), self.engine.was_step_applied() is False)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> Tensor:
+        """See Engine.evaluate. As many batches as a step has micro-batches are in the pipeline together."""
+        n, own = self.config.model.num_future_tokens, self.model.own.heads
+        totals = torch.zeros(2, n, dtype=torch.float64, device=self.device)
+        batches = iter(batches)
+        while group := list(itertools.islice(batches, self.engine.micro_batches)):
+            self.model.begin((batch.targets for batch in group), [1.0] * n)
+            self.engine.eval_batch(
+                _inputs(group), compute_loss=False, reduce_output=None, bcast_loss=False, num_micro_batches=len(group)
+            )
+            totals[0] += self.model.nll_sums
+            for head in own:
+                totals[1, head] += sum(int((batch.targets[head] != IGNORED).sum()) for batch in group)
+        return totals.flatten()
+
+    def save(self, directory: Path) -> None:
+        """See Engine.save."""
+        save_state(self.engine, directory, self.rank)
+        if self.rank == 0:
+            (directory / CUT_FILE).write_text(json.dumps(self._stage_layers()))
+
+    def load(self, directory: Path) -> None:
+        """See Engine.load; with the same cut, too."""
+        try:
+            found = json.loads((directory / CUT_FILE).read_text())
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{directory / CUT_FILE} cannot be read ({error}); remove {directory} to go on from an older one"
+            ) from None
+        if found != self._stage_layers():
+            raise CheckpointError(
+                f"{directory} was written with stages of {found} layers, expected {self._stage_layers()}; "
+                f"go on with engine.stage_layers={found}, or choose another run.directory"
+            )
+        load_state(self.engine, directory, self.rank)
+
+    def _reduce_unembedding(self, engine: DeepSpeedPipelineEngine) -> None:
+        """Sums the gradients of all copies of the unembedding, once a step: when this stage has sent its last gradient upstream.
+
+        The stages before it still have backward passes to run then, which hide the transfer. Over the stages of all pipelines in
+        one: so all copies get the same bits, and stay equal. DeepSpeed's own, over the stages of one pipeline, leaves the sum over
+        pipelines to each stage's reduction, which may add in another order on another stage.
+
+        Source: deepspeed/runtime/pipe/engine.py, _exec_reduce_tied_grads; schedule.py, TrainSchedule.
+        """
+        if not self.model.copies:
+            return
+        for parameter in self.model.unembedding.parameters():
+            gradient = parameter._hp_grad if isinstance(engine.optimizer, BF16_Optimizer) else parameter.grad
+            gradient /= self.data_parallel_size  # the reduction over pipelines that follows finds their sum, and averages it
+            dist.all_reduce(gradient, group=self.model.copies)
+
+    def _report(self) -> None:
+        print(self.cut.summary(), flush=True)
+        if self.cut.micro_batches < self.cut.enough_micro_batches:
+            print(
+                f"megamtp: warning: {self.cut.micro_batches} micro-batches a step are few for {len(self.cut.stages)} stages, which "
+                f"have nothing to do for {self.cut.bubble:.0%} of it; expected {self.cut.enough_micro_batches} or more: raise "
+                "train.global_batch_tokens, or lower train.micro_batch_size or engine.num_stages",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def _stage_layers(self) -> list[int]:
+        return [stage.end - stage.first for stage in self.cut.stages]
+
+
+class SeededHeads(HeadPhase):
+    """Heads' backward passes start as the last stage's will. Nothing else is needed: no gradient is reduced before the last one."""
+
+    def __init__(self, engine: DeepSpeedPipelineEngine):
+        self.engine = engine
+
+    def seed(self) -> float:
+        return backward_seed(self.engine)
+
+
+def _inputs(micro_batches: list[Batch]) -> Iterable[tuple[Tensor, tuple]]:
+    """(inputs, labels) as DeepSpeed's first and last stages load them; the heads have their targets from `begin`."""
+    return iter([(batch.inputs, ()) for batch in micro_batches])

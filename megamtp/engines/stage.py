@@ -1,0 +1,125 @@
+"""The layers of one pipeline stage as the module that DeepSpeed's pipeline engine runs."""
+
+import contextlib
+import io
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.pipe.module import PipelineModule
+from torch import Tensor, nn
+
+from megamtp.config import Config
+from megamtp.engines.base import DTYPES
+from megamtp.engines.partition import Partition
+from megamtp.losses.linear_cross_entropy import SharedGradient
+from megamtp.losses.sequential import HeadPhase, PassingHeads, SequentialHeadLoss
+from megamtp.model.heads import Unembedding
+from megamtp.model.initial import initial_value
+from megamtp.model.layers import TransformerLayer
+
+
+class PipelineStage(PipelineModule):
+    """This rank's part of an MTPModel, its parameters named as there; `forward` is what DeepSpeed calls for each micro-batch.
+
+    Between stages travels z alone. The losses stay where they are computed, and every stage reads the targets of its own heads.
+    Collective: all ranks build their stages together.
+
+    Attributes:
+        own: this rank's Stage of the partition.
+        embedding, trunk, heads, unembedding: as in MTPModel, without what other stages have (embedding and unembedding: None).
+        copies: group of all ranks with a copy of the unembedding, on several stages; None if it is on one, or not here.
+        head_phase: seeds the heads' backward passes; set by the engine.
+        nll_sums: [n], see StepResult; since `begin`.
+    """
+
+    def __init__(self, config: Config, cut: Partition, device: torch.device):
+        self.config, self.cut, self.device = config, cut, device  # before PipelineModule's own, which calls _build
+        names = [f"trunk.{index}" for index in range(config.model.num_trunk_layers)]
+        names += [f"heads.{index}" for index in range(config.model.num_future_tokens)]
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints the place of every rank
+            super().__init__(names, num_stages=len(cut.stages))
+        self.head_phase = HeadPhase()
+        self.copies = self._copies()
+
+    def begin(self, targets: Iterator[Tensor], loss_scales: list[float]) -> None:
+        """Before a step or an evaluation: the targets [n, B, T] of its micro-batches, and the factor of each head's loss."""
+        self.targets, self.loss_scales = targets, loss_scales
+        self.nll_sums = torch.zeros(self.config.model.num_future_tokens, dtype=torch.float64, device=self.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One micro-batch, in the order of `begin`.
+
+        Args:
+            x: token ids [B, T] in the first stage, else what the stage before returned.
+
+        Returns:
+            What the trunk has made of it so far, [B, T, D]; z from its end on; in the last stage the loss of its heads.
+        """
+        if self.embedding:
+            x = self.embedding(x)
+        for layer in self.trunk.values():
+            x = layer(x)
+        return self._run_heads(x, next(self.targets).to(self.device)) if self.heads else x
+
+    def _run_heads(self, z_BTD: Tensor, targets_NBT: Tensor) -> Tensor:
+        settings, own = self.config.head_loss, self.own.heads
+        shared_gradient, seed = SharedGradient(num_uses=len(own)), self.head_phase.seed()
+
+        def head_loss(index: int, z_BTD: Tensor) -> tuple[Tensor, Tensor]:
+            head = own[index]
+            return self.unembedding(
+                self.heads[str(head)](z_BTD),
+                targets_NBT[head],
+                scale=self.loss_scales[head],
+                seed=seed,
+                z_loss=settings.z_loss,
+                chunk_rows=settings.chunk_rows,
+                shared_gradient=shared_gradient,
+            )
+
+        is_last = self.stage_id == self.num_stages - 1
+        if not torch.is_grad_enabled():
+            nll_sums = torch.stack([head_loss(index, z_BTD)[1] for index in range(len(own))])
+            result = nll_sums.sum() if is_last else z_BTD
+        elif is_last:
+            result, nll_sums = SequentialHeadLoss.apply(z_BTD, head_loss, len(own), self.head_phase)
+        else:
+            result, nll_sums = PassingHeads.apply(z_BTD, head_loss, len(own), self.head_phase)
+        self.nll_sums[own.start : own.stop] += nll_sums
+        return result
+
+    def _partition_layers(self, method: str) -> None:
+        """PipelineModule's, with our cut. Source: deepspeed/runtime/pipe/module.py."""
+        self.own = self.cut.stages[self._grid.get_stage_id()]
+        self.parts = [0, *(stage.end for stage in self.cut.stages)]
+        self._set_bounds(self.own.first, self.own.end)
+
+    def _build(self) -> None:
+        """PipelineModule's: this stage's modules with their initial weights."""
+        model, train = self.config.model, self.config.train
+        compiled = self.device.type == "cuda" if train.compile is None else train.compile
+        trunk = range(self.own.first, min(self.own.end, model.num_trunk_layers))
+        with torch.device("meta"):
+            self.embedding = nn.Embedding(model.vocab_size, model.dim) if self.own.first == 0 else None
+            self.trunk = nn.ModuleDict(
+                {str(index): TransformerLayer(model, train.activation_checkpointing, compiled) for index in trunk}
+            )
+            self.heads = nn.ModuleDict({str(index): TransformerLayer(model, compiled=compiled) for index in self.own.heads})
+            self.unembedding = Unembedding(model) if self.heads else None
+        self.to(DTYPES[train.precision]).to_empty(device=self.device)
+        for name, parameter in self.named_parameters():
+            parameter.data.copy_(initial_value(name, tuple(parameter.shape), model, train.seed))
+            parameter.ds_pipe_replicated = False
+        if self.unembedding and self.own.heads.start > 0:
+            for parameter in self.unembedding.parameters():
+                parameter.ds_pipe_replicated = True  # the gradient's norm counts the first copy alone
+
+    def _copies(self) -> dist.ProcessGroup | None:
+        stages = [index for index, stage in enumerate(self.cut.stages) if stage.heads]
+        if len(stages) == 1:
+            return None
+        pipelines = range(self._grid.get_data_parallel_world_size())
+        ranks = sorted(self._grid.stage_to_global(stage_id=stage, data=pipeline) for stage in stages for pipeline in pipelines)
+        group = dist.new_group(ranks)
+        return group if self.heads else None
