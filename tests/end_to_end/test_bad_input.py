@@ -122,6 +122,10 @@ CASES = {
         lambda corpus, tmp: [*pipeline(2), "engine.head_schedule=deferred"], ["engine.head_schedule=deferred", "sequential"],
     ),
     "fp16 in a pipeline": (lambda corpus, tmp: [*pipeline(2), "train.precision=fp16"], ["train.precision=fp16", "bf16 or fp32"]),
+    "fp8 in a pipeline": (
+        lambda corpus, tmp: [*pipeline(2), "train.precision=bf16", "head_loss.precision=fp8"],
+        ["head_loss.precision=fp8", "engine.kind=pipeline", "engine.kind=zero3"],
+    ),
     "DeepCompile": (lambda corpus, tmp: ["engine.deepspeed.compile.deepcompile=true"], ["compile", "DeepCompile"]),
 }  # fmt: skip
 

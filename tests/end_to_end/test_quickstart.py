@@ -24,7 +24,15 @@ def quickstart(tmp_path):
     def start() -> subprocess.Popen:
         command = ["bash", "launch/quickstart.sh", "--run", str(tmp_path / "run"), "--corpus", *CORPUS]
         with open(tmp_path / "output", "w") as output:
-            started.append(subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=output, stderr=subprocess.STDOUT))
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment(),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which tests in the background have ignored
+            )
+        started.append(process)
         return started[-1]
 
     yield start
