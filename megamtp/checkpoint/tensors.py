@@ -1,0 +1,41 @@
+"""Named tensors read by slice: what every checkpoint format offers, and what every converter reads."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class TensorSource(Protocol):
+    """Tensors on disk, of which no more is in memory than what was asked for.
+
+    Attributes:
+        shapes: of every tensor, by name.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def read(self, name: str, start: int = 0, end: int | None = None) -> Tensor:
+        """Elements start to end (without it, the last) of a tensor's row-major numbers, in a row: [end - start].
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+
+
+class InMemory:
+    """A TensorSource over tensors in memory: `weights` by name."""
+
+    def __init__(self, weights: Mapping[str, Tensor]):
+        self.weights = weights
+        self.shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+
+    def read(self, name: str, start: int = 0, end: int | None = None) -> Tensor:
+        """See TensorSource.read."""
+        return self.weights[name].reshape(-1)[start:end]
+
+
+def whole(source: TensorSource, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    """One tensor of `source` in its shape."""
+    return source.read(name).view(source.shapes[name]).to(dtype)
