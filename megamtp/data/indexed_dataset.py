@@ -159,11 +159,6 @@ class IndexedDataset:
         if (documents < 0).any() or (documents > len(self._lengths)).any() or (np.diff(documents) < 0).any():
             raise _bad_file(self._idx_path, "document numbers do not rise from 0 to the number of sequences")
 
-    def _check_around(self, first: int, last: int) -> None:
-        """What the index says of where documents `first` to `last` begin, and of the sequence before them."""
-        self._check_documents(first, last + 1)
-        self._check_sequences(max(0, int(self._documents[first]) - 1), int(self._documents[last]))
-
     def _sequence_start(self, sequence: int) -> int:
         """Tokens before a sequence; before the end, if it is the number of sequences."""
         if sequence < len(self._lengths):
@@ -188,7 +183,8 @@ class IndexedDataset:
     def __getitem__(self, document: int) -> np.ndarray:
         if not 0 <= document < len(self):
             raise IndexError(f"document {document} of {len(self)}")
-        self._check_around(document, document + 1)
+        self._check_documents(document, document + 2)
+        self._check_sequences(max(0, int(self._documents[document]) - 1), int(self._documents[document + 1]))
         return self.tokens(self.document_start(document), self.document_start(document + 1))
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
@@ -213,8 +209,12 @@ class IndexedDataset:
             InputError: the index contradicts itself there.
         """
         first, last = self.document_at(start) + 1, self.document_at(stop - 1) + 1
-        self._check_around(first - 1, last)
+        self._check_documents(first - 1, last + 1)
+        self._check_sequences(self._sequence_at(start), self._sequence_at(stop - 1) + 1)
         return np.unique(self._pointers[self._documents[first:last]] // self.dtype.itemsize)
+
+    def _sequence_at(self, token: int) -> int:
+        return bisect_right(range(len(self._lengths)), token, key=self._sequence_start) - 1
 
 
 def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
