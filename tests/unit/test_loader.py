@@ -160,7 +160,9 @@ def test_damage_is_reported_at_its_step(tmp_path):
     wrong = next(step for step in range(10) if any(place in order(windows, 0)[step * 8 : step * 8 + 8] for place in (45, 44)))
     loader = TrainLoader(windows, GLOBAL_BATCH, 2, 0, 1)
     for step in range(wrong):
+        assert loader.damage(step) is None
         assert len(loader.micro_batches(step)) == 4
+    assert "holds token 400" in loader.damage(wrong)
     with pytest.raises(InputError, match=rf"^{tmp_path}/damaged\.bin holds token 400 in document 1, .*; expected ids"):
         loader.micro_batches(wrong)
     loader.close()
