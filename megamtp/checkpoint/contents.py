@@ -1,8 +1,10 @@
 """What a checkpoint of any format holds, once it is opened: what every reader returns and every writer takes."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ class Contents:
     Attributes:
         sources: by kind, WEIGHT and perhaps MOMENTS: every parameter by MTPModel's names.
         step: optimizer steps taken; None if unknown.
-        optimizer: the optimizer's counters; None without moments.
+        state: the rest of a run's state, as the manifest of a run's checkpoint has it, its counters among it; None if unknown.
         sequence_length: positions of a training window; None if unknown.
         tokenizer: a SentencePiece model.
         notes: what a user should know of how it was read, one line each.
@@ -32,14 +34,23 @@ class Contents:
     model: ModelConfig
     sources: Mapping[str, TensorSource]
     step: int | None = None
-    optimizer: dict | None = None
+    state: dict[str, Any] | None = None
     sequence_length: int | None = None
     tokenizer: Path | None = None
     notes: tuple[str, ...] = ()
 
+    def __post_init__(self):
+        """Writes out what the model's configuration leaves to its defaults, so that equal models have equal ones."""
+        object.__setattr__(self, "model", written_out(self.model))
+
     @property
     def weights(self) -> TensorSource:
         return self.sources[WEIGHT]
+
+
+def written_out(model: ModelConfig) -> ModelConfig:
+    """The same model with its derived numbers given."""
+    return dataclasses.replace(model, num_key_value_heads=model.key_value_heads, mlp_dim=model.hidden_dim)
 
 
 def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from megamtp.checkpoint import hf, runs
+from megamtp.checkpoint import canonical, hf, runs
 from megamtp.checkpoint.contents import Contents
 from megamtp.errors import CheckpointError
 
@@ -47,7 +47,7 @@ def detect(source: Path) -> str:
     for name, candidate in FORMATS.items():
         if candidate.mark and candidate.mark(source):
             return name
-    raise CheckpointError(f"{source} is of no known format; expected a checkpoint of one of these: {', '.join(readable())}")
+    raise CheckpointError(f"{source} is no checkpoint of a known format; expected one of these: {', '.join(readable())}")
 
 
 def read(source: Path, num_future_tokens: int | None = None) -> Contents:
@@ -81,5 +81,11 @@ def _is_run(path: Path) -> bool:
 
 FORMATS = {
     "run": Format("a run's folder (its newest checkpoint), or one of its checkpoints", _is_run, lambda path, _: runs.read(path)),
+    "canonical": Format(
+        "every parameter, and Adam's moments if the source has them, for any engine",
+        has(canonical.DESCRIPTION),
+        lambda path, _: canonical.read(path),
+        canonical.write,
+    ),
     "hf": Format("trunk and head 1 as LlamaForCausalLM of transformers", has(hf.CONFIG), hf.read, hf.export, has_heads=False),
 }
