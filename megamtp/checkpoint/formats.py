@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from megamtp.checkpoint import canonical, hf, runs
+from megamtp.checkpoint import canonical, hf, meta, runs
 from megamtp.checkpoint.contents import Contents
 from megamtp.errors import CheckpointError
 
@@ -22,14 +22,12 @@ class Format:
         mark: whether a path is of this format, as far as the name of a file in it tells.
         read: opens it as a model of so many heads; only formats without heads of their own are told a number.
         write: None if it is only read.
-        has_heads: whether it says how many heads the model has.
     """
 
     meaning: str
     mark: Callable[[Path], bool] | None = None
     read: Callable[[Path, int], Contents] | None = None
     write: Write | None = None
-    has_heads: bool = True
 
 
 def has(file: str) -> Callable[[Path], bool]:
@@ -87,5 +85,8 @@ FORMATS = {
         lambda path, _: canonical.read(path),
         canonical.write,
     ),
-    "hf": Format("trunk and head 1 as LlamaForCausalLM of transformers", has(hf.CONFIG), hf.read, hf.export, has_heads=False),
+    "hf": Format("trunk and head 1 as LlamaForCausalLM of transformers", has(hf.CONFIG), hf.read, hf.export),
+    "meta": Format(
+        "the form of the paper's released models: params.json, consolidated.pth", has(meta.PARAMS), meta.read, meta.write
+    ),
 }
