@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from megamtp.checkpoint import canonical, hf, meta, runs
+from megamtp.checkpoint import canonical, hf, hf_mtp, meta, runs
 from megamtp.checkpoint.contents import Contents
 from megamtp.errors import CheckpointError
 
@@ -84,6 +84,12 @@ FORMATS = {
         has(canonical.DESCRIPTION),
         lambda path, _: canonical.read(path),
         canonical.write,
+    ),
+    "hf-mtp": Format(
+        "all heads as a model of transformers with its own code (trust_remote_code)",
+        has(hf_mtp.MODEL_FILE),
+        lambda path, _: hf_mtp.read(path),
+        hf_mtp.write,
     ),
     "hf": Format("trunk and head 1 as LlamaForCausalLM of transformers", has(hf.CONFIG), hf.read, hf.export),
     "meta": Format(

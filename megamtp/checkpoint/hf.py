@@ -80,7 +80,7 @@ def read(directory: Path, num_future_tokens: int = 1) -> Contents:
             misshaped or unknown (the message names it).
     """
     settings = read_settings(directory)
-    model = _model_config(settings, directory, num_future_tokens)
+    model = model_config(settings, directory, num_future_tokens)
     found = open_weights(directory)
     names, notes = names_of(model, copies=True), ()
     if settings.get("tie_word_embeddings") and OUTER_NAMES["unembedding.weight"] not in found.shapes:
@@ -186,8 +186,13 @@ def open_weights(directory: Path) -> SafetensorsFiles:
     return found
 
 
-def _model_config(settings: dict[str, Any], directory: Path, num_future_tokens: int) -> ModelConfig:
-    _check_form(settings, directory)
+def model_config(settings: dict[str, Any], directory: Path, num_future_tokens: int, model_type: str = "llama") -> ModelConfig:
+    """The model that config.json tells of, with so many heads, head 1 being its last layer.
+
+    Raises:
+        CheckpointError: it is of another form, or a setting is missing.
+    """
+    _check_form(settings, directory, model_type)
     rope = settings.get("rope_parameters") or {}  # where transformers 5 puts it
     try:
         model = ModelConfig(
@@ -208,7 +213,7 @@ def _model_config(settings: dict[str, Any], directory: Path, num_future_tokens: 
     return model
 
 
-def _check_form(settings: dict[str, Any], directory: Path) -> None:
+def _check_form(settings: dict[str, Any], directory: Path, model_type: str) -> None:
     """Raises: CheckpointError if the model computes anything else than MTPModel with one head."""
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}  # transformers 5, 4
     found = {
@@ -221,7 +226,7 @@ def _check_form(settings: dict[str, Any], directory: Path) -> None:
         "quantization_config": settings.get("quantization_config"),
     }
     expected = {
-        "model_type": "llama", "hidden_act": "silu", "rope_type": "default", "partial_rotary_factor": 1.0,
+        "model_type": model_type, "hidden_act": "silu", "rope_type": "default", "partial_rotary_factor": 1.0,
         "attention_bias": False, "mlp_bias": False, "quantization_config": None,
     }  # fmt: skip
     try:
