@@ -6,11 +6,29 @@ from pathlib import Path
 
 import torch
 
-from megamtp.checkpoint import canonical, hf, hf_mtp, meta, runs
+from megamtp.checkpoint import canonical, hf, hf_mtp, meta, runs, universal
 from megamtp.checkpoint.contents import Contents
+from megamtp.config import ModelConfig
 from megamtp.errors import CheckpointError
 
 Write = Callable[[Contents, Path, torch.dtype], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a source may not say itself.
+
+    Attributes:
+        num_future_tokens: heads to make of a model that has but one; None leaves it one.
+        model: of a checkpoint that says nothing of its model.
+    """
+
+    num_future_tokens: int | None = None
+    model: ModelConfig | None = None
+
+    @property
+    def num_heads(self) -> int:
+        return self.num_future_tokens or 1
 
 
 @dataclass(frozen=True)
@@ -20,13 +38,13 @@ class Format:
     Attributes:
         meaning: in words, for --help.
         mark: whether a path is of this format, as far as the name of a file in it tells.
-        read: opens it as a model of so many heads; only formats without heads of their own are told a number.
+        read: opens it, as Options say.
         write: None if it is only read.
     """
 
     meaning: str
     mark: Callable[[Path], bool] | None = None
-    read: Callable[[Path, int], Contents] | None = None
+    read: Callable[[Path, Options], Contents] | None = None
     write: Write | None = None
 
 
@@ -48,20 +66,17 @@ def detect(source: Path) -> str:
     raise CheckpointError(f"{source} is no checkpoint of a known format; expected one of these: {', '.join(readable())}")
 
 
-def read(source: Path, num_future_tokens: int | None = None) -> Contents:
+def read(source: Path, options: Options | None = None) -> Contents:
     """A checkpoint of any format.
-
-    Args:
-        num_future_tokens: heads to make of a model that has but one; None leaves it one.
 
     Raises:
         CheckpointError: it cannot be read, or has another number of heads already.
     """
-    name = detect(source)
-    contents = FORMATS[name].read(source, num_future_tokens or 1)
-    found = contents.model.num_future_tokens
-    if num_future_tokens not in (None, found):
-        raise CheckpointError(f"{source} has {found} heads, --num-future-tokens says {num_future_tokens}; leave it out")
+    options = options or Options()
+    contents = FORMATS[detect(source)].read(source, options)
+    found, asked = contents.model.num_future_tokens, options.num_future_tokens
+    if asked not in (None, found):
+        raise CheckpointError(f"{source} has {found} heads, --num-future-tokens says {asked}; leave it out")
     return contents
 
 
@@ -91,8 +106,22 @@ FORMATS = {
         lambda path, _: hf_mtp.read(path),
         hf_mtp.write,
     ),
-    "hf": Format("trunk and head 1 as LlamaForCausalLM of transformers", has(hf.CONFIG), hf.read, hf.export),
+    "hf": Format(
+        "trunk and head 1 as LlamaForCausalLM of transformers",
+        has(hf.CONFIG),
+        lambda path, options: hf.read(path, options.num_heads),
+        hf.export,
+    ),
     "meta": Format(
-        "the form of the paper's released models: params.json, consolidated.pth", has(meta.PARAMS), meta.read, meta.write
+        "the form of the paper's released models: params.json, consolidated.pth",
+        has(meta.PARAMS),
+        lambda path, options: meta.read(path, options.num_heads),
+        meta.write,
+    ),
+    "universal": Format(
+        "DeepSpeed's universal checkpoint, with Adam's moments",
+        universal.is_universal,
+        lambda path, options: universal.read(path, options.model),
+        universal.write,
     ),
 }

@@ -11,6 +11,7 @@ import torch
 from megamtp.checkpoint import formats
 from megamtp.checkpoint.folder import check_destination
 from megamtp.commands.command_line import Parser, run
+from megamtp.config import read_config
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -19,7 +20,8 @@ def main() -> None:
     """Raises InputError."""
     arguments = _parser().parse_args()
     check_destination(arguments.destination)  # before the source, which may take long to read
-    contents = formats.read(arguments.source, arguments.num_future_tokens)
+    model = read_config([str(arguments.config)]).model if arguments.config else None
+    contents = formats.read(arguments.source, formats.Options(arguments.num_future_tokens, model))
     for note in contents.notes:
         print(note)
     formats.FORMATS[arguments.to].write(contents, arguments.destination, DTYPES[arguments.dtype])
@@ -36,6 +38,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--num-future-tokens", type=int, help="heads to make of a source with one: its last layer, and copies of it (default: 1)"
     )
+    parser.add_argument("--config", type=Path, help="a run's config.yaml, for a source that says nothing of its model")
     return parser
 
 
