@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from megamtp.checkpoint import canonical, hf, hf_mtp, meta, runs, universal
+from megamtp.checkpoint import canonical, hf, hf_mtp, megatron, meta, runs, universal
 from megamtp.checkpoint.contents import Contents
 from megamtp.config import ModelConfig
 from megamtp.errors import CheckpointError
@@ -93,12 +93,22 @@ def _is_run(path: Path) -> bool:
 
 
 FORMATS = {
-    "run": Format("a run's folder (its newest checkpoint), or one of its checkpoints", _is_run, lambda path, _: runs.read(path)),
+    "run": Format(
+        "a run's folder (its newest checkpoint), or one of its checkpoints",
+        _is_run,
+        lambda path, _: runs.read(path),
+    ),
     "canonical": Format(
         "every parameter, and Adam's moments if the source has them, for any engine",
         has(canonical.DESCRIPTION),
         lambda path, _: canonical.read(path),
         canonical.write,
+    ),
+    "hf": Format(
+        "trunk and head 1 as LlamaForCausalLM of transformers",
+        lambda path: has(hf.CONFIG)(path) and not has(hf_mtp.MODEL_FILE)(path),
+        lambda path, options: hf.read(path, options.num_heads),
+        hf.export,
     ),
     "hf-mtp": Format(
         "all heads as a model of transformers with its own code (trust_remote_code)",
@@ -106,14 +116,8 @@ FORMATS = {
         lambda path, _: hf_mtp.read(path),
         hf_mtp.write,
     ),
-    "hf": Format(
-        "trunk and head 1 as LlamaForCausalLM of transformers",
-        has(hf.CONFIG),
-        lambda path, options: hf.read(path, options.num_heads),
-        hf.export,
-    ),
     "meta": Format(
-        "the form of the paper's released models: params.json, consolidated.pth",
+        "the form of the paper's released models: params.json and consolidated.pth",
         has(meta.PARAMS),
         lambda path, options: meta.read(path, options.num_heads),
         meta.write,
@@ -123,5 +127,10 @@ FORMATS = {
         universal.is_universal,
         lambda path, options: universal.read(path, options.model),
         universal.write,
+    ),
+    "megatron": Format(
+        "Megatron-LM's, of a Llama without model parallelism",
+        megatron.is_megatron,
+        lambda path, options: megatron.read(path, options.num_heads),
     ),
 }

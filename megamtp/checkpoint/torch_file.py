@@ -93,6 +93,11 @@ class Opaque:
     def __init__(self, *_: Any):
         """Takes what the object was made from."""
 
+    def __setstate__(self, state: Any) -> None:
+        """Keeps attributes, which are all that there is to see."""
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+
 
 def read(path: Path, opaque: tuple[str, ...] = ()) -> Any:
     """What is in the file, its tensors mapped: they take no memory until they are read, and none that must be kept then.
