@@ -2,7 +2,8 @@
 
     python tools/benchmark.py learning --prepare TEXT ... --data corpus --output results
 
-Each training is a run of megamtp.pretrain in --runs: called again, what was interrupted goes on, and what is finished is only read.
+Each training is a run of megamtp.pretrain in --runs: called again, what was interrupted goes on, and of what is
+finished only the metrics are read.
 """
 
 import json
@@ -70,7 +71,8 @@ def main(arguments: list[str]) -> None:
     learned = {}
     for name in options.variants:
         run = options.runs / name
-        _call("megamtp.pretrain", *_settings(options.data, run, options.steps), *VARIANTS[name], *options.set)
+        if not _finished(run / METRICS, options.steps):
+            _call("megamtp.pretrain", *_settings(options.data, run, options.steps), *VARIANTS[name], *options.set)
         learned[name] = read(run / METRICS, options.steps)
     settings = {
         "model": "0.3B, n = 4",
@@ -101,6 +103,11 @@ def _settings(data: Path, run: Path, steps: int) -> list[str]:
         f"optimizer.warmup_steps={steps // 10}", f"run.evaluate_every_steps={max(1, steps // 10)}", "run.evaluation_windows=64",
         f"run.save_every_steps={max(1, steps // 2)}", "run.keep_checkpoints=1", "run.tensorboard=false",
     ]  # fmt: skip
+
+
+def _finished(path: Path, steps: int) -> bool:
+    records = map(json.loads, records_until(path, steps))
+    return any(record["kind"] == "validation" and record["step"] == steps for record in records)
 
 
 def read(path: Path, steps: int) -> Learned:
