@@ -44,7 +44,7 @@ def test_the_table_compares_with_the_first(learning, tmp_path):
 
 def test_the_picture(learning, tmp_path):
     learned = {name: learning.read(write_metrics(tmp_path / name, 1 + i / 500), STEPS) for i, name in enumerate(learning.VARIANTS)}
-    learning.draw(learned, tmp_path / "learning.png")
+    learning.draw(learned).savefig(tmp_path / "learning.png")
     content = (tmp_path / "learning.png").read_bytes()
     assert content.startswith(b"\x89PNG\r\n\x1a\n") and len(content) > 20_000
 
