@@ -67,6 +67,11 @@ class IndexedDatasetWriter:
         self._stream.write(tokens.astype(self.dtype.newbyteorder("<")).tobytes())
         self._lengths.append(tokens.size)
 
+    def add_documents(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Appends documents that lie in a row: `tokens` of the file's type [sum of lengths], `lengths` [documents]."""
+        self._stream.write(tokens.astype(self.dtype.newbyteorder("<"), copy=False).data)
+        self._lengths.extend(lengths.tolist())
+
     def __exit__(self, error_type, error, traceback) -> None:
         try:
             if error_type is None:
