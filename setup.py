@@ -33,6 +33,7 @@ setup(
         "test": [
             "hypothesis>=6",
             "import-linter>=2",
+            "megatron-core>=0.16",
             "mpi4py>=4",
             "mpich>=5",
             "pyarrow>=16",

@@ -1,5 +1,6 @@
 """Mistakes: one clear line, exit status 2, nothing half-written."""
 
+import json
 import shutil
 import time
 from pathlib import Path
@@ -36,6 +37,11 @@ def tiny(folder: Path, tokens: list[int]) -> Path:
     return folder / "tiny"
 
 
+def summarised(folder: Path, vocab_size: int) -> Path:
+    (folder / "corpus.json").write_text(json.dumps({"vocab_size": vocab_size}))
+    return tiny(folder, [1, 2] * 50)
+
+
 def pipeline(num_stages: int) -> list[str]:
     return ["engine.kind=pipeline", f"engine.num_stages={num_stages}"]
 
@@ -55,6 +61,12 @@ CASES = {
     "vocabulary of tokenizer": (lambda corpus, tmp: ["model.vocab_size=300"], ["400 pieces", "model.vocab_size is 300"]),
     "vocabulary of corpus": (
         lambda corpus, tmp: [f"data.train={tiny(tmp, [1, 400] * 50)}"], ["token 400", "model.vocab_size is 400"],
+    ),
+    "vocabulary of corpus's summary": (
+        lambda corpus, tmp: [f"data.train={summarised(tmp, 300)}"], ["corpus.json", "vocabulary of 300", "model.vocab_size is 400"],
+    ),
+    "blend with a missing corpus": (
+        lambda corpus, tmp: [f"data.train=0.5 {corpus}/train 0.5 /nowhere/train"], ["/nowhere/train", "No such file"],
     ),
     "truncated bin": (lambda corpus, tmp: [f"data.train={truncated(corpus, tmp, '.bin')}"], ["train.bin", "bytes"]),
     "truncated idx": (lambda corpus, tmp: [f"data.train={truncated(corpus, tmp, '.idx')}"], ["train.idx", "bytes"]),
