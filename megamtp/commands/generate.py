@@ -16,7 +16,7 @@ from megamtp.checkpoint import hf, store
 from megamtp.commands.command_line import Parser, run
 from megamtp.commands.convert_checkpoint import find_checkpoint
 from megamtp.config import RESOLVED, read_config
-from megamtp.data.tokenizer import SentencePieceTokenizer
+from megamtp.data.tokenizer import open_tokenizer
 from megamtp.decoding.generate import generate
 from megamtp.errors import InputError
 from megamtp.model.mtp import MTPModel
@@ -28,7 +28,7 @@ def main() -> None:
     prompt = _prompt(arguments.prompt)
     device = _device(arguments.device)
     model, tokenizer_path = _load(arguments.model, device)
-    tokenizer = SentencePieceTokenizer(_required(arguments.tokenizer or tokenizer_path))
+    tokenizer = open_tokenizer(_required(arguments.tokenizer or tokenizer_path))
     if tokenizer.vocab_size != model.config.vocab_size:
         raise InputError(
             f"{tokenizer.path} has {tokenizer.vocab_size} pieces, expected the model's {model.config.vocab_size}: "
@@ -51,7 +51,9 @@ def _parser() -> Parser:
     parser.add_argument("--top-k", type=int, help="sample among the k likeliest tokens")
     parser.add_argument("--top-p", type=float, help="sample among the likeliest tokens that together reach this probability")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
-    parser.add_argument("--tokenizer", type=Path, help="SentencePiece model (default: the export's, or data.tokenizer of the run)")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="SentencePiece model, or bytes (default: the export's, or the run's data.tokenizer)"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one")
     return parser
 
@@ -74,7 +76,7 @@ def _device(name: str) -> torch.device:
 
 def _required(path: Path | None) -> Path:
     if path is None:
-        raise InputError("the run has no data.tokenizer; expected --tokenizer PATH, a SentencePiece model")
+        raise InputError("the run has no data.tokenizer; expected --tokenizer PATH, a SentencePiece model, or --tokenizer bytes")
     return path
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
+from megamtp.config import BYTES
 from megamtp.data.indexed_dataset import best_dtype
 from megamtp.errors import InputError
 from megamtp.files import write_atomically
@@ -18,8 +19,6 @@ SPACE_MARK = "\u2581"
 # Training reads at most 5000 chunks of 4096 characters, about 20 MB: seconds of work, and merges hardly change beyond it.
 CHUNK_CHARACTERS = 4096
 MAX_CHUNKS = 5000
-# What data.tokenizer and --tokenizer say for tokens that are bytes.
-BYTES = "bytes"
 
 
 class ByteTokenizer:
