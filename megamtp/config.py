@@ -198,6 +198,9 @@ class RunConfig:
     """Where a run writes, and how often."""
 
     directory: str = option(REQUIRED, "folder of metrics, checkpoints and the resolved configuration; an existing run is resumed")
+    initial_weights: str | None = option(
+        None, "canonical checkpoint (tools/convert_checkpoint.py writes it) whose weights a new run starts from; null: drawn"
+    )
     save_every_steps: int = option(1000, "steps between checkpoints; the last step is always saved")
     keep_checkpoints: int = option(2, "newest checkpoints kept")
     evaluate_every_steps: int = option(1000, "steps between evaluations; the last step is always evaluated")
@@ -279,6 +282,9 @@ def write_config(config: Config, path: Path) -> None:
     blend = " ".join(f"{weight!r} {shlex.quote(prefix)}" for weight, prefix in corpora)
     train = corpora[0][1] if len(corpora) == 1 else blend
     config = dataclasses.replace(config, data=dataclasses.replace(data, train=train, **paths))
+    if config.run.initial_weights:
+        run = dataclasses.replace(config.run, initial_weights=str(Path(config.run.initial_weights).absolute()))
+        config = dataclasses.replace(config, run=run)
     write_atomically(path, OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
 
 
@@ -469,6 +475,10 @@ def _check(config: Config) -> None:
     _one_of("head_loss.precision", head_loss.precision, (None, "fp8"))
     if head_loss.precision == "fp8":
         _check_float8(config)
+    _require(
+        not (config.cluster.emulate and config.run.initial_weights), "run.initial_weights with cluster.emulate",
+        "one of them: the weights of an emulated rank are no model's",
+    )  # fmt: skip
     _check_pipeline(config)
     config.accumulation(data_parallel_size=1)
 

@@ -31,6 +31,7 @@ from megamtp.data.loader import TrainLoader
 from megamtp.data.tokenizer import open_tokenizer
 from megamtp.data.windows import Windows
 from megamtp.engines.check import check_engine
+from megamtp.engines.initial_weights import open_initial_weights, without_initial_weights
 from megamtp.errors import InputError
 from megamtp.training.metrics import FILE as METRICS
 from megamtp.training.metrics import records_until
@@ -92,6 +93,8 @@ def check(config: Config, place: Place) -> Job:
     validation = _windows(config, config.data.validation) if config.data.validation else None
     loader = TrainLoader(blend, config.global_batch_windows, config.train.micro_batch_size, data_parallel_rank, data_parallel_size)
     run_directory = Path(config.run.directory)
+    if config.run.initial_weights and not store.checkpoints(run_directory):
+        open_initial_weights(config)
     _make_writable(run_directory)
     lock = _lock(run_directory) if place.rank == 0 else None
     found = store.checkpoints(run_directory)
@@ -115,7 +118,8 @@ def _train(job: Job, place: Place) -> bool:
     from megamtp.engines.build import build_engine
     from megamtp.training.loop import Training
 
-    engine = build_engine(job.config)
+    # Every weight of a resumed run is in its checkpoint; what it once started from may be gone.
+    engine = build_engine(without_initial_weights(job.config) if job.checkpoint else job.config)
     if place.rank == 0:
         for change in job.changes:
             print(change, flush=True)

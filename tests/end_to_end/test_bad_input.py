@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megamtp.checkpoint import canonical
 from megamtp.checkpoint.store import newest_checkpoint, read_manifest
 from megamtp.config import read_config
 from megamtp.data.indexed_dataset import IndexedDatasetWriter
+from tests.checkpoints import SMALL, contents, random_model
 from tests.end_to_end.jobs import MODULE, deepspeed, records, run, wait_for
 
 PLAIN = ["-m", MODULE]
@@ -40,6 +42,11 @@ def tiny(folder: Path, tokens: list[int]) -> Path:
 def summarised(folder: Path, vocab_size: int) -> Path:
     (folder / "corpus.json").write_text(json.dumps({"vocab_size": vocab_size}))
     return tiny(folder, [1, 2] * 50)
+
+
+def initial_weights(folder: Path) -> Path:
+    canonical.write(contents(SMALL, random_model(SMALL).state_dict()), folder / "initial")
+    return folder / "initial"
 
 
 def pipeline(num_stages: int) -> list[str]:
@@ -137,6 +144,13 @@ CASES = {
     "fp8 in a pipeline": (
         lambda corpus, tmp: [*pipeline(2), "train.precision=bf16", "head_loss.precision=fp8"],
         ["head_loss.precision=fp8", "engine.kind=pipeline", "engine.kind=zero3"],
+    ),
+    "initial weights that are none": (
+        lambda corpus, tmp: [f"run.initial_weights={corpus}"], ["run.initial_weights", "canonical.json", "cannot be read"],
+    ),
+    "initial weights of another model": (
+        lambda corpus, tmp: [f"run.initial_weights={initial_weights(tmp)}"],
+        ["run.initial_weights", "model.num_layers=5", "not 4", "set model.num_layers=5"],
     ),
     "DeepCompile": (lambda corpus, tmp: ["engine.deepspeed.compile.deepcompile=true"], ["compile", "DeepCompile"]),
 }  # fmt: skip
