@@ -15,6 +15,7 @@ import torch
 from megamtp.checkpoint import formats
 from megamtp.checkpoint.tensors import whole
 from megamtp.commands.command_line import Parser, run
+from megamtp.config import BYTES
 from megamtp.data.tokenizer import open_tokenizer
 from megamtp.decoding.generate import generate
 from megamtp.errors import InputError
@@ -87,7 +88,7 @@ def _load(source: Path, device: torch.device) -> tuple[MTPModel, Path | None]:
         model = MTPModel(contents.model)
     weights = {name: whole(contents.weights, name, torch.float32).to(device) for name in contents.weights.shapes}
     model.load_state_dict(weights, strict=True, assign=True)
-    return model, contents.tokenizer
+    return model, Path(BYTES) if contents.tokens_are_bytes else contents.tokenizer
 
 
 def entry() -> None:

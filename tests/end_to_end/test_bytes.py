@@ -1,5 +1,8 @@
 """A byte-level run: text to a corpus of bytes, to a model, to text; and where bytes are refused by name."""
 
+from transformers import AutoTokenizer
+
+from megamtp.data.tokenizer import ByteTokenizer
 from tests.end_to_end.jobs import ROOT, run
 
 MODEL = [
@@ -26,3 +29,16 @@ def test_prepared_trained_and_generated(tmp_path):
     generated = run(["-m", "megamtp.commands.generate", str(directory), "--prompt", "caf\u00e9", "--max-new-tokens", "4"])
     assert generated.returncode == 0, generated.stderr
     assert generated.stdout.startswith("caf\u00e9")
+    exported = run(["-m", "megamtp.commands.convert_checkpoint", str(directory), str(tmp_path / "hf"), "--to", "hf"])
+    assert exported.returncode == 0, exported.stderr
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "hf"), ByteTokenizer()
+    for text in ("caf\u00e9 \t\r\n  x</s><|end|>\0\u2581", "".join(map(chr, range(512)))):
+        ids = theirs(text, add_special_tokens=False)["input_ids"]
+        assert ids == ours.encode(text)
+        assert theirs.decode(ids) == text
+    assert (theirs.eos_token_id, len(theirs)) == (256, 257)
+    prompted = ["--prompt", "caf\u00e9", "--max-new-tokens", "4"]
+    refused = run(["-m", "megamtp.commands.generate", str(tmp_path / "hf"), *prompted])
+    assert refused.returncode == 2 and "--tokenizer bytes" in refused.stderr
+    again = run(["-m", "megamtp.commands.generate", str(tmp_path / "hf"), *prompted, "--tokenizer", "bytes"])
+    assert again.stdout == generated.stdout

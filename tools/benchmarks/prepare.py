@@ -4,13 +4,16 @@
 
 Each round measures, one after another in turn: `sentencepiece.encode` of all texts, which are in memory already, on one
 thread; tokenising the same files into parts by one worker; and by 2 and more workers. The tokenizer is trained before.
+"Per core" divides by the seconds of all cores together, which other programs on the machine disturb less than the clock's.
 """
 
+import os
 import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import sentencepiece
@@ -39,30 +42,44 @@ def main(arguments: list[str]) -> None:
     output.start(options, on_gpu=False)
     source = find_source(options.input) if options.input else standard_library()
     with tempfile.TemporaryDirectory(dir=options.output) as folder:
-        seconds, num_bytes = measure(source, Path(folder), options.vocab_size, options.workers, options.rounds)
+        times, num_bytes = measure(source, Path(folder), options.vocab_size, options.workers, options.rounds)
     settings = {"text": f"{num_bytes / 1e6:.1f} MB", "vocabulary": options.vocab_size, "rounds": options.rounds}
-    results = [{"variant": name, "seconds": values} for name, values in seconds.items()]
-    output.write(options, settings, results, shown(seconds, num_bytes), picture(seconds, num_bytes))
+    results = [{"variant": name, "seconds": own.wall, "cpu_seconds": own.cpu} for name, own in times.items()]
+    output.write(options, settings, results, shown(times, num_bytes), picture(times, num_bytes))
 
 
-def measure(source: Source, folder: Path, vocab_size: int, numbers: list[int], rounds: int) -> tuple[dict[str, list[float]], int]:
-    """(seconds of each round of each variant, bytes of text)."""
+@dataclass
+class Times:
+    """Of one variant, seconds in each round: on the clock, and of all cores together."""
+
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+
+
+def measure(source: Source, folder: Path, vocab_size: int, numbers: list[int], rounds: int) -> tuple[dict[str, Times], int]:
+    """(times of each variant, bytes of text)."""
     texts = [text for _, text in source.documents()]
     model = folder / "tokenizer.model"
     train_sentencepiece(texts, model, vocab_size, seed=0)
     variants: dict[str, Callable[[], None]] = {BARE: _bare(texts, model)}
     for number in numbers:
         variants[_name(number)] = _ours(source, folder / "parts", model, number)
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    times = {name: Times() for name in variants}
     for round_number in range(rounds + 1):
         for name, variant in variants.items():
             shutil.rmtree(folder / "parts", ignore_errors=True)
             (folder / "parts").mkdir()
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), _cpu_seconds()
             variant()
             if round_number:  # the first one reads files and libraries from the disk
-                seconds[name].append(time.perf_counter() - start)
-    return seconds, sum(len(text.encode()) for text in texts)
+                times[name].wall.append(time.perf_counter() - start)
+                times[name].cpu.append(_cpu_seconds() - cpu_start)
+    return times, sum(len(text.encode()) for text in texts)
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of the workers that have ended."""
+    return sum(os.times()[:4])
 
 
 def _bare(texts: list[str], model: Path) -> Callable[[], None]:
@@ -85,24 +102,30 @@ def _name(number: int) -> str:
     return f"{number} worker{'s' if number > 1 else ''}"
 
 
-def shown(seconds: dict[str, list[float]], num_bytes: int) -> str:
+def shown(times: dict[str, Times], num_bytes: int) -> str:
     """Speed of each variant, and what it is of SentencePiece's and of one worker's, round by round."""
     rows = []
-    for name, values in seconds.items():
-        speeds = [num_bytes / 1e6 / value for value in values]
-        ratios = [_ratio(seconds, name, other) if name not in (BARE, other) else "" for other in (BARE, _name(1))]
-        rows.append([name, output.spread(speeds, 2), *ratios])
-    return output.table(["variant", "MB/s", "x sentencepiece", "x 1 worker"], rows)
+    for name, own in times.items():
+        by_clock = output.spread([num_bytes / 1e6 / value for value in own.wall], 2)
+        by_core = output.spread([num_bytes / 1e6 / value for value in own.cpu], 2)
+        bare = _ratio(own.cpu, times[BARE].cpu) if name != BARE else ""
+        one = _ratio(own.wall, times[_name(1)].wall) if name not in (BARE, _name(1)) else ""
+        rows.append([name, by_clock, by_core, bare, one])
+    return output.table(["variant", "MB/s", "MB/s per core", "per core, x sentencepiece", "MB/s, x 1 worker"], rows)
 
 
-def _ratio(seconds: dict[str, list[float]], name: str, other: str) -> str:
-    return output.spread([theirs / ours for ours, theirs in zip(seconds[name], seconds[other], strict=True)], 2)
+def _ratio(own: list[float], others: list[float]) -> str:
+    return output.spread([other / value for value, other in zip(own, others, strict=True)], 2)
 
 
-def picture(seconds: dict[str, list[float]], num_bytes: int) -> Figure:
-    """A bar for each variant's median speed."""
+def picture(times: dict[str, Times], num_bytes: int) -> Figure:
+    """Bars of each variant's median speeds."""
     figure, (axes,) = output.figure(5, 3.5)
-    speeds = {name: num_bytes / 1e6 / statistics.median(values) for name, values in seconds.items()}
-    output.bars(axes, list(speeds), {"": speeds})
+    speeds = {
+        label: {name: num_bytes / 1e6 / statistics.median(getattr(own, kind)) for name, own in times.items()}
+        for label, kind in (("by the clock", "wall"), ("per core", "cpu"))
+    }
+    output.bars(axes, list(times), speeds)
     axes.set_ylabel("MB/s")
+    axes.legend(frameon=False)
     return figure
