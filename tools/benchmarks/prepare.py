@@ -7,7 +7,7 @@ thread; tokenising the same files into parts by one worker; and by 2 and more wo
 "Per core" divides by the seconds of all cores together, which other programs on the machine disturb less than the clock's.
 """
 
-import os
+import resource
 import shutil
 import statistics
 import tempfile
@@ -79,7 +79,8 @@ def measure(source: Source, folder: Path, vocab_size: int, numbers: list[int], r
 
 def _cpu_seconds() -> float:
     """Of this process and of the workers that have ended."""
-    return sum(os.times()[:4])
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 def _bare(texts: list[str], model: Path) -> Callable[[], None]:
