@@ -36,6 +36,11 @@ def start(options: argparse.Namespace, on_gpu: bool = True) -> None:
     """Before the first measurement. Raises InputError: no GPU, though it is measured, or nowhere to write."""
     if on_gpu and not torch.cuda.is_available():
         raise InputError("no GPU; expected one: benchmarks measure a GPU's time")
+    make_folder(options)
+
+
+def make_folder(options: argparse.Namespace) -> None:
+    """Raises InputError: nowhere to write."""
     try:
         options.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
