@@ -63,7 +63,13 @@ def main(arguments: list[str]) -> int:
         error = found
     share_error(place, error)
     place = emulated_place(place, config.cluster)
-    return 0 if _train(job, place) else job.config.run.requeue_exit_code
+    try:
+        finished = _train(job, place)
+    except InputError:
+        _leave_peers()
+        raise
+    _leave_peers()
+    return 0 if finished else job.config.run.requeue_exit_code
 
 
 def check(config: Config, place: Place) -> Job:
@@ -122,6 +128,17 @@ def _train(job: Job, place: Place) -> bool:
     if found:
         engine.load(found[0])
     return Training(config, engine, job.train, job.validation, stop, first_step).run()
+
+
+def _leave_peers() -> None:
+    """Ends the threads of torch.distributed, which can otherwise abort the process while Python shuts down.
+
+    Not after other errors, which may be this rank's alone: it would wait for peers that wait for it.
+    """
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _windows(config: Config, prefix: str) -> Windows:
