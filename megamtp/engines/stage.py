@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from megamtp.config import Config
 from megamtp.data.loader import Batch
 from megamtp.engines.base import DTYPES
+from megamtp.engines.initial_weights import initial_weights
 from megamtp.engines.partition import Partition
 from megamtp.losses.linear_cross_entropy import SharedGradient
 from megamtp.losses.sequential import HeadPhase, PassingHeads, SequentialHeadLoss
 from megamtp.model.documents import separate
 from megamtp.model.heads import Unembedding
-from megamtp.model.initial import initial_value
 from megamtp.model.layers import Separation, TransformerLayer
 
 
@@ -113,8 +113,9 @@ class PipelineStage(PipelineModule):
             self.heads = nn.ModuleDict({str(index): TransformerLayer(model, compiled=self.compiled) for index in self.own.heads})
             self.unembedding = Unembedding(model) if self.heads else None
         self.to(DTYPES[train.precision]).to_empty(device=self.device)
+        initial = initial_weights(self.config)
         for name, parameter in self.named_parameters():
-            parameter.data.copy_(initial_value(name, tuple(parameter.shape), model, train.seed))
+            parameter.data.copy_(initial(name, tuple(parameter.shape)))
             parameter.ds_pipe_replicated = False
         if self.unembedding and self.own.heads.start > 0:
             for parameter in self.unembedding.parameters():

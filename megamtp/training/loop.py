@@ -1,12 +1,8 @@
 """The training loop: data, engine, metrics, evaluation, checkpoints, and an orderly end."""
 
-import dataclasses
-from pathlib import Path
-
 import torch
 import torch.distributed as dist
 
-from megamtp.checkpoint import store
 from megamtp.cluster.signals import StopRequest
 from megamtp.config import Config
 from megamtp.data.loader import TrainLoader, evaluation_batches
@@ -14,6 +10,7 @@ from megamtp.data.windows import Windows
 from megamtp.engines.base import Engine, count_targets
 from megamtp.errors import InputError
 from megamtp.training.metrics import Metrics
+from megamtp.training.saving import Saver
 from megamtp.training.schedule import learning_rate
 
 
@@ -25,8 +22,9 @@ class Training:
     ):
         """`first_step`: steps already taken; the engine has loaded the checkpoint of that step if it is not 0."""
         self.config, self.engine, self.train, self.validation, self.stop = config, engine, train, validation, stop
-        self.step = self.saved_step = first_step
+        self.step = first_step
         self.metrics = Metrics(config, first_step, engine.rank, engine.world_size, engine.device)
+        self.saver = Saver(config, engine, self.metrics)
 
     def run(self) -> bool:
         """Trains. False if it ended early, saved, because a rank was asked to stop. Collective.
@@ -45,17 +43,16 @@ class Training:
         damaged = torch.tensor(float(self._is_damaged()), device=self.engine.device)
         dist.all_reduce(damaged)
         stopped, damaged = False, damaged.item() > 0
-        if damaged:
-            self._report_damage()
-        while self.step < steps and not stopped:
+        while self.step < steps and not stopped and not damaged:
             self.step += 1
             stopped, damaged = self._train_step()
             if self.validation and (self.step % run.evaluate_every_steps == 0 or self.step == steps):
                 self._evaluate()
             if self.step % run.save_every_steps == 0 or self.step == steps or stopped or damaged:
                 self._save()
-            if damaged:
-                self._report_damage()
+        self.saver.finish()
+        if damaged:
+            self._report_damage()
         if stopped:
             self.metrics.say(f"asked to stop: saved at step {self.step}")
         self.metrics.close()
@@ -74,13 +71,16 @@ class Training:
         with self.metrics.phase("data"):
             damaged = self._is_damaged()
         with self.metrics.phase("report"):
-            totals = torch.zeros(n + 2, dtype=torch.float64, device=engine.device)
+            totals = torch.zeros(n + 3, dtype=torch.float64, device=engine.device)
             totals[:n] = result.nll_sums
-            totals[n], totals[n + 1] = self.stop.asked, damaged
-            dist.all_reduce(totals)  # of the losses and, with them, of the wish to stop and of damage ahead
-            *nll_sums, wishes, damaged_ranks = totals.tolist()
+            totals[n], totals[n + 1], totals[n + 2] = self.stop.asked, damaged, self.saver.has_written
+            # of the losses and, with them, of the wish to stop, of damage ahead and of the ranks that have written
+            dist.all_reduce(totals)
+            *nll_sums, wishes, damaged_ranks, written = totals.tolist()
         losses = [nll / max(1, count) for nll, count in zip(nll_sums, counts, strict=True)]
         self.metrics.training(self.step, losses, result.gradient_norm, lr, result.skipped)
+        if written == engine.world_size:
+            self.saver.finish()
         return wishes > 0, damaged_ranks > 0
 
     def _is_damaged(self) -> bool:
@@ -112,14 +112,7 @@ class Training:
         self.metrics.validation(self.step, [nll / max(1, count) for nll, count in zip(nll_sums, counts, strict=True)])
 
     def _save(self) -> None:
-        config = self.config
-        if config.cluster.emulate:
+        if self.config.cluster.emulate:
             self.metrics.say("an emulated cluster's weights are not trained ones: no checkpoint is written")
             return
-        manifest = store.Manifest(
-            self.step, self.engine.world_size, config.engine.kind, config.train.precision, dataclasses.asdict(config.model), {}
-        )
-        with self.metrics.phase("save"):
-            store.publish(
-                Path(config.run.directory), manifest, config.run.keep_checkpoints, self.engine.rank, dist.barrier, self.engine.save
-            )
+        self.saver.begin(self.step)

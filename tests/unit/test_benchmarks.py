@@ -10,8 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from benchmarks import corpora, data, emulation, exposure, loss, output, overhead, processes, trace, variants, world
+from benchmarks import corpora, data, emulation, exposure, links, loss, output, overhead, processes, trace, variants, world
 
+from megamtp.cluster.emulated import Network
+from megamtp.config import ClusterConfig
 from megamtp.data.indexed_dataset import IndexedDataset
 from megamtp.errors import InputError
 
@@ -57,12 +59,37 @@ def test_without_a_gpu_every_benchmark_is_one_line_and_status_2(name, tmp_path):
         (loss, ["--rows", "1.5"], "--rows: 1.5; expected"),
         (data, ["--sizes", "1e9", "1e14"], r"--sizes 1e\+14; expected 1e5 to 1e13 tokens"),
         (data, ["--read-tokens", "nan"], "--read-tokens nan; expected"),
+        (links, [], "one process; expected several ranks"),
     ],
 )
 def test_bad_arguments_are_named_before_a_gpu_is_looked_for(module, arguments, message):
     with pytest.raises(InputError, match=message) as caught:
         module.main(arguments)
     assert "\n" not in str(caught.value)
+
+
+def test_a_launchers_ranks_are_real(tmp_path, monkeypatch):
+    """No emulation, one table, and no benchmark that one process must make."""
+    monkeypatch.setattr(os, "environ", os.environ | {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4"})
+    given = options(tmp_path)
+    found = emulation.config("1.3b", 4, emulation.num_ranks(64), given)
+    assert found.cluster.emulate is None and found.train.global_batch_tokens == 4 * 2 * 4096
+    assert emulation.settings(found, given) == {"network": "NCCL", "T": 4096}
+    output.write(given, {}, [], "table", output.figure(2, 2)[0])
+    assert not list(tmp_path.iterdir())  # rank 0 writes
+    for module, arguments in ((world, []), (overhead, ["--cold"])):
+        with pytest.raises(InputError, match="under a launcher of 4 ranks; expected one process"):
+            module.main(arguments)
+
+
+def test_links_are_found_again():
+    """Latency and bandwidth from the times that an emulated network of them would take."""
+    cluster = ClusterConfig(emulate=2, latency=30e-6, flat_bandwidth=150e9)
+    network = Network(cluster)
+    times = {kind: {size: network.seconds(kind, size) for size in links.SIZES} for kind in links.KINDS}
+    fitted = links.fit(times, world_size=2).cluster
+    assert fitted.latency == pytest.approx(30e-6, rel=1e-3)
+    assert fitted.flat_bandwidth == pytest.approx(150e9, rel=1e-3)
 
 
 def test_a_file_in_place_of_the_folder_is_named(tmp_path, monkeypatch):
