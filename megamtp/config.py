@@ -23,6 +23,7 @@ from megamtp.errors import InputError
 from megamtp.files import write_atomically
 
 RESOLVED = "config.yaml"  # in a run's folder: its whole configuration
+BYTES = "bytes"  # data.tokenizer of byte-level runs
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
@@ -164,7 +165,9 @@ class DataConfig:
 
     train: str = option(REQUIRED, "prefix of the training corpus, or of several after their weights: '0.7 a/train 0.3 b/train'")
     validation: str | None = option(None, "prefix of the validation corpus; null: no evaluation")
-    tokenizer: str | None = option(None, "SentencePiece model, checked against model.vocab_size and exported with the model")
+    tokenizer: str | None = option(
+        None, "SentencePiece model, checked against model.vocab_size and exported with the model; or bytes"
+    )
     documents: str = option(
         "continue",
         "continue: windows cross documents, as the paper's; mask: no target in another document; isolate: nor attention",
@@ -276,6 +279,8 @@ def write_config(config: Config, path: Path) -> None:
         config = dataclasses.replace(config, run=run)
     data = config.data
     paths = {name: _absolute(value) for name in ("validation", "tokenizer") if (value := getattr(data, name))}
+    if data.tokenizer == BYTES:
+        paths["tokenizer"] = BYTES
     corpora = [(weight, _absolute(prefix)) for weight, prefix in data.train_corpora]
     blend = " ".join(f"{weight!r} {shlex.quote(prefix)}" for weight, prefix in corpora)
     train = corpora[0][1] if len(corpora) == 1 else blend

@@ -28,7 +28,7 @@ from megamtp.data.blend import Blend
 from megamtp.data.corpus import SUMMARY
 from megamtp.data.indexed_dataset import IndexedDataset
 from megamtp.data.loader import TrainLoader
-from megamtp.data.tokenizer import SentencePieceTokenizer
+from megamtp.data.tokenizer import open_tokenizer
 from megamtp.data.windows import Windows
 from megamtp.engines.check import check_engine
 from megamtp.engines.initial_weights import open_initial_weights, without_initial_weights
@@ -166,7 +166,7 @@ def _check_float8() -> None:
 
 
 def _check_tokenizer(config: Config) -> None:
-    found = SentencePieceTokenizer(config.data.tokenizer).vocab_size
+    found = open_tokenizer(config.data.tokenizer).vocab_size
     if found != config.model.vocab_size:
         raise InputError(
             f"{config.data.tokenizer} has {found} pieces, model.vocab_size is {config.model.vocab_size}; expected the same: "

@@ -5,7 +5,7 @@ from pathlib import Path
 from megamtp.checkpoint import store
 from megamtp.checkpoint.contents import WEIGHT, Contents
 from megamtp.checkpoint.tensors import InMemory
-from megamtp.config import RESOLVED, read_config
+from megamtp.config import BYTES, RESOLVED, read_config
 
 
 def find_checkpoint(source: Path) -> tuple[Path, Path]:
@@ -34,5 +34,6 @@ def read(source: Path) -> Contents:
         {WEIGHT: InMemory(weights)},
         step=int(checkpoint.name.removeprefix("step-")),
         sequence_length=config.train.sequence_length,
-        tokenizer=Path(config.data.tokenizer) if config.data.tokenizer else None,
+        tokenizer=Path(config.data.tokenizer) if config.data.tokenizer not in (None, "", BYTES) else None,
+        tokens_are_bytes=config.data.tokenizer == BYTES,
     )

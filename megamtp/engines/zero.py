@@ -64,10 +64,10 @@ class ZeroEngine:
             group["lr"] = lr
         nll_sums = torch.zeros(self.config.model.num_future_tokens, device=self.device)
         with self.head_phase.whole_or_nothing():
-            for index, batch in enumerate(micro_batches):
+            for index, batch in enumerate(batch.to(self.device) for batch in micro_batches):
                 # (c) DeepSpeed tells its optimizer only when the outer backward starts; the heads' reductions come before it.
                 self.engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
-                loss, micro_nll_sums = self.engine(batch.inputs.to(self.device), batch.targets.to(self.device), scales)
+                loss, micro_nll_sums = self.engine(batch.inputs, batch.targets, scales, batch.documents)
                 self.engine.backward(loss)
                 self.engine.step()
                 nll_sums += micro_nll_sums
@@ -80,10 +80,9 @@ class ZeroEngine:
         scales = [1.0] * self.config.model.num_future_tokens
         totals = torch.zeros(2, len(scales), dtype=torch.float64, device=self.device)
         with self.head_phase.evaluating():
-            for batch in batches:
-                targets = batch.targets.to(self.device)
-                _, nll_sums = self.engine(batch.inputs.to(self.device), targets, scales)
-                totals += torch.stack((nll_sums, (targets != IGNORED).sum(dim=(1, 2))))
+            for batch in (batch.to(self.device) for batch in batches):
+                _, nll_sums = self.engine(batch.inputs, batch.targets, scales, batch.documents)
+                totals += torch.stack((nll_sums, (batch.targets != IGNORED).sum(dim=(1, 2))))
         return totals.flatten()
 
     def save(self, directory: Path) -> None:
