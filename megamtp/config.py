@@ -203,6 +203,7 @@ class RunConfig:
     )
     save_every_steps: int = option(1000, "steps between checkpoints; the last step is always saved")
     keep_checkpoints: int = option(2, "newest checkpoints kept")
+    keep_every_steps: int | None = option(None, "checkpoints at multiples of this are kept for good; null: none")
     evaluate_every_steps: int = option(1000, "steps between evaluations; the last step is always evaluated")
     evaluation_windows: int | None = option(None, "validation windows of an evaluation; null: all")
     log_every_steps: int = option(1, "steps between lines of metrics")
@@ -437,8 +438,8 @@ def _check(config: Config) -> None:
     train, head_loss, optimizer = config.train, config.head_loss, config.optimizer
     _positive(
         config, "train.steps", "train.global_batch_tokens", "train.micro_batch_size", "train.sequence_length",
-        "head_loss.chunk_rows", "run.save_every_steps", "run.keep_checkpoints", "run.evaluate_every_steps",
-        "run.evaluation_windows", "run.log_every_steps", "engine.reduce_bucket_size", "cluster.emulate",
+        "head_loss.chunk_rows", "run.save_every_steps", "run.keep_checkpoints", "run.keep_every_steps",
+        "run.evaluate_every_steps", "run.evaluation_windows", "run.log_every_steps", "engine.reduce_bucket_size", "cluster.emulate",
         "cluster.ranks_per_node", "cluster.flat_bandwidth", "cluster.node_bandwidth", "cluster.network_bandwidth",
         "cluster.communication_sms",
     )  # fmt: skip

@@ -94,9 +94,10 @@ def _is_run(path: Path) -> bool:
 
 FORMATS = {
     "run": Format(
-        "a run's folder (its newest checkpoint), or one of its checkpoints",
+        "a run's folder (its newest checkpoint), or one of its checkpoints, for any engine at any number of ranks",
         _is_run,
         lambda path, _: runs.read(path),
+        runs.write,
     ),
     "canonical": Format(
         "every parameter, and Adam's moments if the source has them, for any engine",

@@ -2,6 +2,7 @@
 
 python -m megamtp.commands.convert_checkpoint runs/quickstart exported --to hf
 python -m megamtp.commands.convert_checkpoint runs/quickstart/checkpoints/step-0000100 exported --to hf
+python -m megamtp.commands.convert_checkpoint universal runs/new --to zero3        (then pretrain with run.directory=runs/new)
 """
 
 from pathlib import Path
@@ -13,6 +14,7 @@ from megamtp.checkpoint.folder import check_destination
 from megamtp.commands.command_line import Parser, run
 from megamtp.config import read_config
 
+ENGINES = ("zero3", "zero1", "pipeline")  # all of which read a run's checkpoint
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -24,7 +26,8 @@ def main() -> None:
     contents = formats.read(arguments.source, formats.Options(arguments.num_future_tokens, model))
     for note in contents.notes:
         print(note)
-    formats.FORMATS[arguments.to].write(contents, arguments.destination, DTYPES[arguments.dtype])
+    target = "run" if arguments.to in ENGINES else arguments.to
+    formats.FORMATS[target].write(contents, arguments.destination, DTYPES[arguments.dtype])
     print(f"{arguments.source} -> {arguments.destination}")
 
 
@@ -33,7 +36,8 @@ def _parser() -> Parser:
     parser = Parser(f"{__doc__}\nFormats:\n{described}")
     parser.add_argument("source", type=Path, help=f"a checkpoint of one of these formats: {', '.join(formats.readable())}")
     parser.add_argument("destination", type=Path, help="a new or empty folder, or an earlier export, which is replaced")
-    parser.add_argument("--to", choices=formats.writable(), default="hf", help="format of the destination (default: hf)")
+    parser.add_argument("--to", choices=[*formats.writable(), *ENGINES], default="hf",
+                        help="format of the destination (default: hf); an engine's is a run's")  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="type of exported weights (default: fp32)")
     parser.add_argument(
         "--num-future-tokens", type=int, help="heads to make of a source with one: its last layer, and copies of it (default: 1)"

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from megamtp.config import Config
 from megamtp.data.loader import Batch
-from megamtp.engines.base import DTYPES, StepResult, loss_scales
+from megamtp.engines.base import DTYPES, EngineState, StepResult, loss_scales
 from megamtp.engines.deepspeed_config import deepspeed_config
 from megamtp.engines.head_phase import DeepSpeedHeadPhase, full_shape
 from megamtp.engines.initial_weights import initial_weights
 from megamtp.engines.optimizer import adamw
-from megamtp.engines.saved_state import load_state, save_state
+from megamtp.engines.saved_state import engine_state, load_state
 from megamtp.engines.traffic import GroupedTraffic, fill_shards
 from megamtp.losses.softmax_gradient import IGNORED
 from megamtp.model.initial import STANDARD_DEVIATION
@@ -85,13 +85,13 @@ class ZeroEngine:
                 totals += torch.stack((nll_sums, (batch.targets != IGNORED).sum(dim=(1, 2))))
         return totals.flatten()
 
-    def save(self, directory: Path) -> None:
-        """See Engine.save."""
-        save_state(self.engine, directory, self.rank)
+    def state(self) -> EngineState:
+        """See Engine.state."""
+        return engine_state(self.engine)
 
-    def load(self, directory: Path) -> None:
+    def load(self, checkpoint: Path) -> None:
         """See Engine.load."""
-        load_state(self.engine, directory, self.rank)
+        load_state(self.engine, checkpoint, self.config.engine.kind, self.rank, self.world_size)
 
 
 def _build_model(config: Config, settings: dict, device: torch.device) -> MTPModel:

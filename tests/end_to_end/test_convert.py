@@ -23,7 +23,8 @@ from tests.checkpoints import SMALL, STATE, contents, random_model, with_moments
 from tests.end_to_end.jobs import ROOT, environment, records, run
 
 MODULE = "megamtp.commands.convert_checkpoint"
-WRITABLE = ["canonical", "hf", "hf-mtp", "meta", "universal"]
+WITH_STATE = ["run", "canonical", "universal"]
+WRITABLE = ["run", "canonical", "hf", "hf-mtp", "meta", "universal"]
 
 
 def convert(monkeypatch, *arguments) -> None:
@@ -47,7 +48,7 @@ def test_every_format_to_every_other(sources, tmp_path, monkeypatch):
         assert formats.detect(folder) == source
         for target in WRITABLE:
             destination = tmp_path / f"{source}-{target}"
-            if target == "universal" and source not in ("canonical", "universal"):
+            if target in ("run", "universal") and source not in WITH_STATE:
                 with pytest.raises(InputError, match="no optimizer state"):
                     convert(monkeypatch, folder, destination, "--to", target)
                 assert not destination.exists()
@@ -61,7 +62,7 @@ def test_every_format_to_every_other(sources, tmp_path, monkeypatch):
             for kind, tensors in found.sources.items():
                 assert tensors.shapes == parameter_shapes(model)
                 assert all(torch.equal(whole(tensors, name), whole(expected.sources[kind], name)) for name in tensors.shapes)
-            keeps_state = {source, target} <= {"canonical", "universal"}
+            keeps_state = {source, target} <= set(WITH_STATE)
             assert (set(MOMENTS) <= set(found.sources)) == keeps_state
             assert (found.state == STATE) == keeps_state
 
