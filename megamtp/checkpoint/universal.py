@@ -56,7 +56,7 @@ def write(contents: Contents, directory: Path, dtype: torch.dtype = torch.float3
     num_bytes = sum(math.prod(shape) * 4 for source in contents.sources.values() for shape in source.shapes.values())
     step = torch.tensor(float(steps))
     with published(directory, num_bytes) as folder:
-        tag = f"global_step{contents.step}"
+        tag = f"global_step{steps if contents.step is None else contents.step}"
         (folder / LATEST).write_text(tag)
         for name in contents.weights.shapes:
             parameter = folder / tag / ZERO / name
