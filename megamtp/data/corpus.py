@@ -97,8 +97,10 @@ def prepare(
             shutil.rmtree(output / WORK, ignore_errors=True)
             return existing, True
         with _work_folder(output) as work:
-            shards = plan(source.files)
-            job = _job(source, shards, work, vocab_size, tokenizer, seed, deduplicate)
+            in_pieces = source.is_small()
+            shards = plan(source.files, in_pieces)
+            job = _job(source, shards, in_pieces, work, vocab_size, tokenizer, seed, deduplicate)
+            _remove_strangers(shards, job)
             tokenise_all(shards, job, workers)
             parts = Parts(shards, job, open_tokenizer(job.tokenizer).vocab_size)
             if job.with_text_hashes:
@@ -138,19 +140,27 @@ def _work_folder(output: Path) -> Iterator[Path]:
 def _job(
     source: Source,
     shards: list[Shard],
+    in_pieces: bool,
     work: Path,
     vocab_size: int | None,
     tokenizer: Path | str | None,
     seed: int,
     deduplicate: bool,
 ) -> Job:
-    in_pieces = source.is_small()
     dropped = _duplicates(source) if in_pieces and deduplicate else []
     if in_pieces and (found := _count_names(source)) < 2:
         raise too_few(found, _place(source))
     path = _tokenizer(source, shards, work, vocab_size, tokenizer, seed)
     digest = BYTES if path == BYTES else hashlib.sha256(Path(path).read_bytes()).hexdigest()
     return Job(work, path, digest, source.json_key, seed, in_pieces, tuple(dropped), deduplicate and not in_pieces)
+
+
+def _remove_strangers(shards: list[Shard], job: Job) -> None:
+    """Removes parts and tokenizers of an earlier preparation that had other settings or inputs."""
+    wanted = {"lock", Path(job.tokenizer).name, *(job.key(shard) for shard in shards)}
+    for path in job.folder.iterdir():
+        if path.name.partition(".")[0] not in wanted and path.name not in wanted:
+            path.unlink()
 
 
 def _count_names(source: Source) -> int:

@@ -50,9 +50,13 @@ class Source:
             yield from cut(name, text) if small else [(name, text)]
 
 
-def cut(name: str, text: str) -> Iterator[tuple[str, str]]:
-    """(name, text) of a document's pieces, which end at the first line end after 16 Ki characters, or at 32 Ki."""
-    start, number = 0, 0
+def cut(name: str, text: str, first: int = 0) -> Iterator[tuple[str, str]]:
+    """(name, text) of a document's pieces, which end at the first line end after 16 Ki characters, or at 32 Ki.
+
+    Args:
+        first: number of the first of them, if `text` is the rest of a document from there on.
+    """
+    start, number = 0, first
     while start < len(text):
         longest = start + 2 * PIECE_CHARACTERS
         end = text.find("\n", start + PIECE_CHARACTERS - 1, longest) + 1 or longest

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from megamtp.data.indexed_dataset import IndexedDatasetWriter, best_dtype
 from megamtp.data.parts import Job, Part, open_part
@@ -42,6 +43,9 @@ class Parts:
         self._shards, self._job, self.vocab_size = shards, job, vocab_size
         self.dtype = best_dtype(vocab_size)
         self._kept: list[np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return len(self._shards)
 
     def __iter__(self) -> Iterator[tuple[Part, np.ndarray]]:
         """(part, which of its documents are kept [documents])."""
@@ -115,7 +119,7 @@ def write_splits(parts: Parts, limit: int, output: Path) -> Totals:
     totals = Totals(np.zeros(parts.vocab_size, dtype=np.int64))
     with ExitStack() as stack:
         writers = {split: stack.enter_context(IndexedDatasetWriter(output / split, parts.dtype)) for split in SPLITS}
-        for part, kept in parts:
+        for part, kept in tqdm(parts, unit=" parts", desc="merging", disable=None, dynamic_ncols=True):
             totals.not_utf8 += part.not_utf8
             totals.duplicates += int((~kept).sum())
             held_out = part.documents["name"] < np.uint64(limit)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from megamtp.data.documents import cut
+from megamtp.data.records import read
 from megamtp.data.shards import Shard
 from megamtp.data.tokenizer import Tokenizer, open_tokenizer
 from megamtp.errors import InputError
@@ -101,9 +102,10 @@ def open_part(shard: Shard, job: Job, dtype: np.dtype) -> Part:
 
 
 def _documents(shard: Shard, job: Job, not_utf8: list[str]) -> Iterator[tuple[str, str]]:
-    for name, text in shard.documents(job.json_key, not_utf8):
-        if name not in job.dropped:
-            yield from cut(name, text) if job.in_pieces else [(name, text)]
+    for span in shard.spans:
+        for name, text in read(span, job.json_key, not_utf8):
+            if name not in job.dropped:
+                yield from cut(name, text, span.first_piece) if job.in_pieces else [(name, text)]
 
 
 @lru_cache(maxsize=1)

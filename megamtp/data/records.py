@@ -34,13 +34,16 @@ class Span:
 
     Attributes:
         name: identifies the file whatever folder it lies in.
-        start, stop: JSON lines that begin in these bytes, or these row groups of Parquet; stop None: all of the file.
+        start, stop: JSON lines that begin in these bytes, these row groups of Parquet, or these bytes of a text that is cut in
+            pieces; stop None: all of the file.
+        first_piece: number of the first piece of such a text.
     """
 
     name: str
     path: Path
     start: int = 0
     stop: int | None = None
+    first_piece: int = 0
 
 
 def kind(path: Path) -> str:
@@ -82,7 +85,9 @@ def num_row_groups(path: Path) -> int:
 
 def _text(span: Span, not_utf8: list[str]) -> str | None:
     with _open(span.path) as stream:
-        content = stream.read()
+        if span.stop is not None:
+            stream.seek(span.start)
+        content = stream.read(-1 if span.stop is None else span.stop - span.start)
     try:
         return content.decode() or None  # not read_text: line ends stay as they are
     except UnicodeDecodeError:

@@ -96,7 +96,7 @@ def _bare(texts: list[str], model: Path) -> Callable[[], None]:
 
 def _ours(source: Source, parts: Path, model: Path, number: int) -> Callable[[], None]:
     job = Job(parts, str(model), "", source.json_key, 0, False, (), False)
-    return lambda: workers.tokenise_all(shards.plan(source.files), job, number)
+    return lambda: workers.tokenise_all(shards.plan(source.files, in_pieces=False), job, number)
 
 
 def _name(number: int) -> str:
