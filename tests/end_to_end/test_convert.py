@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -106,9 +107,8 @@ def test_training_goes_on_from_a_converted_llama(arguments, tmp_path):
     assert finished.returncode == 0, finished.stderr
     losses = [record["losses"] for record in records(tmp_path / "run")]
     prefix = next(word for word in arguments if word.startswith("data.train=")).partition("=")[2]
-    windows = Windows(IndexedDataset(prefix), 32, 2, seed=0)
-    batch = [windows[index] for index in windows.shuffled(epoch=0)[:8]]  # of the first step
-    inputs, targets = torch.stack([inputs for inputs, _ in batch]), torch.stack([targets[0] for _, targets in batch])
+    batch = Windows(IndexedDataset(prefix), 32, 2, seed=0).at(np.arange(8))  # of the first step
+    inputs, targets = torch.stack([window.inputs for window in batch]), torch.stack([window.targets[0] for window in batch])
     llama = AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
     with torch.no_grad():
         logits = llama(inputs).logits
