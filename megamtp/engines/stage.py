@@ -1,6 +1,7 @@
 """The layers of one pipeline stage as the module that DeepSpeed's pipeline engine runs."""
 
 import contextlib
+import dataclasses
 import io
 from collections.abc import Iterator
 
@@ -89,7 +90,7 @@ class StageLayers(nn.Module):
 
     def _make_layers(self) -> None:
         """This stage's modules with their initial weights."""
-        model, train = self.config.model, self.config.train
+        model, train, rows = self.config.model, self.config.train, self.own.contents.rows
         compiled = self.device.type == "cuda" if train.compile is None else train.compile
         trunk = range(self.own.first, min(self.own.end, model.num_trunk_layers))
         with torch.device("meta"):
@@ -98,7 +99,7 @@ class StageLayers(nn.Module):
                 {str(index): TransformerLayer(model, train.activation_checkpointing, compiled) for index in trunk}
             )
             self.heads = nn.ModuleDict({str(index): TransformerLayer(model, compiled=compiled) for index in self.own.heads})
-            self.unembedding = Unembedding(model) if self.heads else None
+            self.unembedding = Unembedding(dataclasses.replace(model, vocab_size=rows)) if rows else None
         self.head_phase = HeadPhase()
         self.to(DTYPES[train.precision]).to_empty(device=self.device)
         for name, parameter in self.named_parameters():

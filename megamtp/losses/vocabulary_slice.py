@@ -1,8 +1,7 @@
 """A loss spread by vocabulary: each of several ranks holds some rows of the unembedding and computes those columns of the logits.
 
-    slice 0: logits -> largest, partition, target's logit  \\                        / gradient -> its dW, its part of dH  \\
-    slice 1: logits -> largest, partition, target's logit  -> combine -> log-partition                                   -> sum of dH
-    slice 2: ...                                           /                        \\ ...                                /
+    each slice: logits, and their largest, partition and target's logit    -> exchange: log-partition, loss
+    each slice: the gradient of its logits, its dW, its part of dH          -> exchange: the sum of dH
 
 Three fp32 numbers per position and slice cross ranks between the two halves, and dH after them. This file computes; who calls it
 exchanges. Source: Yeung et al. 2024, arXiv:2411.05288, section 4, algorithm 1.

@@ -11,6 +11,7 @@ COMMANDS = {
     "world": "step time against the number of ranks: ours, FSDP2, and DeepSpeed as shipped",
     "trace": "exposed communication in the head phase, with prefetch and without, and whether it is below a limit",
     "loss": "the loss of one head: time over that of its three products, and memory",
+    "pipeline": "a pipeline's step, played with the measured times of its stages: three plans, and how much n heads cost",
     "learning": "whether fp8 losses learn as well as bf16's: a 0.3B model trained with both",
 }
 

@@ -32,9 +32,9 @@ def parser(description: str, name: str) -> Parser:
     return parser
 
 
-def start(options: argparse.Namespace) -> None:
-    """Before the first measurement. Raises InputError: no GPU, or nowhere to write."""
-    if not torch.cuda.is_available():
+def start(options: argparse.Namespace, device: str = "cuda") -> None:
+    """Before the first measurement, on a GPU unless told otherwise. Raises InputError: no GPU, or nowhere to write."""
+    if device == "cuda" and not torch.cuda.is_available():
         raise InputError("no GPU; expected one: benchmarks measure a GPU's time")
     try:
         options.output.mkdir(parents=True, exist_ok=True)
