@@ -86,7 +86,7 @@ class Partition:
             parts += [f"trunk {_span(trunk)}"] if trunk else []
             parts += [f"{'head' if len(stage.heads) == 1 else 'heads'} {_span(stage.heads)}"] if stage.heads else []
             memory = sum(stage.memory_bytes.values()) / 2**30
-            lines.append(f"stage {index}: {stage.cost / total:6.1%} of FLOPs, {memory:7.2f} GiB: {', '.join(parts)}")
+            lines.append(f"stage {index}: {stage.cost / total:6.1%} of the work, {memory:7.2f} GiB: {', '.join(parts)}")
         lines.append(
             f"slowest stage / mean {self.imbalance:.3f}; {self.micro_batches} micro-batches: predicted bubble {self.bubble:.1%}"
         )

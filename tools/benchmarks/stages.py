@@ -71,7 +71,7 @@ class WholeStage(StageLayers):
     def run(self, kind: Kind, passed: "Passed") -> None:
         """One pass of a micro-batch."""
         if kind == Kind.FORWARD:
-            passed.output = self(passed.input)
+            passed.output = self(passed.input.clone())  # as DeepSpeed does
         elif kind == Kind.BACKWARD:
             passed.output.backward(self.gradient if passed.output.dim() else None)
 
@@ -93,7 +93,7 @@ class SpreadStage(WholeStage):
 
     def run(self, kind: Kind, passed: "Passed") -> None:
         if kind == Kind.FORWARD:
-            passed.output = self._run_trunk(passed.input)
+            passed.output = self._run_trunk(passed.input.clone())
             passed.hidden = [self._normed(head(passed.output)) for head in self.heads.values()]
         elif kind == Kind.STATISTICS:
             passed.slices = [self._statistics(index) for index in range(len(self.micro_batch_targets))]
@@ -156,7 +156,6 @@ class _Adding:
 
 def measure(config: Config, own: Stage, alive: Iterable[int], device: torch.device, micro_batches: int) -> Measured:
     """Times of `micro_batches` micro-batches one after the other, and the peak for each number of `alive` ones."""
-    release(device)
     before = _allocated(device)
     stage = (SpreadStage if own.contents.spread else WholeStage)(config, own, device)
     try:
@@ -174,9 +173,9 @@ def measure(config: Config, own: Stage, alive: Iterable[int], device: torch.devi
 
 
 def release(device: torch.device) -> None:
-    """Gives freed memory back."""
-    gc.collect()
+    """Gives a GPU's freed memory back."""
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 
