@@ -79,17 +79,22 @@ class SpreadWork:
 
 
 class SpreadSchedule:
-    """The passes of all stages of `times`, in the order of a pattern.
+    """The passes of all stages of `times`, in the order of a pattern that is repeated every period, or with `slack` seconds more.
+
+    Slack may save rounds: a gradient that just misses its place in the round of the stage before waits for the next one.
 
     Attributes:
         orders: each stage's passes, first to last.
     """
 
-    def __init__(self, times: list[StageTimes], micro_batches: int, exchange: Exchange, pattern: tuple[Kind, ...]):
+    def __init__(
+        self, times: list[StageTimes], micro_batches: int, exchange: Exchange, pattern: tuple[Kind, ...], slack: float = 0.0
+    ):
         self.times, self.exchange = times, exchange
         self.hosts = [index for index, stage in enumerate(times) if stage.num_heads]
         self.slices = [index for index, stage in enumerate(times) if stage.statistics or stage.gradients]
-        first, period = self._first_starts(pattern), self.period
+        period = self.period + slack
+        first = self._first_starts(pattern, period)
 
         def start(work: Pass) -> float:
             return first[work.stage, work.kind, work.host] + work.micro_batch * period
@@ -141,7 +146,7 @@ class SpreadSchedule:
                 found += [(kind, host) for host in self.hosts]
         return found
 
-    def _first_starts(self, pattern: tuple[Kind, ...]) -> dict[tuple[int, Kind, int], float]:
+    def _first_starts(self, pattern: tuple[Kind, ...], period: float) -> dict[tuple[int, Kind, int], float]:
         """When (stage, kind, host) would start for micro-batch 0 if each stage repeated the pattern, once a period, without end.
 
         A stage's round begins with its forward pass; any other pass takes its place in the first round by which its data are there.
@@ -163,7 +168,7 @@ class SpreadSchedule:
         for work in sequence:
             place = places[work.stage][work.kind, work.host]
             late = max(0.0, self._arrival(work, ends) - place)
-            first[work] = place + self.period * -(-late * (1 - 1e-9) // self.period)
+            first[work] = place + period * -(-late * (1 - 1e-9) // period)
             ends[work] = first[work] + self._duration(work.stage, work.kind, work.host)
         return {(work.stage, work.kind, work.host): start for work, start in first.items()}
 
@@ -200,10 +205,15 @@ class SpreadSchedule:
 
 
 def fastest_schedule(times: list[StageTimes], micro_batches: int, exchange: Exchange) -> SpreadSchedule:
-    """That of the pattern whose step ends first; of few micro-batches, for more of them only repeat what the middle ones do."""
+    """That of the pattern and slack whose step ends first.
+
+    They are compared with few micro-batches, for more of them only repeat what the middle ones do.
+    """
     few = min(micro_batches, 4 * len(times))
 
-    def end(pattern: tuple[Kind, ...]) -> float:
-        return max(done.end for done in SpreadSchedule(times, few, exchange, pattern).play())
+    def end(pattern: tuple[Kind, ...], slack: float) -> float:
+        return max(done.end for done in SpreadSchedule(times, few, exchange, pattern, slack).play())
 
-    return SpreadSchedule(times, micro_batches, exchange, min(PATTERNS, key=end))
+    slacks = [count * exchange.hand for count in (range(0, 5, 2) if exchange.hand else (0,))]
+    pattern, slack = min(itertools.product(PATTERNS, slacks), key=lambda choice: end(*choice))
+    return SpreadSchedule(times, micro_batches, exchange, pattern, slack)

@@ -22,7 +22,7 @@ CASES = list(itertools.product((UNEVEN, EVEN, UNEVEN[2:]), (1, 3, 9), (Exchange(
 
 @pytest.mark.parametrize(("times", "micro_batches", "exchange", "pattern"), CASES)
 def test_no_pass_begins_before_its_data_are_there(times, micro_batches, exchange, pattern):
-    schedule = SpreadSchedule(times, micro_batches, exchange, pattern)
+    schedule = SpreadSchedule(times, micro_batches, exchange, pattern, slack=exchange.hand)
     played = schedule.play()
     found = {done.work: done for done in played}
     slices = [stage for stage, own in enumerate(times) if own.statistics]
@@ -64,6 +64,15 @@ def test_even_stages_never_wait_between_fill_and_drain():
     assert ends[1] - ends[0] == pytest.approx(20 * 3.6)
     schedule = fastest_schedule(EVEN, 20, Exchange())
     assert [schedule.alive(stage) - (4 - stage) for stage in range(4)] in ([2] * 4, [3] * 4)
+
+
+def test_links_slower_than_a_slices_passes_do_not_cost_a_round_at_every_stage():
+    exchange = Exchange(hand=0.06, hidden=0.06, statistics=0.005)
+    times = [StageTimes(1.0, 2.0, 0.03, 0.06, index == 7) for index in range(8)]
+    without = min((SpreadSchedule(times, 32, exchange, pattern) for pattern in PATTERNS), key=lambda found: found.alive(0))
+    found = fastest_schedule(times, 32, exchange)
+    assert without.alive(0) > 14 > 12 >= found.alive(0)
+    assert max(done.end for done in found.play()) < max(done.end for done in without.play())
 
 
 def test_the_same_orders_in_slower_stages():
