@@ -29,7 +29,16 @@ setup(
     ],
     extras_require={
         "mpi": ["mpi4py>=4", "mpich>=5"],
-        "test": ["hypothesis>=6", "import-linter>=2", "mpi4py>=4", "mpich>=5", "pytest>=8", "pytest-timeout>=2", "ruff>=0.9"],
+        "test": [
+            "hypothesis>=6",
+            "import-linter>=2",
+            "megatron-core>=0.16",
+            "mpi4py>=4",
+            "mpich>=5",
+            "pytest>=8",
+            "pytest-timeout>=2",
+            "ruff>=0.9",
+        ],
     },
     entry_points={
         "console_scripts": [

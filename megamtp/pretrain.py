@@ -9,6 +9,7 @@ Later arguments override earlier ones. A run directory that holds checkpoints is
 
 import errno
 import fcntl
+import json
 import os
 import socket
 import sys
@@ -23,11 +24,14 @@ import torch
 from megamtp.checkpoint import store
 from megamtp.cluster.environment import Place, emulated_place, find_place, join_peers, share_error
 from megamtp.config import RESOLVED, Config, describe, differences, read_config, write_config
+from megamtp.data.blend import Blend
+from megamtp.data.corpus import SUMMARY
 from megamtp.data.indexed_dataset import IndexedDataset
 from megamtp.data.loader import TrainLoader
 from megamtp.data.tokenizer import SentencePieceTokenizer
 from megamtp.data.windows import Windows
 from megamtp.engines.check import check_engine
+from megamtp.engines.initial_weights import open_initial_weights, without_initial_weights
 from megamtp.errors import InputError
 from megamtp.training.metrics import FILE as METRICS
 from megamtp.training.metrics import records_until
@@ -83,10 +87,14 @@ def check(config: Config, place: Place) -> Job:
         _check_float8()
     if config.data.tokenizer:
         _check_tokenizer(config)
-    train = _windows(config, config.data.train)
+    corpora = config.data.train_corpora
+    train = [_windows(config, prefix, stream) for stream, (_, prefix) in enumerate(corpora)]
+    blend = Blend(train, [weight for weight, _ in corpora])
     validation = _windows(config, config.data.validation) if config.data.validation else None
-    loader = TrainLoader(train, config.global_batch_windows, config.train.micro_batch_size, data_parallel_rank, data_parallel_size)
+    loader = TrainLoader(blend, config.global_batch_windows, config.train.micro_batch_size, data_parallel_rank, data_parallel_size)
     run_directory = Path(config.run.directory)
+    if config.run.initial_weights and not store.checkpoints(run_directory):
+        open_initial_weights(config)
     _make_writable(run_directory)
     lock = _lock(run_directory) if place.rank == 0 else None
     found = store.checkpoints(run_directory)
@@ -110,20 +118,41 @@ def _train(job: Job, place: Place) -> bool:
     from megamtp.engines.build import build_engine
     from megamtp.training.loop import Training
 
-    engine = build_engine(job.config)
+    # Every weight of a resumed run is in its checkpoint; what it once started from may be gone.
+    engine = build_engine(without_initial_weights(job.config) if job.checkpoint else job.config)
     if place.rank == 0:
         for change in job.changes:
             print(change, flush=True)
+        if len(job.config.data.train_corpora) > 1:
+            print(job.train.windows.summary(job.config.train.steps * job.config.global_batch_windows), flush=True)
         write_config(job.config, Path(job.config.run.directory) / RESOLVED)
     if job.checkpoint:
         engine.load(job.checkpoint)
     return Training(job.config, engine, job.train, job.validation, stop, job.finished_steps).run()
 
 
-def _windows(config: Config, prefix: str) -> Windows:
-    windows = Windows(IndexedDataset(prefix), config.train.sequence_length, config.model.num_future_tokens, seed=config.train.seed)
-    windows.check_vocabulary(config.model.vocab_size)
+def _windows(config: Config, prefix: str, stream: int = 0) -> Windows:
+    _check_vocabulary(config, Path(prefix).parent / SUMMARY)
+    windows = Windows(
+        IndexedDataset(prefix), config.train.sequence_length, config.model.num_future_tokens, config.train.seed, stream,
+        config.model.vocab_size, config.data.documents,
+    )  # fmt: skip
+    windows.check_ends()
     return windows
+
+
+def _check_vocabulary(config: Config, summary: Path) -> None:
+    """The tokenizer that a corpus was made with, as far as its summary, if there is one, tells."""
+    try:
+        found = json.loads(summary.read_text())["vocab_size"]
+    except (OSError, ValueError, TypeError, KeyError):  # another program's corpus
+        return
+    model, tokenizer = config.model.vocab_size, config.data.tokenizer
+    if found > model or (tokenizer and found != model):
+        raise InputError(
+            f"{summary} tells of a vocabulary of {found}, model.vocab_size is {model}; expected "
+            f"{'the same' if tokenizer else 'no more'}: the corpus was made with another tokenizer than the model's"
+        )
 
 
 def _check_float8() -> None:

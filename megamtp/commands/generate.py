@@ -12,10 +12,9 @@ from pathlib import Path
 
 import torch
 
-from megamtp.checkpoint import hf, store
+from megamtp.checkpoint import formats
+from megamtp.checkpoint.tensors import whole
 from megamtp.commands.command_line import Parser, run
-from megamtp.commands.convert_checkpoint import find_checkpoint
-from megamtp.config import RESOLVED, read_config
 from megamtp.data.tokenizer import SentencePieceTokenizer
 from megamtp.decoding.generate import generate
 from megamtp.errors import InputError
@@ -74,25 +73,19 @@ def _device(name: str) -> torch.device:
 
 def _required(path: Path | None) -> Path:
     if path is None:
-        raise InputError("the run has no data.tokenizer; expected --tokenizer PATH, a SentencePiece model")
+        raise InputError("the model has no tokenizer; expected --tokenizer PATH, a SentencePiece model")
     return path
 
 
 def _load(source: Path, device: torch.device) -> tuple[MTPModel, Path | None]:
     """The model on its device, and where its tokenizer should be."""
-    if (source / hf.CONFIG).exists():
-        config, weights = hf.read(source)
-        tokenizer_path = source / hf.TOKENIZER
-    else:
-        checkpoint, run_directory = find_checkpoint(source)
-        named = read_config([str(run_directory / RESOLVED)]).data.tokenizer
-        tokenizer_path = Path(named) if named else None
-        with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints what it reads; our output is text alone
-            config, weights = store.load_weights(checkpoint)
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints what it reads; our output is text alone
+        contents = formats.read(source)
     with torch.device("meta"):
-        model = MTPModel(config)
-    model.load_state_dict({name: weight.to(device) for name, weight in weights.items()}, strict=True, assign=True)
-    return model, tokenizer_path
+        model = MTPModel(contents.model)
+    weights = {name: whole(contents.weights, name, torch.float32).to(device) for name in contents.weights.shapes}
+    model.load_state_dict(weights, strict=True, assign=True)
+    return model, contents.tokenizer
 
 
 def entry() -> None:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from megamtp.config import Config
 from megamtp.engines.base import DTYPES
+from megamtp.engines.initial_weights import initial_weights
 from megamtp.engines.partition import Partition, Stage
 from megamtp.losses.linear_cross_entropy import SharedGradient
 from megamtp.losses.sequential import HeadPhase, PassingHeads, SequentialHeadLoss
 from megamtp.model.heads import Unembedding
-from megamtp.model.initial import initial_value
 from megamtp.model.layers import TransformerLayer
 
 
@@ -102,12 +102,12 @@ class StageLayers(nn.Module):
             self.unembedding = Unembedding(dataclasses.replace(model, vocab_size=rows)) if rows else None
         self.head_phase = HeadPhase()
         self.to(DTYPES[train.precision]).to_empty(device=self.device)
-        for name, parameter in self.named_parameters():
-            self._initialise(name, parameter)
+        self._initialise()
 
-    def _initialise(self, name: str, parameter: nn.Parameter) -> None:
-        value = initial_value(name, tuple(parameter.shape), self.config.model, self.config.train.seed)
-        parameter.data.copy_(value)
+    def _initialise(self) -> None:
+        initial = initial_weights(self.config)
+        for name, parameter in self.named_parameters():
+            parameter.data.copy_(initial(name, tuple(parameter.shape)))
 
 
 class PipelineStage(StageLayers, PipelineModule):

@@ -19,11 +19,12 @@ from megamtp.data.loader import Batch
 from megamtp.engines.base import DTYPES, StepResult, loss_scales
 from megamtp.engines.deepspeed_config import deepspeed_config
 from megamtp.engines.head_phase import DeepSpeedHeadPhase, full_shape
+from megamtp.engines.initial_weights import initial_weights
 from megamtp.engines.optimizer import adamw
 from megamtp.engines.saved_state import load_state, save_state
 from megamtp.engines.traffic import GroupedTraffic, fill_shards
 from megamtp.losses.softmax_gradient import IGNORED
-from megamtp.model.initial import STANDARD_DEVIATION, initial_value
+from megamtp.model.initial import STANDARD_DEVIATION
 from megamtp.model.layers import TransformerLayer
 from megamtp.model.mtp import MTPModel
 
@@ -119,7 +120,8 @@ def _build_model(config: Config, settings: dict, device: torch.device) -> MTPMod
 
 
 def _initialise(model: MTPModel, config: Config, sharded: bool) -> None:
-    """Gives every parameter its initial value. Of sharded ones, each rank draws every D-th, all at the same time."""
+    """Gives every parameter its initial value. Of sharded ones, each rank draws or reads every D-th, all at the same time."""
+    initial = initial_weights(config)
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if sharded else (0, 1)
     parameters = list(model.named_parameters())
     for first in range(0, len(parameters), world_size):
@@ -127,7 +129,7 @@ def _initialise(model: MTPModel, config: Config, sharded: bool) -> None:
         value = None
         if rank < len(group):
             name, parameter = group[rank]
-            value = initial_value(name, full_shape(parameter), config.model, config.train.seed)
+            value = initial(name, full_shape(parameter))
         for owner, (_, parameter) in enumerate(group):
             gathered = deepspeed.zero.GatheredParameters([parameter], modifier_rank=owner) if sharded else contextlib.nullcontext()
             with gathered, torch.no_grad():

@@ -20,6 +20,7 @@ from megamtp.decoding.generate import _choose, generate
 from megamtp.errors import CheckpointError, InputError
 from megamtp.model.initial import initial_value
 from megamtp.model.mtp import MTPModel
+from tests.checkpoints import contents
 
 CONFIG = ModelConfig(
     dim=32, num_layers=5, num_future_tokens=2, num_attention_heads=4, num_key_value_heads=2, mlp_dim=48, vocab_size=500
@@ -62,7 +63,7 @@ def test_the_cache_changes_no_token(model):
 
 
 def test_transformers_generates_the_same(model, tmp_path):
-    hf.export(CONFIG, model.state_dict(), tmp_path / "exported", 64, None)
+    hf.export(contents(CONFIG, model.state_dict()), tmp_path / "exported")
     llama = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
     expected = llama.generate(torch.tensor([PROMPT]), max_new_tokens=40, do_sample=False)[0, len(PROMPT) :].tolist()
     assert generate(model, PROMPT, 40) == expected

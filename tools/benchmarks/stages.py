@@ -60,8 +60,9 @@ class WholeStage(StageLayers):
         self.micro_batch_targets = torch.randint(model.vocab_size, (model.num_future_tokens, *shape), device=device)
         self.begin(itertools.repeat(self.micro_batch_targets), [1.0 / (shape[0] * shape[1])] * model.num_future_tokens)
 
-    def _initialise(self, name: str, parameter: nn.Parameter) -> None:
-        with torch.no_grad():
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        for parameter in self.parameters():
             parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(0.0, STANDARD_DEVIATION)
 
     def receive(self) -> Tensor:

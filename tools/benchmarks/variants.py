@@ -16,7 +16,8 @@ from megamtp.engines.zero import ZeroEngine
 from megamtp.model.initial import STANDARD_DEVIATION
 from megamtp.model.mtp import MTPModel
 
-NAMES = ("plain", "ours", "fsdp2 one backward", "fsdp2 per head", "deepspeed as shipped")
+NAMES = ("plain", "ours", "ours fp8", "fsdp2 one backward", "fsdp2 per head", "deepspeed as shipped")
+ONE_HEAD = {"ours fp8": "ours", "fsdp2 per head": "fsdp2 one backward"}  # where n = 1 is another variant's
 
 
 class Variant:
@@ -108,6 +109,14 @@ class Ours(Variant):
         self.engine.engine.step()
 
 
+class OursFloat8(Ours):
+    """All heads' losses in fp8. With one head, the bf16 step is what it is compared to."""
+
+    def build(self) -> None:
+        self.config = dataclasses.replace(self.config, head_loss=dataclasses.replace(self.config.head_loss, precision="fp8"))
+        super().build()
+
+
 class Shipped(Ours):
     """The same heads on DeepSpeed's own gathers and reductions."""
 
@@ -167,7 +176,7 @@ class FsdpPerHead(FsdpOneBackward):
         return torch.stack(losses).sum()
 
 
-CLASSES = dict(zip(NAMES, (Plain, Ours, FsdpOneBackward, FsdpPerHead, Shipped), strict=True))
+CLASSES = dict(zip(NAMES, (Plain, Ours, OursFloat8, FsdpOneBackward, FsdpPerHead, Shipped), strict=True))
 
 
 @dataclasses.dataclass

@@ -1,0 +1,33 @@
+"""A small model with weights that tell right from wrong, and what a checkpoint of it holds."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megamtp.checkpoint.contents import WEIGHT, Contents
+from megamtp.checkpoint.tensors import InMemory
+from megamtp.config import ModelConfig
+from megamtp.model.initial import initial_value
+from megamtp.model.mtp import MTPModel
+
+VOCABULARY = 300
+SMALL = ModelConfig(
+    dim=32, num_layers=5, num_future_tokens=3, num_attention_heads=4, num_key_value_heads=2, mlp_dim=48,
+    vocab_size=VOCABULARY, rope_theta=500.0, norm_eps=1e-3,
+)  # fmt: skip
+
+
+def random_model(config: ModelConfig) -> MTPModel:
+    """Larger weights than the initial ones, so that logits differ and attention attends."""
+    model = MTPModel(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(initial_value(name, parameter.shape, config, seed=1) * (8 if parameter.dim() == 2 else 1))
+            if parameter.dim() == 1:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+    return model
+
+
+def contents(config: ModelConfig, weights: dict[str, Tensor], tokenizer: Path | None = None) -> Contents:
+    return Contents(config, {WEIGHT: InMemory(weights)}, sequence_length=64, tokenizer=tokenizer)
