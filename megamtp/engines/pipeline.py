@@ -28,7 +28,9 @@ from megamtp.engines.head_phase import backward_seed
 from megamtp.engines.optimizer import adamw
 from megamtp.engines.partition import partition
 from megamtp.engines.saved_state import engine_state, load_state
+from megamtp.engines.spread import spread
 from megamtp.engines.stage import PipelineStage
+from megamtp.errors import InputError
 from megamtp.losses.sequential import HeadPhase
 from megamtp.losses.softmax_gradient import IGNORED
 
@@ -110,7 +112,11 @@ class PipelineEngine:
             dist.all_reduce(gradient, group=self.model.copies)
 
     def _report(self) -> None:
-        print(self.cut.summary(), flush=True)
+        try:
+            spread_losses = spread(self.config, self.data_parallel_size).summary()
+        except InputError as error:
+            spread_losses = str(error)
+        print(f"{self.cut.summary()}\nfor comparison, not run: {spread_losses}", flush=True)
         if self.cut.micro_batches < self.cut.enough_micro_batches:
             print(
                 f"megamtp: warning: {self.cut.micro_batches} micro-batches a step are few for {len(self.cut.stages)} stages, which "

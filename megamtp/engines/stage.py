@@ -1,7 +1,9 @@
 """The layers of one pipeline stage as the module that DeepSpeed's pipeline engine runs."""
 
 import contextlib
+import dataclasses
 import io
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -12,7 +14,7 @@ from megamtp.config import Config
 from megamtp.data.loader import Batch
 from megamtp.engines.base import DTYPES
 from megamtp.engines.initial_weights import initial_weights
-from megamtp.engines.partition import Partition
+from megamtp.engines.partition import Partition, Stage
 from megamtp.losses.linear_cross_entropy import SharedGradient
 from megamtp.losses.sequential import HeadPhase, PassingHeads, SequentialHeadLoss
 from megamtp.model.documents import separate
@@ -20,30 +22,24 @@ from megamtp.model.heads import Unembedding
 from megamtp.model.layers import Separation, TransformerLayer
 
 
-class PipelineStage(PipelineModule):
-    """This rank's part of an MTPModel, its parameters named as there; `forward` is what DeepSpeed calls for each micro-batch.
+class StageLayers(nn.Module):
+    """A stage's part of an MTPModel, its parameters named as there, and what it does with each micro-batch.
 
     Between stages travels z alone. The losses stay where they are computed, and every stage reads its own batches.
-    Collective: all ranks build their stages together.
 
     Attributes:
-        own: this rank's Stage of the partition.
+        own: this stage of the partition.
         embedding, trunk, heads, unembedding: as in MTPModel, without what other stages have (embedding and unembedding: None).
-        copies: group of all ranks with a copy of the unembedding, on several stages; None if it is on one, or not here.
-        head_phase: seeds the heads' backward passes; set by the engine.
+        head_phase: seeds the heads' backward passes; an engine sets its own.
         nll_sums: [n], see StepResult; since `begin`.
     """
 
-    def __init__(self, config: Config, cut: Partition, device: torch.device):
-        self.config, self.cut, self.device = config, cut, device  # before PipelineModule's own, which calls _build
-        names = [f"trunk.{index}" for index in range(config.model.num_trunk_layers)]
-        names += [f"heads.{index}" for index in range(config.model.num_future_tokens)]
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints the place of every rank
-            super().__init__(names, num_stages=len(cut.stages))
-        self.head_phase = HeadPhase()
-        self.copies = self._copies()
+    def __init__(self, config: Config, own: Stage, device: torch.device):
+        super().__init__()
+        self.config, self.own, self.device = config, own, device
+        self._make_layers()
 
-    def begin(self, batches: list[Batch], loss_scales: list[float]) -> None:
+    def begin(self, batches: Iterable[Batch], loss_scales: list[float]) -> None:
         """Before a step or an evaluation: its micro-batches, and the factor of each head's loss."""
         self.batches, self.loss_scales = iter(batches), loss_scales
         self.nll_sums = torch.zeros(self.config.model.num_future_tokens, dtype=torch.float64, device=self.device)
@@ -58,14 +54,20 @@ class PipelineStage(PipelineModule):
             What the trunk has made of it so far, [B, T, D]; z from its end on; in the last stage the loss of its heads.
         """
         batch = next(self.batches).to(self.device)
-        if self.embedding:
-            x = self.embedding(x)
         separation = None
         if batch.documents is not None:
-            separation = separate(batch.documents, self.config.model, x.dtype, self.compiled and x.is_cuda)
+            separation = separate(
+                batch.documents, self.config.model, DTYPES[self.config.train.precision], self.compiled and x.is_cuda
+            )
+        x = self._run_trunk(x, separation)
+        return self._run_heads(x, batch.targets, separation) if self.heads else x
+
+    def _run_trunk(self, x: Tensor, separation: Separation | None = None) -> Tensor:
+        if self.embedding:
+            x = self.embedding(x)
         for layer in self.trunk.values():
             x = layer(x, separation)
-        return self._run_heads(x, batch.targets, separation) if self.heads else x
+        return x
 
     def _run_heads(self, z_BTD: Tensor, targets_NBT: Tensor, separation: Separation | None) -> Tensor:
         settings, own = self.config.head_loss, self.own.heads
@@ -83,7 +85,7 @@ class PipelineStage(PipelineModule):
                 shared_gradient=shared_gradient,
             )
 
-        is_last = self.stage_id == self.num_stages - 1
+        is_last = self.own.end == self.config.model.num_layers
         if not torch.is_grad_enabled():
             nll_sums = torch.stack([head_loss(index, z_BTD)[1] for index in range(len(own))])
             result = nll_sums.sum() if is_last else z_BTD
@@ -94,15 +96,9 @@ class PipelineStage(PipelineModule):
         self.nll_sums[own.start : own.stop] += nll_sums
         return result
 
-    def _partition_layers(self, method: str) -> None:
-        """PipelineModule's, with our cut. Source: deepspeed/runtime/pipe/module.py."""
-        self.own = self.cut.stages[self._grid.get_stage_id()]
-        self.parts = [0, *(stage.end for stage in self.cut.stages)]
-        self._set_bounds(self.own.first, self.own.end)
-
-    def _build(self) -> None:
-        """PipelineModule's: this stage's modules with their initial weights."""
-        model, train = self.config.model, self.config.train
+    def _make_layers(self) -> None:
+        """This stage's modules with their initial weights."""
+        model, train, rows = self.config.model, self.config.train, self.own.contents.rows
         self.compiled = self.device.type == "cuda" if train.compile is None else train.compile
         trunk = range(self.own.first, min(self.own.end, model.num_trunk_layers))
         with torch.device("meta"):
@@ -111,11 +107,44 @@ class PipelineStage(PipelineModule):
                 {str(index): TransformerLayer(model, train.activation_checkpointing, self.compiled) for index in trunk}
             )
             self.heads = nn.ModuleDict({str(index): TransformerLayer(model, compiled=self.compiled) for index in self.own.heads})
-            self.unembedding = Unembedding(model) if self.heads else None
+            self.unembedding = Unembedding(dataclasses.replace(model, vocab_size=rows)) if rows else None
+        self.head_phase = HeadPhase()
         self.to(DTYPES[train.precision]).to_empty(device=self.device)
+        self._initialise()
+
+    def _initialise(self) -> None:
         initial = initial_weights(self.config)
         for name, parameter in self.named_parameters():
             parameter.data.copy_(initial(name, tuple(parameter.shape)))
+
+
+class PipelineStage(StageLayers, PipelineModule):
+    """This rank's stage as DeepSpeed's module; `forward` is what it calls for each micro-batch.
+
+    Collective: all ranks build their stages together.
+
+    Attributes:
+        copies: group of all ranks with a copy of the unembedding, on several stages; None if it is on one, or not here.
+    """
+
+    def __init__(self, config: Config, cut: Partition, device: torch.device):
+        self.config, self.cut, self.device = config, cut, device  # before PipelineModule's own, which calls _build
+        names = [f"trunk.{index}" for index in range(config.model.num_trunk_layers)]
+        names += [f"heads.{index}" for index in range(config.model.num_future_tokens)]
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints the place of every rank
+            PipelineModule.__init__(self, names, num_stages=len(cut.stages))
+        self.copies = self._copies()
+
+    def _partition_layers(self, method: str) -> None:
+        """PipelineModule's, with our cut. Source: deepspeed/runtime/pipe/module.py."""
+        self.own = self.cut.stages[self._grid.get_stage_id()]
+        self.parts = [0, *(stage.end for stage in self.cut.stages)]
+        self._set_bounds(self.own.first, self.own.end)
+
+    def _build(self) -> None:
+        """PipelineModule's."""
+        self._make_layers()
+        for parameter in self.parameters():
             parameter.ds_pipe_replicated = False
         if self.unembedding and self.own.heads.start > 0:
             for parameter in self.unembedding.parameters():
