@@ -6,6 +6,8 @@
 import dataclasses
 import difflib
 import math
+import os
+import shlex
 import types
 import typing
 from dataclasses import MISSING, dataclass, field
@@ -21,6 +23,7 @@ from megamtp.errors import InputError
 from megamtp.files import write_atomically
 
 RESOLVED = "config.yaml"  # in a run's folder: its whole configuration
+BYTES = "bytes"  # data.tokenizer of byte-level runs
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
@@ -160,9 +163,34 @@ class ClusterConfig:
 class DataConfig:
     """Prepared corpora: prefixes of Megatron .bin/.idx pairs (tools/prepare_data.py writes them)."""
 
-    train: str = option(REQUIRED, "prefix of the training corpus")
+    train: str = option(REQUIRED, "prefix of the training corpus, or of several after their weights: '0.7 a/train 0.3 b/train'")
     validation: str | None = option(None, "prefix of the validation corpus; null: no evaluation")
-    tokenizer: str | None = option(None, "SentencePiece model, checked against model.vocab_size and exported with the model")
+    tokenizer: str | None = option(
+        None, "SentencePiece model, checked against model.vocab_size and exported with the model; or bytes"
+    )
+    documents: str = option(
+        "continue",
+        "continue: windows cross documents, as the paper's; mask: no target in another document; isolate: nor attention",
+    )
+
+    @property
+    def train_corpora(self) -> list[tuple[float, str]]:
+        """(weight, prefix) of each training corpus; a single one may be given without weight, whatever is in its name.
+
+        Raises:
+            InputError: what begins with a weight is no list of weights and prefixes.
+        """
+        try:
+            words = shlex.split(self.train)
+        except ValueError:  # a quotation mark in a single corpus's name
+            words = [self.train]
+        if len(words) < 2 or not _is_number(words[0]):
+            return [(1.0, self.train)]
+        weights, prefixes = words[::2], words[1::2]
+        for weight in weights:
+            good = len(words) % 2 == 0 and _is_number(weight) and 0 < float(weight) < math.inf
+            _require(good, f"data.train={self.train}", "WEIGHT PREFIX WEIGHT PREFIX ..., weights above 0, names with spaces quoted")
+        return list(zip(map(float, weights), prefixes, strict=True))
 
 
 @dataclass(frozen=True)
@@ -170,6 +198,9 @@ class RunConfig:
     """Where a run writes, and how often."""
 
     directory: str = option(REQUIRED, "folder of metrics, checkpoints and the resolved configuration; an existing run is resumed")
+    initial_weights: str | None = option(
+        None, "canonical checkpoint (tools/convert_checkpoint.py writes it) whose weights a new run starts from; null: drawn"
+    )
     save_every_steps: int = option(1000, "steps between checkpoints; the last step is always saved")
     keep_checkpoints: int = option(2, "newest checkpoints kept")
     keep_every_steps: int | None = option(None, "checkpoints at multiples of this are kept for good; null: none")
@@ -244,8 +275,17 @@ def read_config(arguments: list[str]) -> Config:
 
 def write_config(config: Config, path: Path) -> None:
     """Saves the resolved configuration as YAML that `read_config` accepts, from any working directory."""
-    paths = {name: str(Path(value).absolute()) for name, value in dataclasses.asdict(config.data).items() if value}
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **paths))
+    if config.run.initial_weights:
+        run = dataclasses.replace(config.run, initial_weights=_absolute(config.run.initial_weights))
+        config = dataclasses.replace(config, run=run)
+    data = config.data
+    paths = {name: _absolute(value) for name in ("validation", "tokenizer") if (value := getattr(data, name))}
+    if data.tokenizer == BYTES:
+        paths["tokenizer"] = BYTES
+    corpora = [(weight, _absolute(prefix)) for weight, prefix in data.train_corpora]
+    blend = " ".join(f"{weight!r} {shlex.quote(prefix)}" for weight, prefix in corpora)
+    train = corpora[0][1] if len(corpora) == 1 else blend
+    config = dataclasses.replace(config, data=dataclasses.replace(data, train=train, **paths))
     write_atomically(path, OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
 
 
@@ -280,7 +320,7 @@ def _schema() -> DictConfig:
 
 def _parse(argument: str) -> tuple[str, DictConfig]:
     """The name to blame in messages, and the settings of one argument."""
-    if "=" in argument and not Path(argument).is_file():
+    if "=" in argument and not os.path.isfile(argument):  # unlike Path's, False where the name is too long
         try:
             return argument, OmegaConf.from_dotlist([argument])
         except (OmegaConfBaseException, YAMLError) as error:
@@ -357,6 +397,18 @@ def _first_line(error: Exception) -> str:
     return " ".join(str(error).splitlines()[0].split())
 
 
+def _absolute(path: str) -> str:
+    return str(Path(path).absolute())
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
 def _require(good: bool, found: str, expected: str) -> None:
     if not good:
         raise InputError(f"{found}; expected {expected}")
@@ -401,6 +453,8 @@ def _check(config: Config) -> None:
     for name in ("beta1", "beta2"):
         value = getattr(optimizer, name)
         _require(0 <= value < 1, f"optimizer.{name}={value}", "a number in [0, 1)")
+    _one_of("data.documents", config.data.documents, ("continue", "mask", "isolate"))
+    _require(len(config.data.train_corpora) <= 1024, f"data.train with {len(config.data.train_corpora)} corpora", "at most 1024")
     _one_of("train.precision", train.precision, PRECISIONS)
     _one_of("engine.reduce_dtype", config.engine.reduce_dtype, (*PRECISIONS, None))
     _one_of("engine.kind", config.engine.kind, ("zero3", "zero1", "pipeline"))
@@ -422,6 +476,10 @@ def _check(config: Config) -> None:
     _one_of("head_loss.precision", head_loss.precision, (None, "fp8"))
     if head_loss.precision == "fp8":
         _check_float8(config)
+    _require(
+        not (config.cluster.emulate and config.run.initial_weights), "run.initial_weights with cluster.emulate",
+        "one of them: the weights of an emulated rank are no model's",
+    )  # fmt: skip
     _check_pipeline(config)
     config.accumulation(data_parallel_size=1)
 

@@ -10,6 +10,7 @@ any engine on any number of ranks.
 
 import errno
 import fcntl
+import json
 import os
 import socket
 import sys
@@ -24,11 +25,14 @@ import torch
 from megamtp.checkpoint.store import check_model, remove_leftovers
 from megamtp.cluster.environment import Place, emulated_place, find_place, join_peers, share_error
 from megamtp.config import RESOLVED, Config, describe, differences, read_config, write_config
+from megamtp.data.blend import Blend
+from megamtp.data.corpus import SUMMARY
 from megamtp.data.indexed_dataset import IndexedDataset
 from megamtp.data.loader import TrainLoader
-from megamtp.data.tokenizer import SentencePieceTokenizer
+from megamtp.data.tokenizer import open_tokenizer
 from megamtp.data.windows import Windows
 from megamtp.engines.check import check_engine
+from megamtp.engines.initial_weights import open_initial_weights, without_initial_weights
 from megamtp.errors import InputError
 from megamtp.training.metrics import FILE as METRICS
 from megamtp.training.metrics import records_until
@@ -85,13 +89,17 @@ def check(config: Config, place: Place) -> Job:
         _check_float8()
     if config.data.tokenizer:
         _check_tokenizer(config)
-    train = _windows(config, config.data.train)
+    corpora = config.data.train_corpora
+    train = [_windows(config, prefix, stream) for stream, (_, prefix) in enumerate(corpora)]
+    blend = Blend(train, [weight for weight, _ in corpora])
     validation = _windows(config, config.data.validation) if config.data.validation else None
-    loader = TrainLoader(train, config.global_batch_windows, config.train.micro_batch_size, data_parallel_rank, data_parallel_size)
+    loader = TrainLoader(blend, config.global_batch_windows, config.train.micro_batch_size, data_parallel_rank, data_parallel_size)
     run_directory = Path(config.run.directory)
+    found = None if config.cluster.emulate else newest_readable(run_directory)
+    if config.run.initial_weights and not found:
+        open_initial_weights(config)
     _make_writable(run_directory)
     lock = _lock(run_directory) if place.rank == 0 else None
-    found = None if config.cluster.emulate else newest_readable(run_directory)
     if found:
         check_model(*found, config.model)
     changes = []
@@ -119,10 +127,13 @@ def _train(job: Job, place: Place) -> bool:
         if place.rank == 0:
             print(f"{run_directory} has all its {config.train.steps} steps already; nothing to do")
         return True
-    engine = build_engine(config)
+    # Every weight of a resumed run is in its checkpoint; what it once started from may be gone.
+    engine = build_engine(without_initial_weights(config) if found else config)
     if place.rank == 0:
         for change in job.changes:
             print(change, flush=True)
+        if len(config.data.train_corpora) > 1:
+            print(job.train.windows.summary(config.train.steps * config.global_batch_windows), flush=True)
         write_config(config, run_directory / RESOLVED)
         remove_leftovers(run_directory)
     torch.manual_seed((config.train.seed << 24) + place.rank)  # or checkpoints would differ in random states that nothing has used
@@ -142,10 +153,28 @@ def _leave_peers() -> None:
         dist.destroy_process_group()
 
 
-def _windows(config: Config, prefix: str) -> Windows:
-    windows = Windows(IndexedDataset(prefix), config.train.sequence_length, config.model.num_future_tokens, seed=config.train.seed)
-    windows.check_vocabulary(config.model.vocab_size)
+def _windows(config: Config, prefix: str, stream: int = 0) -> Windows:
+    _check_vocabulary(config, Path(prefix).parent / SUMMARY)
+    windows = Windows(
+        IndexedDataset(prefix), config.train.sequence_length, config.model.num_future_tokens, config.train.seed, stream,
+        config.model.vocab_size, config.data.documents,
+    )  # fmt: skip
+    windows.check_ends()
     return windows
+
+
+def _check_vocabulary(config: Config, summary: Path) -> None:
+    """The tokenizer that a corpus was made with, as far as its summary, if there is one, tells."""
+    try:
+        found = json.loads(summary.read_text())["vocab_size"]
+    except (OSError, ValueError, TypeError, KeyError):  # another program's corpus
+        return
+    model, tokenizer = config.model.vocab_size, config.data.tokenizer
+    if found > model or (tokenizer and found != model):
+        raise InputError(
+            f"{summary} tells of a vocabulary of {found}, model.vocab_size is {model}; expected "
+            f"{'the same' if tokenizer else 'no more'}: the corpus was made with another tokenizer than the model's"
+        )
 
 
 def _check_float8() -> None:
@@ -159,7 +188,7 @@ def _check_float8() -> None:
 
 
 def _check_tokenizer(config: Config) -> None:
-    found = SentencePieceTokenizer(config.data.tokenizer).vocab_size
+    found = open_tokenizer(config.data.tokenizer).vocab_size
     if found != config.model.vocab_size:
         raise InputError(
             f"{config.data.tokenizer} has {found} pieces, model.vocab_size is {config.model.vocab_size}; expected the same: "

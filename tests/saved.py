@@ -2,8 +2,13 @@
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
-from megamtp.config import Config
+from torch import Tensor
+
+from megamtp.checkpoint import formats
+from megamtp.checkpoint.tensors import whole
+from megamtp.config import Config, ModelConfig
 from megamtp.engines.base import Engine
 from megamtp.training.saving import Saver
 
@@ -24,3 +29,9 @@ def save(config: Config, engine: Engine, step: int) -> None:
     saver = Saver(config, engine, NoMetrics())
     saver.begin(step)
     saver.finish()
+
+
+def load_weights(checkpoint: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """A checkpoint's model and its fp32 weights by MTPModel's parameter names."""
+    contents = formats.read(checkpoint)
+    return contents.model, {name: whole(contents.weights, name) for name in contents.weights.shapes}

@@ -1,35 +1,35 @@
-"""Trunk and head 1 as a LlamaForCausalLM folder of transformers, and back.
+"""Trunk and head 1 as a LlamaForCausalLM folder of transformers, and any such folder as the beginning of a multi-token model.
 
-    export(model, weights, Path("exported"), 4096, read_tokenizer(Path("corpus/tokenizer.model"), model.vocab_size))
-    model, weights = read(Path("exported"))       # the ordinary next-token model: num_future_tokens = 1
+    export(contents, Path("exported"))
+    contents = read(Path("exported"))                          # the ordinary next-token model
+    contents = read(Path("llama"), num_future_tokens=4)        # its last layer is head 1; heads 2 to 4 are copies of it
 
 Head 1 is the last layer; heads 2 to n stay behind, being no part of that architecture. Versions 4 and 5 of transformers
 load it.
 """
 
 import json
-import os
-import shutil
-import tempfile
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from sentencepiece import SentencePieceProcessor
-from tokenizers import AddedToken, Tokenizer, decoders, normalizers
-from tokenizers.models import BPE
-from torch import Tensor
 
+from megamtp.checkpoint import safetensors_file
+from megamtp.checkpoint.contents import WEIGHT, Contents, check_contents, check_tensors, parameter_shapes, renamed
+from megamtp.checkpoint.folder import published, write_json
+from megamtp.checkpoint.hf_tokenizer import BYTES_END, TOKENIZER, fits, read_tokenizer, write_byte_tokenizer, write_tokenizer
+from megamtp.checkpoint.safetensors_file import SafetensorsFiles
+from megamtp.checkpoint.tensors import TensorSource
 from megamtp.config import ModelConfig
 from megamtp.errors import CheckpointError
-from megamtp.model.mtp import MTPModel
 
-CONFIG, TOKENIZER = "config.json", "tokenizer.model"
+CONFIG = "config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"  # the index only beside weights in several files
-EXPORT_LIST = "megamtp_export.json"  # names the files of an export of ours: only such a folder is ever replaced
+LARGEST_FILE_BYTES = 5 * 10**9
+DEFAULT_ROPE_THETA = 10000.0  # of a config.json that does not say: transformers' own
+DEFAULT_POSITIONS = 4096  # of an export of weights that do not say on how many they were trained
 
 # MTPModel's names -> LlamaForCausalLM's. Both write rotary pairs as (k, k + K/2), so no row of a matrix moves.
 OUTER_NAMES = {
@@ -49,131 +49,83 @@ LAYER_NAMES = {
     "mlp.down.weight": "mlp.down_proj.weight",
 }
 
-# What normalisation and whitespace rules of other tokenizers would change.
-PROBES = ("\t x\r\n", "  two  spaces  ", "\ufb01 \uff21 \u00e9 e\u0301 \u200b \U0001f600\x01")
 
-
-def export(
-    model: ModelConfig, weights: dict[str, Tensor], directory: Path, sequence_length: int, tokenizer: SentencePieceProcessor | None
-) -> None:
+def export(contents: Contents, directory: Path, dtype: torch.dtype = torch.float32) -> None:
     """Writes the folder in a temporary one beside `directory` and renames it: what bears the final name is whole.
 
     Args:
-        weights: every parameter of MTPModel by name; written as fp32, in files of at most 5 GB.
         directory: new, empty, or an earlier export, which is replaced.
-        sequence_length: positions of a training window, the exported model's `max_position_embeddings`.
-        tokenizer: None exports none, and no end-of-text id.
+        dtype: of the weights, in files of at most 5 GB.
 
     Raises:
         CheckpointError: the destination holds something else or cannot be written, a weight is missing, misshaped
             or unknown, or transformers cannot reproduce the tokenizer.
     """
-    directory = directory.resolve()
-    check_replaceable(directory)
-    _check_tensors({name: tuple(weight.shape) for name, weight in weights.items()}, _shapes(model), "the checkpoint")
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as temporary:
-            new, old = Path(temporary, "new"), Path(temporary, "old")
-            new.mkdir()
-            _write_model(new, model, weights, sequence_length, tokenizer)
-            if tokenizer:
-                _write_tokenizer(new, tokenizer, sequence_length)
-            _seal(new)
-            if directory.exists():
-                os.rename(directory, old)
-            os.rename(new, directory)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{directory} cannot be written: {error}; choose another destination") from None
+    check_contents(contents, "the checkpoint")
+    weights = renamed(contents.weights, {theirs: ours for ours, theirs in names_of(contents.model).items()})
+    with published(directory, num_bytes(weights, dtype), replaceable=True) as folder:
+        write_settings(folder, contents, dtype, {"architectures": ["LlamaForCausalLM"], "model_type": "llama"})
+        write_weights(folder, weights, dtype)
 
 
-def read(directory: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The model of a LlamaForCausalLM folder and its weights in fp32, by MTPModel's names with num_future_tokens = 1.
+def read(directory: Path, num_future_tokens: int = 1) -> Contents:
+    """A LlamaForCausalLM folder without biases, as the beginning of a model of so many heads.
+
+    The trunk is all its layers but the last, which is head 1, and of which heads 2 to n are copies; so head 1 computes what the
+    whole model did. Norm and unembedding are its own. A copy, rather than new weights, puts every head where the unembedding can
+    read its output already.
 
     Raises:
         CheckpointError: a file is missing or unreadable, the model is of another form, or a tensor is missing,
             misshaped or unknown (the message names it).
     """
-    try:
-        settings = json.loads((directory / CONFIG).read_text())
-        index = directory / INDEX
-        files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {WEIGHTS}
-        found = {name: tensor for file in sorted(files) for name, tensor in load_file(directory / file).items()}
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f"{directory} is no exported model or a damaged one ({error}); export it again") from None
-    model = _model_config(settings, directory)
-    names = _names(model)
-    expected = {names[name]: shape for name, shape in _shapes(model).items()}
-    _check_tensors({name: tuple(tensor.shape) for name, tensor in found.items()}, expected, directory)
-    return model, {ours: found[theirs].float() for ours, theirs in names.items()}
+    settings = read_settings(directory)
+    model = model_config(settings, directory, num_future_tokens)
+    found = open_weights(directory)
+    names, notes = names_of(model, copies=True), ()
+    if settings.get("tie_word_embeddings") and OUTER_NAMES["unembedding.weight"] not in found.shapes:
+        names["unembedding.weight"] = OUTER_NAMES["embedding.weight"]
+        notes = (f"{directory} ties its unembedding to its embedding: from here on each has weights of its own",)
+    shapes = parameter_shapes(model)
+    check_tensors(found.shapes, {theirs: shapes[ours] for ours, theirs in names.items()}, directory)
+    tokenizer = directory / TOKENIZER
+    return Contents(
+        model,
+        {WEIGHT: renamed(found, names)},
+        sequence_length=settings.get("max_position_embeddings"),
+        tokenizer=tokenizer if fits(tokenizer, model.vocab_size) else None,
+        notes=notes,
+    )
 
 
-def _names(model: ModelConfig) -> dict[str, str]:
-    """MTPModel's name -> LlamaForCausalLM's, of all that is exported."""
-    layers = [*(f"trunk.{index}" for index in range(model.num_trunk_layers)), "heads.0"]
+def names_of(model: ModelConfig, copies: bool = False) -> dict[str, str]:
+    """MTPModel's name -> LlamaForCausalLM's, of all that is exported; with `copies`, heads 2 to n have the names of head 1."""
+    layers = [(f"trunk.{index}", index) for index in range(model.num_trunk_layers)]
+    heads = range(model.num_future_tokens if copies else 1)
+    layers += [(f"heads.{index}", model.num_trunk_layers) for index in heads]
     return OUTER_NAMES | {
-        f"{layer}.{ours}": f"model.layers.{number}.{theirs}"
-        for number, layer in enumerate(layers)
-        for ours, theirs in LAYER_NAMES.items()
+        f"{layer}.{ours}": f"model.layers.{number}.{theirs}" for layer, number in layers for ours, theirs in LAYER_NAMES.items()
     }
 
 
-def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        return {name: tuple(parameter.shape) for name, parameter in MTPModel(model).named_parameters()}
+def num_bytes(weights: TensorSource, dtype: torch.dtype) -> int:
+    """What the tensors take on disk."""
+    return sum(map(math.prod, weights.shapes.values())) * dtype.itemsize
 
 
-def _check_tensors(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], where: Path | str) -> None:
-    for name, shape in expected.items():
-        if name not in found:
-            raise CheckpointError(f"{where} has no tensor {name}; expected one of shape {list(shape)}")
-        if found[name] != shape:
-            raise CheckpointError(f"{where}: tensor {name} has shape {list(found[name])}, expected {list(shape)}")
-    for name in found:
-        if name not in expected:
-            raise CheckpointError(f"{where} has an unknown tensor {name}; expected only its configuration's {len(expected)}")
+def write_settings(folder: Path, contents: Contents, dtype: torch.dtype, architecture: Mapping[str, Any]) -> None:
+    """config.json, generation_config.json and the tokenizer.
 
-
-def _model_config(settings: dict[str, Any], directory: Path) -> ModelConfig:
-    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}  # where transformers 5 and 4 put it
-    form = {
-        "model_type": settings.get("model_type"),
-        "hidden_act": settings.get("hidden_act", "silu"),
-        "rope_type": rope.get("rope_type", "default"),
-    }
-    expected = {"model_type": "llama", "hidden_act": "silu", "rope_type": "default"}
-    for key, value in form.items():
-        if value != expected[key]:
-            raise CheckpointError(f"{directory}/{CONFIG}: {key} is {value}, expected {expected[key]}: another form of model")
-    try:
-        return ModelConfig(
-            dim=settings["hidden_size"],
-            num_layers=settings["num_hidden_layers"],
-            num_future_tokens=1,
-            num_attention_heads=settings["num_attention_heads"],
-            num_key_value_heads=settings["num_key_value_heads"],
-            mlp_dim=settings["intermediate_size"],
-            vocab_size=settings["vocab_size"],
-            rope_theta=settings["rope_theta"] if "rope_theta" in settings else rope["rope_theta"],
-            norm_eps=settings["rms_norm_eps"],
-        )
-    except KeyError as error:
-        raise CheckpointError(f"{directory}/{CONFIG} has no {error}; export the model again") from None
-
-
-def _write_model(
-    folder: Path,
-    model: ModelConfig,
-    weights: dict[str, Tensor],
-    sequence_length: int,
-    tokenizer: SentencePieceProcessor | None,
-) -> None:
+    Args:
+        architecture: what config.json says beside the numbers of trunk and head 1.
+    """
+    model = contents.model
+    sequence_length = contents.sequence_length or DEFAULT_POSITIONS
+    tokenizer = read_tokenizer(contents.tokenizer, model.vocab_size) if contents.tokenizer else None
     # Documents follow each other's end piece in training, so that piece, not <s>, is what a text begins with.
-    end_id = tokenizer.eos_id() if tokenizer else None
+    end_id = tokenizer.eos_id() if tokenizer else BYTES_END if contents.tokens_are_bytes else None
     ids = {"bos_token_id": end_id, "eos_token_id": end_id}
     config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
         "vocab_size": model.vocab_size,
         "hidden_size": model.dim,
         "intermediate_size": model.hidden_dim,
@@ -186,118 +138,104 @@ def _write_model(
         "rms_norm_eps": model.norm_eps,
         "rope_theta": model.rope_theta,
         "tie_word_embeddings": False,
-        "torch_dtype": "float32",
-        **ids,
+        "torch_dtype": str(dtype).removeprefix("torch."),
     }
-    _write_json(folder / CONFIG, config)
-    _write_json(folder / "generation_config.json", ids)
-    exported = {theirs: weights[ours].float() for ours, theirs in _names(model).items()}
-    save_torch_state_dict(exported, folder, max_shard_size="5GB", metadata={"format": "pt"})
+    write_json(folder / CONFIG, {**architecture, **config, **ids})
+    write_json(folder / "generation_config.json", ids)
+    if tokenizer:
+        write_tokenizer(folder, tokenizer, sequence_length)
+    elif contents.tokens_are_bytes:
+        write_byte_tokenizer(folder, sequence_length)
 
 
-def read_tokenizer(path: Path, vocab_size: int) -> SentencePieceProcessor:
-    """Raises: CheckpointError if it is no SentencePiece model of so many pieces."""
+def write_weights(folder: Path, weights: TensorSource, dtype: torch.dtype) -> None:
+    """All tensors, in files of at most 5 GB as transformers names them."""
+    files = safetensors_file.split(weights.shapes, dtype.itemsize, LARGEST_FILE_BYTES)
+    stem, suffix = WEIGHTS.split(".")
+    names = [f"{stem}-{number:05d}-of-{len(files):05d}.{suffix}" for number in range(1, len(files) + 1)]
+    names = names if len(files) > 1 else [WEIGHTS]
+    for name, tensors in zip(names, files, strict=True):
+        safetensors_file.write(folder / name, weights, tensors, dtype)
+    if len(files) > 1:
+        weight_map = {tensor: name for name, tensors in zip(names, files, strict=True) for tensor in tensors}
+        write_json(folder / INDEX, {"metadata": {"total_size": num_bytes(weights, dtype)}, "weight_map": weight_map})
+
+
+def read_settings(directory: Path) -> dict[str, Any]:
+    """config.json. Raises CheckpointError."""
     try:
-        tokenizer = SentencePieceProcessor(model_proto=path.read_bytes())
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{path} is no SentencePiece model ({error}); mend data.tokenizer of the run") from None
-    if tokenizer.vocab_size() != vocab_size:
-        raise CheckpointError(f"{path} has {tokenizer.vocab_size()} pieces, expected the model's {vocab_size}; mend data.tokenizer")
-    return tokenizer
+        settings = json.loads((directory / CONFIG).read_text())
+        if not isinstance(settings, dict):
+            raise ValueError("no mapping")
+        return settings
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{directory} is no model of transformers or a damaged one ({error}); copy it again") from None
 
 
-def _write_tokenizer(folder: Path, tokenizer: SentencePieceProcessor, sequence_length: int) -> None:
-    """tokenizer.json rather than transformers' own reading of tokenizer.model, which adds a space before the text.
+def open_weights(directory: Path) -> SafetensorsFiles:
+    """The tensors of a folder of transformers under its own names. Raises CheckpointError."""
+    index = directory / INDEX
+    if not index.exists():
+        return SafetensorsFiles([directory / WEIGHTS])
+    try:
+        weight_map = dict(json.loads(index.read_text())["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{index} cannot be read ({error}); copy it again") from None
+    found = SafetensorsFiles(directory / file for file in sorted(set(weight_map.values())))
+    for name, file in weight_map.items():
+        if name not in found.shapes:
+            raise CheckpointError(f"{directory / file} has no tensor {name}; expected it there by {INDEX}")
+    return found
+
+
+def model_config(settings: dict[str, Any], directory: Path, num_future_tokens: int, model_type: str = "llama") -> ModelConfig:
+    """The model that config.json tells of, with so many heads, head 1 being its last layer.
 
     Raises:
-        CheckpointError: the translation does not give SentencePiece's ids.
+        CheckpointError: it is of another form, or a setting is missing.
     """
-    translated = _translate(tokenizer)
-    end = tokenizer.id_to_piece(tokenizer.eos_id())
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": end,
-        "eos_token": end,
-        "unk_token": tokenizer.id_to_piece(tokenizer.unk_id()),
-        "split_special_tokens": True,  # "</s>" in a text is five characters of it, as for SentencePiece
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": sequence_length,
-    }
-    (folder / TOKENIZER).write_bytes(tokenizer.serialized_model_proto())
-    (folder / "tokenizer.json").write_text(translated.to_str(), encoding="utf-8")
-    _write_json(folder / "tokenizer_config.json", settings)
-
-
-def _translate(tokenizer: SentencePieceProcessor) -> Tokenizer:
-    """SentencePiece's BPE with byte fallback in the `tokenizers` library.
-
-    Its merges are all the ways to cut a piece into two pieces, those of the best piece first. Pieces are written with
-    real spaces, not with SentencePiece's mark U+2581, so that a mark in the text is none.
-    """
-    ids = range(tokenizer.vocab_size())
-    special = {token for token in ids if tokenizer.is_control(token) or tokenizer.is_unknown(token)}
-    plain = {token for token in ids if token not in special and not tokenizer.is_byte(token)}
-    pieces = [tokenizer.id_to_piece(token) for token in ids]
-    texts = {piece.replace("\u2581", " ") if token in plain else piece: token for token, piece in enumerate(pieces)}
-    best_first = [text for text, token in texts.items() if token in plain]
-    best_first.sort(key=lambda text: -tokenizer.get_score(texts[text]))
-    merges = [
-        (text[:cut], text[cut:])
-        for text in best_first
-        for cut in range(1, len(text))
-        if texts.get(text[:cut]) in plain and texts.get(text[cut:]) in plain
-    ]
-    translated = Tokenizer(BPE(texts, merges, unk_token=pieces[tokenizer.unk_id()], byte_fallback=True))
-    steps = [decoders.ByteFallback(), decoders.Fuse()]
-    if tokenizer.encode("a", out_type=str)[0].startswith("\u2581"):  # trained with add_dummy_prefix
-        translated.normalizer = normalizers.Prepend(" ")
-        steps.append(decoders.Strip(" ", left=1))
-    translated.decoder = decoders.Sequence(steps)
-    _check_translation(tokenizer, translated, [*best_first, *PROBES])
-    translated.add_special_tokens([AddedToken(pieces[token], normalized=False) for token in sorted(special)])
-    return translated
-
-
-def _check_translation(tokenizer: SentencePieceProcessor, translated: Tokenizer, texts: list[str]) -> None:
-    """Raises: CheckpointError if any text becomes other ids than SentencePiece's: a tokenizer of another kind."""
-    found = [encoding.ids for encoding in translated.encode_batch(texts)]
-    for text, ids, expected in zip(texts, found, tokenizer.encode(texts), strict=True):
-        if ids != expected:
-            raise CheckpointError(
-                f"the tokenizer cannot be exported: {text!r} would become {ids}, expected {expected}; expected a BPE "
-                "model with byte fallback and no normalisation (prepare_data trains such) or none: unset data.tokenizer"
-            )
-
-
-def check_replaceable(directory: Path) -> None:
-    """Raises: CheckpointError if an export would destroy something else."""
-    if not directory.exists():
-        return
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory} is a file; expected a new or empty folder: choose another destination")
-    found = sorted(path.name for path in directory.iterdir())
-    if found and found != _listed(directory):
-        raise CheckpointError(
-            f"{directory} holds other files than an earlier export ({found[0]}, ...); expected a new or empty folder: "
-            "choose another destination"
-        )
-
-
-def _listed(directory: Path) -> list[str] | None:
+    _check_form(settings, directory, model_type)
+    rope = settings.get("rope_parameters") or {}  # where transformers 5 puts it
     try:
-        return json.loads((directory / EXPORT_LIST).read_text())
-    except (OSError, ValueError):
-        return None
+        model = ModelConfig(
+            dim=settings["hidden_size"],
+            num_layers=settings["num_hidden_layers"] - 1 + num_future_tokens,
+            num_future_tokens=num_future_tokens,
+            num_attention_heads=settings["num_attention_heads"],
+            num_key_value_heads=settings.get("num_key_value_heads"),
+            mlp_dim=settings["intermediate_size"],
+            vocab_size=settings["vocab_size"],
+            rope_theta=settings.get("rope_theta", rope.get("rope_theta", DEFAULT_ROPE_THETA)),
+            norm_eps=settings["rms_norm_eps"],
+        )
+    except KeyError as error:
+        raise CheckpointError(f"{directory}/{CONFIG} has no {error}; expected all settings of a Llama: mend it") from None
+    if model.num_trunk_layers < 1:
+        raise CheckpointError(f"{directory} has one layer; expected two or more: the last becomes head 1, the others the trunk")
+    return model
 
 
-def _seal(folder: Path) -> None:
-    """Lists the files, readable for all who may read the folder's, and waits until they are on disk."""
-    _write_json(folder / EXPORT_LIST, sorted([EXPORT_LIST, *(path.name for path in folder.iterdir())]))
-    for path in folder.iterdir():
-        shutil.copymode(folder / CONFIG, path)  # safetensors makes files that only their owner may read
-        with open(path, "rb") as stream:
-            os.fsync(stream.fileno())
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def _check_form(settings: dict[str, Any], directory: Path, model_type: str) -> None:
+    """Raises: CheckpointError if the model computes anything else than MTPModel with one head."""
+    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}  # transformers 5, 4
+    found = {
+        "model_type": settings.get("model_type"),
+        "hidden_act": settings.get("hidden_act", "silu"),
+        "rope_type": rope.get("rope_type") or rope.get("type") or "default",
+        "partial_rotary_factor": rope.get("partial_rotary_factor", settings.get("partial_rotary_factor", 1.0)),
+        "attention_bias": settings.get("attention_bias", False),
+        "mlp_bias": settings.get("mlp_bias", False),
+        "quantization_config": settings.get("quantization_config"),
+    }
+    expected = {
+        "model_type": model_type, "hidden_act": "silu", "rope_type": "default", "partial_rotary_factor": 1.0,
+        "attention_bias": False, "mlp_bias": False, "quantization_config": None,
+    }  # fmt: skip
+    try:
+        width = settings["hidden_size"] // settings["num_attention_heads"]
+        found["head_dim"], expected["head_dim"] = settings.get("head_dim") or width, width
+    except KeyError:
+        pass  # named when the model is described
+    for key, value in found.items():
+        if value != expected[key]:
+            raise CheckpointError(f"{directory}/{CONFIG}: {key} is {value}, expected {expected[key]}: another form of model")

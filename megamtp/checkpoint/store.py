@@ -11,20 +11,15 @@ import re
 import shutil
 import typing
 import zlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from megamtp import __version__
-from megamtp.checkpoint.shards import Tensors, WrittenFile, read_crc32
-from megamtp.checkpoint.tensors import whole
+from megamtp.checkpoint.contents import written_out
+from megamtp.checkpoint.shards import WrittenFile, read_crc32
 from megamtp.config import ModelConfig
 from megamtp.errors import CheckpointError
-from megamtp.model.mtp import MTPModel
 
 MANIFEST = "manifest.json"
 FORMAT = 2  # 1 was DeepSpeed's own files
@@ -163,10 +158,11 @@ def damage(checkpoint: Path, manifest: Manifest, share: int = 0, shares: int = 1
 
 def check_model(checkpoint: Path, manifest: Manifest, model: ModelConfig) -> None:
     """Raises: CheckpointError if the checkpoint is of another model."""
-    for name, setting in dataclasses.asdict(model).items():
-        if manifest.model.get(name) != setting:
+    found = dataclasses.asdict(written_out(ModelConfig(**manifest.model)))
+    for name, setting in dataclasses.asdict(written_out(model)).items():
+        if found[name] != setting:
             raise CheckpointError(
-                f"{checkpoint} is of another model: model.{name}={manifest.model.get(name)}, expected {setting}; "
+                f"{checkpoint} is of another model: model.{name}={found[name]}, expected {setting}; "
                 "change the configuration or run.directory"
             )
 
@@ -224,12 +220,6 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Of every parameter of MTPModel, by name."""
-    with torch.device("meta"):
-        return {name: tuple(parameter.shape) for name, parameter in MTPModel(model).named_parameters()}
-
-
 def verified(checkpoint: Path) -> Manifest:
     """The manifest of a checkpoint of which every byte has been checked.
 
@@ -240,25 +230,3 @@ def verified(checkpoint: Path) -> Manifest:
     if found := damage(checkpoint, manifest):
         raise CheckpointError(f"{found}; remove {checkpoint} to go on from an older one")
     return manifest
-
-
-def check_tensors(checkpoint: Path, found: Tensors, names: Iterable[str], expected: dict[str, tuple[int, ...]]) -> None:
-    """Raises: CheckpointError naming a tensor that is missing, misshaped or unknown."""
-    for name in names:
-        if found.shapes.get(name) != expected.get(name):
-            raise CheckpointError(
-                f"{checkpoint}: tensor {name} has shape {found.shapes.get(name)}, expected {expected.get(name)}; "
-                "give a checkpoint of this model"
-            )
-
-
-def load_weights(checkpoint: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """A checkpoint's model and its full fp32 weights by MTPModel's parameter names.
-
-    Raises:
-        CheckpointError: something is damaged or missing.
-    """
-    model, tensors = ModelConfig(**verified(checkpoint).model), Tensors(checkpoint, "weight")
-    expected = parameter_shapes(model)
-    check_tensors(checkpoint, tensors, tensors.shapes.keys() | expected.keys(), expected)
-    return model, {name: whole(tensors, name) for name in expected}

@@ -1,44 +1,49 @@
-"""Turns a run's newest checkpoint, or a given one, into a folder that transformers loads.
+"""Turns a checkpoint into one of another format; SOURCE's own is recognised.
 
-    python -m megamtp.commands.convert_checkpoint runs/quickstart exported --to hf
-    python -m megamtp.commands.convert_checkpoint runs/quickstart/checkpoints/step-0000100 exported --to hf
-
-The folder holds trunk and head 1 as a Llama model, and the tokenizer if the run has one.
+python -m megamtp.commands.convert_checkpoint runs/quickstart exported --to hf
+python -m megamtp.commands.convert_checkpoint runs/quickstart/checkpoints/step-0000100 exported --to hf
+python -m megamtp.commands.convert_checkpoint universal runs/new --to zero3        (then pretrain with run.directory=runs/new)
 """
 
 from pathlib import Path
 
-from megamtp.checkpoint import hf, store
+import torch
+
+from megamtp.checkpoint import formats
+from megamtp.checkpoint.folder import check_destination
 from megamtp.commands.command_line import Parser, run
-from megamtp.config import RESOLVED, read_config
+from megamtp.config import read_config
+
+ENGINES = ("zero3", "zero1", "pipeline")  # all of which read a run's checkpoint
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def main() -> None:
     """Raises InputError."""
-    parser = Parser(__doc__)
-    parser.add_argument("source", type=Path, help="a run directory (its newest checkpoint), or one checkpoint in it")
+    arguments = _parser().parse_args()
+    check_destination(arguments.destination)  # before the source, which may take long to read
+    model = read_config([str(arguments.config)]).model if arguments.config else None
+    contents = formats.read(arguments.source, formats.Options(arguments.num_future_tokens, model))
+    for note in contents.notes:
+        print(note)
+    target = "run" if arguments.to in ENGINES else arguments.to
+    formats.FORMATS[target].write(contents, arguments.destination, DTYPES[arguments.dtype])
+    print(f"{arguments.source} -> {arguments.destination}")
+
+
+def _parser() -> Parser:
+    described = "\n".join(f"  {name:12s}{entry.meaning}" for name, entry in formats.FORMATS.items())
+    parser = Parser(f"{__doc__}\nFormats:\n{described}")
+    parser.add_argument("source", type=Path, help=f"a checkpoint of one of these formats: {', '.join(formats.readable())}")
     parser.add_argument("destination", type=Path, help="a new or empty folder, or an earlier export, which is replaced")
-    parser.add_argument("--to", choices=["hf"], default="hf", help="hf: LlamaForCausalLM of transformers")
-    arguments = parser.parse_args()
-    checkpoint, run_directory = find_checkpoint(arguments.source)
-    config = read_config([str(run_directory / RESOLVED)])
-    hf.check_replaceable(arguments.destination)  # both before the weights, which may take long to read
-    tokenizer = hf.read_tokenizer(Path(config.data.tokenizer), config.model.vocab_size) if config.data.tokenizer else None
-    model, weights = store.load_weights(checkpoint)
-    hf.export(model, weights, arguments.destination, config.train.sequence_length, tokenizer)
-    print(f"{checkpoint} -> {arguments.destination}")
-
-
-def find_checkpoint(source: Path) -> tuple[Path, Path]:
-    """(checkpoint, its run directory) of either of the two.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    source = source.resolve()
-    if source.parent.name == "checkpoints" and store.NAME.fullmatch(source.name):
-        return source, source.parent.parent
-    return store.newest_checkpoint(source), source
+    parser.add_argument("--to", choices=[*formats.writable(), *ENGINES], default="hf",
+                        help="format of the destination (default: hf); an engine's is a run's")  # fmt: skip
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="type of exported weights (default: fp32)")
+    parser.add_argument(
+        "--num-future-tokens", type=int, help="heads to make of a source with one: its last layer, and copies of it (default: 1)"
+    )
+    parser.add_argument("--config", type=Path, help="a run's config.yaml, for a source that says nothing of its model")
+    return parser
 
 
 def entry() -> None:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from megamtp.checkpoint import hf, store
+from megamtp.checkpoint import formats
+from megamtp.checkpoint.tensors import whole
 from megamtp.commands.command_line import Parser, run
-from megamtp.commands.convert_checkpoint import find_checkpoint
-from megamtp.config import RESOLVED, read_config
-from megamtp.data.tokenizer import SentencePieceTokenizer
+from megamtp.config import BYTES
+from megamtp.data.tokenizer import open_tokenizer
 from megamtp.decoding.generate import generate
 from megamtp.errors import InputError
 from megamtp.model.mtp import MTPModel
@@ -28,7 +28,7 @@ def main() -> None:
     prompt = _prompt(arguments.prompt)
     device = _device(arguments.device)
     model, tokenizer_path = _load(arguments.model, device)
-    tokenizer = SentencePieceTokenizer(_required(arguments.tokenizer or tokenizer_path))
+    tokenizer = open_tokenizer(_required(arguments.tokenizer or tokenizer_path))
     if tokenizer.vocab_size != model.config.vocab_size:
         raise InputError(
             f"{tokenizer.path} has {tokenizer.vocab_size} pieces, expected the model's {model.config.vocab_size}: "
@@ -51,7 +51,9 @@ def _parser() -> Parser:
     parser.add_argument("--top-k", type=int, help="sample among the k likeliest tokens")
     parser.add_argument("--top-p", type=float, help="sample among the likeliest tokens that together reach this probability")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
-    parser.add_argument("--tokenizer", type=Path, help="SentencePiece model (default: the export's, or data.tokenizer of the run)")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="SentencePiece model, or bytes (default: the export's, or the run's data.tokenizer)"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one")
     return parser
 
@@ -74,25 +76,19 @@ def _device(name: str) -> torch.device:
 
 def _required(path: Path | None) -> Path:
     if path is None:
-        raise InputError("the run has no data.tokenizer; expected --tokenizer PATH, a SentencePiece model")
+        raise InputError("the model has no tokenizer; expected --tokenizer PATH, a SentencePiece model, or --tokenizer bytes")
     return path
 
 
 def _load(source: Path, device: torch.device) -> tuple[MTPModel, Path | None]:
     """The model on its device, and where its tokenizer should be."""
-    if (source / hf.CONFIG).exists():
-        config, weights = hf.read(source)
-        tokenizer_path = source / hf.TOKENIZER
-    else:
-        checkpoint, run_directory = find_checkpoint(source)
-        named = read_config([str(run_directory / RESOLVED)]).data.tokenizer
-        tokenizer_path = Path(named) if named else None
-        with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints what it reads; our output is text alone
-            config, weights = store.load_weights(checkpoint)
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints what it reads; our output is text alone
+        contents = formats.read(source)
     with torch.device("meta"):
-        model = MTPModel(config)
-    model.load_state_dict({name: weight.to(device) for name, weight in weights.items()}, strict=True, assign=True)
-    return model, tokenizer_path
+        model = MTPModel(contents.model)
+    weights = {name: whole(contents.weights, name, torch.float32).to(device) for name in contents.weights.shapes}
+    model.load_state_dict(weights, strict=True, assign=True)
+    return model, Path(BYTES) if contents.tokens_are_bytes else contents.tokenizer
 
 
 def entry() -> None:

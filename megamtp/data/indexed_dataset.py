@@ -8,13 +8,15 @@ Either side can read the other's files. The index, little-endian:
     uint64   number of sequences                                       of sequences
     uint64   number of documents, plus 1
 
-We write one sequence per document, and read any number. Source: Megatron-LM, megatron/core/datasets/indexed_dataset.py.
+A document is one sequence, or any number. Source: Megatron-LM, megatron/core/datasets/indexed_dataset.py.
 """
 
 import os
 import struct
 from array import array
+from bisect import bisect_right
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -26,6 +28,9 @@ HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {
     code: np.dtype(name).newbyteorder("<") for code, name in enumerate(["u1", "i1", "i2", "i4", "i8", "f8", "f4", "u2"], start=1)
 }
+LONGEST_SEQUENCE = 2**31 - 1  # tokens that the index's int32 lengths can say
+WRITTEN_SEQUENCES = 1 << 20  # of the index that are in memory at a time while it is written
+CHECKED_SEQUENCES = 1 << 16  # of either end of the index that are checked when it is opened
 
 
 def best_dtype(vocab_size: int) -> np.dtype:
@@ -49,23 +54,43 @@ class IndexedDatasetWriter:
         self.dtype = np.dtype(dtype)
         self._bin_path, self._idx_path = _paths(prefix)
         self._partial_bin, self._partial_idx = (Path(f"{path}.partial") for path in _paths(prefix))
-        self._lengths = array("i")
+        self._lengths, self._documents = array("i"), array("q", [0])
 
     def __enter__(self) -> "IndexedDatasetWriter":
         self._stream = open(self._partial_bin, "wb")
         return self
 
-    def add_document(self, tokens: np.ndarray | list[int]) -> None:
-        """Appends one document. Raises InputError if a token does not fit the type of the file."""
+    def add_document(self, tokens: np.ndarray | list[int], lengths: list[int] | None = None) -> None:
+        """Appends one document, as one sequence or as sequences of `lengths` tokens.
+
+        Raises:
+            InputError: a token does not fit the type of the file, or a sequence is longer than the index can say.
+        """
         tokens = np.asarray(tokens)
-        limits = np.iinfo(self.dtype)
-        if tokens.size and not limits.min <= tokens.min() <= tokens.max() <= limits.max:
-            raise InputError(
-                f"found token ids {tokens.min()} to {tokens.max()}, expected {limits.min} to {limits.max} "
-                f"for {self.dtype.name}: choose the type with best_dtype"
-            )
+        lengths = [tokens.size] if lengths is None else lengths
+        assert sum(lengths) == tokens.size
+        self._check(tokens, lengths)
         self._stream.write(tokens.astype(self.dtype.newbyteorder("<")).tobytes())
-        self._lengths.append(tokens.size)
+        self._lengths.extend(lengths)
+        self._documents.append(len(self._lengths))
+
+    def _check(self, tokens: np.ndarray, lengths: list[int]) -> None:
+        if self.dtype.kind != "f" and tokens.size:
+            limits = np.iinfo(self.dtype)
+            if not limits.min <= tokens.min() <= tokens.max() <= limits.max:
+                raise InputError(
+                    f"found token ids {tokens.min()} to {tokens.max()}, expected {limits.min} to {limits.max} "
+                    f"for {self.dtype.name}: choose the type with best_dtype"
+                )
+        if max(lengths, default=0) > LONGEST_SEQUENCE:
+            raise InputError(f"found a document of {max(lengths)} tokens, expected at most {LONGEST_SEQUENCE}: cut it")
+
+    def add_documents(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Appends documents of one sequence each: `tokens` of the file's type [sum of lengths], int32 `lengths` [documents]."""
+        self._stream.write(tokens.astype(self.dtype.newbyteorder("<"), copy=False).data)
+        first = len(self._lengths) + 1
+        self._lengths.frombytes(lengths.astype(np.int32, copy=False).tobytes())
+        self._documents.frombytes(np.arange(first, first + len(lengths), dtype=np.int64).tobytes())
 
     def __exit__(self, error_type, error, traceback) -> None:
         try:
@@ -78,20 +103,24 @@ class IndexedDatasetWriter:
 
     def _publish(self) -> None:
         with open(self._partial_idx, "wb") as index:
-            index.write(self._index_bytes())
+            self._write_index(index)
             _flush_to_disk(index)
         _flush_to_disk(self._stream)
         self._idx_path.unlink(missing_ok=True)
         os.replace(self._partial_bin, self._bin_path)
         os.replace(self._partial_idx, self._idx_path)
 
-    def _index_bytes(self) -> bytes:
-        lengths = np.array(self._lengths, dtype="<i4")
-        pointers = (np.cumsum(lengths, dtype="<i8") - lengths) * self.dtype.itemsize
-        documents = np.arange(len(lengths) + 1, dtype="<i8")
+    def _write_index(self, index: BinaryIO) -> None:
         code = next(code for code, dtype in DTYPES.items() if dtype == self.dtype.newbyteorder("<"))
-        header = HEADER.pack(MAGIC, VERSION, code, len(lengths), len(documents))
-        return header + lengths.tobytes() + pointers.tobytes() + documents.tobytes()
+        index.write(HEADER.pack(MAGIC, VERSION, code, len(self._lengths), len(self._documents)))
+        lengths, offset = np.array(self._lengths, dtype="<i4"), 0
+        index.write(lengths.data)
+        for first in range(0, len(lengths), WRITTEN_SEQUENCES):
+            ends = np.cumsum(lengths[first : first + WRITTEN_SEQUENCES], dtype=np.int64) + offset
+            pointers = (ends - lengths[first : first + WRITTEN_SEQUENCES]) * self.dtype.itemsize
+            index.write(pointers.astype("<i8").data)
+            offset = int(ends[-1])
+        index.write(np.array(self._documents, dtype="<i8").data)
 
 
 def _flush_to_disk(stream) -> None:
@@ -102,27 +131,46 @@ def _flush_to_disk(stream) -> None:
 class IndexedDataset:
     """Memory-mapped documents of PREFIX.bin and .idx: `len` documents, `dataset[i]` the tokens [length] of one.
 
-    `document_lengths` int64 [documents] and `num_tokens` count tokens; `name` is the prefix, for messages. Raises InputError for
-    files that are missing, truncated, of another format, or that contradict each other.
+    Opening reads the ends of the index alone, whatever its size; what lies between is checked where it is read. `num_tokens`
+    counts tokens; `name` is the prefix, for messages. Raises InputError for files that are missing, truncated, of another format,
+    or that contradict each other.
     """
 
     def __init__(self, prefix: Path | str):
         self._bin_path, self._idx_path = _paths(prefix)
         self.name = str(self._bin_path.with_suffix(""))
-        self.dtype, lengths, pointers, documents = _read_index(self._idx_path)
-        # Token offsets of the sequences; 64 bits, since a corpus may exceed 2**31 tokens.
-        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        self._check(lengths, pointers, documents, offsets)
-        self._document_offsets = offsets[documents]
-        self.document_lengths = np.diff(self._document_offsets)
-        self.num_tokens = int(offsets[-1])
+        self.dtype, self._lengths, self._pointers, self._documents = _read_index(self._idx_path)
+        self._check_ends()
+        self.num_tokens = self._sequence_start(len(self._lengths))
         self._tokens = self._map_tokens()
 
-    def _check(self, lengths: np.ndarray, pointers: np.ndarray, documents: np.ndarray, offsets: np.ndarray) -> None:
-        if (lengths < 0).any() or (pointers != offsets[:-1] * self.dtype.itemsize).any():
+    def _check_ends(self) -> None:
+        lengths, documents = self._lengths, self._documents
+        if len(lengths) and self._pointers[0] != 0:
             raise _bad_file(self._idx_path, "lengths and pointers contradict each other")
-        if documents[0] != 0 or documents[-1] != len(lengths) or (np.diff(documents) < 0).any():
+        if documents[0] != 0 or documents[-1] != len(lengths):
             raise _bad_file(self._idx_path, "document numbers do not rise from 0 to the number of sequences")
+        for first in {0, max(0, len(lengths) - CHECKED_SEQUENCES)}:
+            self._check_sequences(first, first + CHECKED_SEQUENCES)
+        for first in {0, max(0, len(documents) - CHECKED_SEQUENCES)}:
+            self._check_documents(first, first + CHECKED_SEQUENCES)
+
+    def _check_sequences(self, first: int, stop: int) -> None:
+        lengths, pointers = self._lengths[first:stop].astype(np.int64), self._pointers[first : stop + 1]
+        follow = pointers[: len(lengths)] + lengths * self.dtype.itemsize
+        if (lengths < 0).any() or (follow[: len(pointers) - 1] != pointers[1:]).any():
+            raise _bad_file(self._idx_path, "lengths and pointers contradict each other")
+
+    def _check_documents(self, first: int, stop: int) -> None:
+        documents = self._documents[first:stop]
+        if (documents < 0).any() or (documents > len(self._lengths)).any() or (np.diff(documents) < 0).any():
+            raise _bad_file(self._idx_path, "document numbers do not rise from 0 to the number of sequences")
+
+    def _sequence_start(self, sequence: int) -> int:
+        """Tokens before a sequence; before the end, if it is the number of sequences."""
+        if sequence < len(self._lengths):
+            return int(self._pointers[sequence]) // self.dtype.itemsize
+        return int(self._pointers[-1]) // self.dtype.itemsize + int(self._lengths[-1]) if sequence else 0
 
     def _map_tokens(self) -> np.ndarray:
         expected_bytes = self.num_tokens * self.dtype.itemsize
@@ -137,16 +185,43 @@ class IndexedDataset:
             raise _bad_file(self._bin_path, error.strerror) from error
 
     def __len__(self) -> int:
-        return len(self.document_lengths)
+        return len(self._documents) - 1
 
     def __getitem__(self, document: int) -> np.ndarray:
         if not 0 <= document < len(self):
             raise IndexError(f"document {document} of {len(self)}")
-        return self.tokens(self._document_offsets[document], self._document_offsets[document + 1])
+        self._check_documents(document, document + 2)
+        self._check_sequences(max(0, int(self._documents[document]) - 1), int(self._documents[document + 1]))
+        return self.tokens(self.document_start(document), self.document_start(document + 1))
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens start .. stop of all documents in a row, a read-only view; short if `stop` lies past the end."""
         return self._tokens[start:stop]
+
+    def document_start(self, document: int) -> int:
+        """Tokens before a document; before the end, if it is the number of documents."""
+        sequence = int(self._documents[document])
+        if not 0 <= sequence <= len(self._lengths):
+            raise _bad_file(self._idx_path, f"document {document} begins at sequence {sequence} of {len(self._lengths)}")
+        return self._sequence_start(sequence)
+
+    def document_at(self, token: int) -> int:
+        """The document that holds the token at this place, by bisection."""
+        return bisect_right(range(len(self)), token, key=self.document_start) - 1
+
+    def boundaries(self, start: int, stop: int) -> np.ndarray:
+        """int64: the places in (start, stop) at which a document begins, each once, rising; empty documents have none.
+
+        Raises:
+            InputError: the index contradicts itself there.
+        """
+        first, last = self.document_at(start) + 1, self.document_at(stop - 1) + 1
+        self._check_documents(first - 1, last + 1)
+        self._check_sequences(self._sequence_at(start), self._sequence_at(stop - 1) + 1)
+        return np.unique(self._pointers[self._documents[first:last]] // self.dtype.itemsize)
+
+    def _sequence_at(self, token: int) -> int:
+        return bisect_right(range(len(self._lengths)), token, key=self._sequence_start) - 1
 
 
 def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:

@@ -1,36 +1,55 @@
 """Which windows a rank sees when: a function of (seed, step) alone, whatever the number of ranks and wherever a run resumes."""
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megamtp.data.windows import IGNORED, Windows
+from megamtp.data.windows import IGNORED, Window, Windows
 from megamtp.errors import InputError
+
+STEPS_AHEAD = 2  # that are read while the engine is at work
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch: int64 inputs [B, T] and targets [n, B, T], some of which may be IGNORED."""
+    """A micro-batch: int64 inputs [B, T] and targets [n, B, T], some of which may be IGNORED.
+
+    documents: int64 [B, T], rising in each row: attention stays among the positions of equal ones. None: it does not stop.
+    """
 
     inputs: Tensor
     targets: Tensor
+    documents: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Batch":
+        documents = None if self.documents is None else self.documents.to(device)
+        return Batch(self.inputs.to(device), self.targets.to(device), documents)
+
+
+class WindowSequence(Protocol):
+    """An endless sequence of windows: one corpus in shuffled epochs (Windows), or several (Blend)."""
+
+    targets_can_be_ignored: bool
+
+    def at(self, places: np.ndarray) -> list[Window]: ...
 
 
 class TrainLoader:
     """The micro-batches of one rank.
 
-    The global batch of step s is windows s * G to (s + 1) * G of the endless sequence of shuffled epochs. Of it, micro-batch a of
-    rank r (of D, with B windows each) takes B windows from place (a * D + r) * B.
+    The global batch of step s is windows s * G to (s + 1) * G of the endless sequence. Of it, micro-batch a of rank r (of D, with
+    B windows each) takes B windows from place (a * D + r) * B. A thread reads the steps that come next; `close` ends it.
 
     Raises:
         InputError: the global batch G is not a multiple of D * B.
     """
 
-    def __init__(self, windows: Windows, global_batch_windows: int, micro_batch_size: int, rank: int, world_size: int):
+    def __init__(self, windows: WindowSequence, global_batch_windows: int, micro_batch_size: int, rank: int, world_size: int):
         self.windows, self.global_batch_windows, self.micro_batch_size = windows, global_batch_windows, micro_batch_size
         self.rank, self.world_size = rank, world_size
         if global_batch_windows % (micro_batch_size * world_size):
@@ -39,21 +58,38 @@ class TrainLoader:
                 "ranks; change train.global_batch_tokens, train.micro_batch_size or the number of ranks"
             )
         self.accumulation = global_batch_windows // (micro_batch_size * world_size)
-        self._order = lru_cache(maxsize=2)(windows.shuffled)  # a batch may touch the end of one epoch and the start of the next
+        self._reader: ThreadPoolExecutor | None = None
+        self._ahead: dict[int, Future] = {}
 
     def micro_batches(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of step `step` (from 0)."""
-        first = step * self.global_batch_windows
-        batches = []
-        for index in range(self.accumulation):
-            place = first + (index * self.world_size + self.rank) * self.micro_batch_size
-            numbers = [self._window_at(place + offset) for offset in range(self.micro_batch_size)]
-            batches.append(_stack([self.windows[number] for number in numbers]))
-        return batches
+        """This rank's micro-batches of step `step` (from 0), which are ready if it follows the last one asked for.
 
-    def _window_at(self, place: int) -> int:
-        epoch, position = divmod(place, len(self.windows))
-        return int(self._order(epoch)[position])
+        Raises:
+            InputError: a record of this step is damaged.
+        """
+        if self._reader is None:
+            self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="megamtp data")
+        wanted = range(step, step + 1 + STEPS_AHEAD)
+        for other in self._ahead.keys() - set(wanted):
+            self._ahead.pop(other).cancel()
+        for number in wanted:
+            if number not in self._ahead:
+                self._ahead[number] = self._reader.submit(self.read, number)
+        return self._ahead.pop(step).result()
+
+    def read(self, step: int) -> list[Batch]:
+        """What `micro_batches` returns, read now and here."""
+        first = step * self.global_batch_windows + self.rank * self.micro_batch_size
+        starts = first + np.arange(self.accumulation) * self.world_size * self.micro_batch_size
+        windows = self.windows.at((starts[:, None] + np.arange(self.micro_batch_size)).flatten())
+        return [_stack(windows[first : first + self.micro_batch_size]) for first in range(0, len(windows), self.micro_batch_size)]
+
+    def close(self) -> None:
+        """Ends the thread when it has read the step it is at."""
+        if self._reader is not None:
+            self._reader.shutdown(cancel_futures=True)
+            self._reader = None
+            self._ahead.clear()
 
 
 def evaluation_batches(
@@ -66,12 +102,11 @@ def evaluation_batches(
     number = len(windows) if max_windows is None else min(max_windows, len(windows))
     for first in range(0, number, micro_batch_size * world_size):
         places = np.arange(micro_batch_size) + first + rank * micro_batch_size
-        pairs = [windows[min(int(place), number - 1)] for place in places]
-        batch = _stack(pairs)
+        batch = _stack([windows[min(int(place), number - 1)] for place in places])
         batch.targets[:, torch.from_numpy(places >= number)] = IGNORED
         yield batch
 
 
-def _stack(pairs: list[tuple[Tensor, Tensor]]) -> Batch:
-    inputs, targets = zip(*pairs, strict=True)
-    return Batch(torch.stack(inputs), torch.stack(targets, dim=1))
+def _stack(windows: list[Window]) -> Batch:
+    inputs, targets, documents = zip(*windows, strict=True)
+    return Batch(torch.stack(inputs), torch.stack(targets, dim=1), None if documents[0] is None else torch.stack(documents))

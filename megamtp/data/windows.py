@@ -1,18 +1,32 @@
 """A token file -> training windows: T inputs and, for each of them, the n tokens that follow."""
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from megamtp.data.indexed_dataset import IndexedDataset
+from megamtp.data.shuffle import Shuffle
 from megamtp.errors import InputError
 
 IGNORED = -100  # torch's own convention for a target that counts for nothing
-SCANNED_TOKENS = 1 << 24
+CHECKED_TOKENS = 1 << 20  # of either end of a corpus, before a run begins
+
+
+class Window(NamedTuple):
+    """int64 inputs [T] and targets [n, T]; targets[i - 1, t] is the token i positions after inputs[t], or IGNORED.
+
+    documents: int64 [T], the number of the document of each input, from 0 in each window; None if attention may cross them.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    documents: Tensor | None
 
 
 class Windows:
-    """Windows of T + n tokens that advance by T through all documents in a row, crossing their boundaries as the paper's do.
+    """Windows of T + n tokens that advance by T through all documents in a row.
 
     Their number and order do not depend on n, and every token after the first is head 1's target exactly once an epoch (but for
     a rest shorter than T). Only in the last windows may targets lie beyond the end: they are IGNORED.
@@ -20,15 +34,24 @@ class Windows:
     Args:
         sequence_length: T.
         num_future_tokens: n.
-        seed: of the order of `shuffled`.
+        seed, stream: of the order of epochs; `stream` tells corpora of one blend apart.
+        vocab_size: tokens are below it.
+        documents: "continue" crosses their boundaries as the paper does; "mask" ignores targets in another document than their
+            input's; "isolate" tells documents apart besides, so that attention does not cross them either.
 
     Raises:
-        InputError: the corpus has no window.
+        InputError: the corpus has no window, or no token ids.
     """
 
-    def __init__(self, dataset: IndexedDataset, sequence_length: int, num_future_tokens: int, seed: int):
-        self.dataset, self.sequence_length, self.num_future_tokens, self.seed = dataset, sequence_length, num_future_tokens, seed
+    def __init__(
+        self, dataset: IndexedDataset, sequence_length: int, num_future_tokens: int, seed: int, stream: int = 0,
+        vocab_size: int = 2**63, documents: str = "continue",
+    ):  # fmt: skip
+        self.dataset, self.sequence_length, self.num_future_tokens = dataset, sequence_length, num_future_tokens
+        self.seed, self.stream, self.vocab_size, self.documents = seed, stream, vocab_size, documents
         self.number = (dataset.num_tokens - 1) // sequence_length
+        if dataset.dtype.kind == "f":
+            raise InputError(f"{dataset.name} holds {dataset.dtype.name}; expected token ids, which are whole numbers")
         if self.number < 1:
             raise InputError(
                 f"{dataset.name} has {dataset.num_tokens} tokens; expected at least {sequence_length + 1} for windows of "
@@ -38,33 +61,56 @@ class Windows:
     def __len__(self) -> int:
         return self.number
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """(inputs [T], targets [n, T]), int64; targets[i - 1, t] is the token i positions after inputs[t]."""
+    def __getitem__(self, index: int) -> Window:
+        """Raises InputError: its tokens are outside the vocabulary, or the index contradicts itself there."""
         if not 0 <= index < self.number:
             raise IndexError(f"window {index} of {self.number}")
         length, start = self.sequence_length, index * self.sequence_length
         tokens = np.full(length + self.num_future_tokens, IGNORED, dtype=np.int64)
-        found = self.dataset.tokens(start, start + len(tokens))
+        found = self._read(start, start + len(tokens))
         tokens[: len(found)] = found
         window = torch.from_numpy(tokens)
-        return window[:length], window[1:].unfold(0, length, 1)
+        inputs, targets = window[:length], window[1:].unfold(0, length, 1)
+        if self.documents == "continue":
+            return Window(inputs, targets, None)
+        places = np.arange(start, start + length)
+        boundaries = self.dataset.boundaries(start, start + len(found))
+        documents = np.searchsorted(boundaries, places, side="right")
+        ends = np.append(boundaries, start + len(found))[documents]
+        same = places + np.arange(1, self.num_future_tokens + 1)[:, None] < ends
+        targets = targets.where(torch.from_numpy(same), IGNORED)
+        return Window(inputs, targets, torch.from_numpy(documents) if self.documents == "isolate" else None)
+
+    def at(self, places: np.ndarray) -> list[Window]:
+        """The windows at these places of the endless sequence of shuffled epochs."""
+        numbers = np.empty(len(places), np.int64)
+        for epoch in np.unique(places // self.number):
+            own = places // self.number == epoch
+            numbers[own] = self.shuffled(int(epoch))(places[own] % self.number)
+        return [self[number] for number in numbers.tolist()]
 
     @property
     def targets_can_be_ignored(self) -> bool:
-        """Whether the last window lacks targets, so that heads' counts of targets differ."""
-        return self.number * self.sequence_length + self.num_future_tokens > self.dataset.num_tokens
+        """Whether a window may lack targets, so that heads' counts of targets differ."""
+        return self.documents != "continue" or self.number * self.sequence_length + self.num_future_tokens > self.dataset.num_tokens
 
-    def shuffled(self, epoch: int) -> np.ndarray:
-        """The order of the windows in an epoch: a permutation drawn from (seed, epoch)."""
-        return np.random.default_rng((self.seed, epoch)).permutation(self.number)
+    def shuffled(self, epoch: int) -> Shuffle:
+        """The order of the windows in an epoch."""
+        return Shuffle(self.number, self.seed, self.stream, epoch)
 
-    def check_vocabulary(self, vocab_size: int) -> None:
-        """Raises: InputError if a token does not fit a model of `vocab_size`; reads the whole corpus once."""
-        for start in range(0, self.dataset.num_tokens, SCANNED_TOKENS):
-            tokens = self.dataset.tokens(start, start + SCANNED_TOKENS)
-            for token in (int(tokens.min()), int(tokens.max())):
-                if not 0 <= token < vocab_size:
-                    raise InputError(
-                        f"{self.dataset.name} holds token {token}, model.vocab_size is {vocab_size}; expected tokens from 0 to "
-                        "below it: the corpus was made with another tokenizer than the model's"
-                    )
+    def check_ends(self) -> None:
+        """Reads the first and the last million tokens. Raises InputError: they are outside the vocabulary."""
+        self._read(0, CHECKED_TOKENS)
+        self._read(max(0, self.dataset.num_tokens - CHECKED_TOKENS), self.dataset.num_tokens)
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        tokens = self.dataset.tokens(start, stop)
+        wrong = (tokens < 0) | (tokens >= self.vocab_size)
+        if wrong.any():
+            first = int(wrong.argmax())
+            raise InputError(
+                f"{self.dataset.name}.bin holds token {tokens[first]} in document {self.dataset.document_at(start + first)}, "
+                f"model.vocab_size is {self.vocab_size}; expected ids from 0 to below it: the file is damaged, or made with "
+                "another tokenizer than the model's"
+            )
+        return tokens

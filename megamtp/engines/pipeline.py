@@ -65,7 +65,7 @@ class PipelineEngine:
         scales = loss_scales(self.config.head_weights, target_counts, self.data_parallel_size, len(micro_batches))
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        self.model.begin((batch.targets for batch in micro_batches), scales)
+        self.model.begin(micro_batches, scales)
         self.engine.train_batch(_inputs(micro_batches))
         return StepResult(self.model.nll_sums, float(self.engine.get_global_grad_norm()), self.engine.was_step_applied() is False)
 
@@ -76,7 +76,7 @@ class PipelineEngine:
         totals = torch.zeros(2, n, dtype=torch.float64, device=self.device)
         batches = iter(batches)
         while group := list(itertools.islice(batches, self.engine.micro_batches)):
-            self.model.begin((batch.targets for batch in group), [1.0] * n)
+            self.model.begin(group, [1.0] * n)
             self.engine.eval_batch(
                 _inputs(group), compute_loss=False, reduce_output=None, bcast_loss=False, num_micro_batches=len(group)
             )

@@ -9,8 +9,9 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megamtp.checkpoint.contents import check_tensors
 from megamtp.checkpoint.shards import KINDS, Tensors, shard_name, slice_key
-from megamtp.checkpoint.store import Manifest, check_tensors, read_manifest
+from megamtp.checkpoint.store import Manifest, read_manifest
 from megamtp.engines.base import EngineState
 from megamtp.engines.fragments import MasterState
 from megamtp.engines.head_phase import full_shape
@@ -45,7 +46,7 @@ def load_state(engine: DeepSpeedEngine, checkpoint: Path, kind: str, rank: int, 
     expected = {name: full_shape(parameter) for name, parameter in engine.module.named_parameters()}
     for tensor_kind in KINDS:
         saved = Tensors(checkpoint, tensor_kind)
-        check_tensors(checkpoint, saved, expected, expected)
+        check_tensors({name: saved.shapes[name] for name in expected if name in saved.shapes}, expected, checkpoint)
         for fragment in master.fragments:
             tensor = fragment.tensors[tensor_kind]
             tensor.copy_(saved.read(fragment.name, fragment.start, fragment.start + len(tensor)))

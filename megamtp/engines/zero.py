@@ -19,11 +19,12 @@ from megamtp.data.loader import Batch
 from megamtp.engines.base import DTYPES, EngineState, StepResult, loss_scales
 from megamtp.engines.deepspeed_config import deepspeed_config
 from megamtp.engines.head_phase import DeepSpeedHeadPhase, full_shape
+from megamtp.engines.initial_weights import initial_weights
 from megamtp.engines.optimizer import adamw
 from megamtp.engines.saved_state import engine_state, load_state
 from megamtp.engines.traffic import GroupedTraffic, fill_shards
 from megamtp.losses.softmax_gradient import IGNORED
-from megamtp.model.initial import STANDARD_DEVIATION, initial_value
+from megamtp.model.initial import STANDARD_DEVIATION
 from megamtp.model.layers import TransformerLayer
 from megamtp.model.mtp import MTPModel
 
@@ -63,10 +64,10 @@ class ZeroEngine:
             group["lr"] = lr
         nll_sums = torch.zeros(self.config.model.num_future_tokens, device=self.device)
         with self.head_phase.whole_or_nothing():
-            for index, batch in enumerate(micro_batches):
+            for index, batch in enumerate(batch.to(self.device) for batch in micro_batches):
                 # (c) DeepSpeed tells its optimizer only when the outer backward starts; the heads' reductions come before it.
                 self.engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
-                loss, micro_nll_sums = self.engine(batch.inputs.to(self.device), batch.targets.to(self.device), scales)
+                loss, micro_nll_sums = self.engine(batch.inputs, batch.targets, scales, batch.documents)
                 self.engine.backward(loss)
                 self.engine.step()
                 nll_sums += micro_nll_sums
@@ -79,10 +80,9 @@ class ZeroEngine:
         scales = [1.0] * self.config.model.num_future_tokens
         totals = torch.zeros(2, len(scales), dtype=torch.float64, device=self.device)
         with self.head_phase.evaluating():
-            for batch in batches:
-                targets = batch.targets.to(self.device)
-                _, nll_sums = self.engine(batch.inputs.to(self.device), targets, scales)
-                totals += torch.stack((nll_sums, (targets != IGNORED).sum(dim=(1, 2))))
+            for batch in (batch.to(self.device) for batch in batches):
+                _, nll_sums = self.engine(batch.inputs, batch.targets, scales, batch.documents)
+                totals += torch.stack((nll_sums, (batch.targets != IGNORED).sum(dim=(1, 2))))
         return totals.flatten()
 
     def state(self) -> EngineState:
@@ -119,7 +119,8 @@ def _build_model(config: Config, settings: dict, device: torch.device) -> MTPMod
 
 
 def _initialise(model: MTPModel, config: Config, sharded: bool) -> None:
-    """Gives every parameter its initial value. Of sharded ones, each rank draws every D-th, all at the same time."""
+    """Gives every parameter its initial value. Of sharded ones, each rank draws or reads every D-th, all at the same time."""
+    initial = initial_weights(config)
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if sharded else (0, 1)
     parameters = list(model.named_parameters())
     for first in range(0, len(parameters), world_size):
@@ -127,7 +128,7 @@ def _initialise(model: MTPModel, config: Config, sharded: bool) -> None:
         value = None
         if rank < len(group):
             name, parameter = group[rank]
-            value = initial_value(name, full_shape(parameter), config.model, config.train.seed)
+            value = initial(name, full_shape(parameter))
         for owner, (_, parameter) in enumerate(group):
             gathered = deepspeed.zero.GatheredParameters([parameter], modifier_rank=owner) if sharded else contextlib.nullcontext()
             with gathered, torch.no_grad():

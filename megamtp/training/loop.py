@@ -27,6 +27,12 @@ class Training:
 
     def run(self) -> bool:
         """Trains. False if it ended early, saved, because a rank was asked to stop. Collective."""
+        try:
+            return self._run()
+        finally:
+            self.train.close()
+
+    def _run(self) -> bool:
         run, steps = self.config.run, self.config.train.steps
         stopped = False
         while self.step < steps and not stopped:

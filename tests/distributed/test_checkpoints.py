@@ -13,7 +13,7 @@ from torch import Tensor
 from megamtp.checkpoint import store
 from tests.cases import global_batch, own_share, small_config
 from tests.ranks import run_ranks
-from tests.saved import save
+from tests.saved import load_weights, save
 
 STEPS, FURTHER_STEPS, MICRO_BATCHES = 3, 3, 6  # micro-batches of a step: as many for every number of ranks
 BOUND = 1e-6  # of losses after FURTHER_STEPS elsewhere: fp32 sums in another order. Measured: 3e-7
@@ -131,7 +131,7 @@ def test_every_layout_is_loaded(name, saved):
 
 def test_weights_are_read_whole_from_every_layout(saved):
     for name in LAYOUTS:
-        model, weights = store.load_weights(store.newest_checkpoint(saved["directory"] / name))
+        model, weights = load_weights(store.newest_checkpoint(saved["directory"] / name))
         assert model.num_future_tokens == 3
         expected = {key.removeprefix("weight/"): value for key, value in saved[name][0].items() if key.startswith("weight/")}
         assert weights.keys() == expected.keys()

@@ -1,5 +1,6 @@
 """Mistakes: one clear line, exit status 2, nothing half-written."""
 
+import json
 import shutil
 import time
 from pathlib import Path
@@ -7,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megamtp.checkpoint import canonical
 from megamtp.checkpoint.shards import shard_name
 from megamtp.checkpoint.store import MANIFEST, newest_checkpoint, read_manifest
 from megamtp.config import read_config
 from megamtp.data.indexed_dataset import IndexedDatasetWriter
+from tests.checkpoints import SMALL, contents, random_model
 from tests.end_to_end.jobs import MODULE, damage, deepspeed, records, run, wait_for
 
 PLAIN = ["-m", MODULE]
@@ -37,6 +40,16 @@ def tiny(folder: Path, tokens: list[int]) -> Path:
     return folder / "tiny"
 
 
+def initial_weights(folder: Path) -> Path:
+    canonical.write(contents(SMALL, random_model(SMALL).state_dict()), folder / "initial")
+    return folder / "initial"
+
+
+def summarised(folder: Path, vocab_size: int) -> Path:
+    (folder / "corpus.json").write_text(json.dumps({"vocab_size": vocab_size}))
+    return tiny(folder, [1, 2] * 50)
+
+
 def pipeline(num_stages: int) -> list[str]:
     return ["engine.kind=pipeline", f"engine.num_stages={num_stages}"]
 
@@ -56,6 +69,12 @@ CASES = {
     "vocabulary of tokenizer": (lambda corpus, tmp: ["model.vocab_size=300"], ["400 pieces", "model.vocab_size is 300"]),
     "vocabulary of corpus": (
         lambda corpus, tmp: [f"data.train={tiny(tmp, [1, 400] * 50)}"], ["token 400", "model.vocab_size is 400"],
+    ),
+    "vocabulary of corpus's summary": (
+        lambda corpus, tmp: [f"data.train={summarised(tmp, 300)}"], ["corpus.json", "vocabulary of 300", "model.vocab_size is 400"],
+    ),
+    "blend with a missing corpus": (
+        lambda corpus, tmp: [f"data.train=0.5 {corpus}/train 0.5 /nowhere/train"], ["/nowhere/train", "No such file"],
     ),
     "truncated bin": (lambda corpus, tmp: [f"data.train={truncated(corpus, tmp, '.bin')}"], ["train.bin", "bytes"]),
     "truncated idx": (lambda corpus, tmp: [f"data.train={truncated(corpus, tmp, '.idx')}"], ["train.idx", "bytes"]),
@@ -126,6 +145,13 @@ CASES = {
     "fp8 in a pipeline": (
         lambda corpus, tmp: [*pipeline(2), "train.precision=bf16", "head_loss.precision=fp8"],
         ["head_loss.precision=fp8", "engine.kind=pipeline", "engine.kind=zero3"],
+    ),
+    "initial weights that are none": (
+        lambda corpus, tmp: [f"run.initial_weights={corpus}"], ["run.initial_weights", "canonical.json", "cannot be read"],
+    ),
+    "initial weights of another model": (
+        lambda corpus, tmp: [f"run.initial_weights={initial_weights(tmp)}"],
+        ["run.initial_weights", "model.num_layers=5", "not 4", "set model.num_layers=5"],
     ),
     "DeepCompile": (lambda corpus, tmp: ["engine.deepspeed.compile.deepcompile=true"], ["compile", "DeepCompile"]),
 }  # fmt: skip

@@ -8,11 +8,12 @@ import torch
 import torch.distributed as dist
 
 from megamtp.checkpoint.shards import shard_name
-from megamtp.checkpoint.store import checkpoints, load_weights, read_manifest, verified
+from megamtp.checkpoint.store import checkpoints, read_manifest, verified
 from tests.cases import global_batch, own_share, small_config
 from tests.end_to_end.jobs import damage, deepspeed, losses, records, run
 from tests.end_to_end.killed_pretrain import KILLED_STEP
 from tests.ranks import run_ranks
+from tests.saved import load_weights
 
 PIPELINE = ["engine.kind=pipeline", "engine.num_stages=2", "engine.stage_layers=[3,1]"]  # a head on each stage
 

@@ -13,18 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megamtp.checkpoint import hf
+from megamtp.checkpoint import hf, hf_tokenizer, safetensors_file
+from megamtp.checkpoint.tensors import whole
 from megamtp.config import ModelConfig
 from megamtp.data.tokenizer import SentencePieceTokenizer, train_sentencepiece
 from megamtp.errors import CheckpointError
-from megamtp.model.initial import initial_value
 from megamtp.model.mtp import MTPModel
+from tests.checkpoints import SMALL, VOCABULARY, contents, random_model
 
-VOCABULARY = 300
-SMALL = ModelConfig(
-    dim=32, num_layers=5, num_future_tokens=3, num_attention_heads=4, num_key_value_heads=2, mlp_dim=48,
-    vocab_size=VOCABULARY, rope_theta=500.0, norm_eps=1e-3,
-)  # fmt: skip
 AWKWARD = [
     "", " ", "  ", "\n", "\t", "\tx = 1\n", "    return  x\n", "a\r\nb\r", "x\n\n\n  y ", "trailing   ",
     "</s>", "<s>a</s>", "<unk>", "<0x0A>", "é e\u0301 \ufb01 \uff21 中文 😀",
@@ -32,15 +28,9 @@ AWKWARD = [
 ]  # fmt: skip
 
 
-def random_model(config: ModelConfig) -> MTPModel:
-    """Larger weights than the initial ones, so that logits differ and attention attends."""
-    model = MTPModel(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(initial_value(name, parameter.shape, config, seed=1) * (8 if parameter.dim() == 2 else 1))
-            if parameter.dim() == 1:
-                parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
-    return model
+def read_back(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
+    found = hf.read(folder)
+    return found.model, {name: whole(found.weights, name) for name in found.weights.shapes}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +43,7 @@ def tokenizer_path(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def exported(tmp_path) -> Path:
-    hf.export(SMALL, random_model(SMALL).state_dict(), tmp_path / "exported", 64, None)
+    hf.export(contents(SMALL, random_model(SMALL).state_dict()), tmp_path / "exported")
     return tmp_path / "exported"
 
 
@@ -62,7 +52,7 @@ def exported(tmp_path) -> Path:
 def test_transformers_computes_the_same_logits(tmp_path, key_value_heads, num_future_tokens):
     config = dataclasses.replace(SMALL, num_key_value_heads=key_value_heads, num_future_tokens=num_future_tokens)
     model = random_model(config)
-    hf.export(config, model.state_dict(), tmp_path / "exported", 64, None)
+    hf.export(contents(config, model.state_dict()), tmp_path / "exported")
     llama, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", output_loading_info=True)
     assert not any(loading.values()), loading
     assert llama.config.num_hidden_layers == 5 - num_future_tokens + 1
@@ -75,7 +65,7 @@ def test_transformers_computes_the_same_logits(tmp_path, key_value_heads, num_fu
 
 
 def test_reading_an_export_gives_the_weights_back_bit_for_bit(exported):
-    config, weights = hf.read(exported)
+    config, weights = read_back(exported)
     assert config == dataclasses.replace(SMALL, num_layers=3, num_future_tokens=1)
     expected = random_model(SMALL).state_dict()
     assert weights.keys() == {name for name in expected if not name.startswith(("heads.1.", "heads.2."))}
@@ -84,21 +74,19 @@ def test_reading_an_export_gives_the_weights_back_bit_for_bit(exported):
 
 
 def test_a_large_model_is_split_into_files_and_read_back(tmp_path, monkeypatch):
-    save = hf.save_torch_state_dict
-    small_files = lambda *given, **options: save(*given, **options | {"max_shard_size": "40KB"})  # noqa: E731
-    monkeypatch.setattr(hf, "save_torch_state_dict", small_files)
+    monkeypatch.setattr(hf, "LARGEST_FILE_BYTES", 40_000)
     model = random_model(SMALL)
-    hf.export(SMALL, model.state_dict(), tmp_path / "exported", 64, None)
+    hf.export(contents(SMALL, model.state_dict()), tmp_path / "exported")
     assert len(list((tmp_path / "exported").glob("*.safetensors"))) > 1
-    _, weights = hf.read(tmp_path / "exported")
+    _, weights = read_back(tmp_path / "exported")
     assert all(torch.equal(weights[name], model.state_dict()[name]) for name in weights)
     AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
 
 
 def test_what_transformers_saves_can_be_read(exported, tmp_path):
     AutoModelForCausalLM.from_pretrained(exported).save_pretrained(tmp_path / "saved")
-    config, weights = hf.read(tmp_path / "saved")
-    expected_config, expected = hf.read(exported)
+    config, weights = read_back(tmp_path / "saved")
+    expected_config, expected = read_back(exported)
     assert config == expected_config
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
@@ -148,11 +136,11 @@ def test_a_wrong_tensor_is_named_when_exporting(tmp_path, name, value, message):
     if value is None:
         del weights[name]
     with pytest.raises(CheckpointError, match=message):
-        hf.export(SMALL, weights, tmp_path / "exported", 64, None)
+        hf.export(contents(SMALL, weights), tmp_path / "exported")
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("key", ["hidden_size", "model_type", "rope_theta"])
+@pytest.mark.parametrize("key", ["hidden_size", "model_type", "rms_norm_eps"])
 def test_a_configuration_without_a_key_is_refused(exported, key):
     settings = json.loads((exported / "config.json").read_text())
     del settings[key]
@@ -172,8 +160,8 @@ def test_a_missing_or_truncated_file_is_refused_in_one_line(exported, file, dama
 
 def test_an_earlier_export_is_replaced_as_a_whole(exported):
     larger = dataclasses.replace(SMALL, mlp_dim=64)
-    hf.export(larger, random_model(larger).state_dict(), exported, 64, None)
-    assert hf.read(exported)[0].mlp_dim == 64
+    hf.export(contents(larger, random_model(larger).state_dict()), exported)
+    assert hf.read(exported).model.mlp_dim == 64
     assert [path.name for path in exported.parent.iterdir()] == ["exported"]
 
 
@@ -181,7 +169,7 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(exported):
     (exported / "notes.txt").write_text("mine")
     before = {path.name: path.read_bytes() for path in exported.iterdir()}
     with pytest.raises(CheckpointError, match="holds other files"):
-        hf.export(SMALL, random_model(SMALL).state_dict(), exported, 64, None)
+        hf.export(contents(SMALL, random_model(SMALL).state_dict()), exported)
     assert before == {path.name: path.read_bytes() for path in exported.iterdir()}
 
 
@@ -192,10 +180,10 @@ def test_all_files_can_be_read_by_whom_the_folder_can(exported):
 def test_an_empty_folder_is_filled_and_a_file_refused(tmp_path):
     weights = random_model(SMALL).state_dict()
     (tmp_path / "empty").mkdir()
-    hf.export(SMALL, weights, tmp_path / "empty", 64, None)
+    hf.export(contents(SMALL, weights), tmp_path / "empty")
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="is a file"):
-        hf.export(SMALL, weights, tmp_path / "file", 64, None)
+        hf.export(contents(SMALL, weights), tmp_path / "file")
 
 
 def test_a_failed_export_leaves_the_earlier_one_and_nothing_else(exported, monkeypatch):
@@ -203,9 +191,9 @@ def test_a_failed_export_leaves_the_earlier_one_and_nothing_else(exported, monke
         raise OSError(28, "No space left on device")
 
     before = {path.name: path.read_bytes() for path in exported.iterdir()}
-    monkeypatch.setattr(hf, "save_torch_state_dict", full_disk)
+    monkeypatch.setattr(safetensors_file, "write", full_disk)
     with pytest.raises(CheckpointError, match="No space left on device"):
-        hf.export(SMALL, random_model(SMALL).state_dict(), exported, 64, None)
+        hf.export(contents(SMALL, random_model(SMALL).state_dict()), exported)
     assert [path.name for path in exported.parent.iterdir()] == ["exported"]
     assert before == {path.name: path.read_bytes() for path in exported.iterdir()}
 
@@ -213,12 +201,12 @@ def test_a_failed_export_leaves_the_earlier_one_and_nothing_else(exported, monke
 def test_an_unwritable_parent_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be written"):
-        hf.export(SMALL, random_model(SMALL).state_dict(), tmp_path / "file" / "exported", 64, None)
+        hf.export(contents(SMALL, random_model(SMALL).state_dict()), tmp_path / "file" / "exported")
 
 
 def test_the_exported_tokenizer_gives_our_ids(tmp_path, tokenizer_path):
     config = dataclasses.replace(SMALL, vocab_size=700)
-    hf.export(config, random_model(config).state_dict(), tmp_path / "exported", 64, hf.read_tokenizer(tokenizer_path, 700))
+    hf.export(contents(config, random_model(config).state_dict(), tokenizer_path), tmp_path / "exported")
     theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "exported"), SentencePieceTokenizer(tokenizer_path)
     draw = random.Random(0)
     alphabet = [*AWKWARD, *" \t\n-=#_.abcdefs01", "self", "def ", "    "]
@@ -251,7 +239,7 @@ def test_a_tokenizer_with_a_dummy_prefix_gives_its_ids(tmp_path):
     path = train_foreign(tmp_path / "foreign", model_type="bpe", normalization_rule_name="identity", remove_extra_whitespaces=False)
     ours = SentencePieceTokenizer(path)
     config = dataclasses.replace(SMALL, vocab_size=ours.vocab_size)
-    hf.export(config, random_model(config).state_dict(), tmp_path / "exported", 64, hf.read_tokenizer(path, ours.vocab_size))
+    hf.export(contents(config, random_model(config).state_dict(), path), tmp_path / "exported")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "exported")
     for text in [text for text in AWKWARD if "\u2581" not in text]:
         assert theirs(text)["input_ids"] == ours.encode(text), repr(text)
@@ -276,10 +264,10 @@ def test_a_tokenizer_that_cannot_be_translated_is_refused(tmp_path, settings):
     path = train_foreign(tmp_path / "foreign", **settings)
     config = dataclasses.replace(SMALL, vocab_size=SentencePieceTokenizer(path).vocab_size)
     with pytest.raises(CheckpointError, match="cannot be exported"):
-        hf.export(config, random_model(config).state_dict(), tmp_path / "exported", 64, hf.read_tokenizer(path, config.vocab_size))
+        hf.export(contents(config, random_model(config).state_dict(), path), tmp_path / "exported")
     assert not (tmp_path / "exported").exists()
 
 
 def test_a_tokenizer_of_another_size_is_refused(tokenizer_path):
     with pytest.raises(CheckpointError, match="700 pieces, expected the model's 300"):
-        hf.read_tokenizer(tokenizer_path, SMALL.vocab_size)
+        hf_tokenizer.read_tokenizer(tokenizer_path, SMALL.vocab_size)

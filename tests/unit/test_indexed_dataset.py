@@ -2,14 +2,17 @@
 
 import os
 import struct
+import warnings
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megamtp.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, best_dtype
+from megamtp.data.indexed_dataset import HEADER, IndexedDataset, IndexedDatasetWriter, best_dtype
 from megamtp.errors import InputError
 
 # Codes of the format, as the struct module spells the types.
@@ -63,7 +66,7 @@ def refusal(prefix: Path) -> str:
 def test_literal_bytes_are_read(tmp_path):
     dataset = IndexedDataset(write_pair(tmp_path / "by.hand", BIN, IDX))
     assert [tokens.tolist() for tokens in dataset] == DOCUMENTS
-    assert dataset.document_lengths.tolist() == [2, 0, 1]
+    assert [dataset.document_start(document) for document in range(4)] == [0, 2, 2, 3]
     assert (len(dataset), dataset.num_tokens, dataset.dtype) == (3, 3, np.uint16)
     assert dataset.name == str(tmp_path / "by.hand")
 
@@ -106,7 +109,7 @@ def test_documents_of_several_sequences(tmp_path):
     sequences = [[1, 2], [3], [], [4, 5, 6]]
     dataset = IndexedDataset(write_pair(tmp_path / "several", *encode(4, sequences, [0, 2, 2, 4])))
     assert [tokens.tolist() for tokens in dataset] == [[1, 2, 3], [], [4, 5, 6]]
-    assert dataset.document_lengths.tolist() == [3, 0, 3]
+    assert [dataset.document_start(document) for document in range(4)] == [0, 3, 3, 6]
 
 
 def test_ranges_of_tokens_and_documents(tmp_path):
@@ -173,6 +176,100 @@ def test_token_out_of_range_leaves_nothing(tmp_path, dtype, token):
     assert list(tmp_path.iterdir()) == []
 
 
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(0, 4), min_size=1, max_size=8), data=st.data())
+def test_boundaries_are_where_documents_begin(tmp_path_factory, lengths, data):
+    prefix = write_ours(tmp_path_factory.getbasetemp() / "bounds", [[7] * length for length in lengths])
+    dataset, starts = IndexedDataset(prefix), np.cumsum([0, *lengths])
+    if dataset.num_tokens == 0:
+        return
+    start = data.draw(st.integers(0, dataset.num_tokens - 1))
+    stop = data.draw(st.integers(start + 1, dataset.num_tokens))
+    own = [(begin, begin + length) for begin, length in zip(starts.tolist(), lengths, strict=False) if length]
+    assert dataset.boundaries(start, stop).tolist() == [begin for begin, _ in own if start < begin < stop]
+    document = dataset.document_at(start)
+    assert dataset.document_start(document) <= start < dataset.document_start(document + 1)
+
+
+def test_damage_between_the_ends_is_found_when_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("megamtp.data.indexed_dataset.CHECKED_SEQUENCES", 2)
+    content, index = encode(8, [[1, 2]] * 9, list(range(10)))
+    pointers, documents = HEADER.size + 9 * 4, HEADER.size + 9 * 12
+    for place, value in ((pointers + 8 * 4, 3), (pointers + 8 * 4, 2**40), (documents + 8 * 4, 77), (documents + 8 * 4, -1)):
+        damaged = index[:place] + struct.pack("<q", value) + index[place + 8 :]
+        dataset = IndexedDataset(write_pair(tmp_path / "damaged", content, damaged))
+        for read_it in (lambda dataset=dataset: dataset[4], lambda dataset=dataset: dataset.boundaries(6, 12)):
+            with pytest.raises(InputError, match=rf"^{tmp_path}/damaged\.idx: .*; expected whole"):
+                read_it()
+
+
+class MegatronFiles:
+    """megatron-core's own writer and reader, the judge of what the format is."""
+
+    def __init__(self):
+        from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+
+        self.reader, self.builder = IndexedDataset, IndexedDatasetBuilder
+
+    def write(self, prefix: Path, documents: list[list[list]], dtype: type) -> tuple[bytes, bytes]:
+        """The .bin and .idx of documents, each a list of sequences."""
+        builder = self.builder(f"{prefix}.bin", dtype=dtype)
+        for sequences in documents:
+            tokens = np.array([token for sequence in sequences for token in sequence])
+            builder.add_document(torch.from_numpy(tokens), [len(sequence) for sequence in sequences])
+        builder.finalize(f"{prefix}.idx")
+        return Path(f"{prefix}.bin").read_bytes(), Path(f"{prefix}.idx").read_bytes()
+
+    def read(self, prefix: Path) -> list[list[list]]:
+        """What `write` was given."""
+        dataset = self.reader(str(prefix))
+        documents = dataset.document_indices.tolist()
+        return [[dataset[index].tolist() for index in range(*pair)] for pair in pairwise(documents)]
+
+
+@pytest.fixture(scope="module")
+def megatron():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what else it would like to find installed
+        return MegatronFiles()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.int32, np.int64, np.float64, np.float32, np.uint16])
+def test_files_of_every_type_are_megatrons_byte_for_byte(tmp_path, megatron, dtype):
+    low, high = (np.finfo(dtype).min, 0.5) if np.dtype(dtype).kind == "f" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
+    documents = [[[1, 2, 3]], [[]], [], [[4], [], [5, 6]], [[float(low), 0.5] if dtype == np.float64 else [low, high]]]
+    theirs = megatron.write(tmp_path / "theirs", documents, dtype)
+    with IndexedDatasetWriter(tmp_path / "ours", dtype) as writer:
+        for sequences in documents:
+            tokens = [token for sequence in sequences for token in sequence]
+            writer.add_document(tokens, [len(sequence) for sequence in sequences])
+    assert ((tmp_path / "ours.bin").read_bytes(), (tmp_path / "ours.idx").read_bytes()) == theirs
+    assert megatron.read(tmp_path / "ours") == documents
+    assert read(tmp_path / "theirs") == [[token for sequence in sequences for token in sequence] for sequences in documents]
+    assert IndexedDataset(tmp_path / "theirs").dtype == dtype
+
+
+@settings(max_examples=25, deadline=None)
+@given(documents=st.lists(st.lists(st.lists(st.integers(0, 65535), max_size=4), max_size=3), min_size=1, max_size=6))
+def test_any_documents_are_megatrons_byte_for_byte(tmp_path_factory, megatron, documents):
+    folder = tmp_path_factory.getbasetemp()
+    theirs = megatron.write(folder / "their_property", documents, np.uint16)
+    with IndexedDatasetWriter(folder / "our_property", np.uint16) as writer:
+        for sequences in documents:
+            writer.add_document([token for sequence in sequences for token in sequence], [len(part) for part in sequences])
+    assert (Path(f"{folder}/our_property.bin").read_bytes(), Path(f"{folder}/our_property.idx").read_bytes()) == theirs
+    if theirs[0]:  # megatron-core cannot map an empty .bin
+        assert megatron.read(folder / "our_property") == documents
+    assert read(folder / "their_property") == [[token for part in sequences for token in part] for sequences in documents]
+
+
+def test_sequence_longer_than_the_index_can_say(tmp_path, monkeypatch):
+    monkeypatch.setattr("megamtp.data.indexed_dataset.LONGEST_SEQUENCE", 3)
+    with pytest.raises(InputError, match=r"^found a document of 4 tokens, expected at most 3: cut it$"):
+        write_ours(tmp_path / "bad", [[1, 2, 3], [1, 2, 3, 4]])
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(1, np.uint16), (65499, np.uint16), (65500, np.int32)])
 def test_best_dtype(vocab_size, dtype):
     assert best_dtype(vocab_size) == dtype
@@ -207,3 +304,15 @@ def test_full_disk_leaves_nothing(tmp_path, num_tokens):
     with pytest.raises(OSError, match="No space left"):
         write_ours(tmp_path / "ours", [[1] * num_tokens])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_documents_in_a_row_equal_documents_one_by_one(tmp_path):
+    documents = [np.arange(length, dtype=np.uint16) for length in (3, 0, 1, 700)]
+    with IndexedDatasetWriter(tmp_path / "single", np.uint16) as writer:
+        for document in documents:
+            writer.add_document(document)
+    with IndexedDatasetWriter(tmp_path / "row", np.uint16) as writer:
+        writer.add_documents(documents[0], np.array([3]))
+        writer.add_documents(np.concatenate(documents[1:]), np.array([0, 1, 700]))
+    for suffix in (".bin", ".idx"):
+        assert (tmp_path / f"row{suffix}").read_bytes() == (tmp_path / f"single{suffix}").read_bytes()

@@ -44,7 +44,7 @@ def test_the_table_compares_with_the_first(learning, tmp_path):
 
 def test_the_picture(learning, tmp_path):
     learned = {name: learning.read(write_metrics(tmp_path / name, 1 + i / 500), STEPS) for i, name in enumerate(learning.VARIANTS)}
-    learning.draw(learned, tmp_path / "learning.png")
+    learning.draw(learned).savefig(tmp_path / "learning.png")
     content = (tmp_path / "learning.png").read_bytes()
     assert content.startswith(b"\x89PNG\r\n\x1a\n") and len(content) > 20_000
 
@@ -53,6 +53,15 @@ def test_an_unfinished_run_is_named(learning, tmp_path):
     path = write_metrics(tmp_path / "metrics.jsonl", 1.0, steps=STEPS - 1)
     with pytest.raises(InputError, match=f"holds 239 of {STEPS} steps"):
         learning.read(path, STEPS)
+
+
+def test_finished_trainings_are_only_read(learning, tmp_path, monkeypatch):
+    for name in ("bf16", "fp8"):
+        (tmp_path / name).mkdir()
+        write_metrics(tmp_path / name / "metrics.jsonl", 1.0)
+    monkeypatch.setattr(learning, "_call", lambda *arguments: pytest.fail(f"called {arguments}"))
+    learning.main(["--data", "none", "--runs", str(tmp_path), "--steps", str(STEPS), "--output", str(tmp_path)])
+    assert "| fp8 | 1 | 4.0000 | +0.00% | 4.5000 | +0.00% |" in (tmp_path / "learning.md").read_text()
 
 
 def test_a_missing_corpus_is_named(learning, tmp_path):

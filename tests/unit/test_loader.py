@@ -1,15 +1,19 @@
 """The loader: one stream of windows whatever the ranks, micro-batches and resumes; evaluation sees each window once."""
 
+import threading
+import time
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megamtp.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from megamtp.data.loader import Batch, TrainLoader, evaluation_batches
 from megamtp.data.windows import IGNORED, Windows
 from megamtp.errors import InputError
-from tests.unit.test_windows import Tokens
+from tests.unit.test_windows import Tokens, order
 
 T, N = 3, 2
 GLOBAL_BATCH = 8
@@ -32,7 +36,7 @@ def numbers(batch: Batch) -> list[int]:
 def global_batch(windows: Windows, step: int, world_size: int, micro_batch_size: int) -> list[int]:
     """The windows of a step over all ranks, micro-batch by micro-batch and in each rank by rank."""
     loaders = [TrainLoader(windows, GLOBAL_BATCH, micro_batch_size, rank, world_size) for rank in range(world_size)]
-    micro_batches = zip(*(loader.micro_batches(step) for loader in loaders), strict=True)
+    micro_batches = zip(*(loader.read(step) for loader in loaders), strict=True)
     return [number for across_ranks in micro_batches for batch in across_ranks for number in numbers(batch)]
 
 
@@ -41,7 +45,7 @@ def global_batch(windows: Windows, step: int, world_size: int, micro_batch_size:
 def test_global_batch_is_a_slice_of_the_shuffled_epochs(number, step, world_size, micro_batch_size, seed):
     windows = make_windows(number, seed)
     epochs = range((step + 1) * GLOBAL_BATCH // number + 1)
-    stream = np.concatenate([windows.shuffled(epoch) for epoch in epochs])
+    stream = np.concatenate([order(windows, epoch) for epoch in epochs])
     expected = stream[step * GLOBAL_BATCH : (step + 1) * GLOBAL_BATCH].tolist()
     assert global_batch(windows, step, world_size, micro_batch_size) == expected
 
@@ -49,20 +53,128 @@ def test_global_batch_is_a_slice_of_the_shuffled_epochs(number, step, world_size
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4, 8])
 def test_accumulation_makes_up_for_small_micro_batches(micro_batch_size):
     loader = TrainLoader(make_windows(10), GLOBAL_BATCH, micro_batch_size, 0, 1)
-    batches = loader.micro_batches(0)
+    batches = loader.read(0)
     assert loader.accumulation == len(batches) == 8 // micro_batch_size
     assert all(batch.inputs.shape == (micro_batch_size, T) for batch in batches)
+
+
+@st.composite
+def corpora(draw) -> tuple[list[int], int, int]:
+    """(lengths of documents, T, n): at least one window, documents of no and of one token among them."""
+    lengths = [0, 1, *draw(st.lists(st.one_of(st.sampled_from([0, 1]), st.integers(2, 30)), max_size=12))]
+    length = draw(st.integers(1, 6))
+    lengths.append(draw(st.integers(length + 1, 40)))
+    return draw(st.permutations(lengths)), length, draw(st.integers(1, 4))
+
+
+@settings(max_examples=25, deadline=None)
+@given(corpora(), st.integers(0, 2**32), st.sampled_from(["continue", "mask", "isolate"]), st.data())
+def test_each_token_is_a_target_once_an_epoch_for_any_ranks_and_resumes(tmp_path_factory, corpus, seed, mode, data):
+    """Every token of two whole epochs, read by 1, 2, 4 and 8 ranks that resume at any step."""
+    lengths, length, n = corpus
+    prefix = tmp_path_factory.getbasetemp() / "loader"
+    with IndexedDatasetWriter(prefix, np.int32) as writer:
+        for first, size in zip(np.cumsum([0, *lengths]), lengths, strict=False):
+            writer.add_document(np.arange(first, first + size))
+    windows = Windows(IndexedDataset(prefix), length, n, seed, documents=mode)
+    starts = {int(first) for first, size in zip(np.cumsum([0, *lengths]), lengths, strict=False) if size}
+    expected = [token for token in range(1, len(windows) * length + 1) if mode == "continue" or token not in starts]
+    steps = -(-2 * len(windows) // GLOBAL_BATCH)
+    resume = data.draw(st.integers(0, steps))
+    by_ranks = []
+    for world_size in (1, 2, 4, 8):
+        before = [TrainLoader(windows, GLOBAL_BATCH, 1, rank, world_size) for rank in range(world_size)]
+        after = [TrainLoader(windows, GLOBAL_BATCH, 1, rank, world_size) for rank in range(world_size)]
+        rows = []
+        for step in range(steps):
+            shares = [loader.read(step) for loader in (before if step < resume else after)]
+            rows += [batch for across_ranks in zip(*shares, strict=True) for batch in across_ranks]
+        by_ranks.append(rows)
+    for rows in by_ranks[1:]:
+        assert all(torch.equal(row.inputs, first.inputs) for row, first in zip(rows, by_ranks[0], strict=True))
+        assert all(torch.equal(row.targets, first.targets) for row, first in zip(rows, by_ranks[0], strict=True))
+    for epoch in range(2):
+        rows = by_ranks[0][epoch * len(windows) : (epoch + 1) * len(windows)]
+        targets = torch.cat([row.targets[0].flatten() for row in rows])
+        assert sorted(targets[targets != IGNORED].tolist()) == expected
+
+
+def test_the_next_steps_are_read_while_the_engine_works():
+    """Step by step, after a jump, and never twice."""
+    windows, asked = make_windows(30), []
+    loader = TrainLoader(windows, GLOBAL_BATCH, 2, 0, 1)
+    read = loader.read
+
+    def slow_read(step: int) -> list[Batch]:
+        asked.append((step, threading.current_thread() is threading.main_thread()))
+        return read(step)
+
+    loader.read = slow_read
+    for step in (0, 1, 2, 50, 51):
+        for found, expected in zip(loader.micro_batches(step), read(step), strict=True):
+            assert torch.equal(found.inputs, expected.inputs)
+    loader.close()
+    steps = [step for step, _ in asked]
+    assert set(steps) >= {0, 1, 2, 50, 51} and len(set(steps)) == len(steps)
+    assert not any(in_main for _, in_main in asked)
+    assert not any(thread.name.startswith("megamtp data") for thread in threading.enumerate())
+    loader.close()
+
+
+def test_a_step_does_not_wait_for_data():
+    """Reading takes 30 ms and a step 60 ms: after the first, batches are there."""
+    loader = TrainLoader(make_windows(30), GLOBAL_BATCH, 2, 0, 1)
+    read = loader.read
+
+    def slow_read(step: int) -> list[Batch]:
+        time.sleep(0.03)
+        return read(step)
+
+    loader.read = slow_read
+    waits = []
+    for step in range(8):
+        start = time.perf_counter()
+        loader.micro_batches(step)
+        waits.append(time.perf_counter() - start)
+        time.sleep(0.06)
+    loader.close()
+    assert waits[0] > 0.03
+    assert sorted(waits[1:])[3] < 0.005  # the median: other processes may hold a processor for a while
+
+
+def test_resume_at_step_ten_million_is_instant():
+    loader = TrainLoader(Windows(Tokens(10**6), 3, 2, 0), GLOBAL_BATCH, 2, 0, 1)
+    start = time.perf_counter()
+    (batch, *_) = loader.micro_batches(10_000_000)
+    assert time.perf_counter() - start < 0.2
+    assert batch.inputs.shape == (2, 3)
+    loader.close()
+
+
+def test_damage_is_reported_at_its_step(tmp_path):
+    """The thread meets it earlier; the steps before it are still trained."""
+    with IndexedDatasetWriter(tmp_path / "damaged", np.uint16) as writer:
+        writer.add_document([5] * 100)
+        writer.add_document([5] * 37 + [400] + [5] * 100)
+    windows = Windows(IndexedDataset(tmp_path / "damaged"), T, N, seed=0, vocab_size=300)
+    wrong = next(step for step in range(10) if any(place in order(windows, 0)[step * 8 : step * 8 + 8] for place in (45, 44)))
+    loader = TrainLoader(windows, GLOBAL_BATCH, 2, 0, 1)
+    for step in range(wrong):
+        assert len(loader.micro_batches(step)) == 4
+    with pytest.raises(InputError, match=rf"^{tmp_path}/damaged\.bin holds token 400 in document 1, .*; expected ids"):
+        loader.micro_batches(wrong)
+    loader.close()
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_resumed_stream_is_the_uninterrupted_one(world_size):
     windows, last = make_windows(13), world_size - 1
     from_start = TrainLoader(windows, GLOBAL_BATCH, 2, last, world_size)
-    steps = [from_start.micro_batches(step) for step in range(7)]
+    steps = [from_start.read(step) for step in range(7)]
     for start in range(7):
         resumed = TrainLoader(windows, GLOBAL_BATCH, 2, last, world_size)
         for step in range(start, 7):
-            for batch, expected in zip(resumed.micro_batches(step), steps[step], strict=True):
+            for batch, expected in zip(resumed.read(step), steps[step], strict=True):
                 assert torch.equal(batch.inputs, expected.inputs)
                 assert torch.equal(batch.targets, expected.targets)
 
@@ -104,6 +216,6 @@ def test_evaluation_has_each_window_once_and_equally_many_batches_a_rank(number,
                 continue
             index = int(inputs[0]) // T
             seen.append(index)
-            assert torch.equal(inputs, windows[index][0])
-            assert torch.equal(targets, windows[index][1])
+            assert torch.equal(inputs, windows[index].inputs)
+            assert torch.equal(targets, windows[index].targets)
     assert sorted(seen) == list(range(min(number, max_windows or number)))

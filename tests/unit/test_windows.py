@@ -1,12 +1,15 @@
-"""Windows: every token a target exactly once, whatever n, and IGNORED only beyond the end."""
+"""Windows: every token a target exactly once, whatever n, and IGNORED only beyond the end, or the document's where asked."""
+
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from benchmarks.corpora import write_sparse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megamtp.data import windows as windows_module
 from megamtp.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from megamtp.data.windows import IGNORED, Windows
 from megamtp.errors import InputError
@@ -15,13 +18,17 @@ from megamtp.errors import InputError
 class Tokens:
     """Stands in for an IndexedDataset. By default token i is i, so that a token tells its place."""
 
-    name = "tokens"
+    name, dtype = "tokens", np.dtype(np.int64)
 
     def __init__(self, num_tokens: int, tokens: list[int] | None = None):
         self.num_tokens, self._tokens = num_tokens, np.array(range(num_tokens) if tokens is None else tokens)
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         return self._tokens[start:stop]
+
+
+def order(windows: Windows, epoch: int) -> list[int]:
+    return windows.shuffled(epoch)(np.arange(len(windows))).tolist()
 
 
 @st.composite
@@ -36,7 +43,7 @@ def shapes(draw) -> tuple[int, int, int]:
 def test_every_token_is_head_1s_target_exactly_once(shape):
     num_tokens, length, n = shape
     windows = Windows(Tokens(num_tokens), length, n, seed=0)
-    targets = torch.cat([windows[int(index)][1][0] for index in windows.shuffled(0)]).sort().values
+    targets = torch.cat([windows[index].targets[0] for index in order(windows, 0)]).sort().values
     assert targets.tolist() == list(range(1, len(windows) * length + 1))
     rest = num_tokens - 1 - len(targets)
     assert 0 <= rest < length
@@ -49,7 +56,7 @@ def test_targets_follow_their_inputs_and_are_ignored_beyond_the_end_only(shape):
     windows = Windows(Tokens(num_tokens), length, n, seed=0)
     ignored = False
     for index in range(len(windows)):
-        inputs, targets = windows[index]
+        inputs, targets, _ = windows[index]
         assert inputs.dtype == targets.dtype == torch.int64
         assert inputs.tolist() == list(range(index * length, (index + 1) * length))
         places = inputs + torch.arange(1, n + 1)[:, None]
@@ -64,15 +71,23 @@ def test_number_and_order_do_not_depend_on_n(shape, seed, epoch):
     num_tokens, length, n = shape
     one, many = (Windows(Tokens(num_tokens), length, heads, seed) for heads in (1, n))
     assert len(one) == len(many)
-    assert one.shuffled(epoch).tolist() == many.shuffled(epoch).tolist()
-    assert sorted(one.shuffled(epoch)) == list(range(len(one)))
+    assert order(one, epoch) == order(many, epoch)
+    assert sorted(order(one, epoch)) == list(range(len(one)))
     assert all(torch.equal(one[index][0], many[index][0]) for index in range(len(one)))
 
 
 def test_order_depends_on_seed_and_epoch():
-    orders = [Windows(Tokens(200), 2, 1, seed).shuffled(epoch).tolist() for seed in range(3) for epoch in range(3)]
-    assert all(orders.count(order) == 1 for order in orders)
-    assert orders[0] == Windows(Tokens(200), 2, 4, 0).shuffled(0).tolist()
+    keys = [(seed, stream, epoch) for seed in range(3) for stream in range(2) for epoch in range(3)]
+    orders = [order(Windows(Tokens(200), 2, 1, seed, stream), epoch) for seed, stream, epoch in keys]
+    assert all(orders.count(found) == 1 for found in orders)
+    assert orders[0] == order(Windows(Tokens(200), 2, 4, 0), 0)
+
+
+def test_at_goes_on_from_epoch_to_epoch():
+    windows = Windows(Tokens(12), 2, 1, seed=3)
+    places = np.array([0, 4, 5, 11, 14, 7])
+    expected = [order(windows, place // 5)[place % 5] for place in places.tolist()]
+    assert [int(window.inputs[0]) // 2 for window in windows.at(places)] == expected
 
 
 def test_windows_cross_documents(tmp_path):
@@ -80,7 +95,7 @@ def test_windows_cross_documents(tmp_path):
         for document in ([11, 12, 1], [], [13, 1], [14, 65499]):
             writer.add_document(document)
     windows = Windows(IndexedDataset(tmp_path / "tokens"), sequence_length=2, num_future_tokens=3, seed=0)
-    assert [inputs.tolist() for inputs, _ in windows] == [[11, 12], [1, 13], [1, 14]]
+    assert [inputs.tolist() for inputs, _, _ in windows] == [[11, 12], [1, 13], [1, 14]]
     assert windows[1][1].tolist() == [[13, 1], [1, 14], [14, 65499]]
     for outside in (-1, 3):
         with pytest.raises(IndexError):
@@ -100,12 +115,84 @@ def test_shortest_corpus():
     assert not windows.targets_can_be_ignored
 
 
-@pytest.mark.parametrize("tokens", [[0, 1, 99, 0, 5, 100], [100, 0, 0, 0, 0, 0], [0, 0, 0, 0, -1, 0]])
-def test_token_outside_the_vocabulary(monkeypatch, tokens):
-    monkeypatch.setattr(windows_module, "SCANNED_TOKENS", 4)
-    windows = Windows(Tokens(6, tokens), 2, 1, seed=0)
-    wrong = min(tokens) if min(tokens) < 0 else 100
-    with pytest.raises(InputError, match=rf"^tokens holds token {wrong}, model\.vocab_size is 100; expected .*$"):
-        windows.check_vocabulary(100)
+def write(prefix, documents: list[list[int]], dtype: type = np.int32) -> IndexedDataset:
+    with IndexedDatasetWriter(prefix, dtype) as writer:
+        for document in documents:
+            writer.add_document(document)
+    return IndexedDataset(prefix)
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=12), length=st.integers(1, 8), n=st.integers(1, 5))
+def test_masked_targets_are_those_of_another_document(tmp_path_factory, lengths, length, n):
+    owners = [number for number, size in enumerate(lengths) for _ in range(size)]
+    if len(owners) <= length:
+        return
+    dataset = write(tmp_path_factory.getbasetemp() / "masked", [[number] * size for number, size in enumerate(lengths)])
+    crossing, masked, isolated = (Windows(dataset, length, n, 0, documents=mode) for mode in ("continue", "mask", "isolate"))
+    assert masked.targets_can_be_ignored and isolated.targets_can_be_ignored
+    for index in range(len(crossing)):
+        inputs, targets, documents = masked[index]
+        assert documents is None and crossing[index].documents is None
+        for head in range(n):
+            for position, owner in enumerate(owners[index * length : (index + 1) * length]):
+                place = index * length + position + head + 1
+                expected = owner if place < len(owners) and owners[place] == owner else IGNORED
+                assert targets[head, position] == expected
+        assert torch.equal(inputs, crossing[index].inputs)
+        assert torch.equal(targets, isolated[index].targets)
+        changes = (inputs[1:] != inputs[:-1]).long().cumsum(0)  # tokens are their document's number
+        assert isolated[index].documents.tolist() == [0, *changes.tolist()]
+
+
+@pytest.mark.parametrize(("tokens", "place"), [([[0, 1], [], [99, 0, 5], [100, 1]], 3), ([[100, 0, 0]], 0), ([[0], [-1, 0]], 1)])
+def test_token_outside_the_vocabulary(tmp_path, tokens, place):
+    windows = Windows(write(tmp_path / "wrong", tokens), 2, 1, seed=0, vocab_size=100)
+    wrong = next(token for document in tokens for token in document if not 0 <= token < 100)
+    words = rf"^{tmp_path}/wrong\.bin holds token {wrong} in document {place}, model\.vocab_size is 100; expected .*$"
+    with pytest.raises(InputError, match=words):
+        windows.check_ends()
+    with pytest.raises(InputError, match=words):
+        list(windows)
     if wrong == 100:
-        assert windows.check_vocabulary(101) is None
+        Windows(windows.dataset, 2, 1, seed=0, vocab_size=101).check_ends()
+
+
+def test_floats_are_no_tokens(tmp_path):
+    with pytest.raises(InputError, match=rf"^{tmp_path}/floats holds float32; expected token ids"):
+        Windows(write(tmp_path / "floats", [[1, 2, 3]], np.float32), 2, 1, seed=0)
+
+
+BILLION, TRILLION = 10**9, 10**12
+OPEN_AND_READ = """
+import sys, time
+import numpy as np, torch
+from megamtp.data.blend import Blend
+from megamtp.data.indexed_dataset import IndexedDataset
+from megamtp.data.loader import TrainLoader
+from megamtp.data.windows import Windows
+
+def anonymous_mebibytes():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1024
+
+imported, start = anonymous_mebibytes(), time.perf_counter()
+dataset = IndexedDataset(sys.argv[1])
+windows = Windows(dataset, 4096, 4, seed=0, vocab_size=32000, documents="isolate")
+windows.check_ends()
+loader = TrainLoader(Blend([windows], [1.0]), 1024, 4, 0, 64)
+opened = time.perf_counter() - start
+batches = loader.read(10_000_000)
+print(len(dataset), dataset.num_tokens, opened, time.perf_counter() - start - opened, anonymous_mebibytes() - imported,
+      anonymous_mebibytes(), batches[0].inputs.shape[1])
+"""
+
+
+def test_a_trillion_tokens_open_in_a_second(tmp_path):
+    write_sparse(tmp_path / "sparse", TRILLION, BILLION)
+    command = [sys.executable, "-c", OPEN_AND_READ, str(tmp_path / "sparse")]
+    finished = subprocess.run(command, capture_output=True, text=True, check=True)
+    documents, tokens, opened, read, more_mebibytes, mebibytes, length = map(float, finished.stdout.split())
+    assert (documents, tokens, length) == (BILLION, TRILLION, 4096)
+    assert opened < 1 and read < 1
+    assert more_mebibytes < 40 and mebibytes < 200
+    assert (tmp_path / "sparse.idx").stat().st_blocks * 512 < 2**20

@@ -2,7 +2,8 @@
 
     python tools/benchmark.py learning --prepare TEXT ... --data corpus --output results
 
-Each training is a run of megamtp.pretrain in --runs: called again, what was interrupted goes on, and what is finished is only read.
+Each training is a run of megamtp.pretrain in --runs: called again, what was interrupted goes on, and of what is
+finished only the metrics are read.
 """
 
 import json
@@ -16,7 +17,6 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from benchmarks import output
-from megamtp.commands.command_line import Parser
 from megamtp.data.corpus import SUMMARY
 from megamtp.errors import InputError
 from megamtp.training.metrics import FILE as METRICS
@@ -52,7 +52,7 @@ class Learned:
 
 def main(arguments: list[str]) -> None:
     """Raises InputError."""
-    parser = Parser(__doc__)
+    parser = output.parser(__doc__, "learning")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="a corpus of prepare_data")
     parser.add_argument("--prepare", nargs="+", metavar="PATH", help="text to make it of, if it is not there yet")
     parser.add_argument("--vocab-size", type=int, default=32000, help="of the corpus that is made [32000]")
@@ -62,7 +62,6 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings of all trainings")
     parser.add_argument("--runs", type=Path, default=Path("runs/learning"), help="folder of the trainings [runs/learning]")
-    parser.add_argument("--output", type=Path, default=Path("results"))
     options = parser.parse_args(arguments)
     if options.prepare:
         _call("megamtp.commands.prepare_data", "--input", *options.prepare, "--output", str(options.data),
@@ -70,7 +69,8 @@ def main(arguments: list[str]) -> None:
     learned = {}
     for name in options.variants:
         run = options.runs / name
-        _call("megamtp.pretrain", *_settings(options.data, run, options.steps), *VARIANTS[name], *options.set)
+        if not _finished(run / METRICS, options.steps):
+            _call("megamtp.pretrain", *_settings(options.data, run, options.steps), *VARIANTS[name], *options.set)
         learned[name] = read(run / METRICS, options.steps)
     settings = {
         "model": "0.3B, n = 4",
@@ -78,8 +78,8 @@ def main(arguments: list[str]) -> None:
         "tokens a step": 8192,
         "training loss": f"mean of the last {LAST_STEPS}",
     }
-    output.write(options.output, "learning", settings, results(learned), table(learned))
-    draw(learned, options.output / "learning.png")
+    options.output.mkdir(parents=True, exist_ok=True)
+    output.write(options, settings, results(learned), table(learned), draw(learned))
 
 
 def _call(module: str, *arguments: str) -> None:
@@ -101,6 +101,11 @@ def _settings(data: Path, run: Path, steps: int) -> list[str]:
         f"optimizer.warmup_steps={steps // 10}", f"run.evaluate_every_steps={max(1, steps // 10)}", "run.evaluation_windows=64",
         f"run.save_every_steps={max(1, steps // 2)}", "run.keep_checkpoints=1", "run.tensorboard=false",
     ]  # fmt: skip
+
+
+def _finished(path: Path, steps: int) -> bool:
+    records = map(json.loads, records_until(path, steps))
+    return any(record["kind"] == "validation" and record["step"] == steps for record in records)
 
 
 def read(path: Path, steps: int) -> Learned:
@@ -143,11 +148,10 @@ def table(learned: dict[str, Learned]) -> str:
     ])  # fmt: skip
 
 
-def draw(learned: dict[str, Learned], path: Path) -> None:
+def draw(learned: dict[str, Learned]) -> Figure:
     """The curves of all variants in one picture, and beside it how far they lie from the first one's."""
     (first_name, first), *others = learned.items()
-    figure = Figure(figsize=(11, 5), dpi=150, layout="constrained")
-    losses, differences = figure.subplots(1, 2)
+    picture, (losses, differences) = output.figure(11, 5, columns=2)
     steps = POINT_STEPS * np.arange(1, len(first.curve) + 1)
     colors = colormaps["viridis"](np.linspace(0.05, 0.8, first.curve.shape[1]))
     for (name, found), style in zip(learned.items(), ("-", "--", ":"), strict=False):
@@ -162,6 +166,5 @@ def draw(learned: dict[str, Learned], path: Path) -> None:
     differences.axhline(0, color="0.5", linewidth=0.8)
     for axes in (losses, differences):
         axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
     losses.legend(frameon=False, fontsize="small")
-    figure.savefig(path)
+    return picture

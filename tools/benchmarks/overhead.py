@@ -2,8 +2,10 @@
 
     python tools/benchmark.py overhead --sizes 6.7b --heads 1 4 --output results
     python tools/benchmark.py overhead --bandwidth null --sms 16 --name overhead_nodes_16sms --output results
+    torchrun --nproc-per-node 2 tools/benchmark.py overhead --sizes 1.3b --name nccl_overhead --output results      (real ranks)
 
 Variants take turns in one process. "plain" has neither engine nor communication; "hosted / bare" is a variant's n = 1 step over it.
+"ours fp8" has the losses of all heads in fp8, over the n = 1 step in bf16.
 """
 
 import argparse
@@ -31,14 +33,17 @@ def main(arguments: list[str]) -> None:
     parser = emulation.parser(__doc__, "overhead")
     parser.add_argument("--sizes", nargs="+", default=sizes, choices=sizes)
     parser.add_argument("--heads", nargs="+", type=output.positive, default=[1, 4], help="numbers of heads, 1 first [1 4]")
-    parser.add_argument("--variants", nargs="+", default=list(variants.NAMES[:4]), choices=variants.NAMES)
+    parser.add_argument("--variants", nargs="+", default=list(variants.NAMES[:5]), choices=variants.NAMES)
     parser.add_argument("--world-size", type=output.positive, default=64, help="ranks emulated [64]")
     parser.add_argument("--rounds", type=output.positive, default=2, help="turns of each variant [2]")
     parser.add_argument("--cold", action="store_true", help="also the first step of ours, in a process with empty caches")
     options = parser.parse_args(arguments)
     if options.heads[0] != 1:
         raise InputError(f"--heads {' '.join(map(str, options.heads))}; expected 1 first, which the others are divided by")
-    configs = {size: {n: emulation.config(size, n, options.world_size, options) for n in options.heads} for size in options.sizes}
+    ranks = emulation.num_ranks(options.world_size)
+    if options.cold and ranks != options.world_size:
+        raise InputError(f"--cold under a launcher of {ranks} ranks; expected one process")
+    configs = {size: {n: emulation.config(size, n, ranks, options) for n in options.heads} for size in options.sizes}
     output.start(options)
     results = []
     for size, by_heads in configs.items():
@@ -47,7 +52,7 @@ def main(arguments: list[str]) -> None:
         gc.collect()
         torch.cuda.empty_cache()
     settings = {
-        "ranks": options.world_size, **emulation.settings(configs[options.sizes[0]][1], options),
+        "ranks": ranks, **emulation.settings(configs[options.sizes[0]][1], options),
         "steps": options.rounds * options.steps,
     }  # fmt: skip
     output.write(options, settings, results, _table(results, options.heads), _draw(results))
@@ -56,7 +61,7 @@ def main(arguments: list[str]) -> None:
 def _measure_size(size: str, configs: dict[int, Config], options: argparse.Namespace) -> list[dict]:
     cold = {n: Fresh(_first_step, config).result() for n, config in configs.items()} if options.cold else {}
     emulation.join(configs[1])
-    cells = [(name, n) for n in configs for name in options.variants if n > 1 or name != "fsdp2 per head"]
+    cells = [(name, n) for n in configs for name in options.variants if n > 1 or name not in variants.ONE_HEAD]
     makers = {f"{size} n={n} {name}": partial(variants.CLASSES[name], configs[n]) for name, n in cells}
     found, kept = variants.measure(makers, options.rounds, options.steps)
     results, sequence_length = [], emulation.SEQUENCE_LENGTH
@@ -66,9 +71,10 @@ def _measure_size(size: str, configs: dict[int, Config], options: argparse.Names
             "flops": flops_per_token(configs[n].model, sequence_length) * sequence_length * configs[n].train.micro_batch_size,
             **dataclasses.asdict(measured),
         }  # fmt: skip
-        if name == "ours":
+        if name in ("ours", "ours fp8"):
             result["exposure"] = kept[label].trace().exposures()
-            result |= {"first_step_seconds": cold[n]} if cold else {}
+        if name == "ours" and cold:
+            result["first_step_seconds"] = cold[n]
         results.append(result)
     return results
 
@@ -95,8 +101,7 @@ def _table(results: list[dict], heads: list[int]) -> str:
     rows = []
     for size, name in dict.fromkeys((r["size"], r["variant"]) for r in results):
         cells = [by.get((size, name, n)) for n in heads]
-        # Per-head backward with one head is one backward.
-        one = by.get((size, name, 1)) or by.get((size, "fsdp2 one backward", 1))
+        one = by.get((size, variants.ONE_HEAD.get(name, name), 1))
         base, bare = (statistics.median(r["milliseconds"]) if r else None for r in (one, by.get((size, "plain", 1))))
         ratios = [f"{statistics.median(c['milliseconds']) / base:.3f}" if c and base else "-" for c in cells[1:]]
         flops = [f"{by[size, name, n]['flops'] / one['flops']:.3f}" for n in heads[1:] if one and (size, name, n) in by]

@@ -1,0 +1,120 @@
+"""What a checkpoint of any format holds, once it is opened: what every reader returns and every writer takes."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megamtp.checkpoint.tensors import TensorSource
+from megamtp.config import ModelConfig
+from megamtp.errors import CheckpointError
+from megamtp.model.mtp import MTPModel
+
+WEIGHT = "weight"
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's; a checkpoint has both or none
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A model and its state, on disk until it is read.
+
+    Attributes:
+        sources: by kind, WEIGHT and perhaps MOMENTS: every parameter by MTPModel's names.
+        step: optimizer steps taken; None if unknown.
+        state: the rest of a run's state, as the manifest of a run's checkpoint has it, its counters among it; None if unknown.
+        sequence_length: positions of a training window; None if unknown.
+        tokenizer: a SentencePiece model.
+        tokens_are_bytes: there is no such model, since data.tokenizer is bytes.
+        notes: what a user should know of how it was read, one line each.
+    """
+
+    model: ModelConfig
+    sources: Mapping[str, TensorSource]
+    step: int | None = None
+    state: dict[str, Any] | None = None
+    sequence_length: int | None = None
+    tokenizer: Path | None = None
+    tokens_are_bytes: bool = False
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        """Writes out what the model's configuration leaves to its defaults, so that equal models have equal ones."""
+        object.__setattr__(self, "model", written_out(self.model))
+
+    @property
+    def weights(self) -> TensorSource:
+        return self.sources[WEIGHT]
+
+
+def written_out(model: ModelConfig) -> ModelConfig:
+    """The same model with its derived numbers given."""
+    return dataclasses.replace(model, num_key_value_heads=model.key_value_heads, mlp_dim=model.hidden_dim)
+
+
+def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Of every parameter of MTPModel, by name, in its order."""
+    with torch.device("meta"):
+        return {name: tuple(parameter.shape) for name, parameter in MTPModel(model).named_parameters()}
+
+
+def check_tensors(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: Path | str) -> None:
+    """Raises: CheckpointError if a tensor is missing, misshaped or unknown."""
+    for name, shape in expected.items():
+        if name not in found:
+            raise CheckpointError(f"{where} has no tensor {name}; expected one of shape {list(shape)}")
+        if found[name] != shape:
+            raise CheckpointError(f"{where}: tensor {name} has shape {list(found[name])}, expected {list(shape)}")
+    for name in found:
+        if name not in expected:
+            raise CheckpointError(f"{where} has an unknown tensor {name}; expected only its configuration's {len(expected)}")
+
+
+def check_contents(contents: Contents, where: Path | str) -> None:
+    """Raises: CheckpointError if any kind of state lacks a parameter's tensor, or has another."""
+    expected = parameter_shapes(contents.model)
+    for kind, source in contents.sources.items():
+        check_tensors(source.shapes, expected, where if kind == WEIGHT else f"{where} ({kind})")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a source's tensor: all of them, or those at the indices `rows` [number of rows], int64."""
+
+    name: str
+    rows: Tensor | None = None
+
+
+class Rearranged:
+    """A TensorSource whose tensors are rows of another's, under other names: {name: Rows}."""
+
+    def __init__(self, source: TensorSource, tensors: Mapping[str, Rows]):
+        self.source, self.tensors = source, tensors
+        self.shapes = {}
+        for name, taken in tensors.items():
+            shape = source.shapes[taken.name]
+            self.shapes[name] = shape if taken.rows is None else (len(taken.rows), *shape[1:])
+
+    def read(self, name: str, start: int = 0, end: int | None = None) -> Tensor:
+        """See TensorSource.read. Rows that follow each other in the source are read together."""
+        taken, shape = self.tensors[name], self.shapes[name]
+        if taken.rows is None:
+            return self.source.read(taken.name, start, end)
+        width = torch.Size(shape[1:]).numel()
+        start, end, _ = slice(start, end).indices(len(taken.rows) * width)
+        first = start // width
+        rows = taken.rows[first : -(-end // width)]
+        if not len(rows):
+            return self.source.read(taken.name, 0, 0)
+        breaks = ((rows[1:] != rows[:-1] + 1).nonzero().flatten() + 1).tolist()
+        runs = zip([0, *breaks], [*breaks, len(rows)], strict=True)
+        parts = [self.source.read(taken.name, int(rows[begin]) * width, (int(rows[stop - 1]) + 1) * width) for begin, stop in runs]
+        return torch.cat(parts)[start - first * width : end - first * width]
+
+
+def renamed(source: TensorSource, names: Mapping[str, str]) -> Rearranged:
+    """`source` under other names: {new name: its name there}."""
+    return Rearranged(source, {new: Rows(old) for new, old in names.items()})

@@ -1,0 +1,91 @@
+"""Folders that are whole or not there: how a conversion's result gets its name."""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megamtp.errors import CheckpointError
+
+EXPORT_LIST = "megamtp_export.json"  # names the files of an export of ours: only such a folder is ever replaced
+
+
+@contextlib.contextmanager
+def published(directory: Path, num_bytes: int, replaceable: bool = False) -> Iterator[Path]:
+    """A new folder beside `directory` to write into; it takes that name when the block ends, all of it on disk.
+
+    Args:
+        num_bytes: how much will be written, for which there must be room.
+        replaceable: a later export may replace it.
+
+    Raises:
+        CheckpointError: the destination holds something else or cannot be written, or there is not enough room.
+    """
+    directory = directory.resolve()
+    check_destination(directory)
+    check_space(directory, num_bytes)
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as temporary:
+            new, old = Path(temporary, "new"), Path(temporary, "old")
+            new.mkdir()
+            yield new
+            if replaceable:
+                names = (str(path.relative_to(new)) for path in new.rglob("*"))
+                write_json(new / EXPORT_LIST, sorted([EXPORT_LIST, *names]))
+            _sync(new)
+            if directory.exists():
+                os.rename(directory, old)
+            os.rename(new, directory)
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be written: {error}; choose another destination") from None
+
+
+def check_destination(directory: Path) -> None:
+    """Raises: CheckpointError if writing there would destroy something else than an earlier export."""
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is a file; expected a new or empty folder: choose another destination")
+    found = sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
+    if found and found != _listed(directory):
+        raise CheckpointError(
+            f"{directory} holds other files than an earlier export ({found[0]}, ...); expected a new or empty folder: "
+            "choose another destination"
+        )
+
+
+def check_space(directory: Path, num_bytes: int) -> None:
+    """Raises: CheckpointError if the disk of `directory`, which need not exist, has less room."""
+    existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(existing).free
+    if free < num_bytes:
+        raise CheckpointError(
+            f"{directory} needs {num_bytes:,} bytes, {free:,} are free there; make room, or choose another destination"
+        )
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Raises OSError."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _listed(directory: Path) -> list[str] | None:
+    try:
+        return json.loads((directory / EXPORT_LIST).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _sync(folder: Path) -> None:
+    """Waits until everything in it is on disk."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

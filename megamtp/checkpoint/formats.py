@@ -1,0 +1,137 @@
+"""The formats of a checkpoint: how each is recognised, read and written. The table is at the end."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megamtp.checkpoint import canonical, hf, hf_mtp, megatron, meta, runs, universal
+from megamtp.checkpoint.contents import Contents
+from megamtp.config import ModelConfig
+from megamtp.errors import CheckpointError
+
+Write = Callable[[Contents, Path, torch.dtype], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a source may not say itself.
+
+    Attributes:
+        num_future_tokens: heads to make of a model that has but one; None leaves it one.
+        model: of a checkpoint that says nothing of its model.
+    """
+
+    num_future_tokens: int | None = None
+    model: ModelConfig | None = None
+
+    @property
+    def num_heads(self) -> int:
+        return self.num_future_tokens or 1
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format.
+
+    Attributes:
+        meaning: in words, for --help.
+        mark: whether a path is of this format, as far as the name of a file in it tells.
+        read: opens it, as Options say.
+        write: None if it is only read.
+    """
+
+    meaning: str
+    mark: Callable[[Path], bool] | None = None
+    read: Callable[[Path, Options], Contents] | None = None
+    write: Write | None = None
+
+
+def has(file: str) -> Callable[[Path], bool]:
+    return lambda path: (path / file).exists()
+
+
+def detect(source: Path) -> str:
+    """The name of the source's format.
+
+    Raises:
+        CheckpointError: it is of none.
+    """
+    if not source.exists():
+        raise CheckpointError(f"{source} does not exist; expected a checkpoint of one of these: {', '.join(readable())}")
+    for name, candidate in FORMATS.items():
+        if candidate.mark and candidate.mark(source):
+            return name
+    raise CheckpointError(f"{source} is no checkpoint of a known format; expected one of these: {', '.join(readable())}")
+
+
+def read(source: Path, options: Options | None = None) -> Contents:
+    """A checkpoint of any format.
+
+    Raises:
+        CheckpointError: it cannot be read, or has another number of heads already.
+    """
+    options = options or Options()
+    contents = FORMATS[detect(source)].read(source, options)
+    found, asked = contents.model.num_future_tokens, options.num_future_tokens
+    if asked not in (None, found):
+        raise CheckpointError(f"{source} has {found} heads, --num-future-tokens says {asked}; leave it out")
+    return contents
+
+
+def readable() -> list[str]:
+    return [name for name, candidate in FORMATS.items() if candidate.read]
+
+
+def writable() -> list[str]:
+    return [name for name, candidate in FORMATS.items() if candidate.write]
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "checkpoints").is_dir() or path.resolve().parent.name == "checkpoints"
+
+
+FORMATS = {
+    "run": Format(
+        "a run's folder (its newest checkpoint), or one of its checkpoints, for any engine at any number of ranks",
+        _is_run,
+        lambda path, _: runs.read(path),
+        runs.write,
+    ),
+    "canonical": Format(
+        "every parameter, and Adam's moments if the source has them, for any engine",
+        has(canonical.DESCRIPTION),
+        lambda path, _: canonical.read(path),
+        canonical.write,
+    ),
+    "hf": Format(
+        "trunk and head 1 as LlamaForCausalLM of transformers",
+        lambda path: has(hf.CONFIG)(path) and not has(hf_mtp.MODEL_FILE)(path),
+        lambda path, options: hf.read(path, options.num_heads),
+        hf.export,
+    ),
+    "hf-mtp": Format(
+        "all heads as a model of transformers with its own code (trust_remote_code)",
+        has(hf_mtp.MODEL_FILE),
+        lambda path, _: hf_mtp.read(path),
+        hf_mtp.write,
+    ),
+    "meta": Format(
+        "the form of the paper's released models: params.json and consolidated.pth",
+        has(meta.PARAMS),
+        lambda path, options: meta.read(path, options.num_heads),
+        meta.write,
+    ),
+    "universal": Format(
+        "DeepSpeed's universal checkpoint, with Adam's moments",
+        universal.is_universal,
+        lambda path, options: universal.read(path, options.model),
+        universal.write,
+    ),
+    "megatron": Format(
+        "Megatron-LM's, of a Llama without model parallelism",
+        megatron.is_megatron,
+        lambda path, options: megatron.read(path, options.num_heads),
+    ),
+}

@@ -1,0 +1,140 @@
+"""Files of torch.save, written as a stream and read by slice: of a tensor, no more than a slice is ever in memory.
+
+    write(Path("model.pth"), {"weight": Streamed(source, "name", torch.float32), "step": 7})
+    source = InMemory(read(Path("model.pth")))
+
+Such a file is an uncompressed zip archive: data.pkl, in which each tensor names a storage, and data/0, data/1, ..., the storages.
+Source: torch/serialization.py, and caffe2/serialize/inline_container.cc for the padding.
+"""
+
+import collections
+import io
+import math
+import pickle
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+from megamtp.checkpoint.safetensors_file import content
+from megamtp.checkpoint.tensors import TensorSource
+from megamtp.errors import CheckpointError
+
+ALIGNMENT = 64  # bytes: a storage begins at a multiple, so that it can be mapped
+ROOT = "archive"
+STORAGES = {torch.float32: torch.FloatStorage, torch.float16: torch.HalfStorage, torch.bfloat16: torch.BFloat16Storage}
+FILLER, ZIP64_FIELD_BYTES, LOCAL_HEADER_BYTES = b"FB", 20, 30
+
+
+class Streamed:
+    """Stands for tensor `name` of `source` in what is written; its numbers are read when their turn comes.
+
+    Args:
+        shape: None: the source's.
+    """
+
+    def __init__(self, source: TensorSource, name: str, dtype: torch.dtype, shape: tuple[int, ...] | None = None):
+        self.source, self.name, self.dtype = source, name, dtype
+        self.shape = source.shapes[name] if shape is None else shape
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+    def __reduce__(self):
+        strides = tuple(math.prod(self.shape[axis + 1 :]) for axis in range(len(self.shape)))
+        return torch._utils._rebuild_tensor_v2, (_Storage(self), 0, self.shape, strides, False, collections.OrderedDict())
+
+
+class _Storage:
+    def __init__(self, tensor: Streamed):
+        self.tensor = tensor
+
+
+class _Pickler(pickle.Pickler):
+    """Writes what torch's own would, for tensors that are not in memory."""
+
+    def __init__(self, stream: io.BytesIO):
+        super().__init__(stream, protocol=2)
+        self.tensors: list[Streamed] = []
+
+    def persistent_id(self, item: Any) -> tuple | None:
+        if not isinstance(item, _Storage):
+            return None
+        self.tensors.append(item.tensor)
+        number = str(len(self.tensors) - 1)
+        return "storage", STORAGES[item.tensor.dtype], number, "cpu", item.tensor.num_elements
+
+
+def write(path: Path, content_of_file: Any) -> None:
+    """Saves dicts, lists and numbers, with Streamed where tensors are to be. Raises OSError."""
+    pickled = io.BytesIO()
+    pickler = _Pickler(pickled)
+    pickler.dump(content_of_file)
+    with open(path, "wb") as stream, zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr(f"{ROOT}/data.pkl", pickled.getvalue())
+        archive.writestr(f"{ROOT}/byteorder", "little")
+        archive.writestr(f"{ROOT}/version", "3\n")
+        for number, tensor in enumerate(pickler.tensors):
+            entry = zipfile.ZipInfo(f"{ROOT}/data/{number}")
+            entry.extra = _padding(stream.tell() + LOCAL_HEADER_BYTES + len(entry.filename) + ZIP64_FIELD_BYTES)
+            with archive.open(entry, "w", force_zip64=True) as opened:
+                for part in content(tensor.source, tensor.name, tensor.dtype):
+                    opened.write(part)
+
+
+class Opaque:
+    """Stands for an object that is not looked at; nothing of its class is imported or run."""
+
+    def __init__(self, *_: Any):
+        """Takes what the object was made from."""
+
+    def __setstate__(self, state: Any) -> None:
+        """Keeps attributes, which are all that there is to see."""
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+
+
+def read(path: Path, opaque: tuple[str, ...] = ()) -> Any:
+    """What is in the file, its tensors mapped: they take no memory until they are read, and none that must be kept then.
+
+    Args:
+        opaque: objects of classes whose full names begin so become Opaque.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, too old for mapping, or holds more than tensors, numbers and their
+            containers, which might run a program.
+    """
+    try:
+        unknown = get_unsafe_globals_in_checkpoint(path) if opaque else []
+        allowed = [(_stand_in(name), name) for name in unknown if name.startswith(opaque)]
+        with safe_globals(allowed):
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path} cannot be read ({reason}); expected a whole file of torch.save: copy it again") from None
+
+
+def tensors_of(path: Path, found: Any) -> dict[str, Tensor]:
+    """`found`, read from `path`, after checking that it is a mapping of names to tensors alone. Raises CheckpointError."""
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds a {type(found).__name__}, expected a mapping of names to tensors")
+    for name, tensor in found.items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or not tensor.is_contiguous():
+            raise CheckpointError(f"{path}: {name} is a {type(tensor).__name__}, expected a contiguous tensor of numbers")
+    return found
+
+
+def _stand_in(name: str) -> type:
+    """A class of its own for each name, for the reader knows classes by their identity."""
+    return type(name.rpartition(".")[2], (Opaque,), {})
+
+
+def _padding(offset: int) -> bytes:
+    """The extra field after which data that would begin at `offset` begins at a multiple of ALIGNMENT."""
+    size = -(offset + 4) % ALIGNMENT
+    return FILLER + struct.pack("<H", size) + b"Z" * size

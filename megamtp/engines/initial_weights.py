@@ -1,0 +1,43 @@
+"""Where a new model's weights come from: drawn, or those of a converted checkpoint (run.initial_weights)."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megamtp.checkpoint import canonical
+from megamtp.checkpoint.contents import Contents, written_out
+from megamtp.checkpoint.tensors import whole
+from megamtp.config import Config
+from megamtp.errors import InputError
+from megamtp.model.initial import initial_value
+
+
+def initial_weights(config: Config) -> Callable[[str, tuple[int, ...]], Tensor]:
+    """(a parameter's name in MTPModel, its shape) -> the fp32 CPU tensor from which it starts.
+
+    Raises:
+        InputError: as open_initial_weights.
+    """
+    if config.run.initial_weights:
+        weights = open_initial_weights(config).weights
+        return lambda name, shape: whole(weights, name, torch.float32)
+    return lambda name, shape: initial_value(name, shape, config.model, config.train.seed)
+
+
+def without_initial_weights(config: Config) -> Config:
+    """The same with run.initial_weights unset."""
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, initial_weights=None))
+
+
+def open_initial_weights(config: Config) -> Contents:
+    """Raises: InputError if run.initial_weights is no canonical checkpoint of this model."""
+    directory = Path(config.run.initial_weights)
+    try:
+        contents = canonical.read(directory)
+        canonical.check_model(directory, contents.model, written_out(config.model))
+    except InputError as error:
+        raise InputError(f"run.initial_weights: {error}") from None
+    return contents

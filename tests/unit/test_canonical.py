@@ -1,0 +1,155 @@
+"""The canonical form: back bit for bit, what is refused, and a transformers model as the beginning of a multi-token one."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from megamtp.checkpoint import canonical, folder, hf
+from megamtp.checkpoint.contents import Rearranged, Rows, written_out
+from megamtp.checkpoint.tensors import InMemory, whole
+from megamtp.errors import CheckpointError
+from megamtp.model.mtp import MTPModel
+from tests.checkpoints import SMALL, STATE, VOCABULARY, with_moments
+
+
+@pytest.fixture
+def written(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr(canonical, "LARGEST_FILE_BYTES", 50_000)
+    canonical.write(with_moments(SMALL), tmp_path / "canonical")
+    return tmp_path / "canonical"
+
+
+def edit(written: Path, **settings) -> None:
+    path = written / "canonical.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+def test_everything_comes_back_bit_for_bit_from_several_files(written):
+    found, expected = canonical.read(written), with_moments(SMALL)
+    assert len(list(written.glob("exp_avg_sq-*"))) > 1
+    assert (found.model, found.step, found.state, found.sequence_length) == (written_out(SMALL), 9, STATE, 64)
+    assert found.sources.keys() == expected.sources.keys()
+    for kind, source in expected.sources.items():
+        assert list(found.sources[kind].shapes) == list(source.shapes)
+        assert all(torch.equal(whole(found.sources[kind], name), whole(source, name)) for name in source.shapes)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"version": 2}, "version 2, written by megamtp .*; expected at most 1"),
+        ({"format": "other"}, "format other 1, expected megamtp-canonical 1"),
+        ({"model": None}, "model is None; expected a mapping"),
+        ({"model": {"dim": 3}}, "model.mlp_dim is missing or unknown"),
+        ({"model": dataclasses.asdict(SMALL) | {"mlp_dim": 64}}, r"tensor trunk.0.mlp.gate.weight has shape \[48, 32\], expected"),
+        ({"model": dataclasses.asdict(SMALL) | {"num_layers": 6}}, r"no tensor trunk.2.attention_norm.weight"),
+        ({"model": dataclasses.asdict(SMALL) | {"num_layers": 4}}, r"unknown tensor trunk.1"),
+    ],
+)
+def test_other_versions_and_models_are_refused(written, settings, message):
+    edit(written, **settings)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        canonical.read(written)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1])])
+def test_a_missing_or_truncated_file_is_named(written, damage):
+    file = sorted(written.glob("exp_avg-*"))[1]
+    damage(file)
+    with pytest.raises(CheckpointError, match=f"{file.name} .*expected [0-9]+ bytes"):
+        canonical.read(written)
+
+
+def test_an_existing_destination_and_a_full_disk_are_refused_before_anything_is_written(written, monkeypatch):
+    before = {path.name: path.read_bytes() for path in written.iterdir()}
+    with pytest.raises(CheckpointError, match="holds other files"):
+        canonical.write(with_moments(SMALL), written)
+    assert before == {path.name: path.read_bytes() for path in written.iterdir()}
+    usage = folder.shutil.disk_usage(written)
+    monkeypatch.setattr(folder.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(CheckpointError, match=r"needs [0-9,]+ bytes, 1,000 are free there"):
+        canonical.write(with_moments(SMALL), written.parent / "deep" / "down")
+    assert [path.name for path in written.parent.iterdir()] == ["canonical"]
+
+
+def llama(folder: Path, tied: bool = False, **settings) -> LlamaForCausalLM:
+    """Of 4 layers, saved in several files."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied, initializer_range=0.2, **settings,
+    )  # fmt: skip
+    torch.manual_seed(3)
+    model = LlamaForCausalLM(config).float().eval()
+    model.save_pretrained(folder, max_shard_size="40KB")
+    return model
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_head_1_of_a_converted_llama_computes_what_it_did(tmp_path, tied):
+    theirs = llama(tmp_path / "llama", tied)
+    opened = hf.read(tmp_path / "llama", num_future_tokens=3)
+    assert [("ties its unembedding" in note) for note in opened.notes] == [True] * tied
+    canonical.write(opened, tmp_path / "canonical")
+    found = canonical.read(tmp_path / "canonical")
+    assert (found.model.num_layers, found.model.num_trunk_layers, found.model.num_future_tokens) == (6, 3, 3)
+    ours = MTPModel(found.model)
+    ours.load_state_dict({name: whole(found.weights, name) for name in found.weights.shapes}, strict=True)
+    tokens = torch.randint(VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits, expected = ours.logits(tokens), theirs(tokens).logits
+    assert expected.std() > 0.3
+    torch.testing.assert_close(logits[0], expected, rtol=0, atol=1e-5)
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])  # heads start as copies
+
+
+def test_weights_in_16_bits_become_fp32_and_come_back(tmp_path):
+    llama(tmp_path / "llama").bfloat16().save_pretrained(tmp_path / "half")
+    canonical.write(hf.read(tmp_path / "half", 2), tmp_path / "canonical")
+    assert whole(canonical.read(tmp_path / "canonical").weights, "heads.1.mlp.up.weight").dtype == torch.float32
+    hf.export(canonical.read(tmp_path / "canonical"), tmp_path / "back", torch.bfloat16)
+    expected, found = (LlamaForCausalLM.from_pretrained(tmp_path / name) for name in ("half", "back"))
+    assert found.dtype == torch.bfloat16
+    assert all(torch.equal(tensor, found.state_dict()[name]) for name, tensor in expected.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"attention_bias": True}, "attention_bias is True, expected False"),
+        ({"mlp_bias": True}, "mlp_bias is True, expected False"),
+        ({"model_type": "qwen2"}, "model_type is qwen2, expected llama"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type is llama3, expected default"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is linear, expected default"),
+        ({"hidden_act": "gelu"}, "hidden_act is gelu, expected silu"),
+        ({"head_dim": 16}, "head_dim is 16, expected 8"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is"),
+        ({"num_hidden_layers": 1}, "has one layer; expected two or more"),
+        ({"num_hidden_layers": 5}, r"no tensor model.layers.4.input_layernorm.weight"),
+        ({"num_hidden_layers": 3}, r"unknown tensor model.layers.3"),
+        ({"intermediate_size": 64}, r"model.layers.0.mlp.gate_proj.weight has shape \[48, 32\], expected \[64, 32\]"),
+    ],
+)
+def test_another_form_of_model_is_refused_by_name(tmp_path, settings, message):
+    llama(tmp_path / "llama")
+    path = tmp_path / "llama/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        hf.read(tmp_path / "llama", 2)
+    assert "\n" not in str(caught.value)
+
+
+def test_rows_of_a_tensor_are_read_by_slice():
+    source = InMemory({"a": torch.arange(24.0).view(6, 2, 2), "b": torch.arange(5.0)})
+    rows = torch.tensor([4, 5, 0, 1, 3])
+    found = Rearranged(source, {"x": Rows("a", rows), "y": Rows("b")})
+    assert found.shapes == {"x": (5, 2, 2), "y": (5,)}
+    expected = source.weights["a"][rows].flatten()
+    for start in range(len(expected) + 1):
+        for end in (*range(start, len(expected) + 1), None):
+            assert torch.equal(found.read("x", start, end), expected[start:end])
+    assert torch.equal(found.read("y", 1, 3), torch.tensor([1.0, 2.0]))
