@@ -93,6 +93,8 @@ def check(config: Config, place: Place) -> Job:
     train = [_windows(config, prefix, stream) for stream, (_, prefix) in enumerate(corpora)]
     blend = Blend(train, [weight for weight, _ in corpora])
     validation = _windows(config, config.data.validation) if config.data.validation else None
+    if validation:
+        validation.check_first(config.run.evaluation_windows)
     loader = TrainLoader(blend, config.global_batch_windows, config.train.micro_batch_size, data_parallel_rank, data_parallel_size)
     run_directory = Path(config.run.directory)
     found = None if config.cluster.emulate else newest_readable(run_directory)
