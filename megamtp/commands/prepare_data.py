@@ -13,8 +13,9 @@ from concurrent.futures import Executor
 from pathlib import Path
 
 from megamtp.commands.command_line import Parser, run
-from megamtp.data.corpus import DEFAULT_VOCAB_SIZE, PICTURE, Corpus, prepare
+from megamtp.data.corpus import PICTURE, Corpus, prepare
 from megamtp.data.documents import find_source, standard_library
+from megamtp.data.jobs import DEFAULT_VOCAB_SIZE
 from megamtp.data.workers import mpi_ranks, num_mpi_ranks
 from megamtp.errors import InputError
 

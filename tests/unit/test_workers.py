@@ -188,12 +188,11 @@ def mpirun(ranks: int, *arguments) -> subprocess.CompletedProcess:
 def test_mpi_ranks(texts, tmp_path):
     prepare(find_source([texts]), tmp_path / "out", VOCAB_SIZE)
     arguments = ["--input", texts, "--vocab-size", str(VOCAB_SIZE)]
-    for ranks in (2, 3):
-        done = mpirun(ranks, *arguments, "--output", tmp_path / str(ranks))
-        assert (done.returncode, done.stderr) == (0, "")
-        assert len(done.stdout.splitlines()) == 5
-        assert contents(tmp_path / str(ranks)) == contents(tmp_path / "out")
-    failed = mpirun(3, *arguments, "--output", tmp_path / "wrong", "--json-key", "body")
+    done = mpirun(3, *arguments, "--output", tmp_path / "ranks")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.splitlines()) == 5
+    assert contents(tmp_path / "ranks") == contents(tmp_path / "out")
+    failed = mpirun(2, *arguments, "--output", tmp_path / "wrong", "--json-key", "body")
     assert failed.returncode == 2
     (line,) = [line for line in failed.stderr.splitlines() if line.startswith("megamtp: error: ")]
     assert "a.jsonl:1: no text under 'body'" in line
