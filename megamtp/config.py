@@ -203,6 +203,7 @@ class RunConfig:
     )
     save_every_steps: int = option(1000, "steps between checkpoints; the last step is always saved")
     keep_checkpoints: int = option(2, "newest checkpoints kept")
+    keep_every_steps: int | None = option(None, "checkpoints at multiples of this are kept for good; null: none")
     evaluate_every_steps: int = option(1000, "steps between evaluations; the last step is always evaluated")
     evaluation_windows: int | None = option(None, "validation windows of an evaluation; null: all")
     log_every_steps: int = option(1, "steps between lines of metrics")
@@ -274,6 +275,9 @@ def read_config(arguments: list[str]) -> Config:
 
 def write_config(config: Config, path: Path) -> None:
     """Saves the resolved configuration as YAML that `read_config` accepts, from any working directory."""
+    if config.run.initial_weights:
+        run = dataclasses.replace(config.run, initial_weights=_absolute(config.run.initial_weights))
+        config = dataclasses.replace(config, run=run)
     data = config.data
     paths = {name: _absolute(value) for name in ("validation", "tokenizer") if (value := getattr(data, name))}
     if data.tokenizer == BYTES:
@@ -282,9 +286,6 @@ def write_config(config: Config, path: Path) -> None:
     blend = " ".join(f"{weight!r} {shlex.quote(prefix)}" for weight, prefix in corpora)
     train = corpora[0][1] if len(corpora) == 1 else blend
     config = dataclasses.replace(config, data=dataclasses.replace(data, train=train, **paths))
-    if config.run.initial_weights:
-        run = dataclasses.replace(config.run, initial_weights=str(Path(config.run.initial_weights).absolute()))
-        config = dataclasses.replace(config, run=run)
     write_atomically(path, OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
 
 
@@ -437,8 +438,8 @@ def _check(config: Config) -> None:
     train, head_loss, optimizer = config.train, config.head_loss, config.optimizer
     _positive(
         config, "train.steps", "train.global_batch_tokens", "train.micro_batch_size", "train.sequence_length",
-        "head_loss.chunk_rows", "run.save_every_steps", "run.keep_checkpoints", "run.evaluate_every_steps",
-        "run.evaluation_windows", "run.log_every_steps", "engine.reduce_bucket_size", "cluster.emulate",
+        "head_loss.chunk_rows", "run.save_every_steps", "run.keep_checkpoints", "run.keep_every_steps",
+        "run.evaluate_every_steps", "run.evaluation_windows", "run.log_every_steps", "engine.reduce_bucket_size", "cluster.emulate",
         "cluster.ranks_per_node", "cluster.flat_bandwidth", "cluster.node_bandwidth", "cluster.network_bandwidth",
         "cluster.communication_sms",
     )  # fmt: skip

@@ -7,7 +7,6 @@ back, so every stage runs one forward and one backward pass of each micro-batch,
 """
 
 import itertools
-import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,18 +22,15 @@ from torch import Tensor
 
 from megamtp.config import Config
 from megamtp.data.loader import Batch
-from megamtp.engines.base import StepResult, data_parallel_place, loss_scales
+from megamtp.engines.base import EngineState, StepResult, data_parallel_place, loss_scales
 from megamtp.engines.deepspeed_config import deepspeed_config
 from megamtp.engines.head_phase import backward_seed
 from megamtp.engines.optimizer import adamw
 from megamtp.engines.partition import partition
-from megamtp.engines.saved_state import load_state, save_state
+from megamtp.engines.saved_state import engine_state, load_state
 from megamtp.engines.stage import PipelineStage
-from megamtp.errors import CheckpointError
 from megamtp.losses.sequential import HeadPhase
 from megamtp.losses.softmax_gradient import IGNORED
-
-CUT_FILE = "stages.json"  # in a checkpoint: the number of layers of each stage
 
 
 class PipelineEngine:
@@ -59,9 +55,6 @@ class PipelineEngine:
             config=deepspeed_config(config, self.data_parallel_size),
             dist_init_required=False,
         )
-        for name in ("module_state_dict", "load_module_state_dict"):
-            # Weights under MTPModel's names, as DeepSpeed's other engines save them; its pipeline's own are of numbered layers.
-            setattr(self.engine, name, getattr(super(DeepSpeedPipelineEngine, self.engine), name))
         self.model.head_phase = SeededHeads(self.engine)
         self.engine._INSTRUCTION_MAP = self.engine._INSTRUCTION_MAP | {schedule.ReduceTiedGrads: self._reduce_unembedding}
         if self.rank == 0:
@@ -72,7 +65,7 @@ class PipelineEngine:
         scales = loss_scales(self.config.head_weights, target_counts, self.data_parallel_size, len(micro_batches))
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        self.model.begin((batch.targets for batch in micro_batches), scales)
+        self.model.begin(micro_batches, scales)
         self.engine.train_batch(_inputs(micro_batches))
         return StepResult(self.model.nll_sums, float(self.engine.get_global_grad_norm()), self.engine.was_step_applied() is False)
 
@@ -83,7 +76,7 @@ class PipelineEngine:
         totals = torch.zeros(2, n, dtype=torch.float64, device=self.device)
         batches = iter(batches)
         while group := list(itertools.islice(batches, self.engine.micro_batches)):
-            self.model.begin((batch.targets for batch in group), [1.0] * n)
+            self.model.begin(group, [1.0] * n)
             self.engine.eval_batch(
                 _inputs(group), compute_loss=False, reduce_output=None, bcast_loss=False, num_micro_batches=len(group)
             )
@@ -92,26 +85,13 @@ class PipelineEngine:
                 totals[1, head] += sum(int((batch.targets[head] != IGNORED).sum()) for batch in group)
         return totals.flatten()
 
-    def save(self, directory: Path) -> None:
-        """See Engine.save."""
-        save_state(self.engine, directory, self.rank)
-        if self.rank == 0:
-            (directory / CUT_FILE).write_text(json.dumps(self._stage_layers()))
+    def state(self) -> EngineState:
+        """See Engine.state."""
+        return engine_state(self.engine)
 
-    def load(self, directory: Path) -> None:
-        """See Engine.load; with the same cut, too."""
-        try:
-            found = json.loads((directory / CUT_FILE).read_text())
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{directory / CUT_FILE} cannot be read ({error}); remove {directory} to go on from an older one"
-            ) from None
-        if found != self._stage_layers():
-            raise CheckpointError(
-                f"{directory} was written with stages of {found} layers, expected {self._stage_layers()}; "
-                f"go on with engine.stage_layers={found}, or choose another run.directory"
-            )
-        load_state(self.engine, directory, self.rank)
+    def load(self, checkpoint: Path) -> None:
+        """See Engine.load."""
+        load_state(self.engine, checkpoint, self.config.engine.kind, self.rank, self.world_size)
 
     def _reduce_unembedding(self, engine: DeepSpeedPipelineEngine) -> None:
         """Sums the gradients of all copies of the unembedding, once a step: when this stage has sent its last gradient upstream.
@@ -139,9 +119,6 @@ class PipelineEngine:
                 file=sys.stderr,
                 flush=True,
             )
-
-    def _stage_layers(self) -> list[int]:
-        return [stage.end - stage.first for stage in self.cut.stages]
 
 
 class SeededHeads(HeadPhase):

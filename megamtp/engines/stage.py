@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -10,19 +9,21 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from torch import Tensor, nn
 
 from megamtp.config import Config
+from megamtp.data.loader import Batch
 from megamtp.engines.base import DTYPES
 from megamtp.engines.initial_weights import initial_weights
 from megamtp.engines.partition import Partition
 from megamtp.losses.linear_cross_entropy import SharedGradient
 from megamtp.losses.sequential import HeadPhase, PassingHeads, SequentialHeadLoss
+from megamtp.model.documents import separate
 from megamtp.model.heads import Unembedding
-from megamtp.model.layers import TransformerLayer
+from megamtp.model.layers import Separation, TransformerLayer
 
 
 class PipelineStage(PipelineModule):
     """This rank's part of an MTPModel, its parameters named as there; `forward` is what DeepSpeed calls for each micro-batch.
 
-    Between stages travels z alone. The losses stay where they are computed, and every stage reads the targets of its own heads.
+    Between stages travels z alone. The losses stay where they are computed, and every stage reads its own batches.
     Collective: all ranks build their stages together.
 
     Attributes:
@@ -42,9 +43,9 @@ class PipelineStage(PipelineModule):
         self.head_phase = HeadPhase()
         self.copies = self._copies()
 
-    def begin(self, targets: Iterator[Tensor], loss_scales: list[float]) -> None:
-        """Before a step or an evaluation: the targets [n, B, T] of its micro-batches, and the factor of each head's loss."""
-        self.targets, self.loss_scales = targets, loss_scales
+    def begin(self, batches: list[Batch], loss_scales: list[float]) -> None:
+        """Before a step or an evaluation: its micro-batches, and the factor of each head's loss."""
+        self.batches, self.loss_scales = iter(batches), loss_scales
         self.nll_sums = torch.zeros(self.config.model.num_future_tokens, dtype=torch.float64, device=self.device)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,20 +57,24 @@ class PipelineStage(PipelineModule):
         Returns:
             What the trunk has made of it so far, [B, T, D]; z from its end on; in the last stage the loss of its heads.
         """
+        batch = next(self.batches).to(self.device)
         if self.embedding:
             x = self.embedding(x)
+        separation = None
+        if batch.documents is not None:
+            separation = separate(batch.documents, self.config.model, x.dtype, self.compiled and x.is_cuda)
         for layer in self.trunk.values():
-            x = layer(x)
-        return self._run_heads(x, next(self.targets).to(self.device)) if self.heads else x
+            x = layer(x, separation)
+        return self._run_heads(x, batch.targets, separation) if self.heads else x
 
-    def _run_heads(self, z_BTD: Tensor, targets_NBT: Tensor) -> Tensor:
+    def _run_heads(self, z_BTD: Tensor, targets_NBT: Tensor, separation: Separation | None) -> Tensor:
         settings, own = self.config.head_loss, self.own.heads
         shared_gradient, seed = SharedGradient(num_uses=len(own)), self.head_phase.seed()
 
         def head_loss(index: int, z_BTD: Tensor) -> tuple[Tensor, Tensor]:
             head = own[index]
             return self.unembedding(
-                self.heads[str(head)](z_BTD),
+                self.heads[str(head)](z_BTD, separation),
                 targets_NBT[head],
                 scale=self.loss_scales[head],
                 seed=seed,
@@ -98,14 +103,14 @@ class PipelineStage(PipelineModule):
     def _build(self) -> None:
         """PipelineModule's: this stage's modules with their initial weights."""
         model, train = self.config.model, self.config.train
-        compiled = self.device.type == "cuda" if train.compile is None else train.compile
+        self.compiled = self.device.type == "cuda" if train.compile is None else train.compile
         trunk = range(self.own.first, min(self.own.end, model.num_trunk_layers))
         with torch.device("meta"):
             self.embedding = nn.Embedding(model.vocab_size, model.dim) if self.own.first == 0 else None
             self.trunk = nn.ModuleDict(
-                {str(index): TransformerLayer(model, train.activation_checkpointing, compiled) for index in trunk}
+                {str(index): TransformerLayer(model, train.activation_checkpointing, self.compiled) for index in trunk}
             )
-            self.heads = nn.ModuleDict({str(index): TransformerLayer(model, compiled=compiled) for index in self.own.heads})
+            self.heads = nn.ModuleDict({str(index): TransformerLayer(model, compiled=self.compiled) for index in self.own.heads})
             self.unembedding = Unembedding(model) if self.heads else None
         self.to(DTYPES[train.precision]).to_empty(device=self.device)
         initial = initial_weights(self.config)
