@@ -4,7 +4,9 @@ megamtp-prepare-data --input src/ more.jsonl.gz --output corpus
 megamtp-prepare-data --standard-library --output corpus
 mpirun -n 65 megamtp-prepare-data --input /data/pile --tokenizer tokenizer.model --output /shared/corpus
 
-Files are the same for any number of workers. Killed and called again, it goes on from the parts it has finished.
+Files are the same for any number of workers. Killed and called again, it goes on from the parts it has finished. Under mpirun
+rank 0 hands out the work and the others do it; all must see the inputs and the output. While it runs, and until it is called
+again after it was killed, the output folder holds the tokens of finished parts in .preparation: room for all tokens twice.
 """
 
 import argparse

@@ -195,7 +195,8 @@ def _settings(
     inputs = hashlib.sha256(source.json_key.encode(errors="backslashreplace"))
     try:
         for name, path in source.files:
-            inputs.update(f"\n{name}\t{path.stat().st_size}\t{path.stat().st_mtime_ns}".encode())
+            status = path.stat()
+            inputs.update(f"\n{name}\t{status.st_size}\t{status.st_mtime_ns}".encode())
     except OSError as error:
         raise InputError(f"{error.filename}: {error.strerror}; expected a readable file") from None
     model: str | int = DEFAULT_VOCAB_SIZE if vocab_size is None else vocab_size
