@@ -9,9 +9,9 @@ import numpy as np
 from tqdm import tqdm
 
 from megamtp.data.indexed_dataset import IndexedDatasetWriter, best_dtype
-from megamtp.data.parts import Job, Part, open_part
+from megamtp.data.jobs import Job, too_few
+from megamtp.data.parts import Part, open_part
 from megamtp.data.shards import Shard
-from megamtp.errors import InputError
 
 SPLITS = ("train", "validation")
 CHUNK_TOKENS = 1 << 24
@@ -104,14 +104,6 @@ def split_limit(parts: Parts, validation_fraction: float, place: str) -> int:
     in_bin = np.sort(np.concatenate([names[names >> np.uint64(48) == bin_number] for names in parts.names()]))
     last = int(in_bin[wanted - int(counts[:bin_number].sum()) - 1])
     return last if last == largest else last + 1
-
-
-def too_few(found: int, place: str) -> InputError:
-    """The refusal of inputs that cannot be split."""
-    return InputError(
-        f"found {found} documents that differ in name in {place}; "
-        "expected at least two, or one long enough to be cut in pieces: add text"
-    )
 
 
 def write_splits(parts: Parts, limit: int, output: Path) -> Totals:

@@ -2,11 +2,11 @@
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-from megamtp.data import records
+from megamtp.data import compression, records
 from megamtp.data.documents import cut
 from megamtp.data.records import Span
 from megamtp.errors import InputError
@@ -37,11 +37,12 @@ class Shard:
             yield from records.read(span, json_key, not_utf8)
 
 
-def plan(files: list[tuple[str, Path]], in_pieces: bool) -> list[Shard]:
+def plan(files: list[tuple[str, Path]], in_pieces: bool, skipped: list[tuple[str, ...]] | None = None) -> list[Shard]:
     """The shards of named files.
 
     Args:
         in_pieces: documents are cut in pieces, so a text file may lie in several shards.
+        skipped: for each file names of documents that are left out; None: none.
 
     Raises:
         InputError: a file is missing or cannot be read, or damaged Parquet.
@@ -53,11 +54,12 @@ def plan(files: list[tuple[str, Path]], in_pieces: bool) -> list[Shard]:
     total = sum(status.st_size for _, _, status in found)
     wanted = min(MAX_SHARD_BYTES, max(MIN_SHARD_BYTES, total // SHARDS))
     shards, spans, size, digest = [], [], 0, hashlib.sha256()
-    for name, path, status in found:
+    for (name, path, status), left_out in zip(found, skipped or [()] * len(found), strict=True):
         for span, num_bytes in _spans(name, path, status.st_size, wanted, in_pieces):
-            spans.append(span)
+            spans.append(replace(span, skipped=left_out))
             size += num_bytes
-            digest.update(f"\n{name}\t{span.start}\t{span.stop}\t{status.st_size}\t{status.st_mtime_ns}".encode())
+            state = (status.st_size, status.st_mtime_ns, left_out)
+            digest.update(f"\n{name}\t{span.start}\t{span.stop}\t{state}".encode())
             if size >= wanted:
                 shards.append(Shard(tuple(spans), size, digest.hexdigest()))
                 spans, size, digest = [], 0, hashlib.sha256()
@@ -70,7 +72,7 @@ def _spans(name: str, path: Path, size: int, wanted: int, in_pieces: bool) -> It
     kind = records.kind(path)
     if number > 1 and kind == records.PARQUET:
         number = min(number, units := records.num_row_groups(path))
-    if number < 2 or path.suffix in records.COMPRESSIONS or (kind == records.TEXT and not in_pieces):
+    if number < 2 or path.suffix in compression.SUFFIXES or (kind == records.TEXT and not in_pieces):
         yield Span(name, path), size
         return
     if kind == records.TEXT:
