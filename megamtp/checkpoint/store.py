@@ -23,6 +23,7 @@ from megamtp.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 TORCH_WRITERS = ("inline_container", "PytorchStreamWriter")  # named in torch.save's RuntimeError of a full disk
+UNEMBEDDING = "unembedding.weight"
 NAME = re.compile(r"step-(\d{7,})")
 
 
@@ -193,9 +194,10 @@ def load_weights(checkpoint: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     if manifest.engine_kind == "zero3":
         weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag="engine")
     else:
-        weights = {}
-        for stage in sorted((checkpoint / "engine").glob("mp_rank_*_model_states.pt")):
-            weights |= _weights_of_stage(stage)
+        stages = [_weights_of_stage(file) for file in sorted((checkpoint / "engine").glob("mp_rank_*_model_states.pt"))]
+        weights = {name: weight for stage in stages for name, weight in stage.items()}
+        if len(weights[UNEMBEDDING]) < manifest.model["vocab_size"]:  # each stage has some of its rows, in order
+            weights[UNEMBEDDING] = torch.cat([stage[UNEMBEDDING] for stage in stages if UNEMBEDDING in stage])
     return ModelConfig(**manifest.model), {name: weight.contiguous() for name, weight in weights.items()}
 
 

@@ -13,17 +13,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megamtp.config import Config
 from megamtp.engines.base import DTYPES
 from megamtp.engines.partition import Stage
 from megamtp.engines.spread_schedule import Kind
+from megamtp.engines.spread_stage import SlicedUnembedding
 from megamtp.engines.stage import StageLayers
 from megamtp.losses.linear_cross_entropy import wide
 from megamtp.losses.vocabulary_slice import combine, slice_gradients, slice_statistics
 from megamtp.model.initial import STANDARD_DEVIATION
-from megamtp.model.layers import rms_norm
 
 WARM_UP = 2  # micro-batches whose times do not count: the first ones compile
 
@@ -89,13 +89,13 @@ class WholeStage(StageLayers):
 class SpreadStage(WholeStage):
     """A stage with a slice of the unembedding, for all heads' losses; its own heads are layers whose answer comes later."""
 
-    def _run_heads(self, z_BTD: Tensor, targets_NBT: Tensor) -> Tensor:
-        raise NotImplementedError("heads whose losses are spread do not run theirs")
+    def _make_unembedding(self) -> SlicedUnembedding | None:
+        return SlicedUnembedding(self.config.model, self.own.contents.rows, bool(self.heads))
 
     def run(self, kind: Kind, passed: "Passed") -> None:
         if kind == Kind.FORWARD:
             passed.output = self._run_trunk(passed.input.clone())
-            passed.hidden = [self._normed(head(passed.output)) for head in self.heads.values()]
+            passed.hidden = [self.unembedding.normed(head(passed.output)) for head in self.heads.values()]
         elif kind == Kind.STATISTICS:
             passed.slices = [self._statistics(index) for index in range(len(self.micro_batch_targets))]
         elif kind == Kind.GRADIENTS:
@@ -106,9 +106,6 @@ class SpreadStage(WholeStage):
             sent = [(passed.output, self.gradient)] if self.own.end < self.config.model.num_layers else []
             sent += [(hidden, gradient.view_as(hidden)) for hidden, gradient in zip(passed.hidden, gradients, strict=True)]
             torch.autograd.backward([output for output, _ in sent], [gradient for _, gradient in sent])
-
-    def _normed(self, hidden_BTD: Tensor) -> Tensor:
-        return rms_norm(hidden_BTD, self.unembedding.norm, self.unembedding.eps) if self.unembedding else hidden_BTD
 
     def _statistics(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """(hidden states as they come from their stage; logits; statistics) of one head."""
@@ -126,7 +123,7 @@ class SpreadStage(WholeStage):
 
     @property
     def kinds(self) -> list[Kind]:
-        return list(Kind) if self.unembedding else [Kind.FORWARD, Kind.BACKWARD]
+        return list(Kind) if self.own.contents.rows else [Kind.FORWARD, Kind.BACKWARD]
 
     def num_uses(self, kind: Kind) -> int:
         return len(self.micro_batch_targets) if kind in (Kind.STATISTICS, Kind.GRADIENTS) else 1
