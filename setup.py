@@ -28,6 +28,7 @@ setup(
         "transformers>=4.56",
     ],
     extras_require={
+        "data": ["pyarrow>=16", "zstandard>=0.22"],
         "mpi": ["mpi4py>=4", "mpich>=5"],
         "test": [
             "hypothesis>=6",
@@ -35,9 +36,11 @@ setup(
             "megatron-core>=0.16",
             "mpi4py>=4",
             "mpich>=5",
+            "pyarrow>=16",
             "pytest>=8",
             "pytest-timeout>=2",
             "ruff>=0.9",
+            "zstandard>=0.22",
         ],
     },
     entry_points={

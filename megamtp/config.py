@@ -23,6 +23,7 @@ from megamtp.errors import InputError
 from megamtp.files import write_atomically
 
 RESOLVED = "config.yaml"  # in a run's folder: its whole configuration
+BYTES = "bytes"  # data.tokenizer of byte-level runs
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
@@ -167,7 +168,9 @@ class DataConfig:
 
     train: str = option(REQUIRED, "prefix of the training corpus, or of several after their weights: '0.7 a/train 0.3 b/train'")
     validation: str | None = option(None, "prefix of the validation corpus; null: no evaluation")
-    tokenizer: str | None = option(None, "SentencePiece model, checked against model.vocab_size and exported with the model")
+    tokenizer: str | None = option(
+        None, "SentencePiece model, checked against model.vocab_size and exported with the model; or bytes"
+    )
     documents: str = option(
         "continue",
         "continue: windows cross documents, as the paper's; mask: no target in another document; isolate: nor attention",
@@ -203,6 +206,7 @@ class RunConfig:
     )
     save_every_steps: int = option(1000, "steps between checkpoints; the last step is always saved")
     keep_checkpoints: int = option(2, "newest checkpoints kept")
+    keep_every_steps: int | None = option(None, "checkpoints at multiples of this are kept for good; null: none")
     evaluate_every_steps: int = option(1000, "steps between evaluations; the last step is always evaluated")
     evaluation_windows: int | None = option(None, "validation windows of an evaluation; null: all")
     log_every_steps: int = option(1, "steps between lines of metrics")
@@ -279,6 +283,8 @@ def write_config(config: Config, path: Path) -> None:
         config = dataclasses.replace(config, run=run)
     data = config.data
     paths = {name: _absolute(value) for name in ("validation", "tokenizer") if (value := getattr(data, name))}
+    if data.tokenizer == BYTES:
+        paths["tokenizer"] = BYTES
     corpora = [(weight, _absolute(prefix)) for weight, prefix in data.train_corpora]
     blend = " ".join(f"{weight!r} {shlex.quote(prefix)}" for weight, prefix in corpora)
     train = corpora[0][1] if len(corpora) == 1 else blend
@@ -435,8 +441,8 @@ def _check(config: Config) -> None:
     train, head_loss, optimizer = config.train, config.head_loss, config.optimizer
     _positive(
         config, "train.steps", "train.global_batch_tokens", "train.micro_batch_size", "train.sequence_length",
-        "head_loss.chunk_rows", "run.save_every_steps", "run.keep_checkpoints", "run.evaluate_every_steps",
-        "run.evaluation_windows", "run.log_every_steps", "engine.reduce_bucket_size", "cluster.emulate",
+        "head_loss.chunk_rows", "run.save_every_steps", "run.keep_checkpoints", "run.keep_every_steps",
+        "run.evaluate_every_steps", "run.evaluation_windows", "run.log_every_steps", "engine.reduce_bucket_size", "cluster.emulate",
         "cluster.ranks_per_node", "cluster.flat_bandwidth", "cluster.node_bandwidth", "cluster.network_bandwidth",
         "cluster.communication_sms",
     )  # fmt: skip

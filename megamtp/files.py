@@ -1,15 +1,25 @@
 """Files that are whole or not there."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file so that a reader, or a run killed at any time, sees the old content, the new, or none. Raises OSError."""
+    with open_atomically(path) as stream:
+        stream.write(content)
+
+
+@contextmanager
+def open_atomically(path: Path) -> Iterator[BinaryIO]:
+    """A stream whose content appears under `path` when the block ends without an exception. Raises OSError."""
     temporary = path.with_name(path.name + ".partial")
     try:
         with open(temporary, "wb") as stream:
-            stream.write(content)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)

@@ -4,7 +4,8 @@
     torchrun --nproc-per-node 8 -m megamtp.pretrain configs/1.3b_n4.yaml data.train=corpus/train run.directory=runs/1.3b
     python -m megamtp.pretrain configs/quickstart.yaml          (one rank)
 
-Later arguments override earlier ones. A run directory that holds checkpoints is resumed.
+Later arguments override earlier ones. A run directory that holds checkpoints is resumed, from the newest that is undamaged, with
+any engine on any number of ranks.
 """
 
 import errno
@@ -21,20 +22,21 @@ from typing import TextIO
 
 import torch
 
-from megamtp.checkpoint import store
+from megamtp.checkpoint.store import check_model, remove_leftovers
 from megamtp.cluster.environment import Place, emulated_place, find_place, join_peers, share_error
 from megamtp.config import RESOLVED, Config, describe, differences, read_config, write_config
 from megamtp.data.blend import Blend
 from megamtp.data.corpus import SUMMARY
 from megamtp.data.indexed_dataset import IndexedDataset
 from megamtp.data.loader import TrainLoader
-from megamtp.data.tokenizer import SentencePieceTokenizer
+from megamtp.data.tokenizer import open_tokenizer
 from megamtp.data.windows import Windows
 from megamtp.engines.check import check_engine
 from megamtp.engines.initial_weights import open_initial_weights, without_initial_weights
 from megamtp.errors import InputError
 from megamtp.training.metrics import FILE as METRICS
 from megamtp.training.metrics import records_until
+from megamtp.training.resuming import newest_readable, newest_verified
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 FLOAT8_CAPABILITY = (8, 9)  # the first GPUs with fp8 products
@@ -48,8 +50,6 @@ class Job:
     config: Config
     train: TrainLoader
     validation: Windows | None
-    checkpoint: Path | None
-    finished_steps: int
     changes: list[str]  # of a resumed run's configuration, in words
     lock: TextIO | None  # held open by rank 0 as long as the job runs
 
@@ -67,11 +67,13 @@ def main(arguments: list[str]) -> int:
         error = found
     share_error(place, error)
     place = emulated_place(place, config.cluster)
-    if job.finished_steps >= job.config.train.steps:
-        if place.rank == 0:
-            print(f"{job.config.run.directory} has all its {job.config.train.steps} steps already; nothing to do")
-        return 0
-    return 0 if _train(job, place) else job.config.run.requeue_exit_code
+    try:
+        finished = _train(job, place)
+    except InputError:
+        _leave_peers()
+        raise
+    _leave_peers()
+    return 0 if finished else job.config.run.requeue_exit_code
 
 
 def check(config: Config, place: Place) -> Job:
@@ -93,42 +95,61 @@ def check(config: Config, place: Place) -> Job:
     validation = _windows(config, config.data.validation) if config.data.validation else None
     loader = TrainLoader(blend, config.global_batch_windows, config.train.micro_batch_size, data_parallel_rank, data_parallel_size)
     run_directory = Path(config.run.directory)
-    if config.run.initial_weights and not store.checkpoints(run_directory):
+    found = None if config.cluster.emulate else newest_readable(run_directory)
+    if config.run.initial_weights and not found:
         open_initial_weights(config)
     _make_writable(run_directory)
     lock = _lock(run_directory) if place.rank == 0 else None
-    found = store.checkpoints(run_directory)
-    manifest = store.read_manifest(found[-1]) if found else None
-    if manifest:
-        store.check_fits(found[-1], manifest, config.model, place.world_size, config.engine.kind, config.train.precision)
-    finished_steps, changes = manifest.step if manifest else 0, []
+    if found:
+        check_model(*found, config.model)
+    changes = []
     if place.rank == 0:
-        records_until(run_directory / METRICS, finished_steps)
-        if manifest and (run_directory / RESOLVED).exists():
+        records_until(run_directory / METRICS, found[1].step if found else 0)
+        if found and (run_directory / RESOLVED).exists():
             changes = _changes(run_directory / RESOLVED, config)
-    return Job(config, loader, validation, found[-1] if found else None, finished_steps, changes, lock)
+    return Job(config, loader, validation, changes, lock)
 
 
 def _train(job: Job, place: Place) -> bool:
+    """False if it ended early, saved, because a rank was asked to stop. Collective."""
     from megamtp.cluster.signals import StopRequest
 
-    stop = StopRequest(launched=place.world_size > 1 and not job.config.cluster.emulate)
-    join_peers(place, job.config.cluster)
+    config, run_directory = job.config, Path(job.config.run.directory)
+    stop = StopRequest(launched=place.world_size > 1 and not config.cluster.emulate)
+    join_peers(place, config.cluster)
     stop.listen()
     from megamtp.engines.build import build_engine
     from megamtp.training.loop import Training
 
+    found = None if config.cluster.emulate else newest_verified(run_directory, place.rank, place.world_size)
+    first_step = found[1].step if found else 0
+    if first_step >= config.train.steps:
+        if place.rank == 0:
+            print(f"{run_directory} has all its {config.train.steps} steps already; nothing to do")
+        return True
     # Every weight of a resumed run is in its checkpoint; what it once started from may be gone.
-    engine = build_engine(without_initial_weights(job.config) if job.checkpoint else job.config)
+    engine = build_engine(without_initial_weights(config) if found else config)
     if place.rank == 0:
         for change in job.changes:
             print(change, flush=True)
-        if len(job.config.data.train_corpora) > 1:
-            print(job.train.windows.summary(job.config.train.steps * job.config.global_batch_windows), flush=True)
-        write_config(job.config, Path(job.config.run.directory) / RESOLVED)
-    if job.checkpoint:
-        engine.load(job.checkpoint)
-    return Training(job.config, engine, job.train, job.validation, stop, job.finished_steps).run()
+        if len(config.data.train_corpora) > 1:
+            print(job.train.windows.summary(config.train.steps * config.global_batch_windows), flush=True)
+        write_config(config, run_directory / RESOLVED)
+        remove_leftovers(run_directory)
+    if found:
+        engine.load(found[0])
+    return Training(config, engine, job.train, job.validation, stop, first_step).run()
+
+
+def _leave_peers() -> None:
+    """Ends the threads of torch.distributed, which can otherwise abort the process while Python shuts down.
+
+    Not after other errors, which may be this rank's alone: it would wait for peers that wait for it.
+    """
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _windows(config: Config, prefix: str, stream: int = 0) -> Windows:
@@ -166,7 +187,7 @@ def _check_float8() -> None:
 
 
 def _check_tokenizer(config: Config) -> None:
-    found = SentencePieceTokenizer(config.data.tokenizer).vocab_size
+    found = open_tokenizer(config.data.tokenizer).vocab_size
     if found != config.model.vocab_size:
         raise InputError(
             f"{config.data.tokenizer} has {found} pieces, model.vocab_size is {config.model.vocab_size}; expected the same: "

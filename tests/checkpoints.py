@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megamtp.checkpoint.contents import WEIGHT, Contents
+from megamtp.checkpoint.contents import MOMENTS, WEIGHT, Contents
 from megamtp.checkpoint.tensors import InMemory
 from megamtp.config import ModelConfig
 from megamtp.model.initial import initial_value
@@ -16,6 +16,8 @@ SMALL = ModelConfig(
     dim=32, num_layers=5, num_future_tokens=3, num_attention_heads=4, num_key_value_heads=2, mlp_dim=48,
     vocab_size=VOCABULARY, rope_theta=500.0, norm_eps=1e-3,
 )  # fmt: skip
+
+STATE = {"adam_steps": 7, "counters": {"global_steps": 9, "global_samples": 18, "skipped_steps": 2}, "loss_scale": None}
 
 
 def random_model(config: ModelConfig) -> MTPModel:
@@ -31,3 +33,13 @@ def random_model(config: ModelConfig) -> MTPModel:
 
 def contents(config: ModelConfig, weights: dict[str, Tensor], tokenizer: Path | None = None) -> Contents:
     return Contents(config, {WEIGHT: InMemory(weights)}, sequence_length=64, tokenizer=tokenizer)
+
+
+def with_moments(config: ModelConfig) -> Contents:
+    """A training state: weights, moments (the second ones positive), step 9 of which Adam has taken 7."""
+    weights = random_model(config).state_dict()
+    generator = torch.Generator().manual_seed(5)
+    sources = {WEIGHT: InMemory(weights)}
+    for kind in MOMENTS:
+        sources[kind] = InMemory({name: torch.rand(weight.shape, generator=generator) for name, weight in weights.items()})
+    return Contents(config, sources, step=9, state=STATE, sequence_length=64)

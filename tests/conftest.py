@@ -1,11 +1,11 @@
-"""Options and marks: `--full` runs the whole product of the gradient cases; `gpu` tests skip where there is no GPU."""
+"""Options and marks: `--full` runs the whole product of the gradient cases and more; `gpu` tests skip where there is no GPU."""
 
 import pytest
 import torch
 
 
 def pytest_addoption(parser):
-    parser.addoption("--full", action="store_true", help="the full product of gradient cases (long)")
+    parser.addoption("--full", action="store_true", help="the full product of gradient cases, and 20 killed preparations (long)")
 
 
 def pytest_collection_modifyitems(items):

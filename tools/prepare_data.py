@@ -2,4 +2,5 @@
 
 from megamtp.commands.prepare_data import entry
 
-entry()
+if __name__ == "__main__":  # MPI's workers import this file, too
+    entry()

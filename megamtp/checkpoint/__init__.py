@@ -1,1 +1,1 @@
-"""Checkpoints: how they are published and found (store.py), and what they can be turned into (hf.py)."""
+"""Checkpoints: what is in them (shards.py), how they are published and found (store.py), and what they become (hf.py)."""

@@ -28,6 +28,7 @@ class Contents:
         state: the rest of a run's state, as the manifest of a run's checkpoint has it, its counters among it; None if unknown.
         sequence_length: positions of a training window; None if unknown.
         tokenizer: a SentencePiece model.
+        tokens_are_bytes: there is no such model, since data.tokenizer is bytes.
         notes: what a user should know of how it was read, one line each.
     """
 
@@ -37,6 +38,7 @@ class Contents:
     state: dict[str, Any] | None = None
     sequence_length: int | None = None
     tokenizer: Path | None = None
+    tokens_are_bytes: bool = False
     notes: tuple[str, ...] = ()
 
     def __post_init__(self):

@@ -6,11 +6,29 @@ from pathlib import Path
 
 import torch
 
-from megamtp.checkpoint import canonical, hf, hf_mtp, meta, runs
+from megamtp.checkpoint import canonical, hf, hf_mtp, megatron, meta, runs, universal
 from megamtp.checkpoint.contents import Contents
+from megamtp.config import ModelConfig
 from megamtp.errors import CheckpointError
 
 Write = Callable[[Contents, Path, torch.dtype], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a source may not say itself.
+
+    Attributes:
+        num_future_tokens: heads to make of a model that has but one; None leaves it one.
+        model: of a checkpoint that says nothing of its model.
+    """
+
+    num_future_tokens: int | None = None
+    model: ModelConfig | None = None
+
+    @property
+    def num_heads(self) -> int:
+        return self.num_future_tokens or 1
 
 
 @dataclass(frozen=True)
@@ -20,13 +38,13 @@ class Format:
     Attributes:
         meaning: in words, for --help.
         mark: whether a path is of this format, as far as the name of a file in it tells.
-        read: opens it as a model of so many heads; only formats without heads of their own are told a number.
+        read: opens it, as Options say.
         write: None if it is only read.
     """
 
     meaning: str
     mark: Callable[[Path], bool] | None = None
-    read: Callable[[Path, int], Contents] | None = None
+    read: Callable[[Path, Options], Contents] | None = None
     write: Write | None = None
 
 
@@ -48,20 +66,17 @@ def detect(source: Path) -> str:
     raise CheckpointError(f"{source} is no checkpoint of a known format; expected one of these: {', '.join(readable())}")
 
 
-def read(source: Path, num_future_tokens: int | None = None) -> Contents:
+def read(source: Path, options: Options | None = None) -> Contents:
     """A checkpoint of any format.
-
-    Args:
-        num_future_tokens: heads to make of a model that has but one; None leaves it one.
 
     Raises:
         CheckpointError: it cannot be read, or has another number of heads already.
     """
-    name = detect(source)
-    contents = FORMATS[name].read(source, num_future_tokens or 1)
-    found = contents.model.num_future_tokens
-    if num_future_tokens not in (None, found):
-        raise CheckpointError(f"{source} has {found} heads, --num-future-tokens says {num_future_tokens}; leave it out")
+    options = options or Options()
+    contents = FORMATS[detect(source)].read(source, options)
+    found, asked = contents.model.num_future_tokens, options.num_future_tokens
+    if asked not in (None, found):
+        raise CheckpointError(f"{source} has {found} heads, --num-future-tokens says {asked}; leave it out")
     return contents
 
 
@@ -78,12 +93,23 @@ def _is_run(path: Path) -> bool:
 
 
 FORMATS = {
-    "run": Format("a run's folder (its newest checkpoint), or one of its checkpoints", _is_run, lambda path, _: runs.read(path)),
+    "run": Format(
+        "a run's folder (its newest checkpoint), or one of its checkpoints, for any engine at any number of ranks",
+        _is_run,
+        lambda path, _: runs.read(path),
+        runs.write,
+    ),
     "canonical": Format(
         "every parameter, and Adam's moments if the source has them, for any engine",
         has(canonical.DESCRIPTION),
         lambda path, _: canonical.read(path),
         canonical.write,
+    ),
+    "hf": Format(
+        "trunk and head 1 as LlamaForCausalLM of transformers",
+        lambda path: has(hf.CONFIG)(path) and not has(hf_mtp.MODEL_FILE)(path),
+        lambda path, options: hf.read(path, options.num_heads),
+        hf.export,
     ),
     "hf-mtp": Format(
         "all heads as a model of transformers with its own code (trust_remote_code)",
@@ -91,8 +117,21 @@ FORMATS = {
         lambda path, _: hf_mtp.read(path),
         hf_mtp.write,
     ),
-    "hf": Format("trunk and head 1 as LlamaForCausalLM of transformers", has(hf.CONFIG), hf.read, hf.export),
     "meta": Format(
-        "the form of the paper's released models: params.json, consolidated.pth", has(meta.PARAMS), meta.read, meta.write
+        "the form of the paper's released models: params.json and consolidated.pth",
+        has(meta.PARAMS),
+        lambda path, options: meta.read(path, options.num_heads),
+        meta.write,
+    ),
+    "universal": Format(
+        "DeepSpeed's universal checkpoint, with Adam's moments",
+        universal.is_universal,
+        lambda path, options: universal.read(path, options.model),
+        universal.write,
+    ),
+    "megatron": Format(
+        "Megatron-LM's, of a Llama without model parallelism",
+        megatron.is_megatron,
+        lambda path, options: megatron.read(path, options.num_heads),
     ),
 }

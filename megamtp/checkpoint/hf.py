@@ -19,7 +19,7 @@ import torch
 from megamtp.checkpoint import safetensors_file
 from megamtp.checkpoint.contents import WEIGHT, Contents, check_contents, check_tensors, parameter_shapes, renamed
 from megamtp.checkpoint.folder import published, write_json
-from megamtp.checkpoint.hf_tokenizer import TOKENIZER, fits, read_tokenizer, write_tokenizer
+from megamtp.checkpoint.hf_tokenizer import BYTES_END, TOKENIZER, fits, read_tokenizer, write_byte_tokenizer, write_tokenizer
 from megamtp.checkpoint.safetensors_file import SafetensorsFiles
 from megamtp.checkpoint.tensors import TensorSource
 from megamtp.config import ModelConfig
@@ -123,7 +123,7 @@ def write_settings(folder: Path, contents: Contents, dtype: torch.dtype, archite
     sequence_length = contents.sequence_length or DEFAULT_POSITIONS
     tokenizer = read_tokenizer(contents.tokenizer, model.vocab_size) if contents.tokenizer else None
     # Documents follow each other's end piece in training, so that piece, not <s>, is what a text begins with.
-    end_id = tokenizer.eos_id() if tokenizer else None
+    end_id = tokenizer.eos_id() if tokenizer else BYTES_END if contents.tokens_are_bytes else None
     ids = {"bos_token_id": end_id, "eos_token_id": end_id}
     config = {
         "vocab_size": model.vocab_size,
@@ -144,6 +144,8 @@ def write_settings(folder: Path, contents: Contents, dtype: torch.dtype, archite
     write_json(folder / "generation_config.json", ids)
     if tokenizer:
         write_tokenizer(folder, tokenizer, sequence_length)
+    elif contents.tokens_are_bytes:
+        write_byte_tokenizer(folder, sequence_length)
 
 
 def write_weights(folder: Path, weights: TensorSource, dtype: torch.dtype) -> None:

@@ -1,15 +1,17 @@
-"""A SentencePiece model as tokenizer files of transformers, which give the same ids."""
+"""A SentencePiece model, or bytes, as tokenizer files of transformers, which give the same ids."""
 
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
-from tokenizers import AddedToken, Tokenizer, decoders, normalizers
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
 from megamtp.checkpoint.folder import write_json
+from megamtp.data.tokenizer import ByteTokenizer
 from megamtp.errors import CheckpointError
 
 TOKENIZER = "tokenizer.model"
+BYTES_END = ByteTokenizer.end_of_document_id
 
 # What normalisation and whitespace rules of other tokenizers would change.
 PROBES = ("\t x\r\n", "  two  spaces  ", "\ufb01 \uff21 \u00e9 e\u0301 \u200b \U0001f600\x01")
@@ -53,6 +55,32 @@ def write_tokenizer(folder: Path, tokenizer: SentencePieceProcessor, sequence_le
     }
     (folder / TOKENIZER).write_bytes(tokenizer.serialized_model_proto())
     (folder / "tokenizer.json").write_text(translated.to_str(), encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", settings)
+
+
+def write_byte_tokenizer(folder: Path, sequence_length: int) -> None:
+    """Bytes as tokens, and BYTES_END.
+
+    ByteLevel spells each byte as a character: those that can be printed as themselves, the others as those from U+0100 on.
+    Source: the byte-level BPE of GPT-2, which `tokenizers` calls ByteLevel.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    characters = [chr(byte if byte in printable else next(others)) for byte in range(256)]
+    tokenizer = Tokenizer(BPE({character: byte for byte, character in enumerate(characters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    end = "<|end|>"
+    tokenizer.add_special_tokens([AddedToken(end, normalized=False)])
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": end,
+        "eos_token": end,
+        "split_special_tokens": True,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": sequence_length,
+    }
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     write_json(folder / "tokenizer_config.json", settings)
 
 

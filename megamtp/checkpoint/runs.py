@@ -1,11 +1,24 @@
-"""A run's folder, or one of its checkpoints, as what it holds."""
+"""A run's folder, or one of its checkpoints, as what it holds; and what was converted as a run that any engine goes on with."""
 
+import dataclasses
+import math
+from collections.abc import Iterable
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from megamtp.checkpoint import store
-from megamtp.checkpoint.contents import WEIGHT, Contents
-from megamtp.checkpoint.tensors import InMemory
-from megamtp.config import RESOLVED, read_config
+from megamtp.checkpoint.contents import MOMENTS, WEIGHT, Contents, check_contents
+from megamtp.checkpoint.folder import published
+from megamtp.checkpoint.safetensors_file import split
+from megamtp.checkpoint.shards import KINDS, Tensors, shard_name, slice_key, write_shard
+from megamtp.config import RESOLVED, ModelConfig, read_config
+from megamtp.data.tokenizer import BYTES
+from megamtp.errors import CheckpointError
+
+CONVERTED = "converted"  # stands for the engine that wrote a checkpoint
+LARGEST_FILE_BYTES = 5 * 10**9
 
 
 def find_checkpoint(source: Path) -> tuple[Path, Path]:
@@ -21,18 +34,64 @@ def find_checkpoint(source: Path) -> tuple[Path, Path]:
 
 
 def read(source: Path) -> Contents:
-    """The weights of a run's newest checkpoint, or of the given one.
+    """A run's newest checkpoint, or the given one, of which every byte is checked.
 
     Raises:
         InputError: there is none, it is damaged, or the run's configuration is.
     """
     checkpoint, run_directory = find_checkpoint(source)
-    config = read_config([str(run_directory / RESOLVED)])
-    model, weights = store.load_weights(checkpoint)
-    return Contents(
-        model,
-        {WEIGHT: InMemory(weights)},
-        step=int(checkpoint.name.removeprefix("step-")),
-        sequence_length=config.train.sequence_length,
-        tokenizer=Path(config.data.tokenizer) if config.data.tokenizer else None,
+    manifest = store.verified(checkpoint)
+    config = read_config([str(run_directory / RESOLVED)]) if (run_directory / RESOLVED).exists() else None
+    tokenizer = config.data.tokenizer if config else None
+    contents = Contents(
+        ModelConfig(**manifest.model),
+        {kind: Tensors(checkpoint, kind) for kind in KINDS},
+        step=manifest.step,
+        state=manifest.state,
+        sequence_length=config.train.sequence_length if config else None,
+        tokenizer=Path(tokenizer) if tokenizer not in (None, "", BYTES) else None,
+        tokens_are_bytes=tokenizer == BYTES,
     )
+    check_contents(contents, checkpoint)
+    return contents
+
+
+def write(contents: Contents, directory: Path, dtype: torch.dtype = torch.float32) -> None:
+    """A new run folder with one checkpoint, from which any engine goes on at any number of ranks.
+
+    Raises:
+        CheckpointError: there is no optimizer state, the destination exists or cannot be written, there is no room, or a tensor is
+            missing, misshaped or unknown.
+    """
+    if dtype != torch.float32:
+        raise CheckpointError(f"a run's checkpoint is in fp32, not {dtype}; leave --dtype out")
+    if not set(MOMENTS) <= set(contents.sources) or contents.step is None or contents.state is None:
+        raise CheckpointError(
+            "the source has no optimizer state, which a run goes on with; expected a run's checkpoint, canonical or universal: "
+            "convert it with --to canonical, and start from that with run.initial_weights"
+        )
+    check_contents(contents, "the checkpoint")
+    manifest = store.Manifest(contents.step, 1, CONVERTED, "fp32", dataclasses.asdict(contents.model), contents.state)
+    shapes = contents.weights.shapes
+    num_bytes = len(KINDS) * sum(map(math.prod, shapes.values())) * 4
+    with published(directory, num_bytes) as folder:
+        checkpoint = store.folder_of(folder, contents.step)
+        store.partial_of(checkpoint).mkdir(parents=True)
+        files = {}
+        for number, names in enumerate(split(shapes, len(KINDS) * 4, LARGEST_FILE_BYTES)):
+            name = shard_name(number)
+            files[name] = write_shard(store.partial_of(checkpoint) / name, _Slices(contents, names), shapes)
+        store.publish(checkpoint, manifest, files)
+
+
+class _Slices:
+    """A TensorSource of all kinds of some parameters, each in one slice, under the names of a shard."""
+
+    def __init__(self, contents: Contents, names: Iterable[str]):
+        self._places = {slice_key(kind, name, 0): (contents.sources[kind], name) for kind in (WEIGHT, *MOMENTS) for name in names}
+        self.shapes = {key: (math.prod(source.shapes[name]),) for key, (source, name) in self._places.items()}
+
+    def read(self, key: str, start: int = 0, end: int | None = None) -> Tensor:
+        """See TensorSource.read."""
+        source, name = self._places[key]
+        return source.read(name, start, end).float()

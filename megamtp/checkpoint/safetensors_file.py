@@ -23,7 +23,7 @@ from megamtp.errors import CheckpointError
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-SLICE_ELEMENTS = 16 * 2**20  # 64 MiB in fp32: what a conversion holds at a time
+SLICE_ELEMENTS = 2**20  # 4 MiB in fp32: what a conversion holds at a time, and a copy or two of it
 LARGEST_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 
 

@@ -1,30 +1,30 @@
 """Where checkpoints lie and when they count: RUN/checkpoints/step-0000100, with a manifest that is written last.
 
-A checkpoint is written as step-0000100.partial and renamed when all ranks have finished, so what bears the final name is whole.
+A checkpoint is written as step-0000100.partial and renamed when all ranks have finished, so what bears the final name is whole. The
+manifest has the size and the checksum of every file, and of itself, so that what has been damaged since is noticed.
 """
 
 import dataclasses
-import itertools
 import json
 import os
 import re
 import shutil
 import typing
-from collections.abc import Callable
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from megamtp import __version__
+from megamtp.checkpoint.contents import written_out
+from megamtp.checkpoint.shards import WrittenFile, read_crc32
 from megamtp.config import ModelConfig
 from megamtp.errors import CheckpointError
 
 MANIFEST = "manifest.json"
-TORCH_WRITERS = ("inline_container", "PytorchStreamWriter")  # named in torch.save's RuntimeError of a full disk
-UNEMBEDDING = "unembedding.weight"
+FORMAT = 2  # 1 was DeepSpeed's own files
 NAME = re.compile(r"step-(\d{7,})")
+PARTIAL = ".partial"
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,11 @@ class Manifest:
     """What a checkpoint is of.
 
     Attributes:
-        step: optimizer steps taken.
-        file_bytes: size of every file, by path relative to the checkpoint.
+        step: optimizer steps taken, with those that fp16 skipped.
+        world_size, engine_kind, precision: of the job that wrote it. Any other job can read it.
+        model: ModelConfig's fields.
+        state: the rest of an engine's state, as Engine.state has it.
+        files: {"bytes", "crc32"} of every file, by path relative to the checkpoint.
     """
 
     step: int
@@ -41,14 +44,36 @@ class Manifest:
     engine_kind: str
     precision: str
     model: dict[str, Any]
-    file_bytes: dict[str, int]
+    state: dict[str, Any] = dataclasses.field(default_factory=dict)
+    files: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
+    format_version: int = FORMAT
+    code_version: str = __version__
+
+    @property
+    def file_bytes(self) -> int:
+        """The size of all files together."""
+        return sum(file["bytes"] for file in self.files.values())
+
+
+def folder_of(run_directory: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, or will be."""
+    return run_directory / "checkpoints" / f"step-{step:07d}"
+
+
+def partial_of(checkpoint: Path) -> Path:
+    """Where it is until it is whole."""
+    return checkpoint.with_name(checkpoint.name + PARTIAL)
 
 
 def checkpoints(run_directory: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     folder = run_directory / "checkpoints"
     found = [path for path in folder.iterdir() if NAME.fullmatch(path.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def newest_checkpoint(run_directory: Path) -> Path:
@@ -65,11 +90,16 @@ def read_manifest(checkpoint: Path) -> Manifest:
     """The manifest, after checking that every file is there in its full size.
 
     Raises:
-        CheckpointError: something is missing, cut short or unreadable.
+        CheckpointError: something is missing, cut short, unreadable, or of another format.
     """
     path = checkpoint / MANIFEST
     try:
-        manifest = Manifest(**json.loads(path.read_text()))
+        content = json.loads(path.read_text())
+        _check_format(path, content)
+        crc = content.pop("crc32")
+        if crc != _crc32(content):
+            raise ValueError(f"its checksum is {_crc32(content):08x}, expected {crc:08x}")
+        manifest = Manifest(**content)
         for field in dataclasses.fields(Manifest):
             kind, value = typing.get_origin(field.type) or field.type, getattr(manifest, field.name)
             if not isinstance(value, kind):
@@ -78,10 +108,12 @@ def read_manifest(checkpoint: Path) -> Manifest:
         raise CheckpointError(
             f"{checkpoint} is not a checkpoint: it has no {MANIFEST}; give a run's folder or one of its checkpoints"
         ) from None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"{path} cannot be read ({error}); remove {checkpoint} to go on from an older one") from None
-    for name, size in manifest.file_bytes.items():
-        file = checkpoint / name
+    for name, expected in manifest.files.items():
+        file, size = checkpoint / name, expected["bytes"]
         found = file.stat().st_size if file.is_file() else None
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes"
@@ -89,89 +121,95 @@ def read_manifest(checkpoint: Path) -> Manifest:
     return manifest
 
 
-def check_fits(checkpoint: Path, manifest: Manifest, model: ModelConfig, world_size: int, engine_kind: str, precision: str) -> None:
-    """Raises: CheckpointError if the checkpoint is of another model, or laid out for another job than this one."""
-    wanted = {"model": dataclasses.asdict(model), "world_size": world_size, "engine_kind": engine_kind, "precision": precision}
-    for key, value in wanted.items():
-        found = getattr(manifest, key)
-        if key == "model":
-            for name, setting in value.items():
-                if found.get(name) != setting:
-                    raise CheckpointError(
-                        f"{checkpoint} is of another model: model.{name}={found.get(name)}, expected {setting}; "
-                        "change the configuration or run.directory"
-                    )
-        elif found != value:
+class FormatError(CheckpointError):
+    """A checkpoint of another version of this program: whole, but not ours to read, and not ours to pass over."""
+
+
+def _check_format(path: Path, content: dict[str, Any]) -> None:
+    found = content.get("format_version", 1)
+    if found != FORMAT and isinstance(found, int):
+        remedy = "read it with the megamtp that wrote it" if found < FORMAT else "install a newer megamtp"
+        raise FormatError(
+            f"{path} is of format {found}, written by megamtp {content.get('code_version', 'before 0.1.0')}; "
+            f"expected format {FORMAT} (this is megamtp {__version__}): {remedy}, or choose another folder"
+        )
+
+
+def _crc32(content: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def damage(checkpoint: Path, manifest: Manifest, share: int = 0, shares: int = 1) -> str | None:
+    """The first thing in a checkpoint's files that is not as the manifest says; None if all verify. Reads every byte.
+
+    Args:
+        share, shares: looks at every `shares`-th file only, for ranks that read together.
+    """
+    for name in sorted(manifest.files)[share::shares]:
+        file, expected = checkpoint / name, manifest.files[name]["crc32"]
+        try:
+            found = read_crc32(file)
+        except OSError as error:
+            return f"{file} cannot be read: {error.strerror}"
+        if found != expected:
+            return f"{file} has the checksum {found:08x}, expected {expected:08x}"
+    return None
+
+
+def check_model(checkpoint: Path, manifest: Manifest, model: ModelConfig) -> None:
+    """Raises: CheckpointError if the checkpoint is of another model."""
+    found = dataclasses.asdict(written_out(ModelConfig(**manifest.model)))
+    for name, setting in dataclasses.asdict(written_out(model)).items():
+        if found[name] != setting:
             raise CheckpointError(
-                f"{checkpoint} was written with {key.replace('_', ' ')} {found}, expected {value}; "
-                f"go on with {found}, or choose another run.directory"
+                f"{checkpoint} is of another model: model.{name}={found[name]}, expected {setting}; "
+                "change the configuration or run.directory"
             )
 
 
-def publish(
-    run_directory: Path, manifest: Manifest, keep: int, rank: int, barrier: Callable[[], None], write: Callable[[Path], None]
-) -> Path:
-    """Writes a checkpoint on all ranks, makes it visible at once, and removes all but the newest `keep`. Collective.
+def publish(checkpoint: Path, manifest: Manifest, files: dict[str, WrittenFile]) -> None:
+    """Makes what lies in partial_of(checkpoint) visible in one step, replacing what had the name. One rank alone.
 
     Args:
-        manifest: without file sizes, which are filled in here.
-        write: saves this rank's state into the folder it is given; collective.
+        files: all that were written there, each already on disk.
 
     Raises:
-        CheckpointError: it cannot be written, as when the disk is full; older checkpoints are untouched.
+        OSError: as when the disk is full.
     """
-    final = run_directory / "checkpoints" / f"step-{manifest.step:07d}"
-    try:
-        _publish(final, manifest, rank, barrier, write)
-        if rank == 0:
-            for old in checkpoints(run_directory)[:-keep]:
-                _remove(old)
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(name in str(error) for name in TORCH_WRITERS):
-            raise
-        reason = " ".join(str(error).splitlines()[0].split())
-        raise CheckpointError(
-            f"{final} cannot be written ({reason}); {shutil.disk_usage(run_directory).free:,} bytes are free there: "
-            "make room, and start the job again: it goes on from the checkpoint before"
-        ) from error
-    barrier()
-    return final
-
-
-def _publish(final: Path, manifest: Manifest, rank: int, barrier: Callable[[], None], write: Callable[[Path], None]) -> None:
-    partial = final.with_name(final.name + ".partial")
-    if rank == 0:
-        for leftover in final.parent.glob("*.partial"):
-            shutil.rmtree(leftover)
-        partial.mkdir(parents=True)
-    barrier()
-    write(partial)
-    barrier()
-    if rank == 0:
-        _seal(partial, manifest)
-        if final.exists():
-            shutil.rmtree(final)
-        os.rename(partial, final)
-        _sync(final.parent)
-
-
-def _seal(partial: Path, manifest: Manifest) -> None:
-    """Writes the manifest after everything else is on disk."""
-    sizes = {}
-    for path in sorted(partial.rglob("*")):
-        if path.is_file():
-            _sync(path)
-            sizes[str(path.relative_to(partial))] = path.stat().st_size
-    (partial / MANIFEST).write_text(json.dumps(dataclasses.asdict(dataclasses.replace(manifest, file_bytes=sizes)), indent=1))
+    partial = partial_of(checkpoint)
+    content = dataclasses.asdict(manifest) | {"files": {name: dataclasses.asdict(file) for name, file in files.items()}}
+    (partial / MANIFEST).write_text(json.dumps(content | {"crc32": _crc32(content)}, indent=1))
     _sync(partial / MANIFEST)
     _sync(partial)
+    replaced = _set_aside(checkpoint) if checkpoint.exists() else None
+    os.rename(partial, checkpoint)
+    _sync(checkpoint.parent)
+    if replaced:
+        shutil.rmtree(replaced)
 
 
-def _remove(checkpoint: Path) -> None:
-    """Takes the name away first, so that a half-removed checkpoint is never taken for a whole one."""
-    doomed = checkpoint.with_name(checkpoint.name + ".partial")
+def outdated(run_directory: Path, step: int, keep: int, keep_every_steps: int | None) -> list[Path]:
+    """The checkpoints to remove once that of `step` is there: older than the newest `keep`, and at no multiple of the period."""
+    older = [path for path in checkpoints(run_directory) if _step(path) <= step][:-keep]
+    return [path for path in older if not keep_every_steps or _step(path) % keep_every_steps]
+
+
+def remove(checkpoint: Path) -> None:
+    """Takes the name away first, so that a half-removed checkpoint is never taken for a whole one. Raises OSError."""
+    shutil.rmtree(_set_aside(checkpoint))
+
+
+def _set_aside(checkpoint: Path) -> Path:
+    doomed = checkpoint.with_name(f"{checkpoint.name}.removed{PARTIAL}")
+    shutil.rmtree(doomed, ignore_errors=True)
     os.rename(checkpoint, doomed)
-    shutil.rmtree(doomed)
+    return doomed
+
+
+def remove_leftovers(run_directory: Path) -> None:
+    """Removes what jobs that were killed while they saved or removed have left. Raises OSError."""
+    for leftover in (run_directory / "checkpoints").glob(f"*{PARTIAL}"):
+        shutil.rmtree(leftover)
 
 
 def _sync(path: Path) -> None:
@@ -182,43 +220,13 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def load_weights(checkpoint: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """A checkpoint's model and its full fp32 weights by MTPModel's parameter names, gathered from all ranks' shards.
+def verified(checkpoint: Path) -> Manifest:
+    """The manifest of a checkpoint of which every byte has been checked.
 
     Raises:
-        CheckpointError: as read_manifest.
+        CheckpointError: something is damaged.
     """
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
     manifest = read_manifest(checkpoint)
-    if manifest.engine_kind == "zero3":
-        weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag="engine")
-    else:
-        stages = [_weights_of_stage(file) for file in sorted((checkpoint / "engine").glob("mp_rank_*_model_states.pt"))]
-        weights = {name: weight for stage in stages for name, weight in stage.items()}
-        if len(weights[UNEMBEDDING]) < manifest.model["vocab_size"]:  # each stage has some of its rows, in order
-            weights[UNEMBEDDING] = torch.cat([stage[UNEMBEDDING] for stage in stages if UNEMBEDDING in stage])
-    return ModelConfig(**manifest.model), {name: weight.contiguous() for name, weight in weights.items()}
-
-
-def _weights_of_stage(file: Path) -> dict[str, Tensor]:
-    """The fp32 weights of one pipeline stage, or of all under ZeRO-1, from the optimizer states beside `file`.
-
-    DeepSpeed's own reader knows neither several stages nor BF16_Optimizer. Each group of parameters is one row of numbers, cut into
-    a part for each rank; the last part may be padded. Source: deepspeed/utils/zero_to_fp32.py, _zero2_merge_trainable_params.
-    """
-    shapes = torch.load(file, map_location="cpu", mmap=True, weights_only=False)["param_shapes"]
-    stage, parts = file.name.removesuffix("_model_states.pt"), []
-    for rank in itertools.count():
-        found = list(file.parent.glob(f"*zero_pp_rank_{rank}_{stage}_optim_states.pt"))
-        if not found:
-            break
-        state = torch.load(found[0], map_location="cpu", mmap=True, weights_only=False)
-        parts.append(state["optimizer_state_dict"]["single_partition_of_fp32_groups"])
-    weights = {}
-    for group, shapes_of_group in enumerate(shapes):
-        row, start = torch.cat([part[group] for part in parts]), 0
-        for name, shape in shapes_of_group.items():
-            weights[name] = row[start : start + shape.numel()].view(shape)
-            start += shape.numel()
-    return weights
+    if found := damage(checkpoint, manifest):
+        raise CheckpointError(f"{found}; remove {checkpoint} to go on from an older one")
+    return manifest

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from megamtp.checkpoint.safetensors_file import content
 from megamtp.checkpoint.tensors import TensorSource
@@ -86,15 +87,33 @@ def write(path: Path, content_of_file: Any) -> None:
                     opened.write(part)
 
 
-def read(path: Path) -> Any:
+class Opaque:
+    """Stands for an object that is not looked at; nothing of its class is imported or run."""
+
+    def __init__(self, *_: Any):
+        """Takes what the object was made from."""
+
+    def __setstate__(self, state: Any) -> None:
+        """Keeps attributes, which are all that there is to see."""
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+
+
+def read(path: Path, opaque: tuple[str, ...] = ()) -> Any:
     """What is in the file, its tensors mapped: they take no memory until they are read, and none that must be kept then.
+
+    Args:
+        opaque: objects of classes whose full names begin so become Opaque.
 
     Raises:
         CheckpointError: the file is missing, damaged, too old for mapping, or holds more than tensors, numbers and their
             containers, which might run a program.
     """
     try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        unknown = get_unsafe_globals_in_checkpoint(path) if opaque else []
+        allowed = [(_stand_in(name), name) for name in unknown if name.startswith(opaque)]
+        with safe_globals(allowed):
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path} cannot be read ({reason}); expected a whole file of torch.save: copy it again") from None
@@ -108,6 +127,11 @@ def tensors_of(path: Path, found: Any) -> dict[str, Tensor]:
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or not tensor.is_contiguous():
             raise CheckpointError(f"{path}: {name} is a {type(tensor).__name__}, expected a contiguous tensor of numbers")
     return found
+
+
+def _stand_in(name: str) -> type:
+    """A class of its own for each name, for the reader knows classes by their identity."""
+    return type(name.rpartition(".")[2], (Opaque,), {})
 
 
 def _padding(offset: int) -> bytes:

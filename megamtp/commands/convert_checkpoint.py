@@ -2,6 +2,7 @@
 
 python -m megamtp.commands.convert_checkpoint runs/quickstart exported --to hf
 python -m megamtp.commands.convert_checkpoint runs/quickstart/checkpoints/step-0000100 exported --to hf
+python -m megamtp.commands.convert_checkpoint universal runs/new --to zero3        (then pretrain with run.directory=runs/new)
 """
 
 from pathlib import Path
@@ -11,7 +12,9 @@ import torch
 from megamtp.checkpoint import formats
 from megamtp.checkpoint.folder import check_destination
 from megamtp.commands.command_line import Parser, run
+from megamtp.config import read_config
 
+ENGINES = ("zero3", "zero1", "pipeline")  # all of which read a run's checkpoint
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -19,10 +22,12 @@ def main() -> None:
     """Raises InputError."""
     arguments = _parser().parse_args()
     check_destination(arguments.destination)  # before the source, which may take long to read
-    contents = formats.read(arguments.source, arguments.num_future_tokens)
+    model = read_config([str(arguments.config)]).model if arguments.config else None
+    contents = formats.read(arguments.source, formats.Options(arguments.num_future_tokens, model))
     for note in contents.notes:
         print(note)
-    formats.FORMATS[arguments.to].write(contents, arguments.destination, DTYPES[arguments.dtype])
+    target = "run" if arguments.to in ENGINES else arguments.to
+    formats.FORMATS[target].write(contents, arguments.destination, DTYPES[arguments.dtype])
     print(f"{arguments.source} -> {arguments.destination}")
 
 
@@ -31,11 +36,13 @@ def _parser() -> Parser:
     parser = Parser(f"{__doc__}\nFormats:\n{described}")
     parser.add_argument("source", type=Path, help=f"a checkpoint of one of these formats: {', '.join(formats.readable())}")
     parser.add_argument("destination", type=Path, help="a new or empty folder, or an earlier export, which is replaced")
-    parser.add_argument("--to", choices=formats.writable(), default="hf", help="format of the destination (default: hf)")
+    parser.add_argument("--to", choices=[*formats.writable(), *ENGINES], default="hf",
+                        help="format of the destination (default: hf); an engine's is a run's")  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="type of exported weights (default: fp32)")
     parser.add_argument(
         "--num-future-tokens", type=int, help="heads to make of a source with one: its last layer, and copies of it (default: 1)"
     )
+    parser.add_argument("--config", type=Path, help="a run's config.yaml, for a source that says nothing of its model")
     return parser
 
 

@@ -15,7 +15,8 @@ import torch
 from megamtp.checkpoint import formats
 from megamtp.checkpoint.tensors import whole
 from megamtp.commands.command_line import Parser, run
-from megamtp.data.tokenizer import SentencePieceTokenizer
+from megamtp.config import BYTES
+from megamtp.data.tokenizer import open_tokenizer
 from megamtp.decoding.generate import generate
 from megamtp.errors import InputError
 from megamtp.model.mtp import MTPModel
@@ -27,7 +28,7 @@ def main() -> None:
     prompt = _prompt(arguments.prompt)
     device = _device(arguments.device)
     model, tokenizer_path = _load(arguments.model, device)
-    tokenizer = SentencePieceTokenizer(_required(arguments.tokenizer or tokenizer_path))
+    tokenizer = open_tokenizer(_required(arguments.tokenizer or tokenizer_path))
     if tokenizer.vocab_size != model.config.vocab_size:
         raise InputError(
             f"{tokenizer.path} has {tokenizer.vocab_size} pieces, expected the model's {model.config.vocab_size}: "
@@ -50,7 +51,9 @@ def _parser() -> Parser:
     parser.add_argument("--top-k", type=int, help="sample among the k likeliest tokens")
     parser.add_argument("--top-p", type=float, help="sample among the likeliest tokens that together reach this probability")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
-    parser.add_argument("--tokenizer", type=Path, help="SentencePiece model (default: the export's, or data.tokenizer of the run)")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="SentencePiece model, or bytes (default: the export's, or the run's data.tokenizer)"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one")
     return parser
 
@@ -73,7 +76,7 @@ def _device(name: str) -> torch.device:
 
 def _required(path: Path | None) -> Path:
     if path is None:
-        raise InputError("the model has no tokenizer; expected --tokenizer PATH, a SentencePiece model")
+        raise InputError("the model has no tokenizer; expected --tokenizer PATH, a SentencePiece model, or --tokenizer bytes")
     return path
 
 
@@ -85,7 +88,7 @@ def _load(source: Path, device: torch.device) -> tuple[MTPModel, Path | None]:
         model = MTPModel(contents.model)
     weights = {name: whole(contents.weights, name, torch.float32).to(device) for name in contents.weights.shapes}
     model.load_state_dict(weights, strict=True, assign=True)
-    return model, contents.tokenizer
+    return model, Path(BYTES) if contents.tokens_are_bytes else contents.tokenizer
 
 
 def entry() -> None:

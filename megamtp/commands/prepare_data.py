@@ -1,36 +1,61 @@
 """Turns text into a corpus that megamtp and Megatron-LM can train on.
 
-megamtp-prepare-data --input src/ more.jsonl --output corpus
+megamtp-prepare-data --input src/ more.jsonl.gz --output corpus
 megamtp-prepare-data --standard-library --output corpus
+mpirun -n 65 megamtp-prepare-data --input /data/pile --tokenizer tokenizer.model --output /shared/corpus
+
+Files are the same for any number of workers. Killed and called again, it goes on from the parts it has finished.
 """
 
 import argparse
+import os
+from concurrent.futures import Executor
 from pathlib import Path
 
 from megamtp.commands.command_line import Parser, run
-from megamtp.data.corpus import prepare
+from megamtp.data.corpus import DEFAULT_VOCAB_SIZE, PICTURE, Corpus, prepare
 from megamtp.data.documents import find_source, standard_library
+from megamtp.data.workers import mpi_ranks, num_mpi_ranks
 from megamtp.errors import InputError
 
 
 def main() -> None:
-    """Raises InputError."""
+    """Prepares with processes of this machine, or as rank 0 of an MPI job with its other ranks. Raises InputError."""
+    if num_mpi_ranks() == 1:
+        _prepare(None)
+        return
+    with mpi_ranks() as executor:
+        if executor:
+            _prepare(executor)
+
+
+def _prepare(ranks: Executor | None) -> None:
     options = _options()
     if not 0 < options.validation_fraction < 1:
         raise InputError(f"--validation-fraction {options.validation_fraction}; expected a number between 0 and 1")
+    if ranks and options.workers:
+        raise InputError(f"--workers {options.workers} under mpirun; expected one of them: mpirun's ranks are the workers")
+    if options.workers is not None and options.workers < 1:
+        raise InputError(f"--workers {options.workers}; expected 1 or more")
     if options.standard_library:
         source = standard_library()
     else:
         source = find_source(options.input, tuple(options.exclude), options.json_key)
     corpus, reused = prepare(
-        source, options.output, options.vocab_size, options.tokenizer, options.validation_fraction, options.seed, options.overwrite
-    )
+        source, options.output, options.vocab_size, options.tokenizer, options.validation_fraction, options.seed,
+        options.overwrite, options.deduplicate, ranks or options.workers or len(os.sched_getaffinity(0)),
+    )  # fmt: skip
+    _report(corpus, reused, options.output)
+
+
+def _report(corpus: Corpus, reused: bool, output: Path) -> None:
     if corpus.unreadable_files:
         print(f"passed over {len(corpus.unreadable_files)} files that are not UTF-8, the first: {corpus.unreadable_files[0]}")
+    if corpus.duplicates:
+        print(f"dropped {corpus.duplicates:,} documents whose text an earlier one has")
     for split in corpus.tokens:
-        print(
-            f"{split}: {corpus.documents[split]:,} documents, {corpus.tokens[split]:,} tokens in {options.output / split}.bin, .idx"
-        )
+        print(f"{split}: {corpus.documents[split]:,} documents, {corpus.tokens[split]:,} tokens in {output / split}.bin, .idx")
+    print(f"lengths of documents: {output / PICTURE}")
     print(
         f"{corpus.vocab_size} pieces, {corpus.bytes_per_token:.2f} bytes per token, unigram entropy of validation "
         f"{corpus.unigram_entropy:.3f} nats{' (reused)' if reused else ''}"
@@ -40,14 +65,26 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = Parser(__doc__)
     inputs = parser.add_mutually_exclusive_group(required=True)
-    inputs.add_argument("--input", nargs="+", type=Path, metavar="PATH", help="text files, .jsonl files, folders of source or text")
+    inputs.add_argument(
+        "--input",
+        nargs="+",
+        type=Path,
+        metavar="PATH",
+        help="text, .jsonl (also .gz, .zst) and .parquet files, or folders of them",
+    )
     inputs.add_argument("--standard-library", action="store_true", help="the running Python's own standard library")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of the corpus")
-    parser.add_argument("--vocab-size", type=int, default=4096, help="pieces of the tokenizer that is trained [4096]")
-    parser.add_argument("--tokenizer", type=Path, metavar="MODEL", help="use this SentencePiece model instead of training one")
+    parser.add_argument("--tokenizer", metavar="MODEL", help="a SentencePiece model, or `bytes`; without, one is trained")
+    parser.add_argument(
+        "--vocab-size",
+        type=int,
+        help=f"pieces of the tokenizer that is trained [{DEFAULT_VOCAB_SIZE}], or that the given one must have",
+    )
+    parser.add_argument("--workers", type=int, metavar="K", help="processes that tokenise [one for each core]; not under mpirun")
+    parser.add_argument("--deduplicate", action="store_true", help="drop documents whose text an earlier one has")
     parser.add_argument("--validation-fraction", type=float, default=0.02, help="share of documents held out [0.02]")
     parser.add_argument("--exclude", nargs="*", default=[], metavar="NAME", help="names of files or folders to leave out")
-    parser.add_argument("--json-key", default="text", help="key of a JSONL line's text [text]")
+    parser.add_argument("--json-key", default="text", help="key of a JSON line's text, or name of the Parquet column [text]")
     parser.add_argument("--seed", type=int, default=0, help="of the split and of the tokenizer's sample [0]")
     parser.add_argument("--overwrite", action="store_true", help="replace a corpus of other inputs or settings")
     return parser.parse_args()

@@ -1,29 +1,39 @@
-"""Text -> a prepared corpus: tokenizer.model, train.bin/.idx, validation.bin/.idx, and corpus.json, which is written last.
+"""Text -> a prepared corpus: tokenizer.model, train.bin/.idx, validation.bin/.idx, lengths.png, and corpus.json, which is last.
 
-A folder without corpus.json is not a corpus, whatever else lies in it.
+A folder without corpus.json is not a corpus, whatever else lies in it. Until then finished parts are kept in .preparation, from
+which the next call goes on.
 """
 
 import dataclasses
+import fcntl
 import hashlib
 import json
-import os
+import random
+import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
-from itertools import islice
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from megamtp.data.documents import Source
-from megamtp.data.indexed_dataset import IndexedDatasetWriter, best_dtype
-from megamtp.data.tokenizer import SentencePieceTokenizer, train_sentencepiece
+from megamtp.data.length_report import draw_lengths
+from megamtp.data.merge import SPLITS, Parts, Totals, split_limit, too_few, write_splits
+from megamtp.data.parts import Job
+from megamtp.data.shards import Shard, plan
+from megamtp.data.tokenizer import BYTES, open_tokenizer, train_sentencepiece
+from megamtp.data.workers import tokenise_all
 from megamtp.errors import InputError
 from megamtp.files import write_atomically
 
 SUMMARY = "corpus.json"
-SPLITS = ("train", "validation")
-BATCH_DOCUMENTS = 256
+PICTURE = "lengths.png"
+WORK = ".preparation"
+DEFAULT_VOCAB_SIZE = 4096
+# The tokenizer's sample is drawn from all inputs if they are no larger than this, else from as many bytes of them.
+TRAINING_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,8 @@ class Corpus:
     Attributes:
         unigram_entropy: of the validation split's own token frequencies, in nats per token: the loss of the best model that
             knows no context.
+        duplicates: documents that were dropped because an earlier one has the same text.
+        document_lengths: how many documents have at least so many tokens, their ends included, and fewer than twice as many.
     """
 
     settings: dict
@@ -42,24 +54,31 @@ class Corpus:
     bytes_per_token: float
     unigram_entropy: float
     unreadable_files: list[str]
+    duplicates: int = 0
+    document_lengths: dict[str, int] = field(default_factory=dict)
 
 
 def prepare(
     source: Source,
     output: Path,
-    vocab_size: int = 4096,
-    tokenizer: Path | None = None,
+    vocab_size: int | None = None,
+    tokenizer: Path | str | None = None,
     validation_fraction: float = 0.02,
     seed: int = 0,
     overwrite: bool = False,
+    deduplicate: bool = False,
+    workers: int | Executor = 1,
 ) -> tuple[Corpus, bool]:
     """Tokenises all documents into `output`, each ended by the tokenizer's end-of-document id.
 
     Documents go to the validation split by a hash of (seed, name), so the split does not depend on their order. Whatever else is
-    wrong than the disk is found before an earlier corpus is touched.
+    wrong than the disk is found before an earlier corpus is touched. The files' bytes do not depend on the workers.
 
     Args:
-        tokenizer: an existing SentencePiece model; without, one of `vocab_size` pieces is trained on the documents.
+        vocab_size: of the SentencePiece model that is trained on the documents [4096], or that a given tokenizer must have.
+        tokenizer: an existing SentencePiece model, or `bytes`.
+        deduplicate: drop documents whose text an earlier one has.
+        workers: processes that tokenise, or an executor.
 
     Returns:
         (the corpus, whether an earlier preparation with the same settings and inputs was found and reused).
@@ -67,7 +86,7 @@ def prepare(
     Raises:
         InputError: nothing to read or nowhere to write, or `output` holds another corpus and `overwrite` is not set.
     """
-    settings = _settings(source, vocab_size, tokenizer, validation_fraction, seed)
+    settings = _settings(source, vocab_size, tokenizer, validation_fraction, seed, deduplicate)
     try:
         existing = None if overwrite else _existing(output)
         if existing and existing.settings != settings:
@@ -75,22 +94,140 @@ def prepare(
                 f"{output} holds a corpus of other inputs or settings; expected the same: use --overwrite or another folder"
             )
         if existing:
+            shutil.rmtree(output / WORK, ignore_errors=True)
             return existing, True
-        output.mkdir(parents=True, exist_ok=True)
-        held_out = _held_out(source, validation_fraction, seed)
-        new_tokenizer = output / "tokenizer.model.new"
-        if tokenizer:
-            SentencePieceTokenizer(tokenizer)
-            write_atomically(new_tokenizer, tokenizer.read_bytes())
-        else:
-            train_sentencepiece((text for _, text in source.documents()), new_tokenizer, vocab_size, seed)
-        (output / SUMMARY).unlink(missing_ok=True)
-        os.replace(new_tokenizer, output / "tokenizer.model")
-        corpus = _tokenise(source, output, settings, held_out)
-        write_atomically(output / SUMMARY, json.dumps(dataclasses.asdict(corpus), indent=1).encode())
+        with _work_folder(output) as work:
+            shards = plan(source.files)
+            job = _job(source, shards, work, vocab_size, tokenizer, seed, deduplicate)
+            tokenise_all(shards, job, workers)
+            parts = Parts(shards, job, open_tokenizer(job.tokenizer).vocab_size)
+            if job.with_text_hashes:
+                parts.drop_duplicates()
+            limit = split_limit(parts, validation_fraction, _place(source))
+            totals = _publish(parts, limit, output, job)
+            corpus = _summary(totals, settings, parts.vocab_size, len(job.dropped))
+            write_atomically(output / PICTURE, draw_lengths(totals.lengths))
+            write_atomically(output / SUMMARY, json.dumps(dataclasses.asdict(corpus), indent=1).encode())
+        shutil.rmtree(output / WORK)
     except OSError as error:
         raise InputError(f"{output} cannot be written to: {error.strerror}; choose another folder or make room") from None
     return corpus, False
+
+
+@contextmanager
+def _work_folder(output: Path) -> Iterator[Path]:
+    """Where parts are kept; only one preparation at a time has it. Removed after a mistake unless there are finished parts."""
+    work = output / WORK
+    output.mkdir(parents=True, exist_ok=True)
+    work.mkdir(exist_ok=True)
+    with open(work / "lock", "wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{output} is being prepared by another process; expected one at a time: wait for it or end it"
+            ) from None
+        try:
+            yield work
+        except (InputError, OSError):
+            if not any(work.glob("*.npy")):
+                shutil.rmtree(work, ignore_errors=True)
+            raise
+
+
+def _job(
+    source: Source,
+    shards: list[Shard],
+    work: Path,
+    vocab_size: int | None,
+    tokenizer: Path | str | None,
+    seed: int,
+    deduplicate: bool,
+) -> Job:
+    in_pieces = source.is_small()
+    dropped = _duplicates(source) if in_pieces and deduplicate else []
+    if in_pieces and (found := _count_names(source)) < 2:
+        raise too_few(found, _place(source))
+    path = _tokenizer(source, shards, work, vocab_size, tokenizer, seed)
+    digest = BYTES if path == BYTES else hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return Job(work, path, digest, source.json_key, seed, in_pieces, tuple(dropped), deduplicate and not in_pieces)
+
+
+def _count_names(source: Source) -> int:
+    """How many names of documents or pieces there are, up to 2."""
+    names: set[str] = set()
+    for name, _ in source.pieces():
+        names.add(name)
+        if len(names) == 2:
+            break
+    return len(names)
+
+
+def _duplicates(source: Source) -> list[str]:
+    """Names of documents, of a few, whose text an earlier one has."""
+    seen, found = set(), []
+    for name, text in source.documents():
+        if text in seen:
+            found.append(name)
+        seen.add(text)
+    return found
+
+
+def _tokenizer(
+    source: Source, shards: list[Shard], work: Path, vocab_size: int | None, tokenizer: Path | str | None, seed: int
+) -> str:
+    """`bytes`, or a model in the work folder: a copy of the given one, or one that is trained, if not an earlier call did that."""
+    if str(tokenizer) == BYTES:
+        return BYTES
+    if tokenizer:
+        write_atomically(work / "given.model", Path(tokenizer).read_bytes())
+        return str(work / "given.model")
+    size = DEFAULT_VOCAB_SIZE if vocab_size is None else vocab_size
+    key = hashlib.sha256(json.dumps([size, seed, source.json_key, *(shard.fingerprint for shard in shards)]).encode()).hexdigest()
+    path = work / f"trained-{key[:32]}.model"
+    if not path.is_file():
+        train_sentencepiece(_training_texts(source, shards, seed), path, size, seed)
+    return str(path)
+
+
+def _training_texts(source: Source, shards: list[Shard], seed: int) -> Iterator[str]:
+    left = TRAINING_BYTES
+    chosen = set()
+    for number in random.Random(seed).sample(range(len(shards)), len(shards)):
+        if left > 0:
+            chosen.add(number)
+            left -= shards[number].num_bytes
+    for number in sorted(chosen):
+        yield from (text for _, text in shards[number].documents(source.json_key, []))
+
+
+def _publish(parts: Parts, limit: int, output: Path, job: Job) -> Totals:
+    """Writes all files but the picture and corpus.json, which is removed first."""
+    (output / SUMMARY).unlink(missing_ok=True)
+    if job.tokenizer == BYTES:
+        (output / "tokenizer.model").unlink(missing_ok=True)
+    else:
+        write_atomically(output / "tokenizer.model", Path(job.tokenizer).read_bytes())
+    return write_splits(parts, limit, output)
+
+
+def _summary(totals: Totals, settings: dict, vocab_size: int, dropped: int) -> Corpus:
+    lengths = {str(1 << power): int(number) for power, number in enumerate(totals.lengths) if number}
+    return Corpus(
+        settings,
+        vocab_size,
+        totals.documents,
+        totals.tokens,
+        totals.num_bytes / sum(totals.tokens.values()),
+        _entropy(totals.validation_counts),
+        totals.not_utf8,
+        totals.duplicates + dropped,
+        lengths,
+    )
+
+
+def _place(source: Source) -> str:
+    return f"{source.files[0][1]}{' and others' if len(source.files) > 1 else ''}"
 
 
 def read_corpus(folder: Path) -> Corpus:
@@ -107,67 +244,33 @@ def read_corpus(folder: Path) -> Corpus:
 
 def _existing(output: Path) -> Corpus | None:
     """A whole earlier corpus, or None."""
-    files = [
-        output / SUMMARY,
-        output / "tokenizer.model",
-        *(output / f"{split}{end}" for split in SPLITS for end in (".bin", ".idx")),
-    ]
-    return read_corpus(output) if all(file.is_file() for file in files) else None
+    files = [output / SUMMARY, *(output / f"{split}{end}" for split in SPLITS for end in (".bin", ".idx"))]
+    if not all(file.is_file() for file in files):
+        return None
+    corpus = read_corpus(output)
+    return corpus if corpus.settings.get("tokenizer") == BYTES or (output / "tokenizer.model").is_file() else None
 
 
-def _settings(source: Source, vocab_size: int, tokenizer: Path | None, validation_fraction: float, seed: int) -> dict:
+def _settings(
+    source: Source, vocab_size: int | None, tokenizer: Path | str | None, validation_fraction: float, seed: int, deduplicate: bool
+) -> dict:
+    """Raises InputError: an input or the tokenizer cannot be read, or the tokenizer's vocabulary is another than vocab_size."""
     inputs = hashlib.sha256(source.json_key.encode(errors="backslashreplace"))
     try:
         for name, path in source.files:
             inputs.update(f"\n{name}\t{path.stat().st_size}\t{path.stat().st_mtime_ns}".encode())
-        model = hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer else vocab_size
     except OSError as error:
         raise InputError(f"{error.filename}: {error.strerror}; expected a readable file") from None
-    return {"inputs": inputs.hexdigest(), "tokenizer": model, "validation_fraction": validation_fraction, "seed": seed}
-
-
-def _tokenise(source: Source, output: Path, settings: dict, held_out: set[str]) -> Corpus:
-    tokenizer = SentencePieceTokenizer(output / "tokenizer.model")
-    counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
-    documents, tokens, num_bytes = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0), 0
-    with ExitStack() as stack:
-        dtype = best_dtype(tokenizer.vocab_size)
-        writers = {split: stack.enter_context(IndexedDatasetWriter(output / split, dtype)) for split in SPLITS}
-        for batch in _batches(source.pieces()):
-            encoded = tokenizer.encode_batch([text for _, text in batch], num_threads=os.cpu_count() or 1)
-            for (name, text), ids in zip(batch, encoded, strict=True):
-                split = "validation" if name in held_out else "train"
-                ids = np.array([*ids, tokenizer.end_of_document_id])
-                writers[split].add_document(ids)
-                documents[split] += 1
-                tokens[split] += len(ids)
-                num_bytes += len(text.encode())
-                if split == "validation":
-                    counts += np.bincount(ids, minlength=len(counts))
-    return Corpus(
-        settings, tokenizer.vocab_size, documents, tokens, num_bytes / sum(tokens.values()), _entropy(counts), source.unreadable
-    )
-
-
-def _held_out(source: Source, validation_fraction: float, seed: int) -> set[str]:
-    """Names of the validation documents: those with the smallest hashes, at least one, and never all.
-
-    Documents of one name, from several inputs, stay together.
-    """
-    ranked = sorted((hashlib.sha256(f"{seed}/{name}".encode()).digest(), name) for name in {name for name, _ in source.pieces()})
-    if len(ranked) < 2:
-        place = f"{source.files[0][1]}{' and others' if len(source.files) > 1 else ''}"
-        raise InputError(
-            f"found {len(ranked)} documents that differ in name in {place}; "
-            "expected at least two, or one long enough to be cut in pieces: add text"
-        )
-    number = min(len(ranked) - 1, max(1, round(validation_fraction * len(ranked))))
-    return {name for _, name in ranked[:number]}
-
-
-def _batches(pieces: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    while batch := list(islice(pieces, BATCH_DOCUMENTS)):
-        yield batch
+    model: str | int = DEFAULT_VOCAB_SIZE if vocab_size is None else vocab_size
+    if tokenizer:
+        found = open_tokenizer(tokenizer).vocab_size
+        if vocab_size not in (None, found):
+            raise InputError(
+                f"{tokenizer} has {found} pieces, expected {vocab_size}: leave --vocab-size out or give another tokenizer"
+            )
+        model = BYTES if str(tokenizer) == BYTES else hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest()
+    settings = {"inputs": inputs.hexdigest(), "tokenizer": model, "validation_fraction": validation_fraction, "seed": seed}
+    return settings | ({"deduplicate": True} if deduplicate else {})
 
 
 def _entropy(counts: np.ndarray) -> float:

@@ -85,6 +85,13 @@ class IndexedDatasetWriter:
         if max(lengths, default=0) > LONGEST_SEQUENCE:
             raise InputError(f"found a document of {max(lengths)} tokens, expected at most {LONGEST_SEQUENCE}: cut it")
 
+    def add_documents(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Appends documents of one sequence each: `tokens` of the file's type [sum of lengths], int32 `lengths` [documents]."""
+        self._stream.write(tokens.astype(self.dtype.newbyteorder("<"), copy=False).data)
+        first = len(self._lengths) + 1
+        self._lengths.frombytes(lengths.astype(np.int32, copy=False).tobytes())
+        self._documents.frombytes(np.arange(first, first + len(lengths), dtype=np.int64).tobytes())
+
     def __exit__(self, error_type, error, traceback) -> None:
         try:
             if error_type is None:

@@ -26,6 +26,10 @@ class Batch:
     targets: Tensor
     documents: Tensor | None = None
 
+    def to(self, device: torch.device) -> "Batch":
+        documents = None if self.documents is None else self.documents.to(device)
+        return Batch(self.inputs.to(device), self.targets.to(device), documents)
+
 
 class WindowSequence(Protocol):
     """An endless sequence of windows: one corpus in shuffled epochs (Windows), or several (Blend)."""

@@ -1,4 +1,4 @@
-"""SentencePiece: training a code-friendly BPE tokenizer, and encoding and decoding with one."""
+"""Tokenizers: SentencePiece, with the training of a code-friendly BPE model, and bytes."""
 
 import io
 import random
@@ -6,8 +6,11 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 
+from megamtp.config import BYTES
+from megamtp.data.indexed_dataset import best_dtype
 from megamtp.errors import InputError
 from megamtp.files import write_atomically
 
@@ -16,6 +19,30 @@ SPACE_MARK = "\u2581"
 # Training reads at most 5000 chunks of 4096 characters, about 20 MB: seconds of work, and merges hardly change beyond it.
 CHUNK_CHARACTERS = 4096
 MAX_CHUNKS = 5000
+
+
+class ByteTokenizer:
+    """Tokens are the bytes of the text's UTF-8, and 256 ends a document. Source: the paper's byte-level models, section 3.3."""
+
+    path = BYTES
+    vocab_size = 257
+    end_of_document_id = 256
+
+    def encode(self, text: str) -> list[int]:
+        """The bytes of `text`, without any end-of-document id."""
+        return list(text.encode())
+
+    def encode_documents(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of all texts in a row, each ended by the end-of-document id, and how many each has."""
+        encoded = [text.encode() for text in texts]
+        lengths = np.array([len(text) + 1 for text in encoded], dtype=np.int64)
+        tokens = np.frombuffer(b"\0".join([*encoded, b""]), dtype=np.uint8).astype(np.uint16)
+        tokens[np.cumsum(lengths) - 1] = self.end_of_document_id
+        return tokens, lengths
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; bytes that are no UTF-8 become U+FFFD, the end of a document nothing."""
+        return bytes(int(token) for token in ids if token < 256).decode(errors="replace")
 
 
 class SentencePieceTokenizer:
@@ -50,6 +77,15 @@ class SentencePieceTokenizer:
                 encoded[index] = self._encode_around_space_marks(text)
         return encoded
 
+    def encode_documents(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of all texts in a row, each ended by the end-of-document id, and how many each has."""
+        encoded = self.encode_batch(texts, num_threads=1)
+        lengths = np.array([len(ids) + 1 for ids in encoded], dtype=np.int64)
+        tokens = np.full(lengths.sum(), self.end_of_document_id, dtype=best_dtype(self.vocab_size))
+        for ids, stop in zip(encoded, np.cumsum(lengths) - 1, strict=True):
+            tokens[stop - len(ids) : stop] = ids
+        return tokens, lengths
+
     def _encode_around_space_marks(self, text: str) -> list[int]:
         first, *others = self._processor.encode(text.split(SPACE_MARK))
         return first + [token for part in others for token in self._space_mark_ids + part]
@@ -57,6 +93,14 @@ class SentencePieceTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; control pieces such as the end of a document decode to nothing."""
         return self._processor.decode([int(token) for token in ids])
+
+
+Tokenizer = SentencePieceTokenizer | ByteTokenizer
+
+
+def open_tokenizer(path: Path | str) -> Tokenizer:
+    """The tokenizer that data.tokenizer or --tokenizer names: `bytes`, or a SentencePiece model. Raises InputError."""
+    return ByteTokenizer() if str(path) == BYTES else SentencePieceTokenizer(path)
 
 
 def _load(path: Path) -> sentencepiece.SentencePieceProcessor:
@@ -81,10 +125,10 @@ def train_sentencepiece(documents: Iterable[str], path: Path, vocab_size: int, s
     The same documents, size and seed give the same bytes. Raises InputError if the text cannot fill the vocabulary,
     or the vocabulary cannot hold the text's characters.
     """
-    model = io.BytesIO()
+    model, sample = io.BytesIO(), _sample_chunks(documents, seed)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(_sample_chunks(documents, seed)),
+            sentence_iterator=iter(sample),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,

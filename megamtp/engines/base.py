@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,21 @@ class StepResult:
     skipped: bool
 
 
+@dataclass(frozen=True)
+class EngineState:
+    """What must be saved to go on as if nothing had happened.
+
+    Attributes:
+        tensors: this rank's slices of weights and moments by slice_key (checkpoint/shards.py), and its random states, in place.
+        shapes: of the whole parameters that they are slices of, by name.
+        run: a few numbers that are the same on all ranks, for the manifest.
+    """
+
+    tensors: dict[str, Tensor]
+    shapes: dict[str, tuple[int, ...]]
+    run: dict[str, Any]
+
+
 class Engine(Protocol):
     """A model, its optimizer and its ranks. Every method is collective: all ranks call it, in the same order.
 
@@ -58,14 +73,15 @@ class Engine(Protocol):
         Both are 0 where another rank computes that head.
         """
 
-    def save(self, directory: Path) -> None:
-        """Writes weights, optimizer and random states of all ranks into `directory`."""
+    def state(self) -> EngineState:
+        """This rank's part of weights, optimizer and random states, in place: copy it before the next step. Not collective."""
 
-    def load(self, directory: Path) -> None:
-        """Restores what `save` wrote, bit for bit, at the same world size.
+    def load(self, checkpoint: Path) -> None:
+        """Restores `state` from a checkpoint of any engine at any world size, bit for bit. (Random states only of the same engine
+        at the same world size; others start anew.) Collective.
 
         Raises:
-            CheckpointError: the files are missing or do not fit.
+            CheckpointError: files are damaged, or of another model.
         """
 
 

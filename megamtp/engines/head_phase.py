@@ -3,8 +3,8 @@
 DeepSpeed believes that a forward pass makes no gradients. Each step below corrects one such belief; leaving one out gives wrong
 gradients, often silently. (a) to (e), of which (c) is in zero.py, are tested one by one in tests/distributed/test_head_phase.py.
 
-This file and those of the grouped traffic (traffic.py) are the only ones that know DeepSpeed's `ds_*` attributes. Checked against
-DeepSpeed 0.19.
+This file, those of the grouped traffic (traffic.py) and fragments.py are the only ones that know DeepSpeed's `ds_*` attributes.
+Checked against DeepSpeed 0.19.
 """
 
 import contextlib
@@ -147,5 +147,5 @@ def backward_seed(engine: DeepSpeedEngine) -> float:
 
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """A parameter's shape, whether or not ZeRO-3 holds it in shards."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+    """A parameter's shape in the model, also where ZeRO-3 holds it in shards, or a pipeline's stage some rows of it."""
+    return tuple(getattr(parameter, "ds_shape", getattr(parameter, "whole_shape", parameter.shape)))

@@ -7,7 +7,6 @@ back, so every stage runs one forward and one backward pass of each micro-batch,
 """
 
 import itertools
-import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,19 +22,17 @@ from torch import Tensor
 
 from megamtp.config import Config
 from megamtp.data.loader import Batch
-from megamtp.engines.base import StepResult, data_parallel_place, loss_scales
+from megamtp.engines.base import EngineState, StepResult, data_parallel_place, loss_scales
 from megamtp.engines.deepspeed_config import deepspeed_config
 from megamtp.engines.head_phase import backward_seed
 from megamtp.engines.optimizer import adamw
 from megamtp.engines.partition import Partition, enough_micro_batches, partition
-from megamtp.engines.saved_state import load_state, save_state
+from megamtp.engines.saved_state import engine_state, load_state
 from megamtp.engines.spread import spread
 from megamtp.engines.stage import PipelineStage
-from megamtp.errors import CheckpointError, InputError
+from megamtp.errors import InputError
 from megamtp.losses.sequential import HeadPhase
 from megamtp.losses.softmax_gradient import IGNORED
-
-CUT_FILE = "stages.json"  # in a checkpoint: the number of layers of each stage
 
 
 class PipelineEngine:
@@ -60,9 +57,6 @@ class PipelineEngine:
             config=deepspeed_config(config, self.data_parallel_size),
             dist_init_required=False,
         )
-        for name in ("module_state_dict", "load_module_state_dict"):
-            # Weights under MTPModel's names, as DeepSpeed's other engines save them; its pipeline's own are of numbered layers.
-            setattr(self.engine, name, getattr(super(DeepSpeedPipelineEngine, self.engine), name))
         self.model.head_phase = SeededHeads(self.engine)
         self.engine._INSTRUCTION_MAP = self.engine._INSTRUCTION_MAP | {schedule.ReduceTiedGrads: self._reduce_unembedding}
         if self.rank == 0:
@@ -95,27 +89,13 @@ class PipelineEngine:
                 totals[1, head] += sum(int((batch.targets[head] != IGNORED).sum()) for batch in group)
         return totals.flatten()
 
-    def save(self, directory: Path) -> None:
-        """See Engine.save."""
-        save_state(self.engine, directory, self.rank)
-        if self.rank == 0:
-            (directory / CUT_FILE).write_text(json.dumps(self._cut_layout()))
+    def state(self) -> EngineState:
+        """See Engine.state."""
+        return engine_state(self.engine)
 
-    def load(self, directory: Path) -> None:
-        """See Engine.load; with the same cut, too."""
-        try:
-            found = json.loads((directory / CUT_FILE).read_text())
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{directory / CUT_FILE} cannot be read ({error}); remove {directory} to go on from an older one"
-            ) from None
-        if found != self._cut_layout():
-            remedy = f"engine.stage_layers={found}" if isinstance(found, list) else "the engine.* it was written with"
-            raise CheckpointError(
-                f"{directory} was written with stages of {found} layers, expected {self._cut_layout()}; "
-                f"go on with {remedy}, or choose another run.directory"
-            )
-        load_state(self.engine, directory, self.rank)
+    def load(self, checkpoint: Path) -> None:
+        """See Engine.load."""
+        load_state(self.engine, checkpoint, self.config.engine.kind, self.rank, self.world_size)
 
     def _reduce_unembedding(self, engine: DeepSpeedPipelineEngine) -> None:
         """Sums the gradients of all copies of the unembedding, once a step: when this stage has sent its last gradient upstream.
@@ -140,7 +120,7 @@ class PipelineEngine:
         return PipelineStage(self.config, self.cut, self.device)
 
     def _begin(self, micro_batches: list[Batch], loss_scales: list[float]) -> None:
-        self.model.begin((batch.targets for batch in micro_batches), loss_scales)
+        self.model.begin(micro_batches, loss_scales)
 
     def _end(self) -> None:
         """After the last pass of a step or an evaluation."""
@@ -165,10 +145,6 @@ class PipelineEngine:
         except InputError as error:
             other = str(error)
         return f"{self.cut.summary()}\nwith engine.spread_losses: {other}"
-
-    def _cut_layout(self) -> list[int] | dict[str, list[int]]:
-        """What a checkpoint must agree in."""
-        return [stage.end - stage.first for stage in self.cut.stages]
 
 
 class SeededHeads(HeadPhase):

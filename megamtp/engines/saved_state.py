@@ -1,45 +1,92 @@
-"""What a rank writes into a checkpoint, in DeepSpeed's own layout, and reads from it."""
+"""What an engine gives to a checkpoint and takes from one, whichever engine it is, on however many ranks."""
 
-import pickle
-import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megamtp.checkpoint.contents import check_tensors
+from megamtp.checkpoint.shards import KINDS, Tensors, shard_name, slice_key
+from megamtp.checkpoint.store import Manifest, read_manifest
+from megamtp.engines.base import EngineState
+from megamtp.engines.fragments import MasterState
+from megamtp.engines.head_phase import full_shape
 from megamtp.errors import CheckpointError
 
-
-def save_state(engine: DeepSpeedEngine, directory: Path, rank: int) -> None:
-    """Weights and optimizer, one file per rank and kind of state, into `directory`/engine; random states beside it. Collective."""
-    engine.save_checkpoint(str(directory), tag="engine", save_latest=False)
-    torch.save(_random_states(), directory / f"random_rank{rank:05d}.pt")
+COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # of DeepSpeed's engine
+LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of its loss scaler under fp16
+RANDOM = "random"  # keys of a rank's random states in its shard: random/cpu, random/cuda
 
 
-def load_state(engine: DeepSpeedEngine, directory: Path, rank: int) -> None:
-    """Restores what save_state wrote, bit for bit. Collective.
+def engine_state(engine: DeepSpeedEngine) -> EngineState:
+    """See Engine.state."""
+    master, scaler = MasterState(engine), getattr(engine.optimizer, "loss_scaler", None)
+    tensors = {
+        slice_key(kind, fragment.name, fragment.start): fragment.tensors[kind]
+        for kind in KINDS
+        for fragment in master.fragments
+        if not fragment.is_copy
+    }
+    run = {
+        "adam_steps": master.num_steps,
+        "counters": {name: getattr(engine, name) for name in COUNTERS},
+        "loss_scale": {name: getattr(scaler, name) for name in LOSS_SCALE} if isinstance(scaler, DynamicLossScaler) else None,
+    }
+    shapes = {name: full_shape(parameter) for name, parameter in engine.module.named_parameters()}
+    return EngineState(tensors | _random_states(), shapes, run)
 
-    Raises:
-        CheckpointError: the files are missing or damaged.
-    """
+
+def load_state(engine: DeepSpeedEngine, checkpoint: Path, kind: str, rank: int, world_size: int) -> None:
+    """See Engine.load. `kind`: engine.kind, by which, with the number of ranks, this rank's random states are known again."""
+    manifest, master = read_manifest(checkpoint), MasterState(engine)
+    expected = {name: full_shape(parameter) for name, parameter in engine.module.named_parameters()}
+    for tensor_kind in KINDS:
+        saved = Tensors(checkpoint, tensor_kind)
+        check_tensors({name: saved.shapes[name] for name in expected if name in saved.shapes}, expected, checkpoint)
+        for fragment in master.fragments:
+            tensor = fragment.tensors[tensor_kind]
+            tensor.copy_(saved.read(fragment.name, fragment.start, fragment.start + len(tensor)))
     try:
-        path, _ = engine.load_checkpoint(str(directory), tag="engine")
-    except (KeyError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{directory} is damaged ({error!r}); remove it to go on from an older one") from None
-    if path is None:
-        raise CheckpointError(f"{directory}/engine holds no DeepSpeed checkpoint; remove {directory} to go on from an older one")
-    _set_random_states(torch.load(directory / f"random_rank{rank:05d}.pt", weights_only=True))
+        master.num_steps = manifest.state["adam_steps"]
+        for name in COUNTERS:
+            setattr(engine, name, manifest.state["counters"][name])
+        _set_loss_scale(engine, manifest.state["loss_scale"])
+    except KeyError as error:
+        raise CheckpointError(f"{checkpoint}: its manifest's state has no {error}; remove it to go on from an older one") from None
+    master.refresh_weights()
+    same_layout = (manifest.engine_kind, manifest.world_size) == (kind, world_size)
+    _set_random_states(checkpoint / shard_name(rank) if same_layout else None, manifest, rank)
+
+
+def _set_loss_scale(engine: DeepSpeedEngine, saved: dict[str, Any] | None) -> None:
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if saved and isinstance(scaler, DynamicLossScaler):
+        for name in LOSS_SCALE:
+            setattr(scaler, name, saved[name])
 
 
 def _random_states() -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
+    states = {f"{RANDOM}/cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
+        states[f"{RANDOM}/cuda"] = torch.cuda.get_rng_state()
     return states
 
 
-def _set_random_states(states: dict[str, Tensor]) -> None:
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"])
+def _set_random_states(shard: Path | None, manifest: Manifest, rank: int) -> None:
+    """Those in `shard`; ones of its own for each rank and step where there are none."""
+    torch.manual_seed((manifest.step << 24) + rank)
+    if not shard or not shard.exists():
+        return
+    try:
+        with safe_open(shard, framework="pt") as opened:
+            keys = set(opened.keys())
+            if f"{RANDOM}/cpu" in keys:
+                torch.set_rng_state(opened.get_tensor(f"{RANDOM}/cpu"))
+            if f"{RANDOM}/cuda" in keys and torch.cuda.is_available():
+                torch.cuda.set_rng_state(opened.get_tensor(f"{RANDOM}/cuda"))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"{shard} is damaged ({error}); remove {shard.parent} to go on from an older one") from None

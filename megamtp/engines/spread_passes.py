@@ -131,11 +131,9 @@ class SpreadPasses:
         self.micro_batches.clear()
 
     def _forward(self, index: int) -> None:
-        if self.stage == 0:
-            received = self.batches[index].inputs.to(self.model.device)
-        else:
-            received = self.activations.take()[0].requires_grad_(self.learning)
-        sent, normed = self.model.run_layers(received)
+        batch = self.batches[index].to(self.model.device)
+        received = self.activations.take()[0].requires_grad_(self.learning) if self.stage else batch.inputs
+        sent, normed = self.model.run_layers(received, batch)
         self.micro_batches[index] = MicroBatch(received, sent, normed, len(self.hosts))
         if self.stage + 1 < len(self.ranks):
             self._send(sent.detach(), self.stage + 1, "activations")

@@ -87,7 +87,3 @@ class SpreadPipelineEngine(PipelineEngine):
 
     def _shown_cut(self) -> str:
         return self.cut.summary()
-
-    def _cut_layout(self) -> dict[str, list[int]]:
-        stages = self.cut.stages
-        return {"layers": [stage.end - stage.first for stage in stages], "rows": [stage.contents.rows for stage in stages]}

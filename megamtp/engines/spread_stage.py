@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from megamtp.config import ModelConfig
+from megamtp.data.loader import Batch
 from megamtp.engines.stage import PipelineStage
 from megamtp.model.layers import rms_norm
 
@@ -37,10 +38,17 @@ class SpreadStage(PipelineStage):
     def copied_parameters(self) -> list[nn.Parameter]:
         return [self.unembedding.norm] if self.heads else []
 
-    def run_layers(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def run_layers(self, x: Tensor, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """One micro-batch: (what the trunk has made of it so far, what this stage's heads make of z, normed: [B, T, D] each)."""
-        x = self._run_trunk(x)
-        return x, [self.unembedding.normed(head(x)) for head in self.heads.values()]
+        separation = self._separation(batch)
+        x = self._run_trunk(x, separation)
+        return x, [self.unembedding.normed(head(x, separation)) for head in self.heads.values()]
+
+    def _build(self) -> None:
+        super()._build()
+        if self.unembedding.weight is not None:  # for checkpoints, which hold tensors in slices
+            self.unembedding.weight.whole_shape = self.config.model.vocab_size, self.config.model.dim
+            self.unembedding.weight.first_element = self.first_row * self.config.model.dim
 
     def _make_unembedding(self) -> SlicedUnembedding:
         return SlicedUnembedding(self.config.model, self.own.contents.rows, bool(self.heads))

@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -10,19 +10,21 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from torch import Tensor, nn
 
 from megamtp.config import Config
+from megamtp.data.loader import Batch
 from megamtp.engines.base import DTYPES
 from megamtp.engines.initial_weights import initial_weights
 from megamtp.engines.partition import Partition, Stage
 from megamtp.losses.linear_cross_entropy import SharedGradient
 from megamtp.losses.sequential import HeadPhase, PassingHeads, SequentialHeadLoss
+from megamtp.model.documents import separate
 from megamtp.model.heads import Unembedding
-from megamtp.model.layers import TransformerLayer
+from megamtp.model.layers import Separation, TransformerLayer
 
 
 class StageLayers(nn.Module):
     """A stage's part of an MTPModel, its parameters named as there, and what it does with each micro-batch.
 
-    Between stages travels z alone. The losses stay where they are computed, and every stage reads the targets of its own heads.
+    Between stages travels z alone. The losses stay where they are computed, and every stage reads its own batches.
 
     Attributes:
         own: this stage of the partition.
@@ -36,9 +38,9 @@ class StageLayers(nn.Module):
         self.config, self.own, self.device = config, own, device
         self._make_layers()
 
-    def begin(self, targets: Iterator[Tensor], loss_scales: list[float]) -> None:
-        """Before a step or an evaluation: the targets [n, B, T] of its micro-batches, and the factor of each head's loss."""
-        self.targets, self.loss_scales = targets, loss_scales
+    def begin(self, batches: Iterable[Batch], loss_scales: list[float]) -> None:
+        """Before a step or an evaluation: its micro-batches, and the factor of each head's loss."""
+        self.batches, self.loss_scales = iter(batches), loss_scales
         self.nll_sums = torch.zeros(self.config.model.num_future_tokens, dtype=torch.float64, device=self.device)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,24 +52,32 @@ class StageLayers(nn.Module):
         Returns:
             What the trunk has made of it so far, [B, T, D]; z from its end on; in the last stage the loss of its heads.
         """
-        x = self._run_trunk(x)
-        return self._run_heads(x, next(self.targets).to(self.device)) if self.heads else x
+        batch = next(self.batches).to(self.device)
+        separation = self._separation(batch)
+        x = self._run_trunk(x, separation)
+        return self._run_heads(x, batch.targets, separation) if self.heads else x
 
-    def _run_trunk(self, x: Tensor) -> Tensor:
+    def _separation(self, batch: Batch) -> Separation | None:
+        if batch.documents is None:
+            return None
+        in_blocks = self.compiled and self.device.type == "cuda"
+        return separate(batch.documents, self.config.model, DTYPES[self.config.train.precision], in_blocks)
+
+    def _run_trunk(self, x: Tensor, separation: Separation | None) -> Tensor:
         if self.embedding:
             x = self.embedding(x)
         for layer in self.trunk.values():
-            x = layer(x)
+            x = layer(x, separation)
         return x
 
-    def _run_heads(self, z_BTD: Tensor, targets_NBT: Tensor) -> Tensor:
+    def _run_heads(self, z_BTD: Tensor, targets_NBT: Tensor, separation: Separation | None) -> Tensor:
         settings, own = self.config.head_loss, self.own.heads
         shared_gradient, seed = SharedGradient(num_uses=len(own)), self.head_phase.seed()
 
         def head_loss(index: int, z_BTD: Tensor) -> tuple[Tensor, Tensor]:
             head = own[index]
             return self.unembedding(
-                self.heads[str(head)](z_BTD),
+                self.heads[str(head)](z_BTD, separation),
                 targets_NBT[head],
                 scale=self.loss_scales[head],
                 seed=seed,
@@ -90,14 +100,14 @@ class StageLayers(nn.Module):
     def _make_layers(self) -> None:
         """This stage's modules with their initial weights."""
         model, train = self.config.model, self.config.train
-        compiled = self.device.type == "cuda" if train.compile is None else train.compile
+        self.compiled = self.device.type == "cuda" if train.compile is None else train.compile
         trunk = range(self.own.first, min(self.own.end, model.num_trunk_layers))
         with torch.device("meta"):
             self.embedding = nn.Embedding(model.vocab_size, model.dim) if self.own.first == 0 else None
             self.trunk = nn.ModuleDict(
-                {str(index): TransformerLayer(model, train.activation_checkpointing, compiled) for index in trunk}
+                {str(index): TransformerLayer(model, train.activation_checkpointing, self.compiled) for index in trunk}
             )
-            self.heads = nn.ModuleDict({str(index): TransformerLayer(model, compiled=compiled) for index in self.own.heads})
+            self.heads = nn.ModuleDict({str(index): TransformerLayer(model, compiled=self.compiled) for index in self.own.heads})
             self.unembedding = self._make_unembedding()
         self.head_phase = HeadPhase()
         self.to(DTYPES[train.precision]).to_empty(device=self.device)

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from megamtp.config import Config
 from megamtp.data.loader import Batch
-from megamtp.engines.base import DTYPES, StepResult, loss_scales
+from megamtp.engines.base import DTYPES, EngineState, StepResult, loss_scales
 from megamtp.engines.deepspeed_config import deepspeed_config
 from megamtp.engines.head_phase import DeepSpeedHeadPhase, full_shape
 from megamtp.engines.initial_weights import initial_weights
 from megamtp.engines.optimizer import adamw
-from megamtp.engines.saved_state import load_state, save_state
+from megamtp.engines.saved_state import engine_state, load_state
 from megamtp.engines.traffic import GroupedTraffic, fill_shards
 from megamtp.losses.softmax_gradient import IGNORED
 from megamtp.model.initial import STANDARD_DEVIATION
@@ -64,10 +64,10 @@ class ZeroEngine:
             group["lr"] = lr
         nll_sums = torch.zeros(self.config.model.num_future_tokens, device=self.device)
         with self.head_phase.whole_or_nothing():
-            for index, batch in enumerate(micro_batches):
+            for index, batch in enumerate(batch.to(self.device) for batch in micro_batches):
                 # (c) DeepSpeed tells its optimizer only when the outer backward starts; the heads' reductions come before it.
                 self.engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
-                loss, micro_nll_sums = self.engine(batch.inputs.to(self.device), batch.targets.to(self.device), scales)
+                loss, micro_nll_sums = self.engine(batch.inputs, batch.targets, scales, batch.documents)
                 self.engine.backward(loss)
                 self.engine.step()
                 nll_sums += micro_nll_sums
@@ -80,19 +80,18 @@ class ZeroEngine:
         scales = [1.0] * self.config.model.num_future_tokens
         totals = torch.zeros(2, len(scales), dtype=torch.float64, device=self.device)
         with self.head_phase.evaluating():
-            for batch in batches:
-                targets = batch.targets.to(self.device)
-                _, nll_sums = self.engine(batch.inputs.to(self.device), targets, scales)
-                totals += torch.stack((nll_sums, (targets != IGNORED).sum(dim=(1, 2))))
+            for batch in (batch.to(self.device) for batch in batches):
+                _, nll_sums = self.engine(batch.inputs, batch.targets, scales, batch.documents)
+                totals += torch.stack((nll_sums, (batch.targets != IGNORED).sum(dim=(1, 2))))
         return totals.flatten()
 
-    def save(self, directory: Path) -> None:
-        """See Engine.save."""
-        save_state(self.engine, directory, self.rank)
+    def state(self) -> EngineState:
+        """See Engine.state."""
+        return engine_state(self.engine)
 
-    def load(self, directory: Path) -> None:
+    def load(self, checkpoint: Path) -> None:
         """See Engine.load."""
-        load_state(self.engine, directory, self.rank)
+        load_state(self.engine, checkpoint, self.config.engine.kind, self.rank, self.world_size)
 
 
 def _build_model(config: Config, settings: dict, device: torch.device) -> MTPModel:

@@ -5,15 +5,28 @@ Source: Touvron et al. 2023, arXiv:2302.13971, section 2.2; grouped queries: Ain
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from megamtp.config import ModelConfig
 
 KeyValueCache = tuple[Tensor, Tensor]
+
+
+class Separation(NamedTuple):
+    """Documents of a micro-batch's windows, each of which attention treats as if it were alone; documents.py makes it.
+
+    mask: bool [B, 1, T, T], which keys (last) a query sees; or the same in blocks, for FlexAttention.
+    rotary: (cos, sin) [B, 1, T, K] of each position within its document.
+    """
+
+    mask: Tensor | BlockMask
+    rotary: tuple[Tensor, Tensor]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -67,13 +80,14 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def attention(
     x_BTD: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, rotary: tuple[Tensor, Tensor], head_dim: int,
-    cache: KeyValueCache | None = None,
+    cache: KeyValueCache | None = None, mask: Tensor | BlockMask | None = None,
 ) -> tuple[Tensor, KeyValueCache]:  # fmt: skip
     """Causal self-attention; fewer key/value heads than query heads if the weights say so.
 
     Args:
         query, key, value, output: weights [out, in].
-        rotary: (cos, sin) [T, K] of the new positions.
+        rotary: (cos, sin) [T, K] of the new positions, or [B, 1, T, K].
+        mask: see Separation; None: all earlier positions are seen.
         cache: keys and values [B, H_kv, past, K] of earlier positions.
 
     Returns:
@@ -88,9 +102,12 @@ def attention(
     if cache is not None:
         past = cache[0].shape[2]
         keys, values = torch.cat((cache[0], keys), dim=2), torch.cat((cache[1], values), dim=2)
-    mixed = F.scaled_dot_product_attention(
-        queries, keys, values, enable_gqa=keys.shape[1] != queries.shape[1], **_causal(length, past, x_BTD.device)
-    )
+    grouped = keys.shape[1] != queries.shape[1]
+    if isinstance(mask, BlockMask):
+        mixed = flex_attention(queries, keys, values, block_mask=mask, enable_gqa=grouped)
+    else:
+        seen = _causal(length, past, x_BTD.device) if mask is None else {"attn_mask": mask}
+        mixed = F.scaled_dot_product_attention(queries, keys, values, enable_gqa=grouped, **seen)
     return linear(mixed.transpose(1, 2).reshape(batch, length, -1), output), (keys, values)
 
 
@@ -107,7 +124,7 @@ def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 def transformer_layer(
     x_BTD: Tensor, weights: tuple[Tensor, ...], rotary: tuple[Tensor, Tensor], head_dim: int, eps: float,
-    cache: KeyValueCache | None = None,
+    cache: KeyValueCache | None = None, mask: Tensor | BlockMask | None = None,
 ) -> tuple[Tensor, KeyValueCache]:  # fmt: skip
     """x + attention(norm(x)), then + mlp(norm(.)), and the keys and values of all positions.
 
@@ -115,14 +132,17 @@ def transformer_layer(
     """
     attention_norm, query, key, value, output, mlp_norm, gate, up, down = weights
     normed_BTD = rms_norm(x_BTD, attention_norm, eps)
-    attended_BTD, cache = attention(normed_BTD, query, key, value, output, rotary, head_dim, cache)
+    attended_BTD, cache = attention(normed_BTD, query, key, value, output, rotary, head_dim, cache, mask)
     x_BTD = x_BTD + attended_BTD
     return x_BTD + swiglu(rms_norm(x_BTD, mlp_norm, eps), gate, up, down), cache
 
 
-def layer_output(x_BTD: Tensor, weights: tuple[Tensor, ...], rotary: tuple[Tensor, Tensor], head_dim: int, eps: float) -> Tensor:
+def layer_output(
+    x_BTD: Tensor, weights: tuple[Tensor, ...], rotary: tuple[Tensor, Tensor], head_dim: int, eps: float,
+    mask: Tensor | BlockMask | None = None,
+) -> Tensor:  # fmt: skip
     """transformer_layer without its keys and values: what is compiled, since in training nobody wants them."""
-    return transformer_layer(x_BTD, weights, rotary, head_dim, eps)[0]
+    return transformer_layer(x_BTD, weights, rotary, head_dim, eps, mask=mask)[0]
 
 
 @functools.cache
@@ -182,9 +202,11 @@ class TransformerLayer(nn.Module):
             self._weights = tuple(self.parameters())
         return self._weights
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, separation: Separation | None = None) -> Tensor:
+        """`separation`: of the documents that the windows hold, where attention is to stay inside them."""
         function = compiled_layer_output() if self.compiled else layer_output
-        arguments = (x_BTD, self.weights, self._rotary(0, x_BTD), self.head_dim, self.eps)
+        rotary, mask = (separation.rotary, separation.mask) if separation else (self._rotary(0, x_BTD), None)
+        arguments = (x_BTD, self.weights, rotary, self.head_dim, self.eps, mask)
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
         return function(*arguments)

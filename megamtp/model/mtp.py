@@ -19,8 +19,9 @@ from megamtp.config import HeadLossConfig, ModelConfig
 from megamtp.losses.float8 import Float8Weight
 from megamtp.losses.linear_cross_entropy import SharedGradient
 from megamtp.losses.sequential import HeadPhase, SequentialHeadLoss
+from megamtp.model.documents import separate
 from megamtp.model.heads import Unembedding
-from megamtp.model.layers import KeyValueCache, TransformerLayer
+from megamtp.model.layers import KeyValueCache, Separation, TransformerLayer
 
 
 class MTPModel(nn.Module):
@@ -52,24 +53,29 @@ class MTPModel(nn.Module):
         self.heads = nn.ModuleList(TransformerLayer(model, compiled=compile_layers) for _ in range(model.num_future_tokens))
         self.unembedding = Unembedding(model)
 
-    def forward(self, inputs_BT: Tensor, targets_NBT: Tensor, loss_scales: list[float]) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, inputs_BT: Tensor, targets_NBT: Tensor, loss_scales: list[float], documents_BT: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The loss of one micro-batch.
 
         Args:
             inputs_BT: int64 token ids.
             targets_NBT: int64; [i - 1, b, t] is the token i positions after inputs[b, t], or IGNORED.
             loss_scales: factor of each head's summed cross-entropy; it holds the head's weight and the global count of targets.
+            documents_BT: int64, rising in each row; attention, of trunk and heads, stays among positions of equal ones. None: it
+                does not stop.
 
         Returns:
             (loss, nll_sums [n]): the sum over heads of scale * cross-entropy, and each head's bare summed negative log-likelihood.
         """
-        z_BTD = self.z(inputs_BT)
+        separation = self._separate(documents_BT)
+        z_BTD = self.z(inputs_BT, separation)
         shared_gradient, float8_weight = SharedGradient(num_uses=len(self.heads)), Float8Weight()
         seed = self.head_phase.seed()
 
         def head_loss(index: int, z_BTD: Tensor) -> tuple[Tensor, Tensor]:
             return self.unembedding(
-                self.heads[index](z_BTD),
+                self.heads[index](z_BTD, separation),
                 targets_NBT[index],
                 scale=loss_scales[index],
                 seed=seed,
@@ -84,12 +90,18 @@ class MTPModel(nn.Module):
         losses, nll_sums = zip(*(head_loss(index, z_BTD) for index in range(len(self.heads))), strict=True)
         return torch.stack(losses).sum(), torch.stack(nll_sums)
 
-    def z(self, inputs_BT: Tensor) -> Tensor:
+    def z(self, inputs_BT: Tensor, separation: Separation | None = None) -> Tensor:
         """The trunk's output [B, T, D]."""
         z_BTD = self.embedding(inputs_BT)
         for layer in self.trunk:
-            z_BTD = layer(z_BTD)
+            z_BTD = layer(z_BTD, separation)
         return z_BTD
+
+    def _separate(self, documents_BT: Tensor | None) -> Separation | None:
+        if documents_BT is None:
+            return None
+        in_blocks = self.trunk[0].compiled and documents_BT.is_cuda
+        return separate(documents_BT, self.config, self.embedding.weight.dtype, in_blocks)
 
     def logits(self, inputs_BT: Tensor) -> Tensor:
         """Logits of every head [N, B, T, V]: large; for inspection and tests."""

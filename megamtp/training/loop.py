@@ -1,18 +1,15 @@
 """The training loop: data, engine, metrics, evaluation, checkpoints, and an orderly end."""
 
-import dataclasses
-from pathlib import Path
-
 import torch
 import torch.distributed as dist
 
-from megamtp.checkpoint import store
 from megamtp.cluster.signals import StopRequest
 from megamtp.config import Config
 from megamtp.data.loader import TrainLoader, evaluation_batches
 from megamtp.data.windows import Windows
 from megamtp.engines.base import Engine, count_targets
 from megamtp.training.metrics import Metrics
+from megamtp.training.saving import Saver
 from megamtp.training.schedule import learning_rate
 
 
@@ -24,8 +21,9 @@ class Training:
     ):
         """`first_step`: steps already taken; the engine has loaded the checkpoint of that step if it is not 0."""
         self.config, self.engine, self.train, self.validation, self.stop = config, engine, train, validation, stop
-        self.step = self.saved_step = first_step
+        self.step = first_step
         self.metrics = Metrics(config, first_step, engine.rank, engine.world_size, engine.device)
+        self.saver = Saver(config, engine, self.metrics)
 
     def run(self) -> bool:
         """Trains. False if it ended early, saved, because a rank was asked to stop. Collective."""
@@ -44,6 +42,7 @@ class Training:
                 self._evaluate()
             if self.step % run.save_every_steps == 0 or self.step == steps or stopped:
                 self._save()
+        self.saver.finish()
         if stopped:
             self.metrics.say(f"asked to stop: saved at step {self.step}")
         self.metrics.close()
@@ -60,13 +59,15 @@ class Training:
             lr = learning_rate(self.step, self.config.train.steps, self.config.optimizer)
             result = engine.train_batch(micro_batches, counts, lr)
         with self.metrics.phase("report"):
-            totals = torch.zeros(n + 1, dtype=torch.float64, device=engine.device)
+            totals = torch.zeros(n + 2, dtype=torch.float64, device=engine.device)
             totals[:n] = result.nll_sums
-            totals[n] = self.stop.asked
-            dist.all_reduce(totals)  # of the losses and, with them, of the wish to stop
-            *nll_sums, wishes = totals.tolist()
+            totals[n], totals[n + 1] = self.stop.asked, self.saver.has_written
+            dist.all_reduce(totals)  # of the losses and, with them, of the wish to stop and the ranks that have written
+            *nll_sums, wishes, written = totals.tolist()
         losses = [nll / max(1, count) for nll, count in zip(nll_sums, counts, strict=True)]
         self.metrics.training(self.step, losses, result.gradient_norm, lr, result.skipped)
+        if written == engine.world_size:
+            self.saver.finish()
         return wishes > 0
 
     def _evaluate(self) -> None:
@@ -85,14 +86,7 @@ class Training:
         self.metrics.validation(self.step, [nll / max(1, count) for nll, count in zip(nll_sums, counts, strict=True)])
 
     def _save(self) -> None:
-        config = self.config
-        if config.cluster.emulate:
+        if self.config.cluster.emulate:
             self.metrics.say("an emulated cluster's weights are not trained ones: no checkpoint is written")
             return
-        manifest = store.Manifest(
-            self.step, self.engine.world_size, config.engine.kind, config.train.precision, dataclasses.asdict(config.model), {}
-        )
-        with self.metrics.phase("save"):
-            store.publish(
-                Path(config.run.directory), manifest, config.run.keep_checkpoints, self.engine.rank, dist.barrier, self.engine.save
-            )
+        self.saver.begin(self.step)

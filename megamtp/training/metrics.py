@@ -75,6 +75,22 @@ class Metrics:
             self._write("validation", step, {"losses": losses})
             self.say(f"step {step}: validation loss {_shown(losses)}")
 
+    def checkpoint(self, step: int, stored_bytes: int, write_seconds: float, stall_seconds: float) -> None:
+        """Reports a checkpoint that is visible now, written by all ranks at once while training went on, but for the stall."""
+        bandwidth = stored_bytes / write_seconds
+        record = {
+            "bytes": stored_bytes,
+            "write_seconds": write_seconds,
+            "bytes_per_second": bandwidth,
+            "stall_seconds": stall_seconds,
+        }
+        if self.reporting:
+            self._write("checkpoint", step, record)
+            self.say(
+                f"step {step}: saved {stored_bytes / 1e9:.3g} GB at {bandwidth / 1e9:.3g} GB/s; training stood still for "
+                f"{stall_seconds:.3g} s"
+            )
+
     def say(self, line: str) -> None:
         """One line above the progress bar."""
         if self.reporting:
@@ -99,7 +115,7 @@ def _shown(losses: list[float]) -> str:
 
 
 def _scalars(record: dict[str, Any]) -> list[tuple[str, float]]:
-    scalars = [(f"loss/head{index}", loss) for index, loss in enumerate(record["losses"], start=1)]
+    scalars = [(f"loss/head{index}", loss) for index, loss in enumerate(record.get("losses", []), start=1)]
     scalars += [(f"seconds/{name}", value) for name, value in record.get("seconds", {}).items()]
     return scalars + [(name, value) for name, value in record.items() if isinstance(value, (int, float))]
 

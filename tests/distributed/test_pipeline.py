@@ -5,7 +5,6 @@ Targets are always ignored unevenly over pipelines, micro-batches and heads; of 
 
 import itertools
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -285,46 +284,3 @@ def test_evaluation_before_and_after_training():
     for found in run_ranks(_evaluations, 4):
         for sums, expected in found:
             assert sums == pytest.approx(expected, rel=1e-5)
-
-
-def _resumed(folder: str, precision: str) -> tuple[bool, str, dict[str, torch.Tensor]]:
-    """Whether losses and weights after a resumption are those without; the error of another cut; the weights that were saved."""
-    from megamtp.engines.pipeline import PipelineEngine
-    from megamtp.errors import CheckpointError
-
-    config = pipeline_config(2, 2, engine__stage_layers=[3, 2], model__num_future_tokens=3, train__precision=precision)
-    engine = PipelineEngine(config)
-    _train(config, engine, range(2))
-    engine.save(Path(folder))
-    dist.barrier()
-    saved = _weights(engine)
-    expected = _train(config, engine, range(2, 5)), _weights(engine)
-    resumed = PipelineEngine(config)
-    _train(config, resumed, range(7, 8))  # away from where it is about to be
-    resumed.load(Path(folder))
-    found = _train(config, resumed, range(2, 5)), _weights(resumed)
-    same = found[0] == expected[0] and all(torch.equal(found[1][name], expected[1][name]) for name in expected[1])
-    other = PipelineEngine(
-        pipeline_config(2, 2, engine__stage_layers=[4, 1], model__num_future_tokens=3, train__precision=precision)
-    )
-    with pytest.raises(CheckpointError) as error:
-        other.load(Path(folder))
-    return same, str(error.value), saved
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_resumption_is_exact_and_weights_are_read_whole(precision, tmp_path):
-    from megamtp.checkpoint import store
-
-    folder = tmp_path / "step-0000002"
-    folder.mkdir()
-    results = run_ranks(_resumed, 4, str(folder), precision)
-    assert [same for same, _, _ in results] == [True] * 4
-    assert all("stages of [3, 2] layers, expected [4, 1]" in error for _, error, _ in results)
-    config = pipeline_config(2, 2, model__num_future_tokens=3)
-    store._seal(folder, store.Manifest(2, 4, "pipeline", precision, vars(config.model), {}))
-    model, weights = store.load_weights(folder)
-    assert model == config.model
-    saved = {name: value for _, _, of_rank in results for name, value in of_rank.items()}
-    assert weights.keys() == saved.keys() == dict(reference_model(config).named_parameters()).keys()
-    assert all(torch.equal(weights[name].to(saved[name].dtype), saved[name]) for name in saved)

@@ -1,11 +1,8 @@
 """What a step of the ZeRO engines does besides gradients: clipped AdamW, and a model that no rank ever holds whole."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
-from megamtp.checkpoint import store
 from tests.cases import global_batch, own_share, small_config
 from tests.ranks import run_ranks
 from tests.reference import reference_model, reference_step, relative_error
@@ -75,23 +72,3 @@ def test_no_rank_ever_holds_the_whole_model():
     for seen in run_ranks(_largest_part_before_the_engine_is_built, 2):
         assert len(seen) > 40
         assert all(held == -(-whole // 2) for held, whole in seen)
-
-
-def _saved_weights(folder: str, kind: str, precision: str) -> None:
-    from megamtp.engines.zero import ZeroEngine
-
-    ZeroEngine(small_config(engine__kind=kind, train__precision=precision)).save(Path(folder))
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("kind", ["zero1", "zero3"])
-def test_saved_weights_are_read_whole(kind, precision, tmp_path):
-    folder, config = tmp_path / "step-0000001", small_config(train__precision=precision)
-    folder.mkdir()
-    run_ranks(_saved_weights, 2, str(folder), kind, precision)
-    store._seal(folder, store.Manifest(1, 2, kind, precision, vars(config.model), {}))
-    model, weights = store.load_weights(folder)
-    assert model == config.model
-    expected = dict(reference_model(config, torch.float32).named_parameters())
-    assert weights.keys() == expected.keys()
-    assert all(torch.equal(weights[name], expected[name]) for name in expected)

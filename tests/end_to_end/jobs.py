@@ -80,6 +80,19 @@ def ranks(run_directory: Path, module: str = MODULE) -> list[psutil.Process]:
     return [process for _, process in sorted(found, key=lambda pair: int(pair[0]))]
 
 
+def damage(file: Path, kind: str) -> None:
+    """Of a file of a checkpoint: truncated, flipped (one bit) or missing."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    match kind:
+        case "truncated":
+            file.write_bytes(content[:-100])
+        case "flipped":
+            file.write_bytes(content)
+        case "missing":
+            file.unlink()
+
+
 def kill_tree(process: subprocess.Popen) -> None:
     with contextlib.suppress(psutil.NoSuchProcess):
         for child in psutil.Process(process.pid).children(recursive=True):

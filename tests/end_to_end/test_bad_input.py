@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from megamtp.checkpoint import canonical
-from megamtp.checkpoint.store import newest_checkpoint, read_manifest
+from megamtp.checkpoint.shards import shard_name
+from megamtp.checkpoint.store import MANIFEST, newest_checkpoint, read_manifest
 from megamtp.config import read_config
 from megamtp.data.indexed_dataset import IndexedDatasetWriter
 from tests.checkpoints import SMALL, contents, random_model
-from tests.end_to_end.jobs import MODULE, deepspeed, records, run, wait_for
+from tests.end_to_end.jobs import MODULE, damage, deepspeed, records, run, wait_for
 
 PLAIN = ["-m", MODULE]
 
@@ -201,31 +202,33 @@ def trained(arguments, tmp_path_factory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        (["model.mlp_dim=64"], ["another model", "model.mlp_dim=48", "expected 64"]),
-        (["engine.kind=zero1"], ["engine kind zero3", "expected zero1"]),
-        (["train.precision=bf16"], ["precision fp32", "expected bf16"]),
-    ],
-)
-def test_checkpoint_of_another_model(settings, words, trained, arguments):
+def test_checkpoint_of_another_model(trained, arguments):
     before = sorted(path.name for path in trained.rglob("*"))
-    assert_one_line(run([*PLAIN, *arguments, f"run.directory={trained}", *settings]), words)
+    finished = run([*PLAIN, *arguments, f"run.directory={trained}", "model.mlp_dim=64"])
+    assert_one_line(finished, ["another model", "model.mlp_dim=48", "expected 64"])
     assert sorted(path.name for path in trained.rglob("*")) == before
 
 
-def test_checkpoint_of_another_world_size(trained, arguments):
-    finished = run([*deepspeed(2), *arguments, f"run.directory={trained}"])
-    assert finished.returncode == 2
-    assert (finished.stdout + finished.stderr).count("written with world size 1, expected 2") == 1
-
-
-def test_truncated_checkpoint(trained, arguments, tmp_path):
+def test_checkpoint_of_a_newer_format(trained, arguments, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
-    (file,) = (tmp_path / "run").rglob("*optim_states.pt")
-    file.write_bytes(file.read_bytes()[:-100])
-    assert_one_line(run([*PLAIN, *arguments, f"run.directory={tmp_path}/run"]), [file.name, "bytes", "remove"])
+    manifest = newest_checkpoint(tmp_path / "run") / MANIFEST
+    manifest.write_text(manifest.read_text().replace('"format_version": 2', '"format_version": 3'))
+    finished = run([*PLAIN, *arguments, f"run.directory={tmp_path}/run"])
+    assert_one_line(finished, ["manifest.json is of format 3", "expected format 2", "newer megamtp"])
+
+
+@pytest.mark.parametrize("kind", ["truncated", "flipped", "missing"])
+def test_only_checkpoint_is_damaged(kind, trained, arguments, tmp_path):
+    """Never a silent beginning from nothing."""
+    shutil.copytree(trained, tmp_path / "run")
+    file = newest_checkpoint(tmp_path / "run") / shard_name(0)
+    damage(file, kind)
+    finished = run([*PLAIN, *arguments, "train.steps=2", f"run.directory={tmp_path}/run"])
+    assert finished.returncode == 2, finished.stderr
+    (line,) = [line for line in finished.stderr.splitlines() if "megamtp: error: " in line]
+    assert "none of 1 checkpoints verifies" in line and file.name in line and "remove" in line
+    assert "Traceback" not in finished.stderr
+    assert len(records(tmp_path / "run")) == 1
 
 
 @pytest.mark.parametrize("command", [["megamtp.commands.convert_checkpoint", "{}", "{}/hf"], ["megamtp.commands.generate", "{}"]])
@@ -258,11 +261,11 @@ def test_a_file_where_checkpoints_should_be(arguments, tmp_path):
 
 
 def test_full_disk_while_saving(trained, arguments, tmp_path):
-    """A limit of 100 KiB a file stands in for it: torch's writer fails in the same way."""
+    """A limit of 100 KiB a file stands in for it. The save of step 2 fails while training goes on, and ends it."""
     shutil.copytree(trained, tmp_path / "run")
     limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (102400, 102400)); "
     program = limited + f"sys.argv[0] = '{MODULE}'; runpy.run_module('{MODULE}', run_name='__main__')"
-    finished = run(["-c", program, *arguments, "train.steps=2", f"run.directory={tmp_path}/run"])
+    finished = run(["-c", program, *arguments, "train.steps=1000000", "run.save_every_steps=2", f"run.directory={tmp_path}/run"])
     assert finished.returncode == 2, finished.stderr
     (line,) = [line for line in finished.stderr.splitlines() if "megamtp: error" in line]
     assert "step-0000002 cannot be written" in line and "make room" in line
@@ -286,16 +289,6 @@ def test_damaged_configuration_of_the_run_is_written_anew(content, trained, argu
     assert finished.returncode == 0, finished.stderr
     assert "what has changed since the run began is not known" in finished.stdout
     assert read_config([str(tmp_path / "run/config.yaml")]).train.steps == 2
-
-
-def test_checkpoint_of_zeros(trained, arguments, tmp_path):
-    shutil.copytree(trained, tmp_path / "run")
-    (file,) = (tmp_path / "run").rglob("*optim_states.pt")
-    file.write_bytes(bytes(file.stat().st_size))
-    finished = run([*PLAIN, *arguments, "train.steps=2", f"run.directory={tmp_path}/run"])
-    assert finished.returncode == 2
-    (line,) = [line for line in finished.stderr.splitlines() if "megamtp: error: " in line]
-    assert "step-0000001 is damaged" in line and "remove it" in line
 
 
 def test_lock_that_cannot_be_opened(arguments, tmp_path):

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megamtp.checkpoint.store import load_weights, newest_checkpoint
+from megamtp.checkpoint.store import newest_checkpoint
 from megamtp.model.mtp import MTPModel
 from tests.end_to_end.jobs import ROOT, environment, run
+from tests.saved import load_weights
 
 MODEL = [
     "model.dim=32", "model.num_layers=4", "model.num_future_tokens=2", "model.num_attention_heads=2", "model.vocab_size=400",

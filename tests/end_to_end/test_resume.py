@@ -1,14 +1,19 @@
 """Interrupted equals uninterrupted, bit for bit; and the number of ranks changes nothing but the last digits."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
 
-from megamtp.checkpoint.store import checkpoints, load_weights
+from megamtp.checkpoint.shards import shard_name
+from megamtp.checkpoint.store import checkpoints, read_manifest, verified
 from tests.cases import global_batch, own_share, small_config
-from tests.end_to_end.jobs import deepspeed, losses, records, run
+from tests.end_to_end.jobs import damage, deepspeed, losses, records, run
 from tests.end_to_end.killed_pretrain import KILLED_STEP
 from tests.ranks import run_ranks
+from tests.saved import load_weights
 
 PIPELINE = ["engine.kind=pipeline", "engine.num_stages=2", "engine.stage_layers=[3,1]"]  # a head on each stage
 
@@ -37,6 +42,52 @@ def test_killed_and_resumed_equals_uninterrupted(num_ranks, settings, arguments,
     (_, expected), (_, found) = load_weights(checkpoints(whole)[-1]), load_weights(checkpoints(killed)[-1])
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.fixture(scope="module")
+def twice_saved(arguments, tmp_path_factory) -> Path:
+    """A run of two ranks under ZeRO-3: 20 steps, checkpoints at 10 and 20."""
+    directory = tmp_path_factory.mktemp("twice_saved") / "run"
+    finished = run([*deepspeed(2), *arguments, f"run.directory={directory}"])
+    assert finished.returncode == 0, finished.stderr
+    return directory
+
+
+def test_saves_are_reported(twice_saved):
+    found = records(twice_saved, "checkpoint")
+    assert [record["step"] for record in found] == [10, 20]
+    for record, checkpoint in zip(found, checkpoints(twice_saved), strict=True):
+        assert record["bytes"] == read_manifest(checkpoint).file_bytes
+        assert record["bytes_per_second"] == pytest.approx(record["bytes"] / record["write_seconds"])
+        assert record["stall_seconds"] > 0
+
+
+@pytest.mark.parametrize("kind", ["truncated", "flipped", "missing"])
+def test_resumes_from_the_newest_checkpoint_that_verifies(kind, twice_saved, arguments, tmp_path):
+    """With the damage in what the second rank has written; the end is bit for bit the same."""
+    shutil.copytree(twice_saved, tmp_path / "run")
+    old, new = checkpoints(tmp_path / "run")
+    damage(new / shard_name(1), kind)
+    resumed = run([*deepspeed(2), *arguments, f"run.directory={tmp_path}/run"])
+    assert resumed.returncode == 0, resumed.stderr
+    (line,) = [line for line in resumed.stdout.splitlines() if "skipped" in line]
+    assert f"skipped {new.name}: " in line and shard_name(1) in line
+    assert checkpoints(tmp_path / "run") == [old, new]
+    assert losses(tmp_path / "run") == losses(twice_saved)
+    assert verified(new).files == verified(checkpoints(twice_saved)[-1]).files
+
+
+@pytest.mark.timeout(600)
+def test_goes_on_with_another_engine_and_number_of_ranks(twice_saved, arguments, tmp_path):
+    """From step 10 of two ranks under ZeRO-3 in two pipelines of two stages: the same loss curve, but for the order of sums."""
+    shutil.copytree(twice_saved, tmp_path / "run")
+    shutil.rmtree(checkpoints(tmp_path / "run")[-1])
+    finished = run([*deepspeed(4), *arguments, *PIPELINE, f"run.directory={tmp_path}/run"])
+    assert finished.returncode == 0, finished.stderr
+    assert "engine.kind: zero3 -> pipeline" in finished.stdout
+    found, expected = losses(tmp_path / "run"), losses(twice_saved)
+    assert found[:10] == expected[:10] and len(found) == 20
+    torch.testing.assert_close(torch.tensor(found[10:]), torch.tensor(expected[10:]), rtol=1e-5, atol=0)
 
 
 @pytest.mark.timeout(600)

@@ -7,10 +7,28 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from benchmarks import emulation, exposure, loss, output, overhead, pipeline, processes, trace, variants, world
+from benchmarks import (
+    corpora,
+    data,
+    emulation,
+    exposure,
+    links,
+    loss,
+    output,
+    overhead,
+    pipeline,
+    processes,
+    trace,
+    variants,
+    world,
+)  # fmt: skip
 
+from megamtp.cluster.emulated import Network
+from megamtp.config import ClusterConfig
+from megamtp.data.indexed_dataset import IndexedDataset
 from megamtp.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -56,12 +74,39 @@ def test_without_a_gpu_every_benchmark_is_one_line_and_status_2(name, tmp_path):
         (pipeline, ["--heads", "4", "1"], "--heads 4 1; expected 1 first"),
         (pipeline, ["--stages", "33"], "engine.num_stages=33 with model.num_layers=32; expected no more stages"),
         (pipeline, ["--link-bandwidth", "0"], "--link-bandwidth 0 --latency 2e-05; expected bytes/s above 0"),
+        (data, ["--sizes", "1e9", "1e14"], r"--sizes 1e\+14; expected 1e5 to 1e13 tokens"),
+        (data, ["--read-tokens", "nan"], "--read-tokens nan; expected"),
+        (links, [], "one process; expected several ranks"),
     ],
 )
 def test_bad_arguments_are_named_before_a_gpu_is_looked_for(module, arguments, message):
     with pytest.raises(InputError, match=message) as caught:
         module.main(arguments)
     assert "\n" not in str(caught.value)
+
+
+def test_a_launchers_ranks_are_real(tmp_path, monkeypatch):
+    """No emulation, one table, and no benchmark that one process must make."""
+    monkeypatch.setattr(os, "environ", os.environ | {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4"})
+    given = options(tmp_path)
+    found = emulation.config("1.3b", 4, emulation.num_ranks(64), given)
+    assert found.cluster.emulate is None and found.train.global_batch_tokens == 4 * 2 * 4096
+    assert emulation.settings(found, given) == {"network": "NCCL", "T": 4096}
+    output.write(given, {}, [], "table", output.figure(2, 2)[0])
+    assert not list(tmp_path.iterdir())  # rank 0 writes
+    for module, arguments in ((world, []), (overhead, ["--cold"])):
+        with pytest.raises(InputError, match="under a launcher of 4 ranks; expected one process"):
+            module.main(arguments)
+
+
+def test_links_are_found_again():
+    """Latency and bandwidth from the times that an emulated network of them would take."""
+    cluster = ClusterConfig(emulate=2, latency=30e-6, flat_bandwidth=150e9)
+    network = Network(cluster)
+    times = {kind: {size: network.seconds(kind, size) for size in links.SIZES} for kind in links.KINDS}
+    fitted = links.fit(times, world_size=2).cluster
+    assert fitted.latency == pytest.approx(30e-6, rel=1e-3)
+    assert fitted.flat_bandwidth == pytest.approx(150e9, rel=1e-3)
 
 
 def test_a_file_in_place_of_the_folder_is_named(tmp_path, monkeypatch):
@@ -216,3 +261,29 @@ def test_loss_says_in_what_dtype_gradients_are_summed(tmp_path):
     assert (found[3][3], found[3][-1]) == ("bfloat16", "-")
     loss._draw(results).savefig(tmp_path / "loss.png")
     assert (tmp_path / "loss.png").stat().st_size > 10_000
+
+
+def test_data_opens_and_reads_what_it_invents(tmp_path, monkeypatch):
+    """Both sides, in this process and on small files; the numbers are of no interest."""
+    monkeypatch.setattr(data, "Fresh", lambda function, *arguments: SimpleNamespace(result=lambda: function(*arguments)))
+    monkeypatch.setattr(data, "READ_STEPS", 2)
+    monkeypatch.setattr(data, "LARGEST_INDEX", 500_000)
+    sizes = ["--sizes", "1e5", "1e6", "--megatron-limit", "1e5", "--read-tokens", "1e5"]
+    data.main(["--output", str(tmp_path / "results"), "--scratch", str(tmp_path), *sizes])
+    results = json.loads((tmp_path / "results/data.json").read_text())["results"]
+    opened = [(result["tokens"], result["name"]) for result in results if result["part"] == "opening"]
+    assert opened == [(100_000, data.OURS), (100_000, data.FIRST), (100_000, data.AGAIN), (1_000_000, data.OURS)]
+    read = {result["name"]: result["tokens_per_second"] for result in results if result["part"] == "reading"}
+    assert list(read) == [*data.READERS, "GPTDataset"] and min(read.values()) > 1000
+    assert [path.name for path in tmp_path.iterdir()] == ["results"]
+    assert (tmp_path / "results/data.png").stat().st_size > 10_000
+    shown = [row[:2] for row in rows((tmp_path / "results/data.md").read_text())]
+    assert shown[:2] == [["tokens", "opened by"], ["1e+05", data.OURS]] and shown[-1][0] == "GPTDataset"
+
+
+@pytest.mark.parametrize(("write", "lengths"), [(corpora.write_even, [30] * 4), (corpora.write_sparse, [0, 0, 0, 120])])
+def test_invented_corpora_are_whole(tmp_path, write, lengths):
+    write(tmp_path / "invented", 120, 30 if write is corpora.write_even else 4)
+    documents = list(IndexedDataset(tmp_path / "invented"))
+    assert [len(document) for document in documents] == lengths
+    assert not any(document.any() for document in documents)

@@ -9,28 +9,17 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megamtp.checkpoint import canonical, folder, hf
-from megamtp.checkpoint.contents import MOMENTS, WEIGHT, Contents, Rearranged, Rows, written_out
+from megamtp.checkpoint.contents import Rearranged, Rows, written_out
 from megamtp.checkpoint.tensors import InMemory, whole
 from megamtp.errors import CheckpointError
 from megamtp.model.mtp import MTPModel
-from tests.checkpoints import SMALL, VOCABULARY, random_model
-
-STATE = {"adam_steps": 7, "counters": {"global_steps": 7}}
-
-
-def with_moments() -> Contents:
-    weights = random_model(SMALL).state_dict()
-    generator = torch.Generator().manual_seed(5)
-    sources = {WEIGHT: InMemory(weights)}
-    for kind in MOMENTS:
-        sources[kind] = InMemory({name: torch.randn(weight.shape, generator=generator) for name, weight in weights.items()})
-    return Contents(SMALL, sources, step=9, state=STATE, sequence_length=64)
+from tests.checkpoints import SMALL, STATE, VOCABULARY, with_moments
 
 
 @pytest.fixture
 def written(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(canonical, "LARGEST_FILE_BYTES", 50_000)
-    canonical.write(with_moments(), tmp_path / "canonical")
+    canonical.write(with_moments(SMALL), tmp_path / "canonical")
     return tmp_path / "canonical"
 
 
@@ -40,7 +29,7 @@ def edit(written: Path, **settings) -> None:
 
 
 def test_everything_comes_back_bit_for_bit_from_several_files(written):
-    found, expected = canonical.read(written), with_moments()
+    found, expected = canonical.read(written), with_moments(SMALL)
     assert len(list(written.glob("exp_avg_sq-*"))) > 1
     assert (found.model, found.step, found.state, found.sequence_length) == (written_out(SMALL), 9, STATE, 64)
     assert found.sources.keys() == expected.sources.keys()
@@ -79,12 +68,12 @@ def test_a_missing_or_truncated_file_is_named(written, damage):
 def test_an_existing_destination_and_a_full_disk_are_refused_before_anything_is_written(written, monkeypatch):
     before = {path.name: path.read_bytes() for path in written.iterdir()}
     with pytest.raises(CheckpointError, match="holds other files"):
-        canonical.write(with_moments(), written)
+        canonical.write(with_moments(SMALL), written)
     assert before == {path.name: path.read_bytes() for path in written.iterdir()}
     usage = folder.shutil.disk_usage(written)
     monkeypatch.setattr(folder.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(CheckpointError, match=r"needs [0-9,]+ bytes, 1,000 are free there"):
-        canonical.write(with_moments(), written.parent / "deep" / "down")
+        canonical.write(with_moments(SMALL), written.parent / "deep" / "down")
     assert [path.name for path in written.parent.iterdir()] == ["canonical"]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megamtp.data import corpus as corpus_module
 from megamtp.data.corpus import prepare, read_corpus
 from megamtp.data.documents import Source, find_source
 from megamtp.data.indexed_dataset import IndexedDataset
@@ -16,6 +17,12 @@ from megamtp.errors import InputError
 
 VOCAB_SIZE = 300
 SPLITS = ("train", "validation")
+
+
+@pytest.fixture(autouse=True)
+def quick_picture(monkeypatch):
+    """Drawing takes longer than all else; test_length_report.py has the picture."""
+    monkeypatch.setattr(corpus_module, "draw_lengths", lambda lengths: bytes(lengths))
 
 
 @pytest.fixture
@@ -30,7 +37,7 @@ def source(tmp_path) -> Source:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def split_texts(folder: Path, split: str) -> list[str]:
@@ -61,7 +68,7 @@ def test_what_a_corpus_holds(source, tmp_path):
     assert (corpus.vocab_size, corpus.unreadable_files) == (VOCAB_SIZE, ["latin.txt"])
     assert read_corpus(tmp_path / "out") == corpus
     ends = [f"{split}{end}" for split in SPLITS for end in (".bin", ".idx")]
-    assert sorted(contents(tmp_path / "out")) == sorted(["corpus.json", "tokenizer.model", *ends])
+    assert sorted(contents(tmp_path / "out")) == sorted(["corpus.json", "lengths.png", "tokenizer.model", *ends])
 
 
 def test_unigram_entropy(source, tmp_path):
@@ -186,7 +193,7 @@ def test_too_little_text_leaves_nothing(tmp_path, content):
     assert contents(tmp_path / "out") == {}
 
 
-@pytest.mark.parametrize("name", ["tokenizer.model.new", "train.bin", "validation.idx", "corpus.json"])
+@pytest.mark.parametrize("name", ["tokenizer.model", "train.bin", "validation.idx", "lengths.png", "corpus.json"])
 def test_full_disk(source, tmp_path, name):
     out = tmp_path / "out"
     out.mkdir()
@@ -197,6 +204,7 @@ def test_full_disk(source, tmp_path, name):
     (out / f"{name}.partial").unlink(missing_ok=True)
     assert not prepare(source, out, VOCAB_SIZE)[1]
     assert prepare(source, out, VOCAB_SIZE)[1]
+    assert not (out / ".preparation").exists()
 
 
 @pytest.mark.parametrize("wrong", [{"vocab_size": 3}, {"vocab_size": 10**6}, {"tokenizer": "texts/00.py"}, {"tokenizer": "none"}])
@@ -223,7 +231,7 @@ def test_damaged_summary_is_named_and_can_be_overwritten(source, tmp_path, conte
 
 def test_given_tokenizer_is_used(source, tmp_path):
     prepare(source, tmp_path / "first", VOCAB_SIZE)
-    corpus, _ = prepare(source, tmp_path / "second", vocab_size=9, tokenizer=tmp_path / "first/tokenizer.model")
+    corpus, _ = prepare(source, tmp_path / "second", tokenizer=tmp_path / "first/tokenizer.model")
     assert corpus.vocab_size == VOCAB_SIZE
     for name in ("tokenizer.model", "train.bin", "validation.idx"):
         assert contents(tmp_path / "first")[name] == contents(tmp_path / "second")[name]

@@ -101,7 +101,7 @@ def test_jsonl_lines_are_documents(tmp_path):
     texts = ["one\n\u2581two\r\n", "", "three"]
     lines = [json.dumps({"id": 1, "body": text}) for text in texts]
     path = write(tmp_path, {"a.jsonl": "\n".join([*lines[:2], " ", lines[2]])}) / "a.jsonl"
-    expected = [("a.jsonl/1", texts[0]), ("a.jsonl/4", "three")]
+    expected = [("a.jsonl/0", texts[0]), (f"a.jsonl/{sum(len(line) + 1 for line in [*lines[:2], ' '])}", "three")]
     assert found(path, json_key="body") == expected
     assert found(tmp_path, json_key="body") == expected
 

@@ -11,7 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megamtp.checkpoint import hf, store
+from megamtp.checkpoint import hf, runs
+from megamtp.checkpoint.contents import MOMENTS, WEIGHT, Contents
+from megamtp.checkpoint.tensors import InMemory
 from megamtp.commands import convert_checkpoint
 from megamtp.commands import generate as command
 from megamtp.config import ModelConfig
@@ -20,7 +22,7 @@ from megamtp.decoding.generate import _choose, generate
 from megamtp.errors import CheckpointError, InputError
 from megamtp.model.initial import initial_value
 from megamtp.model.mtp import MTPModel
-from tests.checkpoints import contents
+from tests.checkpoints import STATE, contents
 
 CONFIG = ModelConfig(
     dim=32, num_layers=5, num_future_tokens=2, num_attention_heads=4, num_key_value_heads=2, mlp_dim=48, vocab_size=500
@@ -128,11 +130,12 @@ def test_bad_values_are_refused(model, wrong):
 
 
 @pytest.fixture
-def run_directory(model, tmp_path, monkeypatch) -> Path:
-    """A run with one checkpoint, whose loading from DeepSpeed's shards is stood in for."""
+def run_directory(model, tmp_path) -> Path:
+    """A run with one checkpoint."""
     folder = tmp_path / "run"
-    checkpoint = folder / "checkpoints" / "step-0000003"
-    checkpoint.mkdir(parents=True)
+    weights = InMemory(model.state_dict())
+    sources = {WEIGHT: weights, **dict.fromkeys(MOMENTS, weights)}
+    runs.write(Contents(CONFIG, sources, step=3, state=STATE), folder)
     train_sentencepiece([Path(argparse.__file__).read_text()], folder / "spm.model", vocab_size=500, seed=0)
     sections = {
         "model": dataclasses.asdict(CONFIG),
@@ -141,12 +144,6 @@ def run_directory(model, tmp_path, monkeypatch) -> Path:
         "run": {"directory": str(folder)},
     }
     (folder / "config.yaml").write_text(json.dumps(sections))  # JSON is YAML
-
-    def load_weights(path):
-        assert path == checkpoint
-        return CONFIG, {name: weight.clone() for name, weight in model.state_dict().items()}
-
-    monkeypatch.setattr(store, "load_weights", load_weights)
     return folder
 
 

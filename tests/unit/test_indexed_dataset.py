@@ -304,3 +304,15 @@ def test_full_disk_leaves_nothing(tmp_path, num_tokens):
     with pytest.raises(OSError, match="No space left"):
         write_ours(tmp_path / "ours", [[1] * num_tokens])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_documents_in_a_row_equal_documents_one_by_one(tmp_path):
+    documents = [np.arange(length, dtype=np.uint16) for length in (3, 0, 1, 700)]
+    with IndexedDatasetWriter(tmp_path / "single", np.uint16) as writer:
+        for document in documents:
+            writer.add_document(document)
+    with IndexedDatasetWriter(tmp_path / "row", np.uint16) as writer:
+        writer.add_documents(documents[0], np.array([3]))
+        writer.add_documents(np.concatenate(documents[1:]), np.array([0, 1, 700]))
+    for suffix in (".bin", ".idx"):
+        assert (tmp_path / f"row{suffix}").read_bytes() == (tmp_path / f"single{suffix}").read_bytes()

@@ -1,10 +1,14 @@
 """The command line of prepare_data: what it prints, and each mistake in one line with exit status 2."""
 
+import gzip
 import re
+import resource
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from megamtp.commands import prepare_data
 
@@ -22,6 +26,14 @@ def call(tmp_path, monkeypatch, capsys):
     Path("bad.jsonl").write_text('{"text": "good"}\n{"txt": "a"}\n')
     Path("broken.jsonl").write_text('{"text": "good"}\n{"text": \n')
     Path("empty").mkdir()
+    Path("middle").mkdir()
+    Path("middle/a.txt").write_text(TEXT)
+    Path("middle/b.txt").symlink_to("/proc/self/mem")  # opens, and every read fails
+    Path("middle/c.txt").write_text(TEXT)
+    Path("bytes.jsonl").write_bytes(b'{"text": "good"}\n{"text": "caf\xe9"}\n')
+    Path("cut.jsonl.gz").write_bytes(gzip.compress(TEXT.encode())[:-10])
+    Path("cut.txt.zst").write_bytes(zstandard.compress(TEXT.encode())[:-1])
+    Path("cut.parquet").write_bytes(b"PAR1" + bytes(100))
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["prepare_data", *arguments])
@@ -44,6 +56,16 @@ CASES = {
     "nothing readable": (["--input", "latin.txt"], ["found 0 documents", "latin.txt"]),
     "wrong key": (["--input", "bad.jsonl"], ["bad.jsonl:2", "'txt'", "--json-key"]),
     "not JSON": (["--input", "broken.jsonl"], ["broken.jsonl:2", "not JSON"]),
+    "unreadable file in the middle": (["--input", "middle"], ["middle/b.txt: ", "expected a readable file"]),
+    "line that is not UTF-8": (["--input", "bytes.jsonl"], ["bytes.jsonl:2", "utf-8"]),
+    "damaged gz": (["--input", "cut.jsonl.gz"], ["cut.jsonl.gz"]),
+    "damaged zst": (["--input", "cut.txt.zst"], ["cut.txt.zst: damaged"]),
+    "damaged parquet": (["--input", "cut.parquet"], ["cut.parquet: damaged"]),
+    "bytes and another vocabulary": (
+        ["--input", "text.txt", "--tokenizer", "bytes", "--vocab-size", "300"],
+        ["bytes has 257 pieces, expected 300"],
+    ),
+    "no worker": (["--input", "text.txt", "--workers", "0"], ["--workers 0"]),
     "no validation": (["--input", "text.txt", "--validation-fraction", "0"], ["--validation-fraction 0.0", "between 0 and 1"]),
     "all validation": (["--input", "text.txt", "--validation-fraction", "1"], ["--validation-fraction 1.0"]),
     "not a fraction": (["--input", "text.txt", "--validation-fraction", "nan"], ["--validation-fraction nan"]),
@@ -86,6 +108,35 @@ def test_prepares_reuses_refuses_and_overwrites(call):
     status, out, err = call(*arguments, "--seed", "1", "--overwrite")
     assert (status, err) == (0, "")
     assert "(reused)" not in out
+
+
+def test_tokenizer_of_another_vocabulary(call):
+    assert call("--input", "text.txt", "--output", "out", *SMALL)[0] == 0
+    again = ["--input", "text.txt", "--output", "again", "--tokenizer", "out/tokenizer.model"]
+    status, out, err = call(*again, "--vocab-size", "300")
+    assert (status, out) == (2, "")
+    assert err.startswith("megamtp: error: out/tokenizer.model has 290 pieces, expected 300: ")
+    assert not Path("again").exists()
+    assert call(*again, *SMALL)[0] == 0
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_disk_that_is_full_while_parts_are_written(call, workers):
+    """A limit of a file's size stands for the disk's; with room again, the same command goes on."""
+    Path("long").mkdir()
+    for number in range(3):
+        Path(f"long/{number}.txt").write_text("x" * (500_000 << number))  # the last is a shard of its own
+    arguments = ["--input", "long", "--tokenizer", "bytes", "--output", "out", "--workers", workers]
+    finished = subprocess.run(
+        [sys.executable, "-m", "megamtp.commands.prepare_data", *arguments],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3_500_000, 3_500_000)), capture_output=True, text=True,
+    )  # fmt: skip
+    assert (finished.returncode, finished.stdout) == (2, "")
+    assert finished.stderr == "megamtp: error: out cannot be written to: File too large; choose another folder or make room\n"
+    assert [path.name for path in Path("out").iterdir()] == [".preparation"]
+    assert not list(Path("out/.preparation").glob("*.partial"))
+    assert call(*arguments)[0] == 0
+    assert not Path("out/.preparation").exists()
 
 
 @pytest.mark.parametrize("arguments", [["--input", "text.txt"], ["--output", "out"], ["--input", "a", "--standard-library"]])

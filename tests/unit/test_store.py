@@ -1,86 +1,167 @@
 """Checkpoint folders: visible at once or not at all, old ones removed, damage named."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 
 from megamtp.checkpoint import store
+from megamtp.checkpoint.shards import WrittenFile, read_crc32
 from megamtp.config import ModelConfig
 from megamtp.errors import CheckpointError
 
 MODEL = ModelConfig(dim=8, num_layers=2, num_future_tokens=1, num_attention_heads=1, vocab_size=10)
 
 
-def publish(run: Path, step: int, keep: int = 2, content: bytes = b"weights", fail: bool = False) -> Path:
-    def write(folder: Path) -> None:
-        (folder / "engine").mkdir()
-        (folder / "engine/rank0").write_bytes(content)
-        if fail:
-            raise KeyboardInterrupt
+def write(run: Path, step: int, content: bytes = b"weights") -> tuple[Path, store.Manifest, dict[str, WrittenFile]]:
+    """What store.publish takes: everything is written, and nothing visible."""
+    checkpoint = store.folder_of(run, step)
+    folder = store.partial_of(checkpoint)
+    folder.mkdir(parents=True)
+    files = {}
+    for name in ("shard-0", "shard-1"):
+        (folder / name).write_bytes(content)
+        files[name] = WrittenFile(len(content), read_crc32(folder / name))
+    return checkpoint, store.Manifest(step, 2, "zero3", "fp32", dataclasses.asdict(MODEL), {"adam_steps": step}), files
 
-    manifest = store.Manifest(step, 1, "zero3", "fp32", dataclasses.asdict(MODEL), {})
-    return store.publish(run, manifest, keep, 0, lambda: None, write)
+
+def publish(run: Path, step: int, content: bytes = b"weights") -> Path:
+    checkpoint, *rest = write(run, step, content)
+    store.publish(checkpoint, *rest)
+    return checkpoint
 
 
 def names(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
-def test_the_newest_are_kept_and_ordered_by_step(tmp_path):
-    for step in (9, 10, 9_999_999, 10_000_000):
+def test_checkpoints_are_ordered_by_step(tmp_path):
+    for step in (10_000_000, 9, 9_999_999):
         publish(tmp_path, step)
-    assert [path.name for path in store.checkpoints(tmp_path)] == ["step-9999999", "step-10000000"]
+    assert [path.name for path in store.checkpoints(tmp_path)] == ["step-0000009", "step-9999999", "step-10000000"]
     assert store.newest_checkpoint(tmp_path).name == "step-10000000"
-    assert store.read_manifest(store.newest_checkpoint(tmp_path)).file_bytes == {"engine/rank0": 7}
+    manifest = store.verified(store.newest_checkpoint(tmp_path))
+    assert (manifest.step, manifest.state, manifest.file_bytes) == (10_000_000, {"adam_steps": 10_000_000}, 14)
 
 
-def test_an_interrupted_save_is_no_checkpoint_and_leaves_the_older_one(tmp_path):
+@pytest.mark.parametrize(
+    ("keep", "every", "kept"),
+    [(2, None, [50, 60, 90]), (1, None, [60, 90]), (1, 20, [20, 40, 60, 90]), (2, 30, [30, 50, 60, 90]), (9, None, None)],
+)
+def test_the_newest_and_every_mth_are_kept(keep, every, kept, tmp_path):
+    """That of step 90, which is damaged or the run would not be at 60 again, neither counts nor goes."""
+    steps = [10, 20, 30, 40, 50, 60, 90]
+    for step in steps:
+        publish(tmp_path, step)
+    for checkpoint in store.outdated(tmp_path, 60, keep, every):
+        store.remove(checkpoint)
+    assert names(tmp_path) == [f"step-{step:07d}" for step in kept or steps]
+
+
+def test_what_is_not_published_is_no_checkpoint(tmp_path):
     publish(tmp_path, 1)
-    with pytest.raises(KeyboardInterrupt):
-        publish(tmp_path, 2, fail=True)
+    write(tmp_path, 2)
     assert [path.name for path in store.checkpoints(tmp_path)] == ["step-0000001"]
-    publish(tmp_path, 3)
-    assert names(tmp_path) == ["step-0000001", "step-0000003"]
+    store.remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["step-0000001"]
+
+
+def test_a_removal_cut_short_leaves_no_checkpoint(tmp_path, monkeypatch):
+    checkpoint = publish(tmp_path, 1)
+
+    def killed(*arguments, **options):
+        if not options:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(store.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        store.remove(checkpoint)
+    monkeypatch.undo()
+    assert store.checkpoints(tmp_path) == []
+    store.remove_leftovers(tmp_path)
+    assert names(tmp_path) == []
 
 
 def test_the_same_step_is_replaced(tmp_path):
     publish(tmp_path, 1)
     publish(tmp_path, 1, content=b"other weights")
     assert names(tmp_path) == ["step-0000001"]
-    assert store.read_manifest(store.newest_checkpoint(tmp_path)).file_bytes == {"engine/rank0": 13}
+    assert store.verified(store.newest_checkpoint(tmp_path)).file_bytes == 26
+
+
+def flip(file: Path, place: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
 
 
 def damage(checkpoint: Path, kind: str) -> None:
-    file = checkpoint / "engine/rank0"
+    file, manifest = checkpoint / "shard-1", checkpoint / store.MANIFEST
     match kind:
         case "truncated":
             file.write_bytes(b"weig")
         case "missing":
             file.unlink()
+        case "flipped bit":
+            flip(file, 3)
         case "no manifest":
-            (checkpoint / store.MANIFEST).unlink()
-        case "foreign manifest":
-            (checkpoint / store.MANIFEST).write_text('{"step": 1}')
+            manifest.unlink()
+        case "manifest cut short":
+            manifest.write_text(manifest.read_text()[:-20])
+        case "manifest of something else":
+            manifest.write_text('{"format_version": 2, "step": 1}')
+        case "number in the manifest":
+            manifest.write_text(manifest.read_text().replace('"adam_steps": 1', '"adam_steps": 3'))
+        case "list":
+            manifest.write_text("[]")
 
 
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("truncated", ["engine/rank0 has 4 bytes", "expected 7"]),
-        ("missing", ["engine/rank0 is missing", "expected 7"]),
+        ("truncated", ["shard-1 has 4 bytes", "expected 7"]),
+        ("missing", ["shard-1 is missing", "expected 7"]),
+        ("flipped bit", ["shard-1 has the checksum", "expected", "remove"]),
         ("no manifest", ["not a checkpoint", "manifest.json"]),
-        ("foreign manifest", ["manifest.json cannot be read", "remove"]),
+        ("manifest cut short", ["manifest.json cannot be read", "remove"]),
+        ("manifest of something else", ["manifest.json cannot be read", "crc32", "remove"]),
+        ("number in the manifest", ["manifest.json cannot be read", "its checksum is", "remove"]),
+        ("list", ["manifest.json cannot be read", "remove"]),
     ],
 )
 def test_damage_is_named_in_one_line(kind, words, tmp_path):
     checkpoint = publish(tmp_path, 1)
     damage(checkpoint, kind)
     with pytest.raises(CheckpointError) as error:
-        store.read_manifest(checkpoint)
+        store.verified(checkpoint)
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
+
+
+def test_every_bit_of_a_checkpoint_counts(tmp_path):
+    checkpoint = publish(tmp_path, 1)
+    for file in checkpoint.iterdir():
+        for place in range(file.stat().st_size):
+            flip(file, place)
+            try:
+                store.verified(checkpoint)
+            except CheckpointError:
+                pass
+            else:  # only what means the same in JSON
+                assert file.name == store.MANIFEST and json.loads(file.read_text())["step"] == 1
+            flip(file, place)
+    assert store.verified(checkpoint).step == 1
+
+
+def test_ranks_share_the_files(tmp_path):
+    checkpoint = publish(tmp_path, 1)
+    manifest = store.read_manifest(checkpoint)
+    flip(checkpoint / "shard-1", 0)
+    assert store.damage(checkpoint, manifest, 0, 2) is None
+    assert "shard-1 has the checksum" in store.damage(checkpoint, manifest, 1, 2)
+    assert store.damage(checkpoint, manifest, 2, 3) is None
 
 
 def test_a_run_without_checkpoint_is_named(tmp_path):
@@ -90,17 +171,23 @@ def test_a_run_without_checkpoint_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("job", "words"),
-    [
-        ((dataclasses.replace(MODEL, dim=16), 1, "zero3", "fp32"), "model.dim=8, expected 16"),
-        ((MODEL, 2, "zero3", "fp32"), "world size 1, expected 2"),
-        ((MODEL, 1, "zero1", "fp32"), "engine kind zero3, expected zero1"),
-        ((MODEL, 1, "zero3", "bf16"), "precision fp32, expected bf16"),
-    ],
+    ("version", "words"), [(3, ["format 3", "by megamtp 9.9", "install a newer"]), (None, ["format 1", "expected format 2"])]
 )
-def test_a_checkpoint_of_another_job_is_refused(job, words, tmp_path):
+def test_another_format_is_named(version, words, tmp_path):
+    checkpoint = publish(tmp_path, 1)
+    content = json.loads((checkpoint / store.MANIFEST).read_text()) | {"format_version": version, "code_version": "9.9"}
+    if version is None:
+        del content["format_version"]
+    (checkpoint / store.MANIFEST).write_text(json.dumps(content))
+    with pytest.raises(store.FormatError) as error:
+        store.read_manifest(checkpoint)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     checkpoint = publish(tmp_path, 1)
     manifest = store.read_manifest(checkpoint)
-    store.check_fits(checkpoint, manifest, MODEL, 1, "zero3", "fp32")
-    with pytest.raises(CheckpointError, match=words):
-        store.check_fits(checkpoint, manifest, *job)
+    store.check_model(checkpoint, manifest, MODEL)
+    with pytest.raises(CheckpointError, match=r"model\.dim=8, expected 16"):
+        store.check_model(checkpoint, manifest, dataclasses.replace(MODEL, dim=16))

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megamtp.data import tokenizer as tokenizer_module
-from megamtp.data.tokenizer import SentencePieceTokenizer, train_sentencepiece
+from megamtp.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, open_tokenizer, train_sentencepiece
 from megamtp.errors import InputError
 from megamtp.files import write_atomically
 
@@ -66,6 +66,25 @@ def test_batches_are_encoded_as_single_texts(tokenizer):
     texts = ["", "def f():", "a\u2581b", TEXTS[0], "\u2581"]
     assert tokenizer.encode_batch(texts, num_threads=3) == [tokenizer.encode(text) for text in texts]
     assert tokenizer.encode_batch([], num_threads=3) == []
+
+
+@given(st.lists(st.text(max_size=20), max_size=5))
+@example(["\u2581", "", "a\u2581b", ""])
+def test_documents_in_a_row_are_the_single_ones_with_their_ends(tokenizer, texts):
+    for encoder in (tokenizer, ByteTokenizer()):
+        tokens, lengths = encoder.encode_documents(texts)
+        single = [[*encoder.encode(text), encoder.end_of_document_id] for text in texts]
+        assert tokens.tolist() == [token for ids in single for token in ids]
+        assert lengths.tolist() == [len(ids) for ids in single]
+        assert tokens.dtype == "uint16"
+
+
+def test_bytes():
+    tokenizer = open_tokenizer("bytes")
+    assert tokenizer.encode("a\u00e9\0") == [97, 0xC3, 0xA9, 0]
+    assert (tokenizer.vocab_size, tokenizer.end_of_document_id) == (257, 256)
+    assert tokenizer.decode([97, 256, 0xC3, 0xA9, 256]) == "a\u00e9"
+    assert tokenizer.decode([0xC3, 97]) == "\ufffda"
 
 
 def test_end_of_document_decodes_to_nothing(tokenizer):

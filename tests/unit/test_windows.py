@@ -6,10 +6,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+from benchmarks.corpora import write_sparse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megamtp.data.indexed_dataset import HEADER, MAGIC, VERSION, IndexedDataset, IndexedDatasetWriter
+from megamtp.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from megamtp.data.windows import IGNORED, Windows
 from megamtp.errors import InputError
 
@@ -186,25 +187,8 @@ print(len(dataset), dataset.num_tokens, opened, time.perf_counter() - start - op
 """
 
 
-def sparse_trillion(prefix) -> None:
-    """10^9 documents and sequences, all but the last 466 sequences and the last document empty, in files of holes."""
-    lengths = [2**31 - 1] * 465
-    lengths.append(TRILLION - sum(lengths))
-    pointers = np.cumsum([0, *lengths[:-1]], dtype="<i8") * 2
-    with open(f"{prefix}.idx", "wb") as index:
-        index.write(HEADER.pack(MAGIC, VERSION, 8, BILLION, BILLION + 1))
-        index.seek(HEADER.size + 4 * (BILLION - len(lengths)))
-        index.write(np.array(lengths, dtype="<i4").tobytes())
-        index.seek(HEADER.size + 4 * BILLION + 8 * (BILLION - len(pointers)))
-        index.write(pointers.tobytes())
-        index.seek(HEADER.size + 12 * BILLION + 8 * BILLION)
-        index.write(np.array([BILLION], dtype="<i8").tobytes())
-    with open(f"{prefix}.bin", "wb") as tokens:
-        tokens.truncate(2 * TRILLION)
-
-
 def test_a_trillion_tokens_open_in_a_second(tmp_path):
-    sparse_trillion(tmp_path / "sparse")
+    write_sparse(tmp_path / "sparse", TRILLION, BILLION)
     command = [sys.executable, "-c", OPEN_AND_READ, str(tmp_path / "sparse")]
     finished = subprocess.run(command, capture_output=True, text=True, check=True)
     documents, tokens, opened, read, more_mebibytes, mebibytes, length = map(float, finished.stdout.split())

@@ -1,4 +1,4 @@
-"""Configurations of one rank of an emulated cluster, and the options that all benchmarks of steps share."""
+"""Configurations of one rank of an emulated cluster or, under a launcher, of a real job; the options of all benchmarks of steps."""
 
 import argparse
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import output
-from megamtp.cluster.environment import Place, emulated_place, join_peers
+from megamtp.cluster.environment import emulated_place, find_place, join_peers
 from megamtp.commands.command_line import Parser
 from megamtp.config import Config, read_config
 from megamtp.errors import InputError
@@ -21,18 +21,27 @@ def parser(description: str, name: str) -> Parser:
     parser = output.parser(description, name)
     parser.add_argument("--bandwidth", default="100e9", help="bytes/s of a flat network; null: NVLink and 400 Gb/s [100e9]")
     parser.add_argument("--sms", default="1", help="multiprocessors that communication holds [1]")
+    parser.add_argument("--micro-batch", type=output.positive, help="windows of a rank's step [by size: 4 to 1]")
     parser.add_argument("--steps", type=output.positive, default=5, help="measured steps in a turn [5]")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings")
     return parser
 
 
+def num_ranks(asked: int) -> int:
+    """Those that a launcher started, if it did; else as many as are asked for are emulated."""
+    launched = find_place().world_size
+    return launched if launched > 1 else asked
+
+
 def config(size: str, heads: int, world_size: int, options: argparse.Namespace, *settings: str) -> Config:
     """One micro-batch of every rank a step, with a head phase. Raises InputError."""
-    micro_batch = MICRO_BATCHES[size]
+    micro_batch = options.micro_batch or MICRO_BATCHES[size]
+    cluster = [
+        f"cluster.emulate={world_size}", f"cluster.flat_bandwidth={options.bandwidth}", f"cluster.communication_sms={options.sms}"
+    ]  # fmt: skip
     config = read_config([
         str(CONFIGS / f"{size}_n{1 if heads == 1 else 4}.yaml"), f"model.num_future_tokens={heads}",
-        "data.train=none", "run.directory=none", f"cluster.emulate={world_size}",
-        f"cluster.flat_bandwidth={options.bandwidth}", f"cluster.communication_sms={options.sms}",
+        "data.train=none", "run.directory=none", *([] if find_place().world_size > 1 else cluster),
         f"train.sequence_length={SEQUENCE_LENGTH}", f"train.micro_batch_size={micro_batch}",
         f"train.global_batch_tokens={SEQUENCE_LENGTH * micro_batch * world_size}", *options.set, *settings,
     ])  # fmt: skip
@@ -44,14 +53,16 @@ def config(size: str, heads: int, world_size: int, options: argparse.Namespace, 
 def settings(config: Config, options: argparse.Namespace) -> dict[str, object]:
     """What a table of steps says about its cluster."""
     cluster = config.cluster
+    further = {"T": SEQUENCE_LENGTH} | ({"set": " ".join(options.set)} if options.set else {})
+    if not cluster.emulate:
+        return {"network": "NCCL", **further}
     network = {"bandwidth": "null" if cluster.flat_bandwidth is None else f"{cluster.flat_bandwidth:g}"}
     if cluster.flat_bandwidth is None:
         network |= {"in nodes": f"{cluster.node_bandwidth:g}", "between nodes": f"{cluster.network_bandwidth:g}"}
-    further = {"set": " ".join(options.set)} if options.set else {}
-    return {**network, "latency": f"{cluster.latency:g}", "SMs held": cluster.communication_sms, "T": SEQUENCE_LENGTH, **further}
+    return {**network, "latency": f"{cluster.latency:g}", "SMs held": cluster.communication_sms, **further}
 
 
 def join(config: Config) -> None:
-    """Makes this process the emulated cluster's rank 0, unless it is."""
+    """Makes this process the emulated cluster's rank 0, or joins the launcher's others, unless it has."""
     if not torch.distributed.is_initialized():
-        join_peers(emulated_place(Place(0, 0, 1), config.cluster), config.cluster)
+        join_peers(emulated_place(find_place(), config.cluster), config.cluster)

@@ -12,6 +12,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from megamtp.cluster.environment import find_place
 from megamtp.commands.command_line import Parser
 from megamtp.errors import InputError
 
@@ -32,10 +33,15 @@ def parser(description: str, name: str) -> Parser:
     return parser
 
 
-def start(options: argparse.Namespace, device: str = "cuda") -> None:
-    """Before the first measurement, on a GPU unless told otherwise. Raises InputError: no GPU, or nowhere to write."""
-    if device == "cuda" and not torch.cuda.is_available():
+def start(options: argparse.Namespace, on_gpu: bool = True) -> None:
+    """Before the first measurement. Raises InputError: no GPU, though it is measured, or nowhere to write."""
+    if on_gpu and not torch.cuda.is_available():
         raise InputError("no GPU; expected one: benchmarks measure a GPU's time")
+    make_folder(options)
+
+
+def make_folder(options: argparse.Namespace) -> None:
+    """Raises InputError: nowhere to write."""
     try:
         options.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -52,6 +58,12 @@ def circumstances() -> dict[str, str]:
     }
 
 
+def say(line: str) -> None:
+    """Prints what is measured as it comes, on the first rank."""
+    if find_place().rank == 0:
+        print(line, flush=True)
+
+
 def spread(values: list[float], digits: int = 1) -> str:
     """Median, least and largest."""
     return f"{statistics.median(values):.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
@@ -64,7 +76,9 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def write(options: argparse.Namespace, settings: dict, results: list[dict], shown: str, picture: Figure) -> None:
-    """Prints `shown` under its circumstances and settings, and writes the three files."""
+    """Prints `shown` under its circumstances and settings, and writes the three files; of several ranks, the first does."""
+    if find_place().rank > 0:
+        return
     where = circumstances()
     heading = f"{where['card']}, torch {where['torch']}, {where['date']}; {', '.join(f'{k} {v}' for k, v in settings.items())}"
     text = f"{heading}\n\n{shown}\n\n`{where['command']}`\n"

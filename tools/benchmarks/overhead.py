@@ -2,6 +2,7 @@
 
     python tools/benchmark.py overhead --sizes 6.7b --heads 1 4 --output results
     python tools/benchmark.py overhead --bandwidth null --sms 16 --name overhead_nodes_16sms --output results
+    torchrun --nproc-per-node 2 tools/benchmark.py overhead --sizes 1.3b --name nccl_overhead --output results      (real ranks)
 
 Variants take turns in one process. "plain" has neither engine nor communication; "hosted / bare" is a variant's n = 1 step over it.
 "ours fp8" has the losses of all heads in fp8, over the n = 1 step in bf16.
@@ -39,7 +40,10 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if options.heads[0] != 1:
         raise InputError(f"--heads {' '.join(map(str, options.heads))}; expected 1 first, which the others are divided by")
-    configs = {size: {n: emulation.config(size, n, options.world_size, options) for n in options.heads} for size in options.sizes}
+    ranks = emulation.num_ranks(options.world_size)
+    if options.cold and ranks != options.world_size:
+        raise InputError(f"--cold under a launcher of {ranks} ranks; expected one process")
+    configs = {size: {n: emulation.config(size, n, ranks, options) for n in options.heads} for size in options.sizes}
     output.start(options)
     results = []
     for size, by_heads in configs.items():
@@ -48,7 +52,7 @@ def main(arguments: list[str]) -> None:
         gc.collect()
         torch.cuda.empty_cache()
     settings = {
-        "ranks": options.world_size, **emulation.settings(configs[options.sizes[0]][1], options),
+        "ranks": ranks, **emulation.settings(configs[options.sizes[0]][1], options),
         "steps": options.rounds * options.steps,
     }  # fmt: skip
     output.write(options, settings, results, _table(results, options.heads), _draw(results))

@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> None:
         )
     for size in options.sizes:
         _configs(size, options)  # refuses what cannot be, before anything is measured
-    output.start(options, options.device)
+    output.start(options, on_gpu=options.device == "cuda")
     results = []
     for size in options.sizes:
         results += _sizes_results(size, options)

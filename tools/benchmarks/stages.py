@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megamtp.config import Config
+from megamtp.data.loader import Batch
 from megamtp.engines.base import DTYPES
 from megamtp.engines.partition import Stage
 from megamtp.engines.spread_schedule import Kind
@@ -58,7 +59,8 @@ class WholeStage(StageLayers):
         self.received = torch.randn(*shape, model.dim, device=device, dtype=DTYPES[train.precision])
         self.gradient = self.received * 1e-4
         self.micro_batch_targets = torch.randint(model.vocab_size, (model.num_future_tokens, *shape), device=device)
-        self.begin(itertools.repeat(self.micro_batch_targets), [1.0 / (shape[0] * shape[1])] * model.num_future_tokens)
+        batch = Batch(self.tokens, self.micro_batch_targets)
+        self.begin(itertools.repeat(batch), [1.0 / (shape[0] * shape[1])] * model.num_future_tokens)
 
     @torch.no_grad()
     def _initialise(self) -> None:
@@ -94,7 +96,7 @@ class SpreadStage(WholeStage):
 
     def run(self, kind: Kind, passed: "Passed") -> None:
         if kind == Kind.FORWARD:
-            passed.output = self._run_trunk(passed.input.clone())
+            passed.output = self._run_trunk(passed.input.clone(), None)
             passed.hidden = [self.unembedding.normed(head(passed.output)) for head in self.heads.values()]
         elif kind == Kind.STATISTICS:
             passed.slices = [self._statistics(index) for index in range(len(self.micro_batch_targets))]

@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     settings_of = {CONFIGURED: [], NONE: ["engine.prefetch_modules=0"]}
     configs = {
-        name: emulation.config(options.size, options.heads, options.world_size, options, *settings)
+        name: emulation.config(options.size, options.heads, emulation.num_ranks(options.world_size), options, *settings)
         for name, settings in settings_of.items()
     }
     output.start(options)
@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> None:
         for name, trace in traces.items()
     ]  # fmt: skip
     settings = {
-        "size": options.size, "n": options.heads, "ranks": options.world_size,
+        "size": options.size, "n": options.heads, "ranks": emulation.num_ranks(options.world_size),
         **emulation.settings(configs[CONFIGURED], options), "prefetch_modules": configs[CONFIGURED].engine.prefetch_modules,
     }  # fmt: skip
     shares = {name: 100 * trace.exposure("heads").share for name, trace in traces.items()}

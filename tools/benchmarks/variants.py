@@ -5,6 +5,7 @@ import gc
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -24,7 +25,7 @@ class Variant:
     """One way to run a configuration. `step` returns the milliseconds of forward and backward on the device.
 
     Attributes:
-        config: of the emulated cluster, train.global_batch_tokens being one micro-batch of each rank.
+        config: train.global_batch_tokens is one micro-batch of each rank.
     """
 
     def __init__(self, config: Config):
@@ -133,8 +134,8 @@ class TrunkFirst(MTPModel):
         return self.z(inputs_BT)
 
 
-def _shard(model: MTPModel, world_size: int) -> None:
-    mesh = init_device_mesh("cuda", (world_size,))
+def _shard(model: MTPModel) -> None:
+    mesh = init_device_mesh("cuda", (dist.get_world_size(),))
     for layer in [*model.trunk, *model.heads, model.embedding]:
         fully_shard(layer, mesh=mesh)
     fully_shard(model.unembedding, mesh=mesh, reshard_after_forward=False)
@@ -146,7 +147,7 @@ class FsdpOneBackward(Variant):
 
     def build(self) -> None:
         self.model = _random_model(self.config, "deferred")
-        _shard(self.model, self.config.cluster.emulate)
+        _shard(self.model)
 
     def forward_and_backward(self) -> Tensor:
         loss, _ = self.model(self.batch.inputs, self.batch.targets, self.scales)
@@ -162,7 +163,7 @@ class FsdpPerHead(FsdpOneBackward):
 
     def build(self) -> None:
         self.model = _random_model(self.config, "sequential", TrunkFirst)
-        _shard(self.model, self.config.cluster.emulate)
+        _shard(self.model)
 
     def forward_and_backward(self) -> Tensor:
         z = self.model(self.batch.inputs)
@@ -205,8 +206,9 @@ def measure(makers: dict[str, Callable[[], Variant]], rounds: int, steps: int) -
                 cell_found.kept_bytes = torch.cuda.memory_allocated() - before
             resting = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
+            dist.barrier()
             milliseconds = [variant.step() for _ in range(steps)]
-            print(f"{cell}: {output.spread(milliseconds)} ms", flush=True)
+            output.say(f"{cell}: {output.spread(milliseconds)} ms")
             cell_found.milliseconds += milliseconds
             peak = torch.cuda.max_memory_allocated() - resting + cell_found.kept_bytes
             cell_found.peak_bytes = max(cell_found.peak_bytes, peak)

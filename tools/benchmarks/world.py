@@ -39,6 +39,8 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--rounds", type=output.positive, default=2, help="turns of each number of ranks [2]")
     options = parser.parse_args(arguments)
+    if (launched := emulation.num_ranks(1)) > 1:
+        raise InputError(f"under a launcher of {launched} ranks; expected one process: the numbers of ranks are emulated")
     jobs = []
     for world_size in options.world_sizes:
         names = [name for name in options.variants if name != SHIPPED or world_size in options.shipped_at]

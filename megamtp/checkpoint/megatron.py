@@ -1,0 +1,179 @@
+"""Megatron-LM's checkpoints of Llama-form models without model parallelism, as the beginning of a multi-token model.
+
+    FOLDER/latest_checkpointed_iteration.txt
+    FOLDER/iter_0000100/mp_rank_00/model_optim_rng.pt    "model": weights by Megatron-Core's names, "args": settings
+
+Queries, keys and values are one matrix: for each group of attention heads its queries, then its key, then its value. So are the
+gate and up matrices of SwiGLU. Source: Megatron-LM, tools/checkpoint/schema_core.py and loader_llama_mistral.py.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megamtp.checkpoint import torch_file
+from megamtp.checkpoint.contents import WEIGHT, Contents, Rearranged, Rows, check_tensors
+from megamtp.checkpoint.tensors import InMemory
+from megamtp.config import ModelConfig
+from megamtp.errors import CheckpointError
+
+LATEST, FILE, DISTRIBUTED = "latest_checkpointed_iteration.txt", "model_optim_rng.pt", "common.pt"
+CLASSES_OF = ("megatron.", "transformer_engine.", "argparse.", "numpy.", "_io.")  # objects of these are not made
+EXTRA_STATE = "_extra_state"  # of Transformer Engine: scales of fp8 products
+
+# Of args: what the model must be, by what an older Megatron without the setting was.
+FORM = {
+    "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "position_embedding_type": "rope", "swiglu": True,
+    "normalization": "RMSNorm", "add_bias_linear": False, "add_qkv_bias": False, "num_experts": None, "rotary_percent": 1.0,
+    "rotary_interleaved": False, "use_rope_scaling": False, "rotary_seq_len_interpolation_factor": None, "qk_layernorm": False,
+    "apply_layernorm_1p": False, "apply_query_key_layer_scaling": False, "apply_residual_connection_post_layernorm": False,
+    "mtp_num_layers": None, "multi_latent_attention": False,
+}  # fmt: skip
+MUST_BE_SAID = ("position_embedding_type", "swiglu", "normalization", "add_bias_linear")
+
+EMBEDDING, FINAL_NORM, OUTPUT = "embedding.word_embeddings.weight", "decoder.final_layernorm.weight", "output_layer.weight"
+QUERY_KEY_VALUE, GATE_UP = "self_attention.linear_qkv.weight", "mlp.linear_fc1.weight"
+NORMS = {  # of attention and SwiGLU, with Transformer Engine and without
+    True: ("self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight"),
+    False: ("input_layernorm.weight", "pre_mlp_layernorm.weight"),
+}
+
+
+def read(directory: Path, num_future_tokens: int = 1) -> Contents:
+    """Opens a checkpoint as a model of so many heads: its last layer is head 1, and heads 2 to n are copies of it, as hf.read's.
+
+    Raises:
+        CheckpointError: a file is missing or unreadable, the model is of another form, or a tensor is missing, misshaped
+            or unknown.
+    """
+    path = _weights_file(directory)
+    saved = torch_file.read(path, CLASSES_OF)
+    if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict) or "args" not in saved:
+        raise CheckpointError(f"{path} has no model and args; expected Megatron-LM's, of one GPU's share and without stages")
+    args = getattr(saved["args"], "__dict__", {})
+    _check_form(args, path)
+    found = {name: tensor for name, tensor in saved["model"].items() if not name.endswith(EXTRA_STATE)}
+    torch_file.tensors_of(path, found)
+    fused_norms = any(name.endswith(NORMS[True][0]) for name in found)
+    tied = not args.get("untie_embeddings_and_output_weights", False)
+    model = _model(args, path, num_future_tokens)
+    expected = _shapes(model, fused_norms) | ({} if tied else {OUTPUT: (model.vocab_size, model.dim)})
+    check_tensors({name: tuple(tensor.shape) for name, tensor in found.items()}, expected, path)
+    notes = [f"{path} ties its unembedding to its embedding: from here on each has weights of its own"] if tied else []
+    if args.get("vocab_size") not in (None, model.vocab_size):
+        notes.append(f"{path} has a vocabulary of {args['vocab_size']}, padded to {model.vocab_size}: the padding is kept")
+    return Contents(
+        model,
+        {WEIGHT: Rearranged(InMemory(found), _rows(model, fused_norms, tied))},
+        sequence_length=args.get("seq_length"),
+        notes=tuple(notes),
+    )
+
+
+def is_megatron(path: Path) -> bool:
+    return any((path / place).exists() for place in (LATEST, FILE, f"mp_rank_00/{FILE}"))
+
+
+def _weights_file(directory: Path) -> Path:
+    if (directory / FILE).exists():
+        return directory / FILE
+    folder = directory
+    if (directory / LATEST).exists():
+        iteration = (directory / LATEST).read_text().strip()
+        folder = directory / (f"iter_{int(iteration):07d}" if iteration.isdigit() else iteration)
+    if (folder / DISTRIBUTED).exists():
+        raise CheckpointError(f"{folder} is in Megatron-LM's distributed format; expected --ckpt-format torch: convert it there")
+    ranks = sorted(path.name for path in folder.glob("mp_rank_*"))
+    if ranks != ["mp_rank_00"]:
+        raise CheckpointError(f"{folder} has {ranks or 'no ranks'}; expected mp_rank_00 alone: convert it there to TP = PP = 1")
+    return folder / "mp_rank_00" / FILE
+
+
+def _check_form(args: dict[str, Any], path: Path) -> None:
+    for key in MUST_BE_SAID:
+        if key not in args:
+            raise CheckpointError(f"{path}: args have no {key}; expected {FORM[key]}")
+    for key, expected in FORM.items():
+        value = args.get(key, expected)
+        if value != expected and not (expected in (None, False) and not value):
+            raise CheckpointError(f"{path}: args.{key} is {value}, expected {expected}: another form of model")
+
+
+def _model(args: dict[str, Any], path: Path, num_future_tokens: int) -> ModelConfig:
+    try:
+        model = ModelConfig(
+            dim=args["hidden_size"],
+            num_layers=args["num_layers"] - 1 + num_future_tokens,
+            num_future_tokens=num_future_tokens,
+            num_attention_heads=args["num_attention_heads"],
+            num_key_value_heads=args["num_query_groups"] if args.get("group_query_attention") else None,
+            mlp_dim=args["ffn_hidden_size"],
+            vocab_size=args["padded_vocab_size"],
+            rope_theta=float(args["rotary_base"]),
+            norm_eps=args["norm_epsilon"],
+        )
+    except KeyError as error:
+        raise CheckpointError(f"{path}: args have no {error}; expected all settings of a Llama") from None
+    if args.get("kv_channels") not in (None, model.head_dim):
+        raise CheckpointError(
+            f"{path}: args.kv_channels is {args['kv_channels']}, expected {model.head_dim}: another form of model"
+        )
+    if model.num_trunk_layers < 1:
+        raise CheckpointError(f"{path} has one layer; expected two or more: the last becomes head 1, the others the trunk")
+    return model
+
+
+def _shapes(model: ModelConfig, fused_norms: bool) -> dict[str, tuple[int, ...]]:
+    """Of all tensors but the output, by Megatron's names."""
+    width = (model.num_attention_heads + 2 * model.key_value_heads) * model.head_dim
+    attention_norm, mlp_norm = NORMS[fused_norms]
+    inside = {
+        attention_norm: (model.dim,),
+        QUERY_KEY_VALUE: (width, model.dim),
+        "self_attention.linear_proj.weight": (model.dim, model.dim),
+        mlp_norm: (model.dim,),
+        GATE_UP: (2 * model.hidden_dim, model.dim),
+        "mlp.linear_fc2.weight": (model.dim, model.hidden_dim),
+    }
+    shapes = {EMBEDDING: (model.vocab_size, model.dim), FINAL_NORM: (model.dim,)}
+    for layer in range(model.num_trunk_layers + 1):
+        shapes |= {f"decoder.layers.{layer}.{name}": shape for name, shape in inside.items()}
+    return shapes
+
+
+def _rows(model: ModelConfig, fused_norms: bool, tied: bool) -> dict[str, Rows]:
+    """MTPModel's name -> which rows of which of Megatron's tensors it is."""
+    attention_norm, mlp_norm = NORMS[fused_norms]
+    query, key, value = _attention_rows(model)
+    inside = {
+        "attention_norm.weight": Rows(attention_norm),
+        "attention.query.weight": Rows(QUERY_KEY_VALUE, query),
+        "attention.key.weight": Rows(QUERY_KEY_VALUE, key),
+        "attention.value.weight": Rows(QUERY_KEY_VALUE, value),
+        "attention.output.weight": Rows("self_attention.linear_proj.weight"),
+        "mlp_norm.weight": Rows(mlp_norm),
+        "mlp.gate.weight": Rows(GATE_UP, torch.arange(model.hidden_dim)),
+        "mlp.up.weight": Rows(GATE_UP, torch.arange(model.hidden_dim, 2 * model.hidden_dim)),
+        "mlp.down.weight": Rows("mlp.linear_fc2.weight"),
+    }
+    layers = {f"trunk.{index}": index for index in range(model.num_trunk_layers)}
+    layers |= {f"heads.{index}": model.num_trunk_layers for index in range(model.num_future_tokens)}
+    return {
+        "embedding.weight": Rows(EMBEDDING),
+        "unembedding.norm": Rows(FINAL_NORM),
+        "unembedding.weight": Rows(EMBEDDING if tied else OUTPUT),
+    } | {
+        f"{ours}.{name}": Rows(f"decoder.layers.{theirs}.{taken.name}", taken.rows)
+        for ours, theirs in layers.items()
+        for name, taken in inside.items()
+    }
+
+
+def _attention_rows(model: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows of queries, keys and values in the matrix that holds all."""
+    queries_of_group = model.num_attention_heads // model.key_value_heads
+    rows = torch.arange((model.num_attention_heads + 2 * model.key_value_heads) * model.head_dim)
+    rows = rows.view(model.key_value_heads, queries_of_group + 2, model.head_dim)
+    return rows[:, :queries_of_group].flatten(), rows[:, queries_of_group].flatten(), rows[:, queries_of_group + 1].flatten()

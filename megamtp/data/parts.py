@@ -1,0 +1,143 @@
+"""Parts of a corpus: one shard's tokens and a table of its documents, written by whoever works on it and merged at the end.
+
+A part's files are named by what they depend on, KEY.bin, KEY.npy and last KEY.json: one that is there is whole and right, so a
+preparation that was killed goes on from the parts it finds.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from megamtp.data.documents import cut
+from megamtp.data.shards import Shard
+from megamtp.data.tokenizer import Tokenizer, open_tokenizer
+from megamtp.errors import InputError
+from megamtp.files import open_atomically, write_atomically
+
+FORMAT = 1
+BATCH_DOCUMENTS = 1024
+BATCH_CHARACTERS = 1 << 20
+LARGEST_DOCUMENT = np.iinfo(np.int32).max  # tokens, in Megatron's index
+# name: what decides the split; text: what decides whether two documents are the same, zeros unless asked for.
+DOCUMENT = np.dtype([("name", "<u8"), ("text_high", "<u8"), ("text_low", "<u8"), ("bytes", "<u8"), ("length", "<i4")])
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is done with every shard.
+
+    Attributes:
+        folder: of the parts.
+        tokenizer: `bytes` or a SentencePiece model whose SHA-256 is tokenizer_digest.
+        dropped: names of documents that are left out.
+        with_text_hashes: hash the documents' texts, too.
+    """
+
+    folder: Path
+    tokenizer: str
+    tokenizer_digest: str
+    json_key: str
+    seed: int
+    in_pieces: bool
+    dropped: tuple[str, ...]
+    with_text_hashes: bool
+
+    def key(self, shard: Shard) -> str:
+        """Changes with all that a part depends on."""
+        settings = dataclasses.asdict(self) | {"folder": FORMAT, "tokenizer": ""}
+        return hashlib.sha256(f"{json.dumps(settings)}\n{shard.fingerprint}".encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A finished part. tokens [sum of lengths] and documents [documents] of type DOCUMENT are memory-mapped."""
+
+    tokens: np.ndarray
+    documents: np.ndarray
+    not_utf8: list[str]
+
+
+def is_finished(shard: Shard, job: Job) -> bool:
+    """Whether an earlier preparation left this part."""
+    return (job.folder / f"{job.key(shard)}.json").is_file()
+
+
+def tokenise(shard: Shard, job: Job) -> int:
+    """Writes the shard's part; returns the bytes of input that it stands for.
+
+    Raises:
+        InputError: as records.read does, or a document is too long.
+        OSError: it cannot be written.
+    """
+    tokenizer, stem = _tokenizer(job.tokenizer), job.folder / job.key(shard)
+    not_utf8: list[str] = []
+    tables = [np.empty(0, DOCUMENT)]
+    with open_atomically(stem.with_suffix(".bin")) as stream:
+        for batch in _batches(_documents(shard, job, not_utf8)):
+            tokens, lengths = tokenizer.encode_documents([text for _, text in batch])
+            stream.write(tokens.data)
+            tables.append(_table(batch, lengths, job))
+    documents = np.concatenate(tables)
+    with open_atomically(stem.with_suffix(".npy")) as stream:
+        np.save(stream, documents)
+    write_atomically(stem.with_suffix(".json"), json.dumps({"documents": len(documents), "not_utf8": not_utf8}).encode())
+    return shard.num_bytes
+
+
+def open_part(shard: Shard, job: Job, dtype: np.dtype) -> Part:
+    """A finished part whose tokens are of type `dtype`."""
+    stem = job.folder / job.key(shard)
+    summary = json.loads(stem.with_suffix(".json").read_bytes())
+    if not summary["documents"]:  # an empty file cannot be mapped
+        return Part(np.empty(0, dtype), np.empty(0, DOCUMENT), summary["not_utf8"])
+    tokens = np.memmap(stem.with_suffix(".bin"), dtype, mode="r")
+    return Part(tokens, np.load(stem.with_suffix(".npy"), mmap_mode="r"), summary["not_utf8"])
+
+
+def _documents(shard: Shard, job: Job, not_utf8: list[str]) -> Iterator[tuple[str, str]]:
+    for name, text in shard.documents(job.json_key, not_utf8):
+        if name not in job.dropped:
+            yield from cut(name, text) if job.in_pieces else [(name, text)]
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(path: str) -> Tokenizer:
+    return open_tokenizer(path)
+
+
+def _batches(documents: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    batch, characters = [], 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document[1])
+        if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _table(batch: list[tuple[str, str]], lengths: np.ndarray, job: Job) -> np.ndarray:
+    table = np.zeros(len(batch), DOCUMENT)
+    table["name"] = [split_hash(job.seed, name) for name, _ in batch]
+    encoded = [text.encode() for _, text in batch]
+    table["bytes"] = [len(text) for text in encoded]
+    table["length"] = lengths
+    if lengths.max() > LARGEST_DOCUMENT:
+        name = batch[int(lengths.argmax())][0]
+        raise InputError(f"{name}: {lengths.max()} tokens, expected at most {LARGEST_DOCUMENT} in a document: cut it")
+    if job.with_text_hashes:
+        hashes = b"".join(hashlib.blake2b(text, digest_size=16).digest() for text in encoded)
+        table["text_high"], table["text_low"] = np.frombuffer(hashes, "<u8").reshape(-1, 2).T
+    return table
+
+
+def split_hash(seed: int, name: str) -> int:
+    """Documents of the smallest hashes are held out; the same name gets the same one."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big")

@@ -1,0 +1,106 @@
+"""This rank's part of the fp32 weights and of Adam's moments, under any of DeepSpeed's optimizers.
+
+Each of them keeps flat fp32 tensors in which parts of the parameters follow each other: ZeRO-3 one for each sub-group, the others
+one for each parameter group. Here the parts get their parameters' names, so that no checkpoint need know which optimizer wrote it.
+Checked against DeepSpeed 0.19. Source: deepspeed/runtime/zero/stage3.py, stage_1_and_2.py; deepspeed/runtime/bf16_optimizer.py;
+deepspeed/utils/tensor_fragment.py.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements start, start + 1, ... of one parameter's row-major numbers, as they are in memory on this rank's device or CPU.
+
+    Attributes:
+        tensors: views [length], fp32, of the weights and both moments, by kind (checkpoint/shards.py); training changes them.
+        is_copy: another rank has the same elements, and writes them.
+    """
+
+    name: str
+    start: int
+    tensors: dict[str, Tensor]
+    is_copy: bool
+
+
+class MasterState:
+    """The fp32 weights and Adam's state of one DeepSpeed engine, on this rank."""
+
+    def __init__(self, engine: DeepSpeedEngine):
+        """Moments that the first step has not made yet are made here: zeros."""
+        self._engine, self._optimizer = engine, engine.optimizer
+        self._sharded = engine.zero_optimization_partition_weights()
+        names = {parameter: name for name, parameter in engine.module.named_parameters()}
+        self._adam = {flat: _adam_state(self._optimizer, flat) for flat in self._flat_weights()}
+        self.fragments = list(self._of_zero3(names) if self._sharded else self._of_zero1(names))
+
+    @property
+    def num_steps(self) -> int:
+        """Adam's own count, without steps that fp16 skipped."""
+        return int(next(iter(self._adam.values()))["step"])
+
+    @num_steps.setter
+    def num_steps(self, steps: int) -> None:
+        for state in self._adam.values():
+            state["step"].fill_(steps)
+
+    @torch.no_grad()
+    def refresh_weights(self) -> None:
+        """Gives the engine's weights, of whatever dtype, the values of the fp32 ones. Collective."""
+        if not self._sharded:
+            self._optimizer.update_lp_params()
+            return
+        self._optimizer.checkpoint_event_prologue()
+        for sub_group in range(len(self._optimizer.fp16_groups)):
+            self._optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
+        self._optimizer.checkpoint_event_epilogue()
+
+    def _flat_weights(self) -> list[Tensor]:
+        if self._sharded:
+            return self._optimizer.fp32_partitioned_groups_flat
+        if isinstance(self._optimizer, BF16_Optimizer):
+            return self._optimizer.fp32_groups_flat_partition
+        return self._optimizer.single_partition_of_fp32_groups
+
+    def _of_zero3(self, names: dict[Tensor, str]) -> Iterator[Fragment]:
+        flat_weights = self._flat_weights()
+        for parameter, name in names.items():
+            group, offset, size = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
+            start = dist.get_rank(parameter.ds_process_group) * size
+            size = min(size, parameter.ds_numel - start)  # the last rank's part is padded
+            if size > 0:
+                yield Fragment(name, start, self._views(flat_weights[group], offset, size), is_copy=False)
+
+    def _of_zero1(self, names: dict[Tensor, str]) -> Iterator[Fragment]:
+        flat_weights = self._flat_weights()
+        for parameter, name in names.items():
+            mapping = parameter._hp_mapping
+            if mapping:  # else the whole parameter is on other ranks
+                place, flat = mapping.hp_fragment_address, flat_weights[mapping.param_group_index]
+                views = self._views(flat, place.start, place.numel)
+                is_copy = getattr(parameter, "ds_pipe_replicated", False)
+                start = getattr(parameter, "first_element", 0) + mapping.lp_fragment_address.start
+                yield Fragment(name, start, views, is_copy)
+
+    def _views(self, flat: Tensor, offset: int, size: int) -> dict[str, Tensor]:
+        state = self._adam[flat]
+        whole = {"weight": flat.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+        return {kind: tensor[offset : offset + size] for kind, tensor in whole.items()}
+
+
+def _adam_state(optimizer: ZeROOptimizer, flat: Tensor) -> dict[str, Tensor]:
+    """As torch.optim.AdamW makes it in its first step, where there was none."""
+    state = optimizer.optimizer.state[flat]
+    if not state:
+        state["step"] = torch.zeros((), device=flat.device)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(flat.detach()), torch.zeros_like(flat.detach())
+    return state

@@ -1,0 +1,68 @@
+"""Which checkpoint a run goes on from: the newest one of which every byte is as it was written."""
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megamtp.checkpoint import store
+from megamtp.errors import CheckpointError
+
+
+def newest_readable(run_directory: Path) -> tuple[Path, store.Manifest] | None:
+    """The newest checkpoint whose manifest can be read and whose files have their sizes; None if the run has none at all.
+
+    Raises:
+        CheckpointError: the run has checkpoints, but none of these; or one of another version of this program is newer.
+    """
+    reasons: list[str] = []
+    for checkpoint in reversed(store.checkpoints(run_directory)):
+        try:
+            return checkpoint, store.read_manifest(checkpoint)
+        except store.FormatError:
+            raise
+        except CheckpointError as error:
+            reasons.append(str(error))
+    if reasons:
+        raise _none_verifies(run_directory, reasons)
+    return None
+
+
+def newest_verified(run_directory: Path, rank: int, world_size: int) -> tuple[Path, store.Manifest] | None:
+    """The newest checkpoint that verifies, every file read by one of the ranks; None if the run has none at all. Collective.
+
+    Rank 0 says which it skips and why.
+
+    Raises:
+        CheckpointError: as newest_readable.
+    """
+    reasons: list[str] = []
+    found = [store.checkpoints(run_directory)]
+    dist.broadcast_object_list(found, src=0)
+    for checkpoint in reversed(found[0]):
+        manifest, reason = _verify(checkpoint, rank, world_size)
+        told: list[str | None] = [None] * world_size
+        dist.all_gather_object(told, reason)
+        reason = next((one for one in told if one), None)
+        if not reason:
+            return checkpoint, manifest
+        reasons.append(reason)
+        if rank == 0:
+            print(f"skipped {checkpoint.name}: {reason}", flush=True)
+    if reasons:
+        raise _none_verifies(run_directory, reasons)
+    return None
+
+
+def _verify(checkpoint: Path, rank: int, world_size: int) -> tuple[store.Manifest | None, str | None]:
+    """(the manifest, what is wrong with this rank's share of the files)."""
+    try:
+        manifest = store.read_manifest(checkpoint)
+    except CheckpointError as error:
+        return None, str(error)
+    return manifest, store.damage(checkpoint, manifest, rank, world_size)
+
+
+def _none_verifies(run_directory: Path, reasons: list[str]) -> CheckpointError:
+    return CheckpointError(
+        f"{run_directory}: none of {len(reasons)} checkpoints verifies ({reasons[0]}); restore one, or remove them to begin anew"
+    )

@@ -1,0 +1,114 @@
+"""data.documents=isolate: windows that hold several documents train as each piece of a document alone would, on any engine.
+
+The reference knows documents alone, as lists of tokens, and nothing of windows' boundaries, masks or positions.
+"""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from megamtp.config import Config
+from megamtp.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megamtp.data.loader import Batch, TrainLoader
+from megamtp.data.windows import IGNORED, Windows
+from tests.cases import POSITIONS, VOCABULARY, small_config
+from tests.engine_steps import names_on_all_ranks, step_with_gradients
+from tests.ranks import run_ranks
+from tests.reference import reference_model, reference_step, relative_error
+
+LENGTHS = [7, 0, 1, 1, 2, 15, 3, 0, 0, 9, 4, 30, 1, 6, 2, 12, 11]  # documents; windows have 12 tokens
+BOUND = 1e-5
+ENGINES = {  # pipelines last: DeepSpeed makes no other engine after one
+    "zero3": {},
+    "zero3, recomputed": {"train__activation_checkpointing": True},
+    "zero3 by DeepSpeed": {"engine__communication": "deepspeed"},
+    "zero3, deferred": {"engine__head_schedule": "deferred"},
+    "zero3, compiled": {"train__compile": True},
+    "zero1": {"engine__kind": "zero1"},
+    "pipeline": {"engine__kind": "pipeline", "engine__num_stages": 2, "engine__stage_layers": [4, 1]},
+    "pipeline, no head before the last": {
+        "engine__kind": "pipeline", "engine__num_stages": 2, "engine__stage_layers": [2, 3],
+        "train__activation_checkpointing": True,
+    },
+}  # fmt: skip
+
+
+def make_documents() -> list[list[int]]:
+    generator = np.random.default_rng(3)
+    return [generator.integers(VOCABULARY, size=length).tolist() for length in LENGTHS]
+
+
+def pieces(documents: list[list[int]], window: int, n: int) -> list[Batch]:
+    """What a window holds of each document, in a batch of its own, with targets from that document only."""
+    begin, found, first = window * POSITIONS, [], 0
+    for document in documents:
+        start, stop = max(begin - first, 0), min(begin + POSITIONS - first, len(document))
+        if start < stop:
+            after = [*document, *[IGNORED] * n]
+            targets = [after[start + head : stop + head] for head in range(1, n + 1)]
+            found.append(Batch(torch.tensor([document[start:stop]]), torch.tensor(targets)[:, None]))
+        first += len(document)
+    return found
+
+
+def _errors(prefix: str, settings: dict) -> tuple[float, float, int]:
+    """Largest relative error of any gradient and of any loss over two steps, and the number of layer graphs compiled."""
+    from torch._dynamo.utils import counters
+
+    from megamtp.engines.build import build_engine
+    from megamtp.model import layers
+
+    layers.compiled_layer_output = functools.cache(
+        lambda: torch.compile(layers.layer_output, dynamic=False, fullgraph=True, backend="aot_eager")
+    )
+    counters.clear()
+    pipelines = 1 if "engine__num_stages" in settings else 2
+    config = small_config(pipelines, accumulation=4 // pipelines, data__documents="isolate", **settings)
+    engine = build_engine(config)
+    n = config.model.num_future_tokens
+    windows = Windows(IndexedDataset(prefix), POSITIONS, n, seed=1, documents="isolate")
+    loader = TrainLoader(windows, config.global_batch_windows, config.train.micro_batch_size, 0, 1)
+    return *_largest_errors(config, engine, loader), counters["stats"]["unique_graphs"]
+
+
+def _largest_errors(config: Config, engine, loader: TrainLoader) -> tuple[float, float]:
+    model, documents, gradient_error, loss_error = reference_model(config), make_documents(), 0.0, 0.0
+    number = len(loader.windows)
+    for step in range(2):
+        places = np.arange(step * config.global_batch_windows, (step + 1) * config.global_batch_windows)
+        order = [int(loader.windows.shuffled(int(place) // number)(place % number)[0]) for place in places]
+        alone = [piece for window in order for piece in pieces(documents, window, config.model.num_future_tokens)]
+        expected = reference_step(config, model, alone)
+        result, counts, gradients = step_with_gradients(engine, loader.read(step))
+        assert names_on_all_ranks(gradients) == expected.gradients.keys()
+        assert counts == [sum(int((piece.targets[head] != IGNORED).sum()) for piece in alone) for head in range(len(counts))]
+        gradient_error = max(gradient_error, *(relative_error(gradients[name], expected.gradients[name]) for name in gradients))
+        nll_sums = result.nll_sums.double()
+        dist.all_reduce(nll_sums)
+        for nll, count, loss in zip(nll_sums.tolist(), counts, expected.losses, strict=True):
+            loss_error = max(loss_error, abs(nll / count - loss) / loss)
+    return gradient_error, loss_error
+
+
+def _all_errors(prefix: str) -> dict[str, tuple[float, float, int]]:
+    return {name: _errors(prefix, settings) for name, settings in ENGINES.items()}
+
+
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory) -> list[dict]:
+    prefix = tmp_path_factory.mktemp("corpus") / "documents"
+    with IndexedDatasetWriter(prefix, np.uint16) as writer:
+        for document in make_documents():
+            writer.add_document(document)
+    return run_ranks(_all_errors, 2, str(prefix))
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_gradients_are_those_of_each_document_alone(name, errors):
+    for of_rank in errors:
+        gradient_error, loss_error, graphs = of_rank[name]
+        assert gradient_error < BOUND and loss_error < BOUND
+        assert graphs == (name == "zero3, compiled")

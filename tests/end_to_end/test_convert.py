@@ -1,0 +1,162 @@
+"""The command that converts: every format to every other, in one line when it cannot, and in little memory."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from megamtp.checkpoint import canonical, formats
+from megamtp.checkpoint.contents import MOMENTS, parameter_shapes, written_out
+from megamtp.checkpoint.tensors import whole
+from megamtp.commands import convert_checkpoint
+from megamtp.config import ModelConfig
+from megamtp.errors import InputError
+from tests.checkpoints import SMALL, STATE, contents, random_model, with_moments
+from tests.end_to_end.jobs import ROOT, environment, records, run
+
+MODULE = "megamtp.commands.convert_checkpoint"
+WITH_STATE = ["run", "canonical", "universal"]
+WRITABLE = ["run", "canonical", "hf", "hf-mtp", "meta", "universal"]
+
+
+def convert(monkeypatch, *arguments) -> None:
+    monkeypatch.setattr(sys, "argv", ["convert", *map(str, arguments)])
+    convert_checkpoint.main()
+
+
+@pytest.fixture
+def sources(tmp_path) -> dict[str, Path]:
+    """One checkpoint in each format, of the same model; hf has head 1 alone."""
+    found = {name: tmp_path / "sources" / name for name in formats.writable()}
+    for name, folder in found.items():
+        formats.FORMATS[name].write(with_moments(SMALL), folder, torch.float32)
+    return found
+
+
+def test_every_format_to_every_other(sources, tmp_path, monkeypatch):
+    assert list(sources) == WRITABLE
+    expected = with_moments(SMALL)
+    for source, folder in sources.items():
+        assert formats.detect(folder) == source
+        for target in WRITABLE:
+            destination = tmp_path / f"{source}-{target}"
+            if target in ("run", "universal") and source not in WITH_STATE:
+                with pytest.raises(InputError, match="no optimizer state"):
+                    convert(monkeypatch, folder, destination, "--to", target)
+                assert not destination.exists()
+                continue
+            convert(monkeypatch, folder, destination, "--to", target)
+            assert formats.detect(destination) == target
+            found = formats.read(destination)
+            one_head = "hf" in (source, target)
+            model = dataclasses.replace(SMALL, num_layers=3, num_future_tokens=1) if one_head else SMALL
+            assert found.model == written_out(model)
+            for kind, tensors in found.sources.items():
+                assert tensors.shapes == parameter_shapes(model)
+                assert all(torch.equal(whole(tensors, name), whole(expected.sources[kind], name)) for name in tensors.shapes)
+            keeps_state = {source, target} <= set(WITH_STATE)
+            assert (set(MOMENTS) <= set(found.sources)) == keeps_state
+            assert (found.state == STATE) == keeps_state
+
+
+def test_what_cannot_be_converted_is_one_line(sources, tmp_path, monkeypatch, capsys):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/notes.txt").write_text("mine")
+    cases = {
+        ("canonical", "new", "--to", "zero9"): ["invalid choice", "zero9"],
+        ("canonical", "other", "--to", "meta"): ["holds other files", "notes.txt"],
+        ("canonical", "new", "--num-future-tokens", "2"): ["has 3 heads", "--num-future-tokens says 2"],
+        ("canonical", "new", "--to", "canonical", "--dtype", "bf16"): ["fp32"],
+        ("../other", "new"): ["no checkpoint of a known format", "universal"],
+        ("../nowhere", "new"): ["does not exist"],
+    }
+    for (source, destination, *options), words in cases.items():
+        arguments = [str(tmp_path / "sources" / source), str(tmp_path / destination), *options]
+        monkeypatch.setattr(sys, "argv", ["convert", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            convert_checkpoint.entry()
+        assert caught.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("megamtp: error: ")
+        assert all(word in line for word in words), line
+    assert {path.name for path in tmp_path.iterdir()} == {"sources", "other"}
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["notes.txt"]
+
+
+def test_training_goes_on_from_a_converted_llama(arguments, tmp_path):
+    """Head 1's loss before the first step is the original's; every head improves."""
+    from transformers import AutoModelForCausalLM
+
+    from megamtp.data.indexed_dataset import IndexedDataset
+    from megamtp.data.windows import Windows
+
+    config = ModelConfig(dim=32, num_layers=3, num_future_tokens=1, num_attention_heads=2, mlp_dim=48, vocab_size=400)
+    formats.FORMATS["hf"].write(contents(config, random_model(config).state_dict()), tmp_path / "llama", torch.float32)
+    finished = run(["-m", MODULE, f"{tmp_path}/llama", f"{tmp_path}/initial", "--to", "canonical", "--num-future-tokens", "2"])
+    assert finished.returncode == 0, finished.stderr
+    settings = [f"run.initial_weights={tmp_path}/initial", f"run.directory={tmp_path}/run", "train.steps=30", "optimizer.lr=3e-3"]
+    finished = run(["-m", "megamtp.pretrain", *arguments, *settings])
+    assert finished.returncode == 0, finished.stderr
+    losses = [record["losses"] for record in records(tmp_path / "run")]
+    prefix = next(word for word in arguments if word.startswith("data.train=")).partition("=")[2]
+    windows = Windows(IndexedDataset(prefix), 32, 2, seed=0)
+    batch = [windows[index] for index in windows.shuffled(epoch=0)[:8]]  # of the first step
+    inputs, targets = torch.stack([inputs for inputs, _ in batch]), torch.stack([targets[0] for _, targets in batch])
+    llama = AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
+    with torch.no_grad():
+        logits = llama(inputs).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    assert losses[0][0] == pytest.approx(expected.item(), rel=1e-4)
+    for head in range(2):
+        assert losses[-1][head] < losses[0][head] - 0.5
+
+
+def sparse_canonical(folder: Path, model: ModelConfig) -> None:
+    """Zeros that take no room on disk."""
+    folder.mkdir()
+    header, end = {}, 0
+    for name, shape in parameter_shapes(model).items():
+        start, end = end, end + 4 * torch.Size(shape).numel()
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    encoded, name = json.dumps(header).encode(), "weights-00001-of-00001.safetensors"
+    (folder / name).write_bytes(len(encoded).to_bytes(8, "little") + encoded)
+    os.truncate(folder / name, 8 + len(encoded) + end)
+    description = {
+        "format": canonical.FORMAT,
+        "version": canonical.VERSION,
+        "model": dataclasses.asdict(model),
+        "file_bytes": {name: (folder / name).stat().st_size},
+    }
+    (folder / canonical.DESCRIPTION).write_text(json.dumps(description))
+
+
+def peak_anonymous_bytes(command: list[str]) -> int:
+    process = subprocess.Popen(
+        [sys.executable, *command], env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    peak = 0
+    while process.poll() is None:
+        found = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
+        peak = max(peak, int(found[1]) * 1024 if found else 0)
+        time.sleep(0.005)
+    assert process.returncode == 0, process.stdout.read()
+    return peak
+
+
+def test_a_tensor_larger_than_the_limit_is_converted(tmp_path):
+    """The embedding takes 600 MB in fp32; what a process has without converting anything counts, too."""
+    model = ModelConfig(dim=64, num_layers=2, num_future_tokens=1, num_attention_heads=2, mlp_dim=64, vocab_size=2_350_000)
+    sparse_canonical(tmp_path / "canonical", model)
+    assert torch.Size(parameter_shapes(model)["embedding.weight"]).numel() * 4 > 600_000_000
+    source = str(tmp_path / "canonical")
+    for target in ("hf", "meta"):
+        peak = peak_anonymous_bytes(["-m", MODULE, source, str(tmp_path / target), "--to", target, "--dtype", "bf16"])
+        assert peak < 300_000_000, target
+    assert formats.read(tmp_path / "meta").weights.shapes == parameter_shapes(model)

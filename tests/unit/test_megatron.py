@@ -1,0 +1,138 @@
+"""Megatron-LM's checkpoints: weights fused as its own loader fuses them come back bit for bit; other forms are refused."""
+
+import argparse
+import dataclasses
+import enum
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megamtp.checkpoint import megatron
+from megamtp.checkpoint.contents import written_out
+from megamtp.checkpoint.tensors import whole
+from megamtp.errors import CheckpointError
+from megamtp.model.mtp import MTPModel
+from tests.checkpoints import SMALL, random_model
+
+CONFIG = dataclasses.replace(SMALL, num_layers=3, num_future_tokens=1)
+LAYERS = ["trunk.0", "trunk.1", "heads.0"]
+
+
+def settings(**changes) -> argparse.Namespace:
+    known = {
+        "hidden_size": 32, "num_layers": 3, "num_attention_heads": 4, "group_query_attention": True, "num_query_groups": 2,
+        "kv_channels": 8, "ffn_hidden_size": 48, "padded_vocab_size": 300, "vocab_size": 290, "rotary_base": 500,
+        "norm_epsilon": 1e-3, "position_embedding_type": "rope", "swiglu": True, "normalization": "RMSNorm",
+        "add_bias_linear": False, "add_qkv_bias": False, "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1,
+        "untie_embeddings_and_output_weights": True, "seq_length": 64, "params_dtype": torch.bfloat16, "num_experts": None,
+    }  # fmt: skip
+    return argparse.Namespace(**known | changes)
+
+
+def fused(model: MTPModel, with_engine: bool) -> dict[str, torch.Tensor]:
+    """Megatron-Core's weights of the same model."""
+    ours = model.state_dict()
+    groups, dim = CONFIG.key_value_heads, CONFIG.dim
+    found = {
+        "embedding.word_embeddings.weight": ours["embedding.weight"],
+        "decoder.final_layernorm.weight": ours["unembedding.norm"],
+        "output_layer.weight": ours["unembedding.weight"],
+    }
+    for index, layer in enumerate(LAYERS):
+        query, key, value = (ours[f"{layer}.attention.{part}.weight"] for part in ("query", "key", "value"))
+        together = torch.cat([part.reshape(groups, -1, dim) for part in (query, key, value)], dim=1).reshape(-1, dim)
+        gate_up = torch.cat((ours[f"{layer}.mlp.gate.weight"], ours[f"{layer}.mlp.up.weight"]))
+        norms = ["self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight"]
+        norms = norms if with_engine else ["input_layernorm.weight", "pre_mlp_layernorm.weight"]
+        inside = {
+            norms[0]: ours[f"{layer}.attention_norm.weight"],
+            norms[1]: ours[f"{layer}.mlp_norm.weight"],
+            "self_attention.linear_qkv.weight": together,
+            "self_attention.linear_proj.weight": ours[f"{layer}.attention.output.weight"],
+            "mlp.linear_fc1.weight": gate_up,
+            "mlp.linear_fc2.weight": ours[f"{layer}.mlp.down.weight"],
+        }
+        found |= {f"decoder.layers.{index}.{name}": tensor.clone() for name, tensor in inside.items()}
+        if with_engine:
+            found[f"decoder.layers.{index}.mlp.linear_fc1._extra_state"] = None
+    return found
+
+
+def save(folder: Path, weights: dict, args: argparse.Namespace, **more) -> None:
+    path = folder / "iter_0000100/mp_rank_00/model_optim_rng.pt"
+    path.parent.mkdir(parents=True)
+    (folder / "latest_checkpointed_iteration.txt").write_text("100")
+    torch.save({"args": args, "model": weights, "iteration": 100, "checkpoint_version": 3.0, **more}, path)
+
+
+@pytest.fixture
+def foreign_enum(monkeypatch) -> enum.Enum:
+    """Of a module that is only there while it is saved."""
+    module = types.ModuleType("megatron.enums")
+    module.Backend = enum.Enum("Backend", {"flash": 1}, module="megatron.enums")
+    monkeypatch.setitem(sys.modules, "megatron", types.ModuleType("megatron"))
+    monkeypatch.setitem(sys.modules, "megatron.enums", module)
+    return module.Backend.flash
+
+
+@pytest.mark.parametrize("with_engine", [True, False])
+def test_fused_weights_come_back_bit_for_bit(tmp_path, monkeypatch, foreign_enum, with_engine):
+    model = random_model(CONFIG)
+    random_states = [{"np_rng_state": np.random.get_state(), "torch_rng_state": torch.get_rng_state()}]
+    save(tmp_path / "megatron", fused(model, with_engine), settings(attention_backend=foreign_enum), rng_state=random_states)
+    monkeypatch.delitem(sys.modules, "megatron.enums")
+    monkeypatch.delitem(sys.modules, "megatron")
+    found = megatron.read(tmp_path / "megatron", num_future_tokens=3)
+    assert found.model == dataclasses.replace(written_out(CONFIG), num_layers=5, num_future_tokens=3)
+    assert (found.sequence_length, ["padded to 300" in note for note in found.notes]) == (64, [True])
+    expected = model.state_dict()
+    for name in found.weights.shapes:
+        source = name.replace("heads.1.", "heads.0.").replace("heads.2.", "heads.0.")
+        assert torch.equal(whole(found.weights, name), expected[source]), name
+    MTPModel(found.model).load_state_dict({name: whole(found.weights, name) for name in found.weights.shapes}, strict=True)
+
+
+def test_a_tied_unembedding_is_untied_and_said_so(tmp_path):
+    weights = fused(random_model(CONFIG), True)
+    del weights["output_layer.weight"]
+    save(tmp_path / "megatron", weights, settings(untie_embeddings_and_output_weights=False, vocab_size=None))
+    found = megatron.read(tmp_path / "megatron")
+    assert ["ties its unembedding" in note for note in found.notes] == [True]
+    assert torch.equal(whole(found.weights, "unembedding.weight"), weights["embedding.word_embeddings.weight"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"add_bias_linear": True}, "add_bias_linear is True, expected False"),
+        ({"add_qkv_bias": True}, "add_qkv_bias is True, expected False"),
+        ({"tensor_model_parallel_size": 2}, "tensor_model_parallel_size is 2, expected 1"),
+        ({"num_experts": 8}, "num_experts is 8, expected None"),
+        ({"position_embedding_type": "learned_absolute"}, "position_embedding_type is learned_absolute, expected rope"),
+        ({"rotary_interleaved": True}, "rotary_interleaved is True"),
+        ({"normalization": "LayerNorm"}, "normalization is LayerNorm, expected RMSNorm"),
+        ({"kv_channels": 16}, "kv_channels is 16, expected 8"),
+        ({"num_layers": 4}, r"no tensor decoder.layers.3.self_attention.linear_qkv.layer_norm_weight"),
+        ({"num_layers": 2}, r"unknown tensor decoder.layers.2"),
+        ({"ffn_hidden_size": 64}, r"decoder.layers.0.mlp.linear_fc1.weight has shape \[96, 32\], expected \[128, 32\]"),
+    ],
+)
+def test_other_forms_are_refused_by_name(tmp_path, changes, message):
+    save(tmp_path / "megatron", fused(random_model(CONFIG), True), settings(**changes))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        megatron.read(tmp_path / "megatron")
+    assert "\n" not in str(caught.value)
+
+
+def test_model_parallel_and_distributed_checkpoints_are_refused(tmp_path):
+    save(tmp_path / "megatron", {}, settings())
+    (tmp_path / "megatron/iter_0000100/mp_rank_01").mkdir()
+    with pytest.raises(CheckpointError, match=r"mp_rank_01.*TP = PP = 1"):
+        megatron.read(tmp_path / "megatron")
+    (tmp_path / "megatron/iter_0000100/common.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="distributed format"):
+        megatron.read(tmp_path / "megatron")

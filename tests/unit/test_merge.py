@@ -1,0 +1,103 @@
+"""Which documents are held out and which are duplicates, against sorting and sets."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from megamtp.data import merge, shards
+from megamtp.data.corpus import prepare
+from megamtp.data.documents import find_source
+from megamtp.data.indexed_dataset import IndexedDataset
+from megamtp.errors import InputError
+
+# Some equal, some in one bin of the highest 16 bits, the smallest and the largest.
+HASHES = st.one_of(st.integers(0, 2**64 - 1), st.integers(2**60, 2**60 + 5), st.sampled_from([0, 1, 2**48, 2**64 - 1, 2**64 - 2]))
+
+
+class Names:
+    """As Parts.names: the hashes, cut in parts."""
+
+    def __init__(self, hashes: list[int], num_parts: int):
+        self.parts = np.array_split(np.array(hashes, dtype=np.uint64), num_parts)
+
+    def names(self) -> Iterator[np.ndarray]:
+        return iter(self.parts)
+
+
+@given(st.lists(HASHES, min_size=2, max_size=40, unique=True), st.floats(0.001, 0.999), st.integers(1, 4))
+@example([0, 2**64 - 1], 0.999, 1)
+@example([2**64 - 2, 2**64 - 1], 0.001, 2)
+def test_smallest_hashes_are_held_out(hashes, fraction, num_parts):
+    limit = merge.split_limit(Names(hashes, num_parts), fraction, "")
+    number = min(len(hashes) - 1, max(1, round(fraction * len(hashes))))
+    assert sorted(value for value in hashes if value < limit) == sorted(hashes)[:number]
+
+
+@given(st.lists(HASHES, max_size=40), st.floats(0.001, 0.999), st.integers(1, 4))
+def test_equal_names_stay_together_and_neither_split_is_empty(hashes, fraction, num_parts):
+    if len(set(hashes)) < 2:
+        with pytest.raises(InputError, match=f"found {len(set(hashes))} documents that differ in name in here;"):
+            merge.split_limit(Names(hashes, num_parts), fraction, "here")
+        return
+    limit = merge.split_limit(Names(hashes, num_parts), fraction, "")
+    assert 0 < sum(value < limit for value in hashes) < len(hashes)
+
+
+@given(st.lists(st.tuples(st.integers(0, 70), st.integers(0, 3)), max_size=60))
+def test_first_of_equals(pairs):
+    high, low = np.array(pairs, dtype=np.uint64).reshape(-1, 2).T
+    assert merge._is_first(high, low).tolist() == [pair not in pairs[:place] for place, pair in enumerate(pairs)]
+
+
+def texts_of(folder: Path) -> list[str]:
+    """Both splits' documents."""
+    return [bytes(tokens[:-1].tolist()).decode() for split in merge.SPLITS for tokens in IndexedDataset(folder / split)]
+
+
+@pytest.mark.parametrize("number", [12, 60])
+def test_duplicates_are_dropped_and_counted(tmp_path, monkeypatch, number):
+    """Of few documents, which are cut in pieces, and of many, across shards."""
+    monkeypatch.setattr(shards, "MIN_SHARD_BYTES", 30)
+    (tmp_path / "texts").mkdir()
+    expected = []
+    for index in range(number):
+        text = f"text {index % 5} " * (index % 2 + 1)
+        (tmp_path / f"texts/{index:02}.txt").write_text(text)
+        expected += [text] if text not in expected else []
+    source = find_source([tmp_path / "texts"])
+    corpus, _ = prepare(source, tmp_path / "out", tokenizer="bytes", deduplicate=True, workers=2)
+    assert sorted(texts_of(tmp_path / "out")) == sorted(expected)
+    assert corpus.duplicates == number - len(expected) > 0
+    assert sum(corpus.documents.values()) == len(expected)
+    assert sum(corpus.tokens.values()) == sum(len(text) + 1 for text in expected)
+    assert corpus.bytes_per_token == sum(map(len, expected)) / sum(corpus.tokens.values())
+    kept, _ = prepare(source, tmp_path / "all", tokenizer="bytes")
+    assert (kept.duplicates, sum(kept.documents.values())) == (0, number)
+
+
+def test_equal_pieces_of_different_documents_are_kept(tmp_path):
+    for name, end in (("a.txt", "one"), ("b.txt", "two"), ("c.txt", "one")):
+        (tmp_path / name).write_text("line\n" * 10_000 + end)
+    corpus, _ = prepare(find_source([tmp_path]), tmp_path / "out", tokenizer="bytes", deduplicate=True)
+    assert (corpus.duplicates, sum(corpus.tokens.values())) == (1, 2 * (50_003 + 4))
+
+
+def test_lengths_in_the_summary(tmp_path):
+    for number in range(50):
+        (tmp_path / f"{number}.txt").write_text("x" * (number + 1))
+    corpus, _ = prepare(find_source([tmp_path]), tmp_path / "out", tokenizer="bytes")
+    assert corpus.document_lengths == {"2": 2, "4": 4, "8": 8, "16": 16, "32": 20}
+
+
+@pytest.mark.parametrize("chunk", [1, 100, 1 << 24])
+def test_chunks_change_nothing(tmp_path, monkeypatch, chunk):
+    for number in range(50):
+        (tmp_path / f"{number:02}.txt").write_text(f"{number} " * number + "!")
+    monkeypatch.setattr(merge, "CHUNK_TOKENS", chunk)
+    corpus, _ = prepare(find_source([tmp_path]), tmp_path / "out", tokenizer="bytes", validation_fraction=0.3)
+    assert sorted(texts_of(tmp_path / "out")) == sorted(f"{number} " * number + "!" for number in range(50))
+    assert corpus.documents == {"train": 35, "validation": 15}

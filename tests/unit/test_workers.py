@@ -1,0 +1,186 @@
+"""Many workers: the same bytes as one, their mistakes in one line, and what is left of them when one is killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megamtp.data import parts, shards, workers
+from megamtp.data.corpus import prepare
+from megamtp.data.documents import Source, find_source
+from megamtp.errors import InputError
+
+VOCAB_SIZE = 300
+
+
+@pytest.fixture
+def texts(tmp_path, monkeypatch) -> Path:
+    """Shards of 1000 bytes: 60 files, and JSON lines that make several."""
+    monkeypatch.setattr(shards, "MIN_SHARD_BYTES", 1000)
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(60):
+        (folder / f"{number:02}.py").write_text(f"def f{number}(x):\n    return x * {number}\n" * (number % 7))
+    (folder / "latin.txt").write_bytes(b"caf\xe9")
+    lines = "".join(f'{{"text": "line {number} of {"many " * (number % 5)}"}}\n' for number in range(300))
+    (folder / "a.jsonl").write_text(lines)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("options", [{}, {"deduplicate": True, "tokenizer": "bytes"}])
+def test_same_bytes_for_any_number_of_workers(texts, tmp_path, options):
+    source = find_source([texts])
+    assert len(shards.plan(source.files)) > 8
+    for number in (1, 2, 5):
+        prepare(source, tmp_path / str(number), None if options else VOCAB_SIZE, workers=number, **options)
+    assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "5")
+
+
+def test_same_bytes_for_any_size_of_shards(texts, tmp_path, monkeypatch):
+    for size in (300, 2000, 1 << 20):
+        monkeypatch.setattr(shards, "MIN_SHARD_BYTES", size)
+        prepare(find_source([texts]), tmp_path / str(size), VOCAB_SIZE)
+    assert contents(tmp_path / "300") == contents(tmp_path / "2000") == contents(tmp_path / str(1 << 20))
+
+
+@pytest.mark.parametrize("size", [1, 7, 50, 10**6])
+def test_every_json_line_is_in_one_shard(tmp_path, monkeypatch, size):
+    """Also where lines end at a bound, and where a bound is within a character."""
+    monkeypatch.setattr(shards, "MIN_SHARD_BYTES", size)
+    lines = ['{"text": "' + "\u00e9" * (number % 4) + f'{number}"}}' for number in range(20)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n" + "\n".join(lines) + "\n\n" + lines[0])
+    found = [document for shard in shards.plan([("a.jsonl", path)]) for document in shard.documents("text", [])]
+    assert found == list(Source([("a.jsonl", path)]).documents())
+    assert [text for _, text in found] == [line[10:-2] for line in [*lines, lines[0]]]
+
+
+def mistake(source: Source, output: Path, **options) -> str:
+    with pytest.raises(InputError) as error:
+        prepare(source, output, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_mistake_of_a_worker_is_one_line_and_the_finished_parts_are_kept(texts, tmp_path, monkeypatch):
+    source, documents = find_source([texts]), parts._documents
+    prepare(source, tmp_path / "whole", tokenizer="bytes")
+
+    def full_disk(shard, *arguments):
+        if shard.spans[0].name > "30":
+            raise OSError(28, "No space left on device")
+        return documents(shard, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parts, "_documents", full_disk)
+        with pytest.raises(InputError, match="cannot be written to: No space left on device"):
+            prepare(source, tmp_path / "out", tokenizer="bytes", workers=2)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".preparation"]
+    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/.preparation").glob("*.json")}
+    assert finished
+    begun = []
+    monkeypatch.setattr(parts, "_documents", lambda *arguments: begun.append(arguments) or documents(*arguments))
+    prepare(source, tmp_path / "out", tokenizer="bytes")
+    assert len(begun) == len(shards.plan(source.files)) - len(finished)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("options", "left"), [({"vocab_size": VOCAB_SIZE}, []), ({"tokenizer": "bytes"}, [".preparation"])])
+def test_first_mistake_in_the_inputs_order_is_named(texts, tmp_path, options, left):
+    content = (texts / "a.jsonl").read_text().splitlines()
+    content[100] = content[250] = '{"txt": ""}'
+    (texts / "a.jsonl").write_text("\n".join(content))
+    message = mistake(find_source([texts]), tmp_path / "out", **options, workers=3)
+    assert message.startswith(f"{texts}/a.jsonl:101: no text under 'text' (found: 'txt')")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == left  # read to train on, or to tokenise
+
+
+def test_killed_worker(texts, tmp_path, monkeypatch):
+    source, documents = find_source([texts]), parts._documents
+
+    def killed(shard, *arguments):
+        if shard.spans[0].name > "30":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return documents(shard, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parts, "_documents", killed)
+        assert mistake(source, tmp_path / "out", vocab_size=VOCAB_SIZE, workers=2).startswith("a worker process was killed")
+    prepare(source, tmp_path / "out", VOCAB_SIZE, workers=2)
+    prepare(source, tmp_path / "whole", VOCAB_SIZE)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+SLOW = """
+import sys, time
+from pathlib import Path
+from megamtp.data import parts, shards
+from megamtp.data.corpus import prepare
+from megamtp.data.documents import find_source
+shards.MIN_SHARD_BYTES = 1000
+parts._documents = lambda *arguments: time.sleep(100)
+prepare(find_source([Path(sys.argv[1])]), Path(sys.argv[2]), tokenizer="bytes", workers=2)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_workers_end_with_their_parent_and_another_preparation_waits_for_none(texts, tmp_path, number):
+    process = subprocess.Popen([sys.executable, "-c", SLOW, texts, tmp_path / "out"], stderr=subprocess.DEVNULL)
+    parent = psutil.Process(process.pid)
+    while len(children := parent.children()) < 2:
+        assert process.poll() is None
+        time.sleep(0.02)
+    time.sleep(0.1)
+    assert mistake(find_source([texts]), tmp_path / "out").startswith(f"{tmp_path}/out is being prepared by another process")
+    process.send_signal(number)
+    process.wait(10)
+    gone, alive = psutil.wait_procs(children, 10)
+    assert (len(gone), alive) == (2, [])
+    prepare(find_source([texts]), tmp_path / "out", VOCAB_SIZE)
+
+
+RANK = """
+from megamtp.commands import prepare_data
+from megamtp.data import shards
+shards.MIN_SHARD_BYTES = 1000
+prepare_data.entry()
+"""
+
+
+def mpirun(ranks: int, *arguments) -> subprocess.CompletedProcess:
+    """The command with shards of 1000 bytes under mpirun, which lies beside Python."""
+    launcher = Path(sys.executable).with_name("mpirun")
+    command = [launcher, "-n", str(ranks), sys.executable, "-c", RANK, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100)
+
+
+def test_mpi_ranks(texts, tmp_path):
+    prepare(find_source([texts]), tmp_path / "out", VOCAB_SIZE)
+    arguments = ["--input", texts, "--vocab-size", str(VOCAB_SIZE)]
+    for ranks in (2, 3):
+        done = mpirun(ranks, *arguments, "--output", tmp_path / str(ranks))
+        assert (done.returncode, done.stderr) == (0, "")
+        assert len(done.stdout.splitlines()) == 5
+        assert contents(tmp_path / str(ranks)) == contents(tmp_path / "out")
+    failed = mpirun(3, *arguments, "--output", tmp_path / "wrong", "--json-key", "body")
+    assert failed.returncode == 2
+    (line,) = [line for line in failed.stderr.splitlines() if line.startswith("megamtp: error: ")]
+    assert "a.jsonl:1: no text under 'body'" in line
+    assert not (tmp_path / "wrong").exists() or list((tmp_path / "wrong").iterdir()) == []
+
+
+def test_mpi_without_its_library(monkeypatch):
+    monkeypatch.setenv("PMI_SIZE", "2")
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    assert workers.num_mpi_ranks() == 2
+    with pytest.raises(InputError, match="mpi4py is not installed; run: pip install"), workers.mpi_ranks():
+        pass

@@ -1,0 +1,53 @@
+"""Token files for benchmarks of the data: with many documents and no content, or with content."""
+
+from pathlib import Path
+
+import numpy as np
+
+from megamtp.data.indexed_dataset import HEADER, LONGEST_SEQUENCE, MAGIC, VERSION, IndexedDatasetWriter
+
+UINT16 = 8  # its code in the index
+CHUNK = 1 << 20
+
+
+def write_even(prefix: Path, num_tokens: int, document_tokens: int) -> None:
+    """Equally long documents of token 0; the .bin is one hole."""
+    number = num_tokens // document_tokens
+    with open(f"{prefix}.idx", "wb") as index:
+        index.write(HEADER.pack(MAGIC, VERSION, UINT16, number, number + 1))
+        for dtype, factor, offset, count in (
+            ("<i4", 0, document_tokens, number),
+            ("<i8", 2 * document_tokens, 0, number),
+            ("<i8", 1, 0, number + 1),
+        ):
+            for first in range(0, count, CHUNK):
+                index.write((np.arange(first, min(first + CHUNK, count)) * factor + offset).astype(dtype).data)
+    with open(f"{prefix}.bin", "wb") as tokens:
+        tokens.truncate(2 * number * document_tokens)
+
+
+def write_sparse(prefix: Path, num_tokens: int, num_documents: int) -> None:
+    """All of the documents and sequences are empty but the last document and what sequences it needs; both files are holes."""
+    lengths = [LONGEST_SEQUENCE] * (num_tokens // LONGEST_SEQUENCE)
+    lengths.append(num_tokens - sum(lengths))
+    pointers = np.cumsum([0, *lengths[:-1]], dtype="<i8") * 2
+    with open(f"{prefix}.idx", "wb") as index:
+        index.write(HEADER.pack(MAGIC, VERSION, UINT16, num_documents, num_documents + 1))
+        index.seek(HEADER.size + 4 * (num_documents - len(lengths)))
+        index.write(np.array(lengths, dtype="<i4").data)
+        index.seek(HEADER.size + 4 * num_documents + 8 * (num_documents - len(pointers)))
+        index.write(pointers.data)
+        index.seek(HEADER.size + 12 * num_documents + 8 * num_documents)
+        index.write(np.array([num_documents], dtype="<i8").data)
+    with open(f"{prefix}.bin", "wb") as tokens:
+        tokens.truncate(2 * num_tokens)
+
+
+def write_random(prefix: Path, num_tokens: int, document_tokens: int, vocab_size: int) -> None:
+    """Random tokens, in documents of 1 to 2 * document_tokens."""
+    generator, written = np.random.default_rng(0), 0
+    with IndexedDatasetWriter(prefix, np.uint16) as writer:
+        while written < num_tokens:
+            document = generator.integers(vocab_size, size=generator.integers(1, 2 * document_tokens + 1))
+            writer.add_document(document)
+            written += len(document)
