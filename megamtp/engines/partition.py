@@ -20,7 +20,7 @@ from megamtp.engines.pass_costs import PassCosts, flop_costs
 from megamtp.engines.stage_memory import Contents, stage_memory
 from megamtp.errors import InputError
 
-ENOUGH_MICRO_BATCHES = 4  # per stage, for the bubble to be small. Source: Huang et al. 2019, arXiv:1811.06965, section 2.3
+ENOUGH_MICRO_BATCHES = 4  # per stage
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,6 @@ class Partition:
         """The step, if handing a micro-batch to the next stage takes `link`, in the unit of the costs."""
         return play([stage.forward for stage in self.stages], [stage.backward for stage in self.stages], self.micro_batches, link)
 
-    @property
-    def enough_micro_batches(self) -> int:
-        """From which on the bubble is small."""
-        return ENOUGH_MICRO_BATCHES * len(self.stages)
-
     def summary(self) -> str:
         """A line for each stage, and one for the whole."""
         total = sum(stage.cost for stage in self.stages)
@@ -101,6 +96,11 @@ def imbalance(times: list[float]) -> float:
 def bubble(played: list[Work], num_stages: int) -> float:
     """The share of a played step in which the average stage has nothing to do."""
     return 1 - sum(work.end - work.start for work in played) / (num_stages * max(work.end for work in played))
+
+
+def enough_micro_batches(num_stages: int) -> int:
+    """From which on the bubble is small. Source: Huang et al. 2019, arXiv:1811.06965, section 2.3."""
+    return ENOUGH_MICRO_BATCHES * num_stages
 
 
 def partition(config: Config, data_parallel_size: int, costs: PassCosts | None = None) -> Partition:

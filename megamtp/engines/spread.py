@@ -4,7 +4,7 @@ Every stage holds some rows of the unembedding, perhaps none, and computes those
 (losses/vocabulary_slice.py); there is one copy of the unembedding in all, cut, and none is tied. Rows are shared out so that the
 slowest stage is as fast as can be; where layers leave room for it, all stages are then alike.
 
-This plans and plays; tools/benchmark.py pipeline plays it with measured times.
+This plans; engines/spread_pipeline.py runs it, and tools/benchmark.py pipeline plays it with measured times.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from megamtp.engines.spread_schedule import Exchange, SpreadSchedule, StageTimes
 from megamtp.engines.stage_memory import Contents, stage_memory
 from megamtp.errors import InputError
 
-ROW_MULTIPLE = 128  # rows of a slice: what matrix products like
+ROW_MULTIPLE, LARGE_SLICE = 128, 1024  # rows of large slices are a multiple: what matrix products like
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,18 @@ class SpreadPartition:
         num_heads = sum(times.num_heads for times in self.schedule.times)
         return imbalance([times.total(num_heads) for times in self.schedule.times])
 
+    @property
+    def bubble(self) -> float:
+        """The share of a step in which the average stage has nothing to do."""
+        return bubble(self.schedule.play(), len(self.stages))
+
     def summary(self) -> str:
         """One line."""
         layers, rows = ([stage.end - stage.first for stage in self.stages], [stage.contents.rows for stage in self.stages])
         memory = max(sum(stage.memory_bytes.values()) for stage in self.stages) / 2**30
         return (
-            f"losses spread by vocabulary: layers {layers}, rows {rows}: slowest stage / mean {self.imbalance:.3f}; "
-            f"predicted bubble {bubble(self.schedule.play(), len(self.stages)):.1%}; at most {memory:.2f} GiB"
+            f"layers {layers}, rows {rows}: slowest stage / mean {self.imbalance:.3f}; "
+            f"predicted bubble {self.bubble:.1%}; at most {memory:.2f} GiB"
         )
 
 
@@ -60,10 +65,12 @@ def spread(
     """
     model, costs = config.model, costs or flop_costs(config)
     row_cost = model.num_future_tokens * (costs.slice_statistics + costs.slice_gradients)
-    bounds = _bounds(config, costs, row_cost * model.vocab_size)
+    given = config.engine.stage_layers
+    bounds = [0, *itertools.accumulate(given)] if given else _bounds(config, costs, row_cost * model.vocab_size)
     pairs = list(itertools.pairwise(bounds))
     passes = [_passes(config, costs, *pair) for pair in pairs]
-    shares = share_rows([sum(both) for both in passes], row_cost, model.vocab_size)
+    multiple = ROW_MULTIPLE if model.vocab_size >= LARGE_SLICE * config.engine.num_stages else 1
+    shares = share_rows([sum(both) for both in passes], row_cost, model.vocab_size, multiple)
     times = [
         StageTimes(*both, rows * costs.slice_statistics, rows * costs.slice_gradients, len(heads_between(config, *pair)))
         for pair, both, rows in zip(pairs, passes, shares, strict=True)
@@ -84,7 +91,7 @@ def spread(
     return found
 
 
-def share_rows(levels: list[float], row_cost: float, num_rows: int, multiple: int = ROW_MULTIPLE) -> list[int]:
+def share_rows(levels: list[float], row_cost: float, num_rows: int, multiple: int) -> list[int]:
     """Rows of each stage that make the highest of level + rows * row_cost lowest: multiples of `multiple` but for a remainder."""
     lowest = sorted(levels)
     for count in range(len(levels), 0, -1):

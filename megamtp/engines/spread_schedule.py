@@ -14,6 +14,7 @@ Source: Yeung et al. 2024, arXiv:2411.05288, section 5.
 import copy
 import enum
 import itertools
+import math
 from dataclasses import dataclass
 
 
@@ -84,6 +85,8 @@ class SpreadSchedule:
     Slack may save rounds: a gradient that just misses its place in the round of the stage before waits for the next one.
 
     Attributes:
+        hosts: the stages that have heads.
+        slices: those that take part in losses: they have rows of the unembedding, or heads.
         orders: each stage's passes, first to last.
     """
 
@@ -92,12 +95,13 @@ class SpreadSchedule:
     ):
         self.times, self.exchange = times, exchange
         self.hosts = [index for index, stage in enumerate(times) if stage.num_heads]
-        self.slices = [index for index, stage in enumerate(times) if stage.statistics or stage.gradients]
+        self.slices = [index for index, stage in enumerate(times) if stage.statistics or stage.gradients or stage.num_heads]
         period = self.period + slack
         first = self._first_starts(pattern, period)
 
-        def start(work: Pass) -> float:
-            return first[work.stage, work.kind, work.host] + work.micro_batch * period
+        def start(work: Pass) -> tuple[float, Kind, int]:
+            """A pass comes after those it needs, on all stages: they start earlier or, taking no time, are of an earlier kind."""
+            return first[work.stage, work.kind, work.host] + work.micro_batch * period, work.kind, work.micro_batch
 
         self.orders = []
         for stage in range(len(times)):
@@ -167,8 +171,9 @@ class SpreadSchedule:
         sequence += [Pass(stage, Kind.BACKWARD, stage, 0) for stage in reversed(range(len(self.times)))]
         for work in sequence:
             place = places[work.stage][work.kind, work.host]
-            late = max(0.0, self._arrival(work, ends) - place)
-            first[work] = place + period * -(-late * (1 - 1e-9) // period)
+            arrival = self._arrival(work, ends)
+            rounds = math.ceil((arrival - place) / period - 1e-9)
+            first[work] = max(arrival, place + period * max(0, rounds))
             ends[work] = first[work] + self._duration(work.stage, work.kind, work.host)
         return {(work.stage, work.kind, work.host): start for work, start in first.items()}
 

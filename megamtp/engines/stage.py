@@ -1,9 +1,8 @@
 """The layers of one pipeline stage as the module that DeepSpeed's pipeline engine runs."""
 
 import contextlib
-import dataclasses
 import io
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -54,15 +53,17 @@ class StageLayers(nn.Module):
             What the trunk has made of it so far, [B, T, D]; z from its end on; in the last stage the loss of its heads.
         """
         batch = next(self.batches).to(self.device)
-        separation = None
-        if batch.documents is not None:
-            separation = separate(
-                batch.documents, self.config.model, DTYPES[self.config.train.precision], self.compiled and x.is_cuda
-            )
+        separation = self._separation(batch)
         x = self._run_trunk(x, separation)
         return self._run_heads(x, batch.targets, separation) if self.heads else x
 
-    def _run_trunk(self, x: Tensor, separation: Separation | None = None) -> Tensor:
+    def _separation(self, batch: Batch) -> Separation | None:
+        if batch.documents is None:
+            return None
+        in_blocks = self.compiled and self.device.type == "cuda"
+        return separate(batch.documents, self.config.model, DTYPES[self.config.train.precision], in_blocks)
+
+    def _run_trunk(self, x: Tensor, separation: Separation | None) -> Tensor:
         if self.embedding:
             x = self.embedding(x)
         for layer in self.trunk.values():
@@ -98,7 +99,7 @@ class StageLayers(nn.Module):
 
     def _make_layers(self) -> None:
         """This stage's modules with their initial weights."""
-        model, train, rows = self.config.model, self.config.train, self.own.contents.rows
+        model, train = self.config.model, self.config.train
         self.compiled = self.device.type == "cuda" if train.compile is None else train.compile
         trunk = range(self.own.first, min(self.own.end, model.num_trunk_layers))
         with torch.device("meta"):
@@ -107,15 +108,21 @@ class StageLayers(nn.Module):
                 {str(index): TransformerLayer(model, train.activation_checkpointing, self.compiled) for index in trunk}
             )
             self.heads = nn.ModuleDict({str(index): TransformerLayer(model, compiled=self.compiled) for index in self.own.heads})
-            self.unembedding = Unembedding(dataclasses.replace(model, vocab_size=rows)) if rows else None
+            self.unembedding = self._make_unembedding()
         self.head_phase = HeadPhase()
         self.to(DTYPES[train.precision]).to_empty(device=self.device)
         self._initialise()
 
+    def _make_unembedding(self) -> nn.Module | None:
+        return Unembedding(self.config.model) if self.heads else None
+
     def _initialise(self) -> None:
         initial = initial_weights(self.config)
         for name, parameter in self.named_parameters():
-            parameter.data.copy_(initial(name, tuple(parameter.shape)))
+            parameter.data.copy_(self._own_part(name, initial))
+
+    def _own_part(self, name: str, initial: Callable[[str, tuple[int, ...]], Tensor]) -> Tensor:
+        return initial(name, tuple(self.get_parameter(name).shape))
 
 
 class PipelineStage(StageLayers, PipelineModule):
@@ -146,9 +153,13 @@ class PipelineStage(StageLayers, PipelineModule):
         self._make_layers()
         for parameter in self.parameters():
             parameter.ds_pipe_replicated = False
-        if self.unembedding and self.own.heads.start > 0:
-            for parameter in self.unembedding.parameters():
-                parameter.ds_pipe_replicated = True  # the gradient's norm counts the first copy alone
+        for parameter in self.copied_parameters if self.own.heads.start > 0 else ():
+            parameter.ds_pipe_replicated = True  # the gradient's norm counts the first copy alone
+
+    @property
+    def copied_parameters(self) -> list[nn.Parameter]:
+        """Those of which every stage with heads has a copy."""
+        return list(self.unembedding.parameters()) if self.heads else []
 
     def _copies(self) -> dist.ProcessGroup | None:
         stages = [index for index, stage in enumerate(self.cut.stages) if stage.heads]

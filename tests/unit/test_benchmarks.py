@@ -24,7 +24,7 @@ from benchmarks import (
     trace,
     variants,
     world,
-)
+)  # fmt: skip
 
 from megamtp.cluster.emulated import Network
 from megamtp.config import ClusterConfig
@@ -71,12 +71,12 @@ def test_without_a_gpu_every_benchmark_is_one_line_and_status_2(name, tmp_path):
         (trace, ["--sms", "0"], "communication_sms=0; expected at least 1"),
         (trace, ["--limit", "low"], "--limit: invalid float value"),
         (loss, ["--rows", "1.5"], "--rows: 1.5; expected"),
-        (data, ["--sizes", "1e9", "1e14"], r"--sizes 1e\+14; expected 1e5 to 1e13 tokens"),
-        (data, ["--read-tokens", "nan"], "--read-tokens nan; expected"),
-        (links, [], "one process; expected several ranks"),
         (pipeline, ["--heads", "4", "1"], "--heads 4 1; expected 1 first"),
         (pipeline, ["--stages", "33"], "engine.num_stages=33 with model.num_layers=32; expected no more stages"),
         (pipeline, ["--link-bandwidth", "0"], "--link-bandwidth 0 --latency 2e-05; expected bytes/s above 0"),
+        (data, ["--sizes", "1e9", "1e14"], r"--sizes 1e\+14; expected 1e5 to 1e13 tokens"),
+        (data, ["--read-tokens", "nan"], "--read-tokens nan; expected"),
+        (links, [], "one process; expected several ranks"),
     ],
 )
 def test_bad_arguments_are_named_before_a_gpu_is_looked_for(module, arguments, message):

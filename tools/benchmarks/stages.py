@@ -20,11 +20,11 @@ from megamtp.data.loader import Batch
 from megamtp.engines.base import DTYPES
 from megamtp.engines.partition import Stage
 from megamtp.engines.spread_schedule import Kind
+from megamtp.engines.spread_stage import SlicedUnembedding
 from megamtp.engines.stage import StageLayers
 from megamtp.losses.linear_cross_entropy import wide
 from megamtp.losses.vocabulary_slice import combine, slice_gradients, slice_statistics
 from megamtp.model.initial import STANDARD_DEVIATION
-from megamtp.model.layers import rms_norm
 
 WARM_UP = 2  # micro-batches whose times do not count: the first ones compile
 
@@ -59,9 +59,8 @@ class WholeStage(StageLayers):
         self.received = torch.randn(*shape, model.dim, device=device, dtype=DTYPES[train.precision])
         self.gradient = self.received * 1e-4
         self.micro_batch_targets = torch.randint(model.vocab_size, (model.num_future_tokens, *shape), device=device)
-        self.begin(
-            itertools.repeat(Batch(self.tokens, self.micro_batch_targets)), [1.0 / (shape[0] * shape[1])] * model.num_future_tokens
-        )
+        batch = Batch(self.tokens, self.micro_batch_targets)
+        self.begin(itertools.repeat(batch), [1.0 / (shape[0] * shape[1])] * model.num_future_tokens)
 
     @torch.no_grad()
     def _initialise(self) -> None:
@@ -92,10 +91,13 @@ class WholeStage(StageLayers):
 class SpreadStage(WholeStage):
     """A stage with a slice of the unembedding, for all heads' losses; its own heads are layers whose answer comes later."""
 
+    def _make_unembedding(self) -> SlicedUnembedding | None:
+        return SlicedUnembedding(self.config.model, self.own.contents.rows, bool(self.heads))
+
     def run(self, kind: Kind, passed: "Passed") -> None:
         if kind == Kind.FORWARD:
-            passed.output = self._run_trunk(passed.input.clone())
-            passed.hidden = [self._normed(head(passed.output)) for head in self.heads.values()]
+            passed.output = self._run_trunk(passed.input.clone(), None)
+            passed.hidden = [self.unembedding.normed(head(passed.output)) for head in self.heads.values()]
         elif kind == Kind.STATISTICS:
             passed.slices = [self._statistics(index) for index in range(len(self.micro_batch_targets))]
         elif kind == Kind.GRADIENTS:
@@ -106,9 +108,6 @@ class SpreadStage(WholeStage):
             sent = [(passed.output, self.gradient)] if self.own.end < self.config.model.num_layers else []
             sent += [(hidden, gradient.view_as(hidden)) for hidden, gradient in zip(passed.hidden, gradients, strict=True)]
             torch.autograd.backward([output for output, _ in sent], [gradient for _, gradient in sent])
-
-    def _normed(self, hidden_BTD: Tensor) -> Tensor:
-        return rms_norm(hidden_BTD, self.unembedding.norm, self.unembedding.eps) if self.unembedding else hidden_BTD
 
     def _statistics(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """(hidden states as they come from their stage; logits; statistics) of one head."""
@@ -126,7 +125,7 @@ class SpreadStage(WholeStage):
 
     @property
     def kinds(self) -> list[Kind]:
-        return list(Kind) if self.unembedding else [Kind.FORWARD, Kind.BACKWARD]
+        return list(Kind) if self.own.contents.rows else [Kind.FORWARD, Kind.BACKWARD]
 
     def num_uses(self, kind: Kind) -> int:
         return len(self.micro_batch_targets) if kind in (Kind.STATISTICS, Kind.GRADIENTS) else 1
