@@ -1,6 +1,7 @@
 """Memory and time of a configuration on a cluster, before renting it.
 
     python tools/plan.py configs/6.7b_n4.yaml --gpus 64 --gpu h100
+    python tools/plan.py configs/13b_n4.yaml --gpus 64 engine.kind=pipeline engine.num_stages=8 train.micro_batch_size=1
     python tools/plan.py configs/13b_n4.yaml --gpus 8 --gpu h100 --bandwidth 100e9 train.micro_batch_size=1
 
 Exits with status 1 if it does not fit. Without --bandwidth the network is cluster.*'s: NVLink and 400 Gb/s per GPU.
@@ -11,6 +12,7 @@ import sys
 from megamtp.cluster.plan import CARDS, DAY, Card, Plan, fitting, plan
 from megamtp.commands.command_line import Parser, run
 from megamtp.config import Config, read_config
+from megamtp.engines.partition import Partition
 
 GIB = 2**30
 
@@ -31,7 +33,7 @@ def main() -> None:
     config = read_config(["data.train=none", "run.directory=none", *options.config, *flat])
     card = CARDS[options.gpu]
     found = plan(config, options.gpus, card)
-    print(_memory_table(found, card))
+    print(_stage_table(found.cut, card) if found.cut else _memory_table(found, card))
     if found.peak_bytes > card.memory_bytes:
         _explain(found, config, options.gpus, card)
         sys.exit(1)
@@ -44,13 +46,27 @@ def _memory_table(found: Plan, card: Card) -> str:
     return "\n".join([*lines, f"| **together**, of {card.memory_bytes / GIB:.1f} | **{found.peak_bytes / GIB:.2f}** |"])
 
 
+def _stage_table(cut: Partition, card: Card) -> str:
+    """Each stage's memory by kind, and the cut."""
+    kinds = list(cut.stages[0].memory_bytes)
+    lines = [
+        f"| GiB of a rank, of {card.memory_bytes / GIB:.1f} | {' | '.join(kinds)} | together |",
+        "|---" * (len(kinds) + 2) + "|",
+    ]
+    for index, stage in enumerate(cut.stages):
+        sizes = " | ".join(f"{size / GIB:.2f}" for size in stage.memory_bytes.values())
+        lines.append(f"| stage {index} | {sizes} | **{sum(stage.memory_bytes.values()) / GIB:.2f}** |")
+    return "\n".join([*lines, "", cut.summary()])
+
+
 def _time_table(found: Plan, config: Config) -> str:
     tokens = config.train.global_batch_tokens
     per_day = tokens / found.step_seconds * DAY
     total = config.train.steps * tokens
+    waiting = "waiting for other stages and pipelines" if found.cut else "exposed communication"
     rows = {
         "forward and backward, s a step": f"{found.compute:.3f} ({found.micro_batches} micro-batches)",
-        "exposed communication, s a step": f"{found.exposed:.3f} ({found.exposed / found.step_seconds:.1%})",
+        f"{waiting}, s a step": f"{found.exposed:.3f} ({found.exposed / found.step_seconds:.1%})",
         "optimizer, s a step": f"{found.update:.3f}",
         "**step, s**": f"**{found.step_seconds:.3f}**",
         "tokens a day": f"{per_day:.3g}",
