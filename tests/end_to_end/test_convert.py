@@ -119,7 +119,7 @@ def test_what_cannot_be_converted_is_one_line(sources, tmp_path, monkeypatch, ca
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["notes.txt"]
 
 
-def test_training_goes_on_from_a_converted_llama(arguments, tmp_path):
+def test_training_goes_on_from_a_converted_llama(arguments, tmp_path, monkeypatch):
     """Head 1's loss before the first step is the original's; every head improves."""
     from transformers import AutoModelForCausalLM
 
@@ -128,8 +128,7 @@ def test_training_goes_on_from_a_converted_llama(arguments, tmp_path):
 
     config = ModelConfig(dim=32, num_layers=3, num_future_tokens=1, num_attention_heads=2, mlp_dim=48, vocab_size=400)
     formats.FORMATS["hf"].write(contents(config, random_model(config).state_dict()), tmp_path / "llama", torch.float32)
-    finished = run(["-m", MODULE, f"{tmp_path}/llama", f"{tmp_path}/initial", "--to", "canonical", "--num-future-tokens", "2"])
-    assert finished.returncode == 0, finished.stderr
+    convert(monkeypatch, tmp_path / "llama", tmp_path / "initial", "--to", "canonical", "--num-future-tokens", 2)
     settings = [f"run.initial_weights={tmp_path}/initial", f"run.directory={tmp_path}/run", "train.steps=30", "optimizer.lr=3e-3"]
     finished = run(["-m", "megamtp.pretrain", *arguments, *settings])
     assert finished.returncode == 0, finished.stderr
