@@ -83,7 +83,7 @@ def read(directory: Path, model: ModelConfig | None = None) -> Contents:
     own = states.get(OWN, {})
     if model is None and "model" not in own:
         raise CheckpointError(f"{folder} says nothing of its model; expected --config with the run's config.yaml")
-    model = model or ModelConfig(**own["model"])
+    model = ModelConfig(**own["model"]) if "model" in own else model
     shapes = parameter_shapes(model)
     _check_names(folder / ZERO, shapes)
     counters = {name: states.get(name, 0) for name in COUNTERS}

@@ -18,8 +18,9 @@ from megamtp.checkpoint import canonical, formats
 from megamtp.checkpoint.contents import MOMENTS, parameter_shapes, written_out
 from megamtp.checkpoint.tensors import whole
 from megamtp.commands import convert_checkpoint
-from megamtp.config import ModelConfig
+from megamtp.config import ModelConfig, write_config
 from megamtp.errors import InputError
+from tests.cases import small_config
 from tests.checkpoints import SMALL, STATE, contents, random_model, with_moments
 from tests.end_to_end.jobs import ROOT, environment, records, run
 
@@ -98,11 +99,15 @@ def test_a_run_goes_on_from_a_converted_checkpoint(arguments, tmp_path, monkeypa
 def test_what_cannot_be_converted_is_one_line(sources, tmp_path, monkeypatch, capsys):
     (tmp_path / "other").mkdir()
     (tmp_path / "other/notes.txt").write_text("mine")
+    config = tmp_path / "sources/config.yaml"
+    other = dataclasses.asdict(SMALL) | {"norm_eps": 1.0}
+    write_config(small_config(**{f"model__{key}": value for key, value in other.items()}), config)
     cases = {
         ("canonical", "new", "--to", "zero9"): ["invalid choice", "zero9"],
         ("canonical", "other", "--to", "meta"): ["holds other files", "notes.txt"],
         ("canonical", "new", "--num-future-tokens", "2"): ["has 3 heads", "--num-future-tokens says 2"],
         ("canonical", "new", "--to", "canonical", "--dtype", "bf16"): ["fp32"],
+        ("universal", "new", "--config", str(config)): ["model.norm_eps=0.001, not 1.0"],
         ("../other", "new"): ["no checkpoint of a known format", "universal"],
         ("../nowhere", "new"): ["does not exist"],
     }
