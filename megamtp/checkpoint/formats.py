@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from megamtp.checkpoint import canonical, hf, hf_mtp, megatron, meta, runs, universal
+from megamtp.checkpoint import canonical, hf, hf_mtp, megatron, meta, runs, store, universal
 from megamtp.checkpoint.contents import Contents, written_out
 from megamtp.config import ModelConfig
 from megamtp.errors import CheckpointError
@@ -91,7 +91,8 @@ def writable() -> list[str]:
 
 
 def _is_run(path: Path) -> bool:
-    return (path / "checkpoints").is_dir() or path.resolve().parent.name == "checkpoints"
+    path = path.resolve()
+    return (path / "checkpoints").is_dir() or (path.parent.name == "checkpoints" and bool(store.NAME.fullmatch(path.name)))
 
 
 FORMATS = {

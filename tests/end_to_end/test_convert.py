@@ -38,7 +38,7 @@ def convert(monkeypatch, *arguments) -> None:
 def sources(tmp_path, monkeypatch) -> dict[str, Path]:
     """One checkpoint in each format, of the same model; hf has head 1 alone."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # for a universal checkpoint of a small model has 200 small files
-    found = {name: tmp_path / "sources" / name for name in formats.writable()}
+    found = {name: tmp_path / "sources/checkpoints" / name for name in formats.writable()}  # a usual name
     for name, folder in found.items():
         formats.FORMATS[name].write(with_moments(SMALL), folder, torch.float32)
     return found
@@ -99,7 +99,7 @@ def test_a_run_goes_on_from_a_converted_checkpoint(arguments, tmp_path, monkeypa
 def test_what_cannot_be_converted_is_one_line(sources, tmp_path, monkeypatch, capsys):
     (tmp_path / "other").mkdir()
     (tmp_path / "other/notes.txt").write_text("mine")
-    config = tmp_path / "sources/config.yaml"
+    config = tmp_path / "sources/checkpoints/config.yaml"
     other = dataclasses.asdict(SMALL) | {"norm_eps": 1.0}
     write_config(small_config(**{f"model__{key}": value for key, value in other.items()}), config)
     cases = {
@@ -108,11 +108,11 @@ def test_what_cannot_be_converted_is_one_line(sources, tmp_path, monkeypatch, ca
         ("canonical", "new", "--num-future-tokens", "2"): ["has 3 heads", "--num-future-tokens says 2"],
         ("canonical", "new", "--to", "canonical", "--dtype", "bf16"): ["fp32"],
         ("universal", "new", "--config", str(config)): ["model.norm_eps=0.001, not 1.0"],
-        ("../other", "new"): ["no checkpoint of a known format", "universal"],
-        ("../nowhere", "new"): ["does not exist"],
+        ("../../other", "new"): ["no checkpoint of a known format", "universal"],
+        ("../../nowhere", "new"): ["does not exist"],
     }
     for (source, destination, *options), words in cases.items():
-        arguments = [str(tmp_path / "sources" / source), str(tmp_path / destination), *options]
+        arguments = [str(tmp_path / "sources/checkpoints" / source), str(tmp_path / destination), *options]
         monkeypatch.setattr(sys, "argv", ["convert", *arguments])
         with pytest.raises(SystemExit) as caught:
             convert_checkpoint.entry()
