@@ -14,7 +14,7 @@ from megamtp.checkpoint import store
 from megamtp.errors import CheckpointError
 from tests.cases import global_batch, own_share, small_config
 from tests.ranks import run_ranks
-from tests.saved import NoMetrics
+from tests.saved import NoMetrics, load_weights
 
 
 def _step(config, engine, step: int) -> None:
@@ -65,7 +65,7 @@ def _saved_while_training(directory: str) -> tuple[dict[str, Tensor], list[tuple
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
     results = run_ranks(_saved_while_training, 2, str(tmp_path))
     (checkpoint,) = store.checkpoints(tmp_path)
-    _, weights = store.load_weights(checkpoint)
+    _, weights = load_weights(checkpoint)
     for before, seen, stall_seconds in results:
         assert seen == [(False, 0), (False, 0), (False, 1)]
         assert all(torch.equal(weights[name], value) for name, value in before.items())
