@@ -13,6 +13,7 @@ from megamtp.cluster.plan import CARDS, DAY, Card, Plan, fitting, plan
 from megamtp.commands.command_line import Parser, run
 from megamtp.config import Config, read_config
 from megamtp.engines.partition import Partition
+from megamtp.engines.spread import SpreadPartition
 
 GIB = 2**30
 
@@ -46,7 +47,7 @@ def _memory_table(found: Plan, card: Card) -> str:
     return "\n".join([*lines, f"| **together**, of {card.memory_bytes / GIB:.1f} | **{found.peak_bytes / GIB:.2f}** |"])
 
 
-def _stage_table(cut: Partition, card: Card) -> str:
+def _stage_table(cut: Partition | SpreadPartition, card: Card) -> str:
     """Each stage's memory by kind, and the cut."""
     kinds = list(cut.stages[0].memory_bytes)
     lines = [

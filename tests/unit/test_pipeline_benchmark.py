@@ -8,6 +8,7 @@ import torch
 from benchmarks import pipeline, plans, stages
 from benchmarks.stages import Measured
 
+from megamtp.engines.links import Link
 from megamtp.engines.partition import partition
 from megamtp.engines.spread import spread
 from megamtp.engines.spread_schedule import Exchange, Kind
@@ -66,7 +67,7 @@ def test_plans_are_played_with_what_was_measured():
     config, meter, link = (
         small_config(1, 4, **PIPELINE, model__num_future_tokens=2),
         InventedMeter(torch.device("cpu"), 1),
-        plans.Link(1e30, 0.0),
+        Link(1e30, 0.0),
     )
     costs = plans.measured_costs(config, meter)
     assert (costs.layer_forward, costs.layer_backward, costs.loss, costs.copy) == (1.0, 2.0, 3.0, 0.0)
@@ -97,14 +98,14 @@ def test_naive_cut_has_all_heads_last():
 
 def test_link_times():
     config = paper_config("6.7b")
-    exchange = plans.Link(50e9, 1e-5).exchange(config)
+    exchange = Link(50e9, 1e-5).exchange(config)
     boundary = 4096 * 4096 * 2 / 50e9
     assert exchange == Exchange(
         pytest.approx(1e-5 + boundary), pytest.approx(7e-5 + boundary), pytest.approx(7e-5 + 7 * 49152 / 50e9)
     )
-    tied = plans.Link(50e9, 0.0).tied(config, 2)
+    tied = Link(50e9, 0.0).tied(config, 2)
     assert tied == pytest.approx(4 * 32001 * 4096 / 50e9)
-    assert plans.Link(50e9, 1.0).tied(config, 1) == 0.0
+    assert Link(50e9, 1.0).tied(config, 1) == 0.0
 
 
 @pytest.mark.parametrize("plan", [partition, spread])

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from benchmarks import output, plans, timeline
 from benchmarks.processes import Fresh
 from megamtp.config import Config, read_config
+from megamtp.engines.links import Link
 from megamtp.errors import InputError
 from megamtp.model.cost import flops_per_token
 
@@ -95,7 +96,7 @@ def _sizes_results(size: str, options: argparse.Namespace) -> list[dict]:
 def measure_size(size: str, options: argparse.Namespace) -> list[dict]:
     """A result for each configuration and plan. Stages are first measured with all numbers of micro-batches that plans ask for."""
     meter = plans.Meter(torch.device(options.device), options.measured)
-    link = plans.Link(options.link_bandwidth, options.latency)
+    link = Link(options.link_bandwidth, options.latency)
     cases, wanted = [], {}
     for (vocabulary, num_stages, n), config in _configs(size, options).items():
         costs = plans.measured_costs(config, meter)
