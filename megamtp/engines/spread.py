@@ -55,10 +55,12 @@ class SpreadPartition:
         """One line."""
         layers, rows = ([stage.end - stage.first for stage in self.stages], [stage.contents.rows for stage in self.stages])
         memory = max(sum(stage.memory_bytes.values()) for stage in self.stages) / 2**30
-        return (
-            f"layers {layers}, rows {rows}: slowest stage / mean {self.imbalance:.3f}; "
-            f"predicted bubble {self.bubble:.1%}; at most {memory:.2f} GiB"
-        )
+        return f"layers {layers}, rows {rows}, at most {memory:.2f} GiB; {self.outcome}"
+
+    @property
+    def outcome(self) -> str:
+        """The end of the summary."""
+        return f"slowest stage / mean {self.imbalance:.3f}; predicted bubble {self.bubble:.1%}"
 
 
 def spread(

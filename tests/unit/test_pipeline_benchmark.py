@@ -54,9 +54,9 @@ def test_runs_on_a_cpu_and_writes_all_three_files(tmp_path, monkeypatch, capsys)
     ]
     for result in results:
         assert sum(result["layers"]) == 6 and sum(result["heads_of_stages"]) == result["heads"]
-        assert result["step_seconds"] > 4 * max(result["stage_seconds"])
+        assert result["step_seconds"] >= 4 * max(result["stage_seconds"])
         assert result["peak_bytes"] == [None, None]  # a CPU's are not counted
-        assert result["alive"][0] > result["alive"][1]
+        assert 4 >= result["alive"][0] >= result["alive"][1] >= 1
     assert sum(results[-1]["rows"]) == 300
     assert content["settings"]["micro-batches"] == 4
     assert (tmp_path / "pipeline.png").stat().st_size > 10_000

@@ -150,9 +150,8 @@ def test_command_says_what_fits_and_what_does_not():
     assert "does not fit, because" in large.stdout and "the nearest that fits: train.micro_batch_size=1" in large.stdout
     pipeline = run("configs/13b_n4.yaml", "--gpus", "64", "engine.kind=pipeline", "engine.num_stages=4", "train.micro_batch_size=1")
     assert pipeline.returncode == 0, pipeline.stderr
-    assert (
-        pipeline.stdout.count("| stage ") == 4 and "heads 1-4" in pipeline.stdout and "waiting for other stages" in pipeline.stdout
-    )
+    assert pipeline.stdout.count("| stage ") == 4 and "heads 1-4" in pipeline.stdout
+    assert "waiting for other stages" in pipeline.stdout and "\nwith engine.spread_losses=true: step " in pipeline.stdout
     wrong = run("configs/13b_n4.yaml", "--gpus", "7")
     assert wrong.returncode == 2
     assert wrong.stderr.count("\n") == 1 and "7 ranks" in wrong.stderr
