@@ -12,6 +12,7 @@ from megamtp.engines.links import Link
 from megamtp.engines.partition import partition
 from megamtp.engines.spread import spread
 from megamtp.engines.spread_schedule import Exchange, Kind
+from megamtp.errors import InputError
 from tests.cases import small_config
 from tests.unit.test_partition import paper_config
 
@@ -61,6 +62,29 @@ def test_runs_on_a_cpu_and_writes_all_three_files(tmp_path, monkeypatch, capsys)
     assert content["settings"]["micro-batches"] == 4
     assert (tmp_path / "pipeline.png").stat().st_size > 10_000
     assert "6.7b, V=300, 2 stages, n=2" in capsys.readouterr().out
+
+
+def test_a_size_that_does_not_fit_is_named_and_others_are_measured(tmp_path, monkeypatch, capsys):
+    def measure(config, stage, alive, device, micro_batches):
+        if config.model.num_attention_heads == 40:  # 13B
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return InventedMeter(device, 1).measure(config, stage, alive)
+
+    class Here:
+        def __init__(self, function, *arguments):
+            self.call = lambda: function(*arguments)
+
+        def result(self):
+            return self.call()
+
+    monkeypatch.setattr(pipeline, "Fresh", Here)
+    monkeypatch.setattr(stages, "measure", measure)
+    arguments = ["--device", "cpu", "--vocabularies", "300", "--stages", "4", "--output", str(tmp_path)]
+    pipeline.main([*arguments, "--sizes", "13b", "6.7b"])
+    assert "13b: Contents(num_trunk=4, " in (shown := capsys.readouterr().out) and "does not fit on this card; expected" in shown
+    assert {result["size"] for result in json.loads((tmp_path / "pipeline.json").read_text())["results"]} == {"6.7b"}
+    with pytest.raises(InputError, match="width 5120 does not fit"):
+        pipeline.main([*arguments, "--sizes", "13b"])
 
 
 def test_plans_are_played_with_what_was_measured():

@@ -56,6 +56,8 @@ def main(arguments: list[str]) -> None:
     results = []
     for size in options.sizes:
         results += _sizes_results(size, options)
+    if not results:
+        raise InputError("nothing was measured, for the reasons above; expected sizes that fit on this card")
     boxes = [result.pop("boxes") for result in results]
     settings = {
         "micro-batches": options.micro_batches, "T": options.sequence_length, "pipelines": options.pipelines,
@@ -84,7 +86,7 @@ def _sizes_results(size: str, options: argparse.Namespace) -> list[dict]:
     start = time.perf_counter()
     try:
         results = Fresh(measure_size, size, options).result()
-    except RuntimeError as error:
+    except (RuntimeError, InputError) as error:
         if len(options.sizes) == 1:
             raise
         print(f"{size}: {error}", flush=True)

@@ -16,6 +16,7 @@ from megamtp.engines.pass_costs import PassCosts
 from megamtp.engines.spread import SpreadPartition, spread
 from megamtp.engines.spread_schedule import Kind, StageTimes
 from megamtp.engines.stage_memory import OPTIMIZER, Contents
+from megamtp.errors import InputError
 
 NAIVE, WHOLE, SPREAD = "naive", "whole layers", "spread losses"
 UNIT_LAYERS = 4  # trunk layers of the stage that tells what one costs
@@ -35,7 +36,13 @@ class Meter:
         key, alive = stage_key(config, stage), set(alive)
         if key not in self.found or not alive <= self.asked[key]:
             self.asked[key] = alive | self.asked.get(key, set())
-            measured = self.found[key] = stages.measure(config, stage, self.asked[key], self.device, self.micro_batches)
+            try:
+                measured = self.found[key] = stages.measure(config, stage, self.asked[key], self.device, self.micro_batches)
+            except torch.OutOfMemoryError:
+                raise InputError(
+                    f"{stage.contents} of a model of width {config.model.dim} does not fit on this card; expected stages that do: "
+                    "choose other --sizes, or more --stages"
+                ) from None
             passes = ", ".join(f"{kind.name.lower()} {seconds * 1e3:.2f} ms" for kind, seconds in measured.seconds.items())
             peaks = ", ".join(f"{size / 2**30:.2f} GiB with {count}" for count, size in sorted(measured.peak_bytes.items()))
             print(f"{stage.contents}: {passes}{'; ' if peaks else ''}{peaks}", flush=True)
