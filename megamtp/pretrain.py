@@ -93,6 +93,8 @@ def check(config: Config, place: Place) -> Job:
     train = [_windows(config, prefix, stream) for stream, (_, prefix) in enumerate(corpora)]
     blend = Blend(train, [weight for weight, _ in corpora])
     validation = _windows(config, config.data.validation) if config.data.validation else None
+    if validation:
+        validation.check_first(config.run.evaluation_windows)
     loader = TrainLoader(blend, config.global_batch_windows, config.train.micro_batch_size, data_parallel_rank, data_parallel_size)
     run_directory = Path(config.run.directory)
     found = None if config.cluster.emulate else newest_readable(run_directory)
@@ -136,6 +138,7 @@ def _train(job: Job, place: Place) -> bool:
             print(job.train.windows.summary(config.train.steps * config.global_batch_windows), flush=True)
         write_config(config, run_directory / RESOLVED)
         remove_leftovers(run_directory)
+    torch.manual_seed((config.train.seed << 24) + place.rank)  # or checkpoints would differ in random states that nothing has used
     if found:
         engine.load(found[0])
     return Training(config, engine, job.train, job.validation, stop, first_step).run()

@@ -19,7 +19,15 @@ import torch
 from megamtp.checkpoint import safetensors_file
 from megamtp.checkpoint.contents import WEIGHT, Contents, check_contents, check_tensors, parameter_shapes, renamed
 from megamtp.checkpoint.folder import published, write_json
-from megamtp.checkpoint.hf_tokenizer import BYTES_END, TOKENIZER, fits, read_tokenizer, write_byte_tokenizer, write_tokenizer
+from megamtp.checkpoint.hf_tokenizer import (
+    BYTES_END,
+    TOKENIZER,
+    are_bytes,
+    fits,
+    read_tokenizer,
+    write_byte_tokenizer,
+    write_tokenizer,
+)
 from megamtp.checkpoint.safetensors_file import SafetensorsFiles
 from megamtp.checkpoint.tensors import TensorSource
 from megamtp.config import ModelConfig
@@ -94,6 +102,7 @@ def read(directory: Path, num_future_tokens: int = 1) -> Contents:
         {WEIGHT: renamed(found, names)},
         sequence_length=settings.get("max_position_embeddings"),
         tokenizer=tokenizer if fits(tokenizer, model.vocab_size) else None,
+        tokens_are_bytes=are_bytes(directory, model.vocab_size),
         notes=notes,
     )
 

@@ -94,6 +94,7 @@ def read(directory: Path, model: ModelConfig | None = None) -> Contents:
         step=own.get("step", counters["global_steps"]),
         state=own.get("state") or {"adam_steps": steps, "counters": counters, "loss_scale": None},
         sequence_length=own.get("sequence_length"),
+        tokens_are_bytes=own.get("tokens_are_bytes", False),
     )
 
 
@@ -153,6 +154,7 @@ def _model_states(contents: Contents) -> dict[str, Any]:
             "step": contents.step,
             "state": contents.state,
             "sequence_length": contents.sequence_length,
+            "tokens_are_bytes": contents.tokens_are_bytes,
         },
     }
 

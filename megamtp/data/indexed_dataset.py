@@ -180,7 +180,7 @@ class IndexedDataset:
                 raise _bad_file(self._bin_path, f"{found_bytes} bytes, but its index says {expected_bytes}")
             if self.num_tokens == 0:  # an empty file cannot be mapped
                 return np.empty(0, self.dtype)
-            return np.memmap(self._bin_path, self.dtype, mode="r")
+            return np.asarray(np.memmap(self._bin_path, self.dtype, mode="r"))  # a plain view of it, whose slices cost less
         except OSError as error:
             raise _bad_file(self._bin_path, error.strerror) from error
 
@@ -229,7 +229,7 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarra
     try:
         with open(path, "rb") as stream:
             header = stream.read(HEADER.size)
-        content = np.memmap(path, np.uint8, mode="r") if header else b""
+        content = np.asarray(np.memmap(path, np.uint8, mode="r")) if header else b""
     except OSError as error:
         raise _bad_file(path, error.strerror) from error
     if not header.startswith(MAGIC):

@@ -67,6 +67,19 @@ class TrainLoader:
         Raises:
             InputError: a record of this step is damaged.
         """
+        self._read_ahead(step)
+        return self._ahead.pop(step).result()
+
+    def damage(self, step: int) -> str | None:
+        """What is wrong with the records of step `step`, if anything is; waits until it is read."""
+        self._read_ahead(step)
+        error = self._ahead[step].exception()
+        if error is not None and not isinstance(error, InputError):
+            raise error
+        return None if error is None else str(error)
+
+    def _read_ahead(self, step: int) -> None:
+        """Has the thread read this step and the next ones, and forget others."""
         if self._reader is None:
             self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="megamtp data")
         wanted = range(step, step + 1 + STEPS_AHEAD)
@@ -75,7 +88,6 @@ class TrainLoader:
         for number in wanted:
             if number not in self._ahead:
                 self._ahead[number] = self._reader.submit(self.read, number)
-        return self._ahead.pop(step).result()
 
     def read(self, step: int) -> list[Batch]:
         """What `micro_batches` returns, read now and here."""

@@ -49,6 +49,7 @@ class Windows:
     ):  # fmt: skip
         self.dataset, self.sequence_length, self.num_future_tokens = dataset, sequence_length, num_future_tokens
         self.seed, self.stream, self.vocab_size, self.documents = seed, stream, vocab_size, documents
+        self._reach = 1 + np.stack(np.tril_indices(num_future_tokens))  # all (i, distance) with 1 <= distance <= i <= n
         self.number = (dataset.num_tokens - 1) // sequence_length
         if dataset.dtype.kind == "f":
             raise InputError(f"{dataset.name} holds {dataset.dtype.name}; expected token ids, which are whole numbers")
@@ -73,13 +74,22 @@ class Windows:
         inputs, targets = window[:length], window[1:].unfold(0, length, 1)
         if self.documents == "continue":
             return Window(inputs, targets, None)
-        places = np.arange(start, start + length)
-        boundaries = self.dataset.boundaries(start, start + len(found))
-        documents = np.searchsorted(boundaries, places, side="right")
-        ends = np.append(boundaries, start + len(found))[documents]
-        same = places + np.arange(1, self.num_future_tokens + 1)[:, None] < ends
-        targets = targets.where(torch.from_numpy(same), IGNORED)
-        return Window(inputs, targets, torch.from_numpy(documents) if self.documents == "isolate" else None)
+        boundaries = self.dataset.boundaries(start, start + len(found)) - start
+        targets = targets.clone(memory_format=torch.contiguous_format)
+        targets.numpy()[self._crossing(boundaries)] = IGNORED
+        if self.documents == "mask":
+            return Window(inputs, targets, None)
+        begins = np.zeros(length, np.int64)
+        begins[boundaries[boundaries < length]] = 1
+        return Window(inputs, targets, torch.from_numpy(begins.cumsum()))
+
+    def _crossing(self, boundaries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(i - 1, t) of all targets i positions after t that have a boundary between: those of the i positions before each."""
+        ahead, before = self._reach
+        heads = np.broadcast_to(ahead - 1, (len(boundaries), len(ahead)))
+        places = boundaries[:, None] - before
+        inside = (places >= 0) & (places < self.sequence_length)
+        return heads[inside], places[inside]
 
     def at(self, places: np.ndarray) -> list[Window]:
         """The windows at these places of the endless sequence of shuffled epochs."""
@@ -102,6 +112,13 @@ class Windows:
         """Reads the first and the last million tokens. Raises InputError: they are outside the vocabulary."""
         self._read(0, CHECKED_TOKENS)
         self._read(max(0, self.dataset.num_tokens - CHECKED_TOKENS), self.dataset.num_tokens)
+
+    def check_first(self, max_windows: int | None) -> None:
+        """Reads the first windows (None: all), as evaluations will. Raises InputError: see check_ends."""
+        number = self.number if max_windows is None else min(max_windows, self.number)
+        stop = min(number * self.sequence_length + self.num_future_tokens, self.dataset.num_tokens)
+        for start in range(0, stop, CHECKED_TOKENS):
+            self._read(start, min(start + CHECKED_TOKENS, stop))
 
     def _read(self, start: int, stop: int) -> np.ndarray:
         tokens = self.dataset.tokens(start, stop)

@@ -8,6 +8,7 @@ from megamtp.config import Config
 from megamtp.data.loader import TrainLoader, evaluation_batches
 from megamtp.data.windows import Windows
 from megamtp.engines.base import Engine, count_targets
+from megamtp.errors import InputError
 from megamtp.training.metrics import Metrics
 from megamtp.training.saving import Saver
 from megamtp.training.schedule import learning_rate
@@ -26,7 +27,12 @@ class Training:
         self.saver = Saver(config, engine, self.metrics)
 
     def run(self) -> bool:
-        """Trains. False if it ended early, saved, because a rank was asked to stop. Collective."""
+        """Trains. False if it ended early, saved, because a rank was asked to stop. Collective.
+
+        Raises:
+            InputError: some rank's data of the next step is damaged; the steps before it are saved. On ranks other than 0 a
+                SystemExit instead, so that it is said once.
+        """
         try:
             return self._run()
         finally:
@@ -34,22 +40,26 @@ class Training:
 
     def _run(self) -> bool:
         run, steps = self.config.run, self.config.train.steps
-        stopped = False
-        while self.step < steps and not stopped:
+        damaged = torch.tensor(float(self._is_damaged()), device=self.engine.device)
+        dist.all_reduce(damaged)
+        stopped, damaged = False, damaged.item() > 0
+        while self.step < steps and not stopped and not damaged:
             self.step += 1
-            stopped = self._train_step()
+            stopped, damaged = self._train_step()
             if self.validation and (self.step % run.evaluate_every_steps == 0 or self.step == steps):
                 self._evaluate()
-            if self.step % run.save_every_steps == 0 or self.step == steps or stopped:
+            if self.step % run.save_every_steps == 0 or self.step == steps or stopped or damaged:
                 self._save()
         self.saver.finish()
+        if damaged:
+            self._report_damage()
         if stopped:
             self.metrics.say(f"asked to stop: saved at step {self.step}")
         self.metrics.close()
         return not stopped
 
-    def _train_step(self) -> bool:
-        """One optimizer step and its report. True if any rank was asked to stop."""
+    def _train_step(self) -> tuple[bool, bool]:
+        """One optimizer step and its report: whether any rank was asked to stop, and cannot read the next step's data."""
         engine, n = self.engine, self.config.model.num_future_tokens
         with self.metrics.phase("data"):
             micro_batches = self.train.micro_batches(self.step - 1)
@@ -58,17 +68,33 @@ class Training:
             counts = count_targets(micro_batches, can_be_ignored, engine.data_parallel_size, engine.device)
             lr = learning_rate(self.step, self.config.train.steps, self.config.optimizer)
             result = engine.train_batch(micro_batches, counts, lr)
+        with self.metrics.phase("data"):
+            damaged = self._is_damaged()
         with self.metrics.phase("report"):
-            totals = torch.zeros(n + 2, dtype=torch.float64, device=engine.device)
+            totals = torch.zeros(n + 3, dtype=torch.float64, device=engine.device)
             totals[:n] = result.nll_sums
-            totals[n], totals[n + 1] = self.stop.asked, self.saver.has_written
-            dist.all_reduce(totals)  # of the losses and, with them, of the wish to stop and the ranks that have written
-            *nll_sums, wishes, written = totals.tolist()
+            totals[n], totals[n + 1], totals[n + 2] = self.stop.asked, damaged, self.saver.has_written
+            # of the losses and, with them, of the wish to stop, of damage ahead and of the ranks that have written
+            dist.all_reduce(totals)
+            *nll_sums, wishes, damaged_ranks, written = totals.tolist()
         losses = [nll / max(1, count) for nll, count in zip(nll_sums, counts, strict=True)]
         self.metrics.training(self.step, losses, result.gradient_norm, lr, result.skipped)
         if written == engine.world_size:
             self.saver.finish()
-        return wishes > 0
+        return wishes > 0, damaged_ranks > 0
+
+    def _is_damaged(self) -> bool:
+        """Whether this rank's data of the next step is, if there is a next step; waits until it is read, as that step would."""
+        return self.step < self.config.train.steps and self.train.damage(self.step) is not None
+
+    def _report_damage(self) -> None:
+        """Raises the first InputError of any rank's on rank 0, and SystemExit on the others. Collective."""
+        self.metrics.close()
+        found: list[str | None] = [None] * self.engine.world_size
+        dist.all_gather_object(found, self.train.damage(self.step))
+        if self.engine.rank:
+            raise SystemExit(2)
+        raise InputError(next(error for error in found if error))
 
     def _evaluate(self) -> None:
         engine = self.engine

@@ -12,7 +12,8 @@ from megamtp.checkpoint import canonical
 from megamtp.checkpoint.shards import shard_name
 from megamtp.checkpoint.store import MANIFEST, newest_checkpoint, read_manifest
 from megamtp.config import read_config
-from megamtp.data.indexed_dataset import IndexedDatasetWriter
+from megamtp.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megamtp.data.windows import CHECKED_TOKENS, Windows
 from tests.checkpoints import SMALL, contents, random_model
 from tests.end_to_end.jobs import MODULE, damage, deepspeed, records, run, wait_for
 
@@ -192,6 +193,28 @@ def test_launcher_says_it_once(case, arguments, corpus, tmp_path):
     for word in words:
         assert word in lines[0]
     assert not (tmp_path / "run").exists()
+
+
+def test_damage_amid_a_corpus_ends_all_ranks_before_they_train_on_it(arguments, tmp_path):
+    """Two ranks, of which the second would read the damaged record in step 4; the three steps before it are saved."""
+    tokens = np.random.default_rng(0).integers(400, size=3_000_000, dtype=np.uint16)
+    with IndexedDatasetWriter(tmp_path / "train", np.uint16) as writer:
+        for document in np.split(tokens, 3000):
+            writer.add_document(document)
+    windows = Windows(IndexedDataset(tmp_path / "train"), 32, 2, seed=0)
+    places = windows.shuffled(0)(np.array([26, 27, 30, 31]))  # of step 4's windows, those of the second rank
+    (place, *_) = (int(place) * 32 + 7 for place in places if CHECKED_TOKENS < place * 32 < 3_000_000 - CHECKED_TOKENS - 32)
+    with open(tmp_path / "train.bin", "r+b") as stream:
+        stream.seek(2 * place)
+        stream.write(b"\xff\xff")
+    finished = run([*deepspeed(2), *arguments, f"data.train={tmp_path}/train", f"run.directory={tmp_path}/run"])
+    output = finished.stdout + finished.stderr
+    assert finished.returncode == 2, output
+    assert "Traceback" not in output
+    (line,) = (line for line in output.splitlines() if line.startswith("megamtp: error: "))
+    assert f"{tmp_path}/train.bin holds token 65535 in document {place // 1000}, model.vocab_size is 400" in line
+    assert [record["step"] for record in records(tmp_path / "run")] == [1, 2, 3]
+    assert read_manifest(newest_checkpoint(tmp_path / "run")).step == 3
 
 
 @pytest.fixture(scope="module")
