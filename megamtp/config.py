@@ -130,7 +130,7 @@ class EngineConfig:
         None, "pipeline: layers of each stage, trunk and then heads; null: the cut whose slowest stage is fastest"
     )
     spread_losses: bool = option(
-        False, "pipeline: each stage has some rows of the unembedding and does that part of all heads' losses"
+        False, "pipeline: each stage has some rows of the unembedding, and does their part of all heads' losses in one chunk"
     )
     stage_memory_bytes: float | None = option(None, "pipeline: memory of a rank that a chosen cut must fit into; null: any")
     communication: str = option(

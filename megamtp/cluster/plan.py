@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from megamtp.cluster.emulated import Network
 from megamtp.config import Config
 from megamtp.engines.base import data_parallel_place
+from megamtp.engines.links import Link
 from megamtp.engines.partition import Partition, partition
 from megamtp.engines.pass_costs import PassCosts
+from megamtp.engines.spread import SpreadPartition, spread
 from megamtp.errors import InputError
 from megamtp.losses.linear_cross_entropy import default_chunk_rows
 from megamtp.model.cost import layer_activation_bytes, layer_matrices, layer_parameters, parameters, unembedding_parameters
@@ -67,7 +69,7 @@ class Plan:
     compute: float
     exposed: float
     update: float
-    cut: Partition | None = None
+    cut: Partition | SpreadPartition | None = None
 
     @property
     def peak_bytes(self) -> float:
@@ -104,17 +106,22 @@ def _update_seconds(parameters: float, card: Card) -> float:
 def _plan_pipeline(config: Config, world_size: int, card: Card) -> Plan:
     """The cut that is fastest by the card's rates, and its schedule as it is played; pipelines' gradients are reduced after it."""
     _, pipelines = data_parallel_place(config, 0, world_size)
-    cut = partition(config, pipelines, _pass_costs(config, card))
+    cluster, costs = config.cluster, _pass_costs(config, card)
+    exchange = Link(cluster.flat_bandwidth or cluster.network_bandwidth, cluster.latency).exchange(config)
+    if config.engine.spread_losses:
+        cut = spread(config, pipelines, costs, exchange)
+        stage_seconds, played = cut.costs, cut.schedule.play()
+    else:
+        cut = partition(config, pipelines, costs)
+        stage_seconds, played = [stage.cost for stage in cut.stages], cut.play(exchange.hand)
+    micro_batches = config.accumulation(pipelines)
+    compute = micro_batches * sum(stage_seconds) / len(stage_seconds)
     largest = max(cut.stages, key=lambda stage: sum(stage.memory_bytes.values()))
-    boundary = 2 * config.train.micro_batch_size * config.train.sequence_length * config.model.dim
-    cluster = config.cluster
-    played = cut.play(cluster.latency + boundary / (cluster.flat_bandwidth or cluster.network_bandwidth))
-    compute = cut.micro_batches * sum(stage.cost for stage in cut.stages) / len(cut.stages)
     weights = max(stage.memory_bytes["weights"] for stage in cut.stages)
     network = Network(dataclasses.replace(cluster, emulate=pipelines))
-    exchange = sum(network.seconds(kind, weights) for kind in ("reduce_scatter", "all_gather"))
-    exposed = max(work.end for work in played) - compute + exchange
-    return Plan(largest.memory_bytes, cut.micro_batches, compute, exposed, _update_seconds(weights / 2 / pipelines, card), cut)
+    reduction = sum(network.seconds(kind, weights) for kind in ("reduce_scatter", "all_gather"))
+    exposed = max(work.end for work in played) - compute + reduction
+    return Plan(largest.memory_bytes, micro_batches, compute, exposed, _update_seconds(weights / 2 / pipelines, card), cut)
 
 
 def _pass_costs(config: Config, card: Card) -> PassCosts:

@@ -7,12 +7,14 @@
 Exits with status 1 if it does not fit. Without --bandwidth the network is cluster.*'s: NVLink and 400 Gb/s per GPU.
 """
 
+import dataclasses
 import sys
 
 from megamtp.cluster.plan import CARDS, DAY, Card, Plan, fitting, plan
 from megamtp.commands.command_line import Parser, run
 from megamtp.config import Config, read_config
 from megamtp.engines.partition import Partition
+from megamtp.engines.spread import SpreadPartition
 
 GIB = 2**30
 
@@ -38,6 +40,16 @@ def main() -> None:
         _explain(found, config, options.gpus, card)
         sys.exit(1)
     print(_time_table(found, config))
+    if found.cut:
+        print(_other_losses(config, options.gpus, card))
+
+
+def _other_losses(config: Config, world_size: int, card: Card) -> str:
+    """A line about the same pipeline with its losses spread, or whole if they are."""
+    spread_losses = not config.engine.spread_losses
+    other = dataclasses.replace(config, engine=dataclasses.replace(config.engine, spread_losses=spread_losses))
+    found, setting = plan(other, world_size, card), f"engine.spread_losses={str(spread_losses).lower()}"
+    return f"\nwith {setting}: step {found.step_seconds:.3f} s, at most {found.peak_bytes / GIB:.2f} GiB; {found.cut.outcome}"
 
 
 def _memory_table(found: Plan, card: Card) -> str:
@@ -46,7 +58,7 @@ def _memory_table(found: Plan, card: Card) -> str:
     return "\n".join([*lines, f"| **together**, of {card.memory_bytes / GIB:.1f} | **{found.peak_bytes / GIB:.2f}** |"])
 
 
-def _stage_table(cut: Partition, card: Card) -> str:
+def _stage_table(cut: Partition | SpreadPartition, card: Card) -> str:
     """Each stage's memory by kind, and the cut."""
     kinds = list(cut.stages[0].memory_bytes)
     lines = [

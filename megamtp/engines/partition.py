@@ -82,10 +82,12 @@ class Partition:
             parts += [f"{'head' if len(stage.heads) == 1 else 'heads'} {_span(stage.heads)}"] if stage.heads else []
             memory = sum(stage.memory_bytes.values()) / 2**30
             lines.append(f"stage {index}: {stage.cost / total:6.1%} of the work, {memory:7.2f} GiB: {', '.join(parts)}")
-        lines.append(
-            f"slowest stage / mean {self.imbalance:.3f}; {self.micro_batches} micro-batches: predicted bubble {self.bubble:.1%}"
-        )
-        return "\n".join(lines)
+        return "\n".join([*lines, self.outcome])
+
+    @property
+    def outcome(self) -> str:
+        """The summary's last line."""
+        return f"slowest stage / mean {self.imbalance:.3f}; {self.micro_batches} micro-batches: predicted bubble {self.bubble:.1%}"
 
 
 def imbalance(times: list[float]) -> float:

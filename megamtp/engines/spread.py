@@ -13,6 +13,7 @@ import operator
 from dataclasses import dataclass
 
 from megamtp.config import Config
+from megamtp.engines.links import NOMINAL
 from megamtp.engines.partition import Stage, bubble, cheapest_cut, heads_between, imbalance
 from megamtp.engines.pass_costs import PassCosts, flop_costs
 from megamtp.engines.spread_schedule import Exchange, SpreadSchedule, StageTimes, fastest_schedule
@@ -35,10 +36,15 @@ class SpreadPartition:
     schedule: SpreadSchedule
 
     @property
+    def costs(self) -> list[float]:
+        """Of one micro-batch in each stage, losses included."""
+        num_heads = sum(times.num_heads for times in self.schedule.times)
+        return [times.total(num_heads) for times in self.schedule.times]
+
+    @property
     def imbalance(self) -> float:
         """Slowest stage over the mean: 1 is perfect."""
-        num_heads = sum(times.num_heads for times in self.schedule.times)
-        return imbalance([times.total(num_heads) for times in self.schedule.times])
+        return imbalance(self.costs)
 
     @property
     def bubble(self) -> float:
@@ -49,16 +55,18 @@ class SpreadPartition:
         """One line."""
         layers, rows = ([stage.end - stage.first for stage in self.stages], [stage.contents.rows for stage in self.stages])
         memory = max(sum(stage.memory_bytes.values()) for stage in self.stages) / 2**30
-        return (
-            f"layers {layers}, rows {rows}: slowest stage / mean {self.imbalance:.3f}; "
-            f"predicted bubble {self.bubble:.1%}; at most {memory:.2f} GiB"
-        )
+        return f"layers {layers}, rows {rows}, at most {memory:.2f} GiB; {self.outcome}"
+
+    @property
+    def outcome(self) -> str:
+        """The end of the summary."""
+        return f"slowest stage / mean {self.imbalance:.3f}; predicted bubble {self.bubble:.1%}"
 
 
 def spread(
     config: Config, data_parallel_size: int, costs: PassCosts | None = None, exchange: Exchange | None = None
 ) -> SpreadPartition:
-    """The best one by `costs`, FLOPs unless given, and `exchange`, free unless given, in the same unit.
+    """The one with engine.stage_layers, or else the best one, by `costs` and `exchange`, in one unit: FLOPs unless given.
 
     Raises:
         InputError: it does not fit into engine.stage_memory_bytes.
@@ -75,7 +83,7 @@ def spread(
         StageTimes(*both, rows * costs.slice_statistics, rows * costs.slice_gradients, len(heads_between(config, *pair)))
         for pair, both, rows in zip(pairs, passes, shares, strict=True)
     ]
-    schedule = fastest_schedule(times, config.accumulation(data_parallel_size), exchange or Exchange())
+    schedule = fastest_schedule(times, config.accumulation(data_parallel_size), exchange or NOMINAL.exchange(config))
     stages = []
     for index, (pair, both, rows) in enumerate(zip(pairs, passes, shares, strict=True)):
         heads = heads_between(config, *pair)

@@ -88,9 +88,15 @@ def _largest_pass(config: Config, contents: Contents, width: int) -> int:
 
 
 def _slice_pass(config: Config, contents: Contents, width: int) -> int:
-    """All heads' hidden states, their gradients, and the logits of this slice, which wait for the other slices' statistics."""
+    """All heads' hidden states, their gradients, and this slice's logits, which wait for the other slices' statistics.
+
+    And the slice's gradient: in fp32, as autograd gets it, and in fp32 again on its way into the sum.
+    """
+    if not contents.rows:
+        return 0
     model, tokens = config.model, config.train.micro_batch_size * config.train.sequence_length
-    return model.num_future_tokens * (2 * _boundary(config, width) + tokens * contents.rows * width) if contents.rows else 0
+    losses = model.num_future_tokens * (2 * _boundary(config, width) + tokens * contents.rows * width)
+    return losses + (8 + width) * contents.rows * model.dim
 
 
 def _embedding_gradient(config: Config, contents: Contents, width: int) -> int:

@@ -8,9 +8,11 @@ import torch
 from benchmarks import pipeline, plans, stages
 from benchmarks.stages import Measured
 
+from megamtp.engines.links import Link
 from megamtp.engines.partition import partition
 from megamtp.engines.spread import spread
 from megamtp.engines.spread_schedule import Exchange, Kind
+from megamtp.errors import InputError
 from tests.cases import small_config
 from tests.unit.test_partition import paper_config
 
@@ -53,20 +55,43 @@ def test_runs_on_a_cpu_and_writes_all_three_files(tmp_path, monkeypatch, capsys)
     ]
     for result in results:
         assert sum(result["layers"]) == 6 and sum(result["heads_of_stages"]) == result["heads"]
-        assert result["step_seconds"] > 4 * max(result["stage_seconds"])
+        assert result["step_seconds"] >= 4 * max(result["stage_seconds"])
         assert result["peak_bytes"] == [None, None]  # a CPU's are not counted
-        assert result["alive"][0] > result["alive"][1]
+        assert 4 >= result["alive"][0] >= result["alive"][1] >= 1
     assert sum(results[-1]["rows"]) == 300
     assert content["settings"]["micro-batches"] == 4
     assert (tmp_path / "pipeline.png").stat().st_size > 10_000
     assert "6.7b, V=300, 2 stages, n=2" in capsys.readouterr().out
 
 
+def test_a_size_that_does_not_fit_is_named_and_others_are_measured(tmp_path, monkeypatch, capsys):
+    def measure(config, stage, alive, device, micro_batches):
+        if config.model.num_attention_heads == 40:  # 13B
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return InventedMeter(device, 1).measure(config, stage, alive)
+
+    class Here:
+        def __init__(self, function, *arguments):
+            self.call = lambda: function(*arguments)
+
+        def result(self):
+            return self.call()
+
+    monkeypatch.setattr(pipeline, "Fresh", Here)
+    monkeypatch.setattr(stages, "measure", measure)
+    arguments = ["--device", "cpu", "--vocabularies", "300", "--stages", "4", "--output", str(tmp_path)]
+    pipeline.main([*arguments, "--sizes", "13b", "6.7b"])
+    assert "13b: Contents(num_trunk=4, " in (shown := capsys.readouterr().out) and "does not fit on this card; expected" in shown
+    assert {result["size"] for result in json.loads((tmp_path / "pipeline.json").read_text())["results"]} == {"6.7b"}
+    with pytest.raises(InputError, match="width 5120 does not fit"):
+        pipeline.main([*arguments, "--sizes", "13b"])
+
+
 def test_plans_are_played_with_what_was_measured():
     config, meter, link = (
         small_config(1, 4, **PIPELINE, model__num_future_tokens=2),
         InventedMeter(torch.device("cpu"), 1),
-        plans.Link(1e30, 0.0),
+        Link(1e30, 0.0),
     )
     costs = plans.measured_costs(config, meter)
     assert (costs.layer_forward, costs.layer_backward, costs.loss, costs.copy) == (1.0, 2.0, 3.0, 0.0)
@@ -97,14 +122,14 @@ def test_naive_cut_has_all_heads_last():
 
 def test_link_times():
     config = paper_config("6.7b")
-    exchange = plans.Link(50e9, 1e-5).exchange(config)
+    exchange = Link(50e9, 1e-5).exchange(config)
     boundary = 4096 * 4096 * 2 / 50e9
     assert exchange == Exchange(
         pytest.approx(1e-5 + boundary), pytest.approx(7e-5 + boundary), pytest.approx(7e-5 + 7 * 49152 / 50e9)
     )
-    tied = plans.Link(50e9, 0.0).tied(config, 2)
+    tied = Link(50e9, 0.0).tied(config, 2)
     assert tied == pytest.approx(4 * 32001 * 4096 / 50e9)
-    assert plans.Link(50e9, 1.0).tied(config, 1) == 0.0
+    assert Link(50e9, 1.0).tied(config, 1) == 0.0
 
 
 @pytest.mark.parametrize("plan", [partition, spread])

@@ -113,6 +113,16 @@ def test_a_pipelines_stages_take_as_long_as_their_flops_at_the_cards_usual_rate(
     assert 450e12 < flops / found.compute < 650e12
 
 
+def test_spread_losses_are_planned():
+    whole, spread_losses = (
+        plan(pipeline_of("6.7b", 8, *further), 64, CARDS["h100"]) for further in ([], ["engine.spread_losses=true"])
+    )
+    assert spread_losses.step_seconds < whole.step_seconds
+    assert spread_losses.compute == pytest.approx(whole.compute, rel=0.01)
+    assert spread_losses.peak_bytes > whole.peak_bytes  # more micro-batches are alive
+    assert sum(stage.contents.rows for stage in spread_losses.cut.stages) == 32000
+
+
 def test_a_pipeline_that_does_not_fit_gets_more_stages_not_offloading():
     config = pipeline_of("13b", 2)
     assert plan(config, 2, CARDS["h100"]).peak_bytes > CARDS["h100"].memory_bytes
@@ -140,9 +150,8 @@ def test_command_says_what_fits_and_what_does_not():
     assert "does not fit, because" in large.stdout and "the nearest that fits: train.micro_batch_size=1" in large.stdout
     pipeline = run("configs/13b_n4.yaml", "--gpus", "64", "engine.kind=pipeline", "engine.num_stages=4", "train.micro_batch_size=1")
     assert pipeline.returncode == 0, pipeline.stderr
-    assert (
-        pipeline.stdout.count("| stage ") == 4 and "heads 1-4" in pipeline.stdout and "waiting for other stages" in pipeline.stdout
-    )
+    assert pipeline.stdout.count("| stage ") == 4 and "heads 1-4" in pipeline.stdout
+    assert "waiting for other stages" in pipeline.stdout and "\nwith engine.spread_losses=true: step " in pipeline.stdout
     wrong = run("configs/13b_n4.yaml", "--gpus", "7")
     assert wrong.returncode == 2
     assert wrong.stderr.count("\n") == 1 and "7 ranks" in wrong.stderr

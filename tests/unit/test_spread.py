@@ -102,7 +102,7 @@ def test_rows_fill_the_stages_up(levels, rows, multiple, expected):
 @pytest.mark.parametrize("stages", [4, 8])
 def test_the_papers_sizes_are_balanced_where_whole_layers_are_not(size, vocabulary, stages):
     config = paper_config(size, f"model.vocab_size={vocabulary}", f"engine.num_stages={stages}")
-    whole, found = partition(config, 1), spread(config, 1)
+    whole, found = partition(config, 1), spread(config, 1, exchange=Exchange())
     assert found.imbalance <= min(1.003, whole.imbalance)
     assert sum(stage.contents.rows for stage in found.stages) == vocabulary
     assert max(work.end for work in found.schedule.play()) < max(work.end for work in whole.play())

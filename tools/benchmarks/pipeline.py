@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from benchmarks import output, plans, timeline
 from benchmarks.processes import Fresh
 from megamtp.config import Config, read_config
+from megamtp.engines.links import Link
 from megamtp.errors import InputError
 from megamtp.model.cost import flops_per_token
 
@@ -55,6 +56,8 @@ def main(arguments: list[str]) -> None:
     results = []
     for size in options.sizes:
         results += _sizes_results(size, options)
+    if not results:
+        raise InputError("nothing was measured, for the reasons above; expected sizes that fit on this card")
     boxes = [result.pop("boxes") for result in results]
     settings = {
         "micro-batches": options.micro_batches, "T": options.sequence_length, "pipelines": options.pipelines,
@@ -83,7 +86,7 @@ def _sizes_results(size: str, options: argparse.Namespace) -> list[dict]:
     start = time.perf_counter()
     try:
         results = Fresh(measure_size, size, options).result()
-    except RuntimeError as error:
+    except (RuntimeError, InputError) as error:
         if len(options.sizes) == 1:
             raise
         print(f"{size}: {error}", flush=True)
@@ -95,7 +98,7 @@ def _sizes_results(size: str, options: argparse.Namespace) -> list[dict]:
 def measure_size(size: str, options: argparse.Namespace) -> list[dict]:
     """A result for each configuration and plan. Stages are first measured with all numbers of micro-batches that plans ask for."""
     meter = plans.Meter(torch.device(options.device), options.measured)
-    link = plans.Link(options.link_bandwidth, options.latency)
+    link = Link(options.link_bandwidth, options.latency)
     cases, wanted = [], {}
     for (vocabulary, num_stages, n), config in _configs(size, options).items():
         costs = plans.measured_costs(config, meter)

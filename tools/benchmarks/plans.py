@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 
@@ -10,40 +9,18 @@ from benchmarks import stages
 from benchmarks.stages import Measured
 from benchmarks.timeline import Box
 from megamtp.config import Config
+from megamtp.engines.links import Link
 from megamtp.engines.one_f_one_b import play
 from megamtp.engines.partition import Partition, Stage, imbalance, partition
 from megamtp.engines.pass_costs import PassCosts
 from megamtp.engines.spread import SpreadPartition, spread
-from megamtp.engines.spread_schedule import Exchange, Kind, StageTimes
+from megamtp.engines.spread_schedule import Kind, StageTimes
 from megamtp.engines.stage_memory import OPTIMIZER, Contents
-from megamtp.model.cost import unembedding_parameters
+from megamtp.errors import InputError
 
 NAIVE, WHOLE, SPREAD = "naive", "whole layers", "spread losses"
 UNIT_LAYERS = 4  # trunk layers of the stage that tells what one costs
 LABELS = {Kind.FORWARD: "forward", Kind.BACKWARD: "backward", Kind.STATISTICS: "losses", Kind.GRADIENTS: "losses"}
-
-
-@dataclass(frozen=True)
-class Link:
-    """Between any two stages: bytes/s, and seconds before the first byte."""
-
-    bandwidth: float
-    latency: float
-
-    def seconds(self, size: float, hops: int = 1) -> float:
-        return hops * self.latency + size / self.bandwidth
-
-    def exchange(self, config: Config) -> Exchange:
-        """Broadcasts and sums go from stage to stage in a chain, piece by piece; each slice's statistics to all others."""
-        train, hops = config.train, config.engine.num_stages - 1
-        positions = train.micro_batch_size * train.sequence_length
-        hidden = positions * config.model.dim * (4 if train.precision == "fp32" else 2)
-        return Exchange(self.seconds(hidden), self.seconds(hidden, hops), self.seconds(12 * positions * hops, hops))
-
-    def tied(self, config: Config, num_copies: int) -> float:
-        """Summing the fp32 gradients of all copies of the unembedding, once a step."""
-        size = 4 * unembedding_parameters(config.model)
-        return 2 * self.seconds(size * (num_copies - 1) / num_copies, num_copies - 1) if num_copies > 1 else 0.0
 
 
 class Meter:
@@ -59,7 +36,13 @@ class Meter:
         key, alive = stage_key(config, stage), set(alive)
         if key not in self.found or not alive <= self.asked[key]:
             self.asked[key] = alive | self.asked.get(key, set())
-            measured = self.found[key] = stages.measure(config, stage, self.asked[key], self.device, self.micro_batches)
+            try:
+                measured = self.found[key] = stages.measure(config, stage, self.asked[key], self.device, self.micro_batches)
+            except torch.OutOfMemoryError:
+                raise InputError(
+                    f"{stage.contents} of a model of width {config.model.dim} does not fit on this card; expected stages that do: "
+                    "choose other --sizes, or more --stages"
+                ) from None
             passes = ", ".join(f"{kind.name.lower()} {seconds * 1e3:.2f} ms" for kind, seconds in measured.seconds.items())
             peaks = ", ".join(f"{size / 2**30:.2f} GiB with {count}" for count, size in sorted(measured.peak_bytes.items()))
             print(f"{stage.contents}: {passes}{'; ' if peaks else ''}{peaks}", flush=True)

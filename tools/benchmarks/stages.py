@@ -101,7 +101,10 @@ class SpreadStage(WholeStage):
         elif kind == Kind.STATISTICS:
             passed.slices = [self._statistics(index) for index in range(len(self.micro_batch_targets))]
         elif kind == Kind.GRADIENTS:
-            passed.gradients = [self._gradients(index, *found) for index, found in enumerate(passed.slices)]
+            weight = self.unembedding.weight
+            d_weight = torch.zeros_like(weight, dtype=wide(weight.dtype))
+            passed.gradients = [self._gradients(index, *found, d_weight) for index, found in enumerate(passed.slices)]
+            torch.autograd.backward(weight.view_as(weight), d_weight.to(weight.dtype))
             passed.slices = None
         else:
             gradients = (passed.gradients or [self.gradient] * len(passed.hidden))[: len(passed.hidden)]
@@ -115,12 +118,12 @@ class SpreadStage(WholeStage):
         targets_N = self.micro_batch_targets[index].flatten()
         return hidden_ND, *slice_statistics(hidden_ND, self.unembedding.weight.detach(), targets_N, first=0)
 
-    def _gradients(self, index: int, hidden_ND: Tensor, logits_NR: Tensor, statistics_3N: Tensor) -> Tensor:
+    def _gradients(self, index: int, hidden_ND: Tensor, logits_NR: Tensor, statistics_3N: Tensor, d_weight_RD: Tensor) -> Tensor:
         targets_N = self.micro_batch_targets[index].flatten()
         _, log_partition_N = combine(statistics_3N[None], targets_N)
         return slice_gradients(
             logits_NR, hidden_ND, self.unembedding.weight.detach(), targets_N, 0, log_partition_N,
-            self.sums["unembedding.weight"], self.loss_scales[index],
+            d_weight_RD, self.loss_scales[index],
         )  # fmt: skip
 
     @property
