@@ -8,6 +8,7 @@ process's peak while it opens, above what the imports left.
 """
 
 import argparse
+import os
 import tempfile
 import threading
 import time
@@ -40,13 +41,19 @@ def main(arguments: list[str]) -> None:
     """Raises InputError."""
     options = parse(arguments)
     output.make_folder(options)
-    megatron = find_spec("megatron") is not None
+    megatron, load = find_spec("megatron") is not None, os.getloadavg()[0]
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
         opened = [result for size in options.sizes for result in measure_opening(Path(folder), size, megatron, options)]
         read = measure_reading(Path(folder), options.read_tokens, megatron)
     note = "" if megatron else "\n\nmegatron-core is not installed: nothing to compare with."
     shown = f"{opening_table(opened)}\n\n{reading_table(read)}{note}"
-    output.write(options, {"T": T, "n": HEADS, "micro-batch": MICRO_BATCH}, opened + read, shown, draw(opened))
+    output.write(
+        options,
+        {"T": T, "n": HEADS, "micro-batch": MICRO_BATCH, "load of the machine": f"{load:.1f}"},
+        opened + read,
+        shown,
+        draw(opened),
+    )
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -125,7 +132,7 @@ def _opening(open_corpus: Callable[[str], object], prefix: str) -> tuple[float, 
 
 
 def _reading(prefix: str, documents: str | None) -> float:
-    """Tokens per second in one thread, of a file in the page cache."""
+    """Tokens per second of one core, whatever else the machine does, of a file in the page cache."""
     if documents is None:
         _import_all(open_megatron)
         dataset = open_megatron(prefix)
@@ -134,10 +141,10 @@ def _reading(prefix: str, documents: str | None) -> float:
         read = open_ours(prefix, documents).read
     Path(f"{prefix}.bin").read_bytes()
     read(0)
-    start = time.perf_counter()
+    start = time.process_time()
     for step in range(1, READ_STEPS + 1):
         read(step)
-    return READ_STEPS * MICRO_BATCH * T / (time.perf_counter() - start)
+    return READ_STEPS * MICRO_BATCH * T / (time.process_time() - start)
 
 
 def _import_all(open_corpus: Callable) -> None:
@@ -175,7 +182,7 @@ def opening_table(results: list[dict]) -> str:
 
 def reading_table(results: list[dict]) -> str:
     rows = [[r["name"], f"{r['tokens_per_second'] / 1e6:.1f}"] for r in results]
-    return output.table(["read by", "million tokens per second and thread"], rows)
+    return output.table(["read by", "million tokens per second of one core"], rows)
 
 
 def draw(results: list[dict]) -> Figure:
