@@ -39,6 +39,8 @@ LARGEST_FILE_BYTES = 5 * 10**9
 DEFAULT_ROPE_THETA = 10000.0  # of a config.json that does not say: transformers' own
 DEFAULT_POSITIONS = 4096  # of an export of weights that do not say on how many they were trained
 
+DERIVED = ".self_attn.rotary_emb.inv_freq"  # in older files; computed from the settings, as transformers does, which leaves it out
+
 # MTPModel's names -> LlamaForCausalLM's. Both write rotary pairs as (k, k + K/2), so no row of a matrix moves.
 OUTER_NAMES = {
     "embedding.weight": "model.embed_tokens.weight",
@@ -95,7 +97,8 @@ def read(directory: Path, num_future_tokens: int = 1) -> Contents:
         names["unembedding.weight"] = OUTER_NAMES["embedding.weight"]
         notes = (f"{directory} ties its unembedding to its embedding: from here on each has weights of its own",)
     shapes = parameter_shapes(model)
-    check_tensors(found.shapes, {theirs: shapes[ours] for ours, theirs in names.items()}, directory)
+    found_shapes = {name: shape for name, shape in found.shapes.items() if not name.endswith(DERIVED)}
+    check_tensors(found_shapes, {theirs: shapes[ours] for ours, theirs in names.items()}, directory)
     tokenizer = directory / TOKENIZER
     return Contents(
         model,

@@ -14,7 +14,7 @@ from megamtp.checkpoint import store
 from megamtp.errors import CheckpointError
 from tests.cases import global_batch, own_share, small_config
 from tests.ranks import run_ranks
-from tests.saved import NoMetrics
+from tests.saved import NoMetrics, load_weights, save
 
 
 def _step(config, engine, step: int) -> None:
@@ -65,7 +65,7 @@ def _saved_while_training(directory: str) -> tuple[dict[str, Tensor], list[tuple
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
     results = run_ranks(_saved_while_training, 2, str(tmp_path))
     (checkpoint,) = store.checkpoints(tmp_path)
-    _, weights = store.load_weights(checkpoint)
+    _, weights = load_weights(checkpoint)
     for before, seen, stall_seconds in results:
         assert seen == [(False, 0), (False, 0), (False, 1)]
         assert all(torch.equal(weights[name], value) for name, value in before.items())
@@ -103,3 +103,29 @@ def test_a_full_disk_of_one_rank_is_every_ranks_error(tmp_path):
     (checkpoint,) = store.checkpoints(tmp_path)
     assert store.verified(checkpoint).step == 1
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [checkpoint.name]
+
+
+def _loss_scale_and_random_numbers(directory: str) -> list[tuple]:
+    """(fp16's loss scaler, the next random numbers) when they were saved, and when they are loaded."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    from megamtp.engines.zero import ZeroEngine
+
+    config = small_config(1, engine__kind="zero1", run__directory=directory)
+    engine = ZeroEngine(config)
+    settings = {"min_scale": 1.0, "delayed_shift": 2, "consecutive_hysteresis": False}
+    scaler = engine.engine.optimizer.loss_scaler = DynamicLossScaler(2.0**16, 3, **settings)
+    for overflow in (True, True, False, False, True, False):
+        scaler.update_scale(overflow)
+    torch.rand(7)
+    save(config, engine, 1)
+    saved = vars(scaler), torch.rand(3).tolist()
+    loaded = engine.engine.optimizer.loss_scaler = DynamicLossScaler(2.0**16, 3, **settings)
+    assert vars(loaded) != vars(scaler)
+    engine.load(store.newest_checkpoint(Path(directory)))
+    return [saved, (vars(loaded), torch.rand(3).tolist())]
+
+
+def test_loss_scale_and_random_states_are_saved(tmp_path):
+    ((saved, loaded),) = run_ranks(_loss_scale_and_random_numbers, 1, str(tmp_path))
+    assert loaded == saved
