@@ -129,6 +129,9 @@ class EngineConfig:
     stage_layers: list[int] | None = option(
         None, "pipeline: layers of each stage, trunk and then heads; null: the cut whose slowest stage is fastest"
     )
+    spread_losses: bool = option(
+        False, "pipeline: each stage has some rows of the unembedding, and does their part of all heads' losses in one chunk"
+    )
     stage_memory_bytes: float | None = option(None, "pipeline: memory of a rank that a chosen cut must fit into; null: any")
     communication: str = option(
         "grouped", "zero3: grouped, one collective per module, straight to and from the weights; or deepspeed, as it is shipped"
@@ -491,6 +494,7 @@ def _check_pipeline(config: Config) -> None:
         for name in ("num_stages", "stage_layers", "stage_memory_bytes"):
             value = getattr(engine, name)
             _require(value is None, f"engine.{name}={value} with engine.kind={engine.kind}", "engine.kind=pipeline")
+        _require(not engine.spread_losses, f"engine.spread_losses=True with engine.kind={engine.kind}", "engine.kind=pipeline")
         return
     _require(
         engine.num_stages is not None and engine.num_stages >= 2, f"engine.num_stages={_shown(engine.num_stages)}",

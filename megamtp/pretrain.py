@@ -138,6 +138,7 @@ def _train(job: Job, place: Place) -> bool:
             print(job.train.windows.summary(config.train.steps * config.global_batch_windows), flush=True)
         write_config(config, run_directory / RESOLVED)
         remove_leftovers(run_directory)
+    torch.manual_seed((config.train.seed << 24) + place.rank)  # or checkpoints would differ in random states that nothing has used
     if found:
         engine.load(found[0])
     return Training(config, engine, job.train, job.validation, stop, first_step).run()

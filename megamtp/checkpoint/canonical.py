@@ -79,6 +79,7 @@ def read(directory: Path) -> Contents:
         description.get("state"),
         description.get("sequence_length"),
         tokenizer if tokenizer.exists() else None,
+        description.get("tokens_are_bytes", False),
     )
     check_contents(contents, directory)
     return contents
@@ -100,6 +101,7 @@ def _describe(contents: Contents, folder: Path) -> dict[str, Any]:
         "step": contents.step,
         "state": contents.state,
         "sequence_length": contents.sequence_length,
+        "tokens_are_bytes": contents.tokens_are_bytes,
         "model": dataclasses.asdict(contents.model),
         "file_bytes": {path.name: path.stat().st_size for path in sorted(folder.iterdir())},
     }

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from megamtp.checkpoint import canonical, hf, hf_mtp, megatron, meta, runs, universal
-from megamtp.checkpoint.contents import Contents
+from megamtp.checkpoint import canonical, hf, hf_mtp, megatron, meta, runs, store, universal
+from megamtp.checkpoint.contents import Contents, written_out
 from megamtp.config import ModelConfig
 from megamtp.errors import CheckpointError
 
@@ -20,7 +20,7 @@ class Options:
 
     Attributes:
         num_future_tokens: heads to make of a model that has but one; None leaves it one.
-        model: of a checkpoint that says nothing of its model.
+        model: what the checkpoint is of; some say nothing of their model.
     """
 
     num_future_tokens: int | None = None
@@ -70,13 +70,15 @@ def read(source: Path, options: Options | None = None) -> Contents:
     """A checkpoint of any format.
 
     Raises:
-        CheckpointError: it cannot be read, or has another number of heads already.
+        CheckpointError: it cannot be read, or is of another model than Options say.
     """
     options = options or Options()
     contents = FORMATS[detect(source)].read(source, options)
     found, asked = contents.model.num_future_tokens, options.num_future_tokens
     if asked not in (None, found):
         raise CheckpointError(f"{source} has {found} heads, --num-future-tokens says {asked}; leave it out")
+    if options.model:
+        canonical.check_model(source, contents.model, written_out(options.model))
     return contents
 
 
@@ -89,7 +91,8 @@ def writable() -> list[str]:
 
 
 def _is_run(path: Path) -> bool:
-    return (path / "checkpoints").is_dir() or path.resolve().parent.name == "checkpoints"
+    path = path.resolve()
+    return (path / "checkpoints").is_dir() or (path.parent.name == "checkpoints" and bool(store.NAME.fullmatch(path.name)))
 
 
 FORMATS = {

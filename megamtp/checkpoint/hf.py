@@ -19,7 +19,15 @@ import torch
 from megamtp.checkpoint import safetensors_file
 from megamtp.checkpoint.contents import WEIGHT, Contents, check_contents, check_tensors, parameter_shapes, renamed
 from megamtp.checkpoint.folder import published, write_json
-from megamtp.checkpoint.hf_tokenizer import BYTES_END, TOKENIZER, fits, read_tokenizer, write_byte_tokenizer, write_tokenizer
+from megamtp.checkpoint.hf_tokenizer import (
+    BYTES_END,
+    TOKENIZER,
+    are_bytes,
+    fits,
+    read_tokenizer,
+    write_byte_tokenizer,
+    write_tokenizer,
+)
 from megamtp.checkpoint.safetensors_file import SafetensorsFiles
 from megamtp.checkpoint.tensors import TensorSource
 from megamtp.config import ModelConfig
@@ -30,6 +38,8 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"  # the inde
 LARGEST_FILE_BYTES = 5 * 10**9
 DEFAULT_ROPE_THETA = 10000.0  # of a config.json that does not say: transformers' own
 DEFAULT_POSITIONS = 4096  # of an export of weights that do not say on how many they were trained
+
+DERIVED = ".self_attn.rotary_emb.inv_freq"  # in older files; computed from the settings, as transformers does, which leaves it out
 
 # MTPModel's names -> LlamaForCausalLM's. Both write rotary pairs as (k, k + K/2), so no row of a matrix moves.
 OUTER_NAMES = {
@@ -87,13 +97,15 @@ def read(directory: Path, num_future_tokens: int = 1) -> Contents:
         names["unembedding.weight"] = OUTER_NAMES["embedding.weight"]
         notes = (f"{directory} ties its unembedding to its embedding: from here on each has weights of its own",)
     shapes = parameter_shapes(model)
-    check_tensors(found.shapes, {theirs: shapes[ours] for ours, theirs in names.items()}, directory)
+    found_shapes = {name: shape for name, shape in found.shapes.items() if not name.endswith(DERIVED)}
+    check_tensors(found_shapes, {theirs: shapes[ours] for ours, theirs in names.items()}, directory)
     tokenizer = directory / TOKENIZER
     return Contents(
         model,
         {WEIGHT: renamed(found, names)},
         sequence_length=settings.get("max_position_embeddings"),
         tokenizer=tokenizer if fits(tokenizer, model.vocab_size) else None,
+        tokens_are_bytes=are_bytes(directory, model.vocab_size),
         notes=notes,
     )
 

@@ -11,7 +11,7 @@ import torch
 from megamtp.checkpoint import hf
 from megamtp.checkpoint.contents import WEIGHT, Contents, check_contents, check_tensors, parameter_shapes, renamed
 from megamtp.checkpoint.folder import published
-from megamtp.checkpoint.hf_tokenizer import TOKENIZER, fits
+from megamtp.checkpoint.hf_tokenizer import TOKENIZER, are_bytes, fits
 from megamtp.config import ModelConfig
 from megamtp.errors import CheckpointError
 
@@ -60,6 +60,7 @@ def read(directory: Path) -> Contents:
         {WEIGHT: renamed(found, names)},
         sequence_length=settings.get("max_position_embeddings"),
         tokenizer=tokenizer if fits(tokenizer, model.vocab_size) else None,
+        tokens_are_bytes=are_bytes(directory, model.vocab_size),
     )
 
 

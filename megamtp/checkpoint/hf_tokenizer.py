@@ -11,6 +11,7 @@ from megamtp.data.tokenizer import ByteTokenizer
 from megamtp.errors import CheckpointError
 
 TOKENIZER = "tokenizer.model"
+LARGEST_BYTE_TOKENIZER = 100_000  # bytes of its tokenizer.json; larger ones are others', which take long to read
 BYTES_END = ByteTokenizer.end_of_document_id
 
 # What normalisation and whitespace rules of other tokenizers would change.
@@ -82,6 +83,15 @@ def write_byte_tokenizer(folder: Path, sequence_length: int) -> None:
     }
     (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     write_json(folder / "tokenizer_config.json", settings)
+
+
+def are_bytes(folder: Path, vocab_size: int) -> bool:
+    """Whether tokenizer.json there, of a model of so many tokens, is what write_byte_tokenizer writes."""
+    path, probe = folder / "tokenizer.json", "".join(PROBES)
+    if vocab_size < ByteTokenizer.vocab_size or not path.exists() or path.stat().st_size > LARGEST_BYTE_TOKENIZER:
+        return False
+    tokenizer = Tokenizer.from_file(str(path))
+    return tokenizer.get_vocab_size() == ByteTokenizer.vocab_size and tokenizer.encode(probe).ids == list(probe.encode())
 
 
 def _translate(tokenizer: SentencePieceProcessor) -> Tokenizer:

@@ -56,7 +56,7 @@ def write(contents: Contents, directory: Path, dtype: torch.dtype = torch.float3
     num_bytes = sum(math.prod(shape) * 4 for source in contents.sources.values() for shape in source.shapes.values())
     step = torch.tensor(float(steps))
     with published(directory, num_bytes) as folder:
-        tag = f"global_step{contents.step}"
+        tag = f"global_step{steps if contents.step is None else contents.step}"
         (folder / LATEST).write_text(tag)
         for name in contents.weights.shapes:
             parameter = folder / tag / ZERO / name
@@ -83,7 +83,7 @@ def read(directory: Path, model: ModelConfig | None = None) -> Contents:
     own = states.get(OWN, {})
     if model is None and "model" not in own:
         raise CheckpointError(f"{folder} says nothing of its model; expected --config with the run's config.yaml")
-    model = model or ModelConfig(**own["model"])
+    model = ModelConfig(**own["model"]) if "model" in own else model
     shapes = parameter_shapes(model)
     _check_names(folder / ZERO, shapes)
     counters = {name: states.get(name, 0) for name in COUNTERS}
@@ -94,6 +94,7 @@ def read(directory: Path, model: ModelConfig | None = None) -> Contents:
         step=own.get("step", counters["global_steps"]),
         state=own.get("state") or {"adam_steps": steps, "counters": counters, "loss_scale": None},
         sequence_length=own.get("sequence_length"),
+        tokens_are_bytes=own.get("tokens_are_bytes", False),
     )
 
 
@@ -153,6 +154,7 @@ def _model_states(contents: Contents) -> dict[str, Any]:
             "step": contents.step,
             "state": contents.state,
             "sequence_length": contents.sequence_length,
+            "tokens_are_bytes": contents.tokens_are_bytes,
         },
     }
 

@@ -1,7 +1,7 @@
 """What a configuration needs on a cluster, before renting it: memory of a rank by kind, and the time of a step.
 
-Sources: bytes from what the engine keeps (engines/gather.py, scatter.py, losses/linear_cross_entropy.py); rates, and what a
-layer saves for its backward pass, from the steps in tools/results, which predictions are tested against.
+Sources: bytes from what the engines keep (engines/gather.py, scatter.py, stage_memory.py, losses/linear_cross_entropy.py); rates,
+and what a layer saves for its backward pass, from the steps in tools/results, which predictions are tested against.
 """
 
 import dataclasses
@@ -10,9 +10,14 @@ from dataclasses import dataclass
 
 from megamtp.cluster.emulated import Network
 from megamtp.config import Config
+from megamtp.engines.base import data_parallel_place
+from megamtp.engines.links import Link
+from megamtp.engines.partition import Partition, partition
+from megamtp.engines.pass_costs import PassCosts
+from megamtp.engines.spread import SpreadPartition, spread
 from megamtp.errors import InputError
 from megamtp.losses.linear_cross_entropy import default_chunk_rows
-from megamtp.model.cost import layer_activation_bytes, layer_matrices, layer_parameters, parameters
+from megamtp.model.cost import layer_activation_bytes, layer_matrices, layer_parameters, parameters, unembedding_parameters
 
 DAY = 86400.0
 BUFFERED_LAYERS = 3  # gathered layers at a time: the running one and two on their way
@@ -52,9 +57,11 @@ class Plan:
     """Bytes of one rank at its peak by kind, and seconds of one optimizer step.
 
     Attributes:
-        compute: forward and backward passes of all micro-batches, as if nothing were communicated.
-        exposed: communication that nothing hides, and what communication takes from computation.
+        memory: of a pipeline, those of its largest stage.
+        compute: forward and backward passes of all micro-batches, as if nothing were communicated; of a pipeline's average stage.
+        exposed: communication that nothing hides, and what communication takes from computation; of a pipeline, waiting for others.
         update: the optimizer.
+        cut: of a pipeline.
     """
 
     memory: dict[str, float]
@@ -62,6 +69,7 @@ class Plan:
     compute: float
     exposed: float
     update: float
+    cut: Partition | SpreadPartition | None = None
 
     @property
     def peak_bytes(self) -> float:
@@ -73,20 +81,73 @@ class Plan:
 
 
 def plan(config: Config, world_size: int, card: Card) -> Plan:
-    """Under ZeRO-3 with grouped communication, in bf16.
+    """Under ZeRO-3 with grouped communication, or in a pipeline, in bf16.
 
     Raises:
         InputError: another engine or precision, or a batch that does not divide.
     """
     engine = config.engine
     found = f"engine.kind={engine.kind}, engine.communication={engine.communication}, train.precision={config.train.precision}"
+    if found == "engine.kind=pipeline, engine.communication=grouped, train.precision=bf16":
+        return _plan_pipeline(config, world_size, card)
     if found != "engine.kind=zero3, engine.communication=grouped, train.precision=bf16":
-        raise InputError(f"{found}: not measured, so not planned; expected zero3, grouped and bf16")
+        raise InputError(f"{found}: not measured, so not planned; expected zero3 or pipeline, grouped and bf16")
     micro_batches = config.accumulation(world_size)
     compute, exposed = _micro_batch_seconds(config, world_size, card)
     share = parameters(config.model) / world_size
-    update = 0.0 if engine.offload_optimizer else 30 * share / card.memory_bandwidth  # 16 bytes read, 14 written
+    update = 0.0 if engine.offload_optimizer else _update_seconds(share, card)
     return Plan(_memory(config, world_size), micro_batches, micro_batches * compute, micro_batches * exposed, update)
+
+
+def _update_seconds(parameters: float, card: Card) -> float:
+    return 30 * parameters / card.memory_bandwidth  # 16 bytes read, 14 written
+
+
+def _plan_pipeline(config: Config, world_size: int, card: Card) -> Plan:
+    """The cut that is fastest by the card's rates, and its schedule as it is played; pipelines' gradients are reduced after it."""
+    _, pipelines = data_parallel_place(config, 0, world_size)
+    cluster, costs = config.cluster, _pass_costs(config, card)
+    exchange = Link(cluster.flat_bandwidth or cluster.network_bandwidth, cluster.latency).exchange(config)
+    if config.engine.spread_losses:
+        cut = spread(config, pipelines, costs, exchange)
+        stage_seconds, played = cut.costs, cut.schedule.play()
+    else:
+        cut = partition(config, pipelines, costs)
+        stage_seconds, played = [stage.cost for stage in cut.stages], cut.play(exchange.hand)
+    micro_batches = config.accumulation(pipelines)
+    compute = micro_batches * sum(stage_seconds) / len(stage_seconds)
+    largest = max(cut.stages, key=lambda stage: sum(stage.memory_bytes.values()))
+    weights = max(stage.memory_bytes["weights"] for stage in cut.stages)
+    network = Network(dataclasses.replace(cluster, emulate=pipelines))
+    reduction = sum(network.seconds(kind, weights) for kind in ("reduce_scatter", "all_gather"))
+    exposed = max(work.end for work in played) - compute + reduction
+    return Plan(largest.memory_bytes, micro_batches, compute, exposed, _update_seconds(weights / 2 / pipelines, card), cut)
+
+
+def _pass_costs(config: Config, card: Card) -> PassCosts:
+    """Seconds. Each micro-batch's gradients are added to the fp32 sums by way of a copy in fp32: 18 bytes read and written."""
+    model = config.model
+    tokens, adding = config.train.micro_batch_size * config.train.sequence_length, 18 / card.memory_bandwidth
+    forward, product = _layer_seconds(config, tokens, card), 2 * tokens * model.dim / card.matrix_flops
+    return PassCosts(
+        layer_forward=forward,
+        layer_backward=2 * forward + adding * layer_parameters(model),
+        loss=3 * product * model.vocab_size,
+        copy=adding * unembedding_parameters(model),
+        embedding=adding * model.vocab_size * model.dim,
+        slice_statistics=product,
+        slice_gradients=2 * product,
+    )
+
+
+def _layer_seconds(config: Config, tokens: int, card: Card) -> float:
+    """Of a layer's forward pass."""
+    model = config.model
+    return tokens * (
+        2 * layer_matrices(model) / card.matrix_flops
+        + 2 * config.train.sequence_length * model.dim / card.attention_flops
+        + model.dim * card.element_seconds / 3
+    )
 
 
 def _memory(config: Config, world_size: int) -> dict[str, float]:
@@ -115,13 +176,8 @@ def _memory(config: Config, world_size: int) -> dict[str, float]:
 
 def _micro_batch_seconds(config: Config, world_size: int, card: Card) -> tuple[float, float]:
     """(computing, exposed) of one micro-batch's forward and backward pass."""
-    model, length = config.model, config.train.sequence_length
-    tokens = config.train.micro_batch_size * length
-    forward = tokens * (
-        2 * layer_matrices(model) / card.matrix_flops
-        + 2 * length * model.dim / card.attention_flops
-        + model.dim * card.element_seconds / 3
-    )
+    model, tokens = config.model, config.train.micro_batch_size * config.train.sequence_length
+    forward = _layer_seconds(config, tokens, card)
     product = 2 * tokens * model.vocab_size * model.dim / card.matrix_flops
     float8_heads = _float8_heads(config)
     losses = 3 * product * model.num_future_tokens - 2 * product * float8_heads * (1 - 1 / card.float8_speedup)
@@ -166,8 +222,14 @@ def _alternatives(config: Config, world_size: int) -> Iterator[tuple[str, Config
     recomputing = _with_train(config, micro_batch_size=1, activation_checkpointing=True)
     words = "train.micro_batch_size=1 train.activation_checkpointing=true"
     yield words, recomputing, world_size
-    offloading = dataclasses.replace(recomputing, engine=dataclasses.replace(config.engine, offload_optimizer=True))
-    yield f"{words} engine.offload_optimizer=true", offloading, world_size
+    num_stages = config.engine.num_stages or 0
+    while config.engine.kind == "pipeline" and not config.engine.stage_layers and 2 * num_stages <= config.model.num_layers:
+        num_stages *= 2
+        engine = dataclasses.replace(config.engine, num_stages=num_stages)
+        yield f"{words} engine.num_stages={num_stages}", dataclasses.replace(recomputing, engine=engine), world_size
+    if config.engine.kind != "pipeline":
+        offloading = dataclasses.replace(recomputing, engine=dataclasses.replace(config.engine, offload_optimizer=True))
+        yield f"{words} engine.offload_optimizer=true", offloading, world_size
     ranks = world_size
     while ranks < 8192:
         ranks *= 2

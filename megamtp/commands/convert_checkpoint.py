@@ -1,8 +1,11 @@
 """Turns a checkpoint into one of another format; SOURCE's own is recognised.
 
-python -m megamtp.commands.convert_checkpoint runs/quickstart exported --to hf
-python -m megamtp.commands.convert_checkpoint runs/quickstart/checkpoints/step-0000100 exported --to hf
-python -m megamtp.commands.convert_checkpoint universal runs/new --to zero3        (then pretrain with run.directory=runs/new)
+    python -m megamtp.commands.convert_checkpoint runs/quickstart exported --to hf
+    python -m megamtp.commands.convert_checkpoint runs/quickstart/checkpoints/step-0000100 exported --to meta --dtype fp16
+    python -m megamtp.commands.convert_checkpoint Llama-2-7b-hf initial --to canonical --num-future-tokens 4
+    python -m megamtp.commands.convert_checkpoint universal runs/new --to zero3        (then pretrain with run.directory=runs/new)
+
+Adam's moments go along between run, canonical and universal; the other formats hold weights alone.
 """
 
 from pathlib import Path

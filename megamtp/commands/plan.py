@@ -1,16 +1,20 @@
 """Memory and time of a configuration on a cluster, before renting it.
 
     python tools/plan.py configs/6.7b_n4.yaml --gpus 64 --gpu h100
+    python tools/plan.py configs/13b_n4.yaml --gpus 64 engine.kind=pipeline engine.num_stages=8 train.micro_batch_size=1
     python tools/plan.py configs/13b_n4.yaml --gpus 8 --gpu h100 --bandwidth 100e9 train.micro_batch_size=1
 
 Exits with status 1 if it does not fit. Without --bandwidth the network is cluster.*'s: NVLink and 400 Gb/s per GPU.
 """
 
+import dataclasses
 import sys
 
 from megamtp.cluster.plan import CARDS, DAY, Card, Plan, fitting, plan
 from megamtp.commands.command_line import Parser, run
 from megamtp.config import Config, read_config
+from megamtp.engines.partition import Partition
+from megamtp.engines.spread import SpreadPartition
 
 GIB = 2**30
 
@@ -31,11 +35,21 @@ def main() -> None:
     config = read_config(["data.train=none", "run.directory=none", *options.config, *flat])
     card = CARDS[options.gpu]
     found = plan(config, options.gpus, card)
-    print(_memory_table(found, card))
+    print(_stage_table(found.cut, card) if found.cut else _memory_table(found, card))
     if found.peak_bytes > card.memory_bytes:
         _explain(found, config, options.gpus, card)
         sys.exit(1)
     print(_time_table(found, config))
+    if found.cut:
+        print(_other_losses(config, options.gpus, card))
+
+
+def _other_losses(config: Config, world_size: int, card: Card) -> str:
+    """A line about the same pipeline with its losses spread, or whole if they are."""
+    spread_losses = not config.engine.spread_losses
+    other = dataclasses.replace(config, engine=dataclasses.replace(config.engine, spread_losses=spread_losses))
+    found, setting = plan(other, world_size, card), f"engine.spread_losses={str(spread_losses).lower()}"
+    return f"\nwith {setting}: step {found.step_seconds:.3f} s, at most {found.peak_bytes / GIB:.2f} GiB; {found.cut.outcome}"
 
 
 def _memory_table(found: Plan, card: Card) -> str:
@@ -44,13 +58,27 @@ def _memory_table(found: Plan, card: Card) -> str:
     return "\n".join([*lines, f"| **together**, of {card.memory_bytes / GIB:.1f} | **{found.peak_bytes / GIB:.2f}** |"])
 
 
+def _stage_table(cut: Partition | SpreadPartition, card: Card) -> str:
+    """Each stage's memory by kind, and the cut."""
+    kinds = list(cut.stages[0].memory_bytes)
+    lines = [
+        f"| GiB of a rank, of {card.memory_bytes / GIB:.1f} | {' | '.join(kinds)} | together |",
+        "|---" * (len(kinds) + 2) + "|",
+    ]
+    for index, stage in enumerate(cut.stages):
+        sizes = " | ".join(f"{size / GIB:.2f}" for size in stage.memory_bytes.values())
+        lines.append(f"| stage {index} | {sizes} | **{sum(stage.memory_bytes.values()) / GIB:.2f}** |")
+    return "\n".join([*lines, "", cut.summary()])
+
+
 def _time_table(found: Plan, config: Config) -> str:
     tokens = config.train.global_batch_tokens
     per_day = tokens / found.step_seconds * DAY
     total = config.train.steps * tokens
+    waiting = "waiting for other stages and pipelines" if found.cut else "exposed communication"
     rows = {
         "forward and backward, s a step": f"{found.compute:.3f} ({found.micro_batches} micro-batches)",
-        "exposed communication, s a step": f"{found.exposed:.3f} ({found.exposed / found.step_seconds:.1%})",
+        f"{waiting}, s a step": f"{found.exposed:.3f} ({found.exposed / found.step_seconds:.1%})",
         "optimizer, s a step": f"{found.update:.3f}",
         "**step, s**": f"**{found.step_seconds:.3f}**",
         "tokens a day": f"{per_day:.3g}",

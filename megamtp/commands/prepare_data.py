@@ -4,7 +4,9 @@ megamtp-prepare-data --input src/ more.jsonl.gz --output corpus
 megamtp-prepare-data --standard-library --output corpus
 mpirun -n 65 megamtp-prepare-data --input /data/pile --tokenizer tokenizer.model --output /shared/corpus
 
-Files are the same for any number of workers. Killed and called again, it goes on from the parts it has finished.
+Files are the same for any number of workers. Killed and called again, it goes on from the parts it has finished. Under mpirun
+rank 0 hands out the work and the others do it; all must see the inputs and the output. While it runs, and until it is called
+again after it was killed, the output folder holds the tokens of finished parts in .preparation: room for all tokens twice.
 """
 
 import argparse
@@ -13,8 +15,9 @@ from concurrent.futures import Executor
 from pathlib import Path
 
 from megamtp.commands.command_line import Parser, run
-from megamtp.data.corpus import DEFAULT_VOCAB_SIZE, PICTURE, Corpus, prepare
+from megamtp.data.corpus import PICTURE, Corpus, prepare
 from megamtp.data.documents import find_source, standard_library
+from megamtp.data.jobs import DEFAULT_VOCAB_SIZE
 from megamtp.data.workers import mpi_ranks, num_mpi_ranks
 from megamtp.errors import InputError
 

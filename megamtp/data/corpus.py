@@ -8,7 +8,6 @@ import dataclasses
 import fcntl
 import hashlib
 import json
-import random
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Executor
@@ -19,11 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from megamtp.data.documents import Source
+from megamtp.data.jobs import DEFAULT_VOCAB_SIZE, Job, make_job, place
 from megamtp.data.length_report import draw_lengths
-from megamtp.data.merge import SPLITS, Parts, Totals, split_limit, too_few, write_splits
-from megamtp.data.parts import Job
+from megamtp.data.merge import SPLITS, Parts, Totals, split_limit, write_splits
 from megamtp.data.shards import Shard, plan
-from megamtp.data.tokenizer import BYTES, open_tokenizer, train_sentencepiece
+from megamtp.data.tokenizer import BYTES, open_tokenizer
 from megamtp.data.workers import tokenise_all
 from megamtp.errors import InputError
 from megamtp.files import write_atomically
@@ -31,9 +30,6 @@ from megamtp.files import write_atomically
 SUMMARY = "corpus.json"
 PICTURE = "lengths.png"
 WORK = ".preparation"
-DEFAULT_VOCAB_SIZE = 4096
-# The tokenizer's sample is drawn from all inputs if they are no larger than this, else from as many bytes of them.
-TRAINING_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -97,15 +93,18 @@ def prepare(
             shutil.rmtree(output / WORK, ignore_errors=True)
             return existing, True
         with _work_folder(output) as work:
-            shards = plan(source.files)
-            job = _job(source, shards, work, vocab_size, tokenizer, seed, deduplicate)
+            in_pieces = source.is_small()
+            skipped = source.duplicates() if in_pieces and deduplicate else None
+            shards = plan(source.files, in_pieces, skipped)
+            job = make_job(source, shards, in_pieces, work, vocab_size, tokenizer, seed, deduplicate)
+            _remove_strangers(shards, job)
             tokenise_all(shards, job, workers)
             parts = Parts(shards, job, open_tokenizer(job.tokenizer).vocab_size)
             if job.with_text_hashes:
                 parts.drop_duplicates()
-            limit = split_limit(parts, validation_fraction, _place(source))
+            limit = split_limit(parts, validation_fraction, place(source))
             totals = _publish(parts, limit, output, job)
-            corpus = _summary(totals, settings, parts.vocab_size, len(job.dropped))
+            corpus = _summary(totals, settings, parts.vocab_size, sum(map(len, skipped or [])))
             write_atomically(output / PICTURE, draw_lengths(totals.lengths))
             write_atomically(output / SUMMARY, json.dumps(dataclasses.asdict(corpus), indent=1).encode())
         shutil.rmtree(output / WORK)
@@ -135,70 +134,12 @@ def _work_folder(output: Path) -> Iterator[Path]:
             raise
 
 
-def _job(
-    source: Source,
-    shards: list[Shard],
-    work: Path,
-    vocab_size: int | None,
-    tokenizer: Path | str | None,
-    seed: int,
-    deduplicate: bool,
-) -> Job:
-    in_pieces = source.is_small()
-    dropped = _duplicates(source) if in_pieces and deduplicate else []
-    if in_pieces and (found := _count_names(source)) < 2:
-        raise too_few(found, _place(source))
-    path = _tokenizer(source, shards, work, vocab_size, tokenizer, seed)
-    digest = BYTES if path == BYTES else hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    return Job(work, path, digest, source.json_key, seed, in_pieces, tuple(dropped), deduplicate and not in_pieces)
-
-
-def _count_names(source: Source) -> int:
-    """How many names of documents or pieces there are, up to 2."""
-    names: set[str] = set()
-    for name, _ in source.pieces():
-        names.add(name)
-        if len(names) == 2:
-            break
-    return len(names)
-
-
-def _duplicates(source: Source) -> list[str]:
-    """Names of documents, of a few, whose text an earlier one has."""
-    seen, found = set(), []
-    for name, text in source.documents():
-        if text in seen:
-            found.append(name)
-        seen.add(text)
-    return found
-
-
-def _tokenizer(
-    source: Source, shards: list[Shard], work: Path, vocab_size: int | None, tokenizer: Path | str | None, seed: int
-) -> str:
-    """`bytes`, or a model in the work folder: a copy of the given one, or one that is trained, if not an earlier call did that."""
-    if str(tokenizer) == BYTES:
-        return BYTES
-    if tokenizer:
-        write_atomically(work / "given.model", Path(tokenizer).read_bytes())
-        return str(work / "given.model")
-    size = DEFAULT_VOCAB_SIZE if vocab_size is None else vocab_size
-    key = hashlib.sha256(json.dumps([size, seed, source.json_key, *(shard.fingerprint for shard in shards)]).encode()).hexdigest()
-    path = work / f"trained-{key[:32]}.model"
-    if not path.is_file():
-        train_sentencepiece(_training_texts(source, shards, seed), path, size, seed)
-    return str(path)
-
-
-def _training_texts(source: Source, shards: list[Shard], seed: int) -> Iterator[str]:
-    left = TRAINING_BYTES
-    chosen = set()
-    for number in random.Random(seed).sample(range(len(shards)), len(shards)):
-        if left > 0:
-            chosen.add(number)
-            left -= shards[number].num_bytes
-    for number in sorted(chosen):
-        yield from (text for _, text in shards[number].documents(source.json_key, []))
+def _remove_strangers(shards: list[Shard], job: Job) -> None:
+    """Removes parts and tokenizers of an earlier preparation that had other settings or inputs."""
+    wanted = {"lock", Path(job.tokenizer).name, *(job.key(shard) for shard in shards)}
+    for path in job.folder.iterdir():
+        if path.name.partition(".")[0] not in wanted and path.name not in wanted:
+            path.unlink()
 
 
 def _publish(parts: Parts, limit: int, output: Path, job: Job) -> Totals:
@@ -224,10 +165,6 @@ def _summary(totals: Totals, settings: dict, vocab_size: int, dropped: int) -> C
         totals.duplicates + dropped,
         lengths,
     )
-
-
-def _place(source: Source) -> str:
-    return f"{source.files[0][1]}{' and others' if len(source.files) > 1 else ''}"
 
 
 def read_corpus(folder: Path) -> Corpus:
@@ -258,7 +195,8 @@ def _settings(
     inputs = hashlib.sha256(source.json_key.encode(errors="backslashreplace"))
     try:
         for name, path in source.files:
-            inputs.update(f"\n{name}\t{path.stat().st_size}\t{path.stat().st_mtime_ns}".encode())
+            status = path.stat()
+            inputs.update(f"\n{name}\t{status.st_size}\t{status.st_mtime_ns}".encode())
     except OSError as error:
         raise InputError(f"{error.filename}: {error.strerror}; expected a readable file") from None
     model: str | int = DEFAULT_VOCAB_SIZE if vocab_size is None else vocab_size

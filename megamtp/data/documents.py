@@ -43,6 +43,19 @@ class Source:
         """Whether documents are to be cut in pieces: there are fewer than FEW_DOCUMENTS. Reads no more than that number."""
         return sum(1 for _ in islice(self.documents(), FEW_DOCUMENTS)) < FEW_DOCUMENTS
 
+    def duplicates(self) -> list[tuple[str, ...]]:
+        """For each file the names of the documents whose text an earlier one has. All texts are in memory: for few documents."""
+        seen: set[str] = set()
+        found = []
+        for name, path in self.files:
+            names = []
+            for document, text in read(Span(name, path), self.json_key, []):
+                if text in seen:
+                    names.append(document)
+                seen.add(text)
+            found.append(tuple(names))
+        return found
+
     def pieces(self) -> Iterator[tuple[str, str]]:
         """The documents, or if they are few their pieces."""
         small = self.is_small()
@@ -50,9 +63,13 @@ class Source:
             yield from cut(name, text) if small else [(name, text)]
 
 
-def cut(name: str, text: str) -> Iterator[tuple[str, str]]:
-    """(name, text) of a document's pieces, which end at the first line end after 16 Ki characters, or at 32 Ki."""
-    start, number = 0, 0
+def cut(name: str, text: str, first: int = 0) -> Iterator[tuple[str, str]]:
+    """(name, text) of a document's pieces, which end at the first line end after 16 Ki characters, or at 32 Ki.
+
+    Args:
+        first: number of the first of them, if `text` is the rest of a document from there on.
+    """
+    start, number = 0, first
     while start < len(text):
         longest = start + 2 * PIECE_CHARACTERS
         end = text.find("\n", start + PIECE_CHARACTERS - 1, longest) + 1 or longest

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from megamtp.data.indexed_dataset import IndexedDatasetWriter, best_dtype
-from megamtp.data.parts import Job, Part, open_part
+from megamtp.data.jobs import Job, too_few
+from megamtp.data.parts import Part, open_part
 from megamtp.data.shards import Shard
-from megamtp.errors import InputError
 
 SPLITS = ("train", "validation")
 CHUNK_TOKENS = 1 << 24
@@ -42,6 +43,9 @@ class Parts:
         self._shards, self._job, self.vocab_size = shards, job, vocab_size
         self.dtype = best_dtype(vocab_size)
         self._kept: list[np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return len(self._shards)
 
     def __iter__(self) -> Iterator[tuple[Part, np.ndarray]]:
         """(part, which of its documents are kept [documents])."""
@@ -102,20 +106,12 @@ def split_limit(parts: Parts, validation_fraction: float, place: str) -> int:
     return last if last == largest else last + 1
 
 
-def too_few(found: int, place: str) -> InputError:
-    """The refusal of inputs that cannot be split."""
-    return InputError(
-        f"found {found} documents that differ in name in {place}; "
-        "expected at least two, or one long enough to be cut in pieces: add text"
-    )
-
-
 def write_splits(parts: Parts, limit: int, output: Path) -> Totals:
     """Writes train and validation .bin and .idx into `output`. Raises OSError."""
     totals = Totals(np.zeros(parts.vocab_size, dtype=np.int64))
     with ExitStack() as stack:
         writers = {split: stack.enter_context(IndexedDatasetWriter(output / split, parts.dtype)) for split in SPLITS}
-        for part, kept in parts:
+        for part, kept in tqdm(parts, unit=" parts", desc="merging", disable=None, dynamic_ncols=True):
             totals.not_utf8 += part.not_utf8
             totals.duplicates += int((~kept).sum())
             held_out = part.documents["name"] < np.uint64(limit)

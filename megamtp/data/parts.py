@@ -4,54 +4,27 @@ A part's files are named by what they depend on, KEY.bin, KEY.npy and last KEY.j
 preparation that was killed goes on from the parts it finds.
 """
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 
 from megamtp.data.documents import cut
+from megamtp.data.jobs import Job
+from megamtp.data.records import read
 from megamtp.data.shards import Shard
 from megamtp.data.tokenizer import Tokenizer, open_tokenizer
 from megamtp.errors import InputError
 from megamtp.files import open_atomically, write_atomically
 
-FORMAT = 1
 BATCH_DOCUMENTS = 1024
 BATCH_CHARACTERS = 1 << 20
 LARGEST_DOCUMENT = np.iinfo(np.int32).max  # tokens, in Megatron's index
 # name: what decides the split; text: what decides whether two documents are the same, zeros unless asked for.
 DOCUMENT = np.dtype([("name", "<u8"), ("text_high", "<u8"), ("text_low", "<u8"), ("bytes", "<u8"), ("length", "<i4")])
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is done with every shard.
-
-    Attributes:
-        folder: of the parts.
-        tokenizer: `bytes` or a SentencePiece model whose SHA-256 is tokenizer_digest.
-        dropped: names of documents that are left out.
-        with_text_hashes: hash the documents' texts, too.
-    """
-
-    folder: Path
-    tokenizer: str
-    tokenizer_digest: str
-    json_key: str
-    seed: int
-    in_pieces: bool
-    dropped: tuple[str, ...]
-    with_text_hashes: bool
-
-    def key(self, shard: Shard) -> str:
-        """Changes with all that a part depends on."""
-        settings = dataclasses.asdict(self) | {"folder": FORMAT, "tokenizer": ""}
-        return hashlib.sha256(f"{json.dumps(settings)}\n{shard.fingerprint}".encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
@@ -101,9 +74,10 @@ def open_part(shard: Shard, job: Job, dtype: np.dtype) -> Part:
 
 
 def _documents(shard: Shard, job: Job, not_utf8: list[str]) -> Iterator[tuple[str, str]]:
-    for name, text in shard.documents(job.json_key, not_utf8):
-        if name not in job.dropped:
-            yield from cut(name, text) if job.in_pieces else [(name, text)]
+    for span in shard.spans:
+        for name, text in read(span, job.json_key, not_utf8):
+            if name not in span.skipped:
+                yield from cut(name, text, span.first_piece) if job.in_pieces else [(name, text)]
 
 
 @lru_cache(maxsize=1)

@@ -4,8 +4,6 @@ A document's name is its file's, for JSON lines with the byte and for Parquet wi
 worker can know without reading the shards before.
 """
 
-import gzip
-import io
 import json
 import re
 import zlib
@@ -13,19 +11,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
+from megamtp.data import compression
+from megamtp.data.compression import open_binary
 from megamtp.data.optional import require
 from megamtp.errors import InputError
 
-COMPRESSIONS = (".gz", ".zst")
 JSON_LINES, PARQUET, TEXT = ".jsonl", ".parquet", ".txt"
 # JSON can spell these ("\ud800"), UTF-8 cannot.
 LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 BLOCK_BYTES = 1 << 20
-COMPRESSED_BLOCK_BYTES = 1 << 17
 PARQUET_ROWS = 1024
-LARGEST_ZSTD_WINDOW = 1 << 31  # what `zstd --long=31` writes
 
 
 @dataclass(frozen=True)
@@ -34,26 +30,31 @@ class Span:
 
     Attributes:
         name: identifies the file whatever folder it lies in.
-        start, stop: JSON lines that begin in these bytes, or these row groups of Parquet; stop None: all of the file.
+        start, stop: JSON lines that begin in these bytes, these row groups of Parquet, or these bytes of a text that is cut in
+            pieces; stop None: all of the file.
+        first_piece: number of the first piece of such a text.
+        skipped: names of documents that are left out.
     """
 
     name: str
     path: Path
     start: int = 0
     stop: int | None = None
+    first_piece: int = 0
+    skipped: tuple[str, ...] = ()
 
 
 def kind(path: Path) -> str:
     """JSON_LINES, PARQUET or TEXT, by the suffix before any compression's; compressed .json files hold JSON lines, too."""
     inner = content_suffix(path)
-    if inner == JSON_LINES or (inner == ".json" and path.suffix in COMPRESSIONS):
+    if inner == JSON_LINES or (inner == ".json" and path.suffix in compression.SUFFIXES):
         return JSON_LINES
     return PARQUET if path.suffix == PARQUET else TEXT
 
 
 def content_suffix(path: Path) -> str:
     """The suffix before any compression's."""
-    return Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
+    return Path(path.stem).suffix if path.suffix in compression.SUFFIXES else path.suffix
 
 
 def read(span: Span, json_key: str, not_utf8: list[str]) -> Iterator[tuple[str, str]]:
@@ -81,8 +82,10 @@ def num_row_groups(path: Path) -> int:
 
 
 def _text(span: Span, not_utf8: list[str]) -> str | None:
-    with _open(span.path) as stream:
-        content = stream.read()
+    with open_binary(span.path) as stream:
+        if span.stop is not None:
+            stream.seek(span.start)
+        content = stream.read(-1 if span.stop is None else span.stop - span.start)
     try:
         return content.decode() or None  # not read_text: line ends stay as they are
     except UnicodeDecodeError:
@@ -91,7 +94,7 @@ def _text(span: Span, not_utf8: list[str]) -> str | None:
 
 
 def _json_lines(span: Span, json_key: str) -> Iterator[tuple[str, str]]:
-    with _open(span.path) as stream:
+    with open_binary(span.path) as stream:
         place = span.start
         if place:
             stream.seek(place - 1)
@@ -130,7 +133,7 @@ def _json_text(line: bytes, json_key: str) -> str:
     if not isinstance(text, str):
         keys = ", ".join(map(repr, record)) if isinstance(record, dict) else type(record).__name__
         raise InputError(f"no text under {json_key!r} (found: {keys}); give the right one with --json-key")
-    if b"\\" in line and LONE_SURROGATE.search(text):
+    if b"\\u" in line and LONE_SURROGATE.search(text):
         raise InputError(f"half a surrogate pair under {json_key!r}; expected Unicode text: mend the line")
     return text
 
@@ -173,46 +176,8 @@ def _cell_text(place: str, value, json_key: str) -> str:
     return text
 
 
-def _open(path: Path) -> BinaryIO:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")
-    return io.BufferedReader(_ZstdStream(path), BLOCK_BYTES) if path.suffix == ".zst" else open(path, "rb")
-
-
 def _open_parquet(path: Path):
     return require("pyarrow.parquet").ParquetFile(path, pre_buffer=False)
-
-
-class _ZstdStream(io.RawIOBase):
-    """The content of a .zst file of any number of frames. Raises EOFError if the last one is cut off."""
-
-    def __init__(self, path: Path):
-        self._library = require("zstandard")
-        self._stream = open(path, "rb")  # noqa: SIM115 - closed with this stream
-        self._frame, self._compressed, self._content = None, b"", memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        while not self._content:
-            self._compressed = self._compressed or self._stream.read(COMPRESSED_BLOCK_BYTES)
-            if not self._compressed:
-                if self._frame:
-                    raise EOFError("it ends within a frame")
-                return 0
-            self._frame = self._frame or self._library.ZstdDecompressor(max_window_size=LARGEST_ZSTD_WINDOW).decompressobj()
-            self._content = memoryview(self._frame.decompress(self._compressed))
-            self._compressed = self._frame.unused_data if self._frame.eof else b""
-            self._frame = None if self._frame.eof else self._frame
-        length = min(len(buffer), len(self._content))
-        buffer[:length] = self._content[:length]
-        self._content = self._content[length:]
-        return length
-
-    def close(self) -> None:
-        self._stream.close()
-        super().close()
 
 
 @contextmanager

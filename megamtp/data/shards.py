@@ -2,11 +2,12 @@
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-from megamtp.data import records
+from megamtp.data import compression, records
+from megamtp.data.documents import cut
 from megamtp.data.records import Span
 from megamtp.errors import InputError
 
@@ -36,8 +37,16 @@ class Shard:
             yield from records.read(span, json_key, not_utf8)
 
 
-def plan(files: list[tuple[str, Path]]) -> list[Shard]:
-    """The shards of named files. Raises InputError: a file is missing, or damaged Parquet."""
+def plan(files: list[tuple[str, Path]], in_pieces: bool, skipped: list[tuple[str, ...]] | None = None) -> list[Shard]:
+    """The shards of named files.
+
+    Args:
+        in_pieces: documents are cut in pieces, so a text file may lie in several shards.
+        skipped: for each file names of documents that are left out; None: none.
+
+    Raises:
+        InputError: a file is missing or cannot be read, or damaged Parquet.
+    """
     try:
         found = [(name, path, path.stat()) for name, path in files]
     except OSError as error:
@@ -45,26 +54,44 @@ def plan(files: list[tuple[str, Path]]) -> list[Shard]:
     total = sum(status.st_size for _, _, status in found)
     wanted = min(MAX_SHARD_BYTES, max(MIN_SHARD_BYTES, total // SHARDS))
     shards, spans, size, digest = [], [], 0, hashlib.sha256()
-    for name, path, status in found:
-        for span, num_bytes in _spans(name, path, status.st_size, wanted):
-            spans.append(span)
+    for (name, path, status), left_out in zip(found, skipped or [()] * len(found), strict=True):
+        for span, num_bytes in _spans(name, path, status.st_size, wanted, in_pieces):
+            spans.append(replace(span, skipped=left_out))
             size += num_bytes
-            digest.update(f"\n{name}\t{span.start}\t{span.stop}\t{status.st_size}\t{status.st_mtime_ns}".encode())
+            state = (status.st_size, status.st_mtime_ns, left_out)
+            digest.update(f"\n{name}\t{span.start}\t{span.stop}\t{state}".encode())
             if size >= wanted:
                 shards.append(Shard(tuple(spans), size, digest.hexdigest()))
                 spans, size, digest = [], 0, hashlib.sha256()
     return [*shards, Shard(tuple(spans), size, digest.hexdigest())] if spans else shards
 
 
-def _spans(name: str, path: Path, size: int, wanted: int) -> Iterator[tuple[Span, int]]:
+def _spans(name: str, path: Path, size: int, wanted: int, in_pieces: bool) -> Iterator[tuple[Span, int]]:
     """(span, its share of the file's bytes) of a file: several of about `wanted` bytes if it is large and can be cut."""
     number, units = max(1, size // wanted), size
     kind = records.kind(path)
     if number > 1 and kind == records.PARQUET:
         number = min(number, units := records.num_row_groups(path))
-    if number < 2 or kind == records.TEXT or path.suffix in records.COMPRESSIONS:
+    if number < 2 or path.suffix in compression.SUFFIXES or (kind == records.TEXT and not in_pieces):
         yield Span(name, path), size
+        return
+    if kind == records.TEXT:
+        yield from _text_spans(name, path, wanted)
         return
     bounds = [units * index // number for index in range(number + 1)]
     for start, stop in pairwise(bounds):
         yield Span(name, path, start, stop), size * stop // units - size * start // units
+
+
+def _text_spans(name: str, path: Path, wanted: int) -> Iterator[tuple[Span, int]]:
+    """Spans of whole pieces; all of a text that is not UTF-8 or empty."""
+    start, stop, first = 0, 0, 0
+    texts = [text for _, text in records.read(Span(name, path), "", [])]
+    pieces = [piece for text in texts for _, piece in cut(name, text)]
+    for number, piece in enumerate(pieces, start=1):
+        stop += len(piece.encode())
+        if stop - start >= wanted or number == len(pieces):
+            yield Span(name, path, start, stop, first), stop - start
+            start, first = stop, number
+    if not pieces:
+        yield Span(name, path), path.stat().st_size

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
-from megamtp.data.parts import Job, is_finished, tokenise
+from megamtp.data.jobs import Job
+from megamtp.data.parts import is_finished, tokenise
 from megamtp.data.shards import Shard
 from megamtp.errors import InputError
 

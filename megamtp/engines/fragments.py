@@ -88,7 +88,8 @@ class MasterState:
                 place, flat = mapping.hp_fragment_address, flat_weights[mapping.param_group_index]
                 views = self._views(flat, place.start, place.numel)
                 is_copy = getattr(parameter, "ds_pipe_replicated", False)
-                yield Fragment(name, mapping.lp_fragment_address.start, views, is_copy)
+                start = getattr(parameter, "first_element", 0) + mapping.lp_fragment_address.start
+                yield Fragment(name, start, views, is_copy)
 
     def _views(self, flat: Tensor, offset: int, size: int) -> dict[str, Tensor]:
         state = self._adam[flat]

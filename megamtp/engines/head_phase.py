@@ -147,5 +147,5 @@ def backward_seed(engine: DeepSpeedEngine) -> float:
 
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """A parameter's shape, whether or not ZeRO-3 holds it in shards."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+    """A parameter's shape in the model, also where ZeRO-3 holds it in shards, or a pipeline's stage some rows of it."""
+    return tuple(getattr(parameter, "ds_shape", getattr(parameter, "whole_shape", parameter.shape)))

@@ -1,11 +1,11 @@
-"""Layers -> pipeline stages: the contiguous cut whose slowest stage is fastest, weighed in FLOPs, within a rank's memory.
+"""Layers -> pipeline stages: the contiguous cut whose slowest stage is fastest, within a rank's memory.
 
     [embedding] trunk layer 1 | trunk layer 2 ... | ... head 1 | head 2 ... head n        "|": a stage ends
 
-What is cut is the row of L layers, trunk and then heads, from 0. The embedding goes with the first layer and costs no FLOPs; every
-head brings a use of the unembedding, and every stage with a head a copy of its weights.
+What is cut is the row of L layers, trunk and then heads, from 0. The embedding goes with the first layer; every head brings a use
+of the unembedding, and every stage with a head a copy of its weights. Losses can also be spread: engines/spread.py.
 
-Time is counted in FLOPs: transfers between stages, the optimizer and the reduction of gradients are not in it.
+Time is counted in FLOPs unless measured costs are given; the optimizer and the reduction over pipelines are not in it.
 """
 
 import math
@@ -15,18 +15,12 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from megamtp.config import Config
-from megamtp.engines.one_f_one_b import play
+from megamtp.engines.one_f_one_b import Work, play
+from megamtp.engines.pass_costs import PassCosts, flop_costs
+from megamtp.engines.stage_memory import Contents, stage_memory
 from megamtp.errors import InputError
-from megamtp.losses.linear_cross_entropy import default_chunk_rows
-from megamtp.model.cost import (
-    layer_activation_bytes,
-    layer_flops,
-    layer_parameters,
-    unembedding_flops,
-    unembedding_parameters,
-)
 
-ENOUGH_MICRO_BATCHES = 4  # per stage, for the bubble to be small. Source: Huang et al. 2019, arXiv:1811.06965, section 2.3
+ENOUGH_MICRO_BATCHES = 4  # per stage
 
 
 @dataclass(frozen=True)
@@ -36,7 +30,8 @@ class Stage:
     Attributes:
         first, end: its layers are first, ..., end - 1.
         heads: indices, from 0, of its heads.
-        forward_flops, backward_flops: of one micro-batch on one rank. Heads do both when z passes, so all theirs are forward;
+        contents: the same in numbers.
+        forward, backward: cost of one micro-batch on one rank. Heads do both when z passes, so all theirs is forward;
             recomputation is backward.
         memory_bytes: of one rank at its peak, by kind.
     """
@@ -44,13 +39,14 @@ class Stage:
     first: int
     end: int
     heads: range
-    forward_flops: int
-    backward_flops: int
+    contents: Contents
+    forward: float
+    backward: float
     memory_bytes: dict[str, int]
 
     @property
-    def flops(self) -> int:
-        return self.forward_flops + self.backward_flops
+    def cost(self) -> float:
+        return self.forward + self.backward
 
 
 @dataclass(frozen=True)
@@ -63,24 +59,20 @@ class Partition:
     @property
     def imbalance(self) -> float:
         """Slowest stage over the mean: 1 is perfect."""
-        times = [stage.flops for stage in self.stages]
-        return max(times) * len(times) / sum(times)
+        return imbalance([stage.cost for stage in self.stages])
 
     @property
     def bubble(self) -> float:
         """The share of a step in which the average stage has nothing to do: (P - 1) / (M + P - 1) if all are alike."""
-        forward, backward = ([getattr(stage, kind) for stage in self.stages] for kind in ("forward_flops", "backward_flops"))
-        end = max(work.end for work in play(forward, backward, self.micro_batches))
-        return 1 - self.micro_batches * sum(forward + backward) / (len(self.stages) * end)
+        return bubble(self.play(), len(self.stages))
 
-    @property
-    def enough_micro_batches(self) -> int:
-        """From which on the bubble is small."""
-        return ENOUGH_MICRO_BATCHES * len(self.stages)
+    def play(self, link: float = 0.0) -> list[Work]:
+        """The step, if handing a micro-batch to the next stage takes `link`, in the unit of the costs."""
+        return play([stage.forward for stage in self.stages], [stage.backward for stage in self.stages], self.micro_batches, link)
 
     def summary(self) -> str:
         """A line for each stage, and one for the whole."""
-        total = sum(stage.flops for stage in self.stages)
+        total = sum(stage.cost for stage in self.stages)
         num_trunk_layers = self.stages[-1].end - self.stages[-1].heads.stop
         lines = []
         for index, stage in enumerate(self.stages):
@@ -89,82 +81,81 @@ class Partition:
             parts += [f"trunk {_span(trunk)}"] if trunk else []
             parts += [f"{'head' if len(stage.heads) == 1 else 'heads'} {_span(stage.heads)}"] if stage.heads else []
             memory = sum(stage.memory_bytes.values()) / 2**30
-            lines.append(f"stage {index}: {stage.flops / total:6.1%} of FLOPs, {memory:7.2f} GiB: {', '.join(parts)}")
-        lines.append(
-            f"slowest stage / mean {self.imbalance:.3f}; {self.micro_batches} micro-batches: predicted bubble {self.bubble:.1%}"
-        )
-        return "\n".join(lines)
+            lines.append(f"stage {index}: {stage.cost / total:6.1%} of the work, {memory:7.2f} GiB: {', '.join(parts)}")
+        return "\n".join([*lines, self.outcome])
+
+    @property
+    def outcome(self) -> str:
+        """The summary's last line."""
+        return f"slowest stage / mean {self.imbalance:.3f}; {self.micro_batches} micro-batches: predicted bubble {self.bubble:.1%}"
 
 
-def partition(config: Config, data_parallel_size: int) -> Partition:
-    """The cut given in engine.stage_layers, or else the best one.
+def imbalance(times: list[float]) -> float:
+    """Slowest over the mean: 1 is perfect."""
+    return max(times) * len(times) / sum(times)
+
+
+def bubble(played: list[Work], num_stages: int) -> float:
+    """The share of a played step in which the average stage has nothing to do."""
+    return 1 - sum(work.end - work.start for work in played) / (num_stages * max(work.end for work in played))
+
+
+def enough_micro_batches(num_stages: int) -> int:
+    """From which on the bubble is small. Source: Huang et al. 2019, arXiv:1811.06965, section 2.3."""
+    return ENOUGH_MICRO_BATCHES * num_stages
+
+
+def partition(config: Config, data_parallel_size: int, costs: PassCosts | None = None) -> Partition:
+    """The cut given in engine.stage_layers, or else the best one by `costs`, FLOPs unless given.
 
     Raises:
         InputError: no cut fits into engine.stage_memory_bytes.
     """
+    costs = costs or flop_costs(config)
     num_stages, micro_batches = config.engine.num_stages, config.accumulation(data_parallel_size)
     if config.engine.stage_layers:
         bounds = [0, *accumulate(config.engine.stage_layers)]
     else:
-        bounds = _best_bounds(config, data_parallel_size, micro_batches)
+        bounds = _best_bounds(config, data_parallel_size, micro_batches, costs)
     stages = [
-        make_stage(config, data_parallel_size, micro_batches, index, bounds[index], bounds[index + 1])
+        make_stage(config, data_parallel_size, micro_batches, index, bounds[index], bounds[index + 1], costs)
         for index in range(num_stages)
     ]
     return Partition(stages, micro_batches)
 
 
-def make_stage(config: Config, data_parallel_size: int, micro_batches: int, index: int, first: int, end: int) -> Stage:
+def make_stage(
+    config: Config, data_parallel_size: int, micro_batches: int, index: int, first: int, end: int, costs: PassCosts
+) -> Stage:
     """Stage `index` if it has the layers first, ..., end - 1."""
-    model, train = config.model, config.train
-    heads = range(
-        max(first, model.num_trunk_layers) - model.num_trunk_layers, max(end, model.num_trunk_layers) - model.num_trunk_layers
-    )
-    num_trunk = end - first - len(heads)
-    layer = layer_flops(model, train.sequence_length)
-    positions = train.micro_batch_size * train.sequence_length
-    forward = num_trunk * layer + len(heads) * 3 * (layer + unembedding_flops(model))
-    backward = num_trunk * (3 if train.activation_checkpointing else 2) * layer
+    heads = heads_between(config, first, end)
+    contents = Contents(
+        num_trunk=end - first - len(heads), num_heads=len(heads), has_embedding=first == 0,
+        rows=config.model.vocab_size if heads else 0,
+    )  # fmt: skip
+    forward = costs.forward(contents.num_trunk, contents.num_heads, contents.has_embedding)
+    backward = costs.backward(contents.num_trunk, contents.has_embedding, config.train.activation_checkpointing)
     alive = min(config.engine.num_stages - index, micro_batches)
-    memory = _memory(config, data_parallel_size, alive, num_trunk, len(heads), has_embedding=first == 0)
-    return Stage(first, end, heads, positions * forward, positions * backward, memory)
+    memory = stage_memory(config, data_parallel_size, contents, alive)
+    return Stage(first, end, heads, contents, forward, backward, memory)
 
 
-def _memory(
-    config: Config, data_parallel_size: int, alive: int, num_trunk: int, num_heads: int, has_embedding: bool
-) -> dict[str, int]:
-    """Bytes of one rank by kind, with `alive` micro-batches between their forward and their backward pass."""
-    model, train = config.model, config.train
-    width = 4 if train.precision == "fp32" else 2
-    tokens = train.micro_batch_size * train.sequence_length
-    vocabulary = model.vocab_size * model.dim
-    parameters = (num_trunk + num_heads) * layer_parameters(model)
-    parameters += has_embedding * vocabulary + bool(num_heads) * unembedding_parameters(model)
-    boundary, saved = tokens * model.dim * width, tokens * layer_activation_bytes(model, width)
-    one_layer = saved + 13 * tokens * model.hidden_dim * width // 2  # what a layer needs while its backward pass runs
-    rows = config.head_loss.chunk_rows or default_chunk_rows(model.vocab_size, bytes_per_logit=width)
-    return {
-        "weights": width * parameters,
-        "gradients": 4 * parameters,
-        "optimizer": 12 * parameters // data_parallel_size,
-        # Of each micro-batch: what the stage receives and sends, the heads' dz, and what the trunk layers keep.
-        "activations": alive
-        * ((2 + bool(num_heads)) * boundary + num_trunk * (boundary if train.activation_checkpointing else saved)),
-        "a layer's backward": one_layer,
-        "head loss": (4 * vocabulary + rows * model.vocab_size * width) if num_heads else 0,
-    }
+def heads_between(config: Config, first: int, end: int) -> range:
+    """Indices of the heads among the layers first, ..., end - 1."""
+    num_trunk_layers = config.model.num_trunk_layers
+    return range(max(first, num_trunk_layers) - num_trunk_layers, max(end, num_trunk_layers) - num_trunk_layers)
 
 
-def _best_bounds(config: Config, data_parallel_size: int, micro_batches: int) -> list[int]:
+def _best_bounds(config: Config, data_parallel_size: int, micro_batches: int, prices: PassCosts) -> list[int]:
     """First layers of all stages, and the end: the slowest stage as fast as can be, and then the others as even as can be."""
     num_layers, num_stages, limit = config.model.num_layers, config.engine.num_stages, config.engine.stage_memory_bytes or math.inf
     costs: dict[tuple[int, int, int], float] = {}
     for index in range(num_stages):
         for first in range(num_layers):
             for end in range(first + 1, num_layers + 1):
-                stage = make_stage(config, data_parallel_size, micro_batches, index, first, end)
-                costs[index, first, end] = stage.flops if sum(stage.memory_bytes.values()) <= limit else math.inf
-    slowest, _ = _cheapest_cut(num_layers, num_stages, lambda *place: costs[place], max)
+                stage = make_stage(config, data_parallel_size, micro_batches, index, first, end, prices)
+                costs[index, first, end] = stage.cost if sum(stage.memory_bytes.values()) <= limit else math.inf
+    slowest, _ = cheapest_cut(num_layers, num_stages, lambda *place: costs[place], max)
     if slowest == math.inf:
         raise InputError(
             f"no cut of {num_layers} layers into {num_stages} stages fits engine.stage_memory_bytes={limit:.3g} of each rank; "
@@ -174,10 +165,10 @@ def _best_bounds(config: Config, data_parallel_size: int, micro_batches: int) ->
     def unevenness(*place: int) -> float:
         return costs[place] ** 2 if costs[place] <= slowest else math.inf
 
-    return _cheapest_cut(num_layers, num_stages, unevenness, operator.add)[1]
+    return cheapest_cut(num_layers, num_stages, unevenness, operator.add)[1]
 
 
-def _cheapest_cut(
+def cheapest_cut(
     num_layers: int,
     num_stages: int,
     cost: Callable[[int, int, int], float],

@@ -26,9 +26,11 @@ from megamtp.engines.base import EngineState, StepResult, data_parallel_place, l
 from megamtp.engines.deepspeed_config import deepspeed_config
 from megamtp.engines.head_phase import backward_seed
 from megamtp.engines.optimizer import adamw
-from megamtp.engines.partition import partition
+from megamtp.engines.partition import Partition, enough_micro_batches, partition
 from megamtp.engines.saved_state import engine_state, load_state
+from megamtp.engines.spread import spread
 from megamtp.engines.stage import PipelineStage
+from megamtp.errors import InputError
 from megamtp.losses.sequential import HeadPhase
 from megamtp.losses.softmax_gradient import IGNORED
 
@@ -46,9 +48,9 @@ class PipelineEngine:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.data_parallel_rank, self.data_parallel_size = data_parallel_place(config, self.rank, self.world_size)
         self.device = torch.device(get_accelerator().current_device_name())
-        self.cut = partition(config, self.data_parallel_size)
+        self.cut = self._make_cut()
         deepspeed.init_distributed(verbose=False)  # wraps torch.distributed, before the stage asks for its groups
-        self.model = PipelineStage(config, self.cut, self.device)
+        self.model = self._make_stage()
         self.engine, *_ = deepspeed.initialize(
             model=self.model,
             optimizer=adamw(config, self.model),
@@ -65,8 +67,9 @@ class PipelineEngine:
         scales = loss_scales(self.config.head_weights, target_counts, self.data_parallel_size, len(micro_batches))
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        self.model.begin(micro_batches, scales)
+        self._begin(micro_batches, scales)
         self.engine.train_batch(_inputs(micro_batches))
+        self._end()
         return StepResult(self.model.nll_sums, float(self.engine.get_global_grad_norm()), self.engine.was_step_applied() is False)
 
     @torch.no_grad()
@@ -76,10 +79,11 @@ class PipelineEngine:
         totals = torch.zeros(2, n, dtype=torch.float64, device=self.device)
         batches = iter(batches)
         while group := list(itertools.islice(batches, self.engine.micro_batches)):
-            self.model.begin(group, [1.0] * n)
+            self._begin(group, [1.0] * n)
             self.engine.eval_batch(
                 _inputs(group), compute_loss=False, reduce_output=None, bcast_loss=False, num_micro_batches=len(group)
             )
+            self._end()
             totals[0] += self.model.nll_sums
             for head in own:
                 totals[1, head] += sum(int((batch.targets[head] != IGNORED).sum()) for batch in group)
@@ -104,21 +108,43 @@ class PipelineEngine:
         """
         if not self.model.copies:
             return
-        for parameter in self.model.unembedding.parameters():
+        for parameter in self.model.copied_parameters:
             gradient = parameter._hp_grad if isinstance(engine.optimizer, BF16_Optimizer) else parameter.grad
             gradient /= self.data_parallel_size  # the reduction over pipelines that follows finds their sum, and averages it
             dist.all_reduce(gradient, group=self.model.copies)
 
+    def _make_cut(self) -> Partition:
+        return partition(self.config, self.data_parallel_size)
+
+    def _make_stage(self) -> PipelineStage:
+        return PipelineStage(self.config, self.cut, self.device)
+
+    def _begin(self, micro_batches: list[Batch], loss_scales: list[float]) -> None:
+        self.model.begin(micro_batches, loss_scales)
+
+    def _end(self) -> None:
+        """After the last pass of a step or an evaluation."""
+
     def _report(self) -> None:
-        print(self.cut.summary(), flush=True)
-        if self.cut.micro_batches < self.cut.enough_micro_batches:
+        print(self._shown_cut(), flush=True)
+        micro_batches = self.config.accumulation(self.data_parallel_size)
+        enough = enough_micro_batches(len(self.cut.stages))
+        if micro_batches < enough:
             print(
-                f"megamtp: warning: {self.cut.micro_batches} micro-batches a step are few for {len(self.cut.stages)} stages, which "
-                f"have nothing to do for {self.cut.bubble:.0%} of it; expected {self.cut.enough_micro_batches} or more: raise "
+                f"megamtp: warning: {micro_batches} micro-batches a step are few for {len(self.cut.stages)} stages, which "
+                f"have nothing to do for {self.cut.bubble:.0%} of it; expected {enough} or more: raise "
                 "train.global_batch_tokens, or lower train.micro_batch_size or engine.num_stages",
                 file=sys.stderr,
                 flush=True,
             )
+
+    def _shown_cut(self) -> str:
+        """The cut, and what engine.spread_losses would make of it."""
+        try:
+            other = spread(self.config, self.data_parallel_size).summary()
+        except InputError as error:
+            other = str(error)
+        return f"{self.cut.summary()}\nwith engine.spread_losses: {other}"
 
 
 class SeededHeads(HeadPhase):

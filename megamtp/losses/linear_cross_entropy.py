@@ -31,7 +31,7 @@ class SharedGradient:
 
     def add_product(self, left_VC: Tensor, right_CD: Tensor) -> None:
         """total += left @ right, in fp32 (fp64 for fp64)."""
-        self.total_VD = _wide_product(left_VC, right_CD, add_to=self.total_VD)
+        self.total_VD = wide_product(left_VC, right_CD, add_to=self.total_VD)
 
     def take_if_last(self) -> Tensor | None:
         """Called once per use; the sum at the last one."""
@@ -110,7 +110,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden_ND, weight_VD, targets_N, options, sinks, float8_weight):
         if float8_weight:
             float8_weight.make_once(weight_VD)
-        nll_sum, z_sum = torch.zeros(2, dtype=_wide(hidden_ND.dtype), device=hidden_ND.device)
+        nll_sum, z_sum = torch.zeros(2, dtype=wide(hidden_ND.dtype), device=hidden_ND.device)
         for start in range(0, len(hidden_ND), options.chunk_rows):
             rows = slice(start, start + options.chunk_rows)
             chunk_nll, chunk_z = _chunk(hidden_ND, weight_VD, targets_N, rows, options, sinks, float8_weight)
@@ -154,10 +154,10 @@ def _chunk(
     logits_CV = float8_weight.logits(hidden_CD) if float8_weight else hidden_CD @ weight_VD.T
     if not hidden_CD.is_cuda:
         logits_CV = logits_CV.to(
-            _wide(logits_CV.dtype)
+            wide(logits_CV.dtype)
         )  # torch's operations, unlike the kernel, compute in the dtype they are given
     if not sinks.wanted:
-        nll_C, log_partition_C, valid_C = negative_log_likelihood_(logits_CV.to(_wide(logits_CV.dtype)), targets_C)
+        nll_C, log_partition_C, valid_C = negative_log_likelihood_(logits_CV.to(wide(logits_CV.dtype)), targets_C)
         return nll_C.sum(), (log_partition_C.square() * valid_C).sum()
     factor = options.scale * options.seed
     gradient8_CV = torch.empty_like(logits_CV, dtype=GRADIENT) if float8_weight and sinks.hidden_ND is not None else None
@@ -173,16 +173,17 @@ def _chunk(
     return nll_C.sum(), squared_C.sum()
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Of sums over values of `dtype`."""
     return dtype if dtype == torch.float64 else torch.float32
 
 
-def _wide_product(left: Tensor, right: Tensor, add_to: Tensor | None) -> Tensor:
+def wide_product(left: Tensor, right: Tensor, add_to: Tensor | None) -> Tensor:
     """left @ right, plus `add_to`, in fp32 (fp64 for fp64); a GPU adds it inside its fp32 accumulators' last step."""
-    wide = _wide(left.dtype)
-    if left.dtype == wide or not left.is_cuda:
-        left, right = left.to(wide), right.to(wide)
+    dtype = wide(left.dtype)
+    if left.dtype == dtype or not left.is_cuda:
+        left, right = left.to(dtype), right.to(dtype)
         return left @ right if add_to is None else add_to.addmm_(left, right)
     if add_to is None:
-        return torch.mm(left, right, out_dtype=wide)
-    return torch.addmm(add_to, left, right, out_dtype=wide, out=add_to)
+        return torch.mm(left, right, out_dtype=dtype)
+    return torch.addmm(add_to, left, right, out_dtype=dtype, out=add_to)

@@ -97,6 +97,8 @@ class Saver:
             outcome = [error or (self._publish(writing.manifest, parts) if self._engine.rank == 0 else None)]
             dist.broadcast_object_list(outcome, src=0)
         if outcome[0]:
+            if self._engine.rank == 0:  # what is left of it fills the disk
+                shutil.rmtree(store.partial_of(store.folder_of(self._directory, writing.manifest.step)), ignore_errors=True)
             raise CheckpointError(outcome[0])
         stall = writing.stall_seconds + time.perf_counter() - start
         total = sum(part.file.bytes for part in parts)

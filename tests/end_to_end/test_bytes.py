@@ -1,7 +1,11 @@
-"""A byte-level run: text to a corpus of bytes, to a model, to text; and where bytes are refused by name."""
+"""A byte-level run: text to a corpus of bytes, to a model, to text, to transformers; and where bytes need be named again."""
 
+import sys
+
+import pytest
 from transformers import AutoTokenizer
 
+from megamtp.commands import convert_checkpoint, generate, prepare_data
 from megamtp.data.tokenizer import ByteTokenizer
 from tests.end_to_end.jobs import ROOT, run
 
@@ -12,33 +16,49 @@ MODEL = [
 ]  # fmt: skip
 
 
-def test_prepared_trained_and_generated(tmp_path):
-    corpus, directory = tmp_path / "corpus", tmp_path / "run"
-    prepared = run(
-        ["-m", "megamtp.commands.prepare_data", "--input", str(ROOT / "configs"), "--tokenizer", "bytes", "--output", str(corpus)]
-    )
-    assert prepared.returncode == 0, prepared.stderr
-    assert "257 pieces, 1.00 bytes per token" in prepared.stdout
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """call(module, *arguments) -> (exit status, stdout, stderr) of a command."""
+
+    def run_command(module, *arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+        try:
+            module.entry()
+            status = 0
+        except SystemExit as error:
+            status = error.code
+        return status, *capsys.readouterr()
+
+    return run_command
+
+
+def test_prepared_trained_generated_and_exported(call, tmp_path):
+    corpus, directory, exported = tmp_path / "corpus", tmp_path / "run", tmp_path / "hf"
+    status, out, err = call(prepare_data, "--input", ROOT / "configs", "--tokenizer", "bytes", "--output", corpus)
+    assert (status, err) == (0, "")
+    assert "257 pieces, 1.00 bytes per token" in out
     assert not (corpus / "tokenizer.model").exists()
+
     arguments = [*MODEL, f"data.train={corpus}/train", "data.tokenizer=bytes", f"run.directory={directory}"]
-    refused = run(["-m", "megamtp.pretrain", *arguments, "model.vocab_size=256"])
+    refused = run(["-m", "megamtp.pretrain", *arguments, "model.vocab_size=300"])
     assert refused.returncode == 2
-    assert "bytes has 257 pieces, model.vocab_size is 256" in refused.stderr
+    assert "bytes has 257 pieces, model.vocab_size is 300" in refused.stderr
     trained = run(["-m", "megamtp.pretrain", *arguments, "model.vocab_size=257"])
     assert trained.returncode == 0, trained.stderr
-    generated = run(["-m", "megamtp.commands.generate", str(directory), "--prompt", "caf\u00e9", "--max-new-tokens", "4"])
-    assert generated.returncode == 0, generated.stderr
-    assert generated.stdout.startswith("caf\u00e9")
-    exported = run(["-m", "megamtp.commands.convert_checkpoint", str(directory), str(tmp_path / "hf"), "--to", "hf"])
-    assert exported.returncode == 0, exported.stderr
-    theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "hf"), ByteTokenizer()
+
+    prompted = ["--prompt", "caf\u00e9", "--max-new-tokens", "4", "--device", "cpu"]
+    status, text, err = call(generate, directory, *prompted)
+    assert status == 0, err
+    assert text.startswith("caf\u00e9")
+    status, _, err = call(convert_checkpoint, directory, exported, "--to", "hf")
+    assert status == 0, err
+    status, _, err = call(generate, exported, *prompted)
+    assert status == 2 and "--tokenizer bytes" in err
+    assert call(generate, exported, *prompted, "--tokenizer", "bytes")[:2] == (0, text)
+
+    theirs, ours = AutoTokenizer.from_pretrained(exported), ByteTokenizer()
     for text in ("caf\u00e9 \t\r\n  x</s><|end|>\0\u2581", "".join(map(chr, range(512)))):
         ids = theirs(text, add_special_tokens=False)["input_ids"]
         assert ids == ours.encode(text)
         assert theirs.decode(ids) == text
     assert (theirs.eos_token_id, len(theirs)) == (256, 257)
-    prompted = ["--prompt", "caf\u00e9", "--max-new-tokens", "4"]
-    refused = run(["-m", "megamtp.commands.generate", str(tmp_path / "hf"), *prompted])
-    assert refused.returncode == 2 and "--tokenizer bytes" in refused.stderr
-    again = run(["-m", "megamtp.commands.generate", str(tmp_path / "hf"), *prompted, "--tokenizer", "bytes"])
-    assert again.stdout == generated.stdout

@@ -9,15 +9,18 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from megamtp.checkpoint import canonical, formats
 from megamtp.checkpoint.contents import MOMENTS, parameter_shapes, written_out
 from megamtp.checkpoint.tensors import whole
 from megamtp.commands import convert_checkpoint
-from megamtp.config import ModelConfig
+from megamtp.config import ModelConfig, write_config
 from megamtp.errors import InputError
+from tests.cases import small_config
 from tests.checkpoints import SMALL, STATE, contents, random_model, with_moments
 from tests.end_to_end.jobs import ROOT, environment, records, run
 
@@ -32,9 +35,10 @@ def convert(monkeypatch, *arguments) -> None:
 
 
 @pytest.fixture
-def sources(tmp_path) -> dict[str, Path]:
+def sources(tmp_path, monkeypatch) -> dict[str, Path]:
     """One checkpoint in each format, of the same model; hf has head 1 alone."""
-    found = {name: tmp_path / "sources" / name for name in formats.writable()}
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # for a universal checkpoint of a small model has 200 small files
+    found = {name: tmp_path / "sources/checkpoints" / name for name in formats.writable()}  # a usual name
     for name, folder in found.items():
         formats.FORMATS[name].write(with_moments(SMALL), folder, torch.float32)
     return found
@@ -66,19 +70,49 @@ def test_every_format_to_every_other(sources, tmp_path, monkeypatch):
             assert (found.state == STATE) == keeps_state
 
 
+def test_a_model_of_bytes_stays_one(tmp_path, monkeypatch):
+    config = dataclasses.replace(SMALL, vocab_size=257)
+    canonical.write(dataclasses.replace(with_moments(config), tokens_are_bytes=True), tmp_path / "canonical")
+    for source, target in (("canonical", "universal"), ("universal", "hf-mtp"), ("hf-mtp", "hf"), ("hf", "canonical2")):
+        convert(monkeypatch, tmp_path / source, tmp_path / target, "--to", target.rstrip("2"))
+        assert formats.read(tmp_path / target).tokens_are_bytes
+    ids = AutoTokenizer.from_pretrained(tmp_path / "hf-mtp")("\u00e9\n")["input_ids"]
+    assert ids == list("\u00e9\n".encode())
+
+
+def test_a_run_goes_on_from_a_converted_checkpoint(arguments, tmp_path, monkeypatch):
+    """Run -> canonical -> universal -> run, and on from there: the same numbers as without, to the last bit."""
+    finished = run(["-m", "megamtp.pretrain", *arguments, f"run.directory={tmp_path}/whole"])
+    assert finished.returncode == 0, finished.stderr
+    steps = [("whole/checkpoints/step-0000010", "canonical"), ("canonical", "universal"), ("universal", "zero3")]
+    for source, target in steps:
+        convert(monkeypatch, tmp_path / source, tmp_path / target, "--to", target)
+    finished = run(["-m", "megamtp.pretrain", *arguments, f"run.directory={tmp_path}/zero3"])
+    assert finished.returncode == 0, finished.stderr
+    assert [record["step"] for record in records(tmp_path / "zero3")] == list(range(11, 21))
+    expected, found = (formats.read(tmp_path / name) for name in ("whole", "zero3"))
+    assert (found.model, found.step, found.state) == (expected.model, 20, expected.state)
+    for kind, tensors in expected.sources.items():
+        assert all(torch.equal(whole(tensors, name), whole(found.sources[kind], name)) for name in tensors.shapes)
+
+
 def test_what_cannot_be_converted_is_one_line(sources, tmp_path, monkeypatch, capsys):
     (tmp_path / "other").mkdir()
     (tmp_path / "other/notes.txt").write_text("mine")
+    config = tmp_path / "sources/checkpoints/config.yaml"
+    other = dataclasses.asdict(SMALL) | {"norm_eps": 1.0}
+    write_config(small_config(**{f"model__{key}": value for key, value in other.items()}), config)
     cases = {
         ("canonical", "new", "--to", "zero9"): ["invalid choice", "zero9"],
         ("canonical", "other", "--to", "meta"): ["holds other files", "notes.txt"],
         ("canonical", "new", "--num-future-tokens", "2"): ["has 3 heads", "--num-future-tokens says 2"],
         ("canonical", "new", "--to", "canonical", "--dtype", "bf16"): ["fp32"],
-        ("../other", "new"): ["no checkpoint of a known format", "universal"],
-        ("../nowhere", "new"): ["does not exist"],
+        ("universal", "new", "--config", str(config)): ["model.norm_eps=0.001, not 1.0"],
+        ("../../other", "new"): ["no checkpoint of a known format", "universal"],
+        ("../../nowhere", "new"): ["does not exist"],
     }
     for (source, destination, *options), words in cases.items():
-        arguments = [str(tmp_path / "sources" / source), str(tmp_path / destination), *options]
+        arguments = [str(tmp_path / "sources/checkpoints" / source), str(tmp_path / destination), *options]
         monkeypatch.setattr(sys, "argv", ["convert", *arguments])
         with pytest.raises(SystemExit) as caught:
             convert_checkpoint.entry()
@@ -90,7 +124,7 @@ def test_what_cannot_be_converted_is_one_line(sources, tmp_path, monkeypatch, ca
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["notes.txt"]
 
 
-def test_training_goes_on_from_a_converted_llama(arguments, tmp_path):
+def test_training_goes_on_from_a_converted_llama(arguments, tmp_path, monkeypatch):
     """Head 1's loss before the first step is the original's; every head improves."""
     from transformers import AutoModelForCausalLM
 
@@ -99,16 +133,14 @@ def test_training_goes_on_from_a_converted_llama(arguments, tmp_path):
 
     config = ModelConfig(dim=32, num_layers=3, num_future_tokens=1, num_attention_heads=2, mlp_dim=48, vocab_size=400)
     formats.FORMATS["hf"].write(contents(config, random_model(config).state_dict()), tmp_path / "llama", torch.float32)
-    finished = run(["-m", MODULE, f"{tmp_path}/llama", f"{tmp_path}/initial", "--to", "canonical", "--num-future-tokens", "2"])
-    assert finished.returncode == 0, finished.stderr
+    convert(monkeypatch, tmp_path / "llama", tmp_path / "initial", "--to", "canonical", "--num-future-tokens", 2)
     settings = [f"run.initial_weights={tmp_path}/initial", f"run.directory={tmp_path}/run", "train.steps=30", "optimizer.lr=3e-3"]
     finished = run(["-m", "megamtp.pretrain", *arguments, *settings])
     assert finished.returncode == 0, finished.stderr
     losses = [record["losses"] for record in records(tmp_path / "run")]
     prefix = next(word for word in arguments if word.startswith("data.train=")).partition("=")[2]
-    windows = Windows(IndexedDataset(prefix), 32, 2, seed=0)
-    batch = [windows[index] for index in windows.shuffled(epoch=0)[:8]]  # of the first step
-    inputs, targets = torch.stack([inputs for inputs, _ in batch]), torch.stack([targets[0] for _, targets in batch])
+    batch = Windows(IndexedDataset(prefix), 32, 2, seed=0).at(np.arange(8))  # of the first step
+    inputs, targets = torch.stack([window.inputs for window in batch]), torch.stack([window.targets[0] for window in batch])
     llama = AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
     with torch.no_grad():
         logits = llama(inputs).logits

@@ -1,5 +1,6 @@
 """Interrupted equals uninterrupted, bit for bit; and the number of ranks changes nothing but the last digits."""
 
+import itertools
 import shutil
 from pathlib import Path
 
@@ -92,13 +93,15 @@ def test_goes_on_with_another_engine_and_number_of_ranks(twice_saved, arguments,
 
 @pytest.mark.timeout(600)
 def test_pipeline_reads_and_reports_what_zero3_does(arguments, tmp_path):
-    """One rank under ZeRO-3, two stages of two pipelines: the same windows, losses, norms, evaluation."""
+    """One rank under ZeRO-3, two stages of two pipelines, two with spread losses: the same windows, losses, norms, evaluation."""
     arguments = [*arguments, "train.steps=5", "run.evaluate_every_steps=5"]
-    for name, launcher, settings in (("zero3", [*deepspeed(1)], []), ("pipeline", [*deepspeed(4)], PIPELINE)):
-        finished = run([*launcher, *arguments, *settings, f"run.directory={tmp_path}/{name}"])
+    spread = [*PIPELINE, "engine.spread_losses=true"]
+    for name, ranks, settings in (("zero3", 1, []), ("pipeline", 4, PIPELINE), ("spread", 2, spread)):
+        finished = run([*deepspeed(ranks), *arguments, *settings, f"run.directory={tmp_path}/{name}"])
         assert finished.returncode == 0, finished.stderr
-    for kind, keys in (("train", ("losses", "gradient_norm", "lr")), ("validation", ("losses",))):
-        expected, found = (records(tmp_path / name, kind) for name in ("zero3", "pipeline"))
+    compared = {"train": ("losses", "gradient_norm", "lr"), "validation": ("losses",)}
+    for name, (kind, keys) in itertools.product(("pipeline", "spread"), compared.items()):
+        expected, found = (records(tmp_path / run_name, kind) for run_name in ("zero3", name))
         assert len(expected) == len(found) == (5 if kind == "train" else 1)
         for one, other in zip(expected, found, strict=True):
             for key in keys:

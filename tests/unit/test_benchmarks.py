@@ -10,7 +10,21 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from benchmarks import corpora, data, emulation, exposure, links, loss, output, overhead, processes, trace, variants, world
+from benchmarks import (
+    corpora,
+    data,
+    emulation,
+    exposure,
+    links,
+    loss,
+    output,
+    overhead,
+    pipeline,
+    processes,
+    trace,
+    variants,
+    world,
+)  # fmt: skip
 
 from megamtp.cluster.emulated import Network
 from megamtp.config import ClusterConfig
@@ -33,7 +47,7 @@ def rows(table: str) -> list[list[str]]:
 
 
 @pytest.mark.skipif(output.torch.cuda.is_available(), reason="this machine has a GPU")
-@pytest.mark.parametrize("name", ["overhead", "world", "trace", "loss"])
+@pytest.mark.parametrize("name", ["overhead", "world", "trace", "loss", "pipeline"])
 def test_without_a_gpu_every_benchmark_is_one_line_and_status_2(name, tmp_path):
     command = [sys.executable, "tools/benchmark.py", name, "--output", str(tmp_path / "results")]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -57,6 +71,9 @@ def test_without_a_gpu_every_benchmark_is_one_line_and_status_2(name, tmp_path):
         (trace, ["--sms", "0"], "communication_sms=0; expected at least 1"),
         (trace, ["--limit", "low"], "--limit: invalid float value"),
         (loss, ["--rows", "1.5"], "--rows: 1.5; expected"),
+        (pipeline, ["--heads", "4", "1"], "--heads 4 1; expected 1 first"),
+        (pipeline, ["--stages", "33"], "engine.num_stages=33 with model.num_layers=32; expected no more stages"),
+        (pipeline, ["--link-bandwidth", "0"], "--link-bandwidth 0 --latency 2e-05; expected bytes/s above 0"),
         (data, ["--sizes", "1e9", "1e14"], r"--sizes 1e\+14; expected 1e5 to 1e13 tokens"),
         (data, ["--read-tokens", "nan"], "--read-tokens nan; expected"),
         (links, [], "one process; expected several ranks"),

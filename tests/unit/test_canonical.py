@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megamtp.checkpoint import canonical, folder, hf
@@ -105,6 +106,16 @@ def test_head_1_of_a_converted_llama_computes_what_it_did(tmp_path, tied):
     assert expected.std() > 0.3
     torch.testing.assert_close(logits[0], expected, rtol=0, atol=1e-5)
     assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])  # heads start as copies
+
+
+def test_rotary_frequencies_of_older_files_are_left_out(tmp_path):
+    llama(tmp_path / "llama")
+    index = tmp_path / "llama/model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    save_file({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, tmp_path / "llama/old.safetensors")
+    content["weight_map"]["model.layers.0.self_attn.rotary_emb.inv_freq"] = "old.safetensors"
+    index.write_text(json.dumps(content))
+    assert hf.read(tmp_path / "llama").weights.shapes.keys() == MTPModel(hf.read(tmp_path / "llama").model).state_dict().keys()
 
 
 def test_weights_in_16_bits_become_fp32_and_come_back(tmp_path):

@@ -49,6 +49,7 @@ def paper_config(size: str, n: int) -> Config:
         ("model.num_future_tokens=6", ["model.num_future_tokens=6", "fewer heads than layers"]),
         ("model.num_attention_heads=3", ["model.num_attention_heads=3", "multiple"]),
         ("model.num_key_value_heads=3", ["model.num_key_value_heads=3", "divisor"]),
+        ("engine.spread_losses=true", ["engine.spread_losses=True with engine.kind=zero3", "engine.kind=pipeline"]),
         ("head_loss.weights=[1,2]", ["2 numbers", "4"]),
         ("head_loss.precision=fp4", ["head_loss.precision=fp4", "null or fp8"]),
         ("optimizer.lr=nan", ["optimizer.lr=nan", "0 or more"]),

@@ -86,6 +86,15 @@ def test_equal_pieces_of_different_documents_are_kept(tmp_path):
     assert (corpus.duplicates, sum(corpus.tokens.values())) == (1, 2 * (50_003 + 4))
 
 
+def test_files_of_one_name_are_told_apart(tmp_path):
+    for folder in ("a", "b", "c"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.txt").write_text("line\n" * (10_000 if folder < "c" else 9_000))
+    inputs = [tmp_path / folder for folder in ("a", "b", "c", "c")]
+    corpus, _ = prepare(find_source(inputs), tmp_path / "out", tokenizer="bytes", deduplicate=True)
+    assert (corpus.duplicates, sum(corpus.tokens.values())) == (2, 95_000 + sum(corpus.documents.values()))
+
+
 def test_lengths_in_the_summary(tmp_path):
     for number in range(50):
         (tmp_path / f"{number}.txt").write_text("x" * (number + 1))

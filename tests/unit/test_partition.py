@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from megamtp.config import Config, read_config
-from megamtp.engines.partition import Partition, make_stage, partition
+from megamtp.engines.partition import Partition, enough_micro_batches, make_stage, partition
+from megamtp.engines.pass_costs import flop_costs
 from megamtp.errors import InputError
 from megamtp.model.cost import flops_per_token, parameters
 from tests.cases import small_config
@@ -28,16 +29,16 @@ def paper_config(size: str, *settings: str) -> Config:
 def all_cuts(config: Config) -> list[Partition]:
     num_layers, num_stages = config.model.num_layers, config.engine.num_stages
     micro_batches = config.accumulation(1)
-    found = []
+    costs, found = flop_costs(config), []
     for inner in itertools.combinations(range(1, num_layers), num_stages - 1):
         bounds = [0, *inner, num_layers]
-        stages = [make_stage(config, 1, micro_batches, i, bounds[i], bounds[i + 1]) for i in range(num_stages)]
+        stages = [make_stage(config, 1, micro_batches, i, bounds[i], bounds[i + 1], costs) for i in range(num_stages)]
         found.append(Partition(stages, micro_batches))
     return found
 
 
 def slowest(found: Partition) -> int:
-    return max(stage.flops for stage in found.stages)
+    return max(stage.cost for stage in found.stages)
 
 
 def largest(found: Partition) -> int:
@@ -68,7 +69,7 @@ def test_no_cut_has_a_faster_slowest_stage(layers, heads, stages, vocabulary, re
 def test_the_other_stages_are_as_even_as_can_be():
     config = small_config(world_size=1, engine__kind="pipeline", engine__num_stages=4, model__num_layers=9, model__vocab_size=400)
     best = min(map(slowest, all_cuts(config)))
-    unevenness = lambda found: sum(stage.flops**2 for stage in found.stages)  # noqa: E731
+    unevenness = lambda found: sum(stage.cost**2 for stage in found.stages)  # noqa: E731
     assert unevenness(partition(config, 1)) == min(unevenness(cut) for cut in all_cuts(config) if slowest(cut) == best)
 
 
@@ -98,7 +99,7 @@ def test_a_given_cut_is_taken_and_stages_add_up():
     assert [(stage.first, stage.end) for stage in found.stages] == [(0, 1), (1, 3), (3, 6)]
     assert [list(stage.heads) for stage in found.stages] == [[], [0], [1, 2, 3]]
     positions = config.train.micro_batch_size * config.train.sequence_length
-    assert sum(stage.flops for stage in found.stages) == positions * flops_per_token(config.model, config.train.sequence_length)
+    assert sum(stage.cost for stage in found.stages) == positions * flops_per_token(config.model, config.train.sequence_length)
     weights = sum(stage.memory_bytes["weights"] for stage in found.stages)
     copy = (config.model.vocab_size + 1) * config.model.dim  # two stages have heads, so the unembedding lies there twice
     assert weights == 4 * (parameters(config.model) + copy)
@@ -119,7 +120,7 @@ def test_bubble_of_equal_stages():
     )  # fmt: skip
     found = partition(config, 1)
     assert found.bubble == pytest.approx(2 / (6 + 2), rel=1e-2)
-    assert found.micro_batches < found.enough_micro_batches == 12
+    assert found.micro_batches < enough_micro_batches(3) == 12
     assert list(accumulate(config.engine.stage_layers)) == [stage.end for stage in found.stages]
 
 

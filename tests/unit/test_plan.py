@@ -11,6 +11,7 @@ import pytest
 from megamtp.cluster.plan import CARDS, fitting, plan
 from megamtp.config import Config, read_config
 from megamtp.errors import InputError
+from megamtp.model.cost import flops_per_token, parameters
 
 ROOT = Path(__file__).parents[2]
 
@@ -86,6 +87,50 @@ def test_the_nearest_configuration_that_fits_does_fit():
     assert plan(changed, ranks, CARDS["h100"]).peak_bytes <= CARDS["h100"].memory_bytes
 
 
+def pipeline_of(size: str, stages: int, *settings: str) -> Config:
+    return config_of(size, 4, "engine.kind=pipeline", f"engine.num_stages={stages}", "train.micro_batch_size=1", *settings)
+
+
+def test_a_pipelines_stages_add_up():
+    few, many = (plan(pipeline_of("13b", 8), ranks, CARDS["h100"]) for ranks in (8, 64))
+    for found in (few, many):
+        assert found.peak_bytes == max(sum(stage.memory_bytes.values()) for stage in found.cut.stages)
+        assert [stage.end - stage.first for stage in found.cut.stages] == [5, 5, 5, 5, 5, 6, 5, 4]
+    assert [stage.memory_bytes["optimizer"] for stage in few.cut.stages] == [
+        pytest.approx(8 * stage.memory_bytes["optimizer"], abs=8) for stage in many.cut.stages
+    ]
+    assert few.micro_batches == 8 * many.micro_batches
+    weights = sum(stage.memory_bytes["weights"] for stage in many.cut.stages)
+    assert weights == 2 * parameters(pipeline_of("13b", 8).model)  # all heads are in the last stage: one copy
+    assert many.compute * 8 == pytest.approx(few.compute)
+    assert 0.1 * many.step_seconds < many.exposed < 0.3 * many.step_seconds
+
+
+def test_a_pipelines_stages_take_as_long_as_their_flops_at_the_cards_usual_rate():
+    found = plan(pipeline_of("6.7b", 8), 64, CARDS["h100"])
+    tokens = found.micro_batches * 4096
+    flops = flops_per_token(pipeline_of("6.7b", 8).model, 4096) * tokens / 8
+    assert 450e12 < flops / found.compute < 650e12
+
+
+def test_spread_losses_are_planned():
+    whole, spread_losses = (
+        plan(pipeline_of("6.7b", 8, *further), 64, CARDS["h100"]) for further in ([], ["engine.spread_losses=true"])
+    )
+    assert spread_losses.step_seconds < whole.step_seconds
+    assert spread_losses.compute == pytest.approx(whole.compute, rel=0.01)
+    assert spread_losses.peak_bytes > whole.peak_bytes  # more micro-batches are alive
+    assert sum(stage.contents.rows for stage in spread_losses.cut.stages) == 32000
+
+
+def test_a_pipeline_that_does_not_fit_gets_more_stages_not_offloading():
+    config = pipeline_of("13b", 2)
+    assert plan(config, 2, CARDS["h100"]).peak_bytes > CARDS["h100"].memory_bytes
+    words, changed, ranks = fitting(config, 4, CARDS["h100"])
+    assert words == "train.micro_batch_size=1 train.activation_checkpointing=true engine.num_stages=4" and ranks == 4
+    assert not changed.engine.offload_optimizer
+
+
 @pytest.mark.parametrize("setting", ["engine.kind=zero1", "engine.communication=deepspeed", "train.precision=fp32"])
 def test_what_was_not_measured_is_not_planned(setting):
     with pytest.raises(InputError, match=f"{setting}.*not planned; expected"):
@@ -103,6 +148,10 @@ def test_command_says_what_fits_and_what_does_not():
     large = run("configs/13b_n4.yaml", "--gpus", "8")
     assert large.returncode == 1
     assert "does not fit, because" in large.stdout and "the nearest that fits: train.micro_batch_size=1" in large.stdout
+    pipeline = run("configs/13b_n4.yaml", "--gpus", "64", "engine.kind=pipeline", "engine.num_stages=4", "train.micro_batch_size=1")
+    assert pipeline.returncode == 0, pipeline.stderr
+    assert pipeline.stdout.count("| stage ") == 4 and "heads 1-4" in pipeline.stdout
+    assert "waiting for other stages" in pipeline.stdout and "\nwith engine.spread_losses=true: step " in pipeline.stdout
     wrong = run("configs/13b_n4.yaml", "--gpus", "7")
     assert wrong.returncode == 2
     assert wrong.stderr.count("\n") == 1 and "7 ranks" in wrong.stderr

@@ -1,10 +1,15 @@
 """The command line of prepare_data: what it prints, and each mistake in one line with exit status 2."""
 
+import fcntl
 import gzip
+import os
+import pty
 import re
 import resource
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -118,6 +123,20 @@ def test_tokenizer_of_another_vocabulary(call):
     assert err.startswith("megamtp: error: out/tokenizer.model has 290 pieces, expected 300: ")
     assert not Path("again").exists()
     assert call(*again, *SMALL)[0] == 0
+
+
+def test_progress_on_a_terminal(call):
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))
+    arguments = ["--input", "text.txt", "text.txt", "--tokenizer", "bytes", "--output", "out"]
+    command = [sys.executable, "-m", "megamtp.commands.prepare_data", *arguments]
+    finished = subprocess.run(command, stdout=subprocess.PIPE, stderr=end, text=True)
+    os.close(end)
+    shown = os.read(terminal, 1 << 16).decode()
+    os.close(terminal)
+    assert finished.returncode == 0
+    assert re.search(r"tokenising: 100%.*\| 118k/118k \[\d\d:\d\d<\d\d:\d\d, .*B/s\]", shown), shown
+    assert re.search(r"merging: 100%.* 1/1 ", shown), shown
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])

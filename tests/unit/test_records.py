@@ -82,7 +82,7 @@ def test_row_groups_in_shards(tmp_path, monkeypatch, size):
     monkeypatch.setattr(shards, "MIN_SHARD_BYTES", size)
     path = tmp_path / "a.parquet"
     path.write_bytes(parquet_bytes(pyarrow.array(["", *TEXTS])))
-    planned = shards.plan([("a", path)])
+    planned = shards.plan([("a", path)], False)
     assert len(planned) == {100: 8, 3000: path.stat().st_size // 3000, 10**6: 1}[size]
     assert sum(shard.num_bytes for shard in planned) == path.stat().st_size
     assert [document for shard in planned for document in shard.documents("text", [])] == found(path)

@@ -12,6 +12,7 @@ COMMANDS = {
     "links": "latency and bandwidth among real GPUs, beside what the emulated cluster makes of them",
     "trace": "exposed communication in the head phase, with prefetch and without, and whether it is below a limit",
     "loss": "the loss of one head: time over that of its three products, and memory",
+    "pipeline": "a pipeline's step, played with the measured times of its stages: three plans, and how much n heads cost",
     "prepare": "preparation of a corpus: MB/s of one worker over bare SentencePiece's, and of several over one's",
     "data": "opening a corpus: time and memory against its size; batches: tokens per second (needs no GPU)",
     "learning": "whether fp8 losses learn as well as bf16's: a 0.3B model trained with both",

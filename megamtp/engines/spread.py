@@ -1,0 +1,137 @@
+"""The best plan whose losses are spread by vocabulary: layers stay whole, and the unembedding's rows fill the stages up.
+
+Every stage holds some rows of the unembedding, perhaps none, and computes those columns of all heads' logits
+(losses/vocabulary_slice.py); there is one copy of the unembedding in all, cut, and none is tied. Rows are shared out so that the
+slowest stage is as fast as can be; where layers leave room for it, all stages are then alike.
+
+This plans; engines/spread_pipeline.py runs it, and tools/benchmark.py pipeline plays it with measured times.
+"""
+
+import itertools
+import math
+import operator
+from dataclasses import dataclass
+
+from megamtp.config import Config
+from megamtp.engines.links import NOMINAL
+from megamtp.engines.partition import Stage, bubble, cheapest_cut, heads_between, imbalance
+from megamtp.engines.pass_costs import PassCosts, flop_costs
+from megamtp.engines.spread_schedule import Exchange, SpreadSchedule, StageTimes, fastest_schedule
+from megamtp.engines.stage_memory import Contents, stage_memory
+from megamtp.errors import InputError
+
+ROW_MULTIPLE, LARGE_SLICE = 128, 1024  # rows of large slices are a multiple: what matrix products like
+
+
+@dataclass(frozen=True)
+class SpreadPartition:
+    """A cut of all layers into stages with slices of the unembedding, and what its schedule makes of it.
+
+    Attributes:
+        stages: `forward` and `backward` are without losses.
+        schedule: of the same, with losses.
+    """
+
+    stages: list[Stage]
+    schedule: SpreadSchedule
+
+    @property
+    def costs(self) -> list[float]:
+        """Of one micro-batch in each stage, losses included."""
+        num_heads = sum(times.num_heads for times in self.schedule.times)
+        return [times.total(num_heads) for times in self.schedule.times]
+
+    @property
+    def imbalance(self) -> float:
+        """Slowest stage over the mean: 1 is perfect."""
+        return imbalance(self.costs)
+
+    @property
+    def bubble(self) -> float:
+        """The share of a step in which the average stage has nothing to do."""
+        return bubble(self.schedule.play(), len(self.stages))
+
+    def summary(self) -> str:
+        """One line."""
+        layers, rows = ([stage.end - stage.first for stage in self.stages], [stage.contents.rows for stage in self.stages])
+        memory = max(sum(stage.memory_bytes.values()) for stage in self.stages) / 2**30
+        return f"layers {layers}, rows {rows}, at most {memory:.2f} GiB; {self.outcome}"
+
+    @property
+    def outcome(self) -> str:
+        """The end of the summary."""
+        return f"slowest stage / mean {self.imbalance:.3f}; predicted bubble {self.bubble:.1%}"
+
+
+def spread(
+    config: Config, data_parallel_size: int, costs: PassCosts | None = None, exchange: Exchange | None = None
+) -> SpreadPartition:
+    """The one with engine.stage_layers, or else the best one, by `costs` and `exchange`, in one unit: FLOPs unless given.
+
+    Raises:
+        InputError: it does not fit into engine.stage_memory_bytes.
+    """
+    model, costs = config.model, costs or flop_costs(config)
+    row_cost = model.num_future_tokens * (costs.slice_statistics + costs.slice_gradients)
+    given = config.engine.stage_layers
+    bounds = [0, *itertools.accumulate(given)] if given else _bounds(config, costs, row_cost * model.vocab_size)
+    pairs = list(itertools.pairwise(bounds))
+    passes = [_passes(config, costs, *pair) for pair in pairs]
+    multiple = ROW_MULTIPLE if model.vocab_size >= LARGE_SLICE * config.engine.num_stages else 1
+    shares = share_rows([sum(both) for both in passes], row_cost, model.vocab_size, multiple)
+    times = [
+        StageTimes(*both, rows * costs.slice_statistics, rows * costs.slice_gradients, len(heads_between(config, *pair)))
+        for pair, both, rows in zip(pairs, passes, shares, strict=True)
+    ]
+    schedule = fastest_schedule(times, config.accumulation(data_parallel_size), exchange or NOMINAL.exchange(config))
+    stages = []
+    for index, (pair, both, rows) in enumerate(zip(pairs, passes, shares, strict=True)):
+        heads = heads_between(config, *pair)
+        contents = Contents(pair[1] - pair[0] - len(heads), len(heads), pair[0] == 0, rows, spread=True)
+        memory = stage_memory(config, data_parallel_size, contents, schedule.alive(index))
+        stages.append(Stage(*pair, heads, contents, *both, memory))
+    found, limit = SpreadPartition(stages, schedule), config.engine.stage_memory_bytes or math.inf
+    if max(sum(stage.memory_bytes.values()) for stage in stages) > limit:
+        raise InputError(
+            f"spread losses do not fit engine.stage_memory_bytes={limit:.3g} of each rank; raise engine.num_stages, lower "
+            "train.micro_batch_size or set train.activation_checkpointing=true"
+        )
+    return found
+
+
+def share_rows(levels: list[float], row_cost: float, num_rows: int, multiple: int) -> list[int]:
+    """Rows of each stage that make the highest of level + rows * row_cost lowest: multiples of `multiple` but for a remainder."""
+    lowest = sorted(levels)
+    for count in range(len(levels), 0, -1):
+        level = (sum(lowest[:count]) + num_rows * row_cost) / count
+        if level >= lowest[count - 1]:
+            break
+    exact = [max(0.0, level - own) / row_cost for own in levels]
+    shares = [int(rows / multiple) * multiple for rows in exact]
+    while (left := num_rows - sum(shares)) > 0:
+        stage = max(range(len(levels)), key=lambda index: exact[index] - shares[index])
+        shares[stage] += min(multiple, left)
+    return shares
+
+
+def _passes(config: Config, costs: PassCosts, first: int, end: int) -> tuple[float, float]:
+    """(forward, backward) without losses; a head's layer is then one like those of the trunk, but never recomputed."""
+    heads, has_embedding = heads_between(config, first, end), first == 0
+    num_trunk = end - first - len(heads)
+    forward = costs.forward(end - first, 0, has_embedding)
+    backward = costs.backward(num_trunk, has_embedding, config.train.activation_checkpointing)
+    return forward, backward + costs.backward(len(heads), False, recompute=False)
+
+
+def _bounds(config: Config, costs: PassCosts, losses: float) -> list[int]:
+    """First layers of all stages, and the end: layers as even as can be where rows of the unembedding can fill the rest up."""
+    num_layers, num_stages = config.model.num_layers, config.engine.num_stages
+
+    def cost(_: int, first: int, end: int) -> float:
+        return sum(_passes(config, costs, first, end))
+
+    slowest, _ = cheapest_cut(num_layers, num_stages, cost, max)
+    level = max(slowest, (sum(_passes(config, costs, 0, num_layers)) + losses) / num_stages)
+    return cheapest_cut(
+        num_layers, num_stages, lambda *place: cost(*place) ** 2 if cost(*place) <= level else math.inf, operator.add
+    )[1]

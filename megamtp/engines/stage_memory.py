@@ -1,0 +1,104 @@
+"""Bytes of one rank of a pipeline at its peak, by kind.
+
+Weights in the model's dtype; gradients summed in fp32, whole; AdamW's three fp32 numbers per parameter sharded over the pipelines
+(ZeRO-1); what the micro-batches between their forward and backward pass keep; and what comes and goes within one pass, at its most.
+"""
+
+from dataclasses import dataclass
+
+from megamtp.config import Config
+from megamtp.losses.linear_cross_entropy import default_chunk_rows
+from megamtp.model.cost import layer_activation_bytes, layer_parameters
+
+OPTIMIZER = "optimizer"  # the kind that data parallelism divides
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a stage holds.
+
+    Attributes:
+        rows: of the unembedding: all in a stage whose heads have their losses there, a slice of them where losses are spread.
+        spread: losses are spread by vocabulary, over all stages with rows.
+    """
+
+    num_trunk: int
+    num_heads: int
+    has_embedding: bool
+    rows: int
+    spread: bool = False
+
+
+def stage_memory(config: Config, data_parallel_size: int, contents: Contents, alive: int) -> dict[str, int]:
+    """With `alive` micro-batches between their forward and their backward pass."""
+    model, train = config.model, config.train
+    width = 4 if train.precision == "fp32" else 2
+    parameters = (contents.num_trunk + contents.num_heads) * layer_parameters(model)
+    parameters += (contents.has_embedding * model.vocab_size + contents.rows) * model.dim + bool(contents.rows) * model.dim
+    kept = _kept(config, contents, width)
+    return {
+        "weights": width * parameters,
+        "gradients": 4 * parameters,
+        OPTIMIZER: 12 * parameters // data_parallel_size,
+        "activations": alive * kept,
+        "within a pass": max(_largest_pass(config, contents, width), _embedding_gradient(config, contents, width) - kept),
+    }
+
+
+def _boundary(config: Config, width: int) -> int:
+    return config.train.micro_batch_size * config.train.sequence_length * config.model.dim * width
+
+
+def _saved(config: Config, width: int) -> int:
+    """What a layer keeps of a micro-batch."""
+    return config.train.micro_batch_size * config.train.sequence_length * layer_activation_bytes(config.model, width)
+
+
+def _kept(config: Config, contents: Contents, width: int) -> int:
+    """Of each micro-batch: what the stage receives and sends, its heads' dz, and what its layers keep for their backward pass.
+
+    Heads whose losses are spread keep as the trunk does, and with them what they sent away; others are done with when z passes.
+    """
+    boundary = _boundary(config, width)
+    trunk = contents.num_trunk * (boundary if config.train.activation_checkpointing else _saved(config, width))
+    if contents.spread:
+        return 2 * boundary + trunk + contents.num_heads * (_saved(config, width) + 2 * boundary)
+    return (2 + bool(contents.num_heads)) * boundary + trunk
+
+
+def _largest_pass(config: Config, contents: Contents, width: int) -> int:
+    """A layer's backward pass or a loss, whichever needs more beside what is kept."""
+    model, train = config.model, config.train
+    tokens, boundary = train.micro_batch_size * train.sequence_length, _boundary(config, width)
+    layer = 13 * tokens * model.hidden_dim * width // 2 + width * layer_parameters(model)
+    if train.activation_checkpointing and contents.num_trunk:
+        layer += _saved(config, width)
+    if contents.spread:
+        return max(layer, _slice_pass(config, contents, width))
+    if not contents.num_heads:
+        return layer
+    vocabulary = model.vocab_size * model.dim
+    rows = min(tokens, config.head_loss.chunk_rows or default_chunk_rows(model.vocab_size, bytes_per_logit=width))
+    rounding = (4 + width) * vocabulary  # the sum of dW in fp32, and as autograd gets it
+    chunk = 4 * vocabulary + rows * model.vocab_size * width
+    waiting = 4 * vocabulary if contents.num_heads > 1 else 0  # the sum, while a head that is not the last runs its layer backward
+    # dz in fp32, the gradient of the running head's z, what its layer returned, that normed, and its gradient.
+    head = 4 * boundary // width + 4 * boundary + _saved(config, width) + max(rounding, chunk, waiting + layer)
+    return max(layer, head)
+
+
+def _slice_pass(config: Config, contents: Contents, width: int) -> int:
+    """All heads' hidden states, their gradients, and this slice's logits, which wait for the other slices' statistics.
+
+    And the slice's gradient: in fp32, as autograd gets it, and in fp32 again on its way into the sum.
+    """
+    if not contents.rows:
+        return 0
+    model, tokens = config.model, config.train.micro_batch_size * config.train.sequence_length
+    losses = model.num_future_tokens * (2 * _boundary(config, width) + tokens * contents.rows * width)
+    return losses + (8 + width) * contents.rows * model.dim
+
+
+def _embedding_gradient(config: Config, contents: Contents, width: int) -> int:
+    """In the model's dtype and, on its way into the sum, in fp32; by then the micro-batch has nothing else left."""
+    return (4 + width) * config.model.vocab_size * config.model.dim if contents.has_embedding else 0

@@ -1,0 +1,127 @@
+"""Plans whose losses are spread by vocabulary: their schedule keeps every dependency, and their stages are alike."""
+
+import itertools
+from collections import defaultdict
+
+import pytest
+
+from megamtp.engines.partition import partition
+from megamtp.engines.spread import share_rows, spread
+from megamtp.engines.spread_schedule import PATTERNS, Exchange, Kind, Pass, SpreadSchedule, StageTimes, fastest_schedule
+from megamtp.errors import InputError
+from tests.cases import small_config
+from tests.unit.test_partition import paper_config
+
+UNEVEN = [
+    StageTimes(1.0, 2.0, 0.1, 0.2, 0), StageTimes(0.5, 1.0, 0.4, 0.8, 0), StageTimes(0.9, 1.9, 0.0, 0.0, 1),
+    StageTimes(1.0, 2.0, 0.2, 0.1, 3),
+]  # fmt: skip
+EVEN = [StageTimes(1.0, 2.0, 0.2, 0.4, index == 3) for index in range(4)]
+NOTHING = [StageTimes(1.0, 2.0, 0.0, 0.0, 0), StageTimes(1.0, 2.0, 0.0, 0.0, 2), StageTimes(1.0, 2.0, 0.25, 0.5, 2)]
+CASES = list(itertools.product((UNEVEN, EVEN, UNEVEN[2:], NOTHING), (1, 3, 9), (Exchange(), Exchange(0.3, 0.2, 0.1)), PATTERNS))
+
+
+@pytest.mark.parametrize(("times", "micro_batches", "exchange", "pattern"), CASES)
+def test_no_pass_begins_before_its_data_are_there(times, micro_batches, exchange, pattern):
+    schedule = SpreadSchedule(times, micro_batches, exchange, pattern, slack=exchange.hand)
+    played = schedule.play()
+    found = {done.work: done for done in played}
+    slices = [stage for stage, own in enumerate(times) if own.statistics or own.num_heads]
+    hosts = [stage for stage, own in enumerate(times) if own.num_heads]
+    assert len(found) == len(played) == micro_batches * (2 * len(times) + 2 * len(slices) * len(hosts))
+
+    def end(stage: int, kind: Kind, micro_batch: int, host: int | None = None) -> float:
+        return found[Pass(stage, kind, stage if host is None else host, micro_batch)].end
+
+    for work, done in found.items():
+        stage, index, heads = work.stage, work.micro_batch, times[work.host].num_heads
+        if work.kind == Kind.FORWARD and stage:
+            assert done.start >= end(stage - 1, Kind.FORWARD, index) + exchange.hand
+        if work.kind == Kind.STATISTICS:
+            delay = heads * exchange.hidden if stage != work.host else 0.0
+            assert done.start >= end(work.host, Kind.FORWARD, index) + delay
+            assert done.end - done.start == pytest.approx(heads * times[stage].statistics)
+        if work.kind == Kind.GRADIENTS:
+            needed = max(end(other, Kind.STATISTICS, index, work.host) for other in slices)
+            assert done.start >= needed + heads * exchange.statistics
+        if work.kind == Kind.BACKWARD:
+            assert done.start >= end(stage, Kind.FORWARD, index)
+            if stage + 1 < len(times):
+                assert done.start >= end(stage + 1, Kind.BACKWARD, index) + exchange.hand
+            if heads:
+                needed = max(end(other, Kind.GRADIENTS, index, stage) for other in slices)
+                assert done.start >= needed + heads * exchange.hidden
+    by_stage = defaultdict(list)
+    for done in played:
+        by_stage[done.work.stage].append(done)
+    for stage, works in by_stage.items():
+        assert [done.work for done in works] == schedule.orders[stage]
+        assert all(before.end <= after.start for before, after in itertools.pairwise(works))
+
+
+def test_even_stages_never_wait_between_fill_and_drain():
+    """A step grows by one period with each micro-batch; it holds two or three micro-batches more than plain 1F1B."""
+    ends = [max(done.end for done in fastest_schedule(EVEN, count, Exchange()).play()) for count in (20, 40)]
+    assert ends[1] - ends[0] == pytest.approx(20 * 3.6)
+    schedule = fastest_schedule(EVEN, 20, Exchange())
+    assert [schedule.alive(stage) - (4 - stage) for stage in range(4)] in ([2] * 4, [3] * 4)
+
+
+def test_links_slower_than_a_slices_passes_do_not_cost_a_round_at_every_stage():
+    exchange = Exchange(hand=0.06, hidden=0.06, statistics=0.005)
+    times = [StageTimes(1.0, 2.0, 0.03, 0.06, index == 7) for index in range(8)]
+    without = min((SpreadSchedule(times, 32, exchange, pattern) for pattern in PATTERNS), key=lambda found: found.alive(0))
+    found = fastest_schedule(times, 32, exchange)
+    assert without.alive(0) > 14 > 12 >= found.alive(0)
+    assert max(done.end for done in found.play()) < max(done.end for done in without.play())
+
+
+def test_the_same_orders_in_slower_stages():
+    schedule = fastest_schedule(EVEN, 6, Exchange())
+    slower = schedule.with_times([StageTimes(2.0, 4.0, 0.4, 0.8, own.num_heads) for own in EVEN])
+    assert slower.orders == schedule.orders
+    assert max(done.end for done in slower.play()) == pytest.approx(2 * max(done.end for done in schedule.play()))
+
+
+@pytest.mark.parametrize(
+    ("levels", "rows", "multiple", "expected"),
+    [
+        ([1.0, 1.0], 10, 1, [5, 5]),
+        ([4.0, 1.0, 1.0], 6, 1, [0, 3, 3]),
+        ([1.0, 3.0, 2.0], 6, 1, [3, 1, 2]),
+        ([0.0, 100.0], 7, 4, [7, 0]),
+        ([1.0, 1.0, 1.0], 300, 128, [128, 128, 44]),
+    ],
+)
+def test_rows_fill_the_stages_up(levels, rows, multiple, expected):
+    assert share_rows(levels, 1.0, rows, multiple) == expected
+
+
+@pytest.mark.parametrize("size", ["6.7b", "13b"])
+@pytest.mark.parametrize("vocabulary", [32000, 128256])
+@pytest.mark.parametrize("stages", [4, 8])
+def test_the_papers_sizes_are_balanced_where_whole_layers_are_not(size, vocabulary, stages):
+    config = paper_config(size, f"model.vocab_size={vocabulary}", f"engine.num_stages={stages}")
+    whole, found = partition(config, 1), spread(config, 1, exchange=Exchange())
+    assert found.imbalance <= min(1.003, whole.imbalance)
+    assert sum(stage.contents.rows for stage in found.stages) == vocabulary
+    assert max(work.end for work in found.schedule.play()) < max(work.end for work in whole.play())
+    total = sum(times.total(4) for times in found.schedule.times)
+    assert total == pytest.approx(sum(stage.cost for stage in whole.stages))
+
+
+def test_memory_counts_each_row_once_and_a_limit_is_kept():
+    config = small_config(
+        world_size=1, accumulation=6, engine__kind="pipeline", engine__num_stages=3, model__num_layers=9, model__vocab_size=600
+    )
+    found, whole = spread(config, 1), partition(config, 1)
+    weights = [sum(stage.memory_bytes["weights"] for stage in plan.stages) for plan in (found, whole)]
+    copies = sum(bool(stage.heads) for stage in whole.stages)
+    norms = sum(bool(stage.contents.rows) for stage in found.stages)
+    assert weights[0] - 4 * 16 * norms == weights[1] - copies * 4 * (601 * 16) + 4 * 600 * 16
+    assert found.summary().startswith("layers [3, 3, 3], rows [")
+    largest = max(sum(stage.memory_bytes.values()) for stage in found.stages)
+    limited = dict(engine__kind="pipeline", engine__num_stages=3, model__num_layers=9, model__vocab_size=600)
+    assert spread(small_config(1, 6, **limited, engine__stage_memory_bytes=largest), 1).stages == found.stages
+    with pytest.raises(InputError, match=r"spread losses do not fit engine\.stage_memory_bytes"):
+        spread(small_config(1, 6, **limited, engine__stage_memory_bytes=largest - 1), 1)

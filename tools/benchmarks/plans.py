@@ -1,0 +1,177 @@
+"""Plans of a pipeline, measured by stages and played: the naive cut, the best of whole layers, the best with spread losses."""
+
+import dataclasses
+from collections.abc import Iterable
+
+import torch
+
+from benchmarks import stages
+from benchmarks.stages import Measured
+from benchmarks.timeline import Box
+from megamtp.config import Config
+from megamtp.engines.links import Link
+from megamtp.engines.one_f_one_b import play
+from megamtp.engines.partition import Partition, Stage, imbalance, partition
+from megamtp.engines.pass_costs import PassCosts
+from megamtp.engines.spread import SpreadPartition, spread
+from megamtp.engines.spread_schedule import Kind, StageTimes
+from megamtp.engines.stage_memory import OPTIMIZER, Contents
+from megamtp.errors import InputError
+
+NAIVE, WHOLE, SPREAD = "naive", "whole layers", "spread losses"
+UNIT_LAYERS = 4  # trunk layers of the stage that tells what one costs
+LABELS = {Kind.FORWARD: "forward", Kind.BACKWARD: "backward", Kind.STATISTICS: "losses", Kind.GRADIENTS: "losses"}
+
+
+class Meter:
+    """Measures stages, those with the same contents once."""
+
+    def __init__(self, device: torch.device, micro_batches: int):
+        self.device, self.micro_batches = device, micro_batches
+        self.found: dict[tuple, Measured] = {}
+        self.asked: dict[tuple, set[int]] = {}  # numbers of micro-batches, whether they fit or not
+
+    def measure(self, config: Config, stage: Stage, alive: Iterable[int] = ()) -> Measured:
+        """With the peaks of at least `alive`, if they fit."""
+        key, alive = stage_key(config, stage), set(alive)
+        if key not in self.found or not alive <= self.asked[key]:
+            self.asked[key] = alive | self.asked.get(key, set())
+            try:
+                measured = self.found[key] = stages.measure(config, stage, self.asked[key], self.device, self.micro_batches)
+            except torch.OutOfMemoryError:
+                raise InputError(
+                    f"{stage.contents} of a model of width {config.model.dim} does not fit on this card; expected stages that do: "
+                    "choose other --sizes, or more --stages"
+                ) from None
+            passes = ", ".join(f"{kind.name.lower()} {seconds * 1e3:.2f} ms" for kind, seconds in measured.seconds.items())
+            peaks = ", ".join(f"{size / 2**30:.2f} GiB with {count}" for count, size in sorted(measured.peak_bytes.items()))
+            print(f"{stage.contents}: {passes}{'; ' if peaks else ''}{peaks}", flush=True)
+        return self.found[key]
+
+
+def stage_key(config: Config, stage: Stage) -> tuple:
+    """Equal for stages that do the same, with models of one size."""
+    contents, model = stage.contents, config.model
+    return (
+        contents, stage.end == model.num_layers, model.vocab_size if contents.has_embedding or contents.rows else None,
+        model.num_future_tokens if contents.spread and contents.rows else None,
+    )  # fmt: skip
+
+
+def measured_costs(config: Config, meter: Meter) -> PassCosts:
+    """Seconds, from stages with few contents: layers alone, layers and embedding, one head, two, a slice of average size."""
+    model = config.model
+    num_layers = min(UNIT_LAYERS, model.num_trunk_layers - 1)
+    layers = _passes(config, meter, first=1, end=1 + num_layers)
+    first = _passes(config, meter, first=0, end=num_layers)
+    forward, backward = (layers[kind] / num_layers for kind in (Kind.FORWARD, Kind.BACKWARD))
+    one = sum(_passes(config, meter, model.num_layers - 1, model.num_layers).values())
+    loss, copy = one - forward - backward, 0.0
+    if model.num_future_tokens > 1:
+        two = sum(_passes(config, meter, model.num_layers - 2, model.num_layers).values())
+        loss = two - one - forward - backward
+        copy = one - forward - backward - loss
+    rows = max(1, model.vocab_size // config.engine.num_stages)
+    contents = Contents(0, 0, False, rows, spread=True)
+    part = meter.measure(config, Stage(1, 1, range(0), contents, 0.0, 0.0, {})).seconds
+    embedding = max(0.0, sum(first.values()) - sum(layers.values()))
+    return PassCosts(
+        forward, backward, max(0.0, loss), max(0.0, copy), embedding, part[Kind.STATISTICS] / rows, part[Kind.GRADIENTS] / rows
+    )
+
+
+def _passes(config: Config, meter: Meter, first: int, end: int) -> dict[Kind, float]:
+    num_trunk = config.model.num_trunk_layers
+    heads = range(max(0, first - num_trunk), max(0, end - num_trunk))
+    contents = Contents(end - first - len(heads), len(heads), first == 0, config.model.vocab_size if heads else 0)
+    return meter.measure(config, Stage(first, end, heads, contents, 0.0, 0.0, {})).seconds
+
+
+def naive_layers(config: Config) -> list[int]:
+    """Equal numbers of layers, and all heads in the last stage."""
+    num_layers, num_stages, n = config.model.num_layers, config.engine.num_stages, config.model.num_future_tokens
+    if num_layers // num_stages >= n:
+        return _even(num_layers, num_stages)
+    return [*_even(num_layers - n, num_stages - 1), n]
+
+
+def _even(num_layers: int, num_stages: int) -> list[int]:
+    return [num_layers // num_stages + (index < num_layers % num_stages) for index in range(num_stages)]
+
+
+def make_plans(config: Config, pipelines: int, costs: PassCosts, link: Link) -> dict[str, Partition | SpreadPartition]:
+    """By name."""
+    naive = dataclasses.replace(config, engine=dataclasses.replace(config.engine, stage_layers=naive_layers(config)))
+    return {
+        NAIVE: partition(naive, pipelines, costs),
+        WHOLE: partition(config, pipelines, costs),
+        SPREAD: spread(config, pipelines, costs, link.exchange(config)),
+    }
+
+
+def alive(plan: Partition | SpreadPartition, stage: int) -> int:
+    """The most micro-batches that a stage has between their forward and their backward pass."""
+    if isinstance(plan, SpreadPartition):
+        return plan.schedule.alive(stage)
+    return min(len(plan.stages) - stage, plan.micro_batches)
+
+
+def play_plan(config: Config, plan: Partition | SpreadPartition, costs: PassCosts, link: Link, meter: Meter) -> dict:
+    """What the plan's step takes and each of its stages needs, as measured; and `boxes`, the timeline."""
+    measured = [meter.measure(config, stage, [alive(plan, index)]) for index, stage in enumerate(plan.stages)]
+    played = (
+        _play_spread(config, plan, measured)
+        if isinstance(plan, SpreadPartition)
+        else _play_whole(config, plan, measured, costs, link)
+    )
+    boxes, totals, tied_end = played
+    step = max(tied_end, *(box.end for box in boxes))
+    busy = sum(box.end - box.start for box in boxes)
+    return {
+        "layers": [stage.end - stage.first for stage in plan.stages],
+        "heads_of_stages": [len(stage.heads) for stage in plan.stages],
+        "rows": [stage.contents.rows for stage in plan.stages],
+        "step_seconds": step, "bubble": 1 - busy / (len(plan.stages) * step),
+        "imbalance": imbalance(totals), "stage_seconds": totals,
+        "pass_seconds": [{kind.name.lower(): seconds for kind, seconds in found.seconds.items()} for found in measured],
+        "pass_spreads": [{kind.name.lower(): spread for kind, spread in found.spreads.items()} for found in measured],
+        "alive": [alive(plan, index) for index in range(len(plan.stages))],
+        "peak_bytes": [found.peak_bytes.get(alive(plan, index)) for index, found in enumerate(measured)],
+        "planned_bytes": [sum(stage.memory_bytes.values()) - stage.memory_bytes[OPTIMIZER] for stage in plan.stages],
+        "planned_kinds": [stage.memory_bytes for stage in plan.stages],
+        "optimizer_bytes": [stage.memory_bytes[OPTIMIZER] for stage in plan.stages],
+        "boxes": boxes,
+    }  # fmt: skip
+
+
+def _play_whole(
+    config: Config, plan: Partition, measured: list[Measured], costs: PassCosts, link: Link
+) -> tuple[list[Box], list[float], float]:
+    """(timeline, seconds of a micro-batch in each stage, end of the reduction of the unembedding's gradients)."""
+    forward, backward = ([found.seconds[kind] for found in measured] for kind in (Kind.FORWARD, Kind.BACKWARD))
+    boxes, last = [], {}
+    for work in play(forward, backward, plan.micro_batches, link.exchange(config).hand):
+        contents = plan.stages[work.stage].contents
+        if work.forward and contents.num_heads:
+            middle = min(work.end, work.start + contents.num_trunk * costs.layer_forward)
+            boxes.append(Box(work.stage, "heads", middle, work.end))
+            boxes += [Box(work.stage, "forward", work.start, middle)] if contents.num_trunk else []
+        else:
+            boxes.append(Box(work.stage, "forward" if work.forward else "backward", work.start, work.end))
+        if contents.num_heads:
+            last[work.stage] = work.end
+    tied_end = max(last.values()) + link.tied(config, len(last))
+    return boxes, [sum(pair) for pair in zip(forward, backward, strict=True)], tied_end
+
+
+def _play_spread(config: Config, plan: SpreadPartition, measured: list[Measured]) -> tuple[list[Box], list[float], float]:
+    times = [
+        StageTimes(
+            found.seconds[Kind.FORWARD], found.seconds[Kind.BACKWARD], found.seconds.get(Kind.STATISTICS, 0.0),
+            found.seconds.get(Kind.GRADIENTS, 0.0), len(stage.heads),
+        )
+        for stage, found in zip(plan.stages, measured, strict=True)
+    ]  # fmt: skip
+    played = plan.schedule.with_times(times).play()
+    boxes = [Box(done.work.stage, LABELS[done.work.kind], done.start, done.end) for done in played]
+    return boxes, [stage.total(config.model.num_future_tokens) for stage in times], 0.0

@@ -1,0 +1,247 @@
+"""A stage of a pipeline on one device, as its engine runs it: the time of its passes, and its peak memory.
+
+A stage has its weights, the fp32 sums that its gradients go to as soon as they appear, and as many micro-batches between forward
+and backward pass as its schedule asks for. It lacks its peers and its optimizer, which works after the last micro-batch.
+"""
+
+import collections
+import gc
+import itertools
+import statistics
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megamtp.config import Config
+from megamtp.data.loader import Batch
+from megamtp.engines.base import DTYPES
+from megamtp.engines.partition import Stage
+from megamtp.engines.spread_schedule import Kind
+from megamtp.engines.spread_stage import SlicedUnembedding
+from megamtp.engines.stage import StageLayers
+from megamtp.losses.linear_cross_entropy import wide
+from megamtp.losses.vocabulary_slice import combine, slice_gradients, slice_statistics
+from megamtp.model.initial import STANDARD_DEVIATION
+
+WARM_UP = 2  # micro-batches whose times do not count: the first ones compile
+
+
+@dataclass
+class Measured:
+    """Of one stage.
+
+    Attributes:
+        seconds: median times of a micro-batch's passes; STATISTICS and GRADIENTS of one head's loss.
+        spreads: (least, largest) of each.
+        peak_bytes: by the number of micro-batches between forward and backward; without what does not fit.
+    """
+
+    seconds: dict[Kind, float]
+    spreads: dict[Kind, tuple[float, float]]
+    peak_bytes: dict[int, int] = field(default_factory=dict)
+
+
+class WholeStage(StageLayers):
+    """A stage whose heads have their losses where they are."""
+
+    def __init__(self, config: Config, own: Stage, device: torch.device):
+        super().__init__(config, own, device)
+        self.sums = {}
+        for name, parameter in self.named_parameters():
+            self.sums[name] = torch.zeros_like(parameter, dtype=wide(parameter.dtype))
+            parameter.register_post_accumulate_grad_hook(_Adding(self.sums[name]))
+        model, train = config.model, config.train
+        shape = train.micro_batch_size, train.sequence_length
+        self.tokens = torch.randint(model.vocab_size, shape, device=device)
+        self.received = torch.randn(*shape, model.dim, device=device, dtype=DTYPES[train.precision])
+        self.gradient = self.received * 1e-4
+        self.micro_batch_targets = torch.randint(model.vocab_size, (model.num_future_tokens, *shape), device=device)
+        batch = Batch(self.tokens, self.micro_batch_targets)
+        self.begin(itertools.repeat(batch), [1.0 / (shape[0] * shape[1])] * model.num_future_tokens)
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        for parameter in self.parameters():
+            parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(0.0, STANDARD_DEVIATION)
+
+    def receive(self) -> Tensor:
+        """A micro-batch as it comes to this stage."""
+        return self.tokens if self.embedding else self.received.clone().requires_grad_()
+
+    def run(self, kind: Kind, passed: "Passed") -> None:
+        """One pass of a micro-batch."""
+        if kind == Kind.FORWARD:
+            passed.output = self(passed.input.clone())  # as DeepSpeed does
+        elif kind == Kind.BACKWARD:
+            passed.output.backward(self.gradient if passed.output.dim() else None)
+
+    @property
+    def kinds(self) -> list[Kind]:
+        """Of the passes that a micro-batch makes here, in their order."""
+        return [Kind.FORWARD, Kind.BACKWARD]
+
+    def num_uses(self, kind: Kind) -> int:
+        """How often a pass does what is asked for once."""
+        return 1
+
+
+class SpreadStage(WholeStage):
+    """A stage with a slice of the unembedding, for all heads' losses; its own heads are layers whose answer comes later."""
+
+    def _make_unembedding(self) -> SlicedUnembedding | None:
+        return SlicedUnembedding(self.config.model, self.own.contents.rows, bool(self.heads))
+
+    def run(self, kind: Kind, passed: "Passed") -> None:
+        if kind == Kind.FORWARD:
+            passed.output = self._run_trunk(passed.input.clone(), None)
+            passed.hidden = [self.unembedding.normed(head(passed.output)) for head in self.heads.values()]
+        elif kind == Kind.STATISTICS:
+            passed.slices = [self._statistics(index) for index in range(len(self.micro_batch_targets))]
+        elif kind == Kind.GRADIENTS:
+            weight = self.unembedding.weight
+            d_weight = torch.zeros_like(weight, dtype=wide(weight.dtype))
+            passed.gradients = [self._gradients(index, *found, d_weight) for index, found in enumerate(passed.slices)]
+            torch.autograd.backward(weight.view_as(weight), d_weight.to(weight.dtype))
+            passed.slices = None
+        else:
+            gradients = (passed.gradients or [self.gradient] * len(passed.hidden))[: len(passed.hidden)]
+            sent = [(passed.output, self.gradient)] if self.own.end < self.config.model.num_layers else []
+            sent += [(hidden, gradient.view_as(hidden)) for hidden, gradient in zip(passed.hidden, gradients, strict=True)]
+            torch.autograd.backward([output for output, _ in sent], [gradient for _, gradient in sent])
+
+    def _statistics(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(hidden states as they come from their stage; logits; statistics) of one head."""
+        hidden_ND = self.received.clone().flatten(0, -2)
+        targets_N = self.micro_batch_targets[index].flatten()
+        return hidden_ND, *slice_statistics(hidden_ND, self.unembedding.weight.detach(), targets_N, first=0)
+
+    def _gradients(self, index: int, hidden_ND: Tensor, logits_NR: Tensor, statistics_3N: Tensor, d_weight_RD: Tensor) -> Tensor:
+        targets_N = self.micro_batch_targets[index].flatten()
+        _, log_partition_N = combine(statistics_3N[None], targets_N)
+        return slice_gradients(
+            logits_NR, hidden_ND, self.unembedding.weight.detach(), targets_N, 0, log_partition_N,
+            d_weight_RD, self.loss_scales[index],
+        )  # fmt: skip
+
+    @property
+    def kinds(self) -> list[Kind]:
+        return list(Kind) if self.own.contents.rows else [Kind.FORWARD, Kind.BACKWARD]
+
+    def num_uses(self, kind: Kind) -> int:
+        return len(self.micro_batch_targets) if kind in (Kind.STATISTICS, Kind.GRADIENTS) else 1
+
+
+@dataclass
+class Passed:
+    """What a stage keeps of a micro-batch between its passes."""
+
+    input: Tensor
+    output: Tensor | None = None
+    hidden: list[Tensor] = field(default_factory=list)
+    slices: list[tuple[Tensor, Tensor, Tensor]] | None = None
+    gradients: list[Tensor] | None = None
+
+
+class _Adding:
+    """Adds a parameter's gradient to its sum as soon as it is there. Source: deepspeed/runtime/bf16_optimizer.py."""
+
+    def __init__(self, total: Tensor):
+        self.total = total
+
+    def __call__(self, parameter: Tensor) -> None:
+        if parameter.grad is not None:  # as after the use of the unembedding by a head that is not the stage's last
+            self.total.add_(parameter.grad.to(self.total.dtype))
+            parameter.grad = None
+
+
+def measure(config: Config, own: Stage, alive: Iterable[int], device: torch.device, micro_batches: int) -> Measured:
+    """Times of `micro_batches` micro-batches one after the other, and the peak for each number of `alive` ones."""
+    before = _allocated(device)
+    stage = (SpreadStage if own.contents.spread else WholeStage)(config, own, device)
+    try:
+        seconds = _times(stage, micro_batches)
+        found = Measured(
+            {kind: statistics.median(times) for kind, times in seconds.items()},
+            {kind: (min(times), max(times)) for kind, times in seconds.items()},
+        )
+        for count, peak in _peaks(stage, sorted(set(alive))):
+            found.peak_bytes[count] = peak - before
+    finally:
+        del stage
+        release(device)
+    return found
+
+
+def release(device: torch.device) -> None:
+    """Gives a GPU's freed memory back."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _times(stage: WholeStage, micro_batches: int) -> dict[Kind, list[float]]:
+    """Seconds of each pass. The host does not wait for the device in between, so that launches are hidden as in training."""
+    marks = []
+    for index in range(WARM_UP + micro_batches):
+        passed = Passed(stage.receive())
+        found = [_mark(stage.device)]
+        for kind in stage.kinds:
+            stage.run(kind, passed)
+            found.append(_mark(stage.device))
+        if index == 0 and stage.device.type == "cuda":
+            torch.cuda.synchronize()  # the compiler has worked meanwhile
+        marks.append(found)
+    _check(stage, passed)
+    return {
+        kind: [_seconds(found[place], found[place + 1]) / stage.num_uses(kind) for found in marks[WARM_UP:]]
+        for place, kind in enumerate(stage.kinds)
+    }
+
+
+def _check(stage: WholeStage, passed: Passed) -> None:
+    """Waits for the device. Raises RuntimeError: what was measured computed nonsense."""
+    totals = [total.abs().max() for total in stage.sums.values()]
+    if not torch.isfinite(torch.stack(totals)).all() or not torch.isfinite(passed.output).all():
+        raise RuntimeError(f"stage {stage.own.contents}: a gradient or an output is not finite")
+
+
+def _peaks(stage: WholeStage, counts: list[int]) -> Iterable[tuple[int, int]]:
+    """(micro-batches alive, peak bytes), upwards, until one does not fit; nothing on a CPU, whose memory is not counted."""
+    if stage.device.type != "cuda":
+        return
+    waiting: collections.deque[Passed] = collections.deque()
+    for count in counts:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            while len(waiting) < count:
+                waiting.append(Passed(stage.receive()))
+                stage.run(Kind.FORWARD, waiting[-1])
+            done = waiting.popleft()
+            for kind in stage.kinds[1:]:
+                stage.run(kind, done)
+            del done
+        except torch.OutOfMemoryError:
+            print(f"{count} micro-batches of {stage.own.contents} do not fit", flush=True)
+            return
+        torch.cuda.synchronize()
+        yield count, torch.cuda.max_memory_allocated()
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated() if device.type == "cuda" else 0
+
+
+def _mark(device: torch.device) -> torch.cuda.Event | float:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _seconds(start: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
+    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3

@@ -1,0 +1,37 @@
+"""A played schedule as a picture: a row for each stage, a box for each pass, coloured by kind."""
+
+from dataclasses import dataclass
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+COLOURS = {"forward": "#4c78a8", "heads": "#f58518", "losses": "#e45756", "backward": "#72b7b2"}
+
+
+@dataclass(frozen=True)
+class Box:
+    """Seconds in which a stage does what `label` of COLOURS says."""
+
+    stage: int
+    label: str
+    start: float
+    end: float
+
+
+def draw(axes: Axes, boxes: list[Box], num_stages: int, title: str, end: float) -> None:
+    """Stages from top to bottom, milliseconds from left to right, up to `end` seconds."""
+    for label, colour in COLOURS.items():
+        for stage in range(num_stages):
+            own = [box for box in boxes if (box.stage, box.label) == (stage, label)]
+            spans = [(box.start * 1e3, (box.end - box.start) * 1e3) for box in own]
+            axes.broken_barh(spans, (stage - 0.4, 0.8), facecolors=colour, edgecolor="white", linewidth=0.25)
+    axes.set(xlim=(0, end * 1e3), ylim=(num_stages - 0.45, -0.55), ylabel="stage")
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.set_yticks(range(num_stages))
+
+
+def legend(picture: Figure, labels: set[str]) -> None:
+    """Of the kinds that occur."""
+    handles = [Patch(color=colour, label=label) for label, colour in COLOURS.items() if label in labels]
+    picture.legend(handles=handles, frameon=False, ncols=len(handles), loc="outside lower center")
