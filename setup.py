@@ -39,6 +39,7 @@ setup(
             "pyarrow>=16",
             "pytest>=8",
             "pytest-timeout>=2",
+            "pytest-xdist>=3",
             "ruff>=0.9",
             "zstandard>=0.22",
         ],

@@ -52,9 +52,7 @@ def test_prepared_trained_generated_and_exported(call, tmp_path):
     assert text.startswith("caf\u00e9")
     status, _, err = call(convert_checkpoint, directory, exported, "--to", "hf")
     assert status == 0, err
-    status, _, err = call(generate, exported, *prompted)
-    assert status == 2 and "--tokenizer bytes" in err
-    assert call(generate, exported, *prompted, "--tokenizer", "bytes")[:2] == (0, text)
+    assert call(generate, exported, *prompted)[:2] == (0, text)
 
     theirs, ours = AutoTokenizer.from_pretrained(exported), ByteTokenizer()
     for text in ("caf\u00e9 \t\r\n  x</s><|end|>\0\u2581", "".join(map(chr, range(512)))):
