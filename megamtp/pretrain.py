@@ -22,7 +22,7 @@ from typing import TextIO
 
 import torch
 
-from megamtp.checkpoint.store import check_model, remove_leftovers
+from megamtp.checkpoint.store import check_model, checkpoints, remove_leftovers
 from megamtp.cluster.environment import Place, emulated_place, find_place, join_peers, share_error
 from megamtp.config import RESOLVED, Config, describe, differences, read_config, write_config
 from megamtp.data.blend import Blend
@@ -97,11 +97,11 @@ def check(config: Config, place: Place) -> Job:
         validation.check_first(config.run.evaluation_windows)
     loader = TrainLoader(blend, config.global_batch_windows, config.train.micro_batch_size, data_parallel_rank, data_parallel_size)
     run_directory = Path(config.run.directory)
-    found = None if config.cluster.emulate else newest_readable(run_directory)
-    if config.run.initial_weights and not found:
+    if config.run.initial_weights and not checkpoints(run_directory):
         open_initial_weights(config)
     _make_writable(run_directory)
     lock = _lock(run_directory) if place.rank == 0 else None
+    found = None if config.cluster.emulate else newest_readable(run_directory)
     if found:
         check_model(*found, config.model)
     changes = []
