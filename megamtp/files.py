@@ -13,6 +13,15 @@ def write_atomically(path: Path, content: bytes) -> None:
         stream.write(content)
 
 
+def sync(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def open_atomically(path: Path) -> Iterator[BinaryIO]:
     """A stream whose content appears under `path` when the block ends without an exception. Raises OSError."""

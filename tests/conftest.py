@@ -1,5 +1,7 @@
 """Options and marks: `--full` runs the whole product of the gradient cases and more; `gpu` tests skip where there is no GPU."""
 
+import sys
+
 import pytest
 import torch
 
@@ -14,3 +16,19 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture
+def call_command(monkeypatch, capsys):
+    """call_command(module, *arguments) -> (exit status, stdout, stderr) of a command, in the test's own process."""
+
+    def call(module, *arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+        try:
+            module.entry()
+            status = 0
+        except SystemExit as error:
+            status = error.code
+        return status, *capsys.readouterr()
+
+    return call

@@ -10,7 +10,7 @@ from megamtp.engines.base import StepResult, count_targets
 from megamtp.engines.pipeline import PipelineEngine
 from megamtp.engines.zero import ZeroEngine
 from tests.cases import global_batch, own_share
-from tests.reference import reference_model, reference_step, relative_error
+from tests.reference import Reference, reference_model, reference_step, relative_error
 
 
 def step_with_gradients(
@@ -61,12 +61,19 @@ def largest_errors(config: Config, engine: ZeroEngine | PipelineEngine, num_step
     gradient_error = loss_error = 0.0
     for step in range(num_steps):
         batches = global_batch(config, step, num_micro_batches)
-        expected = reference_step(config, model, batches)
-        result, counts, gradients = step_with_gradients(engine, batches)
-        assert names_on_all_ranks(gradients) == expected.gradients.keys()
-        gradient_error = max(gradient_error, largest_gradient_error(engine, gradients, expected.gradients))
-        nll_sums = result.nll_sums.double()
-        dist.all_reduce(nll_sums)
-        for nll, count, loss in zip(nll_sums.tolist(), counts, expected.losses, strict=True):
-            loss_error = max(loss_error, abs(nll / count - loss) / loss)
+        _, *errors = errors_of_step(engine, batches, reference_step(config, model, batches))
+        gradient_error, loss_error = max(gradient_error, errors[0]), max(loss_error, errors[1])
     return gradient_error, loss_error
+
+
+def errors_of_step(
+    engine: ZeroEngine | PipelineEngine, batches: list[Batch], expected: Reference
+) -> tuple[list[int], float, float]:
+    """One step at learning rate 0: the target counts, and the gradients' and losses' largest relative errors."""
+    result, counts, gradients = step_with_gradients(engine, batches)
+    assert names_on_all_ranks(gradients) == expected.gradients.keys()
+    nll_sums = result.nll_sums.double()
+    dist.all_reduce(nll_sums)
+    losses = zip(nll_sums.tolist(), counts, expected.losses, strict=True)
+    loss_error = max(abs(nll / count - loss) / loss for nll, count, loss in losses)
+    return counts, largest_gradient_error(engine, gradients, expected.gradients), loss_error

@@ -17,7 +17,7 @@ import torch
 from megamtp import __version__
 from megamtp.checkpoint import safetensors_file
 from megamtp.checkpoint.contents import MOMENTS, WEIGHT, Contents, check_contents
-from megamtp.checkpoint.folder import published, write_json
+from megamtp.checkpoint.folder import check_sizes, published, write_json
 from megamtp.checkpoint.hf_tokenizer import TOKENIZER
 from megamtp.checkpoint.safetensors_file import SafetensorsFiles
 from megamtp.config import ModelConfig
@@ -63,7 +63,7 @@ def read(directory: Path) -> Contents:
             or unknown.
     """
     description = _read_description(directory)
-    _check_files(directory, description["file_bytes"])
+    check_sizes(directory, description["file_bytes"], remedy="copy it again")
     sources = {}
     for kind, stem in STEMS.items():
         files = sorted(name for name in description["file_bytes"] if name.startswith(f"{stem}-"))
@@ -125,15 +125,6 @@ def _read_description(directory: Path) -> dict[str, Any]:
         if not isinstance(description.get(key), kind):
             raise CheckpointError(f"{path}: {key} is {description.get(key)!r}; expected a mapping: convert the checkpoint again")
     return description
-
-
-def _check_files(directory: Path, file_bytes: dict[str, int]) -> None:
-    for name, size in file_bytes.items():
-        file = directory / name
-        found = file.stat().st_size if file.is_file() else None
-        if found != size:
-            state = "is missing" if found is None else f"has {found} bytes"
-            raise CheckpointError(f"{file} {state}, expected {size} bytes; copy it again")
 
 
 def _model(directory: Path, settings: dict[str, Any]) -> ModelConfig:

@@ -5,11 +5,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from megamtp.errors import CheckpointError
+from megamtp.files import sync
 
 EXPORT_LIST = "megamtp_export.json"  # names the files of an export of ours: only such a folder is ever replaced
 
@@ -37,7 +38,8 @@ def published(directory: Path, num_bytes: int, replaceable: bool = False) -> Ite
             if replaceable:
                 names = (str(path.relative_to(new)) for path in new.rglob("*"))
                 write_json(new / EXPORT_LIST, sorted([EXPORT_LIST, *names]))
-            _sync(new)
+            for path in [*new.rglob("*"), new]:
+                sync(path)
             if directory.exists():
                 os.rename(directory, old)
             os.rename(new, directory)
@@ -69,6 +71,16 @@ def check_space(directory: Path, num_bytes: int) -> None:
         )
 
 
+def check_sizes(folder: Path, sizes: Mapping[str, int], remedy: str) -> None:
+    """Raises: CheckpointError if a file, by its path in `folder`, is missing or not of its size in bytes."""
+    for name, size in sizes.items():
+        file = folder / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes"
+            raise CheckpointError(f"{file} {state}, expected {size} bytes; {remedy}")
+
+
 def write_json(path: Path, content: Any) -> None:
     """Raises OSError."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -79,13 +91,3 @@ def _listed(directory: Path) -> list[str] | None:
         return json.loads((directory / EXPORT_LIST).read_text())
     except (OSError, ValueError):
         return None
-
-
-def _sync(folder: Path) -> None:
-    """Waits until everything in it is on disk."""
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

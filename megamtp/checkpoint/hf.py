@@ -99,10 +99,17 @@ def read(directory: Path, num_future_tokens: int = 1) -> Contents:
     shapes = parameter_shapes(model)
     found_shapes = {name: shape for name, shape in found.shapes.items() if not name.endswith(DERIVED)}
     check_tensors(found_shapes, {theirs: shapes[ours] for ours, theirs in names.items()}, directory)
+    return contents_of(directory, settings, model, renamed(found, names), notes)
+
+
+def contents_of(
+    directory: Path, settings: dict[str, Any], model: ModelConfig, weights: TensorSource, notes: tuple[str, ...] = ()
+) -> Contents:
+    """What a folder of transformers with these `weights` holds, its tokenizer included."""
     tokenizer = directory / TOKENIZER
     return Contents(
         model,
-        {WEIGHT: renamed(found, names)},
+        {WEIGHT: weights},
         sequence_length=settings.get("max_position_embeddings"),
         tokenizer=tokenizer if fits(tokenizer, model.vocab_size) else None,
         tokens_are_bytes=are_bytes(directory, model.vocab_size),

@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 
 from megamtp.checkpoint import hf
-from megamtp.checkpoint.contents import WEIGHT, Contents, check_contents, check_tensors, parameter_shapes, renamed
+from megamtp.checkpoint.contents import Contents, check_contents, check_tensors, parameter_shapes, renamed
 from megamtp.checkpoint.folder import published
-from megamtp.checkpoint.hf_tokenizer import TOKENIZER, are_bytes, fits
 from megamtp.config import ModelConfig
 from megamtp.errors import CheckpointError
 
@@ -54,14 +53,7 @@ def read(directory: Path) -> Contents:
     names, shapes = _names(model), parameter_shapes(model)
     found = hf.open_weights(directory)
     check_tensors(found.shapes, {theirs: shapes[ours] for ours, theirs in names.items()}, directory)
-    tokenizer = directory / TOKENIZER
-    return Contents(
-        model,
-        {WEIGHT: renamed(found, names)},
-        sequence_length=settings.get("max_position_embeddings"),
-        tokenizer=tokenizer if fits(tokenizer, model.vocab_size) else None,
-        tokens_are_bytes=are_bytes(directory, model.vocab_size),
-    )
+    return hf.contents_of(directory, settings, model, renamed(found, names))
 
 
 def _names(model: ModelConfig) -> dict[str, str]:

@@ -22,7 +22,7 @@ from megamtp.checkpoint.tensors import TensorSource
 from megamtp.errors import CheckpointError
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.uint8: "U8"}
 SLICE_ELEMENTS = 2**20  # 4 MiB in fp32: what a conversion holds at a time, and a copy or two of it
 LARGEST_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 
@@ -51,18 +51,23 @@ def split(shapes: Mapping[str, tuple[int, ...]], itemsize: int, max_bytes: int) 
     return files
 
 
-def write(path: Path, source: TensorSource, names: Iterable[str], dtype: torch.dtype) -> None:
-    """Writes the named tensors of `source` as `dtype`. Raises OSError."""
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
-    for name in names:
-        shape = source.shapes[name]
+def encode_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """A file's beginning, its length included, for tensors (dtype, shape) that follow each other."""
+    header, offset = {"__metadata__": metadata}, 0
+    for name, (dtype, shape) in tensors.items():
         end = offset + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)  # the data begins at a multiple of 8
+    return len(encoded).to_bytes(8, "little") + encoded
+
+
+def write(path: Path, source: TensorSource, names: Iterable[str], dtype: torch.dtype) -> None:
+    """Writes the named tensors of `source` as `dtype`. Raises OSError."""
+    header = encode_header({name: (dtype, source.shapes[name]) for name in names}, {"format": "pt"})
     with open(path, "wb") as stream:
-        stream.write(len(encoded).to_bytes(8, "little") + encoded)
+        stream.write(header)
         for name in names:
             for part in content(source, name, dtype):
                 stream.write(part)

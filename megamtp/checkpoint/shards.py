@@ -20,14 +20,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megamtp.checkpoint.contents import MOMENTS, WEIGHT
+from megamtp.checkpoint.safetensors_file import encode_header
 from megamtp.checkpoint.tensors import TensorSource
 from megamtp.errors import CheckpointError
 
-KINDS = ("weight", "exp_avg", "exp_avg_sq")
+KINDS = (WEIGHT, *MOMENTS)
 PATTERN = "shard-*.safetensors"
 SHAPES = "shapes"  # in the metadata: JSON of name -> whole shape
 CHUNK_BYTES = 32 * 2**20
-DTYPES = {torch.float32: "F32", torch.uint8: "U8"}  # as safetensors writes them
 
 
 @dataclass(frozen=True)
@@ -60,17 +61,11 @@ def write_shard(path: Path, slices: TensorSource, shapes: Mapping[str, tuple[int
         OSError: as when the disk is full.
     """
     sizes = {key: math.prod(shape) for key, shape in slices.shapes.items()}
-    header: dict[str, object] = {"__metadata__": {SHAPES: json.dumps(shapes)}}
-    end = 0
-    for key, size in sizes.items():
-        dtype = slices.read(key, 0, 1).dtype
-        begin, end = end, end + size * dtype.itemsize
-        header[key] = {"dtype": DTYPES[dtype], "shape": [size], "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    tensors = {key: (slices.read(key, 0, 1).dtype, (size,)) for key, size in sizes.items()}
+    header = encode_header(tensors, {SHAPES: json.dumps(shapes)})
     total, crc = 0, 0
     with open(path, "wb", buffering=0) as stream:
-        for part in _parts(text, slices, sizes):
+        for part in _parts(header, slices, sizes):
             view = memoryview(part)
             while view:
                 view = view[stream.write(view) :]
@@ -80,7 +75,7 @@ def write_shard(path: Path, slices: TensorSource, shapes: Mapping[str, tuple[int
 
 
 def _parts(header: bytes, slices: TensorSource, sizes: dict[str, int]) -> Iterator[bytes | memoryview]:
-    yield len(header).to_bytes(8, "little") + header
+    yield header
     for key, size in sizes.items():
         for start in range(0, size, CHUNK_BYTES // 4):
             chunk = slices.read(key, start, min(size, start + CHUNK_BYTES // 4))

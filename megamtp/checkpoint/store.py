@@ -17,9 +17,11 @@ from typing import Any
 
 from megamtp import __version__
 from megamtp.checkpoint.contents import written_out
+from megamtp.checkpoint.folder import check_sizes
 from megamtp.checkpoint.shards import WrittenFile, read_crc32
 from megamtp.config import ModelConfig
 from megamtp.errors import CheckpointError
+from megamtp.files import sync
 
 MANIFEST = "manifest.json"
 FORMAT = 2  # 1 was DeepSpeed's own files
@@ -112,12 +114,8 @@ def read_manifest(checkpoint: Path) -> Manifest:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path} cannot be read ({error}); remove {checkpoint} to go on from an older one") from None
-    for name, expected in manifest.files.items():
-        file, size = checkpoint / name, expected["bytes"]
-        found = file.stat().st_size if file.is_file() else None
-        if found != size:
-            state = "is missing" if found is None else f"has {found} bytes"
-            raise CheckpointError(f"{file} {state}, expected {size} bytes; remove {checkpoint} to go on from an older one")
+    sizes = {name: file["bytes"] for name, file in manifest.files.items()}
+    check_sizes(checkpoint, sizes, remedy=f"remove {checkpoint} to go on from an older one")
     return manifest
 
 
@@ -179,11 +177,11 @@ def publish(checkpoint: Path, manifest: Manifest, files: dict[str, WrittenFile])
     partial = partial_of(checkpoint)
     content = dataclasses.asdict(manifest) | {"files": {name: dataclasses.asdict(file) for name, file in files.items()}}
     (partial / MANIFEST).write_text(json.dumps(content | {"crc32": _crc32(content)}, indent=1))
-    _sync(partial / MANIFEST)
-    _sync(partial)
+    sync(partial / MANIFEST)
+    sync(partial)
     replaced = _set_aside(checkpoint) if checkpoint.exists() else None
     os.rename(partial, checkpoint)
-    _sync(checkpoint.parent)
+    sync(checkpoint.parent)
     if replaced:
         shutil.rmtree(replaced)
 
@@ -210,14 +208,6 @@ def remove_leftovers(run_directory: Path) -> None:
     """Removes what jobs that were killed while they saved or removed have left. Raises OSError."""
     for leftover in (run_directory / "checkpoints").glob(f"*{PARTIAL}"):
         shutil.rmtree(leftover)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def verified(checkpoint: Path) -> Manifest:

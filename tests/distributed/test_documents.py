@@ -8,14 +8,13 @@ import functools
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from megamtp.config import Config
 from megamtp.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from megamtp.data.loader import Batch, TrainLoader
 from megamtp.data.windows import IGNORED, Windows
 from tests.cases import POSITIONS, VOCABULARY, small_config
-from tests.engine_steps import largest_gradient_error, names_on_all_ranks, step_with_gradients
+from tests.engine_steps import errors_of_step
 from tests.ranks import run_ranks
 from tests.reference import reference_model, reference_step
 
@@ -83,14 +82,9 @@ def _largest_errors(config: Config, engine, loader: TrainLoader) -> tuple[float,
         order = [int(loader.windows.shuffled(int(place) // number)(place % number)[0]) for place in places]
         alone = [piece for window in order for piece in pieces(documents, window, config.model.num_future_tokens)]
         expected = reference_step(config, model, alone)
-        result, counts, gradients = step_with_gradients(engine, loader.read(step))
-        assert names_on_all_ranks(gradients) == expected.gradients.keys()
+        counts, *errors = errors_of_step(engine, loader.read(step), expected)
         assert counts == [sum(int((piece.targets[head] != IGNORED).sum()) for piece in alone) for head in range(len(counts))]
-        gradient_error = max(gradient_error, largest_gradient_error(engine, gradients, expected.gradients))
-        nll_sums = result.nll_sums.double()
-        dist.all_reduce(nll_sums)
-        for nll, count, loss in zip(nll_sums.tolist(), counts, expected.losses, strict=True):
-            loss_error = max(loss_error, abs(nll / count - loss) / loss)
+        gradient_error, loss_error = max(gradient_error, errors[0]), max(loss_error, errors[1])
     return gradient_error, loss_error
 
 

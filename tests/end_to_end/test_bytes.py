@@ -1,8 +1,5 @@
 """A byte-level run: text to a corpus of bytes, to a model, to text, to transformers; and where bytes need be named again."""
 
-import sys
-
-import pytest
 from transformers import AutoTokenizer
 
 from megamtp.commands import convert_checkpoint, generate, prepare_data
@@ -16,25 +13,9 @@ MODEL = [
 ]  # fmt: skip
 
 
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """call(module, *arguments) -> (exit status, stdout, stderr) of a command."""
-
-    def run_command(module, *arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
-        try:
-            module.entry()
-            status = 0
-        except SystemExit as error:
-            status = error.code
-        return status, *capsys.readouterr()
-
-    return run_command
-
-
-def test_prepared_trained_generated_and_exported(call, tmp_path):
+def test_prepared_trained_generated_and_exported(call_command, tmp_path):
     corpus, directory, exported = tmp_path / "corpus", tmp_path / "run", tmp_path / "hf"
-    status, out, err = call(prepare_data, "--input", ROOT / "configs", "--tokenizer", "bytes", "--output", corpus)
+    status, out, err = call_command(prepare_data, "--input", ROOT / "configs", "--tokenizer", "bytes", "--output", corpus)
     assert (status, err) == (0, "")
     assert "257 pieces, 1.00 bytes per token" in out
     assert not (corpus / "tokenizer.model").exists()
@@ -47,12 +28,12 @@ def test_prepared_trained_generated_and_exported(call, tmp_path):
     assert trained.returncode == 0, trained.stderr
 
     prompted = ["--prompt", "caf\u00e9", "--max-new-tokens", "4", "--device", "cpu"]
-    status, text, err = call(generate, directory, *prompted)
+    status, text, err = call_command(generate, directory, *prompted)
     assert status == 0, err
     assert text.startswith("caf\u00e9")
-    status, _, err = call(convert_checkpoint, directory, exported, "--to", "hf")
+    status, _, err = call_command(convert_checkpoint, directory, exported, "--to", "hf")
     assert status == 0, err
-    assert call(generate, exported, *prompted)[:2] == (0, text)
+    assert call_command(generate, exported, *prompted)[:2] == (0, text)
 
     theirs, ours = AutoTokenizer.from_pretrained(exported), ByteTokenizer()
     for text in ("caf\u00e9 \t\r\n  x</s><|end|>\0\u2581", "".join(map(chr, range(512)))):

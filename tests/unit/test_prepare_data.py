@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import termios
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ SMALL = ["--vocab-size", "290"]
 
 
 @pytest.fixture
-def call(tmp_path, monkeypatch, capsys):
+def call(tmp_path, monkeypatch, call_command):
     """call(*arguments) -> (exit status, stdout, stderr), run in a folder with some inputs."""
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text(TEXT)
@@ -39,17 +40,7 @@ def call(tmp_path, monkeypatch, capsys):
     Path("cut.jsonl.gz").write_bytes(gzip.compress(TEXT.encode())[:-10])
     Path("cut.txt.zst").write_bytes(zstandard.compress(TEXT.encode())[:-1])
     Path("cut.parquet").write_bytes(b"PAR1" + bytes(100))
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["prepare_data", *arguments])
-        try:
-            prepare_data.entry()
-            status = 0
-        except SystemExit as error:
-            status = error.code
-        return status, *capsys.readouterr()
-
-    return run
+    return partial(call_command, prepare_data)
 
 
 CASES = {
