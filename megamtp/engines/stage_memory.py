@@ -70,7 +70,8 @@ def _largest_pass(config: Config, contents: Contents, width: int) -> int:
     """A layer's backward pass or a loss, whichever needs more beside what is kept."""
     model, train = config.model, config.train
     tokens, boundary = train.micro_batch_size * train.sequence_length, _boundary(config, width)
-    layer = 13 * tokens * model.hidden_dim * width // 2 + width * layer_parameters(model)
+    # Of the last of its gradients, a matrix of the MLP, as autograd gets it and in fp32 on its way into the sum; and two of x's.
+    layer = (4 + width) * model.hidden_dim * model.dim + 2 * boundary
     if train.activation_checkpointing and contents.num_trunk:
         layer += _saved(config, width)
     if contents.spread:

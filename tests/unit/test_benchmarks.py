@@ -91,7 +91,7 @@ def test_a_launchers_ranks_are_real(tmp_path, monkeypatch):
     given = options(tmp_path)
     found = emulation.config("1.3b", 4, emulation.num_ranks(64), given)
     assert found.cluster.emulate is None and found.train.global_batch_tokens == 4 * 2 * 4096
-    assert emulation.settings(found, given) == {"network": "NCCL", "T": 4096}
+    assert emulation.settings(found, given) == {"network": "NCCL", "T": 4096, "micro-batches": 1}
     output.write(given, {}, [], "table", output.figure(2, 2)[0])
     assert not list(tmp_path.iterdir())  # rank 0 writes
     for module, arguments in ((world, []), (overhead, ["--cold"])):
@@ -120,14 +120,14 @@ def test_settings_tell_the_network(tmp_path):
     """What test_plan.py gives back to the planner, and nothing that was not set."""
     flat = options(tmp_path)
     assert emulation.settings(emulation.config("1.3b", 4, 512, flat), flat) == {
-        "bandwidth": "1e+11", "latency": "2e-05", "SMs held": 1, "T": 4096,
+        "bandwidth": "1e+11", "latency": "2e-05", "SMs held": 1, "T": 4096, "micro-batches": 1,
     }  # fmt: skip
-    nodes = options(tmp_path, "--bandwidth", "null", "--sms", "16", "--set", "cluster.latency=0")
+    nodes = options(tmp_path, "--bandwidth", "null", "--sms", "16", "--micro-batches", "3", "--set", "cluster.latency=0")
     config = emulation.config("0.3b", 1, 64, nodes)
-    assert (config.cluster.emulate, config.global_batch_windows, config.cluster.latency) == (64, 64 * 4, 0.0)
+    assert (config.cluster.emulate, config.global_batch_windows, config.cluster.latency) == (64, 64 * 4 * 3, 0.0)
     assert emulation.settings(config, nodes) == {
         "bandwidth": "null", "in nodes": "3.6e+11", "between nodes": "5e+10", "latency": "0", "SMs held": 16, "T": 4096,
-        "set": "cluster.latency=0",
+        "micro-batches": 3, "set": "cluster.latency=0",
     }  # fmt: skip
 
 
@@ -184,7 +184,8 @@ def invented_trace(exposed: float) -> exposure.Trace:
         late = exposed if start == 400 else 0.5
         computing.append((start + late, start + 10.0))
         transfers.append((float(start), start + max(late, 5.0)))
-    return exposure.Trace(computing, transfers, {"step": (0.0, 600.0), "heads": (400.0, 500.0)})
+    parts = {"step": [(0.0, 600.0)], "heads": [(400.0, 500.0)], "trunk": [(0.0, 400.0), (500.0, 600.0)]}
+    return exposure.Trace(computing, transfers, parts)
 
 
 @pytest.mark.parametrize(("exposed", "status", "word"), [(1.0, 0, "holds"), (8.5, 1, "FAILS")])
@@ -196,10 +197,16 @@ def test_trace_tells_whether_the_head_phase_is_exposed(tmp_path, monkeypatch, ex
         def trace(self, times=3):
             return invented_trace(exposed if self.prefetches else 9.5)
 
+    class InventedPlain(Invented):
+        def trace(self, times=3):
+            return exposure.Trace([(0.0, 300.0), (302.0, 590.0)], [], {"step": [(0.0, 590.0)]})
+
     def measure(makers, rounds, steps):
-        return {name: variants.Measurement([600.0] * steps) for name in makers}, {name: make() for name, make in makers.items()}
+        kept = {name: make() for name, make in makers.items() if name != trace.PLAIN}
+        return {name: variants.Measurement([600.0] * steps) for name in makers}, kept
 
     monkeypatch.setattr(variants, "Ours", Invented)
+    monkeypatch.setattr(variants, "Plain", InventedPlain)
     monkeypatch.setattr(variants, "measure", measure)
     monkeypatch.setattr(emulation, "join", lambda config: None)
     monkeypatch.setattr(output, "start", lambda options: None)
@@ -213,8 +220,11 @@ def test_trace_tells_whether_the_head_phase_is_exposed(tmp_path, monkeypatch, ex
     share = exposed + 9 * 0.5
     assert f"prefetch as configured: head phase: exposed {share:.2f} % <= 6 %: {word}" in shown
     assert "no prefetch: head phase: exposed 14.00 % <= 6 %: FAILS" in shown
-    assert [row[1] for row in rows(shown)[1:]] == ["step", "head phase"] * 2
-    assert rows(shown)[2][2:7] == ["100.0", f"{9 * 5.0 + max(exposed, 5.0):.1f}", f"{share:.2f}", f"{share:.2f}%", "0.00"]
+    assert [row[1] for row in rows(shown)[1:]] == [*["step", "head phase", "trunk"] * 2, "step"]
+    transferring, long = 9 * 5.0 + max(exposed, 5.0), share  # pieces of half a millisecond count as long
+    expected = ["100.0", f"{100 - share:.1f}", f"{transferring:.1f}", f"{share:.2f}", f"{long:.2f}", f"{share:.2f}%", "0.00"]
+    assert rows(shown)[2][2:9] == expected
+    assert rows(shown)[-1][2:9] == ["590.0", "588.0", "0.0", "0.00", "0.00", "0.00%", "2.00"]
     assert json.loads((tmp_path / "trace.json").read_text())["results"][1]["prefetch_modules"] == 0
     assert (tmp_path / "trace.png").stat().st_size > 10_000
 

@@ -48,8 +48,8 @@ def test_hidden_exposed_and_idle_times():
     assert trace.computing == [(0, 10), (14, 20)]
     assert trace.transfers == [(4, 12)]
     assert trace.exposed == [(10, 12)]
-    assert trace.parts == {"step": (0, 20)}
-    assert trace.exposure("step") == Exposure(total=20, transferring=8, exposed=2, idle=2)
+    assert trace.parts == {"step": [(0, 20)]}
+    assert trace.exposure("step") == Exposure(total=20, computing=16, transferring=8, exposed=2, exposed_long=2, idle=2)
     assert trace.exposure("step").share == 0.1
 
 
@@ -57,16 +57,28 @@ def test_a_part_counts_only_what_lies_in_it():
     """The head phase is 8-18 of that step, and on the device it is one range for each stream."""
     ranges = [Kernel(HEAD_PHASE_RANGE, COMPUTE, 9, 18), Kernel(HEAD_PHASE_RANGE, GATHER, 8, 12)]
     trace = read([computing(0, 10), computing(14, 20), *emulated(4, 12), *ranges])
-    assert trace.parts == {"step": (0, 20), "heads": (8, 18)}
-    assert trace.exposure("heads") == Exposure(total=10, transferring=4, exposed=2, idle=2)
+    assert trace.parts == {"step": [(0, 20)], "heads": [(8, 18)], "trunk": [(0, 8), (18, 20)]}
+    assert trace.exposure("heads") == Exposure(total=10, computing=6, transferring=4, exposed=2, exposed_long=2, idle=2)
+    assert trace.exposure("trunk") == Exposure(total=10, computing=10, transferring=4, exposed=0, exposed_long=0, idle=0)
     assert trace.exposures()["heads"]["exposed"] == 2
+
+
+def test_every_micro_batch_has_a_head_phase():
+    """Exposed of the transfer 7-17 are 10-14 and a piece in the second head phase, 16-18, too short to count as long."""
+    ranges = [Kernel(HEAD_PHASE_RANGE, COMPUTE, start, start + 2) for start in (6, 16)]
+    trace = read([computing(0, 10), computing(14, 16.6), computing(17, 20), *emulated(7, 17), *ranges])
+    assert trace.parts["heads"] == [(6, 8), (16, 18)]
+    assert trace.parts["trunk"] == [(0, 6), (8, 16), (18, 20)]
+    heads, trunk = trace.exposure("heads"), trace.exposure("trunk")
+    assert (heads.transferring, heads.exposed, heads.exposed_long) == (2, pytest.approx(0.4), 0)
+    assert (trunk.transferring, trunk.exposed, trunk.exposed_long) == (8, 4, 4)
 
 
 def test_a_transfer_ends_with_its_own_hold():
     """One after the other on one stream, with nothing under way in 8-10; in between, its stream only waits."""
     trace = read([computing(0, 1), *emulated(2, 8, copy_end=5), *emulated(10, 13), computing(20, 21)])
     assert trace.transfers == [(2, 8), (10, 13)]
-    assert trace.exposure("step") == Exposure(total=21, transferring=9, exposed=9, idle=10)
+    assert trace.exposure("step") == Exposure(total=21, computing=2, transferring=9, exposed=9, exposed_long=9, idle=10)
 
 
 def test_each_stream_has_its_own_transfers():
@@ -81,10 +93,10 @@ def test_what_runs_beside_transfers_on_other_streams_computes():
     """Also on a second stream; and no kernel is a transfer because its name contains one's."""
     trace = read([computing(0, 2), Kernel("threshold_backward", COMPUTE, 2, 3), computing(3, 6, stream=8), *emulated(0, 8)])
     assert trace.computing == [(0, 6)]
-    assert trace.exposure("step") == Exposure(total=8, transferring=8, exposed=2, idle=0)
+    assert trace.exposure("step") == Exposure(total=8, computing=6, transferring=8, exposed=2, exposed_long=2, idle=0)
 
 
 def test_real_collectives_are_transfers_of_their_own():
     trace = read([computing(0, 4), Kernel("ncclDevKernel_AllGather_RING_LL", GATHER, 3, 6)])
     assert trace.transfers == [(3, 6)]
-    assert trace.exposure("step") == Exposure(total=6, transferring=3, exposed=2, idle=0)
+    assert trace.exposure("step") == Exposure(total=6, computing=4, transferring=3, exposed=2, exposed_long=2, idle=0)

@@ -59,7 +59,7 @@ def test_finished_trainings_are_only_read(learning, tmp_path, monkeypatch):
     for name in ("bf16", "fp8"):
         (tmp_path / name).mkdir()
         write_metrics(tmp_path / name / "metrics.jsonl", 1.0)
-    monkeypatch.setattr(learning, "_call", lambda *arguments: pytest.fail(f"called {arguments}"))
+    monkeypatch.setattr(learning, "call", lambda *arguments: pytest.fail(f"called {arguments}"))
     learning.main(["--data", "none", "--runs", str(tmp_path), "--steps", str(STEPS), "--output", str(tmp_path)])
     assert "| fp8 | 1 | 4.0000 | +0.00% | 4.5000 | +0.00% |" in (tmp_path / "learning.md").read_text()
 

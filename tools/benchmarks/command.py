@@ -15,6 +15,7 @@ COMMANDS = {
     "pipeline": "a pipeline's step, played with the measured times of its stages: three plans, and how much n heads cost",
     "prepare": "preparation of a corpus: MB/s of one worker over bare SentencePiece's, and of several over one's",
     "data": "opening a corpus: time and memory against its size; batches: tokens per second (needs no GPU)",
+    "saving": "a training that saves often: step time while a checkpoint is written over that of other steps, and bandwidth",
     "learning": "whether fp8 losses learn as well as bf16's: a 0.3B model trained with both",
 }
 

@@ -21,7 +21,8 @@ def parser(description: str, name: str) -> Parser:
     parser = output.parser(description, name)
     parser.add_argument("--bandwidth", default="100e9", help="bytes/s of a flat network; null: NVLink and 400 Gb/s [100e9]")
     parser.add_argument("--sms", default="1", help="multiprocessors that communication holds [1]")
-    parser.add_argument("--micro-batch", type=output.positive, help="windows of a rank's step [by size: 4 to 1]")
+    parser.add_argument("--micro-batch", type=output.positive, help="windows of a rank's micro-batch [by size: 4 to 1]")
+    parser.add_argument("--micro-batches", type=output.positive, default=1, help="micro-batches of a rank's step [1]")
     parser.add_argument("--steps", type=output.positive, default=5, help="measured steps in a turn [5]")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings")
     return parser
@@ -34,7 +35,7 @@ def num_ranks(asked: int) -> int:
 
 
 def config(size: str, heads: int, world_size: int, options: argparse.Namespace, *settings: str) -> Config:
-    """One micro-batch of every rank a step, with a head phase. Raises InputError."""
+    """As many micro-batches of every rank a step as are asked for, with a head phase. Raises InputError."""
     micro_batch = options.micro_batch or MICRO_BATCHES[size]
     cluster = [
         f"cluster.emulate={world_size}", f"cluster.flat_bandwidth={options.bandwidth}", f"cluster.communication_sms={options.sms}"
@@ -43,7 +44,7 @@ def config(size: str, heads: int, world_size: int, options: argparse.Namespace, 
         str(CONFIGS / f"{size}_n{1 if heads == 1 else 4}.yaml"), f"model.num_future_tokens={heads}",
         "data.train=none", "run.directory=none", *([] if find_place().world_size > 1 else cluster),
         f"train.sequence_length={SEQUENCE_LENGTH}", f"train.micro_batch_size={micro_batch}",
-        f"train.global_batch_tokens={SEQUENCE_LENGTH * micro_batch * world_size}", *options.set, *settings,
+        f"train.global_batch_tokens={SEQUENCE_LENGTH * micro_batch * options.micro_batches * world_size}", *options.set, *settings,
     ])  # fmt: skip
     if config.engine.head_schedule != "sequential":
         raise InputError(f"engine.head_schedule={config.engine.head_schedule}; expected sequential, which has a head phase")
@@ -53,7 +54,8 @@ def config(size: str, heads: int, world_size: int, options: argparse.Namespace, 
 def settings(config: Config, options: argparse.Namespace) -> dict[str, object]:
     """What a table of steps says about its cluster."""
     cluster = config.cluster
-    further = {"T": SEQUENCE_LENGTH} | ({"set": " ".join(options.set)} if options.set else {})
+    further = {"T": SEQUENCE_LENGTH, "micro-batches": options.micro_batches}
+    further |= {"set": " ".join(options.set)} if options.set else {}
     if not cluster.emulate:
         return {"network": "NCCL", **further}
     network = {"bandwidth": "null" if cluster.flat_bandwidth is None else f"{cluster.flat_bandwidth:g}"}

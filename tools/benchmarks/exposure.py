@@ -23,13 +23,19 @@ class Kernel:
     end: float
 
 
+LONG = 0.5  # milliseconds of an exposed transfer that nothing could hide, as at the two ends of a step
+
+
 @dataclass(frozen=True)
 class Exposure:
-    """Milliseconds of a part of a step: in all, with a transfer, with a transfer but no computation, and with neither."""
+    """Milliseconds of a part of a step: in all, with computation, with a transfer, with a transfer but no computation, of this in
+    pieces of at least LONG, and with neither."""
 
     total: float
+    computing: float
     transferring: float
     exposed: float
+    exposed_long: float
     idle: float
 
     @property
@@ -41,12 +47,13 @@ class Exposure:
 class Trace:
     """A step on the device: when it computed, when a transfer was under way, and when its parts began and ended.
 
-    `parts` are "step" and, if the program named it, "heads": the head phase from its first kernel to its last.
+    `parts` are "step" and, if the program named it, "heads": the head phase of each micro-batch from its first kernel to its last;
+    and "trunk": the rest.
     """
 
     computing: list[Interval]
     transfers: list[Interval]
-    parts: dict[str, Interval]
+    parts: dict[str, list[Interval]]
 
     @property
     def exposed(self) -> list[Interval]:
@@ -57,9 +64,12 @@ class Trace:
         return {part: asdict(self.exposure(part)) for part in self.parts}
 
     def exposure(self, part: str) -> Exposure:
-        window = self.parts[part]
-        total, busy = window[1] - window[0], _length(union([*self.transfers, *self.computing]), window)
-        return Exposure(total, _length(self.transfers, window), _length(self.exposed, window), total - busy)
+        windows = self.parts[part]
+        total, computing = _length(windows, windows), _length(self.computing, windows)
+        exposed = _within(self.exposed, windows)
+        waiting, long = (sum(end - start for start, end in exposed if end - start >= least) for least in (0.0, LONG))
+        transferring = _length(self.transfers, windows)
+        return Exposure(total, computing, transferring, waiting, long, total - computing - waiting)
 
 
 def record(step: Callable[[], object]) -> Trace:
@@ -82,9 +92,11 @@ def read(events: list[Kernel]) -> Trace:
     communicating = {kernel.stream for kernel in kernels if kernel.name == HOLD or kernel.name.startswith(REAL_TRANSFER)}
     computing = union([(kernel.start, kernel.end) for kernel in kernels if kernel.stream not in communicating])
     transfers = _transfers([kernel for kernel in kernels if kernel.stream in communicating])
-    parts = {"step": _hull([*computing, *transfers])}
+    everything = [*computing, *transfers]
+    parts = {"step": [(min(start for start, _ in everything), max(end for _, end in everything))]}
     if heads:
-        parts["heads"] = _hull([(event.start, event.end) for event in heads])
+        parts["heads"] = union([(event.start, event.end) for event in heads])
+        parts["trunk"] = subtract(parts["step"], parts["heads"])
     return Trace(computing, transfers, parts)
 
 
@@ -128,9 +140,12 @@ def _transfers(kernels: list[Kernel]) -> list[Interval]:
     return union(found)
 
 
-def _hull(intervals: list[Interval]) -> Interval:
-    return min(start for start, _ in intervals), max(end for _, end in intervals)
+def _within(intervals: list[Interval], windows: list[Interval]) -> list[Interval]:
+    """What of `intervals` lies in `windows`."""
+    return [
+        (max(start, first), min(end, last)) for first, last in windows for start, end in intervals if start < last and end > first
+    ]
 
 
-def _length(intervals: list[Interval], window: Interval) -> float:
-    return sum(max(0.0, min(end, window[1]) - max(start, window[0])) for start, end in intervals)
+def _length(intervals: list[Interval], windows: list[Interval]) -> float:
+    return sum(end - start for start, end in _within(intervals, windows))

@@ -7,8 +7,6 @@ finished only the metrics are read.
 """
 
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from benchmarks import output
+from benchmarks.processes import call
 from megamtp.data.corpus import SUMMARY
 from megamtp.errors import InputError
 from megamtp.training.metrics import FILE as METRICS
@@ -64,13 +63,13 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/learning"), help="folder of the trainings [runs/learning]")
     options = parser.parse_args(arguments)
     if options.prepare:
-        _call("megamtp.commands.prepare_data", "--input", *options.prepare, "--output", str(options.data),
-              "--vocab-size", str(options.vocab_size))  # fmt: skip
+        corpus = ["--output", str(options.data), "--vocab-size", str(options.vocab_size)]
+        call("megamtp.commands.prepare_data", "--input", *options.prepare, *corpus)
     learned = {}
     for name in options.variants:
         run = options.runs / name
         if not _finished(run / METRICS, options.steps):
-            _call("megamtp.pretrain", *_settings(options.data, run, options.steps), *VARIANTS[name], *options.set)
+            call("megamtp.pretrain", *_settings(options.data, run, options.steps), *VARIANTS[name], *options.set)
         learned[name] = read(run / METRICS, options.steps)
     settings = {
         "model": "0.3B, n = 4",
@@ -80,12 +79,6 @@ def main(arguments: list[str]) -> None:
     }
     options.output.mkdir(parents=True, exist_ok=True)
     output.write(options, settings, results(learned), table(learned), draw(learned))
-
-
-def _call(module: str, *arguments: str) -> None:
-    status = subprocess.run([sys.executable, "-m", module, *arguments]).returncode
-    if status:
-        raise InputError(f"{module} ended with status {status}; mend what it said and call again, to go on from there")
 
 
 def _settings(data: Path, run: Path, steps: int) -> list[str]:

@@ -64,11 +64,11 @@ def _measure_size(size: str, configs: dict[int, Config], options: argparse.Names
     cells = [(name, n) for n in configs for name in options.variants if n > 1 or name not in variants.ONE_HEAD]
     makers = {f"{size} n={n} {name}": partial(variants.CLASSES[name], configs[n]) for name, n in cells}
     found, kept = variants.measure(makers, options.rounds, options.steps)
-    results, sequence_length = [], emulation.SEQUENCE_LENGTH
+    results, ranks = [], emulation.num_ranks(options.world_size)
     for (name, n), (label, measured) in zip(cells, found.items(), strict=True):
         result = {
             "size": size, "variant": name, "heads": n, "micro_batch": configs[n].train.micro_batch_size,
-            "flops": flops_per_token(configs[n].model, sequence_length) * sequence_length * configs[n].train.micro_batch_size,
+            "flops": flops_per_token(configs[n].model, emulation.SEQUENCE_LENGTH) * configs[n].train.global_batch_tokens / ranks,
             **dataclasses.asdict(measured),
         }  # fmt: skip
         if name in ("ours", "ours fp8"):

@@ -1,6 +1,8 @@
-"""A function in a process of its own: for what a process can do only once, such as being one of W ranks, or compiling."""
+"""Work in a process of its own: for what a process can do only once, such as being one of W ranks, or compiling."""
 
 import multiprocessing
+import subprocess
+import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
@@ -48,3 +50,10 @@ def _serve(connection: Connection, function: Callable[..., Any], arguments: tupl
     except InputError as error:
         answer = error
     connection.send(answer)
+
+
+def call(module: str, *arguments: str) -> None:
+    """A command of ours. Raises InputError: it failed, and has said why."""
+    status = subprocess.run([sys.executable, "-m", module, *arguments]).returncode
+    if status:
+        raise InputError(f"{module} ended with status {status}; mend what it said and call again")

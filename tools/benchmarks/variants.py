@@ -25,11 +25,12 @@ class Variant:
     """One way to run a configuration. `step` returns the milliseconds of forward and backward on the device.
 
     Attributes:
-        config: train.global_batch_tokens is one micro-batch of each rank.
+        micro_batches: of a rank's step, all on the same tokens.
     """
 
     def __init__(self, config: Config):
         self.config = config
+        self.micro_batches = config.accumulation(dist.get_world_size())
         n, vocabulary = config.model.num_future_tokens, config.model.vocab_size
         shape = config.train.micro_batch_size, config.train.sequence_length
         tokens = torch.randint(vocabulary, (shape[0], shape[1] + n), device="cuda")
@@ -42,7 +43,13 @@ class Variant:
         raise NotImplementedError
 
     def forward_and_backward(self) -> Tensor:
-        """The loss; gradients are where the variant leaves them."""
+        """All micro-batches of a step; the last one's loss. Gradients are where the variant leaves them."""
+        for _ in range(self.micro_batches):
+            loss = self.one_micro_batch()
+        return loss
+
+    def one_micro_batch(self) -> Tensor:
+        """Its loss."""
         raise NotImplementedError
 
     def finish(self) -> None:
@@ -60,12 +67,13 @@ class Variant:
         return start.elapsed_time(end)
 
     def trace(self, times: int = 3) -> exposure.Trace:
-        """Of `times` profiled steps the one whose head phase has the median share of exposed communication."""
+        """Of `times` profiled steps the one whose head phase, or where none is named the step, has the median exposed share."""
         traces = []
         for _ in range(times):
             traces.append(exposure.record(self.forward_and_backward))
             self.finish()
-        return sorted(traces, key=lambda trace: trace.exposure("heads").share)[times // 2]
+        part = "heads" if "heads" in traces[0].parts else "step"
+        return sorted(traces, key=lambda trace: trace.exposure(part).share)[times // 2]
 
 
 def _random_model(config: Config, schedule: str, model_class: type[MTPModel] = MTPModel) -> MTPModel:
@@ -87,7 +95,7 @@ class Plain(Variant):
         for parameter in self.model.parameters():
             parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
 
-    def forward_and_backward(self) -> Tensor:
+    def one_micro_batch(self) -> Tensor:
         loss, _ = self.model(self.batch.inputs, self.batch.targets, self.scales)
         loss.backward()
         return loss
@@ -102,8 +110,12 @@ class Ours(Variant):
 
     def forward_and_backward(self) -> Tensor:
         engine = self.engine.engine
-        loss, _ = engine(self.batch.inputs, self.batch.targets, self.scales)
-        engine.backward(loss)
+        for index in range(self.micro_batches):
+            engine.set_gradient_accumulation_boundary(index == self.micro_batches - 1)
+            loss, _ = engine(self.batch.inputs, self.batch.targets, self.scales)
+            engine.backward(loss)
+            if index < self.micro_batches - 1:
+                engine.step()  # counts the micro-batch; the last one's is the optimizer's
         return loss
 
     def finish(self) -> None:
@@ -149,7 +161,7 @@ class FsdpOneBackward(Variant):
         self.model = _random_model(self.config, "deferred")
         _shard(self.model)
 
-    def forward_and_backward(self) -> Tensor:
+    def one_micro_batch(self) -> Tensor:
         loss, _ = self.model(self.batch.inputs, self.batch.targets, self.scales)
         loss.backward()
         return loss
@@ -165,7 +177,7 @@ class FsdpPerHead(FsdpOneBackward):
         self.model = _random_model(self.config, "sequential", TrunkFirst)
         _shard(self.model)
 
-    def forward_and_backward(self) -> Tensor:
+    def one_micro_batch(self) -> Tensor:
         z = self.model(self.batch.inputs)
         z_heads = z.detach().requires_grad_()
         losses = []

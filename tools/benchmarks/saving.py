@@ -1,0 +1,140 @@
+"""What checkpoints cost a training: step time while one is written, how long training stands still, and bandwidth.
+
+    python tools/benchmark.py saving --size 1.3b --output results
+
+The training is megamtp.pretrain with random tokens on what this machine has, one rank; what it writes goes to a folder in --scratch
+and is removed. Steps are told apart by its metrics: those between the copy of the state and the report that all of it is on disk
+are "while saving". The copy, in which training stands still, comes on top of the step after it.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from benchmarks import corpora, output
+from benchmarks.processes import call
+from megamtp.config import Config, read_config
+from megamtp.errors import InputError
+from megamtp.training.metrics import FILE as METRICS
+from megamtp.training.metrics import records_until
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+WARM_UP = 2  # steps that do not count: they compile
+MOST_SLOWER = 1.1
+
+
+@dataclass(frozen=True)
+class Step:
+    """Seconds of one step, without those that training stood still for a checkpoint, which are `still`."""
+
+    number: int
+    seconds: float
+    still: float
+    saving: bool
+
+
+def main(arguments: list[str]) -> None:
+    """Raises InputError."""
+    parser = output.parser(__doc__, "saving")
+    parser.add_argument("--size", default="1.3b", choices=["0.3b", "0.6b", "1.3b", "3b", "6.7b", "13b"])
+    parser.add_argument("--heads", type=output.positive, default=4, help="number of heads [4]")
+    parser.add_argument("--steps", type=output.positive, default=40)
+    parser.add_argument("--save-every", type=output.positive, default=12, metavar="STEPS", help="[12]")
+    parser.add_argument("--tokens", type=output.positive, default=65536, help="of a step [65536]")
+    parser.add_argument("--scratch", type=Path, help="where checkpoints are written for a while [the system's folder for that]")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings")
+    options = parser.parse_args(arguments)
+    output.make_folder(options)
+    with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
+        config = _config(options, Path(folder))
+        corpora.write_random(Path(config.data.train), 4 * options.tokens, 1000, config.model.vocab_size)
+        call("megamtp.pretrain", *_settings(options, Path(folder)))
+        records = [json.loads(line) for line in records_until(Path(folder) / METRICS, options.steps)]
+    steps, checkpoints = steps_of(records, options.save_every), [record for record in records if record["kind"] == "checkpoint"]
+    if not any(step.saving for step in steps) or all(step.saving for step in steps):
+        found = f"--steps {options.steps} --save-every {options.save_every}"
+        raise InputError(f"{found}: every step or none ran while saving; expected some of both")
+    settings = {"size": options.size, "n": options.heads, "tokens a step": options.tokens, "saves every": options.save_every}
+    settings |= {"set": " ".join(options.set)} if options.set else {}
+    results = [vars(step) for step in steps] + checkpoints
+    shown = "\n\n".join([_steps_table(steps), _checkpoints_table(checkpoints), verdict(steps)])
+    output.write(options, settings, results, shown, _draw(steps))
+
+
+def _config(options: argparse.Namespace, folder: Path) -> Config:
+    return read_config(_settings(options, folder))
+
+
+def _settings(options: argparse.Namespace, folder: Path) -> list[str]:
+    return [
+        str(CONFIGS / f"{options.size}_n{1 if options.heads == 1 else 4}.yaml"), f"model.num_future_tokens={options.heads}",
+        f"data.train={folder}/tokens", f"run.directory={folder}", f"train.steps={options.steps}", "train.micro_batch_size=2",
+        f"train.global_batch_tokens={options.tokens}", f"run.save_every_steps={options.save_every}", "run.keep_checkpoints=1",
+        "run.log_every_steps=1", "run.tensorboard=false", *options.set,
+    ]  # fmt: skip
+
+
+def steps_of(records: Iterable[dict], save_every: int) -> list[Step]:
+    """Of a training's metrics, in their order, without those that compile."""
+    steps, saving = [], False
+    for record in records:
+        if record["kind"] == "checkpoint":
+            saving = False
+        elif record["kind"] == "train":
+            still = record["seconds"].pop("save", 0.0)
+            saving = saving or (record["step"] > 1 and (record["step"] - 1) % save_every == 0)
+            steps.append(Step(record["step"], sum(record["seconds"].values()), still, saving))
+    return steps[WARM_UP:]
+
+
+def _medians(steps: list[Step]) -> tuple[float, float]:
+    """(no checkpoint on its way, one on its way)"""
+    return tuple(statistics.median(step.seconds for step in steps if step.saving is saving) for saving in (False, True))
+
+
+def verdict(steps: list[Step]) -> str:
+    other, saving = _medians(steps)
+    ratio = saving / other
+    return f"step while saving / other step: {ratio:.3f} <= {MOST_SLOWER}: {'holds' if ratio <= MOST_SLOWER else 'FAILS'}"
+
+
+def _steps_table(steps: list[Step]) -> str:
+    rows = []
+    for name, saving in (("no checkpoint on its way", False), ("while saving", True)):
+        milliseconds = [1e3 * step.seconds for step in steps if step.saving is saving]
+        rows.append([name, str(len(milliseconds)), output.spread(milliseconds)])
+    return output.table(["steps", "number", "ms"], rows)
+
+
+def _checkpoints_table(checkpoints: list[dict]) -> str:
+    return output.table(
+        ["checkpoint of step", "GB", "written in, s", "GB/s", "training stood still, s"],
+        [
+            [
+                str(record["step"]), f"{record['bytes'] / 1e9:.2f}", f"{record['write_seconds']:.1f}",
+                f"{record['bytes_per_second'] / 1e9:.2f}", f"{record['stall_seconds']:.2f}",
+            ]
+            for record in checkpoints
+        ],
+    )  # fmt: skip
+
+
+def _draw(steps: list[Step]) -> Figure:
+    picture, (axes,) = output.figure(8, 4)
+    for label, saving, color in (("no checkpoint on its way", False, "tab:blue"), ("while saving", True, "tab:orange")):
+        shown = [step for step in steps if step.saving is saving]
+        axes.bar([step.number for step in shown], [step.seconds for step in shown], color=color, label=label)
+    stood = [step for step in steps if step.still]
+    bottom = [step.seconds for step in stood]
+    axes.bar(
+        [step.number for step in stood], [step.still for step in stood], bottom=bottom, color="tab:red", label="standing still"
+    )
+    axes.set(xlabel="step", ylabel="seconds")
+    axes.legend(frameon=False)
+    return picture
