@@ -60,11 +60,33 @@ def _triton(
 
 
 @functools.cache
-def _kernel():
-    """One program a row: the first loop finds the largest logit and the partition function (online, Milakov and Gimelshein 2018,
-    arXiv:1805.02867, algorithm 3); the second, whose reads come from the cache, writes the gradient and its copy."""
+def row_statistics():
+    """Triton's function (logits of a row, number of columns, block) -> (largest logit, sum of exp(logit - largest)), for kernels of
+    one program a row. Online: Milakov and Gimelshein 2018, arXiv:1805.02867, algorithm 3."""
     import triton
     import triton.language as tl
+
+    @triton.jit
+    def statistics(logits, num_columns, block: tl.constexpr):
+        columns = tl.arange(0, block)
+        largest, partition = -float("inf"), 0.0
+        for start in range(0, num_columns, block):
+            values = tl.load(logits + start + columns, mask=start + columns < num_columns, other=-float("inf")).to(tl.float32)
+            new_largest = tl.maximum(largest, tl.max(values))
+            partition = partition * tl.exp(largest - new_largest) + tl.sum(tl.exp(values - new_largest))
+            largest = new_largest
+        return largest, partition
+
+    return statistics
+
+
+@functools.cache
+def _kernel():
+    """One program a row: its statistics first; then a loop, whose reads come from the cache, writes the gradient and its copy."""
+    import triton
+    import triton.language as tl
+
+    statistics = row_statistics()
 
     @triton.jit
     def kernel(
@@ -75,12 +97,7 @@ def _kernel():
         logits += row * stride
         target = tl.load(targets + row)
         columns = tl.arange(0, block)
-        largest, partition = -float("inf"), 0.0
-        for start in range(0, num_columns, block):
-            values = tl.load(logits + start + columns, mask=start + columns < num_columns, other=-float("inf")).to(tl.float32)
-            new_largest = tl.maximum(largest, tl.max(values))
-            partition = partition * tl.exp(largest - new_largest) + tl.sum(tl.exp(values - new_largest))
-            largest = new_largest
+        largest, partition = statistics(logits, num_columns, block)
         log_partition = largest + tl.log(partition)
         valid = target != ignored
         target_logit = tl.load(logits + tl.where(valid, target, 0)).to(tl.float32)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megamtp.losses.linear_cross_entropy import wide, wide_product
-from megamtp.losses.softmax_gradient import BLOCK, IGNORED
+from megamtp.losses.softmax_gradient import BLOCK, IGNORED, row_statistics
 
 
 def slice_statistics(hidden_ND: Tensor, weight_RD: Tensor, targets_N: Tensor, first: int) -> tuple[Tensor, Tensor]:
@@ -90,22 +90,18 @@ def _triton_gradient_(logits_NR: Tensor, own_targets_N: Tensor, log_partition_N:
 
 @functools.cache
 def kernels():
-    """(statistics, gradient), one program a position each: the two loops of softmax_gradient.py's kernel, apart."""
+    """(statistics, gradient), one program a position each: the two halves of softmax_gradient.py's kernel."""
     import triton
     import triton.language as tl
+
+    of_row = row_statistics()
 
     @triton.jit
     def statistics(logits, targets, found, num_rows, num_columns, stride, block: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         logits += row * stride
         target = tl.load(targets + row)
-        columns = tl.arange(0, block)
-        largest, partition = -float("inf"), 0.0
-        for start in range(0, num_columns, block):
-            values = tl.load(logits + start + columns, mask=start + columns < num_columns, other=-float("inf")).to(tl.float32)
-            new_largest = tl.maximum(largest, tl.max(values))
-            partition = partition * tl.exp(largest - new_largest) + tl.sum(tl.exp(values - new_largest))
-            largest = new_largest
+        largest, partition = of_row(logits, num_columns, block)
         target_logit = tl.load(logits + tl.maximum(target, 0)).to(tl.float32)
         tl.store(found + row, largest)
         tl.store(found + num_rows + row, partition)

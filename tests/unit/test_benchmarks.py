@@ -185,7 +185,7 @@ def invented_trace(exposed: float) -> exposure.Trace:
         computing.append((start + late, start + 10.0))
         transfers.append((float(start), start + max(late, 5.0)))
     parts = {"step": [(0.0, 600.0)], "heads": [(400.0, 500.0)], "trunk": [(0.0, 400.0), (500.0, 600.0)]}
-    return exposure.Trace(computing, transfers, parts)
+    return exposure.Trace(computing, transfers, [(400.0, 400.25)], parts)
 
 
 @pytest.mark.parametrize(("exposed", "status", "word"), [(1.0, 0, "holds"), (8.5, 1, "FAILS")])
@@ -199,7 +199,7 @@ def test_trace_tells_whether_the_head_phase_is_exposed(tmp_path, monkeypatch, ex
 
     class InventedPlain(Invented):
         def trace(self, times=3):
-            return exposure.Trace([(0.0, 300.0), (302.0, 590.0)], [], {"step": [(0.0, 590.0)]})
+            return exposure.Trace([(0.0, 300.0), (302.0, 590.0)], [], [], {"step": [(0.0, 590.0)]})
 
     def measure(makers, rounds, steps):
         kept = {name: make() for name, make in makers.items() if name != trace.PLAIN}
@@ -222,9 +222,9 @@ def test_trace_tells_whether_the_head_phase_is_exposed(tmp_path, monkeypatch, ex
     assert "no prefetch: head phase: exposed 14.00 % <= 6 %: FAILS" in shown
     assert [row[1] for row in rows(shown)[1:]] == [*["step", "head phase", "trunk"] * 2, "step"]
     transferring, long = 9 * 5.0 + max(exposed, 5.0), share  # pieces of half a millisecond count as long
-    expected = ["100.0", f"{100 - share:.1f}", f"{transferring:.1f}", f"{share:.2f}", f"{long:.2f}", f"{share:.2f}%", "0.00"]
-    assert rows(shown)[2][2:9] == expected
-    assert rows(shown)[-1][2:9] == ["590.0", "588.0", "0.0", "0.00", "0.00", "0.00%", "2.00"]
+    expected = ["100.0", f"{100 - share:.1f}", f"{transferring:.1f}", f"{share:.2f}", f"{long:.2f}"]
+    assert rows(shown)[2][2:10] == [*expected, "0.25", f"{share:.2f}%", "0.00"]
+    assert rows(shown)[-1][2:10] == ["590.0", "588.0", "0.0", "0.00", "0.00", "0.00", "0.00%", "2.00"]
     assert json.loads((tmp_path / "trace.json").read_text())["results"][1]["prefetch_modules"] == 0
     assert (tmp_path / "trace.png").stat().st_size > 10_000
 

@@ -49,7 +49,9 @@ def test_hidden_exposed_and_idle_times():
     assert trace.transfers == [(4, 12)]
     assert trace.exposed == [(10, 12)]
     assert trace.parts == {"step": [(0, 20)]}
-    assert trace.exposure("step") == Exposure(total=20, computing=16, transferring=8, exposed=2, exposed_long=2, idle=2)
+    assert trace.exposure("step") == Exposure(
+        total=20, computing=16, transferring=8, exposed=2, exposed_long=2, exposed_moving=0, idle=2
+    )
     assert trace.exposure("step").share == 0.1
 
 
@@ -58,8 +60,12 @@ def test_a_part_counts_only_what_lies_in_it():
     ranges = [Kernel(HEAD_PHASE_RANGE, COMPUTE, 9, 18), Kernel(HEAD_PHASE_RANGE, GATHER, 8, 12)]
     trace = read([computing(0, 10), computing(14, 20), *emulated(4, 12), *ranges])
     assert trace.parts == {"step": [(0, 20)], "heads": [(8, 18)], "trunk": [(0, 8), (18, 20)]}
-    assert trace.exposure("heads") == Exposure(total=10, computing=6, transferring=4, exposed=2, exposed_long=2, idle=2)
-    assert trace.exposure("trunk") == Exposure(total=10, computing=10, transferring=4, exposed=0, exposed_long=0, idle=0)
+    assert trace.exposure("heads") == Exposure(
+        total=10, computing=6, transferring=4, exposed=2, exposed_long=2, exposed_moving=0, idle=2
+    )
+    assert trace.exposure("trunk") == Exposure(
+        total=10, computing=10, transferring=4, exposed=0, exposed_long=0, exposed_moving=0, idle=0
+    )
     assert trace.exposures()["heads"]["exposed"] == 2
 
 
@@ -78,7 +84,9 @@ def test_a_transfer_ends_with_its_own_hold():
     """One after the other on one stream, with nothing under way in 8-10; in between, its stream only waits."""
     trace = read([computing(0, 1), *emulated(2, 8, copy_end=5), *emulated(10, 13), computing(20, 21)])
     assert trace.transfers == [(2, 8), (10, 13)]
-    assert trace.exposure("step") == Exposure(total=21, computing=2, transferring=9, exposed=9, exposed_long=9, idle=10)
+    assert trace.exposure("step") == Exposure(
+        total=21, computing=2, transferring=9, exposed=9, exposed_long=9, exposed_moving=pytest.approx(2.8 + 0.8), idle=10
+    )
 
 
 def test_each_stream_has_its_own_transfers():
@@ -93,10 +101,14 @@ def test_what_runs_beside_transfers_on_other_streams_computes():
     """Also on a second stream; and no kernel is a transfer because its name contains one's."""
     trace = read([computing(0, 2), Kernel("threshold_backward", COMPUTE, 2, 3), computing(3, 6, stream=8), *emulated(0, 8)])
     assert trace.computing == [(0, 6)]
-    assert trace.exposure("step") == Exposure(total=8, computing=6, transferring=8, exposed=2, exposed_long=2, idle=0)
+    assert trace.exposure("step") == Exposure(
+        total=8, computing=6, transferring=8, exposed=2, exposed_long=2, exposed_moving=0, idle=0
+    )
 
 
 def test_real_collectives_are_transfers_of_their_own():
     trace = read([computing(0, 4), Kernel("ncclDevKernel_AllGather_RING_LL", GATHER, 3, 6)])
     assert trace.transfers == [(3, 6)]
-    assert trace.exposure("step") == Exposure(total=6, computing=4, transferring=3, exposed=2, exposed_long=2, idle=0)
+    assert trace.exposure("step") == Exposure(
+        total=6, computing=4, transferring=3, exposed=2, exposed_long=2, exposed_moving=0, idle=0
+    )

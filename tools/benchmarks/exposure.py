@@ -28,14 +28,17 @@ LONG = 0.5  # milliseconds of an exposed transfer that nothing could hide, as at
 
 @dataclass(frozen=True)
 class Exposure:
-    """Milliseconds of a part of a step: in all, with computation, with a transfer, with a transfer but no computation, of this in
-    pieces of at least LONG, and with neither."""
+    """Milliseconds of a part of a step: in all; with computation; with a transfer; with a transfer but no computation; of this in
+    pieces of at least LONG, and while a transfer's kernel copies or sums, as the emulated cluster's do with the whole card; and
+    with neither.
+    """
 
     total: float
     computing: float
     transferring: float
     exposed: float
     exposed_long: float
+    exposed_moving: float
     idle: float
 
     @property
@@ -49,10 +52,14 @@ class Trace:
 
     `parts` are "step" and, if the program named it, "heads": the head phase of each micro-batch from its first kernel to its last;
     and "trunk": the rest.
+
+    Attributes:
+        moving: when kernels of transfers copied or summed, other than real collectives' own.
     """
 
     computing: list[Interval]
     transfers: list[Interval]
+    moving: list[Interval]
     parts: dict[str, list[Interval]]
 
     @property
@@ -68,8 +75,9 @@ class Trace:
         total, computing = _length(windows, windows), _length(self.computing, windows)
         exposed = _within(self.exposed, windows)
         waiting, long = (sum(end - start for start, end in exposed if end - start >= least) for least in (0.0, LONG))
+        moving = _length(self.moving, exposed)
         transferring = _length(self.transfers, windows)
-        return Exposure(total, computing, transferring, waiting, long, total - computing - waiting)
+        return Exposure(total, computing, transferring, waiting, long, moving, total - computing - waiting)
 
 
 def record(step: Callable[[], object]) -> Trace:
@@ -91,13 +99,19 @@ def read(events: list[Kernel]) -> Trace:
     kernels = [event for event in events if event.name != HEAD_PHASE_RANGE and event.end > event.start]
     communicating = {kernel.stream for kernel in kernels if kernel.name == HOLD or kernel.name.startswith(REAL_TRANSFER)}
     computing = union([(kernel.start, kernel.end) for kernel in kernels if kernel.stream not in communicating])
-    transfers = _transfers([kernel for kernel in kernels if kernel.stream in communicating])
+    communication = [kernel for kernel in kernels if kernel.stream in communicating]
+    transfers = _transfers(communication)
+    moving = union([
+        (kernel.start, kernel.end)
+        for kernel in communication
+        if kernel.name not in (BEGIN, HOLD) and not kernel.name.startswith(REAL_TRANSFER)
+    ])  # fmt: skip
     everything = [*computing, *transfers]
     parts = {"step": [(min(start for start, _ in everything), max(end for _, end in everything))]}
     if heads:
         parts["heads"] = union([(event.start, event.end) for event in heads])
         parts["trunk"] = subtract(parts["step"], parts["heads"])
-    return Trace(computing, transfers, parts)
+    return Trace(computing, transfers, moving, parts)
 
 
 def union(intervals: list[Interval]) -> list[Interval]:

@@ -62,14 +62,15 @@ def main(arguments: list[str]) -> None:
 
 def _table(results: list[dict]) -> str:
     header = ["variant", "part", "total, ms", "computing, ms", "transferring, ms", "exposed, ms", f"in pieces >= {LONG} ms"]
-    header += ["exposed share", "idle, ms", "unprofiled, ms"]
+    header += ["while copying, ms", "exposed share", "idle, ms", "unprofiled, ms"]
     rows = []
     for result in results:
         for part, found in result["exposure"].items():
             rows.append([
                 result["variant"], {"heads": "head phase"}.get(part, part),
                 f"{found['total']:.1f}", f"{found['computing']:.1f}", f"{found['transferring']:.1f}", f"{found['exposed']:.2f}",
-                f"{found['exposed_long']:.2f}", f"{found['exposed'] / found['total']:.2%}", f"{found['idle']:.2f}",
+                f"{found['exposed_long']:.2f}", f"{found['exposed_moving']:.2f}", f"{found['exposed'] / found['total']:.2%}",
+                f"{found['idle']:.2f}",
                 output.spread(result["milliseconds"]) if part == "step" else "-",
             ])  # fmt: skip
     return output.table(header, rows)
