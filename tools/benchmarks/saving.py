@@ -4,7 +4,8 @@
 
 The training is megamtp.pretrain with random tokens on what this machine has, one rank; what it writes goes to a folder in --scratch
 and is removed. Steps are told apart by its metrics: those between the copy of the state and the report that all of it is on disk
-are "while saving". The copy, in which training stands still, comes on top of the step after it.
+are "while saving". The copy, in which training stands still, comes on top of the step after it; the first one also page-locks its
+memory, and a checkpoint that is not yet on disk when the next one begins, or the training ends, is waited for.
 """
 
 import argparse
