@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from benchmarks import (
     corpora,
     data,
@@ -201,9 +202,8 @@ def test_trace_tells_whether_the_head_phase_is_exposed(tmp_path, monkeypatch, ex
         def trace(self, times=3):
             return exposure.Trace([(0.0, 300.0), (302.0, 590.0)], [], [], {"step": [(0.0, 590.0)]})
 
-    def measure(makers, rounds, steps):
-        kept = {name: make() for name, make in makers.items() if name != trace.PLAIN}
-        return {name: variants.Measurement([600.0] * steps) for name in makers}, kept
+    def measure(makers, rounds, steps, traced):
+        return {name: variants.Measurement([600.0] * steps, trace=make().trace()) for name, make in makers.items()}
 
     monkeypatch.setattr(variants, "Ours", Invented)
     monkeypatch.setattr(variants, "Plain", InventedPlain)
@@ -253,6 +253,15 @@ def test_overhead_shows_ratios_and_first_steps(tmp_path):
     assert rows(overhead._table(warm, [1, 4]))[0] == header[:-1]
     overhead._draw(results).savefig(tmp_path / "overhead.png")
     assert (tmp_path / "overhead.png").stat().st_size > 10_000
+
+
+def test_large_tensors_lose_their_memory(monkeypatch):
+    monkeypatch.setattr(variants.torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(variants, "_storages", lambda: {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors})
+    small, large, other = tensors = [torch.ones(size) for size in (10, variants.LARGE // 4, variants.LARGE // 4)]
+    variants.free(others={other.data_ptr()})
+    assert [tensor.untyped_storage().nbytes() for tensor in tensors] == [40, 0, variants.LARGE]
+    assert small.sum() == 10 and other.sum() == variants.LARGE // 4 and large.shape == other.shape
 
 
 def test_loss_says_in_what_dtype_gradients_are_summed(tmp_path):

@@ -2,15 +2,13 @@
 
     python tools/benchmark.py overhead --sizes 6.7b --heads 1 4 --output results
     python tools/benchmark.py overhead --bandwidth null --sms 16 --name overhead_nodes_16sms --output results
-    torchrun --nproc-per-node 2 tools/benchmark.py overhead --sizes 1.3b --name nccl_overhead --output results      (real ranks)
+    torchrun --nproc-per-node 2 tools/benchmark.py overhead --sizes 6.7b --rebuild --name nccl --output results      (real ranks)
 
 Variants take turns in one process. "plain" has neither engine nor communication; "hosted / bare" is a variant's n = 1 step over it.
 "ours fp8" has the losses of all heads in fp8, over the n = 1 step in bf16.
 """
 
 import argparse
-import dataclasses
-import gc
 import os
 import statistics
 import tempfile
@@ -36,6 +34,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--variants", nargs="+", default=list(variants.NAMES[:5]), choices=variants.NAMES)
     parser.add_argument("--world-size", type=output.positive, default=64, help="ranks emulated [64]")
     parser.add_argument("--rounds", type=output.positive, default=2, help="turns of each variant [2]")
+    parser.add_argument("--rebuild", action="store_true", help="make every variant anew for each turn, where not all fit at once")
     parser.add_argument("--cold", action="store_true", help="also the first step of ours, in a process with empty caches")
     options = parser.parse_args(arguments)
     if options.heads[0] != 1:
@@ -49,8 +48,7 @@ def main(arguments: list[str]) -> None:
     for size, by_heads in configs.items():
         results += _measure_size(size, by_heads, options)
         torch._dynamo.reset()
-        gc.collect()
-        torch.cuda.empty_cache()
+        variants.free(others=())
     settings = {
         "ranks": ranks, **emulation.settings(configs[options.sizes[0]][1], options),
         "steps": options.rounds * options.steps,
@@ -61,18 +59,22 @@ def main(arguments: list[str]) -> None:
 def _measure_size(size: str, configs: dict[int, Config], options: argparse.Namespace) -> list[dict]:
     cold = {n: Fresh(_first_step, config).result() for n, config in configs.items()} if options.cold else {}
     emulation.join(configs[1])
-    cells = [(name, n) for n in configs for name in options.variants if n > 1 or name not in variants.ONE_HEAD]
-    makers = {f"{size} n={n} {name}": partial(variants.CLASSES[name], configs[n]) for name, n in cells}
-    found, kept = variants.measure(makers, options.rounds, options.steps)
+    cells = {
+        f"{size} n={n} {name}": (name, n) for n in configs for name in options.variants if n > 1 or name not in variants.ONE_HEAD
+    }
+    makers = {label: partial(variants.CLASSES[name], configs[n]) for label, (name, n) in cells.items()}
+    traced = [label for label, (name, _) in cells.items() if name in ("ours", "ours fp8")]
+    found = variants.measure(makers, options.rounds, options.steps, traced, keep=not options.rebuild)
     results, ranks = [], emulation.num_ranks(options.world_size)
-    for (name, n), (label, measured) in zip(cells, found.items(), strict=True):
+    for label, (name, n) in cells.items():
+        measured = found[label]
         result = {
             "size": size, "variant": name, "heads": n, "micro_batch": configs[n].train.micro_batch_size,
             "flops": flops_per_token(configs[n].model, emulation.SEQUENCE_LENGTH) * configs[n].train.global_batch_tokens / ranks,
-            **dataclasses.asdict(measured),
+            "milliseconds": measured.milliseconds, "kept_bytes": measured.kept_bytes, "peak_bytes": measured.peak_bytes,
         }  # fmt: skip
-        if name in ("ours", "ours fp8"):
-            result["exposure"] = kept[label].trace().exposures()
+        if measured.trace:
+            result["exposure"] = measured.trace.exposures()
         if name == "ours" and cold:
             result["first_step_seconds"] = cold[n]
         results.append(result)

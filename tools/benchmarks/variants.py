@@ -2,11 +2,11 @@
 
 import dataclasses
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -18,6 +18,7 @@ from megamtp.model.initial import STANDARD_DEVIATION
 from megamtp.model.mtp import MTPModel
 
 NAMES = ("plain", "ours", "ours fp8", "fsdp2 one backward", "fsdp2 per head", "deepspeed as shipped")
+LARGE = 2**24  # bytes
 ONE_HEAD = {"ours fp8": "ours", "fsdp2 per head": "fsdp2 one backward"}  # where n = 1 is another variant's
 
 
@@ -194,23 +195,26 @@ CLASSES = dict(zip(NAMES, (Plain, Ours, OursFloat8, FsdpOneBackward, FsdpPerHead
 
 @dataclasses.dataclass
 class Measurement:
-    """Of one cell: each step's milliseconds, and the bytes that the variant needs at the most, what it keeps included."""
+    """Of one cell: each step's milliseconds, the bytes that the variant needs at most, those it keeps included, perhaps a trace."""
 
     milliseconds: list[float] = dataclasses.field(default_factory=list)
     kept_bytes: int = 0
     peak_bytes: int = 0
+    trace: exposure.Trace | None = None
 
 
-def measure(makers: dict[str, Callable[[], Variant]], rounds: int, steps: int) -> tuple[dict[str, Measurement], dict[str, Variant]]:
-    """`rounds` times over all cells in turn, `steps` measured steps each; and the variants that still exist at the end.
+def measure(
+    makers: dict[str, Callable[[], Variant]], rounds: int, steps: int, traced: Container[str] = (), keep: bool = True
+) -> dict[str, Measurement]:
+    """`rounds` times over all cells in turn, `steps` measured steps each; in the last one, a trace of the cells in `traced`.
 
-    Plain models are made anew in each round, for no two fit beside each other; the sharded ones stay.
+    Plain models are made anew in each round, for no two fit beside each other; the sharded ones stay, if `keep`.
     """
     kept: dict[str, Variant] = {}
     found = {cell: Measurement() for cell in makers}
-    for _ in range(rounds):
+    for turn in range(rounds):
         for cell, make in makers.items():
-            before = torch.cuda.memory_allocated()
+            others, before = set(_storages()), torch.cuda.memory_allocated()
             variant, cell_found = kept.get(cell) or make(), found[cell]
             for _ in range(1 if cell in kept else 3):
                 variant.step()  # the first ones compile, and record the order of fetches
@@ -224,10 +228,30 @@ def measure(makers: dict[str, Callable[[], Variant]], rounds: int, steps: int) -
             cell_found.milliseconds += milliseconds
             peak = torch.cuda.max_memory_allocated() - resting + cell_found.kept_bytes
             cell_found.peak_bytes = max(cell_found.peak_bytes, peak)
-            if isinstance(variant, Plain):
-                del variant
-                gc.collect()
-                torch.cuda.empty_cache()
-            else:
+            if cell in traced and turn == rounds - 1:
+                cell_found.trace = variant.trace()
+            if keep and not isinstance(variant, Plain):
                 kept[cell] = variant
-    return found, kept
+            else:
+                del variant
+                free(others)
+    return found
+
+
+def free(others: Container[int]) -> None:
+    """Takes the device's memory away from all large tensors that nobody needs any more, which is all but `others` (addresses).
+
+    DeepSpeed's engines are never collected: their hooks and they hold each other in ways that the collector cannot see. What is
+    small may be in somebody's cache.
+    """
+    gc.collect()
+    for pointer, storage in _storages().items():
+        if pointer not in others and storage.nbytes() >= LARGE and storage.resizable():
+            storage.resize_(0)
+    torch.cuda.empty_cache()
+
+
+def _storages() -> dict[int, torch.UntypedStorage]:
+    """The memory of all tensors on the device, by its address."""
+    tensors = [found for found in gc.get_objects() if type(found) in (Tensor, nn.Parameter) and found.is_cuda]
+    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}

@@ -80,7 +80,7 @@ def _steps(config: Config, names: list[str], num_steps: int) -> dict[str, list[f
     """Milliseconds of each variant's steps, as a rank of the configuration's cluster."""
     emulation.join(config)
     makers = {name: partial(variants.CLASSES[name], config) for name in names}
-    found, _ = variants.measure(makers, rounds=1, steps=num_steps)
+    found = variants.measure(makers, rounds=1, steps=num_steps)
     return {name: measured.milliseconds for name, measured in found.items()}
 
 
