@@ -16,7 +16,7 @@ import torch
 
 from megamtp import __version__
 from megamtp.checkpoint import safetensors_file
-from megamtp.checkpoint.contents import MOMENTS, WEIGHT, Contents, check_contents
+from megamtp.checkpoint.contents import MOMENTS, WEIGHT, Contents, check_contents, described_model
 from megamtp.checkpoint.folder import check_sizes, published, write_json
 from megamtp.checkpoint.hf_tokenizer import TOKENIZER
 from megamtp.checkpoint.safetensors_file import SafetensorsFiles
@@ -73,7 +73,7 @@ def read(directory: Path) -> Contents:
         raise CheckpointError(f"{directory} holds {', '.join(sources) or 'nothing'}; expected weights, and both moments or none")
     tokenizer = directory / TOKENIZER
     contents = Contents(
-        _model(directory, description["model"]),
+        described_model(description["model"], directory / DESCRIPTION),
         sources,
         description.get("step"),
         description.get("state"),
@@ -125,11 +125,3 @@ def _read_description(directory: Path) -> dict[str, Any]:
         if not isinstance(description.get(key), kind):
             raise CheckpointError(f"{path}: {key} is {description.get(key)!r}; expected a mapping: convert the checkpoint again")
     return description
-
-
-def _model(directory: Path, settings: dict[str, Any]) -> ModelConfig:
-    names = {field.name for field in dataclasses.fields(ModelConfig)}
-    if set(settings) != names:
-        differing = sorted(names.symmetric_difference(settings))[0]
-        raise CheckpointError(f"{directory / DESCRIPTION}: model.{differing} is missing or unknown; expected {sorted(names)}")
-    return ModelConfig(**settings)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megamtp.checkpoint import torch_file
-from megamtp.checkpoint.contents import WEIGHT, Contents, Rearranged, Rows, check_tensors
+from megamtp.checkpoint.contents import WEIGHT, Contents, Rearranged, Rows, check_tensors, checked_model, whole_number
 from megamtp.checkpoint.tensors import InMemory
 from megamtp.config import ModelConfig
 from megamtp.errors import CheckpointError
@@ -102,27 +102,26 @@ def _check_form(args: dict[str, Any], path: Path) -> None:
 
 
 def _model(args: dict[str, Any], path: Path, num_future_tokens: int) -> ModelConfig:
-    try:
-        model = ModelConfig(
-            dim=args["hidden_size"],
-            num_layers=args["num_layers"] - 1 + num_future_tokens,
-            num_future_tokens=num_future_tokens,
-            num_attention_heads=args["num_attention_heads"],
-            num_key_value_heads=args["num_query_groups"] if args.get("group_query_attention") else None,
-            mlp_dim=args["ffn_hidden_size"],
-            vocab_size=args["padded_vocab_size"],
-            rope_theta=float(args["rotary_base"]),
-            norm_eps=args["norm_epsilon"],
-        )
-    except KeyError as error:
-        raise CheckpointError(f"{path}: args have no {error}; expected all settings of a Llama") from None
+    keys = ("hidden_size", "num_layers", "num_attention_heads", "ffn_hidden_size", "padded_vocab_size")
+    dim, num_layers, num_attention_heads, mlp_dim, vocab_size = (whole_number(args, key, path) for key in keys)
+    model = ModelConfig(
+        dim=dim,
+        num_layers=num_layers - 1 + num_future_tokens,
+        num_future_tokens=num_future_tokens,
+        num_attention_heads=num_attention_heads,
+        num_key_value_heads=args.get("num_query_groups") if args.get("group_query_attention") else None,
+        mlp_dim=mlp_dim,
+        vocab_size=vocab_size,
+        rope_theta=args.get("rotary_base"),
+        norm_eps=args.get("norm_epsilon"),
+    )
     if args.get("kv_channels") not in (None, model.head_dim):
         raise CheckpointError(
             f"{path}: args.kv_channels is {args['kv_channels']}, expected {model.head_dim}: another form of model"
         )
     if model.num_trunk_layers < 1:
         raise CheckpointError(f"{path} has one layer; expected two or more: the last becomes head 1, the others the trunk")
-    return model
+    return checked_model(model, path)
 
 
 def _shapes(model: ModelConfig, fused_norms: bool) -> dict[str, tuple[int, ...]]:

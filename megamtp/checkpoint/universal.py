@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from megamtp.checkpoint import torch_file
-from megamtp.checkpoint.contents import MOMENTS, WEIGHT, Contents, check_contents, parameter_shapes, written_out
+from megamtp.checkpoint.contents import MOMENTS, WEIGHT, Contents, check_contents, described_model, parameter_shapes, written_out
 from megamtp.checkpoint.folder import published
 from megamtp.checkpoint.torch_file import Streamed
 from megamtp.config import ModelConfig
@@ -83,7 +83,7 @@ def read(directory: Path, model: ModelConfig | None = None) -> Contents:
     own = states.get(OWN, {})
     if model is None and "model" not in own:
         raise CheckpointError(f"{folder} says nothing of its model; expected --config with the run's config.yaml")
-    model = ModelConfig(**own["model"]) if "model" in own else model
+    model = described_model(own["model"], folder) if "model" in own else model
     shapes = parameter_shapes(model)
     _check_names(folder / ZERO, shapes)
     counters = {name: states.get(name, 0) for name in COUNTERS}

@@ -116,6 +116,8 @@ def test_a_tied_unembedding_is_untied_and_said_so(tmp_path):
         ({"rotary_interleaved": True}, "rotary_interleaved is True"),
         ({"normalization": "LayerNorm"}, "normalization is LayerNorm, expected RMSNorm"),
         ({"kv_channels": 16}, "kv_channels is 16, expected 8"),
+        ({"rotary_base": None}, "model.rope_theta is None; expected a number"),
+        ({"hidden_size": None}, "hidden_size is None; expected a whole number"),
         ({"num_layers": 4}, r"no tensor decoder.layers.3.self_attention.linear_qkv.layer_norm_weight"),
         ({"num_layers": 2}, r"unknown tensor decoder.layers.2"),
         ({"ffn_hidden_size": 64}, r"decoder.layers.0.mlp.linear_fc1.weight has shape \[96, 32\], expected \[128, 32\]"),
