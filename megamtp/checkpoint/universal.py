@@ -63,10 +63,10 @@ def write(contents: Contents, directory: Path, dtype: torch.dtype = torch.float3
             parameter.mkdir(parents=True)
             for kind, file in FILES.items():
                 torch_file.write(parameter / file, {"param": Streamed(contents.sources[kind], name, dtype), "cat_dim": 0})
-            torch.save(step, parameter / STEP)
-        torch.save(_shared(step, len(contents.weights.shapes)), folder / tag / ZERO / SHARED)
+            torch_file.write_small(parameter / STEP, step)
+        torch_file.write_small(folder / tag / ZERO / SHARED, _shared(step, len(contents.weights.shapes)))
         for file in MODEL_STATES:
-            torch.save(_model_states(contents), folder / tag / file)
+            torch_file.write_small(folder / tag / file, _model_states(contents))
 
 
 def read(directory: Path, model: ModelConfig | None = None) -> Contents:
