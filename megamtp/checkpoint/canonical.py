@@ -18,7 +18,7 @@ from megamtp import __version__
 from megamtp.checkpoint import safetensors_file
 from megamtp.checkpoint.contents import MOMENTS, WEIGHT, Contents, check_contents, described_model
 from megamtp.checkpoint.folder import check_sizes, published, write_json
-from megamtp.checkpoint.hf_tokenizer import TOKENIZER
+from megamtp.checkpoint.hf_tokenizer import copied_tokenizer, copy_tokenizer
 from megamtp.checkpoint.safetensors_file import SafetensorsFiles
 from megamtp.config import ModelConfig
 from megamtp.errors import CheckpointError
@@ -50,8 +50,7 @@ def write(contents: Contents, directory: Path, dtype: torch.dtype = torch.float3
             for number, names in enumerate(files, start=1):
                 name = f"{STEMS[kind]}-{number:05d}-of-{len(files):05d}.safetensors"
                 safetensors_file.write(folder / name, source, names, torch.float32)
-        if contents.tokenizer:
-            (folder / TOKENIZER).write_bytes(contents.tokenizer.read_bytes())
+        copy_tokenizer(contents, folder)
         write_json(folder / DESCRIPTION, _describe(contents, folder))
 
 
@@ -71,14 +70,13 @@ def read(directory: Path) -> Contents:
             sources[kind] = SafetensorsFiles(directory / name for name in files)
     if set(sources) not in ({WEIGHT}, {WEIGHT, *MOMENTS}):
         raise CheckpointError(f"{directory} holds {', '.join(sources) or 'nothing'}; expected weights, and both moments or none")
-    tokenizer = directory / TOKENIZER
     contents = Contents(
         described_model(description["model"], directory / DESCRIPTION),
         sources,
         description.get("step"),
         description.get("state"),
         description.get("sequence_length"),
-        tokenizer if tokenizer.exists() else None,
+        copied_tokenizer(directory),
         description.get("tokens_are_bytes", False),
     )
     check_contents(contents, directory)

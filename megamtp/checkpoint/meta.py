@@ -25,7 +25,7 @@ from megamtp.checkpoint.contents import (
     whole_number,
 )
 from megamtp.checkpoint.folder import published, write_json
-from megamtp.checkpoint.hf_tokenizer import TOKENIZER, fits
+from megamtp.checkpoint.hf_tokenizer import TOKENIZER, copy_tokenizer, fits
 from megamtp.checkpoint.tensors import InMemory
 from megamtp.checkpoint.torch_file import Streamed
 from megamtp.config import ModelConfig
@@ -72,8 +72,7 @@ def write(contents: Contents, directory: Path, dtype: torch.dtype = torch.float3
     num_bytes = sum(map(math.prod, weights.shapes.values())) * dtype.itemsize
     with published(directory, num_bytes) as folder:
         write_json(folder / PARAMS, _params(model))
-        if contents.tokenizer:
-            (folder / TOKENIZER).write_bytes(contents.tokenizer.read_bytes())
+        copy_tokenizer(contents, folder)
         torch_file.write(folder / WEIGHTS, {name: Streamed(weights, name, dtype) for name in weights.shapes})
 
 

@@ -84,9 +84,11 @@ def test_a_run_goes_on_from_a_converted_checkpoint(arguments, tmp_path, monkeypa
     """Run -> canonical -> universal -> run, and on from there: the same numbers as without, to the last bit."""
     finished = run(["-m", "megamtp.pretrain", *arguments, f"run.directory={tmp_path}/whole"])
     assert finished.returncode == 0, finished.stderr
+    tokenizer = formats.read(tmp_path / "whole").tokenizer
     steps = [("whole/checkpoints/step-0000010", "canonical"), ("canonical", "universal"), ("universal", "zero3")]
     for source, target in steps:
         convert(monkeypatch, tmp_path / source, tmp_path / target, "--to", target)
+        assert formats.read(tmp_path / target).tokenizer.read_bytes() == tokenizer.read_bytes()
     finished = run(["-m", "megamtp.pretrain", *arguments, f"run.directory={tmp_path}/zero3"])
     assert finished.returncode == 0, finished.stderr
     assert [record["step"] for record in records(tmp_path / "zero3")] == list(range(11, 21))

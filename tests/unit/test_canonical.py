@@ -228,3 +228,10 @@ def test_rows_of_a_tensor_are_read_by_slice():
         for end in (*range(start, len(expected) + 1), None):
             assert torch.equal(found.read("x", start, end), expected[start:end])
     assert torch.equal(found.read("y", 1, 3), torch.tensor([1.0, 2.0]))
+
+
+def test_a_tokenizer_that_is_gone_is_named(tmp_path):
+    source = dataclasses.replace(with_moments(SMALL), tokenizer=tmp_path / "tokenizer.model")
+    with pytest.raises(CheckpointError, match=r"tokenizer.model cannot be read \(No such file or directory\); mend data.tokenizer"):
+        canonical.write(source, tmp_path / "canonical")
+    assert not list(tmp_path.iterdir())
