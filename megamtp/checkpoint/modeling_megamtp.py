@@ -165,6 +165,9 @@ class MegamtpForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> tuple[Tensor, int]:
         """Head 1's greedy text in fewer passes: what the other heads have drafted is verified all at once.
 
+        In fp32 it is generate()'s. In 16 bits, where several tokens at a time are rounded otherwise than one, near ties may fall
+        otherwise, as they may with and without a cache.
+
         Args:
             input_ids: [1, T].
             num_heads: 1 to n heads to use; None: all.
