@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from megamtp.checkpoint import canonical, formats
 from megamtp.checkpoint.contents import MOMENTS, parameter_shapes, written_out
+from megamtp.checkpoint.safetensors_file import encode_header
 from megamtp.checkpoint.tensors import whole
 from megamtp.commands import convert_checkpoint
 from megamtp.config import ModelConfig, write_config
@@ -152,21 +153,22 @@ def test_training_goes_on_from_a_converted_llama(arguments, tmp_path, monkeypatc
         assert losses[-1][head] < losses[0][head] - 0.5
 
 
-def sparse_canonical(folder: Path, model: ModelConfig) -> None:
+def sparse_canonical(folder: Path, model: ModelConfig, stems: tuple[str, ...] = ("weights",)) -> None:
     """Zeros that take no room on disk."""
     folder.mkdir()
-    header, end = {}, 0
-    for name, shape in parameter_shapes(model).items():
-        start, end = end, end + 4 * torch.Size(shape).numel()
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
-    encoded, name = json.dumps(header).encode(), "weights-00001-of-00001.safetensors"
-    (folder / name).write_bytes(len(encoded).to_bytes(8, "little") + encoded)
-    os.truncate(folder / name, 8 + len(encoded) + end)
+    header = encode_header({name: (torch.float32, shape) for name, shape in parameter_shapes(model).items()}, {})
+    size = len(header) + 4 * sum(torch.Size(shape).numel() for shape in parameter_shapes(model).values())
+    files = [f"{stem}-00001-of-00001.safetensors" for stem in stems]
+    for file in files:
+        (folder / file).write_bytes(header)
+        os.truncate(folder / file, size)
     description = {
         "format": canonical.FORMAT,
         "version": canonical.VERSION,
+        "step": 9,
+        "state": STATE,
         "model": dataclasses.asdict(model),
-        "file_bytes": {name: (folder / name).stat().st_size},
+        "file_bytes": dict.fromkeys(files, size),
     }
     (folder / canonical.DESCRIPTION).write_text(json.dumps(description))
 
@@ -194,3 +196,17 @@ def test_a_tensor_larger_than_the_limit_is_converted(tmp_path):
         peak = peak_anonymous_bytes(["-m", MODULE, source, str(tmp_path / target), "--to", target, "--dtype", "bf16"])
         assert peak < 300_000_000, target
     assert formats.read(tmp_path / "meta").weights.shapes == parameter_shapes(model)
+
+
+def test_a_state_of_tensors_larger_than_the_limit_is_converted(tmp_path):
+    """Embedding and unembedding take 300 MB each in fp32, and so do their moments."""
+    model = written_out(
+        ModelConfig(dim=64, num_layers=2, num_future_tokens=1, num_attention_heads=2, mlp_dim=64, vocab_size=1_175_000)
+    )
+    sparse_canonical(tmp_path / "canonical", model, ("weights", *MOMENTS))
+    limit = 400_000_000
+    assert peak_anonymous_bytes(["-m", MODULE, "--help"]) + 4 * model.dim * model.vocab_size > limit
+    for source, target in (("canonical", "zero3"), ("zero3", "universal")):
+        paths = [str(tmp_path / source), str(tmp_path / target)]
+        assert peak_anonymous_bytes(["-m", MODULE, *paths, "--to", target]) < limit, target
+    assert formats.read(tmp_path / "universal").sources[MOMENTS[1]].shapes == parameter_shapes(model)
