@@ -43,6 +43,7 @@ def published(directory: Path, num_bytes: int, replaceable: bool = False) -> Ite
                 write_json(new / EXPORT_LIST, sorted([EXPORT_LIST, *names]))
             for path in [*new.rglob("*"), new]:
                 sync(path)
+            check_destination(directory)  # again: much may have come there since
             if directory.exists():
                 os.rename(directory, old)
             os.rename(new, directory)

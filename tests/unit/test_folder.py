@@ -56,6 +56,14 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_came_to_the_destination_meanwhile_is_left_alone(tmp_path):
+    with pytest.raises(CheckpointError, match="holds other files"), folder.published(tmp_path / "exported", 0) as new:
+        (new / "file").write_text("content")
+        (tmp_path / "exported").mkdir()
+        (tmp_path / "exported/notes.txt").write_text("mine")
+    assert [path.name for path in tmp_path.rglob("*")] == ["exported", "notes.txt"]
+
+
 def test_a_mount_point_is_refused_at_once():
     with pytest.raises(CheckpointError, match=r"/proc is a mount point, .*; expected a folder: choose one in it"):
         folder.check_destination(Path("/proc"))
