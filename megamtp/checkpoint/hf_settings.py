@@ -77,13 +77,16 @@ def contents_of(
     directory: Path, settings: dict[str, Any], model: ModelConfig, weights: TensorSource, notes: tuple[str, ...] = ()
 ) -> Contents:
     """What a folder of transformers with these `weights` holds, its tokenizer included."""
-    positions, tokenizer = "max_position_embeddings", directory / TOKENIZER
+    positions, tokenizer, in_bytes = "max_position_embeddings", directory / TOKENIZER, are_bytes(directory, model.vocab_size)
+    usable = fits(tokenizer, model.vocab_size)
+    if not usable and not in_bytes and (tokenizer.exists() or (directory / "tokenizer.json").exists()):
+        notes += (f"{directory} has a tokenizer that is no SentencePiece model of {model.vocab_size} pieces: it stays behind",)
     return Contents(
         model,
         {WEIGHT: weights},
         sequence_length=whole_number(settings, positions, directory / CONFIG) if positions in settings else None,
-        tokenizer=tokenizer if fits(tokenizer, model.vocab_size) else None,
-        tokens_are_bytes=are_bytes(directory, model.vocab_size),
+        tokenizer=tokenizer if usable else None,
+        tokens_are_bytes=in_bytes,
         notes=notes,
     )
 

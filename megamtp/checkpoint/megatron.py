@@ -29,7 +29,8 @@ FORM = {
     "normalization": "RMSNorm", "add_bias_linear": False, "add_qkv_bias": False, "num_experts": None, "rotary_percent": 1.0,
     "rotary_interleaved": False, "use_rope_scaling": False, "rotary_seq_len_interpolation_factor": None, "qk_layernorm": False,
     "apply_layernorm_1p": False, "apply_query_key_layer_scaling": False, "apply_residual_connection_post_layernorm": False,
-    "mtp_num_layers": None, "multi_latent_attention": False,
+    "mtp_num_layers": None, "multi_latent_attention": False, "window_size": None, "no_rope_freq": None, "softmax_type": "vanilla",
+    "glu_linear_offset": 0.0,
 }  # fmt: skip
 MUST_BE_SAID = ("position_embedding_type", "swiglu", "normalization", "add_bias_linear")
 

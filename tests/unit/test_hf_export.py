@@ -271,3 +271,11 @@ def test_a_tokenizer_that_cannot_be_translated_is_refused(tmp_path, settings):
 def test_a_tokenizer_of_another_size_is_refused(tokenizer_path):
     with pytest.raises(CheckpointError, match="700 pieces, expected the model's 300"):
         hf_tokenizer.read_tokenizer(tokenizer_path, SMALL.vocab_size)
+
+
+def test_a_tokenizer_that_stays_behind_is_said_so(exported):
+    assert not hf.read(exported).notes
+    (exported / "tokenizer.json").write_text(json.dumps({"long": "x" * hf_tokenizer.LARGEST_BYTE_TOKENIZER}))
+    found = hf.read(exported)
+    assert found.tokenizer is None
+    assert ["has a tokenizer that is no SentencePiece model of 300 pieces" in note for note in found.notes] == [True]
