@@ -437,7 +437,7 @@ def _not_negative(config: Config, *keys: str) -> None:
 
 def _check(config: Config) -> None:
     """Everything that can be known without data, devices and peers."""
-    _check_model(config.model)
+    check_model(config.model)
     train, head_loss, optimizer = config.train, config.head_loss, config.optimizer
     _positive(
         config, "train.steps", "train.global_batch_tokens", "train.micro_batch_size", "train.sequence_length",
@@ -548,7 +548,8 @@ def _check_float8(config: Config) -> None:
         _require(value % 16 == 0, f"head_loss.precision=fp8 with model.{name}={value}", "a multiple of 16, as fp8 products need")
 
 
-def _check_model(model: ModelConfig) -> None:
+def check_model(model: ModelConfig) -> None:
+    """Raises: InputError if no model has these numbers."""
     for name in ("dim", "num_attention_heads", "vocab_size", "num_key_value_heads", "mlp_dim"):
         value = getattr(model, name)
         _require(value is None or value >= 1, f"model.{name}={value}", "at least 1")

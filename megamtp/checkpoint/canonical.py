@@ -16,9 +16,9 @@ import torch
 
 from megamtp import __version__
 from megamtp.checkpoint import safetensors_file
-from megamtp.checkpoint.contents import MOMENTS, WEIGHT, Contents, check_contents
+from megamtp.checkpoint.contents import MOMENTS, WEIGHT, Contents, check_contents, described_model
 from megamtp.checkpoint.folder import check_sizes, published, write_json
-from megamtp.checkpoint.hf_tokenizer import TOKENIZER
+from megamtp.checkpoint.hf_tokenizer import copied_tokenizer, copy_tokenizer
 from megamtp.checkpoint.safetensors_file import SafetensorsFiles
 from megamtp.config import ModelConfig
 from megamtp.errors import CheckpointError
@@ -50,8 +50,7 @@ def write(contents: Contents, directory: Path, dtype: torch.dtype = torch.float3
             for number, names in enumerate(files, start=1):
                 name = f"{STEMS[kind]}-{number:05d}-of-{len(files):05d}.safetensors"
                 safetensors_file.write(folder / name, source, names, torch.float32)
-        if contents.tokenizer:
-            (folder / TOKENIZER).write_bytes(contents.tokenizer.read_bytes())
+        copy_tokenizer(contents, folder)
         write_json(folder / DESCRIPTION, _describe(contents, folder))
 
 
@@ -71,14 +70,13 @@ def read(directory: Path) -> Contents:
             sources[kind] = SafetensorsFiles(directory / name for name in files)
     if set(sources) not in ({WEIGHT}, {WEIGHT, *MOMENTS}):
         raise CheckpointError(f"{directory} holds {', '.join(sources) or 'nothing'}; expected weights, and both moments or none")
-    tokenizer = directory / TOKENIZER
     contents = Contents(
-        _model(directory, description["model"]),
+        described_model(description["model"], directory / DESCRIPTION),
         sources,
         description.get("step"),
         description.get("state"),
         description.get("sequence_length"),
-        tokenizer if tokenizer.exists() else None,
+        copied_tokenizer(directory),
         description.get("tokens_are_bytes", False),
     )
     check_contents(contents, directory)
@@ -125,11 +123,3 @@ def _read_description(directory: Path) -> dict[str, Any]:
         if not isinstance(description.get(key), kind):
             raise CheckpointError(f"{path}: {key} is {description.get(key)!r}; expected a mapping: convert the checkpoint again")
     return description
-
-
-def _model(directory: Path, settings: dict[str, Any]) -> ModelConfig:
-    names = {field.name for field in dataclasses.fields(ModelConfig)}
-    if set(settings) != names:
-        differing = sorted(names.symmetric_difference(settings))[0]
-        raise CheckpointError(f"{directory / DESCRIPTION}: model.{differing} is missing or unknown; expected {sorted(names)}")
-    return ModelConfig(**settings)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from megamtp.checkpoint.tensors import TensorSource
-from megamtp.config import ModelConfig
-from megamtp.errors import CheckpointError
+from megamtp.config import ModelConfig, check_model
+from megamtp.errors import CheckpointError, InputError
 from megamtp.model.mtp import MTPModel
 
 WEIGHT = "weight"
@@ -53,6 +53,35 @@ class Contents:
 def written_out(model: ModelConfig) -> ModelConfig:
     """The same model with its derived numbers given."""
     return dataclasses.replace(model, num_key_value_heads=model.key_value_heads, mlp_dim=model.hidden_dim)
+
+
+def whole_number(settings: Mapping[str, Any], key: str, where: Path) -> int:
+    """A number that the file `where` gives. Raises: CheckpointError if it is missing or not a whole one above 0."""
+    value = settings.get(key)
+    if type(value) is not int or value < 1:
+        raise CheckpointError(f"{where}: {key} is {value!r}; expected a whole number, at least 1: mend it")
+    return value
+
+
+def checked_model(model: ModelConfig, where: Path) -> ModelConfig:
+    """The same. Raises: CheckpointError if its numbers, from the file `where`, are no model's."""
+    for field in dataclasses.fields(ModelConfig):
+        value = getattr(model, field.name)
+        if isinstance(value, bool) or not isinstance(value, field.type | int):
+            raise CheckpointError(f"{where}: model.{field.name} is {value!r}; expected a number: mend it")
+    try:
+        check_model(model)
+    except InputError as error:
+        raise CheckpointError(f"{where}: {error}") from None
+    return model
+
+
+def described_model(settings: Mapping[str, Any], where: Path) -> ModelConfig:
+    """The model of which the file `where` has every field. Raises: CheckpointError if it has others, or wrong ones."""
+    names = {field.name for field in dataclasses.fields(ModelConfig)}
+    for name in sorted(names.symmetric_difference(settings)):
+        raise CheckpointError(f"{where}: model.{name} is missing or unknown; expected {sorted(names)}")
+    return checked_model(ModelConfig(**settings), where)
 
 
 def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:

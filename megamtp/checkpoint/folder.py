@@ -1,10 +1,11 @@
 """Folders that are whole or not there: how a conversion's result gets its name."""
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
-import tempfile
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,13 @@ def published(directory: Path, num_bytes: int, replaceable: bool = False) -> Ite
     """
     directory = directory.resolve()
     check_destination(directory)
-    check_space(directory, num_bytes)
+    work = directory.with_name(f".{directory.name}.partial")
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as temporary:
-            new, old = Path(temporary, "new"), Path(temporary, "old")
+        leftovers = [path for path in work.rglob("*") if path.is_file()]  # of a killed conversion; they will be removed
+        left_bytes = sum(path.stat().st_size for path in leftovers)
+        check_space(directory, num_bytes - left_bytes)
+        with _made_alone(work):
+            new, old = work / "new", work / "old"
             new.mkdir()
             yield new
             if replaceable:
@@ -40,6 +43,7 @@ def published(directory: Path, num_bytes: int, replaceable: bool = False) -> Ite
                 write_json(new / EXPORT_LIST, sorted([EXPORT_LIST, *names]))
             for path in [*new.rglob("*"), new]:
                 sync(path)
+            check_destination(directory)  # again: much may have come there since
             if directory.exists():
                 os.rename(directory, old)
             os.rename(new, directory)
@@ -47,10 +51,31 @@ def published(directory: Path, num_bytes: int, replaceable: bool = False) -> Ite
         raise CheckpointError(f"{directory} cannot be written: {error}; choose another destination") from None
 
 
+@contextlib.contextmanager
+def _made_alone(work: Path) -> Iterator[None]:
+    """A folder that this process alone has, empty at first but for a lock, and gone at the end."""
+    work.mkdir(parents=True, exist_ok=True)
+    with open(work / "lock", "wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(f"another process writes to {work}; expected one at a time: wait for it, or end it") from None
+        except OSError as error:
+            print(f"megamtp: warning: {work} cannot be locked ({error.strerror}): write there once at a time", file=sys.stderr)
+        for leftover in set(work.iterdir()) - {work / "lock"}:
+            shutil.rmtree(leftover)
+        try:
+            yield
+        finally:
+            shutil.rmtree(work)
+
+
 def check_destination(directory: Path) -> None:
-    """Raises: CheckpointError if writing there would destroy something else than an earlier export."""
+    """Raises: CheckpointError if a folder cannot take that name, or would destroy something else than an earlier export."""
     if not directory.exists():
         return
+    if directory.is_mount():
+        raise CheckpointError(f"{directory} is a mount point, which keeps its place; expected a folder: choose one in it")
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is a file; expected a new or empty folder: choose another destination")
     found = sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from megamtp.checkpoint import canonical, hf, hf_mtp, megatron, meta, runs, store, universal
+from megamtp.checkpoint import canonical, hf, hf_mtp, hf_settings, megatron, meta, runs, store, universal
 from megamtp.checkpoint.contents import Contents, written_out
 from megamtp.config import ModelConfig
 from megamtp.errors import CheckpointError
@@ -110,7 +110,7 @@ FORMATS = {
     ),
     "hf": Format(
         "trunk and head 1 as LlamaForCausalLM of transformers",
-        lambda path: has(hf.CONFIG)(path) and not has(hf_mtp.MODEL_FILE)(path),
+        lambda path: has(hf_settings.CONFIG)(path) and not has(hf_mtp.MODEL_FILE)(path),
         lambda path, options: hf.read(path, options.num_heads),
         hf.export,
     ),

@@ -11,6 +11,8 @@ import torch
 from megamtp.checkpoint import hf
 from megamtp.checkpoint.contents import Contents, check_contents, check_tensors, parameter_shapes, renamed
 from megamtp.checkpoint.folder import published
+from megamtp.checkpoint.hf_settings import CONFIG, contents_of, model_config, read_settings, write_settings
+from megamtp.checkpoint.hf_weights import num_bytes, open_weights, write_weights
 from megamtp.config import ModelConfig
 from megamtp.errors import CheckpointError
 
@@ -34,10 +36,10 @@ def write(contents: Contents, directory: Path, dtype: torch.dtype = torch.float3
     """
     check_contents(contents, "the checkpoint")
     weights = renamed(contents.weights, {theirs: ours for ours, theirs in _names(contents.model).items()})
-    with published(directory, hf.num_bytes(weights, dtype), replaceable=True) as folder:
+    with published(directory, num_bytes(weights, dtype), replaceable=True) as folder:
         (folder / MODEL_FILE).write_bytes(Path(__file__).with_name(MODEL_FILE).read_bytes())
-        hf.write_settings(folder, contents, dtype, ARCHITECTURE | {"num_future_tokens": contents.model.num_future_tokens})
-        hf.write_weights(folder, weights, dtype)
+        write_settings(folder, contents, dtype, ARCHITECTURE | {"num_future_tokens": contents.model.num_future_tokens})
+        write_weights(folder, weights, dtype)
 
 
 def read(directory: Path) -> Contents:
@@ -46,14 +48,14 @@ def read(directory: Path) -> Contents:
     Raises:
         CheckpointError: a file is missing or unreadable, or a tensor is missing, misshaped or unknown.
     """
-    settings = hf.read_settings(directory)
+    settings = read_settings(directory)
     if not isinstance(settings.get("num_future_tokens"), int):
-        raise CheckpointError(f"{directory / hf.CONFIG} has no num_future_tokens; expected the number of heads: export it again")
-    model = hf.model_config(settings, directory, settings["num_future_tokens"], MODEL_TYPE)
+        raise CheckpointError(f"{directory / CONFIG} has no num_future_tokens; expected the number of heads: export it again")
+    model = model_config(settings, directory, settings["num_future_tokens"], MODEL_TYPE)
     names, shapes = _names(model), parameter_shapes(model)
-    found = hf.open_weights(directory)
+    found = open_weights(directory)
     check_tensors(found.shapes, {theirs: shapes[ours] for ours, theirs in names.items()}, directory)
-    return hf.contents_of(directory, settings, model, renamed(found, names))
+    return contents_of(directory, settings, model, renamed(found, names))
 
 
 def _names(model: ModelConfig) -> dict[str, str]:

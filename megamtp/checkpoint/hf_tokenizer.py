@@ -6,6 +6,7 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
+from megamtp.checkpoint.contents import Contents
 from megamtp.checkpoint.folder import write_json
 from megamtp.data.tokenizer import ByteTokenizer
 from megamtp.errors import CheckpointError
@@ -27,6 +28,26 @@ def read_tokenizer(path: Path, vocab_size: int) -> SentencePieceProcessor:
     if tokenizer.vocab_size() != vocab_size:
         raise CheckpointError(f"{path} has {tokenizer.vocab_size()} pieces, expected the model's {vocab_size}; mend data.tokenizer")
     return tokenizer
+
+
+def copy_tokenizer(contents: Contents, folder: Path) -> None:
+    """Copies the SentencePiece model, if there is one, to where copied_tokenizer looks for it.
+
+    Raises:
+        CheckpointError: it cannot be read.
+        OSError: it cannot be written.
+    """
+    if contents.tokenizer is None:
+        return
+    try:
+        model = contents.tokenizer.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{contents.tokenizer} cannot be read ({error.strerror}); mend data.tokenizer of the run") from None
+    (folder / TOKENIZER).write_bytes(model)
+
+
+def copied_tokenizer(folder: Path) -> Path | None:
+    return folder / TOKENIZER if (folder / TOKENIZER).exists() else None
 
 
 def fits(path: Path, vocab_size: int) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megamtp.checkpoint import torch_file
-from megamtp.checkpoint.contents import WEIGHT, Contents, Rearranged, Rows, check_tensors
+from megamtp.checkpoint.contents import WEIGHT, Contents, Rearranged, Rows, check_tensors, checked_model, whole_number
 from megamtp.checkpoint.tensors import InMemory
 from megamtp.config import ModelConfig
 from megamtp.errors import CheckpointError
@@ -29,7 +29,8 @@ FORM = {
     "normalization": "RMSNorm", "add_bias_linear": False, "add_qkv_bias": False, "num_experts": None, "rotary_percent": 1.0,
     "rotary_interleaved": False, "use_rope_scaling": False, "rotary_seq_len_interpolation_factor": None, "qk_layernorm": False,
     "apply_layernorm_1p": False, "apply_query_key_layer_scaling": False, "apply_residual_connection_post_layernorm": False,
-    "mtp_num_layers": None, "multi_latent_attention": False,
+    "mtp_num_layers": None, "multi_latent_attention": False, "window_size": None, "no_rope_freq": None, "softmax_type": "vanilla",
+    "glu_linear_offset": 0.0,
 }  # fmt: skip
 MUST_BE_SAID = ("position_embedding_type", "swiglu", "normalization", "add_bias_linear")
 
@@ -102,27 +103,26 @@ def _check_form(args: dict[str, Any], path: Path) -> None:
 
 
 def _model(args: dict[str, Any], path: Path, num_future_tokens: int) -> ModelConfig:
-    try:
-        model = ModelConfig(
-            dim=args["hidden_size"],
-            num_layers=args["num_layers"] - 1 + num_future_tokens,
-            num_future_tokens=num_future_tokens,
-            num_attention_heads=args["num_attention_heads"],
-            num_key_value_heads=args["num_query_groups"] if args.get("group_query_attention") else None,
-            mlp_dim=args["ffn_hidden_size"],
-            vocab_size=args["padded_vocab_size"],
-            rope_theta=float(args["rotary_base"]),
-            norm_eps=args["norm_epsilon"],
-        )
-    except KeyError as error:
-        raise CheckpointError(f"{path}: args have no {error}; expected all settings of a Llama") from None
+    keys = ("hidden_size", "num_layers", "num_attention_heads", "ffn_hidden_size", "padded_vocab_size")
+    dim, num_layers, num_attention_heads, mlp_dim, vocab_size = (whole_number(args, key, path) for key in keys)
+    model = ModelConfig(
+        dim=dim,
+        num_layers=num_layers - 1 + num_future_tokens,
+        num_future_tokens=num_future_tokens,
+        num_attention_heads=num_attention_heads,
+        num_key_value_heads=args.get("num_query_groups") if args.get("group_query_attention") else None,
+        mlp_dim=mlp_dim,
+        vocab_size=vocab_size,
+        rope_theta=args.get("rotary_base"),
+        norm_eps=args.get("norm_epsilon"),
+    )
     if args.get("kv_channels") not in (None, model.head_dim):
         raise CheckpointError(
             f"{path}: args.kv_channels is {args['kv_channels']}, expected {model.head_dim}: another form of model"
         )
     if model.num_trunk_layers < 1:
         raise CheckpointError(f"{path} has one layer; expected two or more: the last becomes head 1, the others the trunk")
-    return model
+    return checked_model(model, path)
 
 
 def _shapes(model: ModelConfig, fused_norms: bool) -> dict[str, tuple[int, ...]]:

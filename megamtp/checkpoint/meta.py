@@ -13,9 +13,19 @@ from typing import Any
 import torch
 
 from megamtp.checkpoint import torch_file
-from megamtp.checkpoint.contents import WEIGHT, Contents, Rearranged, Rows, check_contents, check_tensors, parameter_shapes
+from megamtp.checkpoint.contents import (
+    WEIGHT,
+    Contents,
+    Rearranged,
+    Rows,
+    check_contents,
+    check_tensors,
+    checked_model,
+    parameter_shapes,
+    whole_number,
+)
 from megamtp.checkpoint.folder import published, write_json
-from megamtp.checkpoint.hf_tokenizer import TOKENIZER, fits
+from megamtp.checkpoint.hf_tokenizer import TOKENIZER, copy_tokenizer, fits
 from megamtp.checkpoint.tensors import InMemory
 from megamtp.checkpoint.torch_file import Streamed
 from megamtp.config import ModelConfig
@@ -62,8 +72,7 @@ def write(contents: Contents, directory: Path, dtype: torch.dtype = torch.float3
     num_bytes = sum(map(math.prod, weights.shapes.values())) * dtype.itemsize
     with published(directory, num_bytes) as folder:
         write_json(folder / PARAMS, _params(model))
-        if contents.tokenizer:
-            (folder / TOKENIZER).write_bytes(contents.tokenizer.read_bytes())
+        copy_tokenizer(contents, folder)
         torch_file.write(folder / WEIGHTS, {name: Streamed(weights, name, dtype) for name in weights.shapes})
 
 
@@ -156,25 +165,26 @@ def _hidden_dim(params: dict[str, Any]) -> int:
 
 def _model(directory: Path, params: dict[str, Any], found: dict[str, torch.Tensor], num_heads: int, copies: int) -> ModelConfig:
     """`copies`: heads that the file does not have."""
-    embedding = found.get(OUTER_NAMES["embedding.weight"])
-    try:
-        rows = params["vocab_size"]
-        model = ModelConfig(
-            dim=params["dim"],
-            num_layers=params["n_layers"] + copies,
-            num_future_tokens=num_heads,
-            num_attention_heads=params["n_heads"],
-            num_key_value_heads=params.get("n_kv_heads"),
-            mlp_dim=_hidden_dim(params),
-            vocab_size=len(embedding) if rows == -1 and embedding is not None else rows,  # -1: as many as the tokenizer has
-            rope_theta=params.get("rope_theta", DEFAULT_ROPE_THETA),
-            norm_eps=params["norm_eps"],
-        )
-    except KeyError as error:
-        raise CheckpointError(f"{directory / PARAMS} has no {error}; expected all settings of a Llama: mend it") from None
+    path, embedding = directory / PARAMS, found.get(OUTER_NAMES["embedding.weight"])
+    if params.get("vocab_size") == -1 and embedding is not None:
+        params = params | {"vocab_size": len(embedding)}  # -1: as many as the tokenizer has
+    dim, num_layers, num_attention_heads, vocab_size = (
+        whole_number(params, key, path) for key in ("dim", "n_layers", "n_heads", "vocab_size")
+    )
+    model = ModelConfig(
+        dim=dim,
+        num_layers=num_layers + copies,
+        num_future_tokens=num_heads,
+        num_attention_heads=num_attention_heads,
+        num_key_value_heads=params.get("n_kv_heads"),
+        mlp_dim=_hidden_dim(params),
+        vocab_size=vocab_size,
+        rope_theta=params.get("rope_theta", DEFAULT_ROPE_THETA),
+        norm_eps=params.get("norm_eps"),
+    )
     if model.num_trunk_layers < 1:
-        raise CheckpointError(f"{directory / PARAMS}: n_layers is {params['n_layers']}; expected more than n_future_tokens")
-    return model
+        raise CheckpointError(f"{path}: n_layers is {num_layers}; expected more than n_future_tokens")
+    return checked_model(model, path)
 
 
 def _read_params(directory: Path) -> dict[str, Any]:
@@ -185,6 +195,11 @@ def _read_params(directory: Path) -> dict[str, Any]:
             raise ValueError("no mapping")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); copy it again") from None
+    for key in ("multiple_of", "n_future_tokens"):
+        whole_number({"n_future_tokens": 1} | params, key, path)
+    factor = params.get("ffn_dim_multiplier")
+    if factor is not None and not (isinstance(factor, float | int) and 0 < factor < math.inf):
+        raise CheckpointError(f"{path}: ffn_dim_multiplier is {factor!r}; expected a number above 0, or null: mend it")
     if params.get("use_scaled_rope"):
         raise CheckpointError(f"{path}: use_scaled_rope is true, expected false: another form of model")
     return params

@@ -125,9 +125,14 @@ class MegamtpForCausalLM(PreTrainedModel, GenerationMixin):
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
         past_key_values=None, inputs_embeds: Tensor | None = None, labels: Tensor | None = None, use_cache: bool | None = None,
-        logits_to_keep: int = 0, return_dict: bool | None = None, **others,
+        logits_to_keep: int | Tensor = 0, num_items_in_batch: int | Tensor | None = None, return_dict: bool | None = None, **others,
     ) -> CausalLMOutputWithPast:  # fmt: skip
-        """Head 1's logits [B, T, V], and with labels [B, T] the mean loss of the next token. Other arguments are not looked at."""
+        """Head 1's logits [B, T, V], and with labels [B, T] the loss of the next token. Other arguments are not looked at.
+
+        Args:
+            logits_to_keep: of the last positions alone, or of those with these indices; 0: of all.
+            num_items_in_batch: what the sum of losses is divided by, as Trainer asks for over several batches; None: the mean.
+        """
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         x_BTD = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -135,10 +140,13 @@ class MegamtpForCausalLM(PreTrainedModel, GenerationMixin):
         rotary, mask = self._positions(x_BTD, past, attention_mask, position_ids)
         for index, layer in enumerate(self.model.layers):
             x_BTD = layer(x_BTD, rotary, mask, _extend_with(past_key_values, index))
-        logits = self._logits(x_BTD[:, -logits_to_keep:] if logits_to_keep else x_BTD)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self._logits(x_BTD[:, kept])
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+            reduction = "mean" if num_items_in_batch is None else "sum"
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction=reduction)
+            loss = loss if num_items_in_batch is None else loss / num_items_in_batch
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
         return output.to_tuple() if return_dict is False else output
 
@@ -156,6 +164,9 @@ class MegamtpForCausalLM(PreTrainedModel, GenerationMixin):
         self, input_ids: Tensor, max_new_tokens: int = 20, num_heads: int | None = None, eos_token_id: int | None = None
     ) -> tuple[Tensor, int]:
         """Head 1's greedy text in fewer passes: what the other heads have drafted is verified all at once.
+
+        In fp32 it is generate()'s. In 16 bits, where several tokens at a time are rounded otherwise than one, near ties may fall
+        otherwise, as they may with and without a cache.
 
         Args:
             input_ids: [1, T].

@@ -11,6 +11,7 @@ from torch import Tensor
 from megamtp.checkpoint import store
 from megamtp.checkpoint.contents import MOMENTS, WEIGHT, Contents, check_contents
 from megamtp.checkpoint.folder import published
+from megamtp.checkpoint.hf_tokenizer import copied_tokenizer, copy_tokenizer
 from megamtp.checkpoint.safetensors_file import split
 from megamtp.checkpoint.shards import KINDS, Tensors, shard_name, slice_key, write_shard
 from megamtp.config import RESOLVED, ModelConfig, read_config
@@ -42,7 +43,7 @@ def read(source: Path) -> Contents:
     checkpoint, run_directory = find_checkpoint(source)
     manifest = store.verified(checkpoint)
     config = read_config([str(run_directory / RESOLVED)]) if (run_directory / RESOLVED).exists() else None
-    tokenizer = config.data.tokenizer if config else None
+    tokenizer = config.data.tokenizer if config else copied_tokenizer(run_directory)
     contents = Contents(
         ModelConfig(**manifest.model),
         {kind: Tensors(checkpoint, kind) for kind in KINDS},
@@ -82,6 +83,7 @@ def write(contents: Contents, directory: Path, dtype: torch.dtype = torch.float3
             name = shard_name(number)
             files[name] = write_shard(store.partial_of(checkpoint) / name, _Slices(contents, names), shapes)
         store.publish(checkpoint, manifest, files)
+        copy_tokenizer(contents, folder)
 
 
 class _Slices:

@@ -95,7 +95,7 @@ class SafetensorsFiles:
         for file in files:
             try:
                 self._add(file)
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 if isinstance(error, CheckpointError):
                     raise
                 raise CheckpointError(f"{file} is no whole safetensors file ({error}); expected one: copy it again") from None
@@ -105,9 +105,14 @@ class SafetensorsFiles:
         entry = self.entries[name]
         start, end, _ = slice(start, end).indices(math.prod(self.shapes[name]))
         numbers = torch.empty(end - start, dtype=entry.dtype)
-        with open(entry.file, "rb") as stream:
-            stream.seek(entry.offset + start * entry.dtype.itemsize)
-            missing = numbers.nbytes - stream.readinto(numbers.view(torch.uint8).numpy())
+        try:
+            with open(entry.file, "rb") as stream:
+                stream.seek(entry.offset + start * entry.dtype.itemsize)
+                missing = numbers.nbytes - stream.readinto(numbers.view(torch.uint8).numpy())
+        except OSError as error:
+            raise CheckpointError(
+                f"{entry.file} cannot be read any more ({error.strerror}); start again from a whole copy"
+            ) from None
         if missing:
             raise CheckpointError(f"{entry.file} ends inside tensor {name}; expected {missing} bytes more")
         return numbers

@@ -87,6 +87,13 @@ def write(path: Path, content_of_file: Any) -> None:
                     opened.write(part)
 
 
+def write_small(path: Path, content_of_file: Any) -> None:
+    """torch.save, but a full disk is OSError."""
+    saved = io.BytesIO()
+    torch.save(content_of_file, saved)
+    path.write_bytes(saved.getbuffer())
+
+
 class Opaque:
     """Stands for an object that is not looked at; nothing of its class is imported or run."""
 

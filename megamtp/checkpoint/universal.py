@@ -4,6 +4,7 @@
     FOLDER/global_step7/zero/NAME/fp32.pt           each parameter; beside it exp_avg.pt, exp_avg_sq.pt and step.pt
     FOLDER/global_step7/zero/optimizer_state.pt     what all parameters share
     FOLDER/global_step7/mp_rank_00_model_states.pt  counters, and under another name the same for ZeRO-3
+    FOLDER/global_step7/tokenizer.model             if the source has one, which DeepSpeed passes over
 
     engine.load_checkpoint("FOLDER")      with {"checkpoint": {"load_universal": true}} in DeepSpeed's configuration
 
@@ -21,8 +22,9 @@ import torch
 from torch import Tensor
 
 from megamtp.checkpoint import torch_file
-from megamtp.checkpoint.contents import MOMENTS, WEIGHT, Contents, check_contents, parameter_shapes, written_out
+from megamtp.checkpoint.contents import MOMENTS, WEIGHT, Contents, check_contents, described_model, parameter_shapes, written_out
 from megamtp.checkpoint.folder import published
+from megamtp.checkpoint.hf_tokenizer import copied_tokenizer, copy_tokenizer
 from megamtp.checkpoint.torch_file import Streamed
 from megamtp.config import ModelConfig
 from megamtp.errors import CheckpointError
@@ -63,10 +65,11 @@ def write(contents: Contents, directory: Path, dtype: torch.dtype = torch.float3
             parameter.mkdir(parents=True)
             for kind, file in FILES.items():
                 torch_file.write(parameter / file, {"param": Streamed(contents.sources[kind], name, dtype), "cat_dim": 0})
-            torch.save(step, parameter / STEP)
-        torch.save(_shared(step, len(contents.weights.shapes)), folder / tag / ZERO / SHARED)
+            torch_file.write_small(parameter / STEP, step)
+        torch_file.write_small(folder / tag / ZERO / SHARED, _shared(step, len(contents.weights.shapes)))
         for file in MODEL_STATES:
-            torch.save(_model_states(contents), folder / tag / file)
+            torch_file.write_small(folder / tag / file, _model_states(contents))
+        copy_tokenizer(contents, folder / tag)
 
 
 def read(directory: Path, model: ModelConfig | None = None) -> Contents:
@@ -83,7 +86,7 @@ def read(directory: Path, model: ModelConfig | None = None) -> Contents:
     own = states.get(OWN, {})
     if model is None and "model" not in own:
         raise CheckpointError(f"{folder} says nothing of its model; expected --config with the run's config.yaml")
-    model = ModelConfig(**own["model"]) if "model" in own else model
+    model = described_model(own["model"], folder) if "model" in own else model
     shapes = parameter_shapes(model)
     _check_names(folder / ZERO, shapes)
     counters = {name: states.get(name, 0) for name in COUNTERS}
@@ -94,6 +97,7 @@ def read(directory: Path, model: ModelConfig | None = None) -> Contents:
         step=own.get("step", counters["global_steps"]),
         state=own.get("state") or {"adam_steps": steps, "counters": counters, "loss_scale": None},
         sequence_length=own.get("sequence_length"),
+        tokenizer=copied_tokenizer(folder),
         tokens_are_bytes=own.get("tokens_are_bytes", False),
     )
 

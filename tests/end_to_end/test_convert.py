@@ -12,16 +12,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megamtp.checkpoint import canonical, formats
 from megamtp.checkpoint.contents import MOMENTS, parameter_shapes, written_out
+from megamtp.checkpoint.safetensors_file import encode_header
 from megamtp.checkpoint.tensors import whole
 from megamtp.commands import convert_checkpoint
 from megamtp.config import ModelConfig, write_config
+from megamtp.data.indexed_dataset import IndexedDataset
+from megamtp.data.windows import Windows
 from megamtp.errors import InputError
+from megamtp.model.mtp import MTPModel
 from tests.cases import small_config
-from tests.checkpoints import SMALL, STATE, contents, random_model, with_moments
+from tests.checkpoints import SMALL, STATE, with_moments
 from tests.end_to_end.jobs import ROOT, environment, records, run
 
 MODULE = "megamtp.commands.convert_checkpoint"
@@ -84,9 +89,11 @@ def test_a_run_goes_on_from_a_converted_checkpoint(arguments, tmp_path, monkeypa
     """Run -> canonical -> universal -> run, and on from there: the same numbers as without, to the last bit."""
     finished = run(["-m", "megamtp.pretrain", *arguments, f"run.directory={tmp_path}/whole"])
     assert finished.returncode == 0, finished.stderr
+    tokenizer = formats.read(tmp_path / "whole").tokenizer
     steps = [("whole/checkpoints/step-0000010", "canonical"), ("canonical", "universal"), ("universal", "zero3")]
     for source, target in steps:
         convert(monkeypatch, tmp_path / source, tmp_path / target, "--to", target)
+        assert formats.read(tmp_path / target).tokenizer.read_bytes() == tokenizer.read_bytes()
     finished = run(["-m", "megamtp.pretrain", *arguments, f"run.directory={tmp_path}/zero3"])
     assert finished.returncode == 0, finished.stderr
     assert [record["step"] for record in records(tmp_path / "zero3")] == list(range(11, 21))
@@ -124,47 +131,59 @@ def test_what_cannot_be_converted_is_one_line(sources, tmp_path, monkeypatch, ca
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["notes.txt"]
 
 
-def test_training_goes_on_from_a_converted_llama(arguments, tmp_path, monkeypatch):
-    """Head 1's loss before the first step is the original's; every head improves."""
-    from transformers import AutoModelForCausalLM
-
-    from megamtp.data.indexed_dataset import IndexedDataset
-    from megamtp.data.windows import Windows
-
-    config = ModelConfig(dim=32, num_layers=3, num_future_tokens=1, num_attention_heads=2, mlp_dim=48, vocab_size=400)
-    formats.FORMATS["hf"].write(contents(config, random_model(config).state_dict()), tmp_path / "llama", torch.float32)
-    convert(monkeypatch, tmp_path / "llama", tmp_path / "initial", "--to", "canonical", "--num-future-tokens", 2)
-    settings = [f"run.initial_weights={tmp_path}/initial", f"run.directory={tmp_path}/run", "train.steps=30", "optimizer.lr=3e-3"]
-    finished = run(["-m", "megamtp.pretrain", *arguments, *settings])
-    assert finished.returncode == 0, finished.stderr
-    losses = [record["losses"] for record in records(tmp_path / "run")]
-    prefix = next(word for word in arguments if word.startswith("data.train=")).partition("=")[2]
-    batch = Windows(IndexedDataset(prefix), 32, 2, seed=0).at(np.arange(8))  # of the first step
-    inputs, targets = torch.stack([window.inputs for window in batch]), torch.stack([window.targets[0] for window in batch])
-    llama = AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
+def head_losses(checkpoint: Path, windows: Windows) -> list[float]:
+    """Of each head, on the windows' first 64."""
+    found = formats.read(checkpoint)
+    model = MTPModel(found.model)
+    model.load_state_dict({name: whole(found.weights, name) for name in found.weights.shapes}, strict=True)
+    batch = windows.at(np.arange(64))
     with torch.no_grad():
-        logits = llama(inputs).logits
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-    assert losses[0][0] == pytest.approx(expected.item(), rel=1e-4)
-    for head in range(2):
-        assert losses[-1][head] < losses[0][head] - 0.5
+        logits = model.logits(torch.stack([window.inputs for window in batch]))
+    targets = torch.stack([window.targets for window in batch], dim=1)
+    return [cross_entropy(*pair).item() for pair in zip(logits.flatten(1, 2), targets.flatten(1), strict=True)]
 
 
-def sparse_canonical(folder: Path, model: ModelConfig) -> None:
+def test_training_goes_on_from_a_converted_llama(arguments, tmp_path, monkeypatch):
+    """Head 1's loss before the first step is the original's; every head improves in a short fine-tune."""
+    shape = {"dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "mlp_dim": 176}
+    common = [*arguments, *(f"model.{key}={value}" for key, value in shape.items()), "train.steps=50", "optimizer.lr=3e-3"]
+
+    def train(name: str, *settings: str) -> None:
+        finished = run(["-m", "megamtp.pretrain", *common, f"run.directory={tmp_path}/{name}", *settings])
+        assert finished.returncode == 0, finished.stderr
+
+    train("next-token", "model.num_layers=4", "model.num_future_tokens=1")
+    convert(monkeypatch, tmp_path / "next-token", tmp_path / "llama", "--to", "hf")
+    convert(monkeypatch, tmp_path / "llama", tmp_path / "initial", "--to", "canonical", "--num-future-tokens", 4)
+    train("run", "model.num_layers=7", "model.num_future_tokens=4", f"run.initial_weights={tmp_path}/initial")
+    prefixes = dict(word.split("=", 1) for word in arguments)
+    training, validation = (Windows(IndexedDataset(prefixes[f"data.{name}"]), 32, 4, seed=0) for name in ("train", "validation"))
+    batch = training.at(np.arange(8))  # of the first step
+    inputs, targets = torch.stack([window.inputs for window in batch]), torch.stack([window.targets[0] for window in batch])
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(tmp_path / "llama")(inputs).logits
+    expected = cross_entropy(logits.flatten(0, 1), targets.flatten())
+    assert records(tmp_path / "run")[0]["losses"][0] == pytest.approx(expected.item(), rel=1e-4)
+    before, after = head_losses(tmp_path / "initial", validation), head_losses(tmp_path / "run", validation)
+    assert all(new < old - 0.03 for old, new in zip(before, after, strict=True)), (before, after)
+
+
+def sparse_canonical(folder: Path, model: ModelConfig, stems: tuple[str, ...] = ("weights",)) -> None:
     """Zeros that take no room on disk."""
     folder.mkdir()
-    header, end = {}, 0
-    for name, shape in parameter_shapes(model).items():
-        start, end = end, end + 4 * torch.Size(shape).numel()
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
-    encoded, name = json.dumps(header).encode(), "weights-00001-of-00001.safetensors"
-    (folder / name).write_bytes(len(encoded).to_bytes(8, "little") + encoded)
-    os.truncate(folder / name, 8 + len(encoded) + end)
+    header = encode_header({name: (torch.float32, shape) for name, shape in parameter_shapes(model).items()}, {})
+    size = len(header) + 4 * sum(torch.Size(shape).numel() for shape in parameter_shapes(model).values())
+    files = [f"{stem}-00001-of-00001.safetensors" for stem in stems]
+    for file in files:
+        (folder / file).write_bytes(header)
+        os.truncate(folder / file, size)
     description = {
         "format": canonical.FORMAT,
         "version": canonical.VERSION,
+        "step": 9,
+        "state": STATE,
         "model": dataclasses.asdict(model),
-        "file_bytes": {name: (folder / name).stat().st_size},
+        "file_bytes": dict.fromkeys(files, size),
     }
     (folder / canonical.DESCRIPTION).write_text(json.dumps(description))
 
@@ -192,3 +211,17 @@ def test_a_tensor_larger_than_the_limit_is_converted(tmp_path):
         peak = peak_anonymous_bytes(["-m", MODULE, source, str(tmp_path / target), "--to", target, "--dtype", "bf16"])
         assert peak < 300_000_000, target
     assert formats.read(tmp_path / "meta").weights.shapes == parameter_shapes(model)
+
+
+def test_a_state_of_tensors_larger_than_the_limit_is_converted(tmp_path):
+    """Embedding and unembedding take 300 MB each in fp32, and so do their moments."""
+    model = written_out(
+        ModelConfig(dim=64, num_layers=2, num_future_tokens=1, num_attention_heads=2, mlp_dim=64, vocab_size=1_175_000)
+    )
+    sparse_canonical(tmp_path / "canonical", model, ("weights", *MOMENTS))
+    limit = 400_000_000
+    assert peak_anonymous_bytes(["-m", MODULE, "--help"]) + 4 * model.dim * model.vocab_size > limit
+    for source, target in (("canonical", "zero3"), ("zero3", "universal")):
+        paths = [str(tmp_path / source), str(tmp_path / target)]
+        assert peak_anonymous_bytes(["-m", MODULE, *paths, "--to", target]) < limit, target
+    assert formats.read(tmp_path / "universal").sources[MOMENTS[1]].shapes == parameter_shapes(model)

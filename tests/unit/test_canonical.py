@@ -46,6 +46,8 @@ def test_everything_comes_back_bit_for_bit_from_several_files(written):
         ({"format": "other"}, "format other 1, expected megamtp-canonical 1"),
         ({"model": None}, "model is None; expected a mapping"),
         ({"model": {"dim": 3}}, "model.mlp_dim is missing or unknown"),
+        ({"model": dataclasses.asdict(SMALL) | {"dim": "32"}}, "canonical.json: model.dim is '32'; expected a number"),
+        ({"model": dataclasses.asdict(SMALL) | {"num_attention_heads": 5}}, "model.dim=32 with model.num_attention_heads=5"),
         ({"model": dataclasses.asdict(SMALL) | {"mlp_dim": 64}}, r"tensor trunk.0.mlp.gate.weight has shape \[48, 32\], expected"),
         ({"model": dataclasses.asdict(SMALL) | {"num_layers": 6}}, r"no tensor trunk.2.attention_norm.weight"),
         ({"model": dataclasses.asdict(SMALL) | {"num_layers": 4}}, r"unknown tensor trunk.1"),
@@ -108,6 +110,61 @@ def test_head_1_of_a_converted_llama_computes_what_it_did(tmp_path, tied):
     assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])  # heads start as copies
 
 
+ROPE = {"rope_type": "default", "rope_theta": 500.0}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rope_theta": 500.0},
+        {"rope_theta": 500.0, "rope_scaling": {"type": "default"}},
+        {"rope_theta": 77.0, "rope_parameters": ROPE},
+        {"rope_scaling": ROPE},
+        {"rope_scaling": ROPE, "rope_parameters": ROPE | {"rope_theta": 77.0}},
+    ],
+)
+def test_wavelengths_are_those_that_transformers_takes(tmp_path, settings):
+    theirs = llama(tmp_path / "llama", rope_parameters=ROPE)
+    path = tmp_path / "llama/config.json"
+    others = {key: value for key, value in json.loads(path.read_text()).items() if not key.startswith("rope")}
+    path.write_text(json.dumps(others | settings))
+    assert hf.read(tmp_path / "llama").model.rope_theta == 500.0
+    tokens = torch.randint(VOCABULARY, (1, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(LlamaForCausalLM.from_pretrained(tmp_path / "llama")(tokens).logits, theirs(tokens).logits)
+
+
+@pytest.mark.parametrize("num_files", [1, 2])
+def test_weights_of_older_folders_are_read(tmp_path, num_files):
+    theirs = llama(tmp_path / "llama")
+    opened = hf.read(tmp_path / "llama").weights
+    expected = {name: whole(opened, name) for name in opened.shapes}
+    for file in (tmp_path / "llama").glob("model*"):
+        file.unlink()
+    files = {f"pytorch_model-{number}.bin": {} for number in range(num_files)} if num_files > 1 else {"pytorch_model.bin": {}}
+    weight_map = {name: list(files)[index % num_files] for index, name in enumerate(theirs.state_dict())}
+    for name, tensor in theirs.state_dict().items():
+        files[weight_map[name]][name] = tensor
+    for file, tensors in files.items():
+        torch.save(tensors, tmp_path / "llama" / file)
+    if num_files > 1:
+        (tmp_path / "llama/pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    found = hf.read(tmp_path / "llama").weights
+    assert found.shapes.keys() == expected.keys()
+    assert all(torch.equal(whole(found, name), tensor) for name, tensor in expected.items())
+
+
+def test_a_folder_without_weights_and_a_damaged_index_are_refused(tmp_path):
+    llama(tmp_path / "llama")
+    index = tmp_path / "llama/model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": None}}))
+    with pytest.raises(CheckpointError, match=r"index.json cannot be read \(weight_map has values that are no names\)"):
+        hf.read(tmp_path / "llama")
+    index.unlink()
+    with pytest.raises(CheckpointError, match=r"has no model.safetensors; expected it, its index, or pytorch_model.bin"):
+        hf.read(tmp_path / "llama")
+
+
 def test_rotary_frequencies_of_older_files_are_left_out(tmp_path):
     llama(tmp_path / "llama")
     index = tmp_path / "llama/model.safetensors.index.json"
@@ -139,6 +196,13 @@ def test_weights_in_16_bits_become_fp32_and_come_back(tmp_path):
         ({"hidden_act": "gelu"}, "hidden_act is gelu, expected silu"),
         ({"head_dim": 16}, "head_dim is 16, expected 8"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type is linear, expected default"),
+        ({"rope_parameters": "linear"}, "is 'linear'; expected a mapping"),
+        ({"vocab_size": None}, "vocab_size is None; expected a whole number"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0; expected a whole number, at least 1"),
+        ({"num_attention_heads": True}, "num_attention_heads is True; expected a whole number"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3; expected a divisor of model.num_attention_heads=4"),
+        ({"rms_norm_eps": "small"}, "model.norm_eps is 'small'; expected a number"),
         ({"num_hidden_layers": 1}, "has one layer; expected two or more"),
         ({"num_hidden_layers": 5}, r"no tensor model.layers.4.input_layernorm.weight"),
         ({"num_hidden_layers": 3}, r"unknown tensor model.layers.3"),
@@ -164,3 +228,10 @@ def test_rows_of_a_tensor_are_read_by_slice():
         for end in (*range(start, len(expected) + 1), None):
             assert torch.equal(found.read("x", start, end), expected[start:end])
     assert torch.equal(found.read("y", 1, 3), torch.tensor([1.0, 2.0]))
+
+
+def test_a_tokenizer_that_is_gone_is_named(tmp_path):
+    source = dataclasses.replace(with_moments(SMALL), tokenizer=tmp_path / "tokenizer.model")
+    with pytest.raises(CheckpointError, match=r"tokenizer.model cannot be read \(No such file or directory\); mend data.tokenizer"):
+        canonical.write(source, tmp_path / "canonical")
+    assert not list(tmp_path.iterdir())

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megamtp.checkpoint import hf, hf_tokenizer, safetensors_file
+from megamtp.checkpoint import hf, hf_tokenizer, hf_weights, safetensors_file
 from megamtp.checkpoint.tensors import whole
 from megamtp.config import ModelConfig
 from megamtp.data.tokenizer import SentencePieceTokenizer, train_sentencepiece
@@ -74,7 +74,7 @@ def test_reading_an_export_gives_the_weights_back_bit_for_bit(exported):
 
 
 def test_a_large_model_is_split_into_files_and_read_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(hf, "LARGEST_FILE_BYTES", 40_000)
+    monkeypatch.setattr(hf_weights, "LARGEST_FILE_BYTES", 40_000)
     model = random_model(SMALL)
     hf.export(contents(SMALL, model.state_dict()), tmp_path / "exported")
     assert len(list((tmp_path / "exported").glob("*.safetensors"))) > 1
@@ -271,3 +271,11 @@ def test_a_tokenizer_that_cannot_be_translated_is_refused(tmp_path, settings):
 def test_a_tokenizer_of_another_size_is_refused(tokenizer_path):
     with pytest.raises(CheckpointError, match="700 pieces, expected the model's 300"):
         hf_tokenizer.read_tokenizer(tokenizer_path, SMALL.vocab_size)
+
+
+def test_a_tokenizer_that_stays_behind_is_said_so(exported):
+    assert not hf.read(exported).notes
+    (exported / "tokenizer.json").write_text(json.dumps({"long": "x" * hf_tokenizer.LARGEST_BYTE_TOKENIZER}))
+    found = hf.read(exported)
+    assert found.tokenizer is None
+    assert ["has a tokenizer that is no SentencePiece model of 300 pieces" in note for note in found.notes] == [True]

@@ -52,6 +52,24 @@ def test_every_heads_logits_are_ours(model, exported):
     torch.testing.assert_close(loss, expected_loss)
 
 
+def test_losses_of_several_batches_add_up_as_trainer_asks(exported):
+    tokens = prompt(12, batch=2)
+    labels = tokens.clone()
+    labels[0, :7] = -100
+    with torch.no_grad():
+        whole_loss = exported(tokens, labels=labels).loss
+        parts = [exported(tokens[row, None], labels=labels[row, None], num_items_in_batch=5 + 11).loss for row in range(2)]
+    torch.testing.assert_close(sum(parts), whole_loss)
+
+
+def test_logits_of_some_positions(exported):
+    tokens = prompt(9)
+    with torch.no_grad():
+        expected = exported(tokens).logits
+        for kept, positions in ((2, [7, 8]), (torch.tensor([1, 5]), [1, 5])):
+            torch.testing.assert_close(exported(tokens, logits_to_keep=kept).logits, expected[:, positions])
+
+
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_generate_is_head_1s_greedy_text(model, exported, use_cache):
     for seed in range(3):

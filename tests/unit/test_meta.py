@@ -132,3 +132,23 @@ def test_parts_and_scaled_rotations_are_refused(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"use_scaled_rope": True}))
     with pytest.raises(CheckpointError, match="use_scaled_rope is true"):
         meta.read(tmp_path / "meta")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dim": "32"}, "params.json: dim is '32'; expected a whole number"),
+        ({"n_layers": None}, "n_layers is None; expected a whole number"),
+        ({"n_layers": 3}, "n_layers is 3; expected more than n_future_tokens"),
+        ({"n_future_tokens": 0}, "n_future_tokens is 0; expected a whole number, at least 1"),
+        ({"ffn_dim_multiplier": -1.0}, "ffn_dim_multiplier is -1.0; expected a number above 0"),
+        ({"norm_eps": None}, "model.norm_eps is None; expected a number"),
+        ({"n_kv_heads": 3}, "num_key_value_heads=3; expected a divisor"),
+    ],
+)
+def test_numbers_of_no_model_are_refused(tmp_path, settings, message):
+    meta.write(contents(SMALL, random_model(SMALL).state_dict()), tmp_path / "meta")
+    path = tmp_path / "meta/params.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    with pytest.raises(CheckpointError, match=message):
+        meta.read(tmp_path / "meta")

@@ -60,3 +60,11 @@ def test_other_types_and_a_tensor_in_two_files_are_refused(tmp_path):
         SafetensorsFiles([tmp_path / "one", tmp_path / "two"])
     with pytest.raises(CheckpointError, match="tensor a is of type I32"):
         SafetensorsFiles([tmp_path / "integers"])
+
+
+def test_a_file_that_is_removed_while_it_is_read_is_refused(tmp_path):
+    save_file(tensors(), tmp_path / "file")
+    found = SafetensorsFiles([tmp_path / "file"])
+    (tmp_path / "file").unlink()
+    with pytest.raises(CheckpointError, match="file cannot be read any more"):
+        found.read("a")

@@ -1,6 +1,7 @@
 """Files of torch.save that were written slice by slice, read by torch; what is refused when reading."""
 
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,3 +53,9 @@ def test_truncated_old_and_other_files_are_refused_in_one_line(tmp_path):
             torch_file.read(tmp_path / name)
     with pytest.raises(CheckpointError, match="b is a int, expected a contiguous tensor"):
         torch_file.tensors_of(tmp_path / "whole", {"a": torch.zeros(3), "b": 3})
+
+
+def test_a_full_disk_is_an_os_error():
+    """Which torch.save turns into a RuntimeError."""
+    with pytest.raises(OSError, match="No space left on device"):
+        torch_file.write_small(Path("/dev/full"), {"step": torch.tensor(7.0)})

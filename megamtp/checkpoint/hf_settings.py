@@ -1,0 +1,146 @@
+"""What a folder of transformers says beside its weights: config.json, generation_config.json and the tokenizer's files."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megamtp.checkpoint.contents import WEIGHT, Contents, checked_model, whole_number
+from megamtp.checkpoint.folder import write_json
+from megamtp.checkpoint.hf_tokenizer import (
+    BYTES_END,
+    TOKENIZER,
+    are_bytes,
+    fits,
+    read_tokenizer,
+    write_byte_tokenizer,
+    write_tokenizer,
+)
+from megamtp.checkpoint.tensors import TensorSource
+from megamtp.config import ModelConfig
+from megamtp.errors import CheckpointError
+
+CONFIG = "config.json"
+DEFAULT_ROPE_THETA = 10000.0  # of a config.json that does not say: transformers' own
+DEFAULT_POSITIONS = 4096  # of an export of weights that do not say on how many they were trained
+
+
+def write_settings(folder: Path, contents: Contents, dtype: torch.dtype, architecture: Mapping[str, Any]) -> None:
+    """config.json, generation_config.json and the tokenizer.
+
+    Args:
+        architecture: what config.json says beside the numbers of trunk and head 1.
+    """
+    model = contents.model
+    sequence_length = contents.sequence_length or DEFAULT_POSITIONS
+    tokenizer = read_tokenizer(contents.tokenizer, model.vocab_size) if contents.tokenizer else None
+    # Documents follow each other's end piece in training, so that piece, not <s>, is what a text begins with.
+    end_id = tokenizer.eos_id() if tokenizer else BYTES_END if contents.tokens_are_bytes else None
+    ids = {"bos_token_id": end_id, "eos_token_id": end_id}
+    config = {
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.dim,
+        "intermediate_size": model.hidden_dim,
+        "num_hidden_layers": model.num_trunk_layers + 1,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.key_value_heads,
+        "head_dim": model.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": sequence_length,
+        "rms_norm_eps": model.norm_eps,
+        "rope_theta": model.rope_theta,
+        "tie_word_embeddings": False,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+    write_json(folder / CONFIG, {**architecture, **config, **ids})
+    write_json(folder / "generation_config.json", ids)
+    if tokenizer:
+        write_tokenizer(folder, tokenizer, sequence_length)
+    elif contents.tokens_are_bytes:
+        write_byte_tokenizer(folder, sequence_length)
+
+
+def read_settings(directory: Path) -> dict[str, Any]:
+    """config.json. Raises CheckpointError."""
+    try:
+        settings = json.loads((directory / CONFIG).read_text())
+        if not isinstance(settings, dict):
+            raise ValueError("no mapping")
+        return settings
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{directory} is no model of transformers or a damaged one ({error}); copy it again") from None
+
+
+def contents_of(
+    directory: Path, settings: dict[str, Any], model: ModelConfig, weights: TensorSource, notes: tuple[str, ...] = ()
+) -> Contents:
+    """What a folder of transformers with these `weights` holds, its tokenizer included."""
+    positions, tokenizer, in_bytes = "max_position_embeddings", directory / TOKENIZER, are_bytes(directory, model.vocab_size)
+    usable = fits(tokenizer, model.vocab_size)
+    if not usable and not in_bytes and (tokenizer.exists() or (directory / "tokenizer.json").exists()):
+        notes += (f"{directory} has a tokenizer that is no SentencePiece model of {model.vocab_size} pieces: it stays behind",)
+    return Contents(
+        model,
+        {WEIGHT: weights},
+        sequence_length=whole_number(settings, positions, directory / CONFIG) if positions in settings else None,
+        tokenizer=tokenizer if usable else None,
+        tokens_are_bytes=in_bytes,
+        notes=notes,
+    )
+
+
+def model_config(settings: dict[str, Any], directory: Path, num_future_tokens: int, model_type: str = "llama") -> ModelConfig:
+    """The model that config.json tells of, with so many heads, head 1 being its last layer.
+
+    Raises:
+        CheckpointError: it is of another form, or a setting is missing or wrong.
+    """
+    path = directory / CONFIG
+    rope = _rope(settings, path)
+    _check_form(settings, rope, path, model_type)
+    keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+    dim, num_layers, num_attention_heads, mlp_dim, vocab_size = (whole_number(settings, key, path) for key in keys)
+    if "rms_norm_eps" not in settings:
+        raise CheckpointError(f"{path} has no rms_norm_eps; expected all settings of a Llama: mend it")
+    if num_layers < 2:
+        raise CheckpointError(f"{directory} has one layer; expected two or more: the last becomes head 1, the others the trunk")
+    model = ModelConfig(
+        dim=dim,
+        num_layers=num_layers - 1 + num_future_tokens,
+        num_future_tokens=num_future_tokens,
+        num_attention_heads=num_attention_heads,
+        num_key_value_heads=settings.get("num_key_value_heads"),
+        mlp_dim=mlp_dim,
+        vocab_size=vocab_size,
+        rope_theta=rope.get("rope_theta", settings.get("rope_theta", DEFAULT_ROPE_THETA)),
+        norm_eps=settings["rms_norm_eps"],
+    )
+    _expect(path, "head_dim", settings.get("head_dim") or model.head_dim, model.head_dim)
+    return checked_model(model, path)
+
+
+def _rope(settings: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The settings of the rotary embedding that transformers 5 would take, where several keys have some."""
+    rope = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise CheckpointError(f"{path}: rope_scaling or rope_parameters is {rope!r}; expected a mapping: mend it")
+    return rope
+
+
+def _check_form(settings: dict[str, Any], rope: dict[str, Any], path: Path, model_type: str) -> None:
+    """Raises: CheckpointError if the model computes anything else than MTPModel with one head."""
+    _expect(path, "model_type", settings.get("model_type"), model_type)
+    _expect(path, "hidden_act", settings.get("hidden_act", "silu"), "silu")
+    _expect(path, "rope_type", rope.get("rope_type") or rope.get("type") or "default", "default")
+    rotated = rope.get("partial_rotary_factor", settings.get("partial_rotary_factor"))
+    _expect(path, "partial_rotary_factor", 1.0 if rotated is None else rotated, 1.0)
+    _expect(path, "attention_bias", settings.get("attention_bias", False), False)
+    _expect(path, "mlp_bias", settings.get("mlp_bias", False), False)
+    _expect(path, "quantization_config", settings.get("quantization_config"), None)
+
+
+def _expect(path: Path, key: str, found: Any, expected: Any) -> None:
+    if found != expected:
+        raise CheckpointError(f"{path}: {key} is {found}, expected {expected}: another form of model")

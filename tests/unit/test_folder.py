@@ -1,0 +1,69 @@
+"""A conversion's result appears whole or not at all; what a killed conversion left is no obstacle."""
+
+import fcntl
+from pathlib import Path
+
+import pytest
+
+from megamtp.checkpoint import folder
+from megamtp.errors import CheckpointError
+
+
+def write(directory: Path, num_bytes: int = 0) -> None:
+    with folder.published(directory, num_bytes, replaceable=True) as new:
+        (new / "file").write_text("content")
+
+
+@pytest.fixture
+def left_by_a_killed_one(tmp_path) -> Path:
+    work = tmp_path / ".exported.partial"
+    (work / "new/deep").mkdir(parents=True)
+    (work / "new/deep/file").write_bytes(bytes(5000))
+    (work / "lock").write_bytes(b"")
+    return work
+
+
+def test_what_a_killed_conversion_left_is_removed(left_by_a_killed_one, tmp_path):
+    write(tmp_path / "exported")
+    assert [path.name for path in tmp_path.iterdir()] == ["exported"]
+    assert sorted(path.name for path in (tmp_path / "exported").iterdir()) == ["file", folder.EXPORT_LIST]
+
+
+def test_its_room_counts_as_free(left_by_a_killed_one, tmp_path, monkeypatch):
+    usage = folder.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(folder.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(CheckpointError, match="needs 1,001 bytes, 1,000 are free"):
+        write(tmp_path / "exported", num_bytes=6001)
+    assert left_by_a_killed_one.exists()
+    write(tmp_path / "exported", num_bytes=6000)
+    assert (tmp_path / "exported/file").exists()
+
+
+def test_two_conversions_to_one_place_are_refused(left_by_a_killed_one, tmp_path):
+    with open(left_by_a_killed_one / "lock", "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(CheckpointError, match=r"another process writes to .*exported\.partial; expected one at a time"):
+            write(tmp_path / "exported")
+    assert (left_by_a_killed_one / "new/deep/file").exists()
+    write(tmp_path / "exported")
+    assert (tmp_path / "exported/file").read_text() == "content"
+
+
+def test_an_interrupted_conversion_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt), folder.published(tmp_path / "exported", 0) as new:
+        (new / "file").write_text("half")
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_came_to_the_destination_meanwhile_is_left_alone(tmp_path):
+    with pytest.raises(CheckpointError, match="holds other files"), folder.published(tmp_path / "exported", 0) as new:
+        (new / "file").write_text("content")
+        (tmp_path / "exported").mkdir()
+        (tmp_path / "exported/notes.txt").write_text("mine")
+    assert [path.name for path in tmp_path.rglob("*")] == ["exported", "notes.txt"]
+
+
+def test_a_mount_point_is_refused_at_once():
+    with pytest.raises(CheckpointError, match=r"/proc is a mount point, .*; expected a folder: choose one in it"):
+        folder.check_destination(Path("/proc"))
