@@ -137,7 +137,8 @@ def _train(job: Job, place: Place) -> bool:
         if len(config.data.train_corpora) > 1:
             print(job.train.windows.summary(config.train.steps * config.global_batch_windows), flush=True)
         write_config(config, run_directory / RESOLVED)
-        remove_leftovers(run_directory)
+        for leftover in remove_leftovers(run_directory):
+            print(f"megamtp: warning: {leftover} cannot be removed; it is of no use", file=sys.stderr, flush=True)
     torch.manual_seed((config.train.seed << 24) + place.rank)  # or checkpoints would differ in random states that nothing has used
     if found:
         engine.load(found[0])
