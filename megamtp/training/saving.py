@@ -166,8 +166,8 @@ class Saver:
     def _failure(self, step: int, reason: Exception | str) -> str:
         checkpoint, found = store.folder_of(self._directory, step), getattr(reason, "strerror", None) or reason
         return (
-            f"{checkpoint} cannot be written ({found}); make room, or see to the disk, and start the job again: it goes on from the "
-            "checkpoint before"
+            f"{checkpoint} cannot be written ({found}); make room, or see to the disk, and start the job again: it goes on from "
+            "the checkpoint before"
         )
 
 

@@ -96,5 +96,5 @@ def test_a_corpus_that_does_not_fit_is_none_and_is_made_later(small_disk, tmp_pa
     small_disk.make_room()
     finished = small_disk.run(command)
     assert finished.returncode == 0, finished.stderr
-    assert (corpus / "train.bin").stat().st_size == 2 * (100_000 * 17 + 1)
+    assert (corpus / "train.bin").stat().st_size > 3 * 2**20
     assert (corpus / "corpus.json").exists()

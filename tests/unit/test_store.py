@@ -89,7 +89,7 @@ def test_what_is_not_there_is_not_published(kind, tmp_path):
     """As on a node whose folder of this name is not the other nodes'."""
     checkpoint, *rest = write(tmp_path, 1)
     damage(store.partial_of(checkpoint), kind)
-    with pytest.raises(CheckpointError, match="shard-1 .*, expected 7 bytes; let all nodes share"):
+    with pytest.raises(CheckpointError, match=r"shard-1 .*, expected 7 bytes; let all nodes share"):
         store.publish(checkpoint, *rest)
     assert store.checkpoints(tmp_path) == []
 
