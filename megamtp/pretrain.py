@@ -8,6 +8,7 @@ Later arguments override earlier ones. A run directory that holds checkpoints is
 any engine on any number of ranks.
 """
 
+import atexit
 import errno
 import fcntl
 import json
@@ -137,7 +138,8 @@ def _train(job: Job, place: Place) -> bool:
         if len(config.data.train_corpora) > 1:
             print(job.train.windows.summary(config.train.steps * config.global_batch_windows), flush=True)
         write_config(config, run_directory / RESOLVED)
-        remove_leftovers(run_directory)
+        for leftover in remove_leftovers(run_directory):
+            print(f"megamtp: warning: {leftover} cannot be removed; it is of no use", file=sys.stderr, flush=True)
     torch.manual_seed((config.train.seed << 24) + place.rank)  # or checkpoints would differ in random states that nothing has used
     if found:
         engine.load(found[0])
@@ -145,7 +147,7 @@ def _train(job: Job, place: Place) -> bool:
 
 
 def _leave_peers() -> None:
-    """Ends the threads of torch.distributed, which can otherwise abort the process while Python shuts down.
+    """Closes the communicators of torch.distributed.
 
     Not after other errors, which may be this rank's alone: it would wait for peers that wait for it.
     """
@@ -247,8 +249,12 @@ def _lock(directory: Path) -> TextIO:
 
 def entry() -> None:
     """The command line: an InputError becomes one line on stderr and exit status 2, once per node; Ctrl-C is status 130."""
+    outcome: list[int] = []
+    atexit.register(_end, outcome)  # first of all, so that it is called last
     try:
         status = main(sys.argv[1:])
+    except SystemExit as error:  # another rank says why
+        status = error.code
     except KeyboardInterrupt:
         status = 130
     except OSError as error:
@@ -264,7 +270,20 @@ def entry() -> None:
             time.sleep(10)  # when local rank 0 has the same error, the launcher ends this one while it sleeps
         print(f"megamtp: error: {error}", file=sys.stderr, flush=True)
         status = 2
+    outcome.append(status)
     sys.exit(status)
+
+
+def _end(outcome: list[int]) -> None:
+    """Ends the process with its exit status, if that is known, before Python takes itself apart.
+
+    DeepSpeed's globals keep gloo's threads alive after destroy_process_group, and one that lets go of a collective's last tensor
+    after that aborts the process (torch 2.11: ProcessGroupGloo::runLoop, decref_pyobject, PyEval_AcquireThread).
+    """
+    if outcome:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(outcome[0])
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ def published(directory: Path, num_bytes: int, replaceable: bool = False) -> Ite
             if directory.exists():
                 os.rename(directory, old)
             os.rename(new, directory)
+            sync(directory.parent)
     except OSError as error:
         raise CheckpointError(f"{directory} cannot be written: {error}; choose another destination") from None
 

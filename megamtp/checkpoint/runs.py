@@ -13,7 +13,7 @@ from megamtp.checkpoint.contents import MOMENTS, WEIGHT, Contents, check_content
 from megamtp.checkpoint.folder import published
 from megamtp.checkpoint.hf_tokenizer import copied_tokenizer, copy_tokenizer
 from megamtp.checkpoint.safetensors_file import split
-from megamtp.checkpoint.shards import KINDS, Tensors, shard_name, slice_key, write_shard
+from megamtp.checkpoint.shards import KINDS, Shards, shard_name, slice_key, write_shard
 from megamtp.config import RESOLVED, ModelConfig, read_config
 from megamtp.data.tokenizer import BYTES
 from megamtp.errors import CheckpointError
@@ -44,9 +44,10 @@ def read(source: Path) -> Contents:
     manifest = store.verified(checkpoint)
     config = read_config([str(run_directory / RESOLVED)]) if (run_directory / RESOLVED).exists() else None
     tokenizer = config.data.tokenizer if config else copied_tokenizer(run_directory)
+    shards = Shards(checkpoint, manifest.files)
     contents = Contents(
         ModelConfig(**manifest.model),
-        {kind: Tensors(checkpoint, kind) for kind in KINDS},
+        {kind: shards.tensors(kind) for kind in KINDS},
         step=manifest.step,
         state=manifest.state,
         sequence_length=config.train.sequence_length if config else None,

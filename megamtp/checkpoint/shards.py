@@ -12,7 +12,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,6 @@ from megamtp.checkpoint.tensors import TensorSource
 from megamtp.errors import CheckpointError
 
 KINDS = (WEIGHT, *MOMENTS)
-PATTERN = "shard-*.safetensors"
 SHAPES = "shapes"  # in the metadata: JSON of name -> whole shape
 CHUNK_BYTES = 32 * 2**20
 
@@ -97,32 +96,72 @@ class _Piece:
     end: int
     file: Path
     key: str
+    opened: safe_open
 
 
-class Tensors:
-    """One kind of a checkpoint's tensors, whole, whatever engine cut them into slices: a TensorSource. Reads are memory-mapped.
+class Shards:
+    """A checkpoint's files, each opened once for the tensors of all kinds. Reads are memory-mapped.
 
     Attributes:
         shapes: of every tensor, by name.
     """
 
-    def __init__(self, checkpoint: Path, kind: str):
-        """`kind`: one of KINDS.
+    def __init__(self, checkpoint: Path, files: Iterable[str]):
+        """`files`: their names, which the manifest has: whatever else lies there is no part of the checkpoint.
 
         Raises:
-            CheckpointError: a file cannot be read, or slices are missing or overlap.
+            CheckpointError: a file cannot be read.
         """
         self._checkpoint = checkpoint
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._files: dict[Path, safe_open] = {}
-        self._pieces: dict[str, list[_Piece]] = {}
-        files = sorted(checkpoint.glob(PATTERN))
-        if not files:
-            raise CheckpointError(f"{checkpoint} holds no {PATTERN}; expected a checkpoint of ours: give another")
-        for file in files:
-            self._index(file, kind)
+        self._pieces: dict[str, dict[str, list[_Piece]]] = {kind: {} for kind in KINDS}
+        for name in files:
+            self._index(checkpoint / name)
+
+    def tensors(self, kind: str) -> "Tensors":
+        """Those of one of KINDS.
+
+        Raises:
+            CheckpointError: slices are missing or overlap.
+        """
+        pieces = {name: sorted(found, key=lambda piece: piece.start) for name, found in self._pieces[kind].items()}
         for name, shape in self.shapes.items():
-            self._check_complete(kind, name, math.prod(shape))
+            self._check_complete(kind, name, math.prod(shape), pieces.get(name, []))
+        return Tensors(self._checkpoint, self.shapes, pieces)
+
+    def _index(self, file: Path) -> None:
+        try:
+            opened = safe_open(file, framework="pt")
+            self.shapes |= {name: tuple(shape) for name, shape in json.loads(opened.metadata()[SHAPES]).items()}
+            for key in opened.keys():  # noqa: SIM118 - no mapping
+                kind, _, place = key.partition("/")
+                if kind in KINDS:
+                    name, start = place.rsplit("@", 1)
+                    (size,) = opened.get_slice(key).get_shape()
+                    piece = _Piece(int(start), int(start) + size, file, key, opened)
+                    self._pieces[kind].setdefault(name, []).append(piece)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise _damaged(file, error) from None
+
+    def _check_complete(self, kind: str, name: str, size: int, pieces: list[_Piece]) -> None:
+        bounds = [(piece.start, piece.end) for piece in pieces]
+        ends = [0, *(end for _, end in bounds)]
+        if [start for start, _ in bounds] != ends[:-1] or ends[-1] != size:
+            raise CheckpointError(
+                f"{self._checkpoint}: {kind} of {name} is there in slices {bounds}, expected all of its {size} elements, once; "
+                "remove it to go on from an older one"
+            )
+
+
+class Tensors:
+    """One kind of a checkpoint's tensors, whole, whatever engine cut them into slices: a TensorSource, from Shards.tensors.
+
+    Attributes:
+        shapes: of every tensor, by name.
+    """
+
+    def __init__(self, checkpoint: Path, shapes: Mapping[str, tuple[int, ...]], pieces: Mapping[str, list[_Piece]]):
+        self._checkpoint, self.shapes, self._pieces = checkpoint, shapes, pieces
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> Tensor:
         """See TensorSource.read."""
@@ -134,33 +173,11 @@ class Tensors:
             first, last = max(start, piece.start), min(end, piece.end)
             if first < last:
                 try:
-                    found = self._files[piece.file].get_slice(piece.key)[first - piece.start : last - piece.start]
+                    found = piece.opened.get_slice(piece.key)[first - piece.start : last - piece.start]
                 except SafetensorError as error:
                     raise _damaged(piece.file, error) from None
                 result[first - start : last - start] = found
         return result
-
-    def _index(self, file: Path, kind: str) -> None:
-        try:
-            opened = self._files[file] = safe_open(file, framework="pt")
-            self.shapes |= {name: tuple(shape) for name, shape in json.loads(opened.metadata()[SHAPES]).items()}
-            for key in opened.keys():  # noqa: SIM118 - no mapping
-                if key.startswith(f"{kind}/"):
-                    name, start = key.removeprefix(f"{kind}/").rsplit("@", 1)
-                    (size,) = opened.get_slice(key).get_shape()
-                    self._pieces.setdefault(name, []).append(_Piece(int(start), int(start) + size, file, key))
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise _damaged(file, error) from None
-
-    def _check_complete(self, kind: str, name: str, size: int) -> None:
-        pieces = sorted(self._pieces.get(name, []), key=lambda piece: piece.start)
-        bounds = [(piece.start, piece.end) for piece in pieces]
-        ends = [0, *(end for _, end in bounds)]
-        if [start for start, _ in bounds] != ends[:-1] or ends[-1] != size:
-            raise CheckpointError(
-                f"{self._checkpoint}: {kind} of {name} is there in slices {bounds}, expected all of its {size} elements, once; "
-                "remove it to go on from an older one"
-            )
 
 
 def _damaged(file: Path, error: Exception) -> CheckpointError:

@@ -106,6 +106,8 @@ def read_manifest(checkpoint: Path) -> Manifest:
             kind, value = typing.get_origin(field.type) or field.type, getattr(manifest, field.name)
             if not isinstance(value, kind):
                 raise TypeError(f"{field.name} is {value!r}, not of type {kind.__name__}")
+        sizes = {name: file["bytes"] for name, file in manifest.files.items()}
+        check_sizes(checkpoint, sizes, remedy=f"remove {checkpoint} to go on from an older one")
     except FileNotFoundError:
         raise CheckpointError(
             f"{checkpoint} is not a checkpoint: it has no {MANIFEST}; give a run's folder or one of its checkpoints"
@@ -114,8 +116,6 @@ def read_manifest(checkpoint: Path) -> Manifest:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path} cannot be read ({error}); remove {checkpoint} to go on from an older one") from None
-    sizes = {name: file["bytes"] for name, file in manifest.files.items()}
-    check_sizes(checkpoint, sizes, remedy=f"remove {checkpoint} to go on from an older one")
     return manifest
 
 
@@ -173,17 +173,22 @@ def publish(checkpoint: Path, manifest: Manifest, files: dict[str, WrittenFile])
 
     Raises:
         OSError: as when the disk is full.
+        CheckpointError: a file is not there in its size, as when nodes have a folder of this name each.
     """
     partial = partial_of(checkpoint)
+    check_sizes(
+        partial, {name: file.bytes for name, file in files.items()}, remedy="let all nodes share run.directory, and no other job"
+    )
     content = dataclasses.asdict(manifest) | {"files": {name: dataclasses.asdict(file) for name, file in files.items()}}
     (partial / MANIFEST).write_text(json.dumps(content | {"crc32": _crc32(content)}, indent=1))
     sync(partial / MANIFEST)
     sync(partial)
     replaced = _set_aside(checkpoint) if checkpoint.exists() else None
     os.rename(partial, checkpoint)
-    sync(checkpoint.parent)
+    for folder in checkpoint.parents[:2]:  # checkpoints/ may be new, too
+        sync(folder)
     if replaced:
-        shutil.rmtree(replaced)
+        shutil.rmtree(replaced, ignore_errors=True)  # what remains of it goes with the leftovers
 
 
 def outdated(run_directory: Path, step: int, keep: int, keep_every_steps: int | None) -> list[Path]:
@@ -204,10 +209,12 @@ def _set_aside(checkpoint: Path) -> Path:
     return doomed
 
 
-def remove_leftovers(run_directory: Path) -> None:
-    """Removes what jobs that were killed while they saved or removed have left. Raises OSError."""
-    for leftover in (run_directory / "checkpoints").glob(f"*{PARTIAL}"):
-        shutil.rmtree(leftover)
+def remove_leftovers(run_directory: Path) -> list[Path]:
+    """Removes what jobs that were killed while they saved or removed have left, and returns what cannot be removed."""
+    leftovers = list((run_directory / "checkpoints").glob(f"*{PARTIAL}"))
+    for leftover in leftovers:
+        shutil.rmtree(leftover, ignore_errors=True)
+    return [leftover for leftover in leftovers if leftover.exists()]
 
 
 def verified(checkpoint: Path) -> Manifest:

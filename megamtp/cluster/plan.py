@@ -15,11 +15,13 @@ from megamtp.engines.links import Link
 from megamtp.engines.partition import Partition, partition
 from megamtp.engines.pass_costs import PassCosts
 from megamtp.engines.spread import SpreadPartition, spread
+from megamtp.engines.stage_memory import OPTIMIZER
 from megamtp.errors import InputError
 from megamtp.losses.linear_cross_entropy import default_chunk_rows
 from megamtp.model.cost import layer_activation_bytes, layer_matrices, layer_parameters, parameters, unembedding_parameters
 
 DAY = 86400.0
+STATE_BYTES = 12  # of a parameter's fp32 weight and its two moments: what a checkpoint holds (checkpoint/shards.py)
 BUFFERED_LAYERS = 3  # gathered layers at a time: the running one and two on their way
 
 
@@ -58,6 +60,8 @@ class Plan:
 
     Attributes:
         memory: of a pipeline, those of its largest stage.
+        host_memory: on the CPU, beside the process's own; of a pipeline, those of the stage with the most parameters.
+        checkpoint_bytes: on disk, all ranks' together.
         compute: forward and backward passes of all micro-batches, as if nothing were communicated; of a pipeline's average stage.
         exposed: communication that nothing hides, and what communication takes from computation; of a pipeline, waiting for others.
         update: the optimizer.
@@ -65,6 +69,8 @@ class Plan:
     """
 
     memory: dict[str, float]
+    host_memory: dict[str, float]
+    checkpoint_bytes: int
     micro_batches: int
     compute: float
     exposed: float
@@ -96,7 +102,10 @@ def plan(config: Config, world_size: int, card: Card) -> Plan:
     compute, exposed = _micro_batch_seconds(config, world_size, card)
     share = parameters(config.model) / world_size
     update = 0.0 if engine.offload_optimizer else _update_seconds(share, card)
-    return Plan(_memory(config, world_size), micro_batches, micro_batches * compute, micro_batches * exposed, update)
+    return Plan(
+        _memory(config, world_size), _host_memory(config, share), _checkpoint_bytes(config),
+        micro_batches, micro_batches * compute, micro_batches * exposed, update,
+    )  # fmt: skip
 
 
 def _update_seconds(parameters: float, card: Card) -> float:
@@ -121,7 +130,11 @@ def _plan_pipeline(config: Config, world_size: int, card: Card) -> Plan:
     network = Network(dataclasses.replace(cluster, emulate=pipelines))
     reduction = sum(network.seconds(kind, weights) for kind in ("reduce_scatter", "all_gather"))
     exposed = max(work.end for work in played) - compute + reduction
-    return Plan(largest.memory_bytes, micro_batches, compute, exposed, _update_seconds(weights / 2 / pipelines, card), cut)
+    share = max(stage.memory_bytes[OPTIMIZER] for stage in cut.stages) / STATE_BYTES
+    return Plan(
+        largest.memory_bytes, _host_memory(config, share), _checkpoint_bytes(config),
+        micro_batches, compute, exposed, _update_seconds(weights / 2 / pipelines, card), cut,
+    )  # fmt: skip
 
 
 def _pass_costs(config: Config, card: Card) -> PassCosts:
@@ -172,6 +185,20 @@ def _memory(config: Config, world_size: int) -> dict[str, float]:
         "a layer's backward": 13 * tokens * model.hidden_dim,
         "head loss": head_loss,
     }
+
+
+def _host_memory(config: Config, share: float) -> dict[str, float]:
+    """`share`: parameters of which the rank keeps the optimizer's state. It is copied for a checkpoint wherever it is kept."""
+    engine = config.engine
+    return {
+        "copy that a checkpoint is written from": STATE_BYTES * share,
+        "offloaded gradients and optimizer": (4 + STATE_BYTES) * share * engine.offload_optimizer,
+        "offloaded weights": 2 * share * engine.offload_parameters,
+    }
+
+
+def _checkpoint_bytes(config: Config) -> int:
+    return STATE_BYTES * parameters(config.model)
 
 
 def _micro_batch_seconds(config: Config, world_size: int, card: Card) -> tuple[float, float]:

@@ -36,6 +36,7 @@ def main() -> None:
     card = CARDS[options.gpu]
     found = plan(config, options.gpus, card)
     print(_stage_table(found.cut, card) if found.cut else _memory_table(found, card))
+    print(_host_table(found, config, options.gpus))
     if found.peak_bytes > card.memory_bytes:
         _explain(found, config, options.gpus, card)
         sys.exit(1)
@@ -69,6 +70,15 @@ def _stage_table(cut: Partition | SpreadPartition, card: Card) -> str:
         sizes = " | ".join(f"{size / GIB:.2f}" for size in stage.memory_bytes.values())
         lines.append(f"| stage {index} | {sizes} | **{sum(stage.memory_bytes.values()) / GIB:.2f}** |")
     return "\n".join([*lines, "", cut.summary()])
+
+
+def _host_table(found: Plan, config: Config, world_size: int) -> str:
+    """Memory of the CPU, and the disk."""
+    ranks, sizes = min(world_size, config.cluster.ranks_per_node), {kind: size for kind, size in found.host_memory.items() if size}
+    sizes[f"**together, of the {ranks} ranks of a node**"] = ranks * sum(sizes.values())
+    sizes[f"a checkpoint on disk ({config.run.keep_checkpoints} are kept, while another is written)"] = found.checkpoint_bytes
+    rows = [f"| {kind} | {size / GIB:.2f} |" for kind, size in sizes.items()]
+    return "\n".join(["", "| host memory of a rank, and disk | GiB |", "|---|---|", *rows])
 
 
 def _time_table(found: Plan, config: Config) -> str:

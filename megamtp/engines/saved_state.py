@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megamtp.checkpoint.contents import check_tensors
-from megamtp.checkpoint.shards import KINDS, Tensors, shard_name, slice_key
+from megamtp.checkpoint.shards import KINDS, Shards, shard_name, slice_key
 from megamtp.checkpoint.store import Manifest, read_manifest
 from megamtp.engines.base import EngineState
 from megamtp.engines.fragments import MasterState
@@ -44,9 +44,10 @@ def load_state(engine: DeepSpeedEngine, checkpoint: Path, kind: str, rank: int, 
     """See Engine.load. `kind`: engine.kind, by which, with the number of ranks, this rank's random states are known again."""
     manifest, master = read_manifest(checkpoint), MasterState(engine)
     expected = {name: full_shape(parameter) for name, parameter in engine.module.named_parameters()}
+    shards = Shards(checkpoint, manifest.files)
+    check_tensors({name: shards.shapes[name] for name in expected if name in shards.shapes}, expected, checkpoint)
     for tensor_kind in KINDS:
-        saved = Tensors(checkpoint, tensor_kind)
-        check_tensors({name: saved.shapes[name] for name in expected if name in saved.shapes}, expected, checkpoint)
+        saved = shards.tensors(tensor_kind)
         for fragment in master.fragments:
             tensor = fragment.tensors[tensor_kind]
             tensor.copy_(saved.read(fragment.name, fragment.start, fragment.start + len(tensor)))

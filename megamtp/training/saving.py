@@ -6,14 +6,13 @@ Ranks learn from each step's report (loop.py) that all have written, so nothing 
 """
 
 import dataclasses
-import errno
-import os
 import shutil
 import sys
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch.distributed as dist
 from torch import Tensor
@@ -57,12 +56,13 @@ class Saver:
         """Copies the state after `step` steps and returns; a checkpoint that is still on its way is finished first.
 
         Raises:
-            CheckpointError: that one could not be written.
+            CheckpointError: that one could not be written, or there is no room for this one.
         """
         self.finish()
         start = time.perf_counter()
         with self._metrics.phase("save"):
             state = self._engine.state()
+            self._make_folder(step, sum(tensor.numel() * tensor.element_size() for tensor in state.tensors.values()))
             tensors = self._snapshot.take(state.tensors)
         config = self._config
         manifest = store.Manifest(
@@ -83,8 +83,6 @@ class Saver:
         Raises:
             CheckpointError: any rank could not write it, as when a disk is full; older checkpoints are untouched.
         """
-        if self._removal:
-            self._removal.join()
         writing, self._writing = self._writing, None
         if not writing:
             return
@@ -97,26 +95,42 @@ class Saver:
             outcome = [error or (self._publish(writing.manifest, parts) if self._engine.rank == 0 else None)]
             dist.broadcast_object_list(outcome, src=0)
         if outcome[0]:
-            if self._engine.rank == 0:  # what is left of it fills the disk
-                shutil.rmtree(store.partial_of(store.folder_of(self._directory, writing.manifest.step)), ignore_errors=True)
-            raise CheckpointError(outcome[0])
+            self._abandon(writing.manifest.step, outcome[0])
         stall = writing.stall_seconds + time.perf_counter() - start
         total = sum(part.file.bytes for part in parts)
         self._metrics.checkpoint(writing.manifest.step, total, max(part.seconds for part in parts), stall)
 
-    def _write(self, writing: _Writing, tensors: dict[str, Tensor], state: EngineState) -> None:
-        """The thread's work: this rank's file."""
-        start = time.perf_counter()
-        partial = store.partial_of(store.folder_of(self._directory, writing.manifest.step))
-        path = partial / shard_name(self._engine.rank)
+    def _make_folder(self, step: int, num_bytes: int) -> None:
+        """Sees to it that all ranks' parts fit together, before any is written: a full disk is in the way of everything else, too.
+
+        All ranks raise, or none. Collective.
+        """
+        if self._removal:  # rank 0's, and what it sees is free counts
+            self._removal.join()
+        partial, free, error = self._partial(step), 0, None
         try:
             partial.mkdir(parents=True, exist_ok=True)
-            if shutil.disk_usage(partial).free < sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            writing.file = write_shard(path, InMemory(tensors), state.shapes)
-        except OSError as error:
-            path.unlink(missing_ok=True)  # what remains of it would fill the disk for others
-            writing.error = self._failure(writing.manifest, error)
+            free = shutil.disk_usage(partial).free
+        except OSError as found:
+            error = self._failure(step, found)
+        told: list[tuple[int, int, str | None]] = [None] * self._engine.world_size
+        dist.all_gather_object(told, (num_bytes, free, error))
+        needed, free = sum(size for size, _, _ in told), told[0][1]
+        error = next((error for _, _, error in told if error), None)
+        if not error and free < needed:
+            error = self._failure(step, f"it needs {needed:,} bytes, {free:,} are free")
+        if error:
+            self._abandon(step, error)
+
+    def _write(self, writing: _Writing, tensors: dict[str, Tensor], state: EngineState) -> None:
+        """The thread's work: this rank's file."""
+        start, step = time.perf_counter(), writing.manifest.step
+        try:
+            writing.file = write_shard(self._partial(step) / shard_name(self._engine.rank), InMemory(tensors), state.shapes)
+        except Exception as error:
+            writing.error = self._failure(step, error)  # whatever it is, the other ranks must not wait for this one
+            if not isinstance(error, OSError):
+                raise
         writing.seconds = time.perf_counter() - start
 
     def _publish(self, manifest: store.Manifest, parts: list["_Part"]) -> str | None:
@@ -124,19 +138,36 @@ class Saver:
         checkpoint = store.folder_of(self._directory, manifest.step)
         try:
             store.publish(checkpoint, manifest, {shard_name(rank): part.file for rank, part in enumerate(parts)})
+        except CheckpointError as error:
+            return str(error)
         except OSError as error:
-            return self._failure(manifest, error)
-        run = self._config.run
-        outdated = store.outdated(self._directory, manifest.step, run.keep_checkpoints, run.keep_every_steps)
-        self._removal = threading.Thread(target=_remove, args=(outdated,), name="megamtp-remove")
+            return self._failure(manifest.step, error)
+        self._removal = threading.Thread(target=self._remove_outdated, args=(manifest.step,), name="megamtp-remove")
         self._removal.start()
         return None
 
-    def _failure(self, manifest: store.Manifest, error: OSError) -> str:
-        checkpoint, free = store.folder_of(self._directory, manifest.step), shutil.disk_usage(self._directory).free
+    def _remove_outdated(self, step: int) -> None:
+        """Another thread's work, on rank 0. What cannot be removed is in nobody's way."""
+        run = self._config.run
+        for checkpoint in store.outdated(self._directory, step, run.keep_checkpoints, run.keep_every_steps):
+            try:
+                store.remove(checkpoint)
+            except OSError as error:
+                print(f"megamtp: warning: {checkpoint} cannot be removed: {error.strerror}", file=sys.stderr, flush=True)
+
+    def _abandon(self, step: int, error: str) -> NoReturn:
+        if self._engine.rank == 0:  # what is left of it fills the disk
+            shutil.rmtree(self._partial(step), ignore_errors=True)
+        raise CheckpointError(error)
+
+    def _partial(self, step: int) -> Path:
+        return store.partial_of(store.folder_of(self._directory, step))
+
+    def _failure(self, step: int, reason: Exception | str) -> str:
+        checkpoint, found = store.folder_of(self._directory, step), getattr(reason, "strerror", None) or reason
         return (
-            f"{checkpoint} cannot be written ({error.strerror or error}); {free:,} bytes are free there: make room, and start the "
-            "job again: it goes on from the checkpoint before"
+            f"{checkpoint} cannot be written ({found}); make room, or see to the disk, and start the job again: it goes on from "
+            "the checkpoint before"
         )
 
 
@@ -147,11 +178,3 @@ class _Part:
     file: WrittenFile | None
     error: str | None
     seconds: float
-
-
-def _remove(outdated: list[Path]) -> None:
-    for checkpoint in outdated:
-        try:
-            store.remove(checkpoint)
-        except OSError as error:
-            print(f"megamtp: warning: {checkpoint} cannot be removed: {error.strerror}", file=sys.stderr, flush=True)

@@ -2,7 +2,9 @@
 
 import errno
 import os
+import shutil
 import threading
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -72,8 +74,8 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
         assert stall_seconds < 5
 
 
-def _full_disk_of_rank_1(directory: str) -> str:
-    """The error of this rank."""
+def _failure_of_rank_1(directory: str, error: Exception) -> str:
+    """The error of this rank when rank 1 meets `error` while it writes a second checkpoint."""
     from megamtp.engines.zero import ZeroEngine
     from megamtp.training import saving
 
@@ -86,23 +88,66 @@ def _full_disk_of_rank_1(directory: str) -> str:
     def write(path, *rest):
         written = write_shard(path, *rest)
         if dist.get_rank() == 1:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise error
         return written
 
     saving.write_shard = write
     saver.begin(2)
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises(CheckpointError) as found:
         saver.finish()
-    return str(error.value)
+    return str(found.value)
 
 
-def test_a_full_disk_of_one_rank_is_every_ranks_error(tmp_path):
-    first, second = run_ranks(_full_disk_of_rank_1, 2, str(tmp_path))
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device"), (RuntimeError("a defect"), "a defect")],
+)
+def test_whatever_befalls_one_rank_is_every_ranks_error(error, words, tmp_path):
+    first, second = run_ranks(_failure_of_rank_1, 2, str(tmp_path), error)
     assert first == second
-    assert "step-0000002 cannot be written (No space left on device)" in first and "make room" in first
+    assert f"step-0000002 cannot be written ({words})" in first and "make room" in first
     (checkpoint,) = store.checkpoints(tmp_path)
     assert store.verified(checkpoint).step == 1
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [checkpoint.name]
+
+
+def _small_disk(directory: str) -> tuple[str, bool]:
+    """(the error of this rank, whether anything was written) on a disk with room for either rank's part, but not for both."""
+    from megamtp.engines.zero import ZeroEngine
+    from megamtp.training import saving
+
+    config = small_config(engine__kind="zero3", run__directory=directory)
+    engine, written = ZeroEngine(config), []
+    size = sum(tensor.numel() * tensor.element_size() for tensor in engine.state().tensors.values())
+    shutil.disk_usage = lambda path: namedtuple("Usage", "free")(size * 3 // 2)
+    saving.write_shard = lambda *arguments: written.append(arguments)
+    with pytest.raises(CheckpointError) as found:
+        saving.Saver(config, engine, NoMetrics()).begin(1)
+    return str(found.value), bool(written)
+
+
+def test_there_must_be_room_for_the_parts_of_all_ranks(tmp_path):
+    first, second = run_ranks(_small_disk, 2, str(tmp_path))
+    assert first == second
+    assert "step-0000001 cannot be written (it needs " in first[0] and not first[1]
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def _folder_of_each_rank(directory: str) -> str:
+    """The error of this rank when every rank has a run directory of its own."""
+    from megamtp.engines.zero import ZeroEngine
+
+    config = small_config(engine__kind="zero3", run__directory=f"{directory}/{dist.get_rank()}")
+    with pytest.raises(CheckpointError) as found:
+        save(config, ZeroEngine(config), 1)
+    return str(found.value)
+
+
+def test_a_run_directory_that_nodes_do_not_share_is_noticed(tmp_path):
+    first, second = run_ranks(_folder_of_each_rank, 2, str(tmp_path))
+    assert first == second
+    assert "0/checkpoints/step-0000001.partial/shard-00001.safetensors is missing" in first and "let all nodes share" in first
+    assert list((tmp_path / "0/checkpoints").iterdir()) == []
 
 
 def _loss_scale_and_random_numbers(directory: str) -> list[tuple]:

@@ -114,7 +114,7 @@ def main() -> None:
         print(f"run {index}: {told}; {'bitwise equal' if same else 'DIFFERENT'}", flush=True)
         if not same:
             sys.exit(1)
-    print(f"{options.runs} runs killed, {during_saves} with a checkpoint half-written; all final states bitwise equal")
+    print(f"{options.runs} runs killed, {during_saves} with a checkpoint half-written or half-removed; all ends bitwise equal")
 
 
 if __name__ == "__main__":

@@ -267,6 +267,16 @@ def test_resumed_run_that_is_finished_does_nothing(trained, arguments):
     assert "nothing to do" in finished.stdout
 
 
+def test_a_job_ends_before_python_takes_itself_apart(trained, arguments):
+    """When a thread of gloo can abort it. Here an object that Python would let go of then would."""
+    program = "import os\nfrom megamtp import pretrain\nclass Late:\n    def __del__(self, abort=os.abort):\n        abort()\n"
+    arguments = [*arguments, "train.steps=1", f"run.directory={trained}"]
+    finished = run(["-c", f"{program}late = Late()\npretrain.entry()", *arguments])
+    assert finished.returncode == 0, finished.stderr
+    assert "nothing to do" in finished.stdout
+    assert_one_line(run(["-c", f"{program}late = Late()\npretrain.entry()", *arguments, "model.dim=wide"]), ["expected int"])
+
+
 def test_damaged_metrics(trained, arguments, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     metrics = tmp_path / "run/metrics.jsonl"

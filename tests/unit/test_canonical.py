@@ -92,6 +92,16 @@ def llama(folder: Path, tied: bool = False, **settings) -> LlamaForCausalLM:
     return model
 
 
+def test_a_folder_is_on_disk_before_it_has_its_name_and_then_so_is_that(tmp_path, monkeypatch):
+    calls, rename = [], folder.os.rename
+    monkeypatch.setattr(folder, "sync", calls.append)
+    monkeypatch.setattr(folder.os, "rename", lambda *paths: calls.append(paths) or rename(*paths))
+    with folder.published(tmp_path / "made", 5) as new:
+        (new / "file").write_text("whole")
+    assert calls == [new / "file", new, (new, tmp_path / "made"), tmp_path]
+    assert [path.name for path in tmp_path.rglob("*")] == ["made", "file"]
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_head_1_of_a_converted_llama_computes_what_it_did(tmp_path, tied):
     theirs = llama(tmp_path / "llama", tied)

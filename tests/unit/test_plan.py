@@ -93,6 +93,25 @@ def test_more_ranks_take_shards_and_micro_batches_away():
     assert many.compute == few.compute / 2
 
 
+def test_a_checkpoint_is_what_all_ranks_copy():
+    """Twelve bytes a parameter, in equal shares."""
+    found = plan(config_of("6.7b", 4), 64, CARDS["h100"])
+    assert found.checkpoint_bytes == 12 * parameters(config_of("6.7b", 4).model)
+    assert 64 * sum(found.host_memory.values()) == pytest.approx(found.checkpoint_bytes)
+    assert found.host_memory["copy that a checkpoint is written from"] == found.memory["optimizer"]
+
+
+def test_what_is_offloaded_moves_to_the_host_and_is_copied_all_the_same():
+    kept, offloaded = (
+        plan(config_of("6.7b", 4, *further), 64, CARDS["h100"])
+        for further in ([], ["engine.offload_optimizer=true", "engine.offload_parameters=true"])
+    )
+    moved = sum(kept.memory[kind] for kind in ("weights", "gradients", "optimizer"))
+    assert sum(offloaded.host_memory.values()) - sum(kept.host_memory.values()) == pytest.approx(moved)
+    assert kept.peak_bytes - offloaded.peak_bytes == pytest.approx(moved)
+    assert offloaded.checkpoint_bytes == kept.checkpoint_bytes
+
+
 def test_slower_networks_are_exposed():
     fast, slow = (plan(config_of("6.7b", 4, f"cluster.flat_bandwidth={rate}"), 64, CARDS["h100"]) for rate in (400e9, 20e9))
     assert slow.compute == fast.compute
@@ -130,6 +149,7 @@ def test_a_pipelines_stages_add_up():
         pytest.approx(8 * stage.memory_bytes["optimizer"], abs=8) for stage in many.cut.stages
     ]
     assert few.micro_batches == 8 * many.micro_batches
+    assert sum(many.host_memory.values()) == max(stage.memory_bytes["optimizer"] for stage in many.cut.stages)
     weights = sum(stage.memory_bytes["weights"] for stage in many.cut.stages)
     assert weights == 2 * parameters(pipeline_of("13b", 8).model)  # all heads are in the last stage: one copy
     assert many.compute * 8 == pytest.approx(few.compute)
@@ -175,6 +195,7 @@ def test_command_says_what_fits_and_what_does_not():
     fits = run("configs/6.7b_n4.yaml", "--gpus", "64", "--bandwidth", "100e9", "train.steps=10")
     assert fits.returncode == 0, fits.stderr
     assert "**together**" in fits.stdout and "days for 10 steps" in fits.stdout
+    assert "\n| **together, of the 8 ranks of a node** | 9.41 |\n| a checkpoint on disk (2 are kept, " in fits.stdout
     large = run("configs/13b_n4.yaml", "--gpus", "8")
     assert large.returncode == 1
     assert "does not fit, because" in large.stdout and "the nearest that fits: train.micro_batch_size=1" in large.stdout

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from megamtp.checkpoint import shards
-from megamtp.checkpoint.shards import Snapshot, Tensors, read_crc32, shard_name, slice_key, write_shard
+from megamtp.checkpoint.shards import Shards, Snapshot, Tensors, read_crc32, shard_name, slice_key, write_shard
 from megamtp.checkpoint.tensors import InMemory, whole
 from megamtp.errors import CheckpointError
 
@@ -22,6 +22,11 @@ SHAPES = {"matrix": (6, 10), "vector": (4,)}
 def write(folder: Path, *cuts: dict[str, torch.Tensor]) -> None:
     for rank, slices in enumerate(cuts):
         write_shard(folder / shard_name(rank), InMemory(slices), SHAPES)
+
+
+def opened(folder: Path, kind: str = "weight") -> Tensors:
+    """All files there."""
+    return Shards(folder, sorted(path.name for path in folder.iterdir())).tensors(kind)
 
 
 def cut(tensor: torch.Tensor, name: str, start: int, end: int, kind: str = "weight") -> dict[str, torch.Tensor]:
@@ -38,14 +43,14 @@ def test_slices_of_any_cut_are_read_across_files(chunk_bytes, tmp_path, monkeypa
         cut(MATRIX, "matrix", 0, 17) | random,
         cut(MATRIX, "matrix", 17, 40) | cut(MATRIX * 2, "matrix", 0, 60, "exp_avg") | cut(VECTOR, "vector", 0, 4, "exp_avg"),
     )
-    tensors = Tensors(tmp_path, "weight")
+    tensors = opened(tmp_path)
     assert tensors.shapes == SHAPES
     assert torch.equal(whole(tensors, "matrix"), MATRIX)
     assert torch.equal(whole(tensors, "vector").view(torch.int32), VECTOR.view(torch.int32))
     for start in range(61):
         for end in range(start, 61):
             assert torch.equal(tensors.read("matrix", start, end), MATRIX.flatten()[start:end])
-    assert torch.equal(whole(Tensors(tmp_path, "exp_avg"), "matrix"), MATRIX * 2)
+    assert torch.equal(whole(opened(tmp_path, "exp_avg"), "matrix"), MATRIX * 2)
 
 
 def test_files_are_plain_safetensors_with_known_checksums(tmp_path):
@@ -72,20 +77,39 @@ def test_missing_and_doubled_slices_are_named(cuts, words, tmp_path):
         slices |= cut(MATRIX, "matrix", start, end)
     write(tmp_path, slices)
     with pytest.raises(CheckpointError) as error:
-        Tensors(tmp_path, "weight")
+        opened(tmp_path)
     for word in words:
         assert word in str(error.value)
 
 
+def test_files_that_are_not_named_are_no_part(tmp_path):
+    """As what a job of more ranks, ended while it saved the same step, may have left there."""
+    write(tmp_path, cut(MATRIX, "matrix", 0, 60) | cut(VECTOR, "vector", 0, 4), cut(MATRIX * 2, "matrix", 30, 60))
+    assert torch.equal(whole(Shards(tmp_path, [shard_name(0)]).tensors("weight"), "matrix"), MATRIX)
+    with pytest.raises(CheckpointError, match="once"):
+        opened(tmp_path)
+
+
+def test_files_are_opened_once_for_all_kinds(tmp_path, monkeypatch):
+    paths, safe_open = [], shards.safe_open
+    monkeypatch.setattr(shards, "safe_open", lambda path, **options: paths.append(path) or safe_open(path, **options))
+    slices = {}
+    for kind in shards.KINDS:
+        slices |= cut(MATRIX, "matrix", 0, 60, kind) | cut(VECTOR, "vector", 0, 4, kind)
+    write(tmp_path, slices, {})
+    found = Shards(tmp_path, [shard_name(0), shard_name(1)])
+    for kind in shards.KINDS:
+        assert torch.equal(whole(found.tensors(kind), "matrix"), MATRIX)
+    assert paths == [tmp_path / shard_name(0), tmp_path / shard_name(1)]
+
+
 def test_damaged_and_foreign_files_are_named(tmp_path):
-    with pytest.raises(CheckpointError, match="holds no shard"):
-        Tensors(tmp_path, "weight")
     (tmp_path / shard_name(0)).write_bytes(b"something else altogether")
     with pytest.raises(CheckpointError, match=r"shard-00000\.safetensors is damaged"):
-        Tensors(tmp_path, "weight")
+        opened(tmp_path)
     write(tmp_path, cut(MATRIX, "matrix", 0, 60) | cut(VECTOR, "vector", 0, 4))
     with pytest.raises(CheckpointError, match="no tensor other"):
-        Tensors(tmp_path, "weight").read("other")
+        opened(tmp_path).read("other")
 
 
 def test_a_snapshot_is_a_copy_and_its_memory_is_used_again():
@@ -102,7 +126,7 @@ def test_a_snapshot_is_a_copy_and_its_memory_is_used_again():
 MEMORY_PROGRAM = """
 import sys, threading, time, torch
 from pathlib import Path
-from megamtp.checkpoint.shards import Tensors, shard_name, slice_key, write_shard
+from megamtp.checkpoint.shards import Shards, shard_name, slice_key, write_shard
 
 SIZE = 300 * 2**20 // 4
 peak, done = 0, threading.Event()
@@ -127,7 +151,7 @@ base = anonymous()
 threading.Thread(target=watch).start()
 folder = Path(sys.argv[1])
 write_shard(folder / shard_name(0), Counting(), {"flat": (SIZE,)})
-tensors = Tensors(folder, "weight")
+tensors = Shards(folder, [shard_name(0)]).tensors("weight")
 for start in range(0, SIZE, 2**20):
     part = tensors.read("flat", start, min(SIZE, start + 2**20))
     assert part[0] == start and part[-1] == torch.tensor(float(start + len(part) - 1))

@@ -67,6 +67,33 @@ def test_what_is_not_published_is_no_checkpoint(tmp_path):
     assert names(tmp_path) == ["step-0000001"]
 
 
+def test_what_cannot_be_removed_is_told_of(tmp_path):
+    write(tmp_path, 2)
+    kept = tmp_path / "checkpoints/step-0000003.partial"
+    kept.write_text("no folder")
+    assert store.remove_leftovers(tmp_path) == [kept]
+    assert names(tmp_path) == [kept.name]
+
+
+def test_everything_is_on_disk_before_it_is_visible_and_so_is_its_name(tmp_path, monkeypatch):
+    checkpoint, *rest = write(tmp_path, 1)
+    partial, calls, rename = store.partial_of(checkpoint), [], store.os.rename
+    monkeypatch.setattr(store, "sync", calls.append)
+    monkeypatch.setattr(store.os, "rename", lambda *paths: calls.append(paths) or rename(*paths))
+    store.publish(checkpoint, *rest)
+    assert calls == [partial / store.MANIFEST, partial, (partial, checkpoint), tmp_path / "checkpoints", tmp_path]
+
+
+@pytest.mark.parametrize("kind", ["truncated", "missing"])
+def test_what_is_not_there_is_not_published(kind, tmp_path):
+    """As on a node whose folder of this name is not the other nodes'."""
+    checkpoint, *rest = write(tmp_path, 1)
+    damage(store.partial_of(checkpoint), kind)
+    with pytest.raises(CheckpointError, match=r"shard-1 .*, expected 7 bytes; let all nodes share"):
+        store.publish(checkpoint, *rest)
+    assert store.checkpoints(tmp_path) == []
+
+
 def test_a_removal_cut_short_leaves_no_checkpoint(tmp_path, monkeypatch):
     checkpoint = publish(tmp_path, 1)
 
@@ -138,6 +165,15 @@ def test_damage_is_named_in_one_line(kind, words, tmp_path):
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
+
+
+def test_a_file_that_cannot_be_looked_at_is_damage(tmp_path):
+    """Here for its name; on a network's disk for many reasons."""
+    checkpoint = publish(tmp_path, 1)
+    content = dataclasses.asdict(store.read_manifest(checkpoint)) | {"files": {"x" * 300: {"bytes": 1, "crc32": 0}}}
+    (checkpoint / store.MANIFEST).write_text(json.dumps(content | {"crc32": store._crc32(content)}))
+    with pytest.raises(CheckpointError, match=r"manifest\.json cannot be read \(.*name too long.*remove"):
+        store.read_manifest(checkpoint)
 
 
 def test_every_bit_of_a_checkpoint_counts(tmp_path):

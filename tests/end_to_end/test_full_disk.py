@@ -1,0 +1,100 @@
+"""A full disk: one line, exit status 2; what was whole stays whole, nothing is left of the rest, and with room all goes on."""
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megamtp.checkpoint.store import checkpoints, newest_checkpoint, verified
+from tests.end_to_end.jobs import ROOT, deepspeed, environment, records
+
+TMPFS_BYTES = 32 * 2**20
+RANKS = 2
+
+
+class SmallDisk:
+    """A folder on a disk of its own, a tmpfs; or, where this process may not mount one, any folder and a limit of files' sizes."""
+
+    def __init__(self, folder: Path):
+        self.folder, self._filler, self._limit = folder, folder / "filler", resource.RLIM_INFINITY
+        command = ["mount", "-t", "tmpfs", "-o", f"size={TMPFS_BYTES}", "tmpfs", str(folder)]
+        self.is_mounted = subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
+
+    def leave(self, num_bytes: int) -> None:
+        """Fills the disk up to `num_bytes`; without a disk of its own, no rank's file may have more than its share of them."""
+        if self.is_mounted:
+            with open(self._filler, "wb") as stream:
+                os.posix_fallocate(stream.fileno(), 0, shutil.disk_usage(self.folder).free - num_bytes)
+        else:
+            self._limit = num_bytes // RANKS
+
+    def make_room(self) -> None:
+        self._filler.unlink(missing_ok=True)
+        self._limit = resource.RLIM_INFINITY
+
+    def run(self, command: list[str]) -> subprocess.CompletedProcess:
+        """Runs `python command...` to its end."""
+        return subprocess.run(
+            [sys.executable, *command], env=environment(), cwd=ROOT, timeout=240, capture_output=True, text=True,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (self._limit, self._limit)),
+        )  # fmt: skip
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[SmallDisk]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    disk = SmallDisk(folder)
+    yield disk
+    if disk.is_mounted:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def error_of(finished: subprocess.CompletedProcess) -> str:
+    """The one line that says what was wrong."""
+    output = finished.stdout + finished.stderr
+    assert finished.returncode == 2, output
+    assert "Traceback" not in output
+    (line,) = [line for line in output.splitlines() if line.startswith("megamtp: error: ")]
+    return line
+
+
+@pytest.mark.timeout(600)
+def test_a_checkpoint_that_does_not_fit_ends_the_run_and_spares_the_one_before(small_disk, arguments):
+    """With room for either rank's part of it, but not for both."""
+    run = small_disk.folder / "run"
+    command = [*deepspeed(RANKS), *arguments, "run.save_every_steps=2", "data.validation=null", f"run.directory={run}"]
+    finished = small_disk.run([*command, "train.steps=2"])
+    assert finished.returncode == 0, finished.stderr
+    whole = newest_checkpoint(run)
+    before = verified(whole)
+    small_disk.leave(before.file_bytes * 3 // 4)
+    line = error_of(small_disk.run([*command, "train.steps=1000000"]))
+    assert f"{run}/checkpoints/step-0000004 cannot be written" in line and "make room" in line
+    assert list((run / "checkpoints").iterdir()) == [whole]
+    assert verified(whole) == before
+    small_disk.make_room()
+    finished = small_disk.run([*command, "train.steps=4"])
+    assert finished.returncode == 0, finished.stderr
+    assert [record["step"] for record in records(run)] == [1, 2, 3, 4]
+    assert [verified(checkpoint).step for checkpoint in checkpoints(run)] == [2, 4]
+
+
+def test_a_corpus_that_does_not_fit_is_none_and_is_made_later(small_disk, tmp_path):
+    (tmp_path / "text.txt").write_text("some words of it\n" * 100_000)  # 3.4 MB of tokens
+    corpus = small_disk.folder / "corpus"
+    command = ["tools/prepare_data.py", "--input", str(tmp_path / "text.txt"), "--tokenizer", "bytes", "--output", str(corpus)]
+    small_disk.leave(2 * 2**20)
+    line = error_of(small_disk.run(command))
+    assert f"{corpus} cannot be written to: " in line and "make room" in line
+    assert not [path for path in corpus.rglob("*") if path.is_file()]
+    small_disk.make_room()
+    finished = small_disk.run(command)
+    assert finished.returncode == 0, finished.stderr
+    assert (corpus / "train.bin").stat().st_size > 3 * 2**20
+    assert (corpus / "corpus.json").exists()
