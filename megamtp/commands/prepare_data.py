@@ -57,7 +57,8 @@ def _report(corpus: Corpus, reused: bool, output: Path) -> None:
     if corpus.duplicates:
         print(f"dropped {corpus.duplicates:,} documents whose text an earlier one has")
     for split in corpus.tokens:
-        print(f"{split}: {corpus.documents[split]:,} documents, {corpus.tokens[split]:,} tokens in {output / split}.bin, .idx")
+        documents, tokens = corpus.documents[split], corpus.tokens[split]
+        print(f"{split}: {documents:,} documents, {tokens:,} tokens in {output / split}.bin, .idx, .crc")
     print(f"lengths of documents: {output / PICTURE}")
     print(
         f"{corpus.vocab_size} pieces, {corpus.bytes_per_token:.2f} bytes per token, unigram entropy of validation "

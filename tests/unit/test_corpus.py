@@ -67,7 +67,7 @@ def test_what_a_corpus_holds(source, tmp_path):
     assert corpus.bytes_per_token == sum(len(text.encode()) for text in texts) / sum(corpus.tokens.values())
     assert (corpus.vocab_size, corpus.unreadable_files) == (VOCAB_SIZE, ["latin.txt"])
     assert read_corpus(tmp_path / "out") == corpus
-    ends = [f"{split}{end}" for split in SPLITS for end in (".bin", ".idx")]
+    ends = [f"{split}{end}" for split in SPLITS for end in (".bin", ".idx", ".crc")]
     assert sorted(contents(tmp_path / "out")) == sorted(["corpus.json", "lengths.png", "tokenizer.model", *ends])
 
 
@@ -193,7 +193,7 @@ def test_too_little_text_leaves_nothing(tmp_path, content):
     assert contents(tmp_path / "out") == {}
 
 
-@pytest.mark.parametrize("name", ["tokenizer.model", "train.bin", "validation.idx", "lengths.png", "corpus.json"])
+@pytest.mark.parametrize("name", ["tokenizer.model", "train.bin", "validation.idx", "train.crc", "lengths.png", "corpus.json"])
 def test_full_disk(source, tmp_path, name):
     out = tmp_path / "out"
     out.mkdir()

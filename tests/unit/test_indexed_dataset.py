@@ -75,7 +75,7 @@ def test_literal_bytes_are_written(tmp_path):
     write_ours(tmp_path / "ours", DOCUMENTS)
     assert (tmp_path / "ours.bin").read_bytes() == BIN
     assert (tmp_path / "ours.idx").read_bytes() == IDX
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours.bin", "ours.idx"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours.bin", "ours.crc", "ours.idx"]
 
 
 @pytest.mark.parametrize("code", CODES)
@@ -276,7 +276,7 @@ def test_best_dtype(vocab_size, dtype):
 
 
 @pytest.mark.parametrize("old", [[], [[9, 9]]])
-@pytest.mark.parametrize(("function", "call"), [("fsync", 0), ("fsync", 1), ("replace", 0), ("replace", 1)])
+@pytest.mark.parametrize(("function", "call"), [(name, call) for name in ("fsync", "replace") for call in range(3)])
 def test_interrupted_publication_leaves_no_new_pair(tmp_path, monkeypatch, old, function, call):
     if old:
         write_ours(tmp_path / "ours", old)

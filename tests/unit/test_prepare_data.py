@@ -95,7 +95,7 @@ def test_prepares_reuses_refuses_and_overwrites(call):
     status, first, err = call(*arguments)
     assert (status, err) == (0, "")
     assert "passed over 1 files that are not UTF-8, the first: latin.txt\n" in first
-    assert re.search(r"^train: 3 documents, [\d,]+ tokens in out/train\.bin, \.idx$", first, re.MULTILINE)
+    assert re.search(r"^train: 3 documents, [\d,]+ tokens in out/train\.bin, \.idx, \.crc$", first, re.MULTILINE)
     assert re.search(r"^290 pieces, \d\.\d\d bytes per token, unigram entropy .* \d\.\d{3} nats$", first, re.MULTILINE)
     assert call(*arguments) == (0, first.replace(" nats", " nats (reused)"), "")
     status, out, err = call(*arguments, "--seed", "1")

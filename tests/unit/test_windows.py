@@ -200,7 +200,7 @@ print(len(dataset), dataset.num_tokens, opened, time.process_time() - start - op
 
 
 def test_a_trillion_tokens_open_in_a_second(tmp_path):
-    write_sparse(tmp_path / "sparse", TRILLION, BILLION)
+    write_sparse(tmp_path / "sparse", TRILLION, BILLION, block_bytes=2**20)
     command = [sys.executable, "-c", OPEN_AND_READ, str(tmp_path / "sparse")]
     finished = subprocess.run(command, capture_output=True, text=True, check=True)
     documents, tokens, opened, read, more_mebibytes, mebibytes, length = map(float, finished.stdout.split())
