@@ -238,7 +238,7 @@ class IndexedDataset:
 
     def document_at(self, token: int) -> int:
         """The document that holds the token at this place, by bisection."""
-        return bisect_right(range(len(self)), token, key=self.document_start) - 1
+        return bisect_right(self._documents, self._sequence_at(token)) - 1
 
     def boundaries(self, start: int, stop: int) -> np.ndarray:
         """int64: the places in (start, stop) at which a document begins, each once, rising; empty documents have none.
@@ -246,9 +246,10 @@ class IndexedDataset:
         Raises:
             InputError: the index contradicts itself there.
         """
-        first, last = self.document_at(start) + 1, self.document_at(stop - 1) + 1
-        self._check_documents(first - 1, last + 1)
-        self._check_sequences(self._sequence_at(start), self._sequence_at(stop - 1) + 1)
+        first_sequence, last_sequence = self._sequence_at(start), self._sequence_at(stop - 1)
+        self._check_sequences(first_sequence, last_sequence + 1)
+        first, last = (bisect_right(self._documents, sequence) for sequence in (first_sequence, last_sequence))
+        self._check_documents(max(0, first - 2), last + 2)  # one more to either side, since a wrong one can mislead bisection
         return np.unique(self._pointers[self._documents[first:last]] // self.dtype.itemsize)
 
     def _sequence_at(self, token: int) -> int:

@@ -203,6 +203,30 @@ def test_damage_between_the_ends_is_found_when_it_is_read(tmp_path, monkeypatch)
                 read_it()
 
 
+def test_flipped_bits_of_an_index_do_not_mislead(tmp_path, monkeypatch):
+    """Of every fifth bit: boundaries are as they were, or the index is refused; but for document numbers that still rise."""
+    monkeypatch.setattr("megamtp.data.indexed_dataset.CHECKED_SEQUENCES", 1)
+    lengths = [2, 3, 0, 1, 4, 2, 2, 5, 1, 3, 2]
+    content, index = encode(8, [[7] * length for length in lengths], list(range(12)))
+    starts, first_number = {sum(lengths[:number]) for number in range(11)}, HEADER.size + 12 * len(lengths)
+    refused = 0
+    for bit in range(8 * HEADER.size, 8 * len(index), 5):
+        flipped = bytearray(index)
+        flipped[bit // 8] ^= 1 << bit % 8
+        write_pair(tmp_path / "flipped", content, flipped)
+        numbers = struct.unpack("<12q", flipped[first_number:])
+        if numbers != tuple(range(12)) and sorted(numbers) == list(numbers):
+            continue
+        try:
+            dataset = IndexedDataset(tmp_path / "flipped")
+            for start in range(0, 20, 4):
+                expected = sorted(place for place in starts if start < place < start + 6)
+                assert dataset.boundaries(start, start + 6).tolist() == expected
+        except InputError:
+            refused += 1
+    assert refused > 320
+
+
 class MegatronFiles:
     """megatron-core's own writer and reader, the judge of what the format is."""
 
