@@ -7,8 +7,8 @@ Megatron's programs neither write nor need it. Little-endian:
     uint32   bytes of a block
     uint64   bytes of PREFIX.bin
 
-A block is a page of memory, so that whoever checks what it reads takes nothing more from the disk than it would otherwise, and that
-takes some microseconds a window: blocks are checked whenever they are read, and no list of checked ones is kept.
+A block is a page of memory, so that checking what is read takes no more of the .bin from the disk than reading it. It takes some
+microseconds a window: blocks are checked whenever they are read, and no list of checked ones is kept.
 """
 
 import struct

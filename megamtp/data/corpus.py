@@ -9,11 +9,14 @@ import fcntl
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -80,9 +83,11 @@ def prepare(
         (the corpus, whether an earlier preparation with the same settings and inputs was found and reused).
 
     Raises:
-        InputError: nothing to read or nowhere to write, or `output` holds another corpus and `overwrite` is not set.
+        InputError: nothing to read or nowhere to write, an input changed meanwhile, or `output` holds another corpus and
+            `overwrite` is not set.
     """
-    settings = _settings(source, vocab_size, tokenizer, validation_fraction, seed, deduplicate)
+    find_settings = partial(_settings, source, vocab_size, tokenizer, validation_fraction, seed, deduplicate)
+    settings = find_settings()
     try:
         existing = None if overwrite else _existing(output)
         if existing and existing.settings != settings:
@@ -90,7 +95,9 @@ def prepare(
                 f"{output} holds a corpus of other inputs or settings; expected the same: use --overwrite or another folder"
             )
         if existing:
-            shutil.rmtree(output / WORK, ignore_errors=True)
+            if (output / WORK).exists():
+                with _work_folder(output):
+                    pass  # left by a call that was killed at its very end
             return existing, True
         with _work_folder(output) as work:
             in_pieces = source.is_small()
@@ -103,11 +110,12 @@ def prepare(
             if job.with_text_hashes:
                 parts.drop_duplicates()
             limit = split_limit(parts, validation_fraction, place(source))
+            if find_settings() != settings:
+                raise InputError("an input changed while it was read; expected all to stay as they are: wait, then call again")
             totals = _publish(parts, limit, output, job)
             corpus = _summary(totals, settings, parts.vocab_size, sum(map(len, skipped or [])))
             write_atomically(output / PICTURE, draw_lengths(totals.lengths))
             write_atomically(output / SUMMARY, json.dumps(dataclasses.asdict(corpus), indent=1).encode())
-        shutil.rmtree(output / WORK)
     except OSError as error:
         raise InputError(f"{output} cannot be written to: {error.strerror}; choose another folder or make room") from None
     return corpus, False
@@ -115,23 +123,31 @@ def prepare(
 
 @contextmanager
 def _work_folder(output: Path) -> Iterator[Path]:
-    """Where parts are kept; only one preparation at a time has it. Removed after a mistake unless there are finished parts."""
+    """Where parts are kept; only one preparation at a time has it. Removed in the end, but for finished parts after a mistake."""
     work = output / WORK
     output.mkdir(parents=True, exist_ok=True)
     work.mkdir(exist_ok=True)
     with open(work / "lock", "wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"{output} is being prepared by another process; expected one at a time: wait for it or end it"
-            ) from None
+        _take(lock, output)
         try:
             yield work
         except (InputError, OSError):
             if not any(work.glob("*.npy")):
                 shutil.rmtree(work, ignore_errors=True)
             raise
+    shutil.rmtree(work)
+
+
+def _take(lock: BinaryIO, output: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{output} is being prepared by another process; expected one at a time: wait for it or end it") from None
+    except OSError as error:
+        print(
+            f"megamtp: warning: {output} cannot be locked ({error.strerror}): see to it that no other process prepares it",
+            file=sys.stderr,
+        )
 
 
 def _remove_strangers(shards: list[Shard], job: Job) -> None:

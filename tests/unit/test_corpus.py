@@ -1,5 +1,7 @@
 """A preparation: what it holds, when it is reused or refused, and that an interrupted one does not look whole."""
 
+import errno
+import fcntl
 import math
 import os
 from collections import Counter
@@ -227,6 +229,48 @@ def test_damaged_summary_is_named_and_can_be_overwritten(source, tmp_path, conte
     assert message.startswith(f"{tmp_path}/out/corpus.json cannot be read (")
     assert message.endswith("prepare the corpus again, with --overwrite")
     assert prepare(source, tmp_path / "out", VOCAB_SIZE, overwrite=True) == (corpus, False)
+
+
+def test_input_that_changes_meanwhile(source, tmp_path, monkeypatch):
+    """What was read before and after would be mixed; the next call reads it anew."""
+    split_limit = corpus_module.split_limit
+
+    def change(*arguments):
+        (tmp_path / "texts/00.py").write_text("another text")
+        return split_limit(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus_module, "split_limit", change)
+        message = refusal(source, tmp_path / "out", VOCAB_SIZE)
+    assert message == "an input changed while it was read; expected all to stay as they are: wait, then call again"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".preparation"]
+    prepare(source, tmp_path / "out", VOCAB_SIZE)
+    prepare(source, tmp_path / "fresh", VOCAB_SIZE)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_reuse_leaves_a_preparation_that_is_under_way_alone(source, tmp_path):
+    """One that is about to overwrite the corpus; what a killed one has left is removed."""
+    prepare(source, tmp_path / "out", VOCAB_SIZE)
+    (tmp_path / "out/.preparation").mkdir()
+    with open(tmp_path / "out/.preparation/lock", "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert refusal(source, tmp_path / "out", VOCAB_SIZE).startswith(f"{tmp_path}/out is being prepared by another process")
+        assert (tmp_path / "out/.preparation/lock").exists()
+    _, reused = prepare(source, tmp_path / "out", VOCAB_SIZE)
+    assert reused
+    assert not (tmp_path / "out/.preparation").exists()
+
+
+def test_file_system_without_locks(source, tmp_path, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    corpus, _ = prepare(source, tmp_path / "out", VOCAB_SIZE)
+    assert corpus == read_corpus(tmp_path / "out")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"megamtp: warning: {tmp_path}/out cannot be locked (Function not implemented): ")
 
 
 def test_given_tokenizer_is_used(source, tmp_path):
