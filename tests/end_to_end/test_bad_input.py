@@ -250,6 +250,26 @@ def test_damage_amid_a_corpus_ends_all_ranks_before_they_train_on_it(found_by, a
     assert read_manifest(newest_checkpoint(tmp_path / "run")).step == 3
 
 
+def test_damage_of_the_validation_corpus_amid_a_run_ends_all_ranks_saved(arguments, corpus, tmp_path, start):
+    """A bit that flips after the run has begun, before its next evaluation."""
+    shutil.copytree(corpus, tmp_path / "corpus")
+    many = ["train.steps=1000000", "run.evaluate_every_steps=5", f"data.validation={tmp_path}/corpus/validation"]
+    process = start([*deepspeed(2), *arguments, *many, f"run.directory={tmp_path}/run"])
+    wait_for(lambda: records(tmp_path / "run", "validation"))
+    with open(tmp_path / "corpus/validation.bin", "r+b") as stream:
+        first = stream.read(1)[0]
+        stream.seek(0)
+        stream.write(bytes([first ^ 1]))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, output
+    assert "Traceback" not in output
+    (line,) = (line for line in output.splitlines() if line.startswith("megamtp: error: "))
+    assert f"{tmp_path}/corpus/validation.bin: bytes 0 to" in line and "have another checksum than in" in line
+    step = records(tmp_path / "run")[-1]["step"]
+    assert step % 5 == 0 and read_manifest(newest_checkpoint(tmp_path / "run")).step == step
+    assert records(tmp_path / "run", "validation")[-1]["step"] < step
+
+
 @pytest.fixture(scope="module")
 def trained(arguments, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("trained") / "run"
