@@ -74,7 +74,7 @@ def _options() -> argparse.Namespace:
         nargs="+",
         type=_path,
         metavar="PATH",
-        help="text, .jsonl (also .gz, .zst) and .parquet files, or folders of them",
+        help="text, .jsonl (also .gz, .zst) and .parquet files, or folders of them; links to folders are not followed",
     )
     inputs.add_argument("--standard-library", action="store_true", help="the running Python's own standard library")
     parser.add_argument("--output", required=True, type=_path, metavar="DIR", help="folder of the corpus")

@@ -83,8 +83,8 @@ def prepare(
         (the corpus, whether an earlier preparation with the same settings and inputs was found and reused).
 
     Raises:
-        InputError: nothing to read or nowhere to write, an input changed meanwhile, or `output` holds another corpus and
-            `overwrite` is not set.
+        InputError: nothing to read or nowhere to write, an input changed meanwhile, or `output` holds another corpus, perhaps of
+            another program, and `overwrite` is not set.
     """
     find_settings = partial(_settings, source, vocab_size, tokenizer, validation_fraction, seed, deduplicate)
     settings = find_settings()
@@ -99,6 +99,8 @@ def prepare(
                 with _work_folder(output):
                     pass  # left by a call that was killed at its very end
             return existing, True
+        if not overwrite:
+            _refuse_to_replace(output, tokenizer)
         with _work_folder(output) as work:
             in_pieces = source.is_small()
             skipped = source.duplicates() if in_pieces and deduplicate else None
@@ -202,6 +204,17 @@ def _existing(output: Path) -> Corpus | None:
         return None
     corpus = read_corpus(output)
     return corpus if corpus.settings.get("tokenizer") == BYTES or (output / "tokenizer.model").is_file() else None
+
+
+def _refuse_to_replace(output: Path, tokenizer: Path | str | None) -> None:
+    """Raises InputError: files of our names lie where neither a corpus nor what a killed call has left does."""
+    if (output / SUMMARY).exists() or (output / WORK).exists():
+        return
+    for name in (*(f"{split}{end}" for split in SPLITS for end in (".bin", ".idx")), "tokenizer.model"):
+        if (output / name).exists() and str(output / name) != str(tokenizer):
+            raise InputError(
+                f"{output / name} is there without a {SUMMARY}; expected a folder without it: use another or --overwrite"
+            )
 
 
 def _settings(

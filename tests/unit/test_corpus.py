@@ -4,6 +4,7 @@ import errno
 import fcntl
 import math
 import os
+import shutil
 from collections import Counter
 from itertools import count
 from pathlib import Path
@@ -247,6 +248,27 @@ def test_input_that_changes_meanwhile(source, tmp_path, monkeypatch):
     prepare(source, tmp_path / "out", VOCAB_SIZE)
     prepare(source, tmp_path / "fresh", VOCAB_SIZE)
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("name", ["train.bin", "validation.idx", "tokenizer.model"])
+def test_files_of_another_program_are_not_replaced_unasked(source, tmp_path, name):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_bytes(b"precious")
+    assert refusal(source, tmp_path / "out", VOCAB_SIZE) == (
+        f"{tmp_path}/out/{name} is there without a corpus.json; expected a folder without it: use another or --overwrite"
+    )
+    assert contents(tmp_path / "out") == {name: b"precious"}
+    prepare(source, tmp_path / "out", VOCAB_SIZE, overwrite=True)
+    prepare(source, tmp_path / "fresh", VOCAB_SIZE)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_given_tokenizer_may_lie_in_the_output(source, tmp_path):
+    prepare(source, tmp_path / "first", VOCAB_SIZE)
+    (tmp_path / "out").mkdir()
+    shutil.copy(tmp_path / "first/tokenizer.model", tmp_path / "out/tokenizer.model")
+    prepare(source, tmp_path / "out", tokenizer=tmp_path / "out/tokenizer.model")
+    assert contents(tmp_path / "out")["train.bin"] == contents(tmp_path / "first")["train.bin"]
 
 
 def test_reuse_leaves_a_preparation_that_is_under_way_alone(source, tmp_path):
