@@ -1,4 +1,4 @@
-"""Text -> a prepared corpus: tokenizer.model, train.bin/.idx, validation.bin/.idx, lengths.png, and corpus.json, which is last.
+"""Text -> a prepared corpus: tokenizer.model, train and validation .bin/.idx/.crc, lengths.png, and corpus.json, which is last.
 
 A folder without corpus.json is not a corpus, whatever else lies in it. Until then finished parts are kept in .preparation, from
 which the next call goes on.
