@@ -193,6 +193,8 @@ class DataConfig:
         for weight in weights:
             good = len(words) % 2 == 0 and _is_number(weight) and 0 < float(weight) < math.inf
             _require(good, f"data.train={self.train}", "WEIGHT PREFIX WEIGHT PREFIX ..., weights above 0, names with spaces quoted")
+        finite = sum(map(float, weights)) < math.inf
+        _require(finite, f"data.train={self.train}", "weights whose sum is a finite number")
         return list(zip(map(float, weights), prefixes, strict=True))
 
 

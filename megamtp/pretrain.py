@@ -170,7 +170,7 @@ def _windows(config: Config, prefix: str, stream: int = 0) -> Windows:
 def _check_vocabulary(config: Config, summary: Path) -> None:
     """The tokenizer that a corpus was made with, as far as its summary, if there is one, tells."""
     try:
-        found = json.loads(summary.read_text())["vocab_size"]
+        found = int(json.loads(summary.read_text())["vocab_size"])
     except (OSError, ValueError, TypeError, KeyError):  # another program's corpus
         return
     model, tokenizer = config.model.vocab_size, config.data.tokenizer

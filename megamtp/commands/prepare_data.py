@@ -57,7 +57,8 @@ def _report(corpus: Corpus, reused: bool, output: Path) -> None:
     if corpus.duplicates:
         print(f"dropped {corpus.duplicates:,} documents whose text an earlier one has")
     for split in corpus.tokens:
-        print(f"{split}: {corpus.documents[split]:,} documents, {corpus.tokens[split]:,} tokens in {output / split}.bin, .idx")
+        documents, tokens = corpus.documents[split], corpus.tokens[split]
+        print(f"{split}: {documents:,} documents, {tokens:,} tokens in {output / split}.bin, .idx, .crc")
     print(f"lengths of documents: {output / PICTURE}")
     print(
         f"{corpus.vocab_size} pieces, {corpus.bytes_per_token:.2f} bytes per token, unigram entropy of validation "
@@ -71,13 +72,13 @@ def _options() -> argparse.Namespace:
     inputs.add_argument(
         "--input",
         nargs="+",
-        type=Path,
+        type=_path,
         metavar="PATH",
-        help="text, .jsonl (also .gz, .zst) and .parquet files, or folders of them",
+        help="text, .jsonl (also .gz, .zst) and .parquet files, or folders of them; links to folders are not followed",
     )
     inputs.add_argument("--standard-library", action="store_true", help="the running Python's own standard library")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of the corpus")
-    parser.add_argument("--tokenizer", metavar="MODEL", help="a SentencePiece model, or `bytes`; without, one is trained")
+    parser.add_argument("--output", required=True, type=_path, metavar="DIR", help="folder of the corpus")
+    parser.add_argument("--tokenizer", type=_word, metavar="MODEL", help="SentencePiece model, or `bytes`; without, one is trained")
     parser.add_argument(
         "--vocab-size",
         type=int,
@@ -91,6 +92,17 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the split and of the tokenizer's sample [0]")
     parser.add_argument("--overwrite", action="store_true", help="replace a corpus of other inputs or settings")
     return parser.parse_args()
+
+
+def _word(argument: str) -> str:
+    """Refuses what an unset variable of a shell leaves: as a path it would be the current folder."""
+    if not argument:
+        raise argparse.ArgumentTypeError("found an empty name, expected one")
+    return argument
+
+
+def _path(argument: str) -> Path:
+    return Path(_word(argument))
 
 
 def entry() -> None:

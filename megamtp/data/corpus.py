@@ -1,4 +1,4 @@
-"""Text -> a prepared corpus: tokenizer.model, train.bin/.idx, validation.bin/.idx, lengths.png, and corpus.json, which is last.
+"""Text -> a prepared corpus: tokenizer.model, train and validation .bin/.idx/.crc, lengths.png, and corpus.json, which is last.
 
 A folder without corpus.json is not a corpus, whatever else lies in it. Until then finished parts are kept in .preparation, from
 which the next call goes on.
@@ -9,11 +9,14 @@ import fcntl
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -80,9 +83,11 @@ def prepare(
         (the corpus, whether an earlier preparation with the same settings and inputs was found and reused).
 
     Raises:
-        InputError: nothing to read or nowhere to write, or `output` holds another corpus and `overwrite` is not set.
+        InputError: nothing to read or nowhere to write, an input changed meanwhile, or `output` holds another corpus, perhaps of
+            another program, and `overwrite` is not set.
     """
-    settings = _settings(source, vocab_size, tokenizer, validation_fraction, seed, deduplicate)
+    find_settings = partial(_settings, source, vocab_size, tokenizer, validation_fraction, seed, deduplicate)
+    settings = find_settings()
     try:
         existing = None if overwrite else _existing(output)
         if existing and existing.settings != settings:
@@ -90,8 +95,12 @@ def prepare(
                 f"{output} holds a corpus of other inputs or settings; expected the same: use --overwrite or another folder"
             )
         if existing:
-            shutil.rmtree(output / WORK, ignore_errors=True)
+            if (output / WORK).exists():
+                with _work_folder(output):
+                    pass  # left by a call that was killed at its very end
             return existing, True
+        if not overwrite:
+            _refuse_to_replace(output, tokenizer)
         with _work_folder(output) as work:
             in_pieces = source.is_small()
             skipped = source.duplicates() if in_pieces and deduplicate else None
@@ -103,11 +112,12 @@ def prepare(
             if job.with_text_hashes:
                 parts.drop_duplicates()
             limit = split_limit(parts, validation_fraction, place(source))
+            if find_settings() != settings:
+                raise InputError("an input changed while it was read; expected all to stay as they are: wait, then call again")
             totals = _publish(parts, limit, output, job)
             corpus = _summary(totals, settings, parts.vocab_size, sum(map(len, skipped or [])))
             write_atomically(output / PICTURE, draw_lengths(totals.lengths))
             write_atomically(output / SUMMARY, json.dumps(dataclasses.asdict(corpus), indent=1).encode())
-        shutil.rmtree(output / WORK)
     except OSError as error:
         raise InputError(f"{output} cannot be written to: {error.strerror}; choose another folder or make room") from None
     return corpus, False
@@ -115,23 +125,31 @@ def prepare(
 
 @contextmanager
 def _work_folder(output: Path) -> Iterator[Path]:
-    """Where parts are kept; only one preparation at a time has it. Removed after a mistake unless there are finished parts."""
+    """Where parts are kept; only one preparation at a time has it. Removed in the end, but for finished parts after a mistake."""
     work = output / WORK
     output.mkdir(parents=True, exist_ok=True)
     work.mkdir(exist_ok=True)
     with open(work / "lock", "wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"{output} is being prepared by another process; expected one at a time: wait for it or end it"
-            ) from None
+        _take(lock, output)
         try:
             yield work
         except (InputError, OSError):
             if not any(work.glob("*.npy")):
                 shutil.rmtree(work, ignore_errors=True)
             raise
+    shutil.rmtree(work)
+
+
+def _take(lock: BinaryIO, output: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{output} is being prepared by another process; expected one at a time: wait for it or end it") from None
+    except OSError as error:
+        print(
+            f"megamtp: warning: {output} cannot be locked ({error.strerror}): see to it that no other process prepares it",
+            file=sys.stderr,
+        )
 
 
 def _remove_strangers(shards: list[Shard], job: Job) -> None:
@@ -186,6 +204,17 @@ def _existing(output: Path) -> Corpus | None:
         return None
     corpus = read_corpus(output)
     return corpus if corpus.settings.get("tokenizer") == BYTES or (output / "tokenizer.model").is_file() else None
+
+
+def _refuse_to_replace(output: Path, tokenizer: Path | str | None) -> None:
+    """Raises InputError: files of our names lie where neither a corpus nor what a killed call has left does."""
+    if (output / SUMMARY).exists() or (output / WORK).exists():
+        return
+    for name in (*(f"{split}{end}" for split in SPLITS for end in (".bin", ".idx")), "tokenizer.model"):
+        if (output / name).exists() and str(output / name) != str(tokenizer):
+            raise InputError(
+                f"{output / name} is there without a {SUMMARY}; expected a folder without it: use another or --overwrite"
+            )
 
 
 def _settings(

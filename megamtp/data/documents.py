@@ -1,10 +1,12 @@
 """Raw text -> documents: text files, source trees, JSON lines and Parquet, in an order that does not depend on the file system."""
 
+import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import NoReturn
 
 from megamtp.data.records import TEXT, Span, content_suffix, kind, read
 from megamtp.errors import InputError
@@ -84,7 +86,7 @@ def find_source(inputs: list[Path], exclude: tuple[str, ...] = (), json_key: str
         exclude: names of files or folders to leave out, wherever they lie.
 
     Raises:
-        InputError: an input does not exist, or there is no file at all.
+        InputError: an input does not exist, a folder cannot be read, or there is no file at all.
     """
     try:
         files = [(_name(relative), path) for given in inputs for relative, path in _find(given, exclude)]
@@ -98,15 +100,20 @@ def find_source(inputs: list[Path], exclude: tuple[str, ...] = (), json_key: str
 def _find(given: Path, exclude: tuple[str, ...]) -> Iterator[tuple[Path, Path]]:
     """(path below the folder `given`, path) of each text file; for a file `given`, its name and itself."""
     if given.is_dir():
-        for path in given.rglob("*"):
-            relative = path.relative_to(given)
-            wanted = kind(path) != TEXT or content_suffix(path) in TEXT_SUFFIXES
-            if wanted and not any(part in exclude for part in relative.parts) and path.is_file():
-                yield relative, path
+        for folder, subfolders, names in os.walk(given, onerror=_refuse):
+            subfolders[:] = [name for name in subfolders if name not in exclude]
+            for path in (Path(folder, name) for name in names if name not in exclude):
+                if (kind(path) != TEXT or content_suffix(path) in TEXT_SUFFIXES) and path.is_file():
+                    yield path.relative_to(given), path
     elif not given.is_file():
-        raise InputError(f"{given} does not exist; expected a text file, a .jsonl or .parquet file, or a folder")
+        found = "is neither a file nor a folder" if given.exists() else "does not exist"
+        raise InputError(f"{given} {found}; expected a text file, a .jsonl or .parquet file, or a folder")
     elif given.name not in exclude:
         yield Path(given.name), given
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise error
 
 
 def standard_library() -> Source:

@@ -9,6 +9,7 @@ Either side can read the other's files. The index, little-endian:
     uint64   number of documents, plus 1
 
 A document is one sequence, or any number. Source: Megatron-LM, megatron/core/datasets/indexed_dataset.py.
+Beside them lies PREFIX.crc if we wrote them (checksums.py); without it, tokens are not checked here.
 """
 
 import os
@@ -20,6 +21,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from megamtp.data.checksums import Checksums, ChecksumWriter
 from megamtp.errors import InputError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -38,23 +40,23 @@ def best_dtype(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
 
-def _paths(prefix: Path | str) -> tuple[Path, Path]:
-    """The .bin and .idx path of a prefix, which may already carry either suffix."""
+def _paths(prefix: Path | str) -> tuple[Path, Path, Path]:
+    """The .bin, .idx and .crc path of a prefix, which may already carry one of the first two suffixes."""
     stem = str(prefix).removesuffix(".bin").removesuffix(".idx")
-    return Path(stem + ".bin"), Path(stem + ".idx")
+    return Path(stem + ".bin"), Path(stem + ".idx"), Path(stem + ".crc")
 
 
 class IndexedDatasetWriter:
-    """Context manager that writes PREFIX.bin and .idx under temporary names and publishes them only on a clean exit.
+    """Context manager that writes PREFIX.bin, .idx and .crc under temporary names and publishes them only on a clean exit.
 
     The .idx comes last and an old one goes first, so a run killed at any time leaves no pair that looks whole.
     """
 
     def __init__(self, prefix: Path | str, dtype: np.dtype | type):
         self.dtype = np.dtype(dtype)
-        self._bin_path, self._idx_path = _paths(prefix)
-        self._partial_bin, self._partial_idx = (Path(f"{path}.partial") for path in _paths(prefix))
-        self._lengths, self._documents = array("i"), array("q", [0])
+        self._bin_path, self._idx_path, self._crc_path = _paths(prefix)
+        self._partial_bin, self._partial_idx, self._partial_crc = (Path(f"{path}.partial") for path in _paths(prefix))
+        self._lengths, self._documents, self._checksums = array("i"), array("q", [0]), ChecksumWriter()
 
     def __enter__(self) -> "IndexedDatasetWriter":
         self._stream = open(self._partial_bin, "wb")
@@ -70,7 +72,7 @@ class IndexedDatasetWriter:
         lengths = [tokens.size] if lengths is None else lengths
         assert sum(lengths) == tokens.size
         self._check(tokens, lengths)
-        self._stream.write(tokens.astype(self.dtype.newbyteorder("<")).tobytes())
+        self._write(tokens)
         self._lengths.extend(lengths)
         self._documents.append(len(self._lengths))
 
@@ -87,10 +89,15 @@ class IndexedDatasetWriter:
 
     def add_documents(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
         """Appends documents of one sequence each: `tokens` of the file's type [sum of lengths], int32 `lengths` [documents]."""
-        self._stream.write(tokens.astype(self.dtype.newbyteorder("<"), copy=False).data)
+        self._write(tokens)
         first = len(self._lengths) + 1
         self._lengths.frombytes(lengths.astype(np.int32, copy=False).tobytes())
         self._documents.frombytes(np.arange(first, first + len(lengths), dtype=np.int64).tobytes())
+
+    def _write(self, tokens: np.ndarray) -> None:
+        content = np.ascontiguousarray(tokens, self.dtype.newbyteorder("<")).view(np.uint8).data
+        self._stream.write(content)
+        self._checksums.add(content)
 
     def __exit__(self, error_type, error, traceback) -> None:
         try:
@@ -99,15 +106,20 @@ class IndexedDatasetWriter:
         finally:
             self._partial_bin.unlink(missing_ok=True)
             self._partial_idx.unlink(missing_ok=True)
+            self._partial_crc.unlink(missing_ok=True)
             self._stream.close()  # last, since it raises if the disk is full
 
     def _publish(self) -> None:
         with open(self._partial_idx, "wb") as index:
             self._write_index(index)
             _flush_to_disk(index)
+        with open(self._partial_crc, "wb") as checksums:
+            checksums.write(self._checksums.file())
+            _flush_to_disk(checksums)
         _flush_to_disk(self._stream)
         self._idx_path.unlink(missing_ok=True)
         os.replace(self._partial_bin, self._bin_path)
+        os.replace(self._partial_crc, self._crc_path)
         os.replace(self._partial_idx, self._idx_path)
 
     def _write_index(self, index: BinaryIO) -> None:
@@ -131,18 +143,19 @@ def _flush_to_disk(stream) -> None:
 class IndexedDataset:
     """Memory-mapped documents of PREFIX.bin and .idx: `len` documents, `dataset[i]` the tokens [length] of one.
 
-    Opening reads the ends of the index alone, whatever its size; what lies between is checked where it is read. `num_tokens`
-    counts tokens; `name` is the prefix, for messages. Raises InputError for files that are missing, truncated, of another format,
-    or that contradict each other.
+    Opening reads the ends of the index alone, whatever its size; what lies between is checked where it is read, and so are tokens
+    if there is a .crc. `num_tokens` counts tokens; `name` is the prefix, for messages. Raises InputError for files that are
+    missing, truncated, of another format, or that contradict each other.
     """
 
     def __init__(self, prefix: Path | str):
-        self._bin_path, self._idx_path = _paths(prefix)
+        self._bin_path, self._idx_path, crc_path = _paths(prefix)
         self.name = str(self._bin_path.with_suffix(""))
         self.dtype, self._lengths, self._pointers, self._documents = _read_index(self._idx_path)
         self._check_ends()
         self.num_tokens = self._sequence_start(len(self._lengths))
         self._tokens = self._map_tokens()
+        self._checksums = Checksums(crc_path, self._tokens.view(np.uint8).data) if crc_path.exists() else None
 
     def _check_ends(self) -> None:
         lengths, documents = self._lengths, self._documents
@@ -195,8 +208,26 @@ class IndexedDataset:
         return self.tokens(self.document_start(document), self.document_start(document + 1))
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start .. stop of all documents in a row, a read-only view; short if `stop` lies past the end."""
+        """Tokens start .. stop of all documents in a row, a read-only view; short if `stop` lies past the end.
+
+        Raises:
+            InputError: they are not those that were written, by their checksums.
+        """
+        if self._checksums:
+            self._check_content(start, min(stop, self.num_tokens))
         return self._tokens[start:stop]
+
+    def _check_content(self, start: int, stop: int) -> None:
+        size = self.dtype.itemsize
+        damaged = self._checksums.damaged(start * size, stop * size)
+        if damaged:
+            begin, end = damaged
+            first, last = self.document_at(begin // size), self.document_at((end - 1) // size)
+            documents = f"document {first}" if first == last else f"documents {first} to {last}"
+            raise InputError(
+                f"{self._bin_path}: bytes {begin} to {end}, in {documents}, have another checksum than in {self.name}.crc; "
+                "expected them as they were written: copy the corpus again, or make it again (prepare_data --overwrite)"
+            )
 
     def document_start(self, document: int) -> int:
         """Tokens before a document; before the end, if it is the number of documents."""
@@ -207,7 +238,7 @@ class IndexedDataset:
 
     def document_at(self, token: int) -> int:
         """The document that holds the token at this place, by bisection."""
-        return bisect_right(range(len(self)), token, key=self.document_start) - 1
+        return bisect_right(self._documents, self._sequence_at(token)) - 1
 
     def boundaries(self, start: int, stop: int) -> np.ndarray:
         """int64: the places in (start, stop) at which a document begins, each once, rising; empty documents have none.
@@ -215,9 +246,10 @@ class IndexedDataset:
         Raises:
             InputError: the index contradicts itself there.
         """
-        first, last = self.document_at(start) + 1, self.document_at(stop - 1) + 1
-        self._check_documents(first - 1, last + 1)
-        self._check_sequences(self._sequence_at(start), self._sequence_at(stop - 1) + 1)
+        first_sequence, last_sequence = self._sequence_at(start), self._sequence_at(stop - 1)
+        self._check_sequences(first_sequence, last_sequence + 1)
+        first, last = (bisect_right(self._documents, sequence) for sequence in (first_sequence, last_sequence))
+        self._check_documents(max(0, first - 2), last + 2)  # one more to either side, since a wrong one can mislead bisection
         return np.unique(self._pointers[self._documents[first:last]] // self.dtype.itemsize)
 
     def _sequence_at(self, token: int) -> int:

@@ -107,7 +107,7 @@ def split_limit(parts: Parts, validation_fraction: float, place: str) -> int:
 
 
 def write_splits(parts: Parts, limit: int, output: Path) -> Totals:
-    """Writes train and validation .bin and .idx into `output`. Raises OSError."""
+    """Writes train and validation .bin, .idx and .crc into `output`. Raises OSError."""
     totals = Totals(np.zeros(parts.vocab_size, dtype=np.int64))
     with ExitStack() as stack:
         writers = {split: stack.enter_context(IndexedDatasetWriter(output / split, parts.dtype)) for split in SPLITS}

@@ -131,6 +131,9 @@ def _json_text(line: bytes, json_key: str) -> str:
         raise InputError(f"not JSON ({error}); expected one object a line: mend the line") from None
     text = record.get(json_key) if isinstance(record, dict) else None
     if not isinstance(text, str):
+        if isinstance(record, dict) and json_key in record:
+            found = "null" if text is None else type(text).__name__
+            raise InputError(f"{json_key!r} is {found}; expected a string: mend the line or give another --json-key")
         keys = ", ".join(map(repr, record)) if isinstance(record, dict) else type(record).__name__
         raise InputError(f"no text under {json_key!r} (found: {keys}); give the right one with --json-key")
     if b"\\u" in line and LONE_SURROGATE.search(text):

@@ -120,6 +120,14 @@ class Windows:
         for start in range(0, stop, CHECKED_TOKENS):
             self._read(start, min(start + CHECKED_TOKENS, stop))
 
+    def damage_of_first(self, max_windows: int | None) -> str | None:
+        """What check_first has to say, if anything."""
+        try:
+            self.check_first(max_windows)
+        except InputError as error:
+            return str(error)
+        return None
+
     def _read(self, start: int, stop: int) -> np.ndarray:
         tokens = self.dataset.tokens(start, stop)
         wrong = (tokens < 0) | (tokens >= self.vocab_size)

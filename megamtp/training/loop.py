@@ -23,6 +23,7 @@ class Training:
         """`first_step`: steps already taken; the engine has loaded the checkpoint of that step if it is not 0."""
         self.config, self.engine, self.train, self.validation, self.stop = config, engine, train, validation, stop
         self.step = first_step
+        self._damage: str | None = None  # what is wrong with this rank's data that is needed next
         self.metrics = Metrics(config, first_step, engine.rank, engine.world_size, engine.device)
         self.saver = Saver(config, engine, self.metrics)
 
@@ -30,8 +31,8 @@ class Training:
         """Trains. False if it ended early, saved, because a rank was asked to stop. Collective.
 
         Raises:
-            InputError: some rank's data of the next step is damaged; the steps before it are saved. On ranks other than 0 a
-                SystemExit instead, so that it is said once.
+            InputError: some rank's data of the next step, or of an evaluation, is damaged; the steps before it are saved. On ranks
+                other than 0 a SystemExit instead, so that it is said once.
         """
         try:
             return self._run()
@@ -40,14 +41,12 @@ class Training:
 
     def _run(self) -> bool:
         run, steps = self.config.run, self.config.train.steps
-        damaged = torch.tensor(float(self._is_damaged()), device=self.engine.device)
-        dist.all_reduce(damaged)
-        stopped, damaged = False, damaged.item() > 0
+        stopped, damaged = False, self._anywhere(self._is_damaged())
         while self.step < steps and not stopped and not damaged:
             self.step += 1
             stopped, damaged = self._train_step()
             if self.validation and (self.step % run.evaluate_every_steps == 0 or self.step == steps):
-                self._evaluate()
+                damaged = not self._evaluate() or damaged
             if self.step % run.save_every_steps == 0 or self.step == steps or stopped or damaged:
                 self._save()
         self.saver.finish()
@@ -85,19 +84,32 @@ class Training:
 
     def _is_damaged(self) -> bool:
         """Whether this rank's data of the next step is, if there is a next step; waits until it is read, as that step would."""
-        return self.step < self.config.train.steps and self.train.damage(self.step) is not None
+        self._damage = self.train.damage(self.step) if self.step < self.config.train.steps else None
+        return self._damage is not None
+
+    def _anywhere(self, found: bool) -> bool:
+        """Whether it was found on any rank. Collective."""
+        ranks = torch.tensor(float(found), device=self.engine.device)
+        dist.all_reduce(ranks)
+        return ranks.item() > 0
 
     def _report_damage(self) -> None:
         """Raises the first InputError of any rank's on rank 0, and SystemExit on the others. Collective."""
         self.metrics.close()
         found: list[str | None] = [None] * self.engine.world_size
-        dist.all_gather_object(found, self.train.damage(self.step))
+        dist.all_gather_object(found, self._damage)
         if self.engine.rank:
             raise SystemExit(2)
         raise InputError(next(error for error in found if error))
 
-    def _evaluate(self) -> None:
+    def _evaluate(self) -> bool:
+        """False if some rank finds its data damaged: a rank that met it amid its batches would leave the others waiting."""
         engine = self.engine
+        with self.metrics.phase("evaluate"):
+            error = self.validation.damage_of_first(self.config.run.evaluation_windows)
+            if self._anywhere(error is not None):
+                self._damage = self._damage or error
+                return False
         batches = evaluation_batches(
             self.validation,
             self.config.train.micro_batch_size,
@@ -110,6 +122,7 @@ class Training:
             dist.all_reduce(totals)
         nll_sums, counts = totals.view(2, -1).tolist()
         self.metrics.validation(self.step, [nll / max(1, count) for nll, count in zip(nll_sums, counts, strict=True)])
+        return True
 
     def _save(self) -> None:
         if self.config.cluster.emulate:

@@ -28,6 +28,23 @@ def truncated(corpus: Path, folder: Path, suffix: str) -> Path:
     return folder / "train"
 
 
+def with_foreign_checksums(corpus: Path, folder: Path) -> Path:
+    for file in ("train.bin", "train.idx"):
+        shutil.copy(corpus / file, folder / file)
+    shutil.copy(corpus / "validation.crc", folder / "train.crc")
+    return folder / "train"
+
+
+def flipped(corpus: Path, folder: Path) -> Path:
+    """A validation split with another token of the vocabulary in its first window."""
+    for end in (".bin", ".idx", ".crc"):
+        shutil.copy(corpus / f"validation{end}", folder / f"validation{end}")
+    content = bytearray((folder / "validation.bin").read_bytes())
+    content[0] ^= 1
+    (folder / "validation.bin").write_bytes(content)
+    return folder / "validation"
+
+
 def foreign(folder: Path) -> Path:
     (folder / "foreign.bin").write_bytes(b"\x00" * 64)
     (folder / "foreign.idx").write_bytes(b"something else altogether" * 9)
@@ -79,6 +96,13 @@ CASES = {
     ),
     "truncated bin": (lambda corpus, tmp: [f"data.train={truncated(corpus, tmp, '.bin')}"], ["train.bin", "bytes"]),
     "truncated idx": (lambda corpus, tmp: [f"data.train={truncated(corpus, tmp, '.idx')}"], ["train.idx", "bytes"]),
+    "checksums of another bin": (
+        lambda corpus, tmp: [f"data.train={with_foreign_checksums(corpus, tmp)}"],
+        ["train.crc: it is of", "train.bin has", "remove it"],
+    ),
+    "flipped bit that an evaluation would read": (
+        lambda corpus, tmp: [f"data.validation={flipped(corpus, tmp)}"], ["validation.bin: bytes 0", "another checksum"],
+    ),
     "foreign idx": (lambda corpus, tmp: [f"data.train={foreign(tmp)}"], ["foreign.idx", "MMIDIDX"]),
     "missing corpus": (lambda corpus, tmp: ["data.train=/nowhere/train"], ["/nowhere/train", "No such file"]),
     "missing tokenizer": (lambda corpus, tmp: ["data.tokenizer=/nowhere/model"], ["/nowhere/model", "No such file"]),
@@ -195,7 +219,8 @@ def test_launcher_says_it_once(case, arguments, corpus, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_damage_amid_a_corpus_ends_all_ranks_before_they_train_on_it(arguments, tmp_path):
+@pytest.mark.parametrize("found_by", ["bounds", "checksum"])
+def test_damage_amid_a_corpus_ends_all_ranks_before_they_train_on_it(found_by, arguments, tmp_path):
     """Two ranks, of which the second would read the damaged record in step 4; the three steps before it are saved."""
     tokens = np.random.default_rng(0).integers(400, size=3_000_000, dtype=np.uint16)
     with IndexedDatasetWriter(tmp_path / "train", np.uint16) as writer:
@@ -204,17 +229,45 @@ def test_damage_amid_a_corpus_ends_all_ranks_before_they_train_on_it(arguments, 
     windows = Windows(IndexedDataset(tmp_path / "train"), 32, 2, seed=0)
     places = windows.shuffled(0)(np.array([26, 27, 30, 31]))  # of step 4's windows, those of the second rank
     (place, *_) = (int(place) * 32 + 7 for place in places if CHECKED_TOKENS < place * 32 < 3_000_000 - CHECKED_TOKENS - 32)
+    wrong = 65535 if found_by == "bounds" else tokens[place] ^ 1
     with open(tmp_path / "train.bin", "r+b") as stream:
         stream.seek(2 * place)
-        stream.write(b"\xff\xff")
+        stream.write(int(wrong).to_bytes(2, "little"))
+    if found_by == "bounds":
+        (tmp_path / "train.crc").unlink()
+        words = f"train.bin holds token 65535 in document {place // 1000}, model.vocab_size is 400"
+    else:
+        first = 2 * place // 4096 * 4096
+        documents = f"documents {first // 2000} to {(first + 4095) // 2000}"
+        words = f"train.bin: bytes {first} to {first + 4096}, in {documents}, have another checksum than in {tmp_path}/train.crc"
     finished = run([*deepspeed(2), *arguments, f"data.train={tmp_path}/train", f"run.directory={tmp_path}/run"])
     output = finished.stdout + finished.stderr
     assert finished.returncode == 2, output
     assert "Traceback" not in output
     (line,) = (line for line in output.splitlines() if line.startswith("megamtp: error: "))
-    assert f"{tmp_path}/train.bin holds token 65535 in document {place // 1000}, model.vocab_size is 400" in line
+    assert f"{tmp_path}/{words}" in line
     assert [record["step"] for record in records(tmp_path / "run")] == [1, 2, 3]
     assert read_manifest(newest_checkpoint(tmp_path / "run")).step == 3
+
+
+def test_damage_of_the_validation_corpus_amid_a_run_ends_all_ranks_saved(arguments, corpus, tmp_path, start):
+    """A bit that flips after the run has begun, before its next evaluation."""
+    shutil.copytree(corpus, tmp_path / "corpus")
+    many = ["train.steps=1000000", "run.evaluate_every_steps=5", f"data.validation={tmp_path}/corpus/validation"]
+    process = start([*deepspeed(2), *arguments, *many, f"run.directory={tmp_path}/run"])
+    wait_for(lambda: records(tmp_path / "run", "validation"))
+    with open(tmp_path / "corpus/validation.bin", "r+b") as stream:
+        first = stream.read(1)[0]
+        stream.seek(0)
+        stream.write(bytes([first ^ 1]))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, output
+    assert "Traceback" not in output
+    (line,) = (line for line in output.splitlines() if line.startswith("megamtp: error: "))
+    assert f"{tmp_path}/corpus/validation.bin: bytes 0 to" in line and "have another checksum than in" in line
+    step = records(tmp_path / "run")[-1]["step"]
+    assert step % 5 == 0 and read_manifest(newest_checkpoint(tmp_path / "run")).step == step
+    assert records(tmp_path / "run", "validation")[-1]["step"] < step
 
 
 @pytest.fixture(scope="module")

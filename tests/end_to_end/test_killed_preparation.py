@@ -72,7 +72,7 @@ def test_killed_at_random_moments_and_resumed(texts, tmp_path, request):
     process.communicate(timeout=120)
     seconds = time.monotonic() - start_seconds - import_seconds
     whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
-    assert len(whole) == 7 and json.loads(whole["corpus.json"])["duplicates"] == 50
+    assert len(whole) == 9 and json.loads(whole["corpus.json"])["duplicates"] == 50
     generator, found_parts = random.Random(0), []
     for kill in range(num_kills):  # one moment in each of so many equal spans
         output = tmp_path / str(kill)

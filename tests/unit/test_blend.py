@@ -89,6 +89,12 @@ def test_bad_blend_is_named(train):
         _ = DataConfig(train=train).train_corpora
 
 
+def test_blend_whose_weights_have_no_sum():
+    assert DataConfig(train="8e307 a 8e307 b").train_corpora == [(8e307, "a"), (8e307, "b")]
+    with pytest.raises(InputError, match=r"^data\.train=1e308 a 1e308 b; expected weights whose sum is a finite number$"):
+        _ = DataConfig(train="1e308 a 1e308 b").train_corpora
+
+
 def test_resolved_blend_is_read_back_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = read_config([*SMALL, "data.train=0.7 a/train 0.3 'my corpus/train'", "data.documents=mask"])

@@ -1,7 +1,10 @@
 """A preparation: what it holds, when it is reused or refused, and that an interrupted one does not look whole."""
 
+import errno
+import fcntl
 import math
 import os
+import shutil
 from collections import Counter
 from itertools import count
 from pathlib import Path
@@ -67,7 +70,7 @@ def test_what_a_corpus_holds(source, tmp_path):
     assert corpus.bytes_per_token == sum(len(text.encode()) for text in texts) / sum(corpus.tokens.values())
     assert (corpus.vocab_size, corpus.unreadable_files) == (VOCAB_SIZE, ["latin.txt"])
     assert read_corpus(tmp_path / "out") == corpus
-    ends = [f"{split}{end}" for split in SPLITS for end in (".bin", ".idx")]
+    ends = [f"{split}{end}" for split in SPLITS for end in (".bin", ".idx", ".crc")]
     assert sorted(contents(tmp_path / "out")) == sorted(["corpus.json", "lengths.png", "tokenizer.model", *ends])
 
 
@@ -193,7 +196,7 @@ def test_too_little_text_leaves_nothing(tmp_path, content):
     assert contents(tmp_path / "out") == {}
 
 
-@pytest.mark.parametrize("name", ["tokenizer.model", "train.bin", "validation.idx", "lengths.png", "corpus.json"])
+@pytest.mark.parametrize("name", ["tokenizer.model", "train.bin", "validation.idx", "train.crc", "lengths.png", "corpus.json"])
 def test_full_disk(source, tmp_path, name):
     out = tmp_path / "out"
     out.mkdir()
@@ -227,6 +230,69 @@ def test_damaged_summary_is_named_and_can_be_overwritten(source, tmp_path, conte
     assert message.startswith(f"{tmp_path}/out/corpus.json cannot be read (")
     assert message.endswith("prepare the corpus again, with --overwrite")
     assert prepare(source, tmp_path / "out", VOCAB_SIZE, overwrite=True) == (corpus, False)
+
+
+def test_input_that_changes_meanwhile(source, tmp_path, monkeypatch):
+    """What was read before and after would be mixed; the next call reads it anew."""
+    split_limit = corpus_module.split_limit
+
+    def change(*arguments):
+        (tmp_path / "texts/00.py").write_text("another text")
+        return split_limit(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus_module, "split_limit", change)
+        message = refusal(source, tmp_path / "out", VOCAB_SIZE)
+    assert message == "an input changed while it was read; expected all to stay as they are: wait, then call again"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".preparation"]
+    prepare(source, tmp_path / "out", VOCAB_SIZE)
+    prepare(source, tmp_path / "fresh", VOCAB_SIZE)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("name", ["train.bin", "validation.idx", "tokenizer.model"])
+def test_files_of_another_program_are_not_replaced_unasked(source, tmp_path, name):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_bytes(b"precious")
+    assert refusal(source, tmp_path / "out", VOCAB_SIZE) == (
+        f"{tmp_path}/out/{name} is there without a corpus.json; expected a folder without it: use another or --overwrite"
+    )
+    assert contents(tmp_path / "out") == {name: b"precious"}
+    prepare(source, tmp_path / "out", VOCAB_SIZE, overwrite=True)
+    prepare(source, tmp_path / "fresh", VOCAB_SIZE)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_given_tokenizer_may_lie_in_the_output(source, tmp_path):
+    prepare(source, tmp_path / "first", VOCAB_SIZE)
+    (tmp_path / "out").mkdir()
+    shutil.copy(tmp_path / "first/tokenizer.model", tmp_path / "out/tokenizer.model")
+    prepare(source, tmp_path / "out", tokenizer=tmp_path / "out/tokenizer.model")
+    assert contents(tmp_path / "out")["train.bin"] == contents(tmp_path / "first")["train.bin"]
+
+
+def test_reuse_leaves_a_preparation_that_is_under_way_alone(source, tmp_path):
+    """One that is about to overwrite the corpus; what a killed one has left is removed."""
+    prepare(source, tmp_path / "out", VOCAB_SIZE)
+    (tmp_path / "out/.preparation").mkdir()
+    with open(tmp_path / "out/.preparation/lock", "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert refusal(source, tmp_path / "out", VOCAB_SIZE).startswith(f"{tmp_path}/out is being prepared by another process")
+        assert (tmp_path / "out/.preparation/lock").exists()
+    _, reused = prepare(source, tmp_path / "out", VOCAB_SIZE)
+    assert reused
+    assert not (tmp_path / "out/.preparation").exists()
+
+
+def test_file_system_without_locks(source, tmp_path, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    corpus, _ = prepare(source, tmp_path / "out", VOCAB_SIZE)
+    assert corpus == read_corpus(tmp_path / "out")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"megamtp: warning: {tmp_path}/out cannot be locked (Function not implemented): ")
 
 
 def test_given_tokenizer_is_used(source, tmp_path):

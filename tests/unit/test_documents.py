@@ -35,13 +35,14 @@ def found(*inputs: Path, **options) -> list[tuple[str, str]]:
 
 def test_order_and_names_do_not_depend_on_the_file_system(tmp_path, monkeypatch):
     expected = sorted(TREE.items())
-    listing = Path.rglob
+    walk = os.walk
     for seed in range(5):
 
-        def shuffled(folder, pattern, seed=seed):
-            return random.Random(seed).sample(entries := list(listing(folder, pattern)), len(entries))
+        def shuffled(folder, onerror, seed=seed):
+            for place, folders, names in random.Random(seed).sample(found := list(walk(folder, onerror=onerror)), len(found)):
+                yield place, folders, random.Random(seed).sample(names, len(names))
 
-        monkeypatch.setattr(Path, "rglob", shuffled)
+        monkeypatch.setattr(os, "walk", shuffled)
         folder = write(tmp_path / f"{seed}/corpus", dict(random.Random(seed).sample(list(TREE.items()), len(TREE))))
         assert found(folder) == expected
     inputs = [write(tmp_path / "other", {"c.py": "c"}), folder, tmp_path / "0/corpus/b.py"]
@@ -85,6 +86,30 @@ def test_missing_input_is_named(tmp_path):
     assert "File name too long" in refusal(find_source, [tmp_path / ("x" * 300)])
 
 
+def test_named_pipe_is_no_input(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    assert refusal(find_source, [tmp_path / "pipe.txt"]).startswith(
+        f"{tmp_path}/pipe.txt is neither a file nor a folder; expected "
+    )
+
+
+def test_folder_that_cannot_be_read_is_named_unless_it_is_left_out(tmp_path, monkeypatch):
+    """Never a corpus that lacks its files in silence."""
+    write(tmp_path, TREE)
+    listing = os.scandir
+
+    def scandir(folder):
+        if Path(folder).name == "b":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return listing(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert refusal(find_source, [tmp_path]) == (
+        f"{tmp_path}/a/b: Permission denied; expected files that can be read: mend it or leave it out"
+    )
+    assert [name for name, _ in found(tmp_path, exclude=("b",))] == ["B.py", "a.txt", "a/z.txt", "b.py"]
+
+
 def test_nothing_found(tmp_path):
     write(tmp_path, {"picture.png": b"\x89PNG"})
     assert refusal(find_source, [tmp_path]).startswith(f"no text files in {tmp_path}; expected files such as ")
@@ -110,7 +135,8 @@ def test_jsonl_lines_are_documents(tmp_path):
     ("line", "words"),
     [
         (b'{"txt": "a", "new\\nline": 1}', ["no text under 'text'", "found: 'txt', 'new\\nline'", "--json-key"]),
-        (b'{"text": 3}', ["no text under 'text'"]),
+        (b'{"text": 3}', ["'text' is int; expected a string"]),
+        (b'{"text": null}', ["'text' is null; expected a string"]),
         (b'["text"]', ["no text under 'text'", "list"]),
         (b"3", ["no text under 'text'", "int"]),
         (b'{"text": "a"', ["not JSON", "one object a line"]),

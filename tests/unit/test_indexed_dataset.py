@@ -75,7 +75,7 @@ def test_literal_bytes_are_written(tmp_path):
     write_ours(tmp_path / "ours", DOCUMENTS)
     assert (tmp_path / "ours.bin").read_bytes() == BIN
     assert (tmp_path / "ours.idx").read_bytes() == IDX
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours.bin", "ours.idx"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours.bin", "ours.crc", "ours.idx"]
 
 
 @pytest.mark.parametrize("code", CODES)
@@ -203,6 +203,30 @@ def test_damage_between_the_ends_is_found_when_it_is_read(tmp_path, monkeypatch)
                 read_it()
 
 
+def test_flipped_bits_of_an_index_do_not_mislead(tmp_path, monkeypatch):
+    """Of every fifth bit: boundaries are as they were, or the index is refused; but for document numbers that still rise."""
+    monkeypatch.setattr("megamtp.data.indexed_dataset.CHECKED_SEQUENCES", 1)
+    lengths = [2, 3, 0, 1, 4, 2, 2, 5, 1, 3, 2]
+    content, index = encode(8, [[7] * length for length in lengths], list(range(12)))
+    starts, first_number = {sum(lengths[:number]) for number in range(11)}, HEADER.size + 12 * len(lengths)
+    refused = 0
+    for bit in range(8 * HEADER.size, 8 * len(index), 5):
+        flipped = bytearray(index)
+        flipped[bit // 8] ^= 1 << bit % 8
+        write_pair(tmp_path / "flipped", content, flipped)
+        numbers = struct.unpack("<12q", flipped[first_number:])
+        if numbers != tuple(range(12)) and sorted(numbers) == list(numbers):
+            continue
+        try:
+            dataset = IndexedDataset(tmp_path / "flipped")
+            for start in range(0, 20, 4):
+                expected = sorted(place for place in starts if start < place < start + 6)
+                assert dataset.boundaries(start, start + 6).tolist() == expected
+        except InputError:
+            refused += 1
+    assert refused > 320
+
+
 class MegatronFiles:
     """megatron-core's own writer and reader, the judge of what the format is."""
 
@@ -276,7 +300,7 @@ def test_best_dtype(vocab_size, dtype):
 
 
 @pytest.mark.parametrize("old", [[], [[9, 9]]])
-@pytest.mark.parametrize(("function", "call"), [("fsync", 0), ("fsync", 1), ("replace", 0), ("replace", 1)])
+@pytest.mark.parametrize(("function", "call"), [(name, call) for name in ("fsync", "replace") for call in range(3)])
 def test_interrupted_publication_leaves_no_new_pair(tmp_path, monkeypatch, old, function, call):
     if old:
         write_ours(tmp_path / "ours", old)

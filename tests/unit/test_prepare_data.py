@@ -47,6 +47,9 @@ CASES = {
     "missing input": (["--input", "text.txt", "none"], ["none does not exist"]),
     "nothing found": (["--input", "empty"], ["no text files in empty"]),
     "nothing left": (["--input", "text.txt", "--exclude", "text.txt"], ["no text files in text.txt"]),
+    "empty input": (["--input", ""], ["--input", "found an empty name", "--help"]),
+    "empty output": (["--input", "text.txt", "--output", ""], ["--output", "found an empty name"]),
+    "empty tokenizer": (["--input", "text.txt", "--tokenizer", ""], ["--tokenizer", "found an empty name"]),
     "name too long": (["--input", "x" * 300], ["File name too long"]),
     "too little text": (["--input", "short.txt"], ["found 1 documents", "short.txt"]),
     "nothing readable": (["--input", "latin.txt"], ["found 0 documents", "latin.txt"]),
@@ -95,7 +98,7 @@ def test_prepares_reuses_refuses_and_overwrites(call):
     status, first, err = call(*arguments)
     assert (status, err) == (0, "")
     assert "passed over 1 files that are not UTF-8, the first: latin.txt\n" in first
-    assert re.search(r"^train: 3 documents, [\d,]+ tokens in out/train\.bin, \.idx$", first, re.MULTILINE)
+    assert re.search(r"^train: 3 documents, [\d,]+ tokens in out/train\.bin, \.idx, \.crc$", first, re.MULTILINE)
     assert re.search(r"^290 pieces, \d\.\d\d bytes per token, unigram entropy .* \d\.\d{3} nats$", first, re.MULTILINE)
     assert call(*arguments) == (0, first.replace(" nats", " nats (reused)"), "")
     status, out, err = call(*arguments, "--seed", "1")

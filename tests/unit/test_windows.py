@@ -165,7 +165,9 @@ def test_what_evaluations_read_is_checked_and_no_more(tmp_path, monkeypatch):
     windows = Windows(write(tmp_path / "late", [[5] * 19, [100] + [5] * 20]), 4, 3, seed=0, vocab_size=100)
     windows.check_ends()
     windows.check_first(4)  # tokens 0 to 18
+    assert windows.damage_of_first(4) is None
     for more in (5, 99, None):
+        assert "holds token 100 in document 1" in windows.damage_of_first(more)
         with pytest.raises(InputError, match="holds token 100 in document 1"):
             windows.check_first(more)
 
@@ -200,7 +202,7 @@ print(len(dataset), dataset.num_tokens, opened, time.process_time() - start - op
 
 
 def test_a_trillion_tokens_open_in_a_second(tmp_path):
-    write_sparse(tmp_path / "sparse", TRILLION, BILLION)
+    write_sparse(tmp_path / "sparse", TRILLION, BILLION, block_bytes=2**20)
     command = [sys.executable, "-c", OPEN_AND_READ, str(tmp_path / "sparse")]
     finished = subprocess.run(command, capture_output=True, text=True, check=True)
     documents, tokens, opened, read, more_mebibytes, mebibytes, length = map(float, finished.stdout.split())

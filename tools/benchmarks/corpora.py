@@ -1,9 +1,11 @@
 """Token files for benchmarks of the data: with many documents and no content, or with content."""
 
+import zlib
 from pathlib import Path
 
 import numpy as np
 
+from megamtp.data import checksums
 from megamtp.data.indexed_dataset import HEADER, LONGEST_SEQUENCE, MAGIC, VERSION, IndexedDatasetWriter
 
 UINT16 = 8  # its code in the index
@@ -22,12 +24,14 @@ def write_even(prefix: Path, num_tokens: int, document_tokens: int) -> None:
         ):
             for first in range(0, count, CHUNK):
                 index.write((np.arange(first, min(first + CHUNK, count)) * factor + offset).astype(dtype).data)
-    with open(f"{prefix}.bin", "wb") as tokens:
-        tokens.truncate(2 * number * document_tokens)
+    _write_zeros(prefix, 2 * number * document_tokens, checksums.BLOCK_BYTES)
 
 
-def write_sparse(prefix: Path, num_tokens: int, num_documents: int) -> None:
-    """All of the documents and sequences are empty but the last document and what sequences it needs; both files are holes."""
+def write_sparse(prefix: Path, num_tokens: int, num_documents: int, block_bytes: int = checksums.BLOCK_BYTES) -> None:
+    """All of the documents and sequences are empty but the last document and what sequences it needs; .bin and .idx are holes.
+
+    The .crc is no hole: of 10^12 tokens and with blocks as preparation makes them, it is 2 GB.
+    """
     lengths = [LONGEST_SEQUENCE] * (num_tokens // LONGEST_SEQUENCE)
     lengths.append(num_tokens - sum(lengths))
     pointers = np.cumsum([0, *lengths[:-1]], dtype="<i8") * 2
@@ -39,8 +43,21 @@ def write_sparse(prefix: Path, num_tokens: int, num_documents: int) -> None:
         index.write(pointers.data)
         index.seek(HEADER.size + 12 * num_documents + 8 * num_documents)
         index.write(np.array([num_documents], dtype="<i8").data)
+    _write_zeros(prefix, 2 * num_tokens, block_bytes)
+
+
+def _write_zeros(prefix: Path, num_bytes: int, block_bytes: int) -> None:
+    """A .bin that is one hole, and its .crc."""
     with open(f"{prefix}.bin", "wb") as tokens:
-        tokens.truncate(2 * num_tokens)
+        tokens.truncate(num_bytes)
+    whole, rest = divmod(num_bytes, block_bytes)
+    with open(f"{prefix}.crc", "wb") as stream:
+        stream.write(checksums.HEADER.pack(checksums.MAGIC, checksums.VERSION, block_bytes, num_bytes))
+        chunk = np.full(CHUNK, zlib.crc32(bytes(block_bytes)), "<u4")
+        for first in range(0, whole, CHUNK):
+            stream.write(chunk[: whole - first].data)
+        if rest:
+            stream.write(zlib.crc32(bytes(rest)).to_bytes(4, "little"))
 
 
 def write_random(prefix: Path, num_tokens: int, document_tokens: int, vocab_size: int) -> None:
