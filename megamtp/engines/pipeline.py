@@ -101,8 +101,9 @@ class PipelineEngine:
         """Sums the gradients of all copies of the unembedding, once a step: when this stage has sent its last gradient upstream.
 
         The stages before it still have backward passes to run then, which hide the transfer. Over the stages of all pipelines in
-        one: so all copies get the same bits, and stay equal. DeepSpeed's own, over the stages of one pipeline, leaves the sum over
-        pipelines to each stage's reduction, which may add in another order on another stage.
+        one, and the reduction over pipelines that follows adds zeros to it: so all copies get the same bits, and stay equal.
+        DeepSpeed's own, over the stages of one pipeline, leaves the sum over pipelines to each stage's reduction, which may add in
+        another order on another stage.
 
         Source: deepspeed/runtime/pipe/engine.py, _exec_reduce_tied_grads; schedule.py, TrainSchedule.
         """
@@ -110,8 +111,9 @@ class PipelineEngine:
             return
         for parameter in self.model.copied_parameters:
             gradient = parameter._hp_grad if isinstance(engine.optimizer, BF16_Optimizer) else parameter.grad
-            gradient /= self.data_parallel_size  # the reduction over pipelines that follows finds their sum, and averages it
             dist.all_reduce(gradient, group=self.model.copies)
+            if self.data_parallel_rank > 0:
+                gradient.zero_()
 
     def _make_cut(self) -> Partition:
         return partition(self.config, self.data_parallel_size)
