@@ -67,6 +67,7 @@ class PipelineEngine:
         scales = loss_scales(self.config.head_weights, target_counts, self.data_parallel_size, len(micro_batches))
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
+        micro_batches = self._here(micro_batches)
         self._begin(micro_batches, scales)
         self.engine.train_batch(_inputs(micro_batches))
         self._end()
@@ -78,7 +79,7 @@ class PipelineEngine:
         n, own = self.config.model.num_future_tokens, self.model.own.heads
         totals = torch.zeros(2, n, dtype=torch.float64, device=self.device)
         batches = iter(batches)
-        while group := list(itertools.islice(batches, self.engine.micro_batches)):
+        while group := self._here(itertools.islice(batches, self.engine.micro_batches)):
             self._begin(group, [1.0] * n)
             self.engine.eval_batch(
                 _inputs(group), compute_loss=False, reduce_output=None, bcast_loss=False, num_micro_batches=len(group)
@@ -120,6 +121,10 @@ class PipelineEngine:
 
     def _make_stage(self) -> PipelineStage:
         return PipelineStage(self.config, self.cut, self.device)
+
+    def _here(self, micro_batches: Iterable[Batch]) -> list[Batch]:
+        """On the device, all before the first pass: to copy them later would each time wait for what the device is doing."""
+        return [batch.to(self.device) for batch in micro_batches]
 
     def _begin(self, micro_batches: list[Batch], loss_scales: list[float]) -> None:
         self.model.begin(micro_batches, loss_scales)
