@@ -25,12 +25,12 @@ from megamtp.data.loader import Batch
 from megamtp.engines.base import EngineState, StepResult, data_parallel_place, loss_scales
 from megamtp.engines.deepspeed_config import deepspeed_config
 from megamtp.engines.head_phase import backward_seed
+from megamtp.engines.loss_choice import compared
 from megamtp.engines.optimizer import adamw
-from megamtp.engines.partition import Partition, enough_micro_batches, partition
+from megamtp.engines.partition import enough_micro_batches
 from megamtp.engines.saved_state import engine_state, load_state
-from megamtp.engines.spread import spread
+from megamtp.engines.spread import best_cut
 from megamtp.engines.stage import PipelineStage
-from megamtp.errors import InputError
 from megamtp.losses.sequential import HeadPhase
 from megamtp.losses.softmax_gradient import IGNORED
 
@@ -48,7 +48,7 @@ class PipelineEngine:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.data_parallel_rank, self.data_parallel_size = data_parallel_place(config, self.rank, self.world_size)
         self.device = torch.device(get_accelerator().current_device_name())
-        self.cut = self._make_cut()
+        self.cut = best_cut(config, self.data_parallel_size)
         deepspeed.init_distributed(verbose=False)  # wraps torch.distributed, before the stage asks for its groups
         self.model = self._make_stage()
         self.engine, *_ = deepspeed.initialize(
@@ -116,9 +116,6 @@ class PipelineEngine:
             if self.data_parallel_rank > 0:
                 gradient.zero_()
 
-    def _make_cut(self) -> Partition:
-        return partition(self.config, self.data_parallel_size)
-
     def _make_stage(self) -> PipelineStage:
         return PipelineStage(self.config, self.cut, self.device)
 
@@ -133,7 +130,7 @@ class PipelineEngine:
         """After the last pass of a step or an evaluation."""
 
     def _report(self) -> None:
-        print(self._shown_cut(), flush=True)
+        print(f"{self.cut.summary()}\n{compared(self.config, self.data_parallel_size, self.cut)}", flush=True)
         micro_batches = self.config.accumulation(self.data_parallel_size)
         enough = enough_micro_batches(len(self.cut.stages))
         if micro_batches < enough:
@@ -144,14 +141,6 @@ class PipelineEngine:
                 file=sys.stderr,
                 flush=True,
             )
-
-    def _shown_cut(self) -> str:
-        """The cut, and what engine.spread_losses would make of it."""
-        try:
-            other = spread(self.config, self.data_parallel_size).summary()
-        except InputError as error:
-            other = str(error)
-        return f"{self.cut.summary()}\nwith engine.spread_losses: {other}"
 
 
 class SeededHeads(HeadPhase):
