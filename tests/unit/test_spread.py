@@ -5,6 +5,7 @@ from collections import defaultdict
 
 import pytest
 
+from megamtp.engines.check import check_engine
 from megamtp.engines.partition import partition
 from megamtp.engines.spread import share_rows, spread
 from megamtp.engines.spread_schedule import PATTERNS, Exchange, Kind, Pass, SpreadSchedule, StageTimes, fastest_schedule
@@ -130,4 +131,4 @@ def test_memory_counts_each_row_once_and_a_limit_is_kept():
     limited = dict(engine__kind="pipeline", engine__num_stages=3, model__num_layers=9, model__vocab_size=600)
     assert spread(small_config(1, 6, **limited, engine__stage_memory_bytes=largest), 1).stages == found.stages
     with pytest.raises(InputError, match=r"spread losses do not fit engine\.stage_memory_bytes"):
-        spread(small_config(1, 6, **limited, engine__stage_memory_bytes=largest - 1), 1)
+        check_engine(small_config(1, 6, **limited, engine__stage_memory_bytes=largest - 1, engine__spread_losses=True), 0, 3)
