@@ -537,6 +537,10 @@ def _check_only_pipeline(config: Config) -> None:
             not str(name).startswith("stage"), f"engine.deepspeed.zero_optimization.{name} with engine.kind=pipeline",
             "engine.kind=zero3: a pipeline has ZeRO-1",
         )  # fmt: skip
+    _require(
+        not engine.deepspeed.get("wall_clock_breakdown"), "engine.deepspeed.wall_clock_breakdown with engine.kind=pipeline",
+        "false: DeepSpeed's pipeline starts its timers twice",
+    )  # fmt: skip
     _require(config.train.precision != "fp16", "train.precision=fp16 with engine.kind=pipeline", "bf16 or fp32")
     _require(config.cluster.emulate is None, "cluster.emulate with engine.kind=pipeline", "zero3: stages are not emulated")
     _require(config.head_loss.precision is None, "head_loss.precision=fp8 with engine.kind=pipeline", "null, or engine.kind=zero3")

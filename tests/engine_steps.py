@@ -1,5 +1,7 @@
 """Steps of an engine whose gradients are kept for comparison."""
 
+import math
+
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
@@ -69,11 +71,13 @@ def largest_errors(config: Config, engine: ZeroEngine | PipelineEngine, num_step
 def errors_of_step(
     engine: ZeroEngine | PipelineEngine, batches: list[Batch], expected: Reference
 ) -> tuple[list[int], float, float]:
-    """One step at learning rate 0: the target counts, and the gradients' and losses' largest relative errors."""
+    """One step at learning rate 0: the target counts, and the largest relative errors: of gradients and their norm; of losses."""
     result, counts, gradients = step_with_gradients(engine, batches)
     assert names_on_all_ranks(gradients) == expected.gradients.keys()
     nll_sums = result.nll_sums.double()
     dist.all_reduce(nll_sums)
     losses = zip(nll_sums.tolist(), counts, expected.losses, strict=True)
     loss_error = max(abs(nll / count - loss) / loss for nll, count, loss in losses)
-    return counts, largest_gradient_error(engine, gradients, expected.gradients), loss_error
+    norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in expected.gradients.values()))
+    norm_error = abs(result.gradient_norm - norm) / norm
+    return counts, max(largest_gradient_error(engine, gradients, expected.gradients), norm_error), loss_error

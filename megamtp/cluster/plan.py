@@ -12,9 +12,9 @@ from megamtp.cluster.emulated import Network
 from megamtp.config import Config
 from megamtp.engines.base import data_parallel_place
 from megamtp.engines.links import Link
-from megamtp.engines.partition import Partition, partition
+from megamtp.engines.partition import Partition
 from megamtp.engines.pass_costs import PassCosts
-from megamtp.engines.spread import SpreadPartition, spread
+from megamtp.engines.spread import SpreadPartition, best_cut
 from megamtp.engines.stage_memory import OPTIMIZER
 from megamtp.errors import InputError
 from megamtp.losses.linear_cross_entropy import default_chunk_rows
@@ -117,19 +117,14 @@ def _plan_pipeline(config: Config, world_size: int, card: Card) -> Plan:
     _, pipelines = data_parallel_place(config, 0, world_size)
     cluster, costs = config.cluster, _pass_costs(config, card)
     exchange = Link(cluster.flat_bandwidth or cluster.network_bandwidth, cluster.latency).exchange(config)
-    if config.engine.spread_losses:
-        cut = spread(config, pipelines, costs, exchange)
-        stage_seconds, played = cut.costs, cut.schedule.play()
-    else:
-        cut = partition(config, pipelines, costs)
-        stage_seconds, played = [stage.cost for stage in cut.stages], cut.play(exchange.hand)
+    cut = best_cut(config, pipelines, costs, exchange)
     micro_batches = config.accumulation(pipelines)
-    compute = micro_batches * sum(stage_seconds) / len(stage_seconds)
+    compute = micro_batches * sum(cut.costs) / len(cut.costs)
     largest = max(cut.stages, key=lambda stage: sum(stage.memory_bytes.values()))
     weights = max(stage.memory_bytes["weights"] for stage in cut.stages)
     network = Network(dataclasses.replace(cluster, emulate=pipelines))
     reduction = sum(network.seconds(kind, weights) for kind in ("reduce_scatter", "all_gather"))
-    exposed = max(work.end for work in played) - compute + reduction
+    exposed = cut.step(exchange) - compute + reduction
     share = max(stage.memory_bytes[OPTIMIZER] for stage in cut.stages) / STATE_BYTES
     return Plan(
         largest.memory_bytes, _host_memory(config, share), _checkpoint_bytes(config),

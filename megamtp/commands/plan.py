@@ -7,14 +7,15 @@
 Exits with status 1 if it does not fit. Without --bandwidth the network is cluster.*'s: NVLink and 400 Gb/s per GPU.
 """
 
-import dataclasses
 import sys
 
 from megamtp.cluster.plan import CARDS, DAY, Card, Plan, fitting, plan
 from megamtp.commands.command_line import Parser, run
 from megamtp.config import Config, read_config
+from megamtp.engines.loss_choice import faster, other_losses
 from megamtp.engines.partition import Partition
 from megamtp.engines.spread import SpreadPartition
+from megamtp.errors import InputError
 
 GIB = 2**30
 
@@ -42,15 +43,22 @@ def main() -> None:
         sys.exit(1)
     print(_time_table(found, config))
     if found.cut:
-        print(_other_losses(config, options.gpus, card))
+        print(_other_losses(found, config, options.gpus, card))
 
 
-def _other_losses(config: Config, world_size: int, card: Card) -> str:
-    """A line about the same pipeline with its losses spread, or whole if they are."""
-    spread_losses = not config.engine.spread_losses
-    other = dataclasses.replace(config, engine=dataclasses.replace(config.engine, spread_losses=spread_losses))
-    found, setting = plan(other, world_size, card), f"engine.spread_losses={str(spread_losses).lower()}"
-    return f"\nwith {setting}: step {found.step_seconds:.3f} s, at most {found.peak_bytes / GIB:.2f} GiB; {found.cut.outcome}"
+def _other_losses(found: Plan, config: Config, world_size: int, card: Card) -> str:
+    """Lines about the same pipeline with its losses spread, or whole if they are."""
+    changed, setting = other_losses(config)
+    try:
+        other = plan(changed, world_size, card)
+    except InputError as error:
+        return f"\nwith {setting}: {error}"
+    ratio, memory = other.step_seconds / found.step_seconds, other.peak_bytes / GIB
+    fits = "" if other.peak_bytes <= card.memory_bytes else ", which does not fit"
+    return (
+        f"\nwith {setting}: step {other.step_seconds:.3f} s, at most {memory:.2f} GiB{fits}; {other.cut.outcome}\n"
+        f"{faster(setting, ratio)}"
+    )
 
 
 def _memory_table(found: Plan, card: Card) -> str:
@@ -69,7 +77,8 @@ def _stage_table(cut: Partition | SpreadPartition, card: Card) -> str:
     for index, stage in enumerate(cut.stages):
         sizes = " | ".join(f"{size / GIB:.2f}" for size in stage.memory_bytes.values())
         lines.append(f"| stage {index} | {sizes} | **{sum(stage.memory_bytes.values()) / GIB:.2f}** |")
-    return "\n".join([*lines, "", cut.summary()])
+    layers = ",".join(str(stage.end - stage.first) for stage in cut.stages)
+    return "\n".join([*lines, "", cut.summary(), f"a run makes this cut with engine.stage_layers=[{layers}]"])
 
 
 def _host_table(found: Plan, config: Config, world_size: int) -> str:

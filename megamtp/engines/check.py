@@ -3,7 +3,7 @@
 from megamtp.config import Config
 from megamtp.engines.base import data_parallel_place
 from megamtp.engines.deepspeed_config import deepspeed_config
-from megamtp.engines.partition import partition
+from megamtp.engines.spread import best_cut
 
 
 def check_engine(config: Config, rank: int, world_size: int) -> tuple[int, int]:
@@ -15,5 +15,5 @@ def check_engine(config: Config, rank: int, world_size: int) -> tuple[int, int]:
     place = data_parallel_place(config, rank, world_size)
     deepspeed_config(config, place[1])
     if config.engine.kind == "pipeline":
-        partition(config, place[1])
+        best_cut(config, place[1])
     return place

@@ -17,6 +17,7 @@ from itertools import accumulate
 from megamtp.config import Config
 from megamtp.engines.one_f_one_b import Work, play
 from megamtp.engines.pass_costs import PassCosts, flop_costs
+from megamtp.engines.spread_schedule import Exchange
 from megamtp.engines.stage_memory import Contents, stage_memory
 from megamtp.errors import InputError
 
@@ -57,9 +58,14 @@ class Partition:
     micro_batches: int
 
     @property
+    def costs(self) -> list[float]:
+        """Of one micro-batch in each stage."""
+        return [stage.cost for stage in self.stages]
+
+    @property
     def imbalance(self) -> float:
         """Slowest stage over the mean: 1 is perfect."""
-        return imbalance([stage.cost for stage in self.stages])
+        return imbalance(self.costs)
 
     @property
     def bubble(self) -> float:
@@ -70,24 +76,32 @@ class Partition:
         """The step, if handing a micro-batch to the next stage takes `link`, in the unit of the costs."""
         return play([stage.forward for stage in self.stages], [stage.backward for stage in self.stages], self.micro_batches, link)
 
+    def step(self, exchange: Exchange) -> float:
+        """Of all micro-batches, in the unit of the costs."""
+        return max(work.end for work in self.play(exchange.hand))
+
     def summary(self) -> str:
         """A line for each stage, and one for the whole."""
-        total = sum(stage.cost for stage in self.stages)
-        num_trunk_layers = self.stages[-1].end - self.stages[-1].heads.stop
-        lines = []
-        for index, stage in enumerate(self.stages):
-            parts = ["embedding"] if index == 0 else []
-            trunk = range(stage.first, min(stage.end, num_trunk_layers))
-            parts += [f"trunk {_span(trunk)}"] if trunk else []
-            parts += [f"{'head' if len(stage.heads) == 1 else 'heads'} {_span(stage.heads)}"] if stage.heads else []
-            memory = sum(stage.memory_bytes.values()) / 2**30
-            lines.append(f"stage {index}: {stage.cost / total:6.1%} of the work, {memory:7.2f} GiB: {', '.join(parts)}")
-        return "\n".join([*lines, self.outcome])
+        return "\n".join([*stage_lines(self.stages, self.costs), self.outcome])
 
     @property
     def outcome(self) -> str:
-        """The summary's last line."""
+        """The summary's last line. Transfers are not in it."""
         return f"slowest stage / mean {self.imbalance:.3f}; {self.micro_batches} micro-batches: predicted bubble {self.bubble:.1%}"
+
+
+def stage_lines(stages: list[Stage], costs: list[float]) -> list[str]:
+    """Each stage's share of the costs, its memory, and what it holds."""
+    num_trunk_layers, lines = stages[-1].end - stages[-1].heads.stop, []
+    for index, (stage, cost) in enumerate(zip(stages, costs, strict=True)):
+        parts = ["embedding"] if index == 0 else []
+        trunk = range(stage.first, min(stage.end, num_trunk_layers))
+        parts += [f"trunk {_span(trunk)}"] if trunk else []
+        parts += [f"{'head' if len(stage.heads) == 1 else 'heads'} {_span(stage.heads)}"] if stage.heads else []
+        parts += [f"{stage.contents.rows} rows of the unembedding"] if stage.contents.spread else []
+        memory = sum(stage.memory_bytes.values()) / 2**30
+        lines.append(f"stage {index}: {cost / sum(costs):6.1%} of the work, {memory:7.2f} GiB: {', '.join(parts)}")
+    return lines
 
 
 def imbalance(times: list[float]) -> float:

@@ -25,12 +25,12 @@ from megamtp.data.loader import Batch
 from megamtp.engines.base import EngineState, StepResult, data_parallel_place, loss_scales
 from megamtp.engines.deepspeed_config import deepspeed_config
 from megamtp.engines.head_phase import backward_seed
+from megamtp.engines.loss_choice import compared
 from megamtp.engines.optimizer import adamw
-from megamtp.engines.partition import Partition, enough_micro_batches, partition
+from megamtp.engines.partition import enough_micro_batches
 from megamtp.engines.saved_state import engine_state, load_state
-from megamtp.engines.spread import spread
+from megamtp.engines.spread import best_cut
 from megamtp.engines.stage import PipelineStage
-from megamtp.errors import InputError
 from megamtp.losses.sequential import HeadPhase
 from megamtp.losses.softmax_gradient import IGNORED
 
@@ -48,7 +48,7 @@ class PipelineEngine:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.data_parallel_rank, self.data_parallel_size = data_parallel_place(config, self.rank, self.world_size)
         self.device = torch.device(get_accelerator().current_device_name())
-        self.cut = self._make_cut()
+        self.cut = best_cut(config, self.data_parallel_size)
         deepspeed.init_distributed(verbose=False)  # wraps torch.distributed, before the stage asks for its groups
         self.model = self._make_stage()
         self.engine, *_ = deepspeed.initialize(
@@ -67,6 +67,7 @@ class PipelineEngine:
         scales = loss_scales(self.config.head_weights, target_counts, self.data_parallel_size, len(micro_batches))
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
+        micro_batches = self._here(micro_batches)
         self._begin(micro_batches, scales)
         self.engine.train_batch(_inputs(micro_batches))
         self._end()
@@ -78,7 +79,7 @@ class PipelineEngine:
         n, own = self.config.model.num_future_tokens, self.model.own.heads
         totals = torch.zeros(2, n, dtype=torch.float64, device=self.device)
         batches = iter(batches)
-        while group := list(itertools.islice(batches, self.engine.micro_batches)):
+        while group := self._here(itertools.islice(batches, self.engine.micro_batches)):
             self._begin(group, [1.0] * n)
             self.engine.eval_batch(
                 _inputs(group), compute_loss=False, reduce_output=None, bcast_loss=False, num_micro_batches=len(group)
@@ -101,8 +102,9 @@ class PipelineEngine:
         """Sums the gradients of all copies of the unembedding, once a step: when this stage has sent its last gradient upstream.
 
         The stages before it still have backward passes to run then, which hide the transfer. Over the stages of all pipelines in
-        one: so all copies get the same bits, and stay equal. DeepSpeed's own, over the stages of one pipeline, leaves the sum over
-        pipelines to each stage's reduction, which may add in another order on another stage.
+        one, and the reduction over pipelines that follows adds zeros to it: so all copies get the same bits, and stay equal.
+        DeepSpeed's own, over the stages of one pipeline, leaves the sum over pipelines to each stage's reduction, which may add in
+        another order on another stage.
 
         Source: deepspeed/runtime/pipe/engine.py, _exec_reduce_tied_grads; schedule.py, TrainSchedule.
         """
@@ -110,14 +112,16 @@ class PipelineEngine:
             return
         for parameter in self.model.copied_parameters:
             gradient = parameter._hp_grad if isinstance(engine.optimizer, BF16_Optimizer) else parameter.grad
-            gradient /= self.data_parallel_size  # the reduction over pipelines that follows finds their sum, and averages it
             dist.all_reduce(gradient, group=self.model.copies)
-
-    def _make_cut(self) -> Partition:
-        return partition(self.config, self.data_parallel_size)
+            if self.data_parallel_rank > 0:
+                gradient.zero_()
 
     def _make_stage(self) -> PipelineStage:
         return PipelineStage(self.config, self.cut, self.device)
+
+    def _here(self, micro_batches: Iterable[Batch]) -> list[Batch]:
+        """On the device, all before the first pass: to copy them later would each time wait for what the device is doing."""
+        return [batch.to(self.device) for batch in micro_batches]
 
     def _begin(self, micro_batches: list[Batch], loss_scales: list[float]) -> None:
         self.model.begin(micro_batches, loss_scales)
@@ -126,7 +130,7 @@ class PipelineEngine:
         """After the last pass of a step or an evaluation."""
 
     def _report(self) -> None:
-        print(self._shown_cut(), flush=True)
+        print(f"{self.cut.summary()}\n{compared(self.config, self.data_parallel_size, self.cut)}", flush=True)
         micro_batches = self.config.accumulation(self.data_parallel_size)
         enough = enough_micro_batches(len(self.cut.stages))
         if micro_batches < enough:
@@ -137,14 +141,6 @@ class PipelineEngine:
                 file=sys.stderr,
                 flush=True,
             )
-
-    def _shown_cut(self) -> str:
-        """The cut, and what engine.spread_losses would make of it."""
-        try:
-            other = spread(self.config, self.data_parallel_size).summary()
-        except InputError as error:
-            other = str(error)
-        return f"{self.cut.summary()}\nwith engine.spread_losses: {other}"
 
 
 class SeededHeads(HeadPhase):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from megamtp.config import Config
 from megamtp.engines.links import NOMINAL
-from megamtp.engines.partition import Stage, bubble, cheapest_cut, heads_between, imbalance
+from megamtp.engines.partition import Partition, Stage, bubble, cheapest_cut, heads_between, imbalance, partition, stage_lines
 from megamtp.engines.pass_costs import PassCosts, flop_costs
 from megamtp.engines.spread_schedule import Exchange, SpreadSchedule, StageTimes, fastest_schedule
 from megamtp.engines.stage_memory import Contents, stage_memory
@@ -48,19 +48,35 @@ class SpreadPartition:
 
     @property
     def bubble(self) -> float:
-        """The share of a step in which the average stage has nothing to do."""
-        return bubble(self.schedule.play(), len(self.stages))
+        """The share of a step in which the average stage has nothing to do, transfers apart."""
+        return bubble(self.schedule.with_times(self.schedule.times, Exchange()).play(), len(self.stages))
+
+    def step(self, exchange: Exchange) -> float:
+        """Of all micro-batches, in the unit of the costs."""
+        return max(done.end for done in self.schedule.with_times(self.schedule.times, exchange).play())
 
     def summary(self) -> str:
-        """One line."""
-        layers, rows = ([stage.end - stage.first for stage in self.stages], [stage.contents.rows for stage in self.stages])
-        memory = max(sum(stage.memory_bytes.values()) for stage in self.stages) / 2**30
-        return f"layers {layers}, rows {rows}, at most {memory:.2f} GiB; {self.outcome}"
+        """A line for each stage, and one for the whole."""
+        return "\n".join([*stage_lines(self.stages, self.costs), self.outcome])
 
     @property
     def outcome(self) -> str:
-        """The end of the summary."""
-        return f"slowest stage / mean {self.imbalance:.3f}; predicted bubble {self.bubble:.1%}"
+        """The summary's last line. Transfers are not in it."""
+        micro_batches = self.schedule.micro_batches
+        return f"slowest stage / mean {self.imbalance:.3f}; {micro_batches} micro-batches: predicted bubble {self.bubble:.1%}"
+
+
+def best_cut(
+    config: Config, data_parallel_size: int, costs: PassCosts | None = None, exchange: Exchange | None = None
+) -> Partition | SpreadPartition:
+    """The best one as engine.spread_losses asks for it; see `spread` and `partition`.
+
+    Raises:
+        InputError: it does not fit into engine.stage_memory_bytes.
+    """
+    if config.engine.spread_losses:
+        return spread(config, data_parallel_size, costs, exchange)
+    return partition(config, data_parallel_size, costs)
 
 
 def spread(

@@ -103,7 +103,7 @@ class SpreadPasses:
                     self.groups[kind] = group
 
     def begin(self, batches: list[Batch], loss_scales: list[float], learning: bool) -> None:
-        """Before a step or, without `learning`, an evaluation: its micro-batches and the factor of each head's loss."""
+        """Before a step or, without `learning`, an evaluation: its micro-batches, on the device, and each head's loss's factor."""
         self.batches, self.loss_scales, self.learning = batches, loss_scales, learning
         self.micro_batches: dict[int, MicroBatch] = {}
         self.sending: list[tuple[Tensor, dist.Work]] = []
@@ -131,10 +131,11 @@ class SpreadPasses:
         self.micro_batches.clear()
 
     def _forward(self, index: int) -> None:
-        batch = self.batches[index].to(self.model.device)
+        batch = self.batches[index]
         received = self.activations.take()[0].requires_grad_(self.learning) if self.stage else batch.inputs
         sent, normed = self.model.run_layers(received, batch)
-        self.micro_batches[index] = MicroBatch(received, sent, normed, len(self.hosts))
+        if self.learning or self.stage in self.slices:
+            self.micro_batches[index] = MicroBatch(received, sent, normed, len(self.hosts))
         if self.stage + 1 < len(self.ranks):
             self._send(sent.detach(), self.stage + 1, "activations")
         for hidden in normed:
@@ -237,4 +238,4 @@ class SpreadPasses:
     def _targets(self, work: Pass) -> list[Tensor]:
         """[N] of each of the host's heads."""
         heads = self._heads(work.host)
-        return list(self.batches[work.micro_batch].targets[heads.start : heads.stop].to(self.model.device).flatten(1))
+        return list(self.batches[work.micro_batch].targets[heads.start : heads.stop].flatten(1))

@@ -15,7 +15,6 @@ from megamtp.config import Config
 from megamtp.data.loader import Batch
 from megamtp.engines.head_phase import backward_seed
 from megamtp.engines.pipeline import PipelineEngine
-from megamtp.engines.spread import SpreadPartition, spread
 from megamtp.engines.spread_passes import SpreadPasses
 from megamtp.engines.spread_schedule import PATTERNS, Exchange, Kind, Pass, SpreadSchedule
 from megamtp.engines.spread_stage import SpreadStage
@@ -55,9 +54,6 @@ class SpreadPipelineEngine(PipelineEngine):
         self.engine._train_schedule = self._train_schedule
         self.engine._inference_schedule = self._inference_schedule
 
-    def _make_cut(self) -> SpreadPartition:
-        return spread(self.config, self.data_parallel_size)
-
     def _make_stage(self) -> SpreadStage:
         return SpreadStage(self.config, self.cut, self.device)
 
@@ -84,6 +80,3 @@ class SpreadPipelineEngine(PipelineEngine):
 
     def _end(self) -> None:
         self.passes.finish()
-
-    def _shown_cut(self) -> str:
-        return self.cut.summary()

@@ -93,7 +93,7 @@ class SpreadSchedule:
     def __init__(
         self, times: list[StageTimes], micro_batches: int, exchange: Exchange, pattern: tuple[Kind, ...], slack: float = 0.0
     ):
-        self.times, self.exchange = times, exchange
+        self.times, self.micro_batches, self.exchange = times, micro_batches, exchange
         self.hosts = [index for index, stage in enumerate(times) if stage.num_heads]
         self.slices = [index for index, stage in enumerate(times) if stage.statistics or stage.gradients or stage.num_heads]
         period = self.period + slack
@@ -114,10 +114,10 @@ class SpreadSchedule:
         num_heads = sum(stage.num_heads for stage in self.times)
         return max(stage.total(num_heads) for stage in self.times)
 
-    def with_times(self, times: list[StageTimes]) -> "SpreadSchedule":
-        """The same orders, in stages that take other times."""
+    def with_times(self, times: list[StageTimes], exchange: Exchange) -> "SpreadSchedule":
+        """The same orders, in stages and transfers that take other times."""
         other = copy.copy(self)
-        other.times = times
+        other.times, other.exchange = times, exchange
         return other
 
     def alive(self, stage: int) -> int:

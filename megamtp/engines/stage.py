@@ -39,7 +39,7 @@ class StageLayers(nn.Module):
         self._make_layers()
 
     def begin(self, batches: Iterable[Batch], loss_scales: list[float]) -> None:
-        """Before a step or an evaluation: its micro-batches, and the factor of each head's loss."""
+        """Before a step or an evaluation: its micro-batches, on the device, and the factor of each head's loss."""
         self.batches, self.loss_scales = iter(batches), loss_scales
         self.nll_sums = torch.zeros(self.config.model.num_future_tokens, dtype=torch.float64, device=self.device)
 
@@ -52,7 +52,7 @@ class StageLayers(nn.Module):
         Returns:
             What the trunk has made of it so far, [B, T, D]; z from its end on; in the last stage the loss of its heads.
         """
-        batch = next(self.batches).to(self.device)
+        batch = next(self.batches)
         separation = self._separation(batch)
         x = self._run_trunk(x, separation)
         return self._run_heads(x, batch.targets, separation) if self.heads else x

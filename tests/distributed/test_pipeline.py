@@ -5,12 +5,14 @@ Targets are always ignored unevenly over pipelines, micro-batches and heads; of 
 
 import itertools
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from tests.cases import global_batch, own_share, small_config
+from tests.end_to_end.jobs import wait_for
 from tests.engine_steps import largest_errors
 from tests.ranks import run_ranks
 from tests.reference import reference_model, reference_step, relative_error
@@ -126,15 +128,13 @@ def test_initial_weights_are_every_engines():
     assert run_ranks(_initial_weights, 3) == [[True, True]] * 3
 
 
-def _counts(recompute: bool) -> tuple[Counter, Counter, int, list[float]]:
+def _counts(recompute: bool, settings: dict) -> tuple[Counter, Counter, int, list[int]]:
     """Of a step: (forward runs of each layer, gradients of each layer's output, DeepSpeed's autograd calls, copies' reductions)."""
-    from megamtp.engines.pipeline import PipelineEngine
+    from megamtp.engines.build import build_engine
     from megamtp.model import layers
 
-    config = pipeline_config(
-        3, 1, 4, engine__stage_layers=[2, 1, 2], model__num_future_tokens=3, train__activation_checkpointing=recompute
-    )
-    engine = PipelineEngine(config)
+    config = pipeline_config(3, 1, 4, model__num_future_tokens=3, train__activation_checkpointing=recompute, **settings)
+    engine = build_engine(config)
     names = {parameter: name.split(".attention_norm")[0] for name, parameter in engine.model.named_parameters()}
     forwards, backwards, outer = Counter(), Counter(), []
     layer_output, backward, all_reduce = layers.layer_output, torch.Tensor.backward, dist.all_reduce
@@ -168,7 +168,7 @@ def _counts(recompute: bool) -> tuple[Counter, Counter, int, list[float]]:
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_each_stage_runs_one_backward_pass_of_each_micro_batch_and_no_head_twice(recompute):
-    results = run_ranks(_counts, 3, recompute)
+    results = run_ranks(_counts, 3, recompute, {"engine__stage_layers": [2, 1, 2]})
     forwards, backwards = (sum((result[index] for result in results), Counter()) for index in (0, 1))
     trunk, heads = {"trunk.0": 4, "trunk.1": 4}, {"heads.0": 4, "heads.1": 4, "heads.2": 4}
     assert forwards == {name: count * (2 if recompute else 1) for name, count in trunk.items()} | heads
@@ -178,6 +178,55 @@ def test_each_stage_runs_one_backward_pass_of_each_micro_batch_and_no_head_twice
     assert [outer for _, _, outer, _ in results] == [4, 4, 4]
     # The unembedding's gradient, norm and weight, is reduced once a step over the stages that have heads.
     assert [sorted(reduced) for _, _, _, reduced in results] == [[], [16, 97 * 16], [16, 97 * 16]]
+
+
+def _reduction_while_others_work(folder: str) -> bool:
+    """Whether this stage has copies; the first stage, without, ends its last backward pass only when the others' are summed."""
+    from deepspeed.runtime.pipe import schedule
+
+    from megamtp.engines.pipeline import PipelineEngine
+
+    engine = PipelineEngine(pipeline_config(3, 1, 4, engine__stage_layers=[2, 1, 2], model__num_future_tokens=3))
+    instructions, count = engine.engine._INSTRUCTION_MAP, itertools.count(1)
+    run_backward, reduce = instructions[schedule.BackwardPass], instructions[schedule.ReduceTiedGrads]
+
+    def backward(*arguments, **options):
+        if engine.rank == 0 and next(count) == 4:
+            wait_for(lambda: len(list(Path(folder).iterdir())) == 2)
+        run_backward(*arguments, **options)
+
+    def reduce_and_tell(*arguments):
+        reduce(*arguments)
+        if engine.model.copies:
+            (Path(folder) / str(engine.rank)).touch()
+
+    engine.engine._INSTRUCTION_MAP = instructions | {schedule.BackwardPass: backward, schedule.ReduceTiedGrads: reduce_and_tell}
+    _train(engine.config, engine, [0])
+    return engine.model.copies is not None
+
+
+def test_copies_are_reduced_while_stages_before_them_still_work(tmp_path):
+    assert run_ranks(_reduction_while_others_work, 3, str(tmp_path)) == [False, True, True]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def _reduced_gradients() -> torch.Tensor:
+    from megamtp.engines.pipeline import PipelineEngine
+
+    engine = PipelineEngine(pipeline_config(2, 2, engine__stage_layers=[4, 1]))
+    for parameter in engine.model.unembedding.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(engine.rank))
+    engine._reduce_unembedding(engine.engine)
+    return engine.model.unembedding.weight.grad
+
+
+def test_the_reduction_over_pipelines_has_nothing_to_add_to_a_copys_gradient():
+    """Or stages might add it in different orders, as NCCL does for buffers of different sizes, and copies drift apart."""
+    first, second, *of_last_stage = run_ranks(_reduced_gradients, 4)
+    own = [torch.randn(first.shape, generator=torch.Generator().manual_seed(rank)) for rank in range(4)]
+    torch.testing.assert_close(first, sum(own))
+    assert torch.equal(of_last_stage[0], first)
+    assert not second.any() and not of_last_stage[1].any()
 
 
 def _copies_after_training(stages: int, pipelines: int, cut: list[int], precision: str) -> torch.Tensor:
@@ -250,8 +299,10 @@ def _losses_of_ten_steps(kind: str, data_parallel_size: int, settings: dict) -> 
 def test_losses_of_ten_steps_are_zero3s():
     expected = torch.tensor(run_ranks(_losses_of_ten_steps, 2, "zero3", 2, {})[0])
     two_stages = {"engine__num_stages": 2, "engine__stage_layers": [3, 2]}
-    three_stages = {"engine__num_stages": 3, "engine__stage_layers": [2, 1, 2]}
-    for ranks, data_parallel_size, settings in ((2, 1, two_stages), (4, 2, two_stages), (3, 1, three_stages)):
+    three_stages, spread = {"engine__num_stages": 3, "engine__stage_layers": [2, 1, 2]}, {"engine__spread_losses": True}
+    whole_losses = ((2, 1, two_stages), (4, 2, two_stages), (3, 1, three_stages))
+    spread_losses = ((4, 2, two_stages | spread), (3, 1, three_stages | spread))
+    for ranks, data_parallel_size, settings in (*whole_losses, *spread_losses):
         found = torch.tensor(run_ranks(_losses_of_ten_steps, ranks, "pipeline", data_parallel_size, settings)[0])
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
     assert (expected[0] - expected[8]).min() > 0.1  # something was learned, so that a difference had a way to grow

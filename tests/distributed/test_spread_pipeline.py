@@ -3,6 +3,8 @@
 Targets are ignored unevenly, as in test_pipeline.py. Cuts give heads to one stage or to several, and one stage heads alone.
 """
 
+import math
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,17 +13,36 @@ import torch.distributed as dist
 
 from megamtp.checkpoint import store
 from megamtp.engines.base import DTYPES
+from megamtp.engines.links import Link
 from tests.cases import global_batch, own_share, small_config
-from tests.distributed.test_pipeline import BF16_BOUND, BF16_LOSS_BOUND, FP32_BOUND, _train, _weights
+from tests.distributed.test_pipeline import BF16_BOUND, BF16_LOSS_BOUND, FP32_BOUND, _counts, _train, _weights
 from tests.engine_steps import largest_errors
 from tests.ranks import run_ranks
 from tests.saved import load_weights, save
 
 SHAPES = {2: (2, 1), 3: (3, 1), 4: (2, 2)}  # ranks: (stages, pipelines)
-CASES = {  # ranks: (accumulation, heads, cut, precision, recompute trunk)
-    2: [(1, 1, [4, 1], "fp32", True), (4, 4, [1, 4], "fp32", False), (4, 4, [3, 2], "bf16", False)],
-    3: [(4, 2, [2, 1, 2], "fp32", False), (4, 4, [1, 1, 3], "fp32", True), (1, 2, [1, 3, 1], "fp32", False)],
-    4: [(4, 2, [4, 1], "fp32", False), (1, 2, [3, 2], "fp32", True), (4, 1, [3, 2], "bf16", False)],
+# ranks: (accumulation, heads, cut, precision, recompute trunk, free links). Over links as fast as those that are planned with, a
+# schedule of so small a model runs all forward passes first; with free ones, and eight micro-batches, all kinds take turns.
+CASES = {
+    2: [
+        (1, 1, [4, 1], "fp32", True, False),
+        (4, 4, [1, 4], "fp32", False, False),
+        (8, 4, [3, 2], "fp32", False, True),
+        (4, 4, [3, 2], "bf16", False, False),
+    ],
+    3: [
+        (4, 2, [2, 1, 2], "fp32", False, False),
+        (4, 4, [1, 1, 3], "fp32", True, False),
+        (1, 2, [1, 3, 1], "fp32", False, False),
+        (8, 4, [2, 1, 2], "fp32", False, True),
+        (8, 1, [2, 1, 2], "bf16", True, True),
+    ],
+    4: [
+        (4, 2, [4, 1], "fp32", False, False),
+        (1, 2, [3, 2], "fp32", True, False),
+        (4, 1, [3, 2], "bf16", False, False),
+        (8, 4, [3, 2], "fp32", False, True),
+    ],
 }
 
 
@@ -35,18 +56,21 @@ def _rows(engine) -> slice:
     return slice(engine.model.first_row, engine.model.first_row + engine.model.own.contents.rows)
 
 
-def _errors(ranks: int) -> list[tuple[float, float, int]]:
-    """Of each case: the largest relative error of a gradient, that of a loss, and the rows of this stage."""
+def _errors(ranks: int) -> list[tuple[float, float, int, bool]]:
+    """Of each case: largest relative error of a gradient, that of a loss, rows of this stage, and whether passes take turns."""
+    from megamtp.engines import spread
     from megamtp.engines.build import build_engine
 
-    found = []
-    for accumulation, n, cut, precision, recompute in CASES[ranks]:
+    found, nominal = [], spread.NOMINAL
+    for accumulation, n, cut, precision, recompute, free_links in CASES[ranks]:
+        spread.NOMINAL = Link(bandwidth=math.inf, latency=0.0) if free_links else nominal
         config = spread_config(
             *SHAPES[ranks], accumulation, model__num_future_tokens=n, engine__stage_layers=cut, train__precision=precision,
             train__activation_checkpointing=recompute, head_loss__weights=[1.0, 0.5, 0.75, 0.25][:n],
         )  # fmt: skip
         engine = build_engine(config)
-        found.append((*largest_errors(config, engine, num_steps=2), engine.model.own.contents.rows))
+        takes_turns = engine.cut.schedule.alive(engine.model.stage_id) < accumulation
+        found.append((*largest_errors(config, engine, num_steps=2), engine.model.own.contents.rows, takes_turns))
     return found
 
 
@@ -54,10 +78,11 @@ def _errors(ranks: int) -> list[tuple[float, float, int]]:
 def test_gradients_and_losses_equal_the_reference(ranks):
     results = run_ranks(_errors, ranks, ranks)
     for index, case in enumerate(CASES[ranks]):
-        for gradient_error, loss_error, _ in (result[index] for result in results):
+        for gradient_error, loss_error, _, takes_turns in (result[index] for result in results):
+            assert takes_turns == case[-1], case
             assert gradient_error < (BF16_BOUND if "bf16" in case else FP32_BOUND), case
             assert loss_error < (BF16_LOSS_BOUND if "bf16" in case else FP32_BOUND), case
-        assert sum(rows for _, _, rows in (result[index] for result in results)) == 97 * SHAPES[ranks][1]
+        assert sum(result[index][2] for result in results) == 97 * SHAPES[ranks][1]
 
 
 def _resumed(folder: str, precision: str) -> dict:
@@ -115,16 +140,33 @@ def test_resumption_is_exact_and_engines_with_whole_losses_go_on_with_it(precisi
     assert weights["unembedding.weight"].shape == (97, 16)
 
 
-def _losses(kind: str, sharers: int, settings: dict) -> list[list[float]]:
+def test_no_pass_runs_twice_and_the_norms_gradient_is_reduced_once():
+    """The one parameter with copies is the final norm, where several stages have heads."""
+    results = run_ranks(_counts, 3, False, {"engine__spread_losses": True, "engine__stage_layers": [2, 1, 2]})
+    forwards, backwards = (sum((result[index] for result in results), Counter()) for index in (0, 1))
+    assert forwards == backwards == {f"{kind}.{index}": 4 for kind, count in (("trunk", 2), ("heads", 3)) for index in range(count)}
+    assert [outer for _, _, outer, _ in results] == [0, 0, 0]  # DeepSpeed runs none itself
+    assert [reduced for _, _, _, reduced in results] == [[], [16], [16]]
+
+
+def _kept_in_evaluation() -> tuple[list[int], int]:
+    """(stages with a part in losses, most micro-batches that this stage kept while it evaluated five)."""
     from megamtp.engines.build import build_engine
 
-    config = small_config(sharers, 4 // sharers, engine__kind=kind, model__num_future_tokens=3, **settings)
-    return _train(config, build_engine(config), [step % 2 for step in range(10)])
+    config = spread_config(3, 1, 5, model__num_future_tokens=1, engine__stage_layers=[2, 1, 2])
+    engine, kept = build_engine(config), [0]
+    run = engine.passes.run
+
+    def counting(work):
+        run(work)
+        kept[0] = max(kept[0], len(engine.passes.micro_batches))
+
+    engine.passes.run = counting
+    engine.evaluate(iter(global_batch(config, 0, 5)))
+    return engine.passes.slices, kept[0]
 
 
-def test_losses_of_ten_steps_are_zero1s():
-    expected = torch.tensor(run_ranks(_losses, 1, "zero1", 1, {})[0])
-    spread_losses = {"engine__num_stages": 3, "engine__spread_losses": True}
-    found = torch.tensor(run_ranks(_losses, 3, "pipeline", 1, spread_losses)[0])
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
-    assert (expected[0] - expected[8]).min() > 0.1  # something was learned, so that a difference had a way to grow
+def test_evaluation_keeps_nothing_in_stages_that_have_no_part_in_losses():
+    results = run_ranks(_kept_in_evaluation, 3)
+    assert [slices for slices, _ in results] == [[1, 2]] * 3
+    assert results[0][1] == 0 and results[1][1] > 0

@@ -163,6 +163,10 @@ CASES = {
         lambda corpus, tmp: [*pipeline(2), "engine.deepspeed.zero_optimization.stage=3"],
         ["zero_optimization.stage", "engine.kind=pipeline", "engine.kind=zero3"],
     ),
+    "DeepSpeed's timers with a pipeline": (
+        lambda corpus, tmp: [*pipeline(2), "engine.deepspeed.wall_clock_breakdown=true"],
+        ["engine.deepspeed.wall_clock_breakdown", "engine.kind=pipeline", "expected false"],
+    ),
     "deferred heads in a pipeline": (
         lambda corpus, tmp: [*pipeline(2), "engine.head_schedule=deferred"], ["engine.head_schedule=deferred", "sequential"],
     ),

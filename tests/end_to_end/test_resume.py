@@ -17,10 +17,13 @@ from tests.ranks import run_ranks
 from tests.saved import load_weights
 
 PIPELINE = ["engine.kind=pipeline", "engine.num_stages=2", "engine.stage_layers=[3,1]"]  # a head on each stage
+SPREAD = "engine.spread_losses=true"
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("num_ranks", "settings"), [(2, []), (4, PIPELINE), (2, [*PIPELINE, "train.precision=bf16"])])
+@pytest.mark.parametrize(
+    ("num_ranks", "settings"), [(2, []), (4, PIPELINE), (2, [*PIPELINE, "train.precision=bf16"]), (4, [*PIPELINE, SPREAD])]
+)
 def test_killed_and_resumed_equals_uninterrupted(num_ranks, settings, arguments, tmp_path):
     whole, killed, arguments = tmp_path / "whole", tmp_path / "killed", [*arguments, *settings]
     finished = run([*deepspeed(num_ranks), *arguments, f"run.directory={whole}"])
@@ -28,6 +31,7 @@ def test_killed_and_resumed_equals_uninterrupted(num_ranks, settings, arguments,
     if settings:
         output = finished.stdout + finished.stderr
         assert "embedding, trunk 1-2, head 1" in output and "slowest stage / mean" in output
+        assert f"engine.spread_losses={str(SPREAD not in settings).lower()} is " in output  # predicted to be faster, or not
         assert "megamtp: warning:" in output and "few for 2 stages" in output
     run([*deepspeed(num_ranks, "tests.end_to_end.killed_pretrain"), *arguments, f"run.directory={killed}"])
     assert [record["step"] for record in records(killed)] == list(range(1, KILLED_STEP))
@@ -95,8 +99,7 @@ def test_goes_on_with_another_engine_and_number_of_ranks(twice_saved, arguments,
 def test_pipeline_reads_and_reports_what_zero3_does(arguments, tmp_path):
     """One rank under ZeRO-3, two stages of two pipelines, two with spread losses: the same windows, losses, norms, evaluation."""
     arguments = [*arguments, "train.steps=5", "run.evaluate_every_steps=5"]
-    spread = [*PIPELINE, "engine.spread_losses=true"]
-    for name, ranks, settings in (("zero3", 1, []), ("pipeline", 4, PIPELINE), ("spread", 2, spread)):
+    for name, ranks, settings in (("zero3", 1, []), ("pipeline", 4, PIPELINE), ("spread", 2, [*PIPELINE, SPREAD])):
         finished = run([*deepspeed(ranks), *arguments, *settings, f"run.directory={tmp_path}/{name}"])
         assert finished.returncode == 0, finished.stderr
     compared = {"train": ("losses", "gradient_norm", "lr"), "validation": ("losses",)}

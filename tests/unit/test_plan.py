@@ -10,6 +10,7 @@ import pytest
 
 from megamtp.cluster.plan import CARDS, fitting, plan
 from megamtp.config import Config, read_config
+from megamtp.engines.partition import partition
 from megamtp.engines.stage_memory import OPTIMIZER, Contents, stage_memory
 from megamtp.errors import InputError
 from megamtp.model.cost import flops_per_token, parameters
@@ -203,6 +204,15 @@ def test_command_says_what_fits_and_what_does_not():
     assert pipeline.returncode == 0, pipeline.stderr
     assert pipeline.stdout.count("| stage ") == 4 and "heads 1-4" in pipeline.stdout
     assert "waiting for other stages" in pipeline.stdout and "\nwith engine.spread_losses=true: step " in pipeline.stdout
+    assert "\nengine.spread_losses=true is predicted to be faster: a step in 0.9" in pipeline.stdout
+    (layers,) = (line.split()[-1] for line in pipeline.stdout.splitlines() if line.startswith("a run makes this cut with "))
+    given = partition(pipeline_of("13b", 4, layers), 16)
+    assert [stage.end - stage.first for stage in given.stages] == list(map(int, layers.partition("[")[2].strip("]").split(",")))
+    limit = plan(pipeline_of("13b", 4), 64, CARDS["h100"]).peak_bytes + 1  # spread losses need more
+    settings = ["engine.kind=pipeline", "engine.num_stages=4", "train.micro_batch_size=1", f"engine.stage_memory_bytes={limit}"]
+    limited = run("configs/13b_n4.yaml", "--gpus", "64", *settings)
+    assert limited.returncode == 0, limited.stderr
+    assert "\nwith engine.spread_losses=true: spread losses do not fit engine.stage_memory_bytes=" in limited.stdout
     wrong = run("configs/13b_n4.yaml", "--gpus", "7")
     assert wrong.returncode == 2
     assert wrong.stderr.count("\n") == 1 and "7 ranks" in wrong.stderr

@@ -5,6 +5,7 @@ from collections import defaultdict
 
 import pytest
 
+from megamtp.engines.check import check_engine
 from megamtp.engines.partition import partition
 from megamtp.engines.spread import share_rows, spread
 from megamtp.engines.spread_schedule import PATTERNS, Exchange, Kind, Pass, SpreadSchedule, StageTimes, fastest_schedule
@@ -78,7 +79,7 @@ def test_links_slower_than_a_slices_passes_do_not_cost_a_round_at_every_stage():
 
 def test_the_same_orders_in_slower_stages():
     schedule = fastest_schedule(EVEN, 6, Exchange())
-    slower = schedule.with_times([StageTimes(2.0, 4.0, 0.4, 0.8, own.num_heads) for own in EVEN])
+    slower = schedule.with_times([StageTimes(2.0, 4.0, 0.4, 0.8, own.num_heads) for own in EVEN], schedule.exchange)
     assert slower.orders == schedule.orders
     assert max(done.end for done in slower.play()) == pytest.approx(2 * max(done.end for done in schedule.play()))
 
@@ -119,9 +120,15 @@ def test_memory_counts_each_row_once_and_a_limit_is_kept():
     copies = sum(bool(stage.heads) for stage in whole.stages)
     norms = sum(bool(stage.contents.rows) for stage in found.stages)
     assert weights[0] - 4 * 16 * norms == weights[1] - copies * 4 * (601 * 16) + 4 * 600 * 16
-    assert found.summary().startswith("layers [3, 3, 3], rows [")
+    lines = found.summary().splitlines()
+    assert [line.split(": ")[-1] for line in lines[:3]] == [
+        f"{layers}, {stage.contents.rows} rows of the unembedding"
+        for layers, stage in zip(("embedding, trunk 1-3", "trunk 4-6", "trunk 7, heads 1-2"), found.stages, strict=True)
+    ]
+    assert sum(float(line.split(":")[1].split("%")[0]) for line in lines[:3]) == pytest.approx(100, abs=0.2)
+    assert lines[3] == f"slowest stage / mean {found.imbalance:.3f}; 6 micro-batches: predicted bubble {found.bubble:.1%}"
     largest = max(sum(stage.memory_bytes.values()) for stage in found.stages)
     limited = dict(engine__kind="pipeline", engine__num_stages=3, model__num_layers=9, model__vocab_size=600)
     assert spread(small_config(1, 6, **limited, engine__stage_memory_bytes=largest), 1).stages == found.stages
     with pytest.raises(InputError, match=r"spread losses do not fit engine\.stage_memory_bytes"):
-        spread(small_config(1, 6, **limited, engine__stage_memory_bytes=largest - 1), 1)
+        check_engine(small_config(1, 6, **limited, engine__stage_memory_bytes=largest - 1, engine__spread_losses=True), 0, 3)

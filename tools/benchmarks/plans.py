@@ -172,6 +172,6 @@ def _play_spread(config: Config, plan: SpreadPartition, measured: list[Measured]
         )
         for stage, found in zip(plan.stages, measured, strict=True)
     ]  # fmt: skip
-    played = plan.schedule.with_times(times).play()
+    played = plan.schedule.with_times(times, plan.schedule.exchange).play()
     boxes = [Box(done.work.stage, LABELS[done.work.kind], done.start, done.end) for done in played]
     return boxes, [stage.total(config.model.num_future_tokens) for stage in times], 0.0
