@@ -1,22 +1,15 @@
 """tools/benchmarks/learning.py on invented metrics: what is read, the table, the picture."""
 
-import importlib
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from benchmarks import learning
 
 from megamtp.errors import InputError
 
-TOOLS = Path(__file__).parents[2] / "tools"
 STEPS = 240
-
-
-@pytest.fixture
-def learning(monkeypatch):
-    monkeypatch.syspath_prepend(str(TOOLS))
-    return importlib.import_module("benchmarks.learning")
 
 
 def write_metrics(path: Path, factor: float, steps: int = STEPS) -> Path:
@@ -31,7 +24,7 @@ def write_metrics(path: Path, factor: float, steps: int = STEPS) -> Path:
     return path
 
 
-def test_the_table_compares_with_the_first(learning, tmp_path):
+def test_the_table_compares_with_the_first(tmp_path):
     learned = {name: learning.read(write_metrics(tmp_path / name, factor), STEPS) for name, factor in (("bf16", 1), ("fp8", 1.002))}
     *_, one, two = learning.table(learned).splitlines()
     assert one == "| fp8 | 1 | 4.0080 | +0.20% | 4.5080 | +0.18% |"
@@ -42,20 +35,20 @@ def test_the_table_compares_with_the_first(learning, tmp_path):
     assert first["curve"][0] == pytest.approx(np.mean([10 - 0.05 * step for step in range(1, 21)]), abs=1e-4)
 
 
-def test_the_picture(learning, tmp_path):
+def test_the_picture(tmp_path):
     learned = {name: learning.read(write_metrics(tmp_path / name, 1 + i / 500), STEPS) for i, name in enumerate(learning.VARIANTS)}
     learning.draw(learned).savefig(tmp_path / "learning.png")
     content = (tmp_path / "learning.png").read_bytes()
     assert content.startswith(b"\x89PNG\r\n\x1a\n") and len(content) > 20_000
 
 
-def test_an_unfinished_run_is_named(learning, tmp_path):
+def test_an_unfinished_run_is_named(tmp_path):
     path = write_metrics(tmp_path / "metrics.jsonl", 1.0, steps=STEPS - 1)
     with pytest.raises(InputError, match=f"holds 239 of {STEPS} steps"):
         learning.read(path, STEPS)
 
 
-def test_finished_trainings_are_only_read(learning, tmp_path, monkeypatch):
+def test_finished_trainings_are_only_read(tmp_path, monkeypatch):
     for name in ("bf16", "fp8"):
         (tmp_path / name).mkdir()
         write_metrics(tmp_path / name / "metrics.jsonl", 1.0)
@@ -64,6 +57,6 @@ def test_finished_trainings_are_only_read(learning, tmp_path, monkeypatch):
     assert "| fp8 | 1 | 4.0000 | +0.00% | 4.5000 | +0.00% |" in (tmp_path / "learning.md").read_text()
 
 
-def test_a_missing_corpus_is_named(learning, tmp_path):
+def test_a_missing_corpus_is_named(tmp_path):
     with pytest.raises(InputError, match="see --prepare"):
         learning.main(["--data", str(tmp_path), "--output", str(tmp_path)])

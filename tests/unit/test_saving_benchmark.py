@@ -1,26 +1,16 @@
 """tools/benchmarks/saving.py: steps told apart by a training's metrics, and the whole of it with a small model on this machine."""
 
-import importlib
 import json
 import sys
-from pathlib import Path
 
-import pytest
-
-TOOLS = Path(__file__).parents[2] / "tools"
-
-
-@pytest.fixture
-def saving(monkeypatch):
-    monkeypatch.syspath_prepend(str(TOOLS))
-    return importlib.import_module("benchmarks.saving")
+from benchmarks import saving
 
 
 def train(step: int, seconds: float, save: float = 0.0) -> dict:
     return {"kind": "train", "step": step, "seconds": {"train": seconds, "data": 0.25} | ({"save": save} if save else {})}
 
 
-def test_steps_are_told_apart(saving):
+def test_steps_are_told_apart():
     """Saved after steps 3 and 6; the first is on disk after step 5, and its publication counts with step 6; the second never is."""
     records = [train(1, 9), train(2, 9), train(3, 1), train(4, 2, save=0.5), train(5, 2), {"kind": "checkpoint", "step": 3}]
     steps = saving.steps_of([*records, train(6, 1, save=0.125), train(7, 2, save=0.5)], save_every=3)
@@ -32,7 +22,7 @@ def test_steps_are_told_apart(saving):
     assert saving.verdict(saving.steps_of(even, save_every=3)) == "step while saving / other step: 1.000 <= 1.1: holds"
 
 
-def test_a_small_training_is_measured(saving, tmp_path, monkeypatch):
+def test_a_small_training_is_measured(tmp_path, monkeypatch):
     small = [
         "model.dim=64", "model.num_layers=3", "model.num_future_tokens=2", "model.num_attention_heads=2", "model.vocab_size=300",
         "train.sequence_length=64", "train.precision=fp32", "optimizer.warmup_steps=1",

@@ -13,6 +13,7 @@ COMMANDS = {
     "trace": "exposed communication in the head phase, with prefetch and without, and whether it is below a limit",
     "loss": "the loss of one head: time over that of its three products, and memory",
     "pipeline": "a pipeline's step, played with the measured times of its stages: three plans, and how much n heads cost",
+    "real_pipeline": "a pipeline's step on real ranks, beside what `pipeline` predicted for it",
     "prepare": "preparation of a corpus: MB/s of one worker over bare SentencePiece's, and of several over one's",
     "data": "opening a corpus: time and memory against its size; batches: tokens per second (needs no GPU)",
     "saving": "a training that saves often: step time while a checkpoint is written over that of other steps, and bandwidth",
@@ -23,7 +24,7 @@ COMMANDS = {
 def main() -> None:
     """Raises InputError."""
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
-        print(__doc__ + "\n" + "\n".join(f"  {name:10s}{meaning}" for name, meaning in COMMANDS.items()))
+        print(__doc__ + "\n" + "\n".join(f"  {name:15s}{meaning}" for name, meaning in COMMANDS.items()))
         return
     name, *arguments = sys.argv[1:]
     if name not in COMMANDS:

@@ -69,16 +69,24 @@ def main(arguments: list[str]) -> None:
 
 def _configs(size: str, options: argparse.Namespace) -> dict[tuple[int, int, int], Config]:
     """By (vocabulary, stages, heads). Raises InputError."""
-    tokens = options.sequence_length * options.micro_batches * options.pipelines
+    shape = options.sequence_length, options.micro_batches, options.pipelines
     return {
-        (vocabulary, num_stages, n): read_config([
-            str(CONFIGS / f"{size}_n{1 if n == 1 else 4}.yaml"), "data.train=none", "run.directory=none", "engine.kind=pipeline",
-            f"engine.num_stages={num_stages}", f"model.num_future_tokens={n}", f"model.vocab_size={vocabulary}",
-            f"train.sequence_length={options.sequence_length}", "train.micro_batch_size=1", f"train.global_batch_tokens={tokens}",
-            *options.set,
-        ])
+        (vocabulary, num_stages, n): config_of(size, vocabulary, num_stages, n, *shape, *options.set)
         for vocabulary in options.vocabularies for num_stages in options.stages for n in options.heads
     }  # fmt: skip
+
+
+def config_of(
+    size: str, vocabulary: int, num_stages: int, heads: int,
+    sequence_length: int, micro_batches: int, pipelines: int, *settings: str,
+) -> Config:  # fmt: skip
+    """Of a pipeline whose micro-batches are one window. Raises InputError."""
+    return read_config([
+        str(CONFIGS / f"{size}_n{1 if heads == 1 else 4}.yaml"), "data.train=none", "run.directory=none", "engine.kind=pipeline",
+        f"engine.num_stages={num_stages}", f"model.num_future_tokens={heads}", f"model.vocab_size={vocabulary}",
+        f"train.sequence_length={sequence_length}", "train.micro_batch_size=1",
+        f"train.global_batch_tokens={sequence_length * micro_batches * pipelines}", *settings,
+    ])  # fmt: skip
 
 
 def _sizes_results(size: str, options: argparse.Namespace) -> list[dict]:

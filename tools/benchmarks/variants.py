@@ -214,7 +214,7 @@ def measure(
     found = {cell: Measurement() for cell in makers}
     for turn in range(rounds):
         for cell, make in makers.items():
-            others, before = set(_storages()), torch.cuda.memory_allocated()
+            others, before = set(storages()), torch.cuda.memory_allocated()
             variant, cell_found = kept.get(cell) or make(), found[cell]
             for _ in range(1 if cell in kept else 3):
                 variant.step()  # the first ones compile, and record the order of fetches
@@ -245,13 +245,13 @@ def free(others: Container[int]) -> None:
     small may be in somebody's cache.
     """
     gc.collect()
-    for pointer, storage in _storages().items():
+    for pointer, storage in storages().items():
         if pointer not in others and storage.nbytes() >= LARGE and storage.resizable():
             storage.resize_(0)
     torch.cuda.empty_cache()
 
 
-def _storages() -> dict[int, torch.UntypedStorage]:
+def storages() -> dict[int, torch.UntypedStorage]:
     """The memory of all tensors on the device, by its address."""
     tensors = [found for found in gc.get_objects() if type(found) in (Tensor, nn.Parameter) and found.is_cuda]
     return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
