@@ -41,6 +41,7 @@ from megamtp.training.resuming import newest_readable, newest_verified
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 FLOAT8_CAPABILITY = (8, 9)  # the first GPUs with fp8 products
+RANK_0_SPEAKS_SECONDS = 10  # for it to say what is wrong; its launcher then ends the others, while they sleep
 PROBE_BYTES = 65536  # that must fit before a run begins: a configuration and some metrics
 
 
@@ -253,8 +254,10 @@ def entry() -> None:
     atexit.register(_end, outcome)  # first of all, so that it is called last
     try:
         status = main(sys.argv[1:])
-    except SystemExit as error:  # another rank says why
-        status = error.code
+    except SystemExit as error:
+        status = error.code or 0
+        if status:
+            time.sleep(RANK_0_SPEAKS_SECONDS)
     except KeyboardInterrupt:
         status = 130
     except OSError as error:
@@ -267,7 +270,7 @@ def entry() -> None:
         status = 2
     except InputError as error:
         if find_place().local_rank != 0:
-            time.sleep(10)  # when local rank 0 has the same error, the launcher ends this one while it sleeps
+            time.sleep(RANK_0_SPEAKS_SECONDS)
         print(f"megamtp: error: {error}", file=sys.stderr, flush=True)
         status = 2
     outcome.append(status)
