@@ -7,7 +7,9 @@ import torch
 
 
 def pytest_addoption(parser):
-    parser.addoption("--full", action="store_true", help="the full product of gradient cases, and 20 killed preparations (long)")
+    parser.addoption(
+        "--full", action="store_true", help="the full product of gradient cases, 20 killed preparations, and more (long)"
+    )
 
 
 def pytest_collection_modifyitems(items):
