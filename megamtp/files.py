@@ -1,10 +1,12 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and files that one process at a time has."""
 
+import fcntl
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -20,6 +22,17 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def take_lock(stream: IO, place: Path, advice: str) -> bool:
+    """Locks a file until it is closed; False if another process has it. A warning with `advice` where files cannot be locked."""
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        print(f"megamtp: warning: {place} cannot be locked ({error.strerror}): {advice}", file=sys.stderr)
+    return True
 
 
 @contextmanager

@@ -10,7 +10,6 @@ any engine on any number of ranks.
 
 import atexit
 import errno
-import fcntl
 import json
 import os
 import socket
@@ -35,6 +34,7 @@ from megamtp.data.windows import Windows
 from megamtp.engines.check import check_engine
 from megamtp.engines.initial_weights import open_initial_weights, without_initial_weights
 from megamtp.errors import InputError
+from megamtp.files import take_lock
 from megamtp.training.metrics import FILE as METRICS
 from megamtp.training.metrics import records_until
 from megamtp.training.resuming import newest_readable, newest_verified
@@ -228,24 +228,20 @@ def _lock(directory: Path) -> TextIO:
     """
     path = directory / "lock"
     try:
-        lock = open(path, "a+")  # noqa: SIM115 - open as long as the job runs
+        owner = open(path, "a+")  # noqa: SIM115 - open as long as the job runs
     except OSError as error:
         raise InputError(
             f"{path}: {error.strerror}; expected a file of your own: remove it, or choose another run.directory"
         ) from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
+    if not take_lock(owner, path, "see to it that no other job uses it"):
+        owner.seek(0)
         raise InputError(
-            f"{directory} belongs to a running job ({lock.read().strip()}); stop that one, or choose another run.directory"
-        ) from None
-    except OSError as error:
-        print(f"megamtp: warning: {path} cannot be locked ({error.strerror}): see to it that no other job uses it", file=sys.stderr)
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    lock.flush()
-    return lock
+            f"{directory} belongs to a running job ({owner.read().strip()}); stop that one, or choose another run.directory"
+        )
+    owner.truncate(0)
+    owner.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    owner.flush()
+    return owner
 
 
 def entry() -> None:

@@ -1,17 +1,15 @@
 """Folders that are whole or not there: how a conversion's result gets its name."""
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from megamtp.errors import CheckpointError
-from megamtp.files import sync
+from megamtp.files import sync, take_lock
 
 EXPORT_LIST = "megamtp_export.json"  # names the files of an export of ours: only such a folder is ever replaced
 
@@ -56,13 +54,9 @@ def published(directory: Path, num_bytes: int, replaceable: bool = False) -> Ite
 def _made_alone(work: Path) -> Iterator[None]:
     """A folder that this process alone has, empty at first but for a lock, and gone at the end."""
     work.mkdir(parents=True, exist_ok=True)
-    with open(work / "lock", "wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError(f"another process writes to {work}; expected one at a time: wait for it, or end it") from None
-        except OSError as error:
-            print(f"megamtp: warning: {work} cannot be locked ({error.strerror}): write there once at a time", file=sys.stderr)
+    with open(work / "lock", "wb") as stream:
+        if not take_lock(stream, work, "write there once at a time"):
+            raise CheckpointError(f"another process writes to {work}; expected one at a time: wait for it, or end it")
         for leftover in set(work.iterdir()) - {work / "lock"}:
             shutil.rmtree(leftover)
         try:

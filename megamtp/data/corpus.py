@@ -5,18 +5,15 @@ which the next call goes on.
 """
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -28,7 +25,7 @@ from megamtp.data.shards import Shard, plan
 from megamtp.data.tokenizer import BYTES, open_tokenizer
 from megamtp.data.workers import tokenise_all
 from megamtp.errors import InputError
-from megamtp.files import write_atomically
+from megamtp.files import take_lock, write_atomically
 
 SUMMARY = "corpus.json"
 PICTURE = "lengths.png"
@@ -129,8 +126,9 @@ def _work_folder(output: Path) -> Iterator[Path]:
     work = output / WORK
     output.mkdir(parents=True, exist_ok=True)
     work.mkdir(exist_ok=True)
-    with open(work / "lock", "wb") as lock:
-        _take(lock, output)
+    with open(work / "lock", "wb") as stream:
+        if not take_lock(stream, output, "see to it that no other process prepares it"):
+            raise InputError(f"{output} is being prepared by another process; expected one at a time: wait for it or end it")
         try:
             yield work
         except (InputError, OSError):
@@ -138,18 +136,6 @@ def _work_folder(output: Path) -> Iterator[Path]:
                 shutil.rmtree(work, ignore_errors=True)
             raise
     shutil.rmtree(work)
-
-
-def _take(lock: BinaryIO, output: Path) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"{output} is being prepared by another process; expected one at a time: wait for it or end it") from None
-    except OSError as error:
-        print(
-            f"megamtp: warning: {output} cannot be locked ({error.strerror}): see to it that no other process prepares it",
-            file=sys.stderr,
-        )
 
 
 def _remove_strangers(shards: list[Shard], job: Job) -> None:

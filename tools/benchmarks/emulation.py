@@ -34,6 +34,11 @@ def num_ranks(asked: int) -> int:
     return launched if launched > 1 else asked
 
 
+def model(size: str, heads: int) -> list[str]:
+    """The arguments of a configuration of one of the paper's sizes."""
+    return [str(CONFIGS / f"{size}_n{1 if heads == 1 else 4}.yaml"), f"model.num_future_tokens={heads}"]
+
+
 def config(size: str, heads: int, world_size: int, options: argparse.Namespace, *settings: str) -> Config:
     """As many micro-batches of every rank a step as are asked for, with a head phase. Raises InputError."""
     micro_batch = options.micro_batch or MICRO_BATCHES[size]
@@ -41,8 +46,7 @@ def config(size: str, heads: int, world_size: int, options: argparse.Namespace, 
         f"cluster.emulate={world_size}", f"cluster.flat_bandwidth={options.bandwidth}", f"cluster.communication_sms={options.sms}"
     ]  # fmt: skip
     config = read_config([
-        str(CONFIGS / f"{size}_n{1 if heads == 1 else 4}.yaml"), f"model.num_future_tokens={heads}",
-        "data.train=none", "run.directory=none", *([] if find_place().world_size > 1 else cluster),
+        *model(size, heads), "data.train=none", "run.directory=none", *([] if find_place().world_size > 1 else cluster),
         f"train.sequence_length={SEQUENCE_LENGTH}", f"train.micro_batch_size={micro_batch}",
         f"train.global_batch_tokens={SEQUENCE_LENGTH * micro_batch * options.micro_batches * world_size}", *options.set, *settings,
     ])  # fmt: skip

@@ -10,20 +10,17 @@ optimizer, and not the reduction over pipelines. Memory is compared without the 
 import argparse
 import statistics
 import time
-from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks import output, plans, timeline
+from benchmarks import emulation, output, plans, timeline
 from benchmarks.processes import Fresh
 from megamtp.config import Config, read_config
 from megamtp.engines.links import Link
 from megamtp.errors import InputError
 from megamtp.model.cost import flops_per_token
 
-CONFIGS = Path(__file__).parents[2] / "configs"
-SIZES = ["0.3b", "0.6b", "1.3b", "3b", "6.7b", "13b"]
 MOST_IMBALANCE, MOST_OVER_FLOPS, MOST_MEMORY_ERROR = 1.05, 0.02, 0.1
 GIB = 2**30
 
@@ -31,7 +28,7 @@ GIB = 2**30
 def main(arguments: list[str]) -> None:
     """Raises InputError."""
     parser = output.parser(__doc__, "pipeline")
-    parser.add_argument("--sizes", nargs="+", default=["6.7b", "13b"], choices=SIZES)
+    parser.add_argument("--sizes", nargs="+", default=["6.7b", "13b"], choices=emulation.MICRO_BATCHES)
     parser.add_argument("--heads", nargs="+", type=output.positive, default=[1, 4], help="numbers of heads, 1 first [1 4]")
     parser.add_argument("--vocabularies", nargs="+", type=output.positive, default=[32000, 128256], help="[32000 128256]")
     parser.add_argument("--stages", nargs="+", type=output.positive, default=[4, 8], help="[4 8]")
@@ -82,8 +79,8 @@ def config_of(
 ) -> Config:  # fmt: skip
     """Of a pipeline whose micro-batches are one window. Raises InputError."""
     return read_config([
-        str(CONFIGS / f"{size}_n{1 if heads == 1 else 4}.yaml"), "data.train=none", "run.directory=none", "engine.kind=pipeline",
-        f"engine.num_stages={num_stages}", f"model.num_future_tokens={heads}", f"model.vocab_size={vocabulary}",
+        *emulation.model(size, heads), "data.train=none", "run.directory=none", "engine.kind=pipeline",
+        f"engine.num_stages={num_stages}", f"model.vocab_size={vocabulary}",
         f"train.sequence_length={sequence_length}", "train.micro_batch_size=1",
         f"train.global_batch_tokens={sequence_length * micro_batches * pipelines}", *settings,
     ])  # fmt: skip

@@ -55,7 +55,9 @@ def main(arguments: list[str]) -> None:
 def _read(path: Path) -> tuple[dict, list[dict]]:
     try:
         content = json.loads(path.read_text())
-        return content["settings"], [found | {"planned_step": found["step_seconds"]} for found in content["results"]]
+        for found in content["results"]:
+            found["planned_step"] = found.pop("step_seconds")
+        return content["settings"], content["results"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--predicted {path} cannot be read ({error!r}); expected the JSON file of `pipeline`") from None
 
@@ -78,7 +80,7 @@ def measured(predicted: dict, settings: dict, options: argparse.Namespace) -> di
         firsts = range(0, len(computing), pipelines)  # ranks of one stage follow each other
         by_stage = [statistics.mean(computing[first : first + pipelines]) for first in firsts]
         found |= {"real_bubble": 1 - statistics.mean(by_stage) / step, "real_imbalance": imbalance(by_stage)}
-    return {name: value for name, value in predicted.items() if name != "step_seconds"} | found
+    return predicted | found
 
 
 def _config(predicted: dict, settings: dict) -> Config:
@@ -98,10 +100,8 @@ class Run:
     def __init__(self, config: Config):
         self.engine, n, train = build_engine(config), config.model.num_future_tokens, config.train
         self.device = self.engine.device
-        tokens = torch.randint(
-            config.model.vocab_size, (1, train.sequence_length + n)
-        )  # the same on the ranks of a pipeline or not
-        dist.broadcast(tokens := tokens.to(self.device), src=0)
+        tokens = torch.randint(config.model.vocab_size, (1, train.sequence_length + n), device=self.device)
+        dist.broadcast(tokens, src=0)  # a pipeline's stages read the same batches
         targets = tokens[:, 1:].unfold(1, train.sequence_length, 1).permute(1, 0, 2)
         batch = Batch(tokens[:, : train.sequence_length].contiguous(), targets)
         self.micro_batches = [batch] * config.accumulation(self.engine.data_parallel_size)

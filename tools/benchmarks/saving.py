@@ -18,14 +18,13 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from benchmarks import corpora, output
+from benchmarks import corpora, emulation, output
 from benchmarks.processes import call
-from megamtp.config import Config, read_config
+from megamtp.config import read_config
 from megamtp.errors import InputError
 from megamtp.training.metrics import FILE as METRICS
 from megamtp.training.metrics import records_until
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 WARM_UP = 2  # steps that do not count: they compile
 MOST_SLOWER = 1.1
 
@@ -43,7 +42,7 @@ class Step:
 def main(arguments: list[str]) -> None:
     """Raises InputError."""
     parser = output.parser(__doc__, "saving")
-    parser.add_argument("--size", default="1.3b", choices=["0.3b", "0.6b", "1.3b", "3b", "6.7b", "13b"])
+    parser.add_argument("--size", default="1.3b", choices=emulation.MICRO_BATCHES)
     parser.add_argument("--heads", type=output.positive, default=4, help="number of heads [4]")
     parser.add_argument("--steps", type=output.positive, default=40)
     parser.add_argument("--save-every", type=output.positive, default=12, metavar="STEPS", help="[12]")
@@ -53,7 +52,7 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     output.make_folder(options)
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
-        config = _config(options, Path(folder))
+        config = read_config(_settings(options, Path(folder)))
         corpora.write_random(Path(config.data.train), 4 * options.tokens, 1000, config.model.vocab_size)
         call("megamtp.pretrain", *_settings(options, Path(folder)))
         records = [json.loads(line) for line in records_until(Path(folder) / METRICS, options.steps)]
@@ -68,13 +67,9 @@ def main(arguments: list[str]) -> None:
     output.write(options, settings, results, shown, _draw(steps))
 
 
-def _config(options: argparse.Namespace, folder: Path) -> Config:
-    return read_config(_settings(options, folder))
-
-
 def _settings(options: argparse.Namespace, folder: Path) -> list[str]:
     return [
-        str(CONFIGS / f"{options.size}_n{1 if options.heads == 1 else 4}.yaml"), f"model.num_future_tokens={options.heads}",
+        *emulation.model(options.size, options.heads),
         f"data.train={folder}/tokens", f"run.directory={folder}", f"train.steps={options.steps}", "train.micro_batch_size=2",
         f"train.global_batch_tokens={options.tokens}", f"run.save_every_steps={options.save_every}", "run.keep_checkpoints=1",
         "run.log_every_steps=1", "run.tensorboard=false", *options.set,
