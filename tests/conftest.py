@@ -13,11 +13,12 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        for mark in item.iter_markers("gpu"):
+            needed = mark.kwargs.get("count", 1)
+            if there < needed:
+                item.add_marker(pytest.mark.skip(reason=f"needs {needed} GPU{'s' * (needed > 1)}"))
 
 
 @pytest.fixture

@@ -36,8 +36,15 @@ def run_ranks(
 
 def run_gpu_rank(function: Callable[..., Any], *arguments: Any, timeout_seconds: float = 250, backend: str = "nccl") -> Any:
     """Calls function(*arguments) on one rank with one GPU, in a new process, and returns what it returned. `backend`: or none."""
-    (result,) = _run(get_context("spawn"), backend, function, 1, arguments, timeout_seconds, accelerator="cuda")
+    (result,) = run_gpu_ranks(function, 1, *arguments, timeout_seconds=timeout_seconds, backend=backend)
     return result
+
+
+def run_gpu_ranks(
+    function: Callable[..., Any], world_size: int, *arguments: Any, timeout_seconds: float = 250, backend: str = "nccl"
+) -> list[Any]:
+    """As run_ranks, with a GPU for each rank."""
+    return _run(get_context("spawn"), backend, function, world_size, arguments, timeout_seconds, accelerator="cuda")
 
 
 def _run(
@@ -110,6 +117,8 @@ def _rank_main(backend: str, function: Callable[..., Any], arguments: tuple, ran
     ordered_backend.register()
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    if os.environ["DS_ACCELERATOR"] == "cuda":
+        torch.cuda.set_device(rank)
     try:
         if backend != "none":
             dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=world_size)

@@ -101,6 +101,24 @@ class SpreadPasses:
                 group = dist.new_group(members)
                 if pipeline == own_pipeline:
                     self.groups[kind] = group
+        self._open_groups()
+
+    def _open_groups(self) -> None:
+        """Uses every group once, in one order on all ranks. Collective.
+
+        NCCL makes a communicator at a group's first use, in which a rank's host waits for the others'; at first use in the passes'
+        orders, which differ, they would wait for each other in different groups, for ever.
+        """
+        token, last = torch.zeros(1, device=self.model.device), len(self.ranks) - 1
+        for kind, group in self.groups.items():
+            if not isinstance(kind, str):
+                if self.stage in self.slices:
+                    dist.all_reduce(token, group=group)
+                continue
+            if self.stage > 0:
+                dist.recv(token, self.ranks[self.stage - 1], group=group)
+            if self.stage < last:
+                dist.send(token, self.ranks[self.stage + 1], group=group)
 
     def begin(self, batches: list[Batch], loss_scales: list[float], learning: bool) -> None:
         """Before a step or, without `learning`, an evaluation: its micro-batches, on the device, and each head's loss's factor."""

@@ -102,12 +102,14 @@ def test_a_launchers_ranks_are_real(tmp_path, monkeypatch):
 
 def test_links_are_found_again():
     """Latency and bandwidth from the times that an emulated network of them would take."""
-    cluster = ClusterConfig(emulate=2, latency=30e-6, flat_bandwidth=150e9)
+    efficiency = {"reduce_scatter": 0.9, "all_reduce": 1.25}
+    cluster = ClusterConfig(emulate=2, latency=30e-6, flat_bandwidth=150e9, efficiency=efficiency)
     network = Network(cluster)
     times = {kind: {size: network.seconds(kind, size) for size in links.SIZES} for kind in links.KINDS}
     fitted = links.fit(times, world_size=2).cluster
     assert fitted.latency == pytest.approx(30e-6, rel=1e-3)
     assert fitted.flat_bandwidth == pytest.approx(150e9, rel=1e-3)
+    assert fitted.efficiency == pytest.approx(efficiency, rel=1e-3)
 
 
 def test_a_file_in_place_of_the_folder_is_named(tmp_path, monkeypatch):

@@ -112,3 +112,9 @@ def test_real_collectives_are_transfers_of_their_own():
     assert trace.exposure("step") == Exposure(
         total=6, computing=4, transferring=3, exposed=2, exposed_long=2, exposed_moving=0, idle=0
     )
+
+
+def test_a_real_transfer_on_the_computing_stream_is_no_computing():
+    trace = read([computing(0, 4), Kernel("ncclDevKernel_SendRecv(ncclDevKernelArgsStorage)", COMPUTE, 4, 6), computing(6, 8)])
+    assert trace.computing == [(0, 4), (6, 8)]
+    assert trace.exposed == [(4, 6)]

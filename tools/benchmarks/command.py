@@ -17,6 +17,7 @@ COMMANDS = {
     "prepare": "preparation of a corpus: MB/s of one worker over bare SentencePiece's, and of several over one's",
     "data": "opening a corpus: time and memory against its size; batches: tokens per second (needs no GPU)",
     "saving": "a training that saves often: step time while a checkpoint is written over that of other steps, and bandwidth",
+    "recovery": "a pretraining on all GPUs, a rank of which is killed: losses, throughput, and what the kill cost",
     "learning": "whether fp8 losses learn as well as bf16's: a 0.3B model trained with both",
 }
 

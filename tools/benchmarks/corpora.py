@@ -1,15 +1,45 @@
-"""Token files for benchmarks of the data: with many documents and no content, or with content."""
+"""Corpora of text for benchmarks that train; token files for those of the data, with many documents and no content, or with it."""
 
+import argparse
+import json
 import zlib
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks import output
+from benchmarks.processes import call
+from megamtp.commands.command_line import Parser
 from megamtp.data import checksums
+from megamtp.data.corpus import SUMMARY
 from megamtp.data.indexed_dataset import HEADER, LONGEST_SEQUENCE, MAGIC, VERSION, IndexedDatasetWriter
+from megamtp.errors import InputError
 
 UINT16 = 8  # its code in the index
 CHUNK = 1 << 20
+
+
+def add_options(parser: Parser) -> None:
+    """Those of a corpus that is prepared, or to be prepared."""
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="a corpus of prepare_data")
+    parser.add_argument("--prepare", nargs="+", metavar="PATH", help="text to make it of, if it is not there yet")
+    parser.add_argument("--vocab-size", type=output.positive, default=32000, help="of the corpus that is made [32000]")
+
+
+def settings(options: argparse.Namespace) -> list[str]:
+    """A training's, after the corpus has been made if that was asked for. Raises InputError."""
+    data = options.data
+    if options.prepare:
+        made = ["--output", str(data), "--vocab-size", str(options.vocab_size)]
+        call("megamtp.commands.prepare_data", "--input", *options.prepare, *made)
+    try:
+        vocab_size = json.loads((data / SUMMARY).read_text())["vocab_size"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{data / SUMMARY} cannot be read ({error}); expected a corpus of prepare_data: see --prepare") from None
+    return [
+        f"model.vocab_size={vocab_size}", f"data.train={data}/train", f"data.validation={data}/validation",
+        f"data.tokenizer={data}/tokenizer.model",
+    ]  # fmt: skip
 
 
 def write_even(prefix: Path, num_tokens: int, document_tokens: int) -> None:

@@ -94,12 +94,15 @@ def record(step: Callable[[], object]) -> Trace:
 
 
 def read(events: list[Kernel]) -> Trace:
-    """Streams that ever carry a transfer communicate, all others compute."""
+    """NCCL's kernels communicate, on whatever stream they are; of an emulated cluster, all that is on its transfers' streams."""
     heads = [event for event in events if event.name == HEAD_PHASE_RANGE]
     kernels = [event for event in events if event.name != HEAD_PHASE_RANGE and event.end > event.start]
-    communicating = {kernel.stream for kernel in kernels if kernel.name == HOLD or kernel.name.startswith(REAL_TRANSFER)}
-    computing = union([(kernel.start, kernel.end) for kernel in kernels if kernel.stream not in communicating])
-    communication = [kernel for kernel in kernels if kernel.stream in communicating]
+    emulated = {kernel.stream for kernel in kernels if kernel.name == HOLD}
+    communication, others = [], []
+    for kernel in kernels:
+        communicates = kernel.stream in emulated or kernel.name.startswith(REAL_TRANSFER)
+        (communication if communicates else others).append(kernel)
+    computing = union([(kernel.start, kernel.end) for kernel in others])
     transfers = _transfers(communication)
     moving = union([
         (kernel.start, kernel.end)

@@ -14,9 +14,8 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from benchmarks import output
+from benchmarks import corpora, output
 from benchmarks.processes import call
-from megamtp.data.corpus import SUMMARY
 from megamtp.errors import InputError
 from megamtp.training.metrics import FILE as METRICS
 from megamtp.training.metrics import records_until
@@ -52,9 +51,7 @@ class Learned:
 def main(arguments: list[str]) -> None:
     """Raises InputError."""
     parser = output.parser(__doc__, "learning")
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="a corpus of prepare_data")
-    parser.add_argument("--prepare", nargs="+", metavar="PATH", help="text to make it of, if it is not there yet")
-    parser.add_argument("--vocab-size", type=int, default=32000, help="of the corpus that is made [32000]")
+    corpora.add_options(parser)
     parser.add_argument(
         "--variants", nargs="+", default=["bf16", "fp8"], choices=VARIANTS, help="the first is what others are compared to"
     )
@@ -62,14 +59,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings of all trainings")
     parser.add_argument("--runs", type=Path, default=Path("runs/learning"), help="folder of the trainings [runs/learning]")
     options = parser.parse_args(arguments)
-    if options.prepare:
-        corpus = ["--output", str(options.data), "--vocab-size", str(options.vocab_size)]
-        call("megamtp.commands.prepare_data", "--input", *options.prepare, *corpus)
     learned = {}
     for name in options.variants:
         run = options.runs / name
         if not _finished(run / METRICS, options.steps):
-            call("megamtp.pretrain", *_settings(options.data, run, options.steps), *VARIANTS[name], *options.set)
+            call("megamtp.pretrain", *_settings(corpora.settings(options), run, options.steps), *VARIANTS[name], *options.set)
         learned[name] = read(run / METRICS, options.steps)
     settings = {
         "model": "0.3B, n = 4",
@@ -81,15 +75,10 @@ def main(arguments: list[str]) -> None:
     output.write(options, settings, results(learned), table(learned), draw(learned))
 
 
-def _settings(data: Path, run: Path, steps: int) -> list[str]:
+def _settings(corpus: list[str], run: Path, steps: int) -> list[str]:
     """A thousandth of the paper's batch and its learning rate, warmed up over a tenth of the steps."""
-    try:
-        vocab_size = json.loads((data / SUMMARY).read_text())["vocab_size"]
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{data / SUMMARY} cannot be read ({error}); expected a corpus of prepare_data: see --prepare") from None
     return [
-        str(ROOT / "configs/0.3b_n4.yaml"), f"model.vocab_size={vocab_size}", f"data.train={data}/train",
-        f"data.validation={data}/validation", f"run.directory={run}", f"train.steps={steps}",
+        str(ROOT / "configs/0.3b_n4.yaml"), *corpus, f"run.directory={run}", f"train.steps={steps}",
         "train.global_batch_tokens=8192", "train.micro_batch_size=4", "train.sequence_length=2048", "engine.kind=zero1",
         f"optimizer.warmup_steps={steps // 10}", f"run.evaluate_every_steps={max(1, steps // 10)}", "run.evaluation_windows=64",
         f"run.save_every_steps={max(1, steps // 2)}", "run.keep_checkpoints=1", "run.tensorboard=false",

@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node 2 tools/benchmark.py links --output results
 
-Latency is the time of the smallest collective, bandwidth what the largest reaches beyond it, of gathers and reductions alike: the
-settings with which `overhead` emulates this machine.
+Latency is the time of the smallest gather or reduction, bandwidth what the largest gather reaches beyond it, efficiency what other
+kinds reach of that: the settings with which `overhead` emulates this machine. Collectives wait in the communication stream before
+the first of them starts, so that their times are the card's, and not those of the host that starts them.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from matplotlib.figure import Figure
 
 from benchmarks import output
-from megamtp.cluster.emulated import Network
+from megamtp.cluster.emulated import PASSES, Network, hold, mark
 from megamtp.cluster.environment import find_place, join_peers
 from megamtp.config import ClusterConfig
 from megamtp.errors import InputError
@@ -23,6 +24,7 @@ from megamtp.errors import InputError
 KINDS = ("all_gather", "reduce_scatter", "all_reduce")
 SIZES = [2**power for power in range(12, 31, 2)]  # bytes of the whole tensor
 REPEATS = 10  # in a row, of which one's time is a tenth
+HEAD_START = 5e-3  # seconds in which the host has started them all
 
 
 def main(arguments: list[str]) -> None:
@@ -43,17 +45,26 @@ def main(arguments: list[str]) -> None:
         for size, seconds in by_size.items()
     ]
     cluster = network.cluster
-    settings = {"ranks": place.world_size, "latency": f"{cluster.latency:.3g}", "bandwidth": f"{cluster.flat_bandwidth:.4g}"}
+    settings = {
+        "ranks": place.world_size, "latency": f"{cluster.latency:.3g}", "bandwidth": f"{cluster.flat_bandwidth:.4g}",
+        **{f"efficiency of {kind}": f"{share:.3f}" for kind, share in cluster.efficiency.items()},
+    }  # fmt: skip
     output.write(options, settings, results, _table(results), _draw(results))
 
 
 def fit(found: dict[str, dict[int, float]], world_size: int) -> Network:
-    """The flat network whose times of gathers and reductions are, in the mean, as found at both ends of the sizes."""
-    kinds = KINDS[:2]
-    latency = statistics.mean(found[kind][SIZES[0]] for kind in kinds)
-    moved = SIZES[-1] * (world_size - 1) / world_size
-    bandwidth = statistics.mean(moved / (found[kind][SIZES[-1]] - latency) for kind in kinds)
-    return Network(dataclasses.replace(ClusterConfig(), emulate=world_size, latency=latency, flat_bandwidth=bandwidth))
+    """The flat network whose times are those found for the largest tensors, and in the mean for the smallest two."""
+    latency = statistics.mean(found[kind][SIZES[0]] for kind in KINDS[:2])
+    reached = {
+        kind: PASSES[kind] * SIZES[-1] * (world_size - 1) / world_size / (times[SIZES[-1]] - latency)
+        for kind, times in found.items()
+    }
+    bandwidth = reached[KINDS[0]]
+    efficiency = {kind: reached[kind] / bandwidth for kind in KINDS[1:]}
+    cluster = dataclasses.replace(
+        ClusterConfig(), emulate=world_size, latency=latency, flat_bandwidth=bandwidth, efficiency=efficiency
+    )
+    return Network(cluster)
 
 
 def _seconds(kind: str, num_bytes: int, rounds: int) -> float:
@@ -65,6 +76,7 @@ def _seconds(kind: str, num_bytes: int, rounds: int) -> float:
     for _ in range(rounds):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         dist.barrier()
+        hold(mark(), HEAD_START, num_sms=1)
         start.record()
         for _ in range(REPEATS):
             call()

@@ -36,11 +36,13 @@ def main(arguments: list[str]) -> None:
     """Raises InputError."""
     parser = output.parser(__doc__, "real_pipeline")
     parser.add_argument("--predicted", type=Path, required=True, metavar="JSON", help="what `pipeline` has written")
+    parser.add_argument("--heads", nargs="+", type=output.positive, help="of the plans that are run [all there]")
     parser.add_argument("--steps", type=output.positive, default=5, help="measured steps [5]")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="[cuda]; cpu: to try this program")
     options = parser.parse_args(arguments)
     settings, predictions = _read(options.predicted)
     place = find_place()
+    predictions = [found for found in predictions if not options.heads or found["heads"] in options.heads]
     chosen = [found for found in predictions if found["stages"] * settings["pipelines"] == place.world_size]
     if place.world_size == 1 or not chosen:
         sizes = sorted({found["stages"] * settings["pipelines"] for found in predictions})

@@ -253,5 +253,12 @@ def free(others: Container[int]) -> None:
 
 def storages() -> dict[int, torch.UntypedStorage]:
     """The memory of all tensors on the device, by its address."""
-    tensors = [found for found in gc.get_objects() if type(found) in (Tensor, nn.Parameter) and found.is_cuda]
-    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
+    found = {}
+    for tensor in gc.get_objects():
+        if type(tensor) in (Tensor, nn.Parameter) and tensor.is_cuda:
+            storage = tensor.untyped_storage()
+            try:
+                found[storage.data_ptr()] = storage
+            except RuntimeError:  # torch.compile's stand-in for a tensor, which has no memory
+                continue
+    return found

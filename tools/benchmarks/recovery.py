@@ -1,0 +1,192 @@
+"""A real pretraining, one rank of which is killed: losses, throughput, what the kill cost, and what the trained model writes.
+
+    python tools/benchmark.py recovery --prepare TEXT ... --data corpus --output results
+
+megamtp.commands.local trains on all GPUs of this machine, on two CPU ranks where there is none. A rank gets SIGKILL at step
+--kill-at; the job, which ends by that, is started again, and goes on from its newest checkpoint. The trained model is converted to
+hf, and continues --prompt.
+"""
+
+import argparse
+import dataclasses
+import json
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from matplotlib.figure import Figure
+
+from benchmarks import corpora, emulation, output
+from benchmarks.processes import call
+from megamtp.errors import InputError
+from megamtp.training.metrics import FILE as METRICS
+from megamtp.training.metrics import records_until
+
+POINT_STEPS = 20  # whose mean is one point of a curve
+
+
+def main(arguments: list[str]) -> None:
+    """Raises InputError."""
+    parser = output.parser(__doc__, "recovery")
+    corpora.add_options(parser)
+    parser.add_argument("--size", default="0.3b", choices=emulation.MICRO_BATCHES)
+    parser.add_argument("--heads", type=output.positive, default=4, help="number of heads [4]")
+    parser.add_argument("--steps", type=output.positive, default=1000)
+    parser.add_argument("--save-every", type=output.positive, default=200, metavar="STEPS", help="[200]")
+    parser.add_argument("--kill-at", type=output.positive, default=500, metavar="STEP", help="when it is reported [500]")
+    parser.add_argument("--rank", type=int, default=1, help="that is killed [1]")
+    parser.add_argument("--run", type=Path, default=Path("runs/recovery"), help="folder of the training [runs/recovery]")
+    parser.add_argument("--prompt", default="def main(", help="[def main(]")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings")
+    options = parser.parse_args(arguments)
+    if not options.save_every < options.kill_at < options.steps:
+        raise InputError(
+            f"--save-every {options.save_every} --kill-at {options.kill_at} --steps {options.steps}; expected them in rising order"
+        )
+    if options.run.exists():
+        raise InputError(f"--run {options.run} exists; expected a new folder, for a training from its first step")
+    output.make_folder(options)
+    settings = _settings(options)
+    kill = train_and_kill(settings, options.run, options.kill_at, options.rank)
+    recovery = train_to_the_end(settings, options.run)
+    records = [json.loads(line) for line in records_until(options.run / METRICS, options.steps)]
+    result = {
+        **dataclasses.asdict(kill), **dataclasses.asdict(recovery), "records": records, "prompt": options.prompt,
+        "sample": _sample(options.run, options.prompt),
+    }  # fmt: skip
+    settings = {
+        "size": options.size, "n": options.heads, "ranks": torch.cuda.device_count() or 2, "steps": options.steps,
+        **({"set": " ".join(options.set)} if options.set else {}),
+    }  # fmt: skip
+    output.write(options, settings, [result], _table(result), _draw(result, options.heads))
+
+
+def _settings(options: argparse.Namespace) -> list[str]:
+    return [
+        *emulation.model(options.size, options.heads), *corpora.settings(options), f"run.directory={options.run}",
+        f"train.steps={options.steps}", f"optimizer.warmup_steps={options.steps // 10}",
+        f"run.evaluate_every_steps={options.save_every}", f"run.save_every_steps={options.save_every}",
+        "run.tensorboard=false", *options.set,
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Kill:
+    """The last step that was reported before it, the rank, and the job's exit status and its seconds until it ended."""
+
+    killed_step: int
+    killed_rank: int
+    status: int
+    seconds_to_end: float
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """The checkpoint's step from which the job went on, and seconds from its second start to the first new step."""
+
+    resumed_step: int
+    seconds_to_step: float
+
+
+class Job:
+    """A training by megamtp.commands.local, ended with this object's block. `where` says what happens, for errors."""
+
+    def __init__(self, settings: list[str], run: Path, where: str):
+        self.metrics, self.where = run / METRICS, where
+        self.process = subprocess.Popen([sys.executable, "-m", "megamtp.commands.local", *settings])
+
+    def __enter__(self) -> "Job":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait()
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Raises InputError: the training ended before."""
+        while not condition():
+            if self.process.poll() is not None:
+                raise InputError(f"the training ended with status {self.process.returncode} {self.where}; expected it to go on")
+            time.sleep(0.05)
+
+    def last_step(self) -> int:
+        """0 before the first."""
+        lines = records_until(self.metrics, sys.maxsize)
+        return max((json.loads(line)["step"] for line in lines), default=0)
+
+    def rank(self, number: int) -> psutil.Process:
+        """Raises InputError: there is no such rank."""
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            words = process.cmdline()
+            if "deepspeed.launcher.launch" not in words and process.environ().get("RANK") == str(number):
+                return process
+        raise InputError(f"--rank {number}; expected a rank of the job")
+
+
+def train_and_kill(settings: list[str], run: Path, step: int, rank: int) -> Kill:
+    """Trains until a step is reported, kills a rank, and waits for the job's end."""
+    with Job(settings, run, f"before step {step}, at which a rank is killed") as job:
+        job.wait_until(lambda: job.last_step() >= step)
+        job.rank(rank).kill()
+        start, last = time.time(), job.last_step()
+        status = job.process.wait()
+        return Kill(last, rank, status, time.time() - start)
+
+
+def train_to_the_end(settings: list[str], run: Path) -> Recovery:
+    """Starts the job again. Raises InputError: it failed."""
+    before = (run / METRICS).stat().st_ino
+    with Job(settings, run, "after a rank had been killed") as job:
+        start = time.time()
+        job.wait_until(lambda: (run / METRICS).stat().st_ino != before)  # a resumed run writes it anew, up to its checkpoint
+        resumed = job.last_step()
+        job.wait_until(lambda: job.last_step() > resumed)
+        seconds = time.time() - start
+        if job.process.wait():
+            raise InputError(f"the training ended with status {job.process.returncode} {job.where}; expected 0")
+        return Recovery(resumed, seconds)
+
+
+def _sample(run: Path, prompt: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        call("megamtp.commands.convert_checkpoint", str(run), f"{folder}/hf", "--to", "hf")
+        command = ["-m", "megamtp.commands.generate", f"{folder}/hf", "--prompt", prompt, "--temperature", "0.8"]
+        return subprocess.run([sys.executable, *command], check=True, capture_output=True, text=True).stdout
+
+
+def _table(result: dict) -> str:
+    training = [record for record in result["records"] if record["kind"] == "train"]
+    *_, validation = (record for record in result["records"] if record["kind"] == "validation")
+    rows = [
+        ["tokens/s, median of all steps", f"{statistics.median(record['tokens_per_second'] for record in training):,.0f}"],
+        [f"validation loss by head at step {validation['step']}, nats", " ".join(f"{loss:.3f}" for loss in validation["losses"])],
+        ["rank killed", f"{result['killed_rank']}, after step {result['killed_step']}"],
+        ["the job then ended", f"with status {result['status']}, {result['seconds_to_end']:.1f} s later"],
+        ["started again, it went on", f"from step {result['resumed_step']}, after {result['seconds_to_step']:.1f} s"],
+    ]
+    return f"{output.table(['what', 'found'], rows)}\n\nA sample of the converted model:\n\n```\n{result['sample'].rstrip()}\n```"
+
+
+def _draw(result: dict, heads: int) -> Figure:
+    records = [record for record in result["records"] if record["kind"] == "train"]
+    steps, losses = np.array([r["step"] for r in records]), np.array([r["losses"] for r in records])
+    picture, (axes,) = output.figure(8, 4.5)
+    points = max(1, len(steps) // POINT_STEPS)
+    for head in range(heads):
+        curve = [part.mean() for part in np.array_split(losses[:, head], points)]
+        axes.plot([part.mean() for part in np.array_split(steps, points)], curve, label=f"head {head + 1}")
+    axes.axvline(result["resumed_step"], color="0.4", linewidth=0.8, label="resumed from here")
+    axes.axvline(result["killed_step"], color="C3", linewidth=0.8, label="rank killed")
+    axes.set(xlabel="optimizer step", ylabel="training loss, nats per token")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    return picture
