@@ -1,11 +1,13 @@
 """What a stage does in each pass of the schedule with spread losses, and what it exchanges with the others.
 
-All transfers run beside the computation: a pass waits only for what it needs. Activations and gradients between neighbours, hidden
-states, statistics and their gradients have process groups of their own, and the last three one for each stage with heads, because
-stages may take their passes of different kinds in different orders, but in one group all must ask for the same thing.
+All transfers run beside the computation: a pass waits only for what it needs. All ranks begin theirs in one order, the schedule's,
+and on a GPU in one stream, each after the one before: NCCL may stop for ever where ranks begin transfers in different orders, in
+different groups and streams too (https://github.com/NVIDIA/nccl/issues/783), and a transfer that waits for its peers keeps some
+multiprocessors from computing.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -14,10 +16,13 @@ from torch import Tensor
 
 from megamtp.data.loader import Batch
 from megamtp.engines.base import DTYPES
-from megamtp.engines.spread_schedule import Kind, Pass
+from megamtp.engines.spread_schedule import NEIGHBOUR, Carries, Kind, Pass, Transfer
 from megamtp.engines.spread_stage import SpreadStage
 from megamtp.losses.linear_cross_entropy import wide
 from megamtp.losses.vocabulary_slice import combine, slice_gradients, slice_statistics
+
+BACKWARD = (Carries.HIDDEN_GRADIENT, Carries.GRADIENT)  # not in an evaluation
+MULTIPROCESSORS = 4  # that a transfer may hold while it waits for its peers and lasts; NCCL would take 16 and more
 
 
 @dataclass
@@ -26,13 +31,10 @@ class SharedLosses:
 
     Attributes:
         hidden: [N, D] of each head; logits: [N, R] of each, none without rows.
-        statistics: of all slices, [S, heads, 3, N], once `arrival` has come.
     """
 
     hidden: list[Tensor]
     logits: list[Tensor]
-    statistics: Tensor
-    arrival: dist.Work
 
 
 @dataclass
@@ -41,7 +43,7 @@ class MicroBatch:
 
     Attributes:
         received: what its layers work on, a leaf; sent, normed: what they returned, for other stages and for the slices.
-        losses: by host. d_normed: the gradients of `normed`, once `arrivals` have come.
+        losses: by host.
         d_weight: of this stage's rows, in fp32, from `open_hosts` fewer hosts than there are.
     """
 
@@ -50,30 +52,76 @@ class MicroBatch:
     normed: list[Tensor]
     open_hosts: int
     losses: dict[int, SharedLosses] = field(default_factory=dict)
-    d_normed: list[Tensor] = field(default_factory=list)
-    arrivals: list[dist.Work] = field(default_factory=list)
     d_weight: Tensor | None = None
 
 
-class Incoming:
-    """What another stage sends of every micro-batch, asked for one micro-batch ahead of its use.
+class Traffic:
+    """This rank's part in a step's transfers, begun in their order as soon as this stage has made what it gives.
 
     Args:
-        ask: begins a receipt: (what is to be filled, works to wait for).
+        lane: the stream of all transfers, on a GPU.
+        order: of the transfers in which it takes part; gives: in which of these it makes something first.
+        begin: starts one with what this stage gives (None if nothing): (what it brings this stage, works to wait for).
     """
 
-    def __init__(self, ask: Callable[[], tuple[list[Tensor], list[dist.Work]]], count: int):
-        self.ask, self.left, self.waiting = ask, count, []
+    def __init__(
+        self, lane: torch.cuda.Stream | None, order: list[Transfer], gives: Callable[[Transfer], bool],
+        begin: Callable[[Transfer, list[Tensor] | None], tuple[list[Tensor], list[dist.Work]]],
+    ):  # fmt: skip
+        self.lane, self.order, self.gives, self._begin = lane, order, gives, begin
+        self.given: dict[Transfer, tuple[list[Tensor], torch.cuda.Event | None]] = {}
+        self.begun: dict[Transfer, tuple[list[Tensor], list[dist.Work], torch.cuda.Event | None]] = {}
+        self.kept: list[tuple[list[Tensor], list[dist.Work]]] = []  # given, and under way
+        self.place = 0
+        self._begin_all()
 
-    def take(self) -> list[Tensor]:
-        """The next one."""
-        while self.left and len(self.waiting) < 2:
-            self.waiting.append(self.ask())
-            self.left -= 1
-        tensors, works = self.waiting.pop(0)
-        for work in works:
-            work.wait()
+    def give(self, transfer: Transfer, tensors: list[Tensor]) -> None:
+        """What the current stream has just made."""
+        self.given[transfer] = tensors, torch.cuda.current_stream().record_event() if self.lane else None
+        self._begin_all()
+
+    def take(self, transfer: Transfer) -> list[Tensor]:
+        """What a transfer has brought, for the current stream. Raises KeyError: it comes before something not yet given."""
+        tensors, works, end = self.begun.pop(transfer)
+        if self.lane:
+            torch.cuda.current_stream().wait_event(end)
+            for tensor in tensors:
+                tensor.record_stream(torch.cuda.current_stream())
+        else:
+            _wait(works)
         return tensors
+
+    def finish(self) -> None:
+        """Until everything has left."""
+        if self.lane:
+            torch.cuda.current_stream().wait_stream(self.lane)
+        for _, works in self.kept:
+            _wait(works)
+        self.kept.clear()
+
+    def _begin_all(self) -> None:
+        while self.place < len(self.order):
+            transfer = self.order[self.place]
+            if self.gives(transfer) and transfer not in self.given:
+                return
+            self.place += 1
+            tensors, made = self.given.pop(transfer, (None, None))
+            with torch.cuda.stream(self.lane) if self.lane else nullcontext():
+                if made:
+                    self.lane.wait_event(made)
+                brought, works = self._begin(transfer, tensors)
+                if self.lane:
+                    _wait(works)  # the lane does, not this thread
+                if brought:
+                    self.begun[transfer] = brought, works, self.lane.record_event() if self.lane else None
+            self.kept = [(given, works) for given, works in self.kept if not all(work.is_completed() for work in works)]
+            if tensors:
+                self.kept.append((tensors, works))
+
+
+def _wait(works: list[dist.Work]) -> None:
+    for work in works:
+        work.wait()
 
 
 class SpreadPasses:
@@ -86,49 +134,20 @@ class SpreadPasses:
 
     def __init__(self, model: SpreadStage, ranks: list[list[int]], own_pipeline: int, seed: Callable[[], float]):
         self.model, self.ranks, self.seed = model, ranks[own_pipeline], seed
-        schedule = model.cut.schedule
-        self.slices, self.hosts = schedule.slices, schedule.hosts
-        self.stage = model.stage_id
-        kinds = [
-            "activations",
-            "gradients",
-            *((kind, host) for kind in ("hidden", "statistics", "d_hidden") for host in self.hosts),
-        ]
-        self.groups = {}
-        for pipeline, all_ranks in enumerate(ranks):
-            for kind in kinds:
-                members = all_ranks if isinstance(kind, str) else [all_ranks[stage] for stage in self.slices]
-                group = dist.new_group(members)
-                if pipeline == own_pipeline:
-                    self.groups[kind] = group
-        self._open_groups()
+        self.stage, self.hosts, self.slices = model.stage_id, model.cut.schedule.hosts, model.cut.schedule.slices
+        self.lane = torch.cuda.Stream() if model.device.type == "cuda" else None
+        for pipeline, of_stages in enumerate(ranks):
+            everyone, slices = _new_group(of_stages), _new_group([of_stages[stage] for stage in self.slices])
+            if pipeline == own_pipeline:
+                self.group, self.slices_group = everyone, slices
 
-    def _open_groups(self) -> None:
-        """Uses every group once, in one order on all ranks. Collective.
-
-        NCCL makes a communicator at a group's first use, in which a rank's host waits for the others'; at first use in the passes'
-        orders, which differ, they would wait for each other in different groups, for ever.
-        """
-        token, last = torch.zeros(1, device=self.model.device), len(self.ranks) - 1
-        for kind, group in self.groups.items():
-            if not isinstance(kind, str):
-                if self.stage in self.slices:
-                    dist.all_reduce(token, group=group)
-                continue
-            if self.stage > 0:
-                dist.recv(token, self.ranks[self.stage - 1], group=group)
-            if self.stage < last:
-                dist.send(token, self.ranks[self.stage + 1], group=group)
-
-    def begin(self, batches: list[Batch], loss_scales: list[float], learning: bool) -> None:
+    def begin(self, batches: list[Batch], loss_scales: list[float], transfers: list[Transfer], learning: bool) -> None:
         """Before a step or, without `learning`, an evaluation: its micro-batches, on the device, and each head's loss's factor."""
         self.batches, self.loss_scales, self.learning = batches, loss_scales, learning
         self.micro_batches: dict[int, MicroBatch] = {}
-        self.sending: list[tuple[Tensor, dist.Work]] = []
-        count = len(batches)
-        self.activations = Incoming(lambda: self._ask_neighbour(self.stage - 1, "activations"), count)
-        self.gradients = Incoming(lambda: self._ask_neighbour(self.stage + 1, "gradients"), count)
-        self.hidden = {host: Incoming(lambda host=host: self._ask_hidden(host), count) for host in self.hosts if host != self.stage}
+        schedule, stage = self.model.cut.schedule, self.stage
+        order = [each for each in transfers if schedule.takes_part(stage, each) and (learning or each.carries not in BACKWARD)]
+        self.traffic = Traffic(self.lane, order, lambda each: schedule.gives(stage, each), self._transfer)
 
     def run(self, work: Pass) -> None:
         """One pass; those of a step in the schedule's order."""
@@ -139,30 +158,30 @@ class SpreadPasses:
         elif work.kind == Kind.GRADIENTS:
             self._gradients(self.micro_batches[work.micro_batch], work)
         else:
-            self._backward(self.micro_batches.pop(work.micro_batch))
+            self._backward(self.micro_batches.pop(work.micro_batch), work.micro_batch)
 
     def finish(self) -> None:
         """After the last pass: waits until everything has left."""
-        for _, work in self.sending:
-            work.wait()
-        self.sending.clear()
-        self.micro_batches.clear()
+        self.traffic.finish()
 
     def _forward(self, index: int) -> None:
         batch = self.batches[index]
-        received = self.activations.take()[0].requires_grad_(self.learning) if self.stage else batch.inputs
+        received = batch.inputs
+        if self.stage:
+            received = self.traffic.take(Transfer(Carries.ACTIVATIONS, self.stage - 1, index))[0].requires_grad_(self.learning)
         sent, normed = self.model.run_layers(received, batch)
         if self.learning or self.stage in self.slices:
             self.micro_batches[index] = MicroBatch(received, sent, normed, len(self.hosts))
         if self.stage + 1 < len(self.ranks):
-            self._send(sent.detach(), self.stage + 1, "activations")
-        for hidden in normed:
-            tensor, group = hidden.detach(), self.groups["hidden", self.stage]
-            self.sending.append((tensor, dist.broadcast(tensor, self.ranks[self.stage], group=group, async_op=True)))
+            self.traffic.give(Transfer(Carries.ACTIVATIONS, self.stage, index), [sent.detach()])
+        if normed:
+            self.traffic.give(Transfer(Carries.HIDDEN, self.stage, index), [hidden.detach() for hidden in normed])
 
     @torch.no_grad()
     def _statistics(self, own: MicroBatch, work: Pass) -> None:
-        hidden = own.normed if work.host == self.stage else self.hidden[work.host].take()
+        hidden = own.normed
+        if work.host != self.stage:
+            hidden = self.traffic.take(Transfer(Carries.HIDDEN, work.host, work.micro_batch))
         hidden, logits, found = [each.detach().flatten(0, -2) for each in hidden], [], []
         for each, targets_N in zip(hidden, self._targets(work), strict=True):
             if self.model.own.contents.rows:
@@ -172,24 +191,21 @@ class SpreadPasses:
                 statistics_3N = torch.zeros(3, len(each), dtype=wide(each.dtype), device=each.device)
                 statistics_3N[0] = -torch.inf
             found.append(statistics_3N)
-        own_statistics = torch.stack(found)
-        gathered = own_statistics.new_empty(len(self.slices), *own_statistics.shape)
-        group = self.groups["statistics", work.host]
-        arrival = dist.all_gather(list(gathered.unbind()), own_statistics, group=group, async_op=True)
-        self.sending.append((own_statistics, arrival))
-        own.losses[work.host] = SharedLosses(hidden, logits, gathered, arrival)
+        self.traffic.give(Transfer(Carries.STATISTICS, work.host, work.micro_batch), [torch.stack(found)])
+        own.losses[work.host] = SharedLosses(hidden, logits)
 
     @torch.no_grad()
     def _gradients(self, own: MicroBatch, work: Pass) -> None:
-        losses = own.losses.pop(work.host)
-        losses.arrival.wait()
+        losses, d_hidden = own.losses.pop(work.host), []
+        (statistics,) = self.traffic.take(Transfer(Carries.STATISTICS, work.host, work.micro_batch))
         for place, (head, targets_N) in enumerate(zip(self._heads(work.host), self._targets(work), strict=True)):
-            nll_N, log_partition_N = combine(losses.statistics[:, place], targets_N)
+            nll_N, log_partition_N = combine(statistics[:, place], targets_N)
             if work.host == self.stage:
                 self.model.nll_sums[head] += nll_N.sum()
             if self.learning:
-                d_hidden = self._slice_gradients(own, losses, place, head, targets_N, log_partition_N)
-                self._sum_at_host(own, d_hidden, work.host)
+                d_hidden.append(self._slice_gradients(own, losses, place, head, targets_N, log_partition_N))
+        if self.learning:
+            self.traffic.give(Transfer(Carries.HIDDEN_GRADIENT, work.host, work.micro_batch), d_hidden)
         own.open_hosts -= 1
         if self.learning and own.open_hosts == 0 and own.d_weight is not None:
             weight, gradient = self.model.unembedding.weight, own.d_weight
@@ -212,38 +228,37 @@ class SpreadPasses:
             self.loss_scales[head] * self.seed(), self.model.config.head_loss.z_loss,
         )  # fmt: skip
 
-    def _sum_at_host(self, own: MicroBatch, d_hidden_ND: Tensor, host: int) -> None:
-        work = dist.reduce(d_hidden_ND, self.ranks[host], group=self.groups["d_hidden", host], async_op=True)
-        if host == self.stage:
-            own.d_normed.append(d_hidden_ND)
-            own.arrivals.append(work)
-        else:
-            self.sending.append((d_hidden_ND, work))
-
-    def _backward(self, own: MicroBatch) -> None:
-        for work in own.arrivals:
-            work.wait()
-        outputs = list(own.normed)
-        gradients = [gradient.view_as(output) for gradient, output in zip(own.d_normed, outputs, strict=True)]
+    def _backward(self, own: MicroBatch, index: int) -> None:
+        outputs, gradients = list(own.normed), []
+        if outputs:
+            d_hidden = self.traffic.take(Transfer(Carries.HIDDEN_GRADIENT, self.stage, index))
+            gradients += [gradient.view_as(output) for gradient, output in zip(d_hidden, outputs, strict=True)]
         if self.stage + 1 < len(self.ranks):
             outputs.append(own.sent)
-            gradients += self.gradients.take()
+            gradients += self.traffic.take(Transfer(Carries.GRADIENT, self.stage + 1, index))
         torch.autograd.backward(outputs, gradients)
         if self.stage:
-            self._send(own.received.grad, self.stage - 1, "gradients")
+            self.traffic.give(Transfer(Carries.GRADIENT, self.stage, index), [own.received.grad])
 
-    def _send(self, tensor: Tensor, stage: int, group: str) -> None:
-        self.sending = [(kept, work) for kept, work in self.sending if not work.is_completed()]
-        self.sending.append((tensor, dist.isend(tensor, self.ranks[stage], group=self.groups[group])))
-
-    def _ask_neighbour(self, stage: int, group: str) -> tuple[list[Tensor], list[dist.Work]]:
-        tensor = self._boundary()
-        return [tensor], [dist.irecv(tensor, self.ranks[stage], group=self.groups[group])]
-
-    def _ask_hidden(self, host: int) -> tuple[list[Tensor], list[dist.Work]]:
-        tensors = [self._boundary() for _ in self._heads(host)]
-        group = self.groups["hidden", host]
-        return tensors, [dist.broadcast(tensor, self.ranks[host], group=group, async_op=True) for tensor in tensors]
+    def _transfer(self, transfer: Transfer, given: list[Tensor] | None) -> tuple[list[Tensor], list[dist.Work]]:
+        """See Traffic."""
+        carries, source = transfer.carries, self.ranks[transfer.stage]
+        if carries in NEIGHBOUR:
+            if given:
+                peer = self.ranks[transfer.stage + NEIGHBOUR[carries]]
+                return [], [dist.isend(tensor, peer, group=self.group) for tensor in given]
+            tensors = [self._boundary()]
+            return tensors, [dist.irecv(tensor, source, group=self.group) for tensor in tensors]
+        group = self.slices_group
+        if carries == Carries.HIDDEN:
+            tensors = given or [self._boundary() for _ in self._heads(transfer.stage)]
+            works = [dist.broadcast(tensor, source, group=group, async_op=True) for tensor in tensors]
+            return [] if given else tensors, works
+        if carries == Carries.STATISTICS:
+            gathered = given[0].new_empty(len(self.slices), *given[0].shape)
+            return [gathered], [dist.all_gather(list(gathered.unbind()), given[0], group=group, async_op=True)]
+        works = [dist.reduce(tensor, source, group=group, async_op=True) for tensor in given]
+        return given if self.stage == transfer.stage else [], works
 
     def _boundary(self) -> Tensor:
         config = self.model.config
@@ -257,3 +272,12 @@ class SpreadPasses:
         """[N] of each of the host's heads."""
         heads = self._heads(work.host)
         return list(self.batches[work.micro_batch].targets[heads.start : heads.stop].flatten(1))
+
+
+def _new_group(ranks: list[int]) -> dist.ProcessGroup:
+    """Collective."""
+    if dist.get_backend() != "nccl":
+        return dist.new_group(ranks)
+    options = dist.ProcessGroupNCCL.Options()
+    options.config.max_ctas = MULTIPROCESSORS
+    return dist.new_group(ranks, pg_options=options)

@@ -49,6 +49,7 @@ class SpreadPipelineEngine(PipelineEngine):
         stages, pipelines = range(len(self.cut.stages)), range(self.data_parallel_size)
         place = self.model._grid.stage_to_global
         ranks = [[place(stage_id=stage, data=pipeline) for stage in stages] for pipeline in pipelines]
+        self.transfers = self.cut.schedule.transfers()
         self.passes = SpreadPasses(self.model, ranks, self.data_parallel_rank, partial(backward_seed, self.engine))
         self.engine._INSTRUCTION_MAP = self.engine._INSTRUCTION_MAP | {RunPass: self._run}
         self.engine._train_schedule = self._train_schedule
@@ -59,15 +60,25 @@ class SpreadPipelineEngine(PipelineEngine):
 
     def _begin(self, micro_batches: list[Batch], loss_scales: list[float]) -> None:
         super()._begin(micro_batches, loss_scales)
-        self.passes.begin(micro_batches, loss_scales, torch.is_grad_enabled())
+        if torch.is_grad_enabled():
+            self.passes.begin(micro_batches, loss_scales, self.transfers, learning=True)
+        else:
+            self.passes.begin(micro_batches, loss_scales, self._evaluation(len(micro_batches)).transfers(), learning=False)
 
     def _train_schedule(self) -> Passes:
         last = [schedule.ReduceTiedGrads(), schedule.ReduceGrads(), schedule.OptimizerStep()]
         return Passes(self.cut.schedule.orders[self.model.stage_id], last)
 
     def _inference_schedule(self, micro_batches: int) -> Passes:
-        orders = SpreadSchedule(self.cut.schedule.times, micro_batches, Exchange(), PATTERNS[0]).orders
-        return Passes([work for work in orders[self.model.stage_id] if work.kind != Kind.BACKWARD], [])
+        order = self._evaluation(micro_batches).orders[self.model.stage_id]
+        return Passes([work for work in order if work.kind != Kind.BACKWARD], [])
+
+    def _evaluation(self, micro_batches: int) -> SpreadSchedule:
+        return SpreadSchedule(self.cut.schedule.times, micro_batches, Exchange(), PATTERNS[0])
+
+    def _reduce_unembedding(self, engine: DeepSpeedPipelineEngine) -> None:
+        self.passes.finish()  # reductions are transfers, too: after all others, on all ranks
+        super()._reduce_unembedding(engine)
 
     def _run(self, engine: DeepSpeedPipelineEngine, work: Pass) -> None:
         if engine.is_last_stage():

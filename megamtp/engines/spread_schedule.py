@@ -11,6 +11,7 @@ up to two rounds later, for which stages hold more micro-batches than in plain 1
 Source: Yeung et al. 2024, arXiv:2411.05288, section 5.
 """
 
+import collections
 import copy
 import enum
 import itertools
@@ -27,6 +28,17 @@ class Kind(enum.IntEnum):
     BACKWARD = 3
 
 
+class Carries(enum.Enum):
+    """What a transfer does: STATISTICS and HIDDEN_GRADIENT are exchanges of all slices about the losses of one stage's heads."""
+
+    ACTIVATIONS = "to the next stage"
+    HIDDEN = "from a stage with heads to all slices"
+    STATISTICS = "from all slices to all"
+    HIDDEN_GRADIENT = "from all slices back to the stage with heads, summed"
+    GRADIENT = "to the stage before"
+
+
+NEIGHBOUR = {Carries.ACTIVATIONS: 1, Carries.GRADIENT: -1}  # from a transfer's stage to the one that it goes to
 PATTERNS = [(Kind.FORWARD, *others) for others in itertools.permutations((Kind.BACKWARD, Kind.STATISTICS, Kind.GRADIENTS))]
 
 
@@ -67,6 +79,15 @@ class Pass:
     stage: int
     kind: Kind
     host: int
+    micro_batch: int
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Of one micro-batch; `stage` gives the data or, where all slices do, has the heads that they are about."""
+
+    carries: Carries
+    stage: int
     micro_batch: int
 
 
@@ -139,6 +160,37 @@ class SpreadSchedule:
                     played.append(SpreadWork(work, start, free[stage]))
                     places[stage] += 1
         return played
+
+    def transfers(self) -> list[Transfer]:
+        """All of a step, as their data are there when the schedule is played.
+
+        Whoever begins its own in this order, and runs its passes in theirs, has always begun what a pass needs: what comes before
+        it here was made by passes that come before it there.
+        """
+        played, found, ready = self.play(), [], collections.Counter()
+        for index in sorted(range(len(played)), key=lambda index: (played[index].end, index)):
+            work = played[index].work
+            carried: list[Carries] = []
+            if work.kind == Kind.FORWARD:
+                carried += [Carries.ACTIVATIONS] if work.stage + 1 < len(self.times) else []
+                carried += [Carries.HIDDEN] if work.stage in self.hosts else []
+            elif work.kind == Kind.BACKWARD:
+                carried += [Carries.GRADIENT] if work.stage else []
+            else:
+                exchanged = Carries.STATISTICS if work.kind == Kind.STATISTICS else Carries.HIDDEN_GRADIENT
+                ready[exchanged, work.host, work.micro_batch] += 1
+                carried += [exchanged] if ready[exchanged, work.host, work.micro_batch] == len(self.slices) else []
+            found += [Transfer(carries, work.host, work.micro_batch) for carries in carried]
+        return found
+
+    def takes_part(self, stage: int, transfer: Transfer) -> bool:
+        if transfer.carries in NEIGHBOUR:
+            return stage in (transfer.stage, transfer.stage + NEIGHBOUR[transfer.carries])
+        return stage in self.slices
+
+    def gives(self, stage: int, transfer: Transfer) -> bool:
+        """Of a stage that takes part: whether it has to make something first."""
+        return stage == transfer.stage or transfer.carries in (Carries.STATISTICS, Carries.HIDDEN_GRADIENT)
 
     def _kinds(self, stage: int, pattern: tuple[Kind, ...]) -> list[tuple[Kind, int]]:
         """(kind, host) of what a stage does for each micro-batch, in the pattern's order."""

@@ -21,6 +21,7 @@ from benchmarks import (
     output,
     overhead,
     pipeline,
+    prediction,
     processes,
     trace,
     variants,
@@ -110,6 +111,25 @@ def test_links_are_found_again():
     assert fitted.latency == pytest.approx(30e-6, rel=1e-3)
     assert fitted.flat_bandwidth == pytest.approx(150e9, rel=1e-3)
     assert fitted.efficiency == pytest.approx(efficiency, rel=1e-3)
+
+
+def test_emulated_steps_beside_real_ones(tmp_path, monkeypatch):
+    def written(name: str, ranks: int, milliseconds: list[float]) -> str:
+        results = [{"size": "1.3b", "heads": 1, "variant": "ours", "milliseconds": [each]} for each in milliseconds]
+        results = [result | {"heads": heads} for heads, result in enumerate(results, start=1)]
+        circumstances = {"card": "some card", "date": "2026-11-25"}
+        (tmp_path / name).write_text(json.dumps({"settings": {"ranks": ranks}, "circumstances": circumstances, "results": results}))
+        return str(tmp_path / name)
+
+    real, near, far = written("real", 2, [100.0, 200.0]), written("near", 2, [109.0, 190.0]), written("far", 2, [111.0, 190.0])
+    monkeypatch.setattr("sys.argv", ["benchmark.py", "prediction"])
+    for emulated, verdict in ((near, "in 2 of 2 rows, 9.0% at most: holds"), (far, "in 1 of 2 rows, 11.0% at most: FAILS")):
+        prediction.main(["--measured", real, "--emulated", emulated, "--output", str(tmp_path)])
+        assert verdict in (tmp_path / "prediction.md").read_text()
+    with pytest.raises(InputError, match="has other sizes, heads, variants or ranks than"):
+        prediction.main(["--measured", real, "--emulated", written("others", 4, [100.0, 200.0])])
+    with pytest.raises(InputError, match=r"nowhere cannot be read .*; expected the JSON file of `overhead`"):
+        prediction.main(["--measured", real, "--emulated", str(tmp_path / "nowhere")])
 
 
 def test_a_file_in_place_of_the_folder_is_named(tmp_path, monkeypatch):

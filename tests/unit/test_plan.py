@@ -19,12 +19,12 @@ ROOT = Path(__file__).parents[2]
 
 
 def recorded() -> dict[str, tuple[dict, dict]]:
-    """(a measured step of ours, its settings) by name."""
+    """(a measured step of ours as one of 64 emulated ranks, its settings) by name."""
     found = {}
     for path in sorted((ROOT / "tools/results").glob("overhead*.json")):
         content = json.loads(path.read_text())
         for result in content["results"]:
-            if result["variant"] == "ours":
+            if result["variant"] == "ours" and content["settings"]["ranks"] == 64:
                 found[f"{result['size']}-n{result['heads']}"] = result, content["settings"]
     return found
 
@@ -63,7 +63,7 @@ def recorded_pipelines() -> list[tuple[dict, dict]]:
 
 
 def test_memory_of_recorded_stages_is_predicted():
-    """All stages of both sizes, vocabularies and numbers of stages, of whole layers and with spread losses: within 5 %."""
+    """All stages of all sizes, vocabularies and numbers of stages, of whole layers and with spread losses: within 5 %."""
     num_stages = 0
     for result, settings in recorded_pipelines():
         batch = f"train.global_batch_tokens={settings['T'] * settings['micro-batches'] * settings['pipelines']}"
@@ -79,7 +79,7 @@ def test_memory_of_recorded_stages_is_predicted():
             needed = sum(size for kind, size in found.items() if kind != OPTIMIZER)
             assert needed == pytest.approx(peak, rel=0.05), (result["plan"], contents)
             num_stages += 1
-    assert num_stages == 288
+    assert num_stages == 312
 
 
 def test_more_ranks_take_shards_and_micro_batches_away():

@@ -8,7 +8,17 @@ import pytest
 from megamtp.engines.check import check_engine
 from megamtp.engines.partition import partition
 from megamtp.engines.spread import share_rows, spread
-from megamtp.engines.spread_schedule import PATTERNS, Exchange, Kind, Pass, SpreadSchedule, StageTimes, fastest_schedule
+from megamtp.engines.spread_schedule import (
+    PATTERNS,
+    Carries,
+    Exchange,
+    Kind,
+    Pass,
+    SpreadSchedule,
+    StageTimes,
+    Transfer,
+    fastest_schedule,
+)
 from megamtp.errors import InputError
 from tests.cases import small_config
 from tests.unit.test_partition import paper_config
@@ -58,6 +68,69 @@ def test_no_pass_begins_before_its_data_are_there(times, micro_batches, exchange
     for stage, works in by_stage.items():
         assert [done.work for done in works] == schedule.orders[stage]
         assert all(before.end <= after.start for before, after in itertools.pairwise(works))
+
+
+def _needed(schedule: SpreadSchedule, work: Pass) -> list[Transfer]:
+    """What a pass works on."""
+    stage, index = work.stage, work.micro_batch
+    if work.kind == Kind.FORWARD:
+        return [Transfer(Carries.ACTIVATIONS, stage - 1, index)] if stage else []
+    if work.kind == Kind.STATISTICS:
+        return [Transfer(Carries.HIDDEN, work.host, index)] if stage != work.host else []
+    if work.kind == Kind.GRADIENTS:
+        return [Transfer(Carries.STATISTICS, work.host, index)]
+    needed = [Transfer(Carries.GRADIENT, stage + 1, index)] if stage + 1 < len(schedule.times) else []
+    return needed + ([Transfer(Carries.HIDDEN_GRADIENT, stage, index)] if stage in schedule.hosts else [])
+
+
+def _made(schedule: SpreadSchedule, work: Pass) -> list[Transfer]:
+    """What a pass gives its stage to send."""
+    if work.kind == Kind.FORWARD:
+        carried = [Carries.ACTIVATIONS] * (work.stage + 1 < len(schedule.times)) + [Carries.HIDDEN] * (work.stage in schedule.hosts)
+    else:
+        carried = {
+            Kind.STATISTICS: [Carries.STATISTICS], Kind.GRADIENTS: [Carries.HIDDEN_GRADIENT],
+            Kind.BACKWARD: [Carries.GRADIENT] * (work.stage > 0),
+        }[work.kind]  # fmt: skip
+    return [Transfer(each, work.host, work.micro_batch) for each in carried]
+
+
+@pytest.mark.parametrize(("times", "micro_batches", "exchange", "pattern"), CASES)
+def test_stages_that_transfer_in_one_order_never_wait_for_each_other_in_a_circle(times, micro_batches, exchange, pattern):
+    """A stage makes one transfer after another, each when all who take part have come to it; a pass waits for what it needs."""
+    schedule = SpreadSchedule(times, micro_batches, exchange, pattern, slack=exchange.hand)
+    order, stages = schedule.transfers(), range(len(times))
+    assert len(order) == len(set(order)) == micro_batches * (2 * (len(times) - 1) + 3 * len(schedule.hosts))
+    own = [[transfer for transfer in order if schedule.takes_part(stage, transfer)] for stage in stages]
+    works, given, ended, moving = [list(passes) for passes in schedule.orders], set(), set(), True
+    while moving:
+        moving = False
+        for stage in stages:
+            while works[stage] and ended.issuperset(_needed(schedule, works[stage][0])):
+                given.update((stage, transfer) for transfer in _made(schedule, works[stage].pop(0)))
+                moving = True
+        for transfer in [transfers[0] for transfers in own if transfers]:
+            there = [stage for stage in stages if schedule.takes_part(stage, transfer)]
+            made = all((stage, transfer) in given for stage in there if schedule.gives(stage, transfer))
+            if made and all(own[stage][:1] == [transfer] for stage in there):
+                ended.add(transfer)
+                for stage in there:
+                    own[stage].pop(0)
+                moving = True
+    assert works == own == [[] for _ in stages]
+
+
+@pytest.mark.parametrize(("times", "micro_batches", "exchange", "pattern"), CASES)
+def test_what_a_pass_needs_has_begun_before_it(times, micro_batches, exchange, pattern):
+    """Without a look at other stages: of its own transfers, in their order, as far as its passes before have made what it gives."""
+    schedule = SpreadSchedule(times, micro_batches, exchange, pattern, slack=exchange.hand)
+    for stage, works in enumerate(schedule.orders):
+        own, given, begun = [each for each in schedule.transfers() if schedule.takes_part(stage, each)], set(), set()
+        for work in works:
+            while own and (not schedule.gives(stage, own[0]) or own[0] in given):
+                begun.add(own.pop(0))
+            assert begun.issuperset(_needed(schedule, work))
+            given.update(_made(schedule, work))
 
 
 def test_even_stages_never_wait_between_fill_and_drain():

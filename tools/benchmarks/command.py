@@ -10,6 +10,7 @@ COMMANDS = {
     "overhead": "step time of n heads over that of one: ours, FSDP2, and a step without engine and communication",
     "world": "step time against the number of ranks: ours, FSDP2, and DeepSpeed as shipped",
     "links": "latency and bandwidth among real GPUs, beside what the emulated cluster makes of them",
+    "prediction": "the emulated cluster's steps beside those of real ranks, as `overhead` has written both",
     "trace": "exposed communication in the head phase, with prefetch and without, and whether it is below a limit",
     "loss": "the loss of one head: time over that of its three products, and memory",
     "pipeline": "a pipeline's step, played with the measured times of its stages: three plans, and how much n heads cost",

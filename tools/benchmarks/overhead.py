@@ -144,7 +144,7 @@ def _draw(results: list[dict]) -> Figure:
     axes.set_ylabel(f"step / {base_name} step with one head")
     axes.axhline(1.0, color="0.5", linewidth=0.8)
     axes.set_ylim(bottom=0.8)
-    axes.legend(frameon=False, ncols=len(names), loc="upper center", bbox_to_anchor=(0.5, 1.12))
+    picture.legend(frameon=False, ncols=min(3, len(names)), loc="outside upper center")
     return picture
 
 

@@ -1,0 +1,87 @@
+"""Steps of the emulated cluster beside those of real ranks: what `overhead` has written of both.
+
+    torchrun --nproc-per-node 2 tools/benchmark.py overhead --sizes 1.3b --rebuild --name overhead_nccl --output results
+    python tools/benchmark.py overhead --sizes 1.3b --world-size 2 ... --name overhead_nccl_emulated --output results
+    python tools/benchmark.py prediction --measured results/overhead_nccl.json --emulated results/overhead_nccl_emulated.json
+
+The emulated run takes what `links` has measured: --bandwidth, --set cluster.latency=... cluster.efficiency={...}. Needs no GPU.
+"""
+
+import json
+import statistics
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from benchmarks import output
+from megamtp.errors import InputError
+
+MOST_WRONG = 0.1
+Cells = dict[tuple[str, int, str], list[float]]  # milliseconds by (size, heads, variant)
+
+
+def main(arguments: list[str]) -> None:
+    """Raises InputError."""
+    parser = output.parser(__doc__, "prediction")
+    parser.add_argument("--measured", type=Path, required=True, metavar="JSON", help="of `overhead` on real ranks")
+    parser.add_argument("--emulated", type=Path, required=True, metavar="JSON", help="of `overhead` on one GPU")
+    options = parser.parse_args(arguments)
+    (settings, measured), (emulation, emulated) = read(options.measured), read(options.emulated)
+    if settings["ranks"] != emulation["ranks"] or measured.keys() != emulated.keys():
+        raise InputError(
+            f"{options.emulated} has other sizes, heads, variants or ranks than {options.measured}; expected the same ones"
+        )
+    output.make_folder(options)
+    results = [
+        {"size": size, "heads": heads, "variant": variant, "measured": milliseconds, "emulated": emulated[size, heads, variant]}
+        for (size, heads, variant), milliseconds in measured.items()
+    ]
+    shown = {"ranks": settings["ranks"], "card": settings["card"], "measured": settings["date"], "emulated": emulation["date"]}
+    output.write(options, shown, results, f"{table(results)}\n\n{verdict(results)}", _draw(results))
+
+
+def read(path: Path) -> tuple[dict, Cells]:
+    """Raises InputError."""
+    try:
+        content = json.loads(path.read_text())
+        cells = {(found["size"], found["heads"], found["variant"]): found["milliseconds"] for found in content["results"]}
+        return content["settings"] | content["circumstances"], cells
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} cannot be read ({error!r}); expected the JSON file of `overhead`") from None
+
+
+def ratio(result: dict) -> float:
+    """Emulated over measured."""
+    return statistics.median(result["emulated"]) / statistics.median(result["measured"])
+
+
+def table(results: list[dict]) -> str:
+    rows = [
+        [
+            result["size"], str(result["heads"]), result["variant"], output.spread(result["measured"]),
+            output.spread(result["emulated"]), f"{ratio(result):.3f}",
+        ]
+        for result in results
+    ]  # fmt: skip
+    return output.table(["size", "n", "variant", "real ranks, ms", "emulated, ms", "emulated / real"], rows)
+
+
+def verdict(results: list[dict]) -> str:
+    errors = [abs(ratio(result) - 1) for result in results]
+    within = sum(error <= MOST_WRONG for error in errors)
+    word = "holds" if within == len(errors) else "FAILS"
+    return f"emulated step off by at most {MOST_WRONG:.0%}: in {within} of {len(errors)} rows, {max(errors):.1%} at most: {word}"
+
+
+def _draw(results: list[dict]) -> Figure:
+    groups = [f"{result['size']}, n={result['heads']}\n{result['variant']}" for result in results]
+    picture, (axes,) = output.figure(2 + 1.2 * len(groups), 4.5)
+    heights = {
+        name: {group: statistics.median(result[key]) for group, result in zip(groups, results, strict=True)}
+        for name, key in (("real ranks", "measured"), ("emulated", "emulated"))
+    }
+    output.bars(axes, groups, heights)
+    axes.tick_params("x", labelsize=6)
+    axes.set_ylabel("ms of a step's passes")
+    axes.legend(frameon=False)
+    return picture
