@@ -6,6 +6,7 @@ different groups and streams too (https://github.com/NVIDIA/nccl/issues/783), an
 multiprocessors from computing.
 """
 
+from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from megamtp.losses.linear_cross_entropy import wide
 from megamtp.losses.vocabulary_slice import combine, slice_gradients, slice_statistics
 
 BACKWARD = (Carries.HIDDEN_GRADIENT, Carries.GRADIENT)  # not in an evaluation
+AHEAD = 8  # passes
 MULTIPROCESSORS = 4  # that a transfer may hold while it waits for its peers and lasts; NCCL would take 16 and more
 
 
@@ -56,7 +58,7 @@ class MicroBatch:
 
 
 class Traffic:
-    """This rank's part in a step's transfers, begun in their order as soon as this stage has made what it gives.
+    """This rank's part in a step's transfers, begun in their order from the first pass on, when this stage has made what it gives.
 
     Args:
         lane: the stream of all transfers, on a GPU.
@@ -73,7 +75,6 @@ class Traffic:
         self.begun: dict[Transfer, tuple[list[Tensor], list[dist.Work], torch.cuda.Event | None]] = {}
         self.kept: list[tuple[list[Tensor], list[dist.Work]]] = []  # given, and under way
         self.place = 0
-        self._begin_all()
 
     def give(self, transfer: Transfer, tensors: list[Tensor]) -> None:
         """What the current stream has just made."""
@@ -81,7 +82,8 @@ class Traffic:
         self._begin_all()
 
     def take(self, transfer: Transfer) -> list[Tensor]:
-        """What a transfer has brought, for the current stream. Raises KeyError: it comes before something not yet given."""
+        """What a transfer brings, for the current stream. Raises KeyError: it comes before something not yet given."""
+        self._begin_all()
         tensors, works, end = self.begun.pop(transfer)
         if self.lane:
             torch.cuda.current_stream().wait_event(end)
@@ -100,6 +102,8 @@ class Traffic:
         self.kept.clear()
 
     def _begin_all(self) -> None:
+        if self.lane and self.place == 0:
+            self.lane.wait_stream(torch.cuda.current_stream())  # what ranks have exchanged before comes first
         while self.place < len(self.order):
             transfer = self.order[self.place]
             if self.gives(transfer) and transfer not in self.given:
@@ -145,12 +149,18 @@ class SpreadPasses:
         """Before a step or, without `learning`, an evaluation: its micro-batches, on the device, and each head's loss's factor."""
         self.batches, self.loss_scales, self.learning = batches, loss_scales, learning
         self.micro_batches: dict[int, MicroBatch] = {}
+        self.ends: deque[torch.cuda.Event] = deque()  # of passes that the card may not have done yet
         schedule, stage = self.model.cut.schedule, self.stage
         order = [each for each in transfers if schedule.takes_part(stage, each) and (learning or each.carries not in BACKWARD)]
         self.traffic = Traffic(self.lane, order, lambda each: schedule.gives(stage, each), self._transfer)
 
     def run(self, work: Pass) -> None:
-        """One pass; those of a step in the schedule's order."""
+        """One pass; those of a step in the schedule's order.
+
+        On a GPU, Python goes ahead of the card only so far: what it asks for early must be kept until the card comes to it.
+        """
+        if self.lane and len(self.ends) == AHEAD:
+            self.ends.popleft().synchronize()
         if work.kind == Kind.FORWARD:
             self._forward(work.micro_batch)
         elif work.kind == Kind.STATISTICS:
@@ -159,10 +169,13 @@ class SpreadPasses:
             self._gradients(self.micro_batches[work.micro_batch], work)
         else:
             self._backward(self.micro_batches.pop(work.micro_batch), work.micro_batch)
+        if self.lane:
+            self.ends.append(torch.cuda.current_stream().record_event())
 
     def finish(self) -> None:
         """After the last pass: waits until everything has left."""
         self.traffic.finish()
+        self.micro_batches.clear()
 
     def _forward(self, index: int) -> None:
         batch = self.batches[index]

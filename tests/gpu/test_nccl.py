@@ -6,13 +6,15 @@ Run with: bash launch/test.sh tests/gpu
 import itertools
 
 import pytest
+import torch.distributed as dist
 
-from tests.cases import small_config
+from tests.cases import global_batch, own_share, small_config
 from tests.distributed.test_pipeline import pipeline_config
 from tests.distributed.test_spread_pipeline import spread_config
 from tests.engine_steps import largest_errors
 from tests.gpu.test_zero import BOUNDS
 from tests.ranks import run_gpu_ranks
+from tests.reference import reference_model, reference_step
 
 pytestmark = pytest.mark.gpu(count=2)
 
@@ -59,3 +61,26 @@ def test_gradients_equal_the_reference(case, errors_of_all):
     gradient_bound, loss_bound = BOUNDS[case[1]]
     assert gradient_error < gradient_bound
     assert loss_error < loss_bound
+
+
+def _evaluation_errors(kinds: list[str]) -> list[float]:
+    """Of engines that have not trained yet: the largest relative error of a head's loss over two steps' micro-batches."""
+    from megamtp.engines.build import build_engine
+
+    errors = []
+    for kind in kinds:
+        config = _config((kind, "fp32", [3, 2], 2))
+        engine, batches = build_engine(config), global_batch(config, 0, 8)
+        totals = engine.evaluate(iter(own_share(batches, engine.data_parallel_rank, engine.data_parallel_size)))
+        dist.all_reduce(totals)
+        nll_sums, counts = totals.view(2, -1).tolist()
+        expected = reference_step(config, reference_model(config), batches).losses
+        losses = zip(nll_sums, counts, expected, strict=True)
+        errors.append(max(abs(nll / count - loss) / loss for nll, count, loss in losses))
+    return errors
+
+
+def test_evaluations_before_the_first_step_equal_the_reference():
+    kinds = ["zero3", "pipeline", "spread pipeline"]
+    by_rank = run_gpu_ranks(_evaluation_errors, 2, kinds)
+    assert all(error < BOUNDS["fp32"][1] for errors in by_rank for error in errors)
