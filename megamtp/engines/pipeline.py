@@ -9,6 +9,7 @@ back, so every stage runs one forward and one backward pass of each micro-batch,
 import itertools
 import sys
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import deepspeed
@@ -57,6 +58,8 @@ class PipelineEngine:
             config=deepspeed_config(config, self.data_parallel_size),
             dist_init_required=False,
         )
+        if isinstance(self.engine.optimizer, BF16_Optimizer):
+            self.engine.optimizer._update_hp_grad = partial(_add_gradient, self.engine.optimizer)
         self.model.head_phase = SeededHeads(self.engine)
         self.engine._INSTRUCTION_MAP = self.engine._INSTRUCTION_MAP | {schedule.ReduceTiedGrads: self._reduce_unembedding}
         if self.rank == 0:
@@ -156,3 +159,19 @@ class SeededHeads(HeadPhase):
 def _inputs(micro_batches: list[Batch]) -> Iterable[tuple[Tensor, tuple]]:
     """(inputs, labels) as DeepSpeed's first and last stages load them; the heads have their targets from `begin`."""
     return iter([(batch.inputs, ()) for batch in micro_batches])
+
+
+@torch.no_grad()
+def _add_gradient(optimizer: BF16_Optimizer, parameter: Tensor, group: int, index: int, clear_lp_grads: bool) -> None:
+    """Adds a micro-batch's gradient to the sum in fp32, without a copy of it in fp32: 10 bytes a parameter through memory, not 18.
+
+    The same bits as DeepSpeed's. Source: deepspeed/runtime/bf16_optimizer.py, _update_hp_grad.
+    """
+    if parameter.grad is None:
+        return
+    total = optimizer.fp32_groups_gradients[group][index]
+    total.add_(parameter.grad.view(total.shape))
+    parameter._hp_grad = total
+    optimizer.fp32_groups_has_gradients[group][index] = True
+    if clear_lp_grads:
+        parameter.grad.zero_()

@@ -70,8 +70,8 @@ def _largest_pass(config: Config, contents: Contents, width: int) -> int:
     """A layer's backward pass or a loss, whichever needs more beside what is kept."""
     model, train = config.model, config.train
     tokens, boundary = train.micro_batch_size * train.sequence_length, _boundary(config, width)
-    # Of the last of its gradients, a matrix of the MLP, as autograd gets it and in fp32 on its way into the sum; and two of x's.
-    layer = (4 + width) * model.hidden_dim * model.dim + 2 * boundary
+    # The last of its gradients, a matrix of the MLP's; and two of x's.
+    layer = width * model.hidden_dim * model.dim + 2 * boundary
     if train.activation_checkpointing and contents.num_trunk:
         layer += _saved(config, width)
     if contents.spread:
@@ -91,15 +91,15 @@ def _largest_pass(config: Config, contents: Contents, width: int) -> int:
 def _slice_pass(config: Config, contents: Contents, width: int) -> int:
     """All heads' hidden states, their gradients, and this slice's logits, which wait for the other slices' statistics.
 
-    And the slice's gradient: in fp32, as autograd gets it, and in fp32 again on its way into the sum.
+    And the slice's gradient: in fp32, and as autograd gets it.
     """
     if not contents.rows:
         return 0
     model, tokens = config.model, config.train.micro_batch_size * config.train.sequence_length
     losses = model.num_future_tokens * (2 * _boundary(config, width) + tokens * contents.rows * width)
-    return losses + (8 + width) * contents.rows * model.dim
+    return losses + (4 + width) * contents.rows * model.dim
 
 
 def _embedding_gradient(config: Config, contents: Contents, width: int) -> int:
-    """In the model's dtype and, on its way into the sum, in fp32; by then the micro-batch has nothing else left."""
-    return (4 + width) * config.model.vocab_size * config.model.dim if contents.has_embedding else 0
+    """In the model's dtype; by then the micro-batch has nothing else left."""
+    return width * config.model.vocab_size * config.model.dim if contents.has_embedding else 0

@@ -146,14 +146,14 @@ class Passed:
 
 
 class _Adding:
-    """Adds a parameter's gradient to its sum as soon as it is there. Source: deepspeed/runtime/bf16_optimizer.py."""
+    """Adds a parameter's gradient to its sum as soon as it is there, as engines/pipeline.py does."""
 
     def __init__(self, total: Tensor):
         self.total = total
 
     def __call__(self, parameter: Tensor) -> None:
         if parameter.grad is not None:  # as after the use of the unembedding by a head that is not the stage's last
-            self.total.add_(parameter.grad.to(self.total.dtype))
+            self.total.add_(parameter.grad)
             parameter.grad = None
 
 
