@@ -8,9 +8,11 @@ Where a slice begins and ends is up to the engine that wrote it; together they a
 of a file have the whole shapes of its tensors. Nothing here reads or writes more than a slice at a time.
 """
 
+import contextlib
 import json
 import math
 import os
+import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -213,7 +215,21 @@ class Snapshot:
 
 
 def _page_locked(size: int) -> Tensor:
-    """Not torch's pin_memory, which rounds up to a power of two; pageable where the system refuses."""
+    """Not torch's pin_memory, which rounds up to a power of two; pageable, after a warning, where the system refuses."""
     buffer = torch.empty(size, dtype=torch.uint8)
-    torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0)
+    if not page_lock(buffer):
+        print(
+            f"megamtp: warning: {size:,} bytes cannot be page-locked: copies for checkpoints take longer; raise ulimit -l",
+            file=sys.stderr,
+        )
     return buffer
+
+
+def page_lock(buffer: Tensor) -> bool:
+    """False if the system refuses."""
+    cudart = torch.cuda.cudart()
+    if cudart.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0) == cudart.cudaError.success:
+        return True
+    with contextlib.suppress(RuntimeError):  # the error stays with CUDA until somebody is told: better this kernel than a step's
+        torch.zeros(1, device="cuda")
+    return False
