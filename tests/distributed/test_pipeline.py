@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from tests.cases import global_batch, own_share, small_config
 from tests.end_to_end.jobs import wait_for
-from tests.engine_steps import largest_errors
+from tests.engine_steps import largest_errors, step_with_gradients
 from tests.ranks import run_ranks
 from tests.reference import reference_model, reference_step, relative_error
 
@@ -91,6 +91,24 @@ def test_gradients_equal_the_reference(ranks, case, errors_by_ranks):
     bf16 = "bf16" in case
     assert gradient_error < (BF16_BOUND if bf16 else FP32_BOUND)
     assert loss_error < (BF16_LOSS_BOUND if bf16 else FP32_BOUND)
+
+
+def _sums_are_deepspeeds() -> bool:
+    """Whether gradients of four micro-batches, added in place, have the bits that DeepSpeed's own addition gives."""
+    from megamtp.engines.pipeline import PipelineEngine
+
+    config = pipeline_config(2, 1, 4, model__num_future_tokens=4, engine__stage_layers=[3, 2], train__precision="bf16")
+    found = []
+    for engine in (PipelineEngine(config), PipelineEngine(config)):
+        if found:
+            del engine.engine.optimizer._update_hp_grad
+        found.append(step_with_gradients(engine, global_batch(config, 0, 4))[2])
+    ours, theirs = found
+    return ours.keys() == theirs.keys() and all(torch.equal(gradient, theirs[name]) for name, gradient in ours.items())
+
+
+def test_gradients_are_added_as_deepspeed_adds_them():
+    assert run_ranks(_sums_are_deepspeeds, 2) == [True, True]
 
 
 def _weights(engine) -> dict[str, torch.Tensor]:
