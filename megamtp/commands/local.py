@@ -105,19 +105,25 @@ def _free_port() -> int:
         return listener.getsockname()[1]
 
 
+def num_ranks() -> int:
+    """Of a job on this machine. Raises InputError: MEGAMTP_RANKS is no number of them."""
+    import torch
+
+    given = os.environ.get("MEGAMTP_RANKS") or str(torch.cuda.device_count() or 2)
+    if not given.isdecimal() or int(given) < 1:
+        raise InputError(f"MEGAMTP_RANKS={given}; expected a number of ranks")
+    return int(given)
+
+
 def main() -> None:
     """Counts GPUs, shares out the CPU's cores, launches megamtp.pretrain and exits with its status. Raises InputError."""
     import torch
 
-    num_gpus = torch.cuda.device_count()
-    given = os.environ.get("MEGAMTP_RANKS") or str(num_gpus or 2)
-    if not given.isdecimal() or int(given) < 1:
-        raise InputError(f"MEGAMTP_RANKS={given}; expected a number of ranks")
-    num_ranks = int(given)
-    if not num_gpus:
+    ranks = num_ranks()
+    if not torch.cuda.device_count():
         os.environ["DS_ACCELERATOR"] = "cpu"
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
-    sys.exit(Job("megamtp.pretrain", sys.argv[1:], num_ranks).wait())
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    sys.exit(Job("megamtp.pretrain", sys.argv[1:], ranks).wait())
 
 
 if __name__ == "__main__":

@@ -97,8 +97,9 @@ class Traffic:
         """Until everything has left."""
         if self.lane:
             torch.cuda.current_stream().wait_stream(self.lane)
-        for _, works in self.kept:
-            _wait(works)
+        else:
+            for _, works in self.kept:
+                _wait(works)
         self.kept.clear()
 
     def _begin_all(self) -> None:

@@ -63,18 +63,15 @@ class SpreadPipelineEngine(PipelineEngine):
         if torch.is_grad_enabled():
             self.passes.begin(micro_batches, loss_scales, self.transfers, learning=True)
         else:
-            self.passes.begin(micro_batches, loss_scales, self._evaluation(len(micro_batches)).transfers(), learning=False)
+            self.evaluation = SpreadSchedule(self.cut.schedule.times, len(micro_batches), Exchange(), PATTERNS[0])
+            self.passes.begin(micro_batches, loss_scales, self.evaluation.transfers(), learning=False)
 
     def _train_schedule(self) -> Passes:
         last = [schedule.ReduceTiedGrads(), schedule.ReduceGrads(), schedule.OptimizerStep()]
         return Passes(self.cut.schedule.orders[self.model.stage_id], last)
 
     def _inference_schedule(self, micro_batches: int) -> Passes:
-        order = self._evaluation(micro_batches).orders[self.model.stage_id]
-        return Passes([work for work in order if work.kind != Kind.BACKWARD], [])
-
-    def _evaluation(self, micro_batches: int) -> SpreadSchedule:
-        return SpreadSchedule(self.cut.schedule.times, micro_batches, Exchange(), PATTERNS[0])
+        return Passes([work for work in self.evaluation.orders[self.model.stage_id] if work.kind != Kind.BACKWARD], [])
 
     def _reduce_unembedding(self, engine: DeepSpeedPipelineEngine) -> None:
         self.passes.finish()  # reductions are transfers, too: after all others, on all ranks

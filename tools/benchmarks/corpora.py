@@ -26,20 +26,20 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--vocab-size", type=output.positive, default=32000, help="of the corpus that is made [32000]")
 
 
-def settings(options: argparse.Namespace) -> list[str]:
-    """A training's, after the corpus has been made if that was asked for. Raises InputError."""
-    data = options.data
+def prepare(options: argparse.Namespace) -> None:
+    """Makes the corpus, if that was asked for. Raises InputError."""
     if options.prepare:
-        made = ["--output", str(data), "--vocab-size", str(options.vocab_size)]
+        made = ["--output", str(options.data), "--vocab-size", str(options.vocab_size)]
         call("megamtp.commands.prepare_data", "--input", *options.prepare, *made)
+
+
+def settings(data: Path) -> list[str]:
+    """Of a training with a corpus. Raises InputError."""
     try:
         vocab_size = json.loads((data / SUMMARY).read_text())["vocab_size"]
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{data / SUMMARY} cannot be read ({error}); expected a corpus of prepare_data: see --prepare") from None
-    return [
-        f"model.vocab_size={vocab_size}", f"data.train={data}/train", f"data.validation={data}/validation",
-        f"data.tokenizer={data}/tokenizer.model",
-    ]  # fmt: skip
+    return [f"model.vocab_size={vocab_size}", f"data.train={data}/train", f"data.validation={data}/validation"]
 
 
 def write_even(prefix: Path, num_tokens: int, document_tokens: int) -> None:

@@ -59,11 +59,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings of all trainings")
     parser.add_argument("--runs", type=Path, default=Path("runs/learning"), help="folder of the trainings [runs/learning]")
     options = parser.parse_args(arguments)
+    corpora.prepare(options)
     learned = {}
     for name in options.variants:
         run = options.runs / name
         if not _finished(run / METRICS, options.steps):
-            call("megamtp.pretrain", *_settings(corpora.settings(options), run, options.steps), *VARIANTS[name], *options.set)
+            call("megamtp.pretrain", *_settings(options.data, run, options.steps), *VARIANTS[name], *options.set)
         learned[name] = read(run / METRICS, options.steps)
     settings = {
         "model": "0.3B, n = 4",
@@ -75,10 +76,10 @@ def main(arguments: list[str]) -> None:
     output.write(options, settings, results(learned), table(learned), draw(learned))
 
 
-def _settings(corpus: list[str], run: Path, steps: int) -> list[str]:
+def _settings(data: Path, run: Path, steps: int) -> list[str]:
     """A thousandth of the paper's batch and its learning rate, warmed up over a tenth of the steps."""
     return [
-        str(ROOT / "configs/0.3b_n4.yaml"), *corpus, f"run.directory={run}", f"train.steps={steps}",
+        str(ROOT / "configs/0.3b_n4.yaml"), *corpora.settings(data), f"run.directory={run}", f"train.steps={steps}",
         "train.global_batch_tokens=8192", "train.micro_batch_size=4", "train.sequence_length=2048", "engine.kind=zero1",
         f"optimizer.warmup_steps={steps // 10}", f"run.evaluate_every_steps={max(1, steps // 10)}", "run.evaluation_windows=64",
         f"run.save_every_steps={max(1, steps // 2)}", "run.keep_checkpoints=1", "run.tensorboard=false",

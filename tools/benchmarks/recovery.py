@@ -22,11 +22,11 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-import torch
 from matplotlib.figure import Figure
 
 from benchmarks import corpora, emulation, output
 from benchmarks.processes import call
+from megamtp.commands import local
 from megamtp.errors import InputError
 from megamtp.training.metrics import FILE as METRICS
 from megamtp.training.metrics import records_until
@@ -55,6 +55,7 @@ def main(arguments: list[str]) -> None:
     if options.run.exists():
         raise InputError(f"--run {options.run} exists; expected a new folder, for a training from its first step")
     output.make_folder(options)
+    corpora.prepare(options)
     settings = _settings(options)
     kill = train_and_kill(settings, options.run, options.kill_at, options.rank)
     recovery = train_to_the_end(settings, options.run)
@@ -64,7 +65,7 @@ def main(arguments: list[str]) -> None:
         "sample": _sample(options.run, options.prompt),
     }  # fmt: skip
     settings = {
-        "size": options.size, "n": options.heads, "ranks": torch.cuda.device_count() or 2, "steps": options.steps,
+        "size": options.size, "n": options.heads, "ranks": local.num_ranks(), "steps": options.steps,
         **({"set": " ".join(options.set)} if options.set else {}),
     }  # fmt: skip
     output.write(options, settings, [result], _table(result), _draw(result, options.heads))
@@ -72,7 +73,8 @@ def main(arguments: list[str]) -> None:
 
 def _settings(options: argparse.Namespace) -> list[str]:
     return [
-        *emulation.model(options.size, options.heads), *corpora.settings(options), f"run.directory={options.run}",
+        *emulation.model(options.size, options.heads), *corpora.settings(options.data),
+        f"data.tokenizer={options.data}/tokenizer.model", f"run.directory={options.run}",
         f"train.steps={options.steps}", f"optimizer.warmup_steps={options.steps // 10}",
         f"run.evaluate_every_steps={options.save_every}", f"run.save_every_steps={options.save_every}",
         "run.tensorboard=false", *options.set,
