@@ -146,7 +146,7 @@ def head_losses(checkpoint: Path, windows: Windows) -> list[float]:
 def test_training_goes_on_from_a_converted_llama(arguments, tmp_path, monkeypatch):
     """Head 1's loss before the first step is the original's; every head improves in a short fine-tune."""
     shape = {"dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "mlp_dim": 176}
-    common = [*arguments, *(f"model.{key}={value}" for key, value in shape.items()), "train.steps=50", "optimizer.lr=3e-3"]
+    common = [*arguments, *(f"model.{key}={value}" for key, value in shape.items()), "train.steps=80", "optimizer.lr=3e-3"]
 
     def train(name: str, *settings: str) -> None:
         finished = run(["-m", "megamtp.pretrain", *common, f"run.directory={tmp_path}/{name}", *settings])
@@ -165,7 +165,7 @@ def test_training_goes_on_from_a_converted_llama(arguments, tmp_path, monkeypatc
     expected = cross_entropy(logits.flatten(0, 1), targets.flatten())
     assert records(tmp_path / "run")[0]["losses"][0] == pytest.approx(expected.item(), rel=1e-4)
     before, after = head_losses(tmp_path / "initial", validation), head_losses(tmp_path / "run", validation)
-    assert all(new < old - 0.03 for old, new in zip(before, after, strict=True)), (before, after)
+    assert all(new < old - 0.1 for old, new in zip(before, after, strict=True)), (before, after)
 
 
 def sparse_canonical(folder: Path, model: ModelConfig, stems: tuple[str, ...] = ("weights",)) -> None:
