@@ -34,7 +34,7 @@ class Manifest:
     """What a checkpoint is of.
 
     Attributes:
-        step: optimizer steps taken, with those that fp16 skipped.
+        step: optimizer steps taken, with skipped ones.
         world_size, engine_kind, precision: of the job that wrote it. Any other job can read it.
         model: ModelConfig's fields.
         state: the rest of an engine's state, as Engine.state has it.

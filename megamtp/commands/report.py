@@ -8,6 +8,7 @@ the exit status is 1 unless head 1 has learned that much more.
 """
 
 import json
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ def _read_metrics(path: Path, num_heads: int) -> tuple[Losses, Losses]:
         try:
             record = json.loads(line)
             if record["kind"] in found:
-                losses = [float(loss) for loss in record["losses"]]
+                losses = [math.nan if loss is None else float(loss) for loss in record["losses"]]
                 if len(losses) != num_heads:
                     raise ValueError(f"{len(losses)} losses, not one for each of {num_heads} heads")
                 found[record["kind"]][0].append(int(record["step"]))
@@ -125,11 +126,13 @@ def _draw(run_directory: Path, training: Losses, validation: Losses, entropy: fl
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """The mean of about 1 % of the steps on either side, fewer at the ends."""
+    """The mean of about 1 % of the steps on either side, fewer at the ends; of those whose loss is a number."""
     positions = np.arange(len(values))
     reach = np.minimum(np.minimum(positions, positions[::-1]), len(values) // 100)
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    return (sums[positions + reach + 1] - sums[positions - reach]) / (2 * reach + 1)
+    known = np.isfinite(values)
+    sums, counts = (np.concatenate([[0.0], np.cumsum(each)]) for each in (np.where(known, values, 0.0), known))
+    sums, counts = (each[positions + reach + 1] - each[positions - reach] for each in (sums, counts))
+    return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0)
 
 
 def _print_table(training: Losses, validation: Losses, entropy: float | None) -> None:

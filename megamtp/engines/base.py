@@ -24,8 +24,8 @@ class StepResult:
     Attributes:
         nll_sums: [n] on the device: each head's negative log-likelihood summed over this rank's valid targets; 0 where another
             rank computes that head.
-        gradient_norm: norm of the whole gradient before clipping; not finite where fp16 overflowed.
-        skipped: the step was skipped because fp16 overflowed.
+        gradient_norm: norm of the whole gradient before clipping; not finite in a skipped step.
+        skipped: the gradient was not finite, and DeepSpeed has left the weights as they were.
     """
 
     nll_sums: Tensor

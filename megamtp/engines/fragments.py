@@ -45,7 +45,7 @@ class MasterState:
 
     @property
     def num_steps(self) -> int:
-        """Adam's own count, without steps that fp16 skipped."""
+        """Adam's own count, without skipped steps."""
         return int(next(iter(self._adam.values()))["step"])
 
     @num_steps.setter

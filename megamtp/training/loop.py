@@ -1,8 +1,16 @@
 """The training loop: data, engine, metrics, evaluation, checkpoints, and an orderly end."""
 
+import math
+import socket
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from megamtp.checkpoint.store import checkpoints
+from megamtp.cluster.environment import find_place
 from megamtp.cluster.signals import StopRequest
 from megamtp.config import Config
 from megamtp.data.loader import TrainLoader, evaluation_batches
@@ -12,6 +20,9 @@ from megamtp.errors import InputError
 from megamtp.training.metrics import Metrics
 from megamtp.training.saving import Saver
 from megamtp.training.schedule import learning_rate
+
+T = TypeVar("T")
+MAX_SKIPPED = 10  # steps in a row whose gradients are not finite
 
 
 class Training:
@@ -23,6 +34,7 @@ class Training:
         """`first_step`: steps already taken; the engine has loaded the checkpoint of that step if it is not 0."""
         self.config, self.engine, self.train, self.validation, self.stop = config, engine, train, validation, stop
         self.step = first_step
+        self.num_skipped = 0  # of the last steps, in a row, for what is not finite
         self._damage: str | None = None  # what is wrong with this rank's data that is needed next
         self.metrics = Metrics(config, first_step, engine.rank, engine.world_size, engine.device)
         self.saver = Saver(config, engine, self.metrics)
@@ -31,8 +43,9 @@ class Training:
         """Trains. False if it ended early, saved, because a rank was asked to stop. Collective.
 
         Raises:
-            InputError: some rank's data of the next step, or of an evaluation, is damaged; the steps before it are saved. On ranks
-                other than 0 a SystemExit instead, so that it is said once.
+            InputError: some rank's data of the next step, or of an evaluation, is damaged; the steps before it are saved. Or, step
+                after step, gradients are not finite; these are not saved. On ranks other than 0 a SystemExit instead, so that it is
+                said once.
         """
         try:
             return self._run()
@@ -47,11 +60,12 @@ class Training:
             stopped, damaged = self._train_step()
             if self.validation and (self.step % run.evaluate_every_steps == 0 or self.step == steps):
                 damaged = not self._evaluate() or damaged
-            if self.step % run.save_every_steps == 0 or self.step == steps or stopped or damaged:
+            due = self.step % run.save_every_steps == 0 and not self.num_skipped  # or bad weights might outlive good ones
+            if due or self.step == steps or stopped or damaged:
                 self._save()
         self.saver.finish()
         if damaged:
-            self._report_damage()
+            self._fail(next(error for error in self._of_all(self._damage) if error))
         if stopped:
             self.metrics.say(f"asked to stop: saved at step {self.step}")
         self.metrics.close()
@@ -70,12 +84,19 @@ class Training:
         with self.metrics.phase("data"):
             damaged = self._is_damaged()
         with self.metrics.phase("report"):
-            totals = torch.zeros(n + 3, dtype=torch.float64, device=engine.device)
+            totals = torch.zeros(n + 4, dtype=torch.float64, device=engine.device)
             totals[:n] = result.nll_sums
-            totals[n], totals[n + 1], totals[n + 2] = self.stop.asked, damaged, self.saver.has_written
-            # of the losses and, with them, of the wish to stop, of damage ahead and of the ranks that have written
+            others = (result.gradient_norm, self.stop.asked, damaged, self.saver.has_written)
+            totals[n:] = torch.tensor(others, dtype=torch.float64)
+            # of the losses and, with them, of the gradient's norm, of the wish to stop, of damage ahead and of the ranks that have
+            # written
             dist.all_reduce(totals)
-            *nll_sums, wishes, damaged_ranks, written = totals.tolist()
+            *nll_sums, norms, wishes, damaged_ranks, written = totals.tolist()
+        by_loss_scale = result.skipped and self.config.train.precision == "fp16"  # which is found so
+        if all(map(math.isfinite, [*nll_sums, norms])) or by_loss_scale or self.config.cluster.emulate:
+            self.num_skipped = 0
+        else:
+            self._note_not_finite(result.nll_sums, result.skipped)
         losses = [nll / max(1, count) for nll, count in zip(nll_sums, counts, strict=True)]
         self.metrics.training(self.step, losses, result.gradient_norm, lr, result.skipped)
         if written == engine.world_size:
@@ -93,14 +114,39 @@ class Training:
         dist.all_reduce(ranks)
         return ranks.item() > 0
 
-    def _report_damage(self) -> None:
-        """Raises the first InputError of any rank's on rank 0, and SystemExit on the others. Collective."""
+    def _note_not_finite(self, nll_sums: Tensor, skipped: bool) -> None:
+        """Says whose losses are not finite: a bad card is as likely as a bad setting. Collective.
+
+        Raises:
+            InputError: too many such steps in a row, or this one has changed the weights; as `run` raises it.
+        """
+        self.num_skipped += 1
+        own = f"rank {self.engine.rank} ({socket.gethostname()}, local rank {find_place().local_rank})"
+        places = [place for place in self._of_all(None if nll_sums.isfinite().all() else own) if place]
+        others = f" and of {len(places) - 1} others" if len(places) > 1 else ""
+        found = f"the losses of {places[0]}{others}" if places else "the gradient; all losses are"
+        found = f"step {self.step}: not finite: {found}"
+        if skipped and self.num_skipped < MAX_SKIPPED:
+            self.metrics.say(f"megamtp: warning: {found}; the weights stay as they were")
+            return
+        self.saver.finish()
+        saved = checkpoints(Path(self.config.run.directory))
+        self._fail(
+            f"{found}; {self.num_skipped} such steps in a row. Started again, the run goes on from "
+            f"{saved[-1].name if saved else 'its beginning'}: if that fails at the same step, lower optimizer.lr or remove the "
+            "newest checkpoint; else have that machine looked at"
+        )
+
+    def _fail(self, error: str) -> NoReturn:
+        """Ends every rank: with an InputError on rank 0, with SystemExit on the others."""
         self.metrics.close()
-        found: list[str | None] = [None] * self.engine.world_size
-        dist.all_gather_object(found, self._damage)
-        if self.engine.rank:
-            raise SystemExit(2)
-        raise InputError(next(error for error in found if error))
+        raise InputError(error) if self.engine.rank == 0 else SystemExit(2)
+
+    def _of_all(self, own: T) -> list[T]:
+        """Every rank's. Collective."""
+        found = [own] * self.engine.world_size
+        dist.all_gather_object(found, own)
+        return found
 
     def _evaluate(self) -> bool:
         """False if some rank finds its data damaged: a rank that met it amid its batches would leave the others waiting."""

@@ -1,6 +1,7 @@
 """What a run reports: metrics.jsonl (one object a line), TensorBoard events, a progress bar. Rank 0 only."""
 
 import json
+import math
 import resource
 import time
 from contextlib import contextmanager
@@ -53,8 +54,8 @@ class Metrics:
         tokens_per_second = self.config.train.global_batch_tokens / sum(seconds.values())
         flops_per_second = tokens_per_second * self.flops_per_token
         record = {
-            "losses": losses,
-            "gradient_norm": gradient_norm,
+            "losses": _finite(losses),
+            "gradient_norm": _finite([gradient_norm])[0],
             "lr": lr,
             "tokens_per_second": tokens_per_second,
             "flops_per_second": flops_per_second,
@@ -72,7 +73,7 @@ class Metrics:
         """Reports one evaluation; its time counts with the next step's record, not with this one's."""
         self.seconds.pop("evaluate", None)
         if self.reporting:
-            self._write("validation", step, {"losses": losses})
+            self._write("validation", step, {"losses": _finite(losses)})
             self.say(f"step {step}: validation loss {_shown(losses)}")
 
     def checkpoint(self, step: int, stored_bytes: int, write_seconds: float, stall_seconds: float) -> None:
@@ -114,8 +115,13 @@ def _shown(losses: list[float]) -> str:
     return " ".join(f"{loss:.3f}" for loss in losses)
 
 
+def _finite(numbers: list[float]) -> list[float | None]:
+    """None in place of what JSON has no name for."""
+    return [number if math.isfinite(number) else None for number in numbers]
+
+
 def _scalars(record: dict[str, Any]) -> list[tuple[str, float]]:
-    scalars = [(f"loss/head{index}", loss) for index, loss in enumerate(record.get("losses", []), start=1)]
+    scalars = [(f"loss/head{index}", loss) for index, loss in enumerate(record.get("losses", []), start=1) if loss is not None]
     scalars += [(f"seconds/{name}", value) for name, value in record.get("seconds", {}).items()]
     return scalars + [(name, value) for name, value in record.items() if isinstance(value, (int, float))]
 

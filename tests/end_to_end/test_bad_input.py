@@ -427,6 +427,18 @@ def test_resumed_run_says_what_has_changed(trained, arguments, tmp_path):
     assert len(changes) == 3  # and run.directory, being a copy
 
 
+def test_a_learning_rate_that_ruins_the_weights_ends_the_run(arguments, tmp_path):
+    finished = run([*PLAIN, *arguments, "optimizer.lr=1e36", "run.save_every_steps=2", f"run.directory={tmp_path}/run"])
+    assert finished.returncode == 2
+    *_, line = finished.stderr.splitlines()
+    assert line.startswith(
+        "megamtp: error: step 11: not finite: the gradient; all losses are; 10 such steps in a row. Started again"
+    )
+    assert "from its beginning" in line and not (tmp_path / "run/checkpoints").exists()
+    assert [record["skipped"] for record in records(tmp_path / "run")] == [False] + 9 * [True]
+    assert "step 10: not finite: the gradient; all losses are; the weights stay as they were" in finished.stdout
+
+
 def test_wrong_number_of_ranks():
     finished = run(["-m", "megamtp.commands.local", "configs/quickstart.yaml"], MEGAMTP_RANKS="x")
     assert_one_line(finished, ["MEGAMTP_RANKS=x", "expected a number"])

@@ -1,6 +1,7 @@
 """What a run reports: the records' numbers, and each step once however often the run is resumed."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,16 @@ def test_a_record_holds_the_steps_numbers(tmp_path):
     assert record["flops_per_second"] == pytest.approx(flops)
     assert record["flops_share"] == pytest.approx(flops / 2e6)
     assert record["peak_memory_bytes"] > 1e6
+
+
+def test_what_is_no_number_is_null(tmp_path):
+    metrics = Metrics(config_at(tmp_path), 0, 0, world_size=1, device=torch.device("cpu"))
+    metrics.seconds = {"train": 1.0}
+    metrics.training(1, [math.nan, 2.0], gradient_norm=math.inf, lr=1e-3, skipped=True)
+    metrics.validation(1, [math.inf, 2.0])
+    metrics.close()
+    training, validation = (json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "metrics.jsonl").open())
+    assert training["losses"] == validation["losses"] == [None, 2.0] and training["gradient_norm"] is None
 
 
 def test_a_resumed_run_drops_later_steps_and_a_torn_line(tmp_path):

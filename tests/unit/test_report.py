@@ -103,6 +103,22 @@ def test_without_validation_or_entropy_there_is_a_picture_but_no_check(tmp_path,
         call(monkeypatch, run, "--min-margin", 1)
 
 
+def test_skipped_steps_leave_a_gap_in_no_mean(tmp_path, monkeypatch):
+    run = write_run(tmp_path, LEARNED)
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    kept = [line for number, line in enumerate(lines, start=1) if not 150 <= number <= 152]
+    skipped = [json.dumps({"kind": "train", "step": step, "losses": [None] * 3}) + "\n" for step in range(150, 153)]
+    (run / "metrics.jsonl").write_text("".join([*lines[:149], *skipped, *lines[152:]]))
+    training, _ = report._read_metrics(run / "metrics.jsonl", 3)
+    assert np.isnan(training.losses).sum() == 9 and len(training.steps) == 400
+    smooth = report._smooth(training.losses[:, 0])
+    assert np.isfinite(smooth).all()
+    losses = [json.loads(line)["losses"][0] for line in kept if json.loads(line)["kind"] == "train"]
+    assert smooth[150] == pytest.approx(np.mean(losses[146:152]))  # steps 147 to 155, three of them without
+    assert smooth[-20] == pytest.approx(np.mean(losses[-24:-15]))
+    assert np.isnan(report._smooth(np.array([1.0, np.nan]))[1])
+
+
 def test_a_last_line_still_being_written_is_left_out(tmp_path, monkeypatch):
     run = write_run(tmp_path, LEARNED)
     with open(run / report.METRICS, "a") as stream:
@@ -114,7 +130,7 @@ def test_a_last_line_still_being_written_is_left_out(tmp_path, monkeypatch):
     "line",
     [
         '{"kind": "train", "st', "3", '{"kind": "train", "step": 1}', '{"kind": "train", "step": 1, "losses": [1, 2]}',
-        '{"kind": "train", "step": 1, "losses": [1, 2, null]}', '{"step": 1, "losses": [1, 2, 3]}',
+        '{"kind": "train", "step": 1, "losses": [1, 2, "x"]}', '{"step": 1, "losses": [1, 2, 3]}',
     ],
 )  # fmt: skip
 def test_a_damaged_line_is_named(tmp_path, monkeypatch, line):

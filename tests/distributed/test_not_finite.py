@@ -1,0 +1,91 @@
+"""A card that computes what is not finite: its rank is named, its steps change nothing, and a run that has no others ends."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megamtp.checkpoint import store
+from megamtp.cluster.signals import StopRequest
+from megamtp.data.blend import Blend
+from megamtp.data.loader import TrainLoader
+from megamtp.data.windows import Windows
+from megamtp.errors import InputError
+from megamtp.training.loop import MAX_SKIPPED, Training
+from megamtp.training.metrics import Metrics
+from tests.cases import POSITIONS, VOCABULARY, WINDOWS, small_config
+from tests.ranks import run_ranks
+from tests.unit.test_windows import Tokens
+
+STEPS = 16
+
+
+def _train(directory: str, kind: str, bad_steps: list[int]) -> tuple[str | None, list[str], list[dict[str, Tensor]]]:
+    """(how the run ended, what it said, the weights after each step), with rank 1's card bad in `bad_steps`."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    from megamtp.engines.build import build_engine
+
+    run = {"run__save_every_steps": 2, "run__keep_checkpoints": 9, "run__tensorboard": False, "run__directory": directory}
+    config = small_config(engine__kind=kind, train__steps=STEPS, **run)
+    engine, weights, said = build_engine(config), [], []
+    Metrics.say = lambda self, line: said.append(line)
+    tokens = [position % VOCABULARY for position in range(100 * POSITIONS)]
+    windows = Windows(Tokens(len(tokens), tokens), POSITIONS, config.model.num_future_tokens, 0)
+    rank = dist.get_rank()
+    training = Training(
+        config, engine, TrainLoader(Blend([windows], [1.0]), 2 * WINDOWS, WINDOWS, rank, 2), None, StopRequest(False), 0
+    )
+    engine.model.trunk[0].register_forward_hook(
+        lambda module, inputs, output: output * float("nan") if rank == 1 and training.step in bad_steps else output
+    )
+    train_batch = engine.train_batch
+
+    def watched(*arguments):
+        result = train_batch(*arguments)
+        named = engine.model.named_parameters()
+        weights.append({name: safe_get_full_fp32_param(parameter).clone() for name, parameter in named})
+        return result
+
+    engine.train_batch = watched
+    try:
+        training.run()
+    except (InputError, SystemExit) as error:
+        return f"{type(error).__name__}: {error}", said, weights
+    return None, said, weights
+
+
+def _same(before: dict[str, Tensor], after: dict[str, Tensor]) -> bool:
+    return all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("kind", ["zero1", "zero3"])
+def test_a_bad_step_changes_nothing_and_names_the_rank(kind, tmp_path):
+    (error, said, weights), (other, _, _) = run_ranks(_train, 2, str(tmp_path), kind, [3, 4])
+    assert error is other is None
+    warnings = [line for line in said if line.startswith("megamtp: warning")]
+    assert [line.split(": not finite")[0] for line in warnings] == ["megamtp: warning: step 3", "megamtp: warning: step 4"]
+    assert all("the losses of rank 1 (" in line and "rank 0" not in line and "others" not in line for line in warnings)
+    changed = [not _same(before, after) for before, after in itertools.pairwise(weights)]
+    assert changed == [step not in (3, 4) for step in range(2, STEPS + 1)]
+    assert all(value.isfinite().all() for value in weights[-1].values())
+    records = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    trained = {record["step"]: record for record in records if record["kind"] == "train"}
+    assert [step for step, record in trained.items() if record["skipped"]] == [3, 4]
+    for step, record in trained.items():
+        assert (record["losses"] == [None, None]) == (record["gradient_norm"] is None) == (step in (3, 4))
+    saved = [store.read_manifest(checkpoint).step for checkpoint in store.checkpoints(tmp_path)]
+    assert saved == [step for step in range(2, STEPS + 1, 2) if step != 4]
+
+
+def test_a_run_of_nothing_but_bad_steps_ends(tmp_path):
+    (error, _, weights), (other, _, _) = run_ranks(_train, 2, str(tmp_path), "zero3", list(range(3, STEPS + 1)))
+    assert other == "SystemExit: 2"
+    assert error.startswith(f"InputError: step {2 + MAX_SKIPPED}: not finite: the losses of rank 1 (")
+    assert f"; {MAX_SKIPPED} such steps in a row. Started again, the run goes on from step-0000002: " in error
+    assert _same(weights[1], weights[-1]) and len(weights) == 2 + MAX_SKIPPED
+    assert [path.name for path in (Path(tmp_path) / "checkpoints").iterdir()] == ["step-0000002"]
