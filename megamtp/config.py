@@ -24,6 +24,7 @@ from megamtp.files import write_atomically
 
 RESOLVED = "config.yaml"  # in a run's folder: its whole configuration
 BYTES = "bytes"  # data.tokenizer of byte-level runs
+MAX_STALL_SECONDS = 10**6
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
@@ -215,6 +216,9 @@ class RunConfig:
     tensorboard: bool = option(True, "write TensorBoard events beside metrics.jsonl")
     peak_flops: float | None = option(
         None, "FLOP/s of one card at train.precision, for the model-FLOP share; null: known cards only"
+    )
+    stall_seconds: int | None = option(
+        None, "longest a step, an evaluation or a save may take; a rank that waits longer prints where, and ends the job; null: any"
     )
     requeue_exit_code: int = option(0, "exit status after a save asked for by SIGTERM or SIGUSR1")
 
@@ -455,6 +459,8 @@ def _check(config: Config) -> None:
     )  # fmt: skip
     peak = config.run.peak_flops
     _require(peak is None or 0 < peak < math.inf, f"run.peak_flops={peak}", "a number above 0")
+    stall = config.run.stall_seconds
+    _require(stall is None or 1 <= stall <= MAX_STALL_SECONDS, f"run.stall_seconds={stall}", f"1 to {MAX_STALL_SECONDS}")
     for name in ("beta1", "beta2"):
         value = getattr(optimizer, name)
         _require(0 <= value < 1, f"optimizer.{name}={value}", "a number in [0, 1)")

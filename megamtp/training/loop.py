@@ -1,5 +1,6 @@
 """The training loop: data, engine, metrics, evaluation, checkpoints, and an orderly end."""
 
+import faulthandler
 import math
 import socket
 from pathlib import Path
@@ -50,6 +51,7 @@ class Training:
         try:
             return self._run()
         finally:
+            faulthandler.cancel_dump_traceback_later()
             self.train.close()
 
     def _run(self) -> bool:
@@ -57,12 +59,14 @@ class Training:
         stopped, damaged = False, self._anywhere(self._is_damaged())
         while self.step < steps and not stopped and not damaged:
             self.step += 1
+            self._must_end()
             stopped, damaged = self._train_step()
             if self.validation and (self.step % run.evaluate_every_steps == 0 or self.step == steps):
                 damaged = not self._evaluate() or damaged
             due = self.step % run.save_every_steps == 0 and not self.num_skipped  # or bad weights might outlive good ones
             if due or self.step == steps or stopped or damaged:
                 self._save()
+        self._must_end()
         self.saver.finish()
         if damaged:
             self._fail(next(error for error in self._of_all(self._damage) if error))
@@ -70,6 +74,15 @@ class Training:
             self.metrics.say(f"asked to stop: saved at step {self.step}")
         self.metrics.close()
         return not stopped
+
+    def _must_end(self) -> None:
+        """From here on this rank has run.stall_seconds until the next call: a peer that hangs, not dies, would keep it for ever.
+
+        The watch is a thread of faulthandler's, which needs nothing of Python to print all tracebacks and to end the process; the
+        launcher then ends the others.
+        """
+        if self.config.run.stall_seconds:
+            faulthandler.dump_traceback_later(self.config.run.stall_seconds, exit=True)
 
     def _train_step(self) -> tuple[bool, bool]:
         """One optimizer step and its report: whether any rank was asked to stop, and cannot read the next step's data."""
@@ -150,6 +163,7 @@ class Training:
 
     def _evaluate(self) -> bool:
         """False if some rank finds its data damaged: a rank that met it amid its batches would leave the others waiting."""
+        self._must_end()
         engine = self.engine
         with self.metrics.phase("evaluate"):
             error = self.validation.damage_of_first(self.config.run.evaluation_windows)
@@ -174,4 +188,5 @@ class Training:
         if self.config.cluster.emulate:
             self.metrics.say("an emulated cluster's weights are not trained ones: no checkpoint is written")
             return
+        self._must_end()
         self.saver.begin(self.step)

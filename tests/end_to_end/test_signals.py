@@ -91,3 +91,14 @@ def test_dead_launcher_under_our_launch_command(arguments, tmp_path, start):
     process.communicate(timeout=90)
     assert process.returncode > 0
     assert_saved_and_gone(tmp_path / "run")
+
+
+def test_a_rank_that_hangs_ends_the_job(arguments, tmp_path, start):
+    process = started(start, deepspeed(2), [*arguments, "run.stall_seconds=10"], tmp_path / "run")
+    _, hung = ranks(tmp_path / "run")
+    hung.suspend()
+    wait_for(lambda: ranks(tmp_path / "run") == [hung], seconds=60)
+    hung.resume()  # or the launcher would wait half a minute for it
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 1
+    assert "Timeout (0:00:10)!" in output and "in _train_step" in output
