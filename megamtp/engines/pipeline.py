@@ -105,7 +105,8 @@ class PipelineEngine:
         """Sums the gradients of all copies of the unembedding, once a step: when this stage has sent its last gradient upstream.
 
         The stages before it still have backward passes to run then, which hide the transfer. Over the stages of all pipelines in
-        one, and the reduction over pipelines that follows adds zeros to it: so all copies get the same bits, and stay equal.
+        one, and the reduction over pipelines that follows adds zeros to it: so all copies get the same bits, and stay equal
+        (on CPUs but for rounding at the ends of shards: see optimizer.py).
         DeepSpeed's own, over the stages of one pipeline, leaves the sum over pipelines to each stage's reduction, which may add in
         another order on another stage.
 

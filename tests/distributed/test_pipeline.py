@@ -250,9 +250,14 @@ def test_the_reduction_over_pipelines_has_nothing_to_add_to_a_copys_gradient():
 def _copies_after_training(stages: int, pipelines: int, cut: list[int], precision: str) -> torch.Tensor:
     from megamtp.engines.pipeline import PipelineEngine
 
-    config = pipeline_config(stages, pipelines, model__num_future_tokens=3, engine__stage_layers=cut, train__precision=precision)
+    shape = {"model__dim": 24, "model__mlp_dim": 32, "model__vocab_size": 144}  # partitions of multiples of 16 elements: see adamw
+    config = pipeline_config(
+        stages, pipelines, model__num_future_tokens=3, engine__stage_layers=cut, train__precision=precision, **shape
+    )
     engine = PipelineEngine(config)
     _train(config, engine, range(4))
+    for group in engine.engine.optimizer.optimizer.param_groups[:1]:  # of matrices
+        assert all(parameter.numel() % 16 == 0 for parameter in group["params"])
     return _weights(engine)["unembedding.weight"]
 
 
