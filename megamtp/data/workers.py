@@ -69,6 +69,11 @@ def _processes(number: int) -> Iterator[Executor]:
     others = set(multiprocessing.active_children())
     executor = ProcessPoolExecutor(number, multiprocessing.get_context("fork"), _end_with, (os.getpid(),))
     try:
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            executor.submit(os.getpid)  # forks all workers; what interrupts a fork is lost in one of Python's own hooks
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         yield executor
     except KeyboardInterrupt:  # begun parts are not waited for
         for process in set(multiprocessing.active_children()) - others:
