@@ -3,11 +3,13 @@
 import os
 import socket
 from dataclasses import dataclass
+from typing import TypeVar
 
 from megamtp.cluster import emulated
 from megamtp.config import ClusterConfig
 from megamtp.errors import InputError
 
+T = TypeVar("T")
 # (rank, local rank, world size) as torch-style launchers, Open MPI, MPICH/Intel MPI (Hydra) and Slurm's PMI spell them.
 SPELLINGS = (
     ("RANK", "LOCAL_RANK", "WORLD_SIZE"),
@@ -111,6 +113,15 @@ def share_error(place: Place, error: InputError | None) -> None:
         raise SystemExit(2)
     host, port = told[0][1]
     os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
+
+
+def of_all_ranks(own: T) -> list[T]:
+    """What every rank gives, by rank. Collective."""
+    import torch.distributed as dist
+
+    found = [own] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return found
 
 
 def _free_port() -> int:

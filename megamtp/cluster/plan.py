@@ -15,13 +15,12 @@ from megamtp.engines.links import Link
 from megamtp.engines.partition import Partition
 from megamtp.engines.pass_costs import PassCosts
 from megamtp.engines.spread import SpreadPartition, best_cut
-from megamtp.engines.stage_memory import OPTIMIZER
+from megamtp.engines.stage_memory import OPTIMIZER, STATE_BYTES
 from megamtp.errors import InputError
 from megamtp.losses.linear_cross_entropy import default_chunk_rows
 from megamtp.model.cost import layer_activation_bytes, layer_matrices, layer_parameters, parameters, unembedding_parameters
 
 DAY = 86400.0
-STATE_BYTES = 12  # of a parameter's fp32 weight and its two moments: what a checkpoint holds (checkpoint/shards.py)
 BUFFERED_LAYERS = 3  # gathered layers at a time: the running one and two on their way
 
 
@@ -173,7 +172,7 @@ def _memory(config: Config, world_size: int) -> dict[str, float]:
     return {
         "weights": 0 if config.engine.offload_parameters else 2 * share,
         "gradients": 4 * share * on_device,
-        "optimizer": 12 * share * on_device,
+        "optimizer": STATE_BYTES * share * on_device,
         "gathered weights": BUFFERED_LAYERS * layer + 2 * vocabulary if world_size > 1 else 0,
         "gradients on their way": layer,
         "activations": (boundaries + saved if config.train.activation_checkpointing else (trunk + 1) * saved),

@@ -11,6 +11,7 @@ from megamtp.losses.linear_cross_entropy import default_chunk_rows
 from megamtp.model.cost import layer_activation_bytes, layer_parameters
 
 OPTIMIZER = "optimizer"  # the kind that data parallelism divides
+STATE_BYTES = 12  # of a parameter's fp32 weight and its two moments: what a checkpoint holds (checkpoint/shards.py)
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def stage_memory(config: Config, data_parallel_size: int, contents: Contents, al
     return {
         "weights": width * parameters,
         "gradients": 4 * parameters,
-        OPTIMIZER: 12 * parameters // data_parallel_size,
+        OPTIMIZER: STATE_BYTES * parameters // data_parallel_size,
         "activations": alive * kept,
         "within a pass": max(_largest_pass(config, contents, width), _embedding_gradient(config, contents, width) - kept),
     }

@@ -4,14 +4,14 @@ import faulthandler
 import math
 import socket
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megamtp.checkpoint.store import checkpoints
-from megamtp.cluster.environment import find_place
+from megamtp.cluster.environment import find_place, of_all_ranks
 from megamtp.cluster.signals import StopRequest
 from megamtp.config import Config
 from megamtp.data.loader import TrainLoader, evaluation_batches
@@ -22,7 +22,6 @@ from megamtp.training.metrics import Metrics
 from megamtp.training.saving import Saver
 from megamtp.training.schedule import learning_rate
 
-T = TypeVar("T")
 MAX_SKIPPED = 10  # steps in a row whose gradients are not finite
 
 
@@ -69,7 +68,7 @@ class Training:
         self._must_end()
         self.saver.finish()
         if damaged:
-            self._fail(next(error for error in self._of_all(self._damage) if error))
+            self._fail(next(error for error in of_all_ranks(self._damage) if error))
         if stopped:
             self.metrics.say(f"asked to stop: saved at step {self.step}")
         self.metrics.close()
@@ -135,7 +134,7 @@ class Training:
         """
         self.num_skipped += 1
         own = f"rank {self.engine.rank} ({socket.gethostname()}, local rank {find_place().local_rank})"
-        places = [place for place in self._of_all(None if nll_sums.isfinite().all() else own) if place]
+        places = [place for place in of_all_ranks(None if nll_sums.isfinite().all() else own) if place]
         others = f" and of {len(places) - 1} others" if len(places) > 1 else ""
         found = f"the losses of {places[0]}{others}" if places else "the gradient; all losses are"
         found = f"step {self.step}: not finite: {found}"
@@ -154,12 +153,6 @@ class Training:
         """Ends every rank: with an InputError on rank 0, with SystemExit on the others."""
         self.metrics.close()
         raise InputError(error) if self.engine.rank == 0 else SystemExit(2)
-
-    def _of_all(self, own: T) -> list[T]:
-        """Every rank's. Collective."""
-        found = [own] * self.engine.world_size
-        dist.all_gather_object(found, own)
-        return found
 
     def _evaluate(self) -> bool:
         """False if some rank finds its data damaged: a rank that met it amid its batches would leave the others waiting."""

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megamtp.checkpoint import store
+from megamtp.cluster.environment import of_all_ranks
 from megamtp.errors import CheckpointError
 
 
@@ -40,9 +41,7 @@ def newest_verified(run_directory: Path, rank: int, world_size: int) -> tuple[Pa
     dist.broadcast_object_list(found, src=0)
     for checkpoint in reversed(found[0]):
         manifest, reason = _verify(checkpoint, rank, world_size)
-        told: list[str | None] = [None] * world_size
-        dist.all_gather_object(told, reason)
-        reason = next((one for one in told if one), None)
+        reason = next((one for one in of_all_ranks(reason) if one), None)
         if not reason:
             return checkpoint, manifest
         reasons.append(reason)

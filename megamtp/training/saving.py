@@ -20,6 +20,7 @@ from torch import Tensor
 from megamtp.checkpoint import store
 from megamtp.checkpoint.shards import Snapshot, WrittenFile, shard_name, write_shard
 from megamtp.checkpoint.tensors import InMemory
+from megamtp.cluster.environment import of_all_ranks
 from megamtp.config import Config
 from megamtp.engines.base import Engine, EngineState
 from megamtp.errors import CheckpointError
@@ -89,8 +90,7 @@ class Saver:
         start = time.perf_counter()
         with self._metrics.phase("save"):
             writing.thread.join()
-            parts: list[_Part] = [None] * self._engine.world_size
-            dist.all_gather_object(parts, _Part(writing.file, writing.error, writing.seconds))
+            parts = of_all_ranks(_Part(writing.file, writing.error, writing.seconds))
             error = next((part.error for part in parts if part.error), None)
             outcome = [error or (self._publish(writing.manifest, parts) if self._engine.rank == 0 else None)]
             dist.broadcast_object_list(outcome, src=0)
@@ -113,8 +113,7 @@ class Saver:
             free = shutil.disk_usage(partial).free
         except OSError as found:
             error = self._failure(step, found)
-        told: list[tuple[int, int, str | None]] = [None] * self._engine.world_size
-        dist.all_gather_object(told, (num_bytes, free, error))
+        told = of_all_ranks((num_bytes, free, error))
         needed, free = sum(size for size, _, _ in told), told[0][1]
         error = next((error for _, _, error in told if error), None)
         if not error and free < needed:

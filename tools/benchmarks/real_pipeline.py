@@ -21,7 +21,7 @@ import torch.distributed as dist
 from matplotlib.figure import Figure
 
 from benchmarks import exposure, output, pipeline, plans, variants
-from megamtp.cluster.environment import find_place, join_peers
+from megamtp.cluster.environment import find_place, join_peers, of_all_ranks
 from megamtp.config import ClusterConfig, Config
 from megamtp.data.loader import Batch
 from megamtp.engines.build import build_engine
@@ -73,7 +73,7 @@ def measured(predicted: dict, settings: dict, options: argparse.Namespace) -> di
         run.step()
     seconds = [run.step() for _ in range(options.steps)]
     output.say(f"{predicted['size']} n={predicted['heads']} {predicted['plan']}: {output.spread([1e3 * s for s in seconds])} ms")
-    computing = _everyones(run.computing_seconds()) if options.device == "cuda" else None
+    computing = of_all_ranks(run.computing_seconds()) if options.device == "cuda" else None
     del run
     variants.free(others)
     found = {"seconds": seconds, "computing_seconds": computing}
@@ -118,7 +118,7 @@ class Run:
         result = self.engine.train_batch(self.micro_batches, self.counts, lr=1e-5)
         if not torch.isfinite(torch.tensor(result.gradient_norm)):
             raise RuntimeError(f"the gradient's norm is {result.gradient_norm}")
-        return max(_everyones(self.end - start))
+        return max(of_all_ranks(self.end - start))
 
     def computing_seconds(self) -> float:
         """In which this rank's card computed, in one step's passes: the last step, for it is not taken. Collective."""
@@ -134,12 +134,6 @@ class Run:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
-
-
-def _everyones(number: float) -> list[float]:
-    found: list[float] = [0.0] * dist.get_world_size()
-    dist.all_gather_object(found, number)
-    return found
 
 
 def _ratio(result: dict) -> float:
