@@ -218,7 +218,8 @@ class RunConfig:
         None, "FLOP/s of one card at train.precision, for the model-FLOP share; null: known cards only"
     )
     stall_seconds: int | None = option(
-        None, "longest a step, an evaluation or a save may take; a rank that waits longer prints where, and ends the job; null: any"
+        None,
+        "longest a step, a save or some batches of an evaluation may take; a rank that waits longer prints where, and ends the job",
     )
     requeue_exit_code: int = option(0, "exit status after a save asked for by SIGTERM or SIGUSR1")
 

@@ -23,7 +23,7 @@ from typing import TextIO
 import torch
 
 from megamtp.checkpoint.store import check_model, checkpoints, remove_leftovers
-from megamtp.cluster.environment import Place, emulated_place, find_place, join_peers, share_error
+from megamtp.cluster.environment import Place, emulated_place, find_place, join_peers, of_all_ranks, share_error
 from megamtp.config import RESOLVED, Config, describe, differences, read_config, write_config
 from megamtp.data.blend import Blend
 from megamtp.data.corpus import SUMMARY
@@ -36,7 +36,7 @@ from megamtp.engines.initial_weights import open_initial_weights, without_initia
 from megamtp.errors import InputError
 from megamtp.files import take_lock
 from megamtp.training.metrics import FILE as METRICS
-from megamtp.training.metrics import records_until
+from megamtp.training.metrics import lacks_validation, records_until
 from megamtp.training.resuming import newest_readable, newest_verified
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -123,11 +123,14 @@ def _train(job: Job, place: Place) -> bool:
     join_peers(place, config.cluster)
     stop.listen()
     from megamtp.engines.build import build_engine
-    from megamtp.training.loop import Training
+    from megamtp.training.loop import Training, evaluation_due
 
     found = None if config.cluster.emulate else newest_verified(run_directory, place.rank, place.world_size)
     first_step = found[1].step if found else 0
-    if first_step >= config.train.steps:
+    owes_evaluation = evaluation_due(config, first_step) and any(
+        of_all_ranks(place.rank == 0 and lacks_validation(run_directory / METRICS, first_step))
+    )
+    if first_step >= config.train.steps and not owes_evaluation:
         if place.rank == 0:
             print(f"{run_directory} has all its {config.train.steps} steps already; nothing to do")
         return True
@@ -144,7 +147,7 @@ def _train(job: Job, place: Place) -> bool:
     torch.manual_seed((config.train.seed << 24) + place.rank)  # or checkpoints would differ in random states that nothing has used
     if found:
         engine.load(found[0])
-    return Training(config, engine, job.train, job.validation, stop, first_step).run()
+    return Training(config, engine, job.train, job.validation, stop, first_step, owes_evaluation).run()
 
 
 def _leave_peers() -> None:

@@ -3,6 +3,7 @@
 import faulthandler
 import math
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -14,7 +15,7 @@ from megamtp.checkpoint.store import checkpoints
 from megamtp.cluster.environment import find_place, of_all_ranks
 from megamtp.cluster.signals import StopRequest
 from megamtp.config import Config
-from megamtp.data.loader import TrainLoader, evaluation_batches
+from megamtp.data.loader import Batch, TrainLoader, evaluation_batches
 from megamtp.data.windows import Windows
 from megamtp.engines.base import Engine, count_targets
 from megamtp.errors import InputError
@@ -23,17 +24,35 @@ from megamtp.training.saving import Saver
 from megamtp.training.schedule import learning_rate
 
 MAX_SKIPPED = 10  # steps in a row whose gradients are not finite
+BATCHES_UNASKED = 8  # of an evaluation, after which the ranks ask each other whether to stop
+
+
+def evaluation_due(config: Config, step: int) -> bool:
+    """Whether an evaluation follows this step."""
+    due = step % config.run.evaluate_every_steps == 0 or step == config.train.steps
+    return config.data.validation is not None and step > 0 and due
 
 
 class Training:
     """One run on all ranks, from its newest checkpoint (or the beginning) to its last step."""
 
     def __init__(
-        self, config: Config, engine: Engine, train: TrainLoader, validation: Windows | None, stop: StopRequest, first_step: int
+        self,
+        config: Config,
+        engine: Engine,
+        train: TrainLoader,
+        validation: Windows | None,
+        stop: StopRequest,
+        first_step: int,
+        owes_evaluation: bool = False,
     ):
-        """`first_step`: steps already taken; the engine has loaded the checkpoint of that step if it is not 0."""
+        """
+        Args:
+            first_step: steps already taken; the engine has loaded the checkpoint of that step if it is not 0.
+            owes_evaluation: of that step, which the job before was stopped amid or before.
+        """
         self.config, self.engine, self.train, self.validation, self.stop = config, engine, train, validation, stop
-        self.step = first_step
+        self.step, self.owes_evaluation = first_step, owes_evaluation
         self.num_skipped = 0  # of the last steps, in a row, for what is not finite
         self._damage: str | None = None  # what is wrong with this rank's data that is needed next
         self.metrics = Metrics(config, first_step, engine.rank, engine.world_size, engine.device)
@@ -56,12 +75,15 @@ class Training:
     def _run(self) -> bool:
         run, steps = self.config.run, self.config.train.steps
         stopped, damaged = False, self._anywhere(self._is_damaged())
+        if self.owes_evaluation and not damaged:
+            stopped, damaged = self._evaluate()
         while self.step < steps and not stopped and not damaged:
             self.step += 1
             self._must_end()
             stopped, damaged = self._train_step()
-            if self.validation and (self.step % run.evaluate_every_steps == 0 or self.step == steps):
-                damaged = not self._evaluate() or damaged
+            if not stopped and evaluation_due(self.config, self.step):
+                stopped, found = self._evaluate()
+                damaged = damaged or found
             due = self.step % run.save_every_steps == 0 and not self.num_skipped  # or bad weights might outlive good ones
             if due or self.step == steps or stopped or damaged:
                 self._save()
@@ -154,15 +176,18 @@ class Training:
         self.metrics.close()
         raise InputError(error) if self.engine.rank == 0 else SystemExit(2)
 
-    def _evaluate(self) -> bool:
-        """False if some rank finds its data damaged: a rank that met it amid its batches would leave the others waiting."""
+    def _evaluate(self) -> tuple[bool, bool]:
+        """Whether any rank was asked to stop, which ends it without a result, and whether some rank finds its data damaged.
+
+        One that met it amid its batches would leave the others waiting.
+        """
         self._must_end()
         engine = self.engine
         with self.metrics.phase("evaluate"):
             error = self.validation.damage_of_first(self.config.run.evaluation_windows)
             if self._anywhere(error is not None):
                 self._damage = self._damage or error
-                return False
+                return False, True
         batches = evaluation_batches(
             self.validation,
             self.config.train.micro_batch_size,
@@ -170,12 +195,27 @@ class Training:
             engine.data_parallel_size,
             self.config.run.evaluation_windows,
         )
+        asked = False
+
+        def until_asked() -> Iterator[Batch]:
+            """An evaluation may take longer than a job has from the signal to its end."""
+            nonlocal asked
+            for index, batch in enumerate(batches):
+                if index % BATCHES_UNASKED == 0:
+                    self._must_end()
+                    asked = self._anywhere(self.stop.asked)
+                if asked:
+                    return
+                yield batch
+
         with self.metrics.phase("evaluate"):
-            totals = engine.evaluate(batches)
+            totals = engine.evaluate(until_asked())
+            if asked:
+                return True, False
             dist.all_reduce(totals)
         nll_sums, counts = totals.view(2, -1).tolist()
         self.metrics.validation(self.step, [nll / max(1, count) for nll, count in zip(nll_sums, counts, strict=True)])
-        return True
+        return False, False
 
     def _save(self) -> None:
         if self.config.cluster.emulate:

@@ -149,6 +149,12 @@ def records_until(path: Path, step: int) -> list[str]:
     return kept
 
 
+def lacks_validation(path: Path, step: int) -> bool:
+    """Whether a run's metrics tell of no evaluation after `step`. Raises: InputError as records_until."""
+    records = map(json.loads, records_until(path, step))
+    return not any(record["kind"] == "validation" and record["step"] == step for record in records)
+
+
 def _keep_until(path: Path, step: int) -> None:
     """Drops the records of later steps; replaces the file in one act."""
     if not path.exists():

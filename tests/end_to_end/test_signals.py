@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from megamtp.checkpoint.store import newest_checkpoint, read_manifest
-from tests.end_to_end.jobs import deepspeed, ranks, records, wait_for
+from tests.end_to_end.jobs import MODULE, deepspeed, ranks, records, run, wait_for
 
 ENDLESS = ["train.steps=1000000", "data.validation=null", "run.save_every_steps=1000000", "run.requeue_exit_code=85"]
 
@@ -102,3 +102,19 @@ def test_a_rank_that_hangs_ends_the_job(arguments, tmp_path, start):
     output, _ = process.communicate(timeout=90)
     assert process.returncode == 1
     assert "Timeout (0:00:10)!" in output and "in _train_step" in output
+
+
+def test_a_signal_amid_a_long_evaluation(arguments, corpus, tmp_path, start):
+    """The step is saved at once; the job that follows evaluates it."""
+    arguments = [*arguments, "train.steps=3", f"run.directory={tmp_path}/run"]
+    process = start(["-m", MODULE, *arguments, f"data.validation={corpus}/train", "run.evaluation_windows=null"])
+    wait_for(lambda: len(records(tmp_path / "run")) == 3 or process.poll() is not None)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 0 and "asked to stop: saved at step 3" in output
+    assert read_manifest(newest_checkpoint(tmp_path / "run")).step == 3 and not records(tmp_path / "run", "validation")
+    for _ in range(2):
+        finished = run(["-m", MODULE, *arguments])
+        assert finished.returncode == 0
+        assert [record["step"] for record in records(tmp_path / "run", "validation")] == [3]
+    assert "nothing to do" in finished.stdout

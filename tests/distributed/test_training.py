@@ -1,4 +1,4 @@
-"""A card that computes what is not finite: its rank is named, its steps change nothing, and a run that has no others ends."""
+"""The training loop on two ranks: steps that are not finite, and an evaluation amid which the job is asked to stop."""
 
 import itertools
 import json
@@ -11,17 +11,31 @@ from torch import Tensor
 
 from megamtp.checkpoint import store
 from megamtp.cluster.signals import StopRequest
+from megamtp.config import Config
 from megamtp.data.blend import Blend
 from megamtp.data.loader import TrainLoader
 from megamtp.data.windows import Windows
+from megamtp.engines.base import Engine
 from megamtp.errors import InputError
-from megamtp.training.loop import MAX_SKIPPED, Training
-from megamtp.training.metrics import Metrics
+from megamtp.training.loop import BATCHES_UNASKED, MAX_SKIPPED, Training
+from megamtp.training.metrics import FILE, Metrics, lacks_validation
 from tests.cases import POSITIONS, VOCABULARY, WINDOWS, small_config
 from tests.ranks import run_ranks
 from tests.unit.test_windows import Tokens
 
 STEPS = 16
+
+
+def _training(config: Config, engine: Engine, **job) -> Training:
+    tokens = [position % VOCABULARY for position in range(100 * POSITIONS)]
+    windows = Windows(Tokens(len(tokens), tokens), POSITIONS, config.model.num_future_tokens, 0)
+    loader = TrainLoader(Blend([windows], [1.0]), 2 * WINDOWS, WINDOWS, dist.get_rank(), 2)
+    return Training(config, engine, loader, windows, **({"stop": StopRequest(False), "first_step": 0} | job))
+
+
+def _config(directory: str, kind: str, **settings) -> Config:
+    run = {"run__save_every_steps": 2, "run__keep_checkpoints": 9, "run__tensorboard": False, "run__directory": directory}
+    return small_config(engine__kind=kind, **{"train__steps": STEPS, "data__validation": "unused"} | run | settings)
 
 
 def _train(directory: str, kind: str, bad_steps: list[int]) -> tuple[str | None, list[str], list[dict[str, Tensor]]]:
@@ -30,16 +44,10 @@ def _train(directory: str, kind: str, bad_steps: list[int]) -> tuple[str | None,
 
     from megamtp.engines.build import build_engine
 
-    run = {"run__save_every_steps": 2, "run__keep_checkpoints": 9, "run__tensorboard": False, "run__directory": directory}
-    config = small_config(engine__kind=kind, train__steps=STEPS, **run)
-    engine, weights, said = build_engine(config), [], []
+    config = _config(directory, kind)
+    engine, weights, said, rank = build_engine(config), [], [], dist.get_rank()
     Metrics.say = lambda self, line: said.append(line)
-    tokens = [position % VOCABULARY for position in range(100 * POSITIONS)]
-    windows = Windows(Tokens(len(tokens), tokens), POSITIONS, config.model.num_future_tokens, 0)
-    rank = dist.get_rank()
-    training = Training(
-        config, engine, TrainLoader(Blend([windows], [1.0]), 2 * WINDOWS, WINDOWS, rank, 2), None, StopRequest(False), 0
-    )
+    training = _training(config, engine)
     engine.model.trunk[0].register_forward_hook(
         lambda module, inputs, output: output * float("nan") if rank == 1 and training.step in bad_steps else output
     )
@@ -89,3 +97,53 @@ def test_a_run_of_nothing_but_bad_steps_ends(tmp_path):
     assert f"; {MAX_SKIPPED} such steps in a row. Started again, the run goes on from step-0000002: " in error
     assert _same(weights[1], weights[-1]) and len(weights) == 2 + MAX_SKIPPED
     assert [path.name for path in (Path(tmp_path) / "checkpoints").iterdir()] == ["step-0000002"]
+
+
+class AskedAmidEvaluation:
+    """A StopRequest of rank 1's, once `num_batches` of an evaluation have been read."""
+
+    asked = False
+
+    def __init__(self, engine: Engine, num_batches: int):
+        self.read, evaluate = 0, engine.evaluate
+
+        def watched(batches):
+            def counted():
+                for batch in batches:
+                    self.read += 1
+                    self.asked = dist.get_rank() == 1 and self.read >= num_batches
+                    yield batch
+
+            return evaluate(counted())
+
+        engine.evaluate = watched
+
+
+def _stopped_and_resumed(directory: str) -> tuple[int, bool, list[bool]]:
+    """(batches read before the stop, whether the run then lacks an evaluation, whether each job came to its end)."""
+    from megamtp.engines.build import build_engine
+
+    settings = {"run__evaluate_every_steps": 3, "run__save_every_steps": 100, "train__steps": 6}
+    config, ended = _config(f"{directory}/whole", "zero3", **settings), []
+    ended.append(_training(config, build_engine(config)).run())
+    config = _config(f"{directory}/stopped", "zero3", **settings)
+    engine = build_engine(config)
+    stop = AskedAmidEvaluation(engine, BATCHES_UNASKED + 1)
+    ended.append(_training(config, engine, stop=stop).run())
+    lacks = lacks_validation(Path(config.run.directory) / FILE, 3)
+    (checkpoint,) = store.checkpoints(Path(config.run.directory))
+    engine = build_engine(config)
+    engine.load(checkpoint)
+    ended.append(_training(config, engine, first_step=store.read_manifest(checkpoint).step, owes_evaluation=lacks).run())
+    return stop.read, lacks, ended
+
+
+def test_an_evaluation_stops_at_once_and_is_made_good(tmp_path):
+    for folder in ("whole", "stopped"):
+        (tmp_path / folder).mkdir()
+    results = run_ranks(_stopped_and_resumed, 2, str(tmp_path))
+    assert results == 2 * [(2 * BATCHES_UNASKED, True, [True, False, True])]  # of 25 batches
+    read = [(tmp_path / folder / FILE).read_text().splitlines() for folder in ("whole", "stopped")]
+    whole, stopped = ([record for line in lines if (record := json.loads(line))["kind"] == "validation"] for lines in read)
+    assert [record["step"] for record in whole] == [3, 6] and stopped == whole
+    assert [path.name for path in store.checkpoints(tmp_path / "stopped")] == ["step-0000003", "step-0000006"]
