@@ -24,6 +24,8 @@ from megamtp.files import write_atomically
 
 RESOLVED = "config.yaml"  # in a run's folder: its whole configuration
 BYTES = "bytes"  # data.tokenizer of byte-level runs
+COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "broadcast")
+MAX_SEED = 2**39  # see pretrain.py
 MAX_STALL_SECONDS = 10**6
 PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -285,6 +287,11 @@ def read_config(arguments: list[str]) -> Config:
 
 def write_config(config: Config, path: Path) -> None:
     """Saves the resolved configuration as YAML that `read_config` accepts, from any working directory."""
+    write_atomically(path, OmegaConf.to_yaml(OmegaConf.structured(from_anywhere(config))).encode())
+
+
+def from_anywhere(config: Config) -> Config:
+    """The same with absolute paths of data and weights."""
     if config.run.initial_weights:
         run = dataclasses.replace(config.run, initial_weights=_absolute(config.run.initial_weights))
         config = dataclasses.replace(config, run=run)
@@ -295,8 +302,7 @@ def write_config(config: Config, path: Path) -> None:
     corpora = [(weight, _absolute(prefix)) for weight, prefix in data.train_corpora]
     blend = " ".join(f"{weight!r} {shlex.quote(prefix)}" for weight, prefix in corpora)
     train = corpora[0][1] if len(corpora) == 1 else blend
-    config = dataclasses.replace(config, data=dataclasses.replace(data, train=train, **paths))
-    write_atomically(path, OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
+    return dataclasses.replace(config, data=dataclasses.replace(data, train=train, **paths))
 
 
 def differences(old: Config, new: Config) -> list[str]:
@@ -458,6 +464,10 @@ def _check(config: Config) -> None:
         "optimizer.weight_decay", "optimizer.gradient_clipping", "head_loss.z_loss", "train.seed",
         "engine.param_persistence_threshold", "engine.prefetch_modules", "cluster.latency",
     )  # fmt: skip
+    _require(train.seed < MAX_SEED, f"train.seed={train.seed}", f"a number below {MAX_SEED}")
+    for kind, share in config.cluster.efficiency.items():
+        _one_of("a kind in cluster.efficiency", kind, COLLECTIVES)
+        _require(0 < share <= 2, f"cluster.efficiency of {kind}={share}", "a share of the bandwidth: above 0, and 2 at most")
     peak = config.run.peak_flops
     _require(peak is None or 0 < peak < math.inf, f"run.peak_flops={peak}", "a number above 0")
     stall = config.run.stall_seconds

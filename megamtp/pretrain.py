@@ -16,6 +16,7 @@ import socket
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -24,7 +25,7 @@ import torch
 
 from megamtp.checkpoint.store import check_model, checkpoints, remove_leftovers
 from megamtp.cluster.environment import Place, emulated_place, find_place, join_peers, of_all_ranks, share_error
-from megamtp.config import RESOLVED, Config, describe, differences, read_config, write_config
+from megamtp.config import RESOLVED, Config, describe, differences, from_anywhere, read_config, write_config
 from megamtp.data.blend import Blend
 from megamtp.data.corpus import SUMMARY
 from megamtp.data.indexed_dataset import IndexedDataset
@@ -53,6 +54,7 @@ class Job:
     train: TrainLoader
     validation: Windows | None
     changes: list[str]  # of a resumed run's configuration, in words
+    num_tokens: list[int]  # of each corpus, validation last
     lock: TextIO | None  # held open by rank 0 as long as the job runs
 
 
@@ -101,6 +103,8 @@ def check(config: Config, place: Place) -> Job:
     run_directory = Path(config.run.directory)
     if config.run.initial_weights and not checkpoints(run_directory):
         open_initial_weights(config)
+    if config.cluster.emulate:
+        _spare_real_run(run_directory)
     _make_writable(run_directory)
     lock = _lock(run_directory) if place.rank == 0 else None
     found = None if config.cluster.emulate else newest_readable(run_directory)
@@ -111,7 +115,8 @@ def check(config: Config, place: Place) -> Job:
         records_until(run_directory / METRICS, found[1].step if found else 0)
         if found and (run_directory / RESOLVED).exists():
             changes = _changes(run_directory / RESOLVED, config)
-    return Job(config, loader, validation, changes, lock)
+    num_tokens = [windows.dataset.num_tokens for windows in (*train, *([validation] if validation else []))]
+    return Job(config, loader, validation, changes, num_tokens, lock)
 
 
 def _train(job: Job, place: Place) -> bool:
@@ -122,6 +127,8 @@ def _train(job: Job, place: Place) -> bool:
     stop = StopRequest(launched=place.world_size > 1 and not config.cluster.emulate)
     join_peers(place, config.cluster)
     stop.listen()
+    if not config.cluster.emulate:
+        _check_agreement(config, job.num_tokens)
     from megamtp.engines.build import build_engine
     from megamtp.training.loop import Training, evaluation_due
 
@@ -148,6 +155,15 @@ def _train(job: Job, place: Place) -> bool:
     if found:
         engine.load(found[0])
     return Training(config, engine, job.train, job.validation, stop, first_step, owes_evaluation).run()
+
+
+def _check_agreement(config: Config, num_tokens: list[int]) -> None:
+    """Raises: InputError on all ranks if one has other settings or corpora, as from another node's script. Collective."""
+    first, *others = of_all_ranks((config, num_tokens))
+    for rank, other in enumerate(others, start=1):
+        if other != first:
+            found = next(iter(differences(first[0], other[0])), f"corpora of {first[1]} -> {other[1]} tokens")
+            raise InputError(f"rank {rank} is not started as rank 0 is ({found}); expected the same arguments and corpora on all")
 
 
 def _leave_peers() -> None:
@@ -216,9 +232,17 @@ def _make_writable(directory: Path) -> None:
         raise InputError(f"{directory} cannot be written to: {error.strerror}; choose another run.directory") from None
 
 
+def _spare_real_run(directory: Path) -> None:
+    resolved = directory / RESOLVED
+    if checkpoints(directory) or (resolved.exists() and read_config([str(resolved)]).cluster.emulate is None):
+        raise InputError(
+            f"{directory} holds a real run, whose metrics those of cluster.emulate would replace; choose another run.directory"
+        )
+
+
 def _changes(path: Path, config: Config) -> list[str]:
     try:
-        return [f"changed since the run began: {change}" for change in differences(read_config([str(path)]), config)]
+        return [f"changed since the run began: {one}" for one in differences(read_config([str(path)]), from_anywhere(config))]
     except InputError as error:  # it is about to be written anew
         return [f"what has changed since the run began is not known: {error}"]
 
@@ -283,8 +307,9 @@ def _end(outcome: list[int]) -> None:
     after that aborts the process (torch 2.11: ProcessGroupGloo::runLoop, decref_pyobject, PyEval_AcquireThread).
     """
     if outcome:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            with suppress(OSError):  # nobody reads it any more
+                stream.flush()
         os._exit(outcome[0])
 
 

@@ -30,9 +30,10 @@ class Place:
 def find_place() -> Place:
     """Reads the launcher's environment variables; without any, this is the only rank."""
     for rank, local_rank, world_size in SPELLINGS:
-        if rank in os.environ and world_size in os.environ:  # one alone is some other program's
+        if os.environ.get(rank) and os.environ.get(world_size):  # one alone is some other program's
             own_rank = int(os.environ[rank])
-            return Place(own_rank, int(os.environ.get(local_rank, own_rank)), int(os.environ[world_size]))
+            local = os.environ.get(local_rank) or os.environ.get("SLURM_LOCALID") or own_rank  # Slurm's PMI tells none
+            return Place(own_rank, int(local), int(os.environ[world_size]))
     return Place(0, 0, 1)
 
 
@@ -63,9 +64,22 @@ def join_peers(place: Place, cluster: ClusterConfig) -> None:
     # DeepSpeed compiles a shared-memory collective for CPU ranks at first use; gloo does not need it, and there may be no compiler.
     compatible_ops["deepspeed_shm_comm"] = False
     _announce(place)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
     if cluster.emulate:
         emulated.join(cluster)
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        _join_by_torchruns_store(place, backend)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+
+
+def _join_by_torchruns_store(place: Place, backend: str) -> None:
+    """Under names of this start's own: torchrun keeps its store when it starts ranks again, with the last ones' addresses."""
+    import torch.distributed as dist
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, place.world_size, is_master=False)
+    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size)
 
 
 def _announce(place: Place) -> None:
@@ -86,7 +100,7 @@ def share_error(place: Place, error: InputError | None) -> None:
     other over MPI, and in the same message where to meet, which mpirun does not tell them. Then MPI is left for good: at its exit
     a rank would otherwise wait for all others to leave it, also for those that wait for this one.
     """
-    if place.world_size == 1 or "MASTER_ADDR" in os.environ:
+    if place.world_size == 1 or (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")):
         if error:
             raise error
         return
@@ -94,14 +108,15 @@ def share_error(place: Place, error: InputError | None) -> None:
         import mpi4py
     except ImportError:
         raise InputError(
-            f"{place.world_size} ranks but no MASTER_ADDR, and no mpi4py to ask mpirun's ranks: pip install mpi4py"
+            f"{place.world_size} ranks but no MASTER_ADDR and MASTER_PORT, and no mpi4py to ask mpirun's ranks: pip install mpi4py"
         ) from None
     mpi4py.rc.finalize = False
     from mpi4py import MPI
 
     if MPI.COMM_WORLD.size != place.world_size:
         raise InputError(
-            f"{place.world_size} ranks by the environment, but no MASTER_ADDR and no MPI; expected a launcher that sets both"
+            f"{place.world_size} ranks by the environment, but neither MASTER_ADDR and MASTER_PORT nor MPI; expected a launcher "
+            "that sets them"
         )
     address = (socket.gethostbyname(socket.gethostname()), _free_port()) if place.rank == 0 else None
     told = MPI.COMM_WORLD.allgather((error and str(error), address))

@@ -21,7 +21,6 @@ from megamtp.losses.linear_cross_entropy import default_chunk_rows
 from megamtp.model.cost import layer_activation_bytes, layer_matrices, layer_parameters, parameters, unembedding_parameters
 
 DAY = 86400.0
-BUFFERED_LAYERS = 3  # gathered layers at a time: the running one and two on their way
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,8 @@ def _plan_pipeline(config: Config, world_size: int, card: Card) -> Plan:
     largest = max(cut.stages, key=lambda stage: sum(stage.memory_bytes.values()))
     weights = max(stage.memory_bytes["weights"] for stage in cut.stages)
     network = Network(dataclasses.replace(cluster, emulate=pipelines))
-    reduction = sum(network.seconds(kind, weights) for kind in ("reduce_scatter", "all_gather"))
+    # DeepSpeed's pipeline sums whole gradients, though each pipeline keeps a shard of them.
+    reduction = network.seconds("all_reduce", weights * _reduced_width(config) / 2) + network.seconds("all_gather", weights)
     exposed = cut.step(exchange) - compute + reduction
     share = max(stage.memory_bytes[OPTIMIZER] for stage in cut.stages) / STATE_BYTES
     return Plan(
@@ -166,15 +166,16 @@ def _memory(config: Config, world_size: int) -> dict[str, float]:
     boundaries = 2 * tokens * model.dim * trunk
     rows = config.head_loss.chunk_rows or default_chunk_rows(model.vocab_size, bytes_per_logit=2)
     # dW in fp32 and as it is sent, and a chunk of logits; in fp8 also two copies of the weight, and one of the chunk's gradient.
-    head_loss = 3 * vocabulary + 2 * rows * model.vocab_size
+    sent = _reduced_width(config) / 2
+    head_loss = (2 + sent) * vocabulary + 2 * rows * model.vocab_size
     head_loss += vocabulary + rows * model.vocab_size if _float8_heads(config) else 0
     on_device = 0 if config.engine.offload_optimizer else 1
     return {
         "weights": 0 if config.engine.offload_parameters else 2 * share,
         "gradients": 4 * share * on_device,
         "optimizer": STATE_BYTES * share * on_device,
-        "gathered weights": BUFFERED_LAYERS * layer + 2 * vocabulary if world_size > 1 else 0,
-        "gradients on their way": layer,
+        "gathered weights": (1 + config.engine.prefetch_modules) * layer + 2 * vocabulary if world_size > 1 else 0,
+        "gradients on their way": sent * layer,
         "activations": (boundaries + saved if config.train.activation_checkpointing else (trunk + 1) * saved),
         "a layer's backward": 13 * tokens * model.hidden_dim,
         "head loss": head_loss,
@@ -209,14 +210,20 @@ def _micro_batch_seconds(config: Config, world_size: int, card: Card) -> tuple[f
 
     network = Network(dataclasses.replace(config.cluster, emulate=world_size))
     layer, vocabulary = 2 * layer_parameters(model), 2 * model.vocab_size * model.dim
-    gather, reduction = (network.seconds(kind, layer) for kind in ("all_gather", "reduce_scatter"))
-    outer = network.seconds("all_gather", vocabulary) + network.seconds("reduce_scatter", vocabulary)
+    sent = _reduced_width(config) / 2
+    gather, reduction = network.seconds("all_gather", layer), network.seconds("reduce_scatter", sent * layer)
+    outer = network.seconds("all_gather", vocabulary) + network.seconds("reduce_scatter", sent * vocabulary)
     ends = outer + gather + reduction  # embedding and first layer: nothing runs before them, or after
     between = (model.num_trunk_layers - 1) * max(0.0, gather - forward)
     between += (model.num_layers - 1) * max(0.0, gather + reduction - 2 * forward)
     communicating = min(1.0, (2 * gather + reduction) * model.num_layers / compute)
     taken = compute * communicating * config.cluster.communication_sms / card.multiprocessors if world_size > 1 else 0.0
     return compute, ends + between + taken
+
+
+def _reduced_width(config: Config) -> int:
+    """Bytes of a gradient's element on its way to other ranks; of a weight's it is always 2."""
+    return 4 if config.engine.reduce_dtype == "fp32" else 2
 
 
 def _float8_heads(config: Config) -> int:

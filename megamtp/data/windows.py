@@ -119,6 +119,8 @@ class Windows:
         stop = min(number * self.sequence_length + self.num_future_tokens, self.dataset.num_tokens)
         for start in range(0, stop, CHECKED_TOKENS):
             self._read(start, min(start + CHECKED_TOKENS, stop))
+            if self.documents != "continue":
+                self.dataset.boundaries(start, min(start + CHECKED_TOKENS, stop))
 
     def damage_of_first(self, max_windows: int | None) -> str | None:
         """What check_first has to say, if anything."""

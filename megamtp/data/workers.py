@@ -4,6 +4,7 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -69,11 +70,8 @@ def _processes(number: int) -> Iterator[Executor]:
     others = set(multiprocessing.active_children())
     executor = ProcessPoolExecutor(number, multiprocessing.get_context("fork"), _end_with, (os.getpid(),))
     try:
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
+        with _interrupted_later():
             executor.submit(os.getpid)  # forks all workers; what interrupts a fork is lost in one of Python's own hooks
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         yield executor
     except KeyboardInterrupt:  # begun parts are not waited for
         for process in set(multiprocessing.active_children()) - others:
@@ -81,6 +79,22 @@ def _processes(number: int) -> Iterator[Executor]:
         raise
     finally:
         executor.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _interrupted_later() -> Iterator[None]:
+    """Ctrl-C within the block interrupts at its end. Only the main thread is ever interrupted."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    noted: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: noted.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if noted:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _end_with(parent: int) -> None:

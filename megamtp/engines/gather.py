@@ -77,6 +77,7 @@ class Unit:
         gathered: those that are whole only while they are needed, which is all but persistent ones.
         buffer: where the weights are, from the moment they are sent for.
         arriving: handles of the gather, until somebody has waited for them.
+        arrived: of offloaded weights, after what else they need.
         pins: while above 0, the weights stay.
         ready: number of its parameters whose gradient is complete.
     """
@@ -88,6 +89,7 @@ class Unit:
         self.shapes = tuple(tuple(parameter.ds_shape) for parameter in self.gathered)
         self.buffer: Buffer | None = None
         self.arriving: list[dist.Work] = []
+        self.arrived: torch.cuda.Event | None = None
         self.pins = self.ready = 0
 
 
@@ -219,15 +221,22 @@ class Gather:
             return
         shards = [parameter.ds_tensor for parameter in unit.gathered]
         with self._streams.on(self._streams.gather):
-            if self._streams.on_gpu and shards and not shards[0].is_cuda:
+            offloaded = self._streams.on_gpu and bool(shards) and not shards[0].is_cuda
+            if offloaded:
                 shards = [shard.to(self._streams.device, non_blocking=True) for shard in shards]
             if self._world_size == 1 or not shards:
                 weights = [shard.view(shape) for shard, shape in zip(shards, unit.shapes, strict=True)]
                 unit.buffer = Buffer(shards, weights)
+                for shard in shards if offloaded else ():
+                    shard.record_stream(self._streams.compute)  # or the next copies might get its memory too early
             else:
                 unit.buffer = self._take_buffer(unit, shards)
                 self._streams.wait_for(unit.buffer.last_use, self._streams.gather)
                 unit.arriving = self._gather(unit.buffer.flat, shards)
+                for handle in unit.arriving if offloaded else ():
+                    handle.wait()  # this stream, too: the next copies may get the memory of these
+            if offloaded:
+                unit.arrived = self._streams.mark(self._streams.gather)
         for parameter, weight in zip(unit.gathered, unit.buffer.weights, strict=True):
             parameter.data = weight
             parameter.ds_status = ZeroParamStatus.AVAILABLE
@@ -257,7 +266,8 @@ class Gather:
     def _wait_for(self, unit: Unit) -> None:
         for handle in unit.arriving:
             handle.wait()
-        unit.arriving = []
+        self._streams.wait_for(unit.arrived, self._streams.compute)
+        unit.arriving, unit.arrived = [], None
 
     def _release(self, unit: Unit) -> None:
         if unit.buffer is None or unit.pins:

@@ -65,7 +65,9 @@ class GroupedTraffic:
         units, group = list(self._units.values()), optimizer.dp_process_group
         self._replaced = optimizer.parameter_offload.param_coordinator, optimizer.reduce_and_partition_stream
         self._remove_deepspeeds_hooks()
-        if streams.on_gpu and not optimizer.offload_optimizer:
+        if streams.on_gpu and optimizer.offload_optimizer:
+            streams.scatter = optimizer.reduce_and_partition_stream  # the host, which steps, waits for it in DeepSpeed's epilogue
+        elif streams.on_gpu:
             streams.scatter = optimizer.reduce_and_partition_stream = DeviceOrderedStream(streams.device)
             streams.scatter.is_awaited = engine.is_gradient_accumulation_boundary
         self.gather = Gather(units, group, streams, prefetch)

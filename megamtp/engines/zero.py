@@ -71,7 +71,12 @@ class ZeroEngine:
                 self.engine.backward(loss)
                 self.engine.step()
                 nll_sums += micro_nll_sums
-        return StepResult(nll_sums, float(self.engine.get_global_grad_norm()), self.engine.was_step_applied() is False)
+        skipped = self.engine.was_step_applied() is False
+        if skipped and self.config.engine.kind == "zero1" and self.config.engine.offload_optimizer:
+            # DeepSpeed keeps a skipped step's gradients here, and would add the next step's to them (stage_1_and_2.py, step).
+            for group in self.engine.optimizer.averaged_gradients:
+                self.engine.optimizer.averaged_gradients[group] = None
+        return StepResult(nll_sums, float(self.engine.get_global_grad_norm()), skipped)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> Tensor:

@@ -74,7 +74,7 @@ class Training:
 
     def _run(self) -> bool:
         run, steps = self.config.run, self.config.train.steps
-        stopped, damaged = False, self._anywhere(self._is_damaged())
+        due, stopped, damaged = False, False, self._anywhere(self._is_damaged())
         if self.owes_evaluation and not damaged:
             stopped, damaged = self._evaluate()
         while self.step < steps and not stopped and not damaged:
@@ -84,15 +84,17 @@ class Training:
             if not stopped and evaluation_due(self.config, self.step):
                 stopped, found = self._evaluate()
                 damaged = damaged or found
-            due = self.step % run.save_every_steps == 0 and not self.num_skipped  # or bad weights might outlive good ones
-            if due or self.step == steps or stopped or damaged:
+            due = due or self.step % run.save_every_steps == 0 or self.step == steps or stopped or damaged
+            if due and not self.num_skipped:  # or bad weights might outlive good ones
                 self._save()
+                due = False
         self._must_end()
         self.saver.finish()
         if damaged:
             self._fail(next(error for error in of_all_ranks(self._damage) if error))
         if stopped:
-            self.metrics.say(f"asked to stop: saved at step {self.step}")
+            saved = "these steps, which are not finite, are not saved" if self.num_skipped else f"saved at step {self.step}"
+            self.metrics.say(f"asked to stop: {saved}")
         self.metrics.close()
         return not stopped
 
@@ -152,21 +154,24 @@ class Training:
         """Says whose losses are not finite: a bad card is as likely as a bad setting. Collective.
 
         Raises:
-            InputError: too many such steps in a row, or this one has changed the weights; as `run` raises it.
+            InputError: there are too many in a row, this is the run's last, or it has changed the weights; as `run` raises it.
         """
         self.num_skipped += 1
-        own = f"rank {self.engine.rank} ({socket.gethostname()}, local rank {find_place().local_rank})"
-        places = [place for place in of_all_ranks(None if nll_sums.isfinite().all() else own) if place]
-        others = f" and of {len(places) - 1} others" if len(places) > 1 else ""
-        found = f"the losses of {places[0]}{others}" if places else "the gradient; all losses are"
-        found = f"step {self.step}: not finite: {found}"
-        if skipped and self.num_skipped < MAX_SKIPPED:
+        finite = bool(nll_sums.isfinite().all())
+        place = f"rank {self.engine.rank} ({socket.gethostname()}, local rank {find_place().local_rank})"
+        told = of_all_ranks((self.engine.data_parallel_rank, finite, place))
+        readers = sorted({reader for reader, finite, _ in told if not finite})
+        # In a pipeline, stages that have no losses may be where it began.
+        first = ", ".join(place for reader, _, place in told if readers and reader == readers[0])
+        others = f" and of {len(readers) - 1} others" if len(readers) > 1 else ""
+        found = f"step {self.step}: not finite: " + (f"the losses of {first}{others}" if first else "the gradient; all losses are")
+        if skipped and self.num_skipped < MAX_SKIPPED and self.step < self.config.train.steps:
             self.metrics.say(f"megamtp: warning: {found}; the weights stay as they were")
             return
         self.saver.finish()
         saved = checkpoints(Path(self.config.run.directory))
         self._fail(
-            f"{found}; {self.num_skipped} such steps in a row. Started again, the run goes on from "
+            f"{found}; such steps in a row: {self.num_skipped}. Started again, the run goes on from "
             f"{saved[-1].name if saved else 'its beginning'}: if that fails at the same step, lower optimizer.lr or remove the "
             "newest checkpoint; else have that machine looked at"
         )

@@ -4,7 +4,7 @@ import json
 import math
 import resource
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +93,10 @@ class Metrics:
             )
 
     def say(self, line: str) -> None:
-        """One line above the progress bar."""
+        """One line above the progress bar, if anybody still reads it: the terminal, or a log's disk, may be gone before the run."""
         if self.reporting:
-            self.bar.write(line)
+            with suppress(OSError):
+                self.bar.write(line)
 
     def close(self) -> None:
         if self.reporting:

@@ -17,6 +17,8 @@ from megamtp.data.loader import TrainLoader
 from megamtp.data.windows import Windows
 from megamtp.engines.base import Engine
 from megamtp.errors import InputError
+from megamtp.model.layers import TransformerLayer
+from megamtp.pretrain import _check_agreement
 from megamtp.training.loop import BATCHES_UNASKED, MAX_SKIPPED, Training
 from megamtp.training.metrics import FILE, Metrics, lacks_validation
 from tests.cases import POSITIONS, VOCABULARY, WINDOWS, small_config
@@ -29,7 +31,8 @@ STEPS = 16
 def _training(config: Config, engine: Engine, **job) -> Training:
     tokens = [position % VOCABULARY for position in range(100 * POSITIONS)]
     windows = Windows(Tokens(len(tokens), tokens), POSITIONS, config.model.num_future_tokens, 0)
-    loader = TrainLoader(Blend([windows], [1.0]), 2 * WINDOWS, WINDOWS, dist.get_rank(), 2)
+    readers = engine.data_parallel_rank, engine.data_parallel_size
+    loader = TrainLoader(Blend([windows], [1.0]), 2 * WINDOWS, WINDOWS, *readers)
     return Training(config, engine, loader, windows, **({"stop": StopRequest(False), "first_step": 0} | job))
 
 
@@ -38,13 +41,15 @@ def _config(directory: str, kind: str, **settings) -> Config:
     return small_config(engine__kind=kind, **{"train__steps": STEPS, "data__validation": "unused"} | run | settings)
 
 
-def _train(directory: str, kind: str, bad_steps: list[int]) -> tuple[str | None, list[str], list[dict[str, Tensor]]]:
+def _train(
+    directory: str, kind: str, bad_steps: list[int], settings: dict
+) -> tuple[str | None, list[str], list[dict[str, Tensor]]]:
     """(how the run ended, what it said, the weights after each step), with rank 1's card bad in `bad_steps`."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     from megamtp.engines.build import build_engine
 
-    config = _config(directory, kind)
+    config = _config(directory, kind, **settings)
     engine, weights, said, rank = build_engine(config), [], [], dist.get_rank()
     Metrics.say = lambda self, line: said.append(line)
     training = _training(config, engine)
@@ -71,9 +76,12 @@ def _same(before: dict[str, Tensor], after: dict[str, Tensor]) -> bool:
     return all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("kind", ["zero1", "zero3"])
-def test_a_bad_step_changes_nothing_and_names_the_rank(kind, tmp_path):
-    (error, said, weights), (other, _, _) = run_ranks(_train, 2, str(tmp_path), kind, [3, 4])
+OFFLOADED = {"train__precision": "bf16", "engine__offload_optimizer": True}  # where DeepSpeed keeps a skipped step's gradients
+
+
+@pytest.mark.parametrize(("kind", "settings"), [("zero1", {}), ("zero3", {}), ("zero1", OFFLOADED), ("zero3", OFFLOADED)])
+def test_a_bad_step_changes_nothing_and_names_the_rank(kind, settings, tmp_path):
+    (error, said, weights), (other, _, _) = run_ranks(_train, 2, str(tmp_path), kind, [3, 4], settings)
     assert error is other is None
     warnings = [line for line in said if line.startswith("megamtp: warning")]
     assert [line.split(": not finite")[0] for line in warnings] == ["megamtp: warning: step 3", "megamtp: warning: step 4"]
@@ -87,14 +95,59 @@ def test_a_bad_step_changes_nothing_and_names_the_rank(kind, tmp_path):
     for step, record in trained.items():
         assert (record["losses"] == [None, None]) == (record["gradient_norm"] is None) == (step in (3, 4))
     saved = [store.read_manifest(checkpoint).step for checkpoint in store.checkpoints(tmp_path)]
-    assert saved == [step for step in range(2, STEPS + 1, 2) if step != 4]
+    assert saved == [2, 5, *range(6, STEPS + 1, 2)]  # step 4's follows
+
+
+def _said_by_a_pipeline(directory: str) -> tuple[list[str], list[bool]]:
+    """(what was said, which steps changed this stage's weights) when the first stage's card is bad in step 3 of 4."""
+    from megamtp.engines.build import build_engine
+
+    settings = {"train__steps": 4, "engine__num_stages": 2, "data__validation": "null", "train__precision": "bf16"}
+    engine, said, changed = build_engine(config := _config(directory, "pipeline", **settings)), [], []
+    Metrics.say = lambda self, line: said.append(line)
+    training = _training(config, engine)
+    layers = [module for module in engine.model.modules() if isinstance(module, TransformerLayer)]
+    layers[0].register_forward_hook(
+        lambda module, inputs, output: output * float("nan") if dist.get_rank() == 0 and training.step == 3 else output
+    )
+    train_batch = engine.train_batch
+
+    def watched(*arguments):
+        before = [parameter.clone() for parameter in layers[0].parameters()]
+        result = train_batch(*arguments)
+        changed.append(any(not torch.equal(*pair) for pair in zip(before, layers[0].parameters(), strict=True)))
+        return result
+
+    engine.train_batch = watched
+    training.run()
+    return said, changed
+
+
+def test_all_stages_of_a_bad_pipeline_are_named(tmp_path):
+    """The losses are the last stage's alone."""
+    (said, changed), (_, changed_there) = run_ranks(_said_by_a_pipeline, 2, str(tmp_path))
+    (warning,) = [line for line in said if line.startswith("megamtp: warning")]
+    assert "step 3: not finite: the losses of rank 0 (" in warning and "), rank 1 (" in warning
+    assert changed == changed_there == [True, True, False, True]
+    assert [path.name for path in store.checkpoints(tmp_path)] == ["step-0000002", "step-0000004"]
+
+
+def test_a_checkpoint_due_in_a_bad_step_follows(tmp_path):
+    run_ranks(_train, 2, str(tmp_path), "zero3", [10, 11], {"run__save_every_steps": 10})
+    assert [path.name for path in store.checkpoints(tmp_path)] == ["step-0000012", "step-0000016"]
+
+
+def test_a_run_does_not_end_in_a_bad_step(tmp_path):
+    (error, _, _), (other, _, _) = run_ranks(_train, 2, str(tmp_path), "zero3", [STEPS], {"run__save_every_steps": 10})
+    assert error.startswith(f"InputError: step {STEPS}: not finite: the losses of rank 1 (") and other == "SystemExit: 2"
+    assert [path.name for path in store.checkpoints(tmp_path)] == ["step-0000010"]
 
 
 def test_a_run_of_nothing_but_bad_steps_ends(tmp_path):
-    (error, _, weights), (other, _, _) = run_ranks(_train, 2, str(tmp_path), "zero3", list(range(3, STEPS + 1)))
+    (error, _, weights), (other, _, _) = run_ranks(_train, 2, str(tmp_path), "zero3", list(range(3, STEPS + 1)), {})
     assert other == "SystemExit: 2"
     assert error.startswith(f"InputError: step {2 + MAX_SKIPPED}: not finite: the losses of rank 1 (")
-    assert f"; {MAX_SKIPPED} such steps in a row. Started again, the run goes on from step-0000002: " in error
+    assert f"; such steps in a row: {MAX_SKIPPED}. Started again, the run goes on from step-0000002: " in error
     assert _same(weights[1], weights[-1]) and len(weights) == 2 + MAX_SKIPPED
     assert [path.name for path in (Path(tmp_path) / "checkpoints").iterdir()] == ["step-0000002"]
 
@@ -147,3 +200,25 @@ def test_an_evaluation_stops_at_once_and_is_made_good(tmp_path):
     whole, stopped = ([record for line in lines if (record := json.loads(line))["kind"] == "validation"] for lines in read)
     assert [record["step"] for record in whole] == [3, 6] and stopped == whole
     assert [path.name for path in store.checkpoints(tmp_path / "stopped")] == ["step-0000003", "step-0000006"]
+
+
+def _disagreement(lrs: list[float], num_tokens: list[int]) -> str:
+    config = small_config(optimizer__lr=lrs[dist.get_rank()])
+    try:
+        _check_agreement(config, [100, num_tokens[dist.get_rank()]])
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("lrs", "num_tokens", "words"),
+    [
+        ([0.1, 0.1], [7, 7], ""),
+        ([0.1, 0.2], [7, 7], "rank 1 is not started as rank 0 is (optimizer.lr: 0.1 -> 0.2)"),
+        ([0.1, 0.1], [7, 8], "rank 1 is not started as rank 0 is (corpora of [100, 7] -> [100, 8] tokens)"),
+    ],
+)
+def test_ranks_started_differently_are_told(lrs, num_tokens, words):
+    first, second = run_ranks(_disagreement, 2, lrs, num_tokens)
+    assert first == second and first.startswith(words) and bool(first) == bool(words)

@@ -131,8 +131,8 @@ CASES = {
         lambda corpus, tmp: ["engine.deepspeed.zero_optimization.no_such_key=1"], ["no_such_key", "not permitted"],
     ),
     "DeepSpeed value of a wrong type": (
-        lambda corpus, tmp: ["engine.deepspeed.zero_optimization.round_robin_gradients=perhaps"],
-        ["round_robin_gradients", "perhaps", "boolean"],
+        lambda corpus, tmp: ["engine.deepspeed.zero_optimization.allgather_partitions=perhaps"],
+        ["allgather_partitions", "perhaps", "boolean"],
     ),
     "stages without a pipeline": (lambda corpus, tmp: ["engine.num_stages=2"], ["engine.num_stages=2", "engine.kind=pipeline"]),
     "pipeline without stages": (lambda corpus, tmp: ["engine.kind=pipeline"], ["engine.num_stages=null", "at least 2"]),
@@ -432,7 +432,7 @@ def test_a_learning_rate_that_ruins_the_weights_ends_the_run(arguments, tmp_path
     assert finished.returncode == 2
     *_, line = finished.stderr.splitlines()
     assert line.startswith(
-        "megamtp: error: step 11: not finite: the gradient; all losses are; 10 such steps in a row. Started again"
+        "megamtp: error: step 11: not finite: the gradient; all losses are; such steps in a row: 10. Started again"
     )
     assert "from its beginning" in line and not (tmp_path / "run/checkpoints").exists()
     assert [record["skipped"] for record in records(tmp_path / "run")] == [False] + 9 * [True]

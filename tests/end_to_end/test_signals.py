@@ -2,13 +2,15 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import psutil
 import pytest
 
 from megamtp.checkpoint.store import newest_checkpoint, read_manifest
-from tests.end_to_end.jobs import MODULE, deepspeed, ranks, records, run, wait_for
+from tests.end_to_end.jobs import MODULE, ROOT, deepspeed, environment, ranks, records, run, wait_for
 
 ENDLESS = ["train.steps=1000000", "data.validation=null", "run.save_every_steps=1000000", "run.requeue_exit_code=85"]
 
@@ -118,3 +120,23 @@ def test_a_signal_amid_a_long_evaluation(arguments, corpus, tmp_path, start):
         assert finished.returncode == 0
         assert [record["step"] for record in records(tmp_path / "run", "validation")] == [3]
     assert "nothing to do" in finished.stdout
+
+
+def test_a_run_outlives_what_reads_its_output(arguments, tmp_path):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", MODULE, *arguments, f"run.directory={tmp_path}/run"]
+        finished = subprocess.run(command, env=environment(), cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=90)
+    assert finished.returncode == 0, finished.stderr
+    assert read_manifest(newest_checkpoint(tmp_path / "run")).step == 20
+
+
+def test_torchrun_starts_killed_ranks_again(arguments, tmp_path, start):
+    """And they go on from the newest checkpoint."""
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "--max-restarts", "1", "-m", MODULE]
+    process = start([*torchrun, *arguments, "train.steps=60", "data.validation=null", f"run.directory={tmp_path}/run"])
+    wait_for(lambda: len(records(tmp_path / "run")) >= 12 or process.poll() is not None)
+    ranks(tmp_path / "run")[1].kill()
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert [record["step"] for record in records(tmp_path / "run")] == list(range(1, 61))
+    assert len(records(tmp_path / "run", "checkpoint")) == 6

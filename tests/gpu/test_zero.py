@@ -19,7 +19,8 @@ pytestmark = pytest.mark.gpu
 BOUNDS = {"fp32": (1e-5, 1e-5), "bf16": (0.04, 2e-3), "fp16": (0.005, 2.5e-4)}
 
 
-CASES = list(itertools.product(("zero1", "zero3"), BOUNDS, ("sequential", "deferred"), (1, 4)))
+CASES = list(itertools.product(("zero1", "zero3"), BOUNDS, ("sequential", "deferred"), (1, 4), (False,)))
+CASES += itertools.product(("zero1", "zero3"), BOUNDS, ("sequential",), (4,), (True,))  # offloaded
 
 
 def _errors() -> dict[tuple, tuple[float, float]]:
@@ -27,10 +28,11 @@ def _errors() -> dict[tuple, tuple[float, float]]:
 
     errors = {}
     for case in CASES:
-        kind, precision, schedule, n = case
+        kind, precision, schedule, n, offloaded = case
         config = small_config(
             world_size=1, accumulation=2, engine__kind=kind, train__precision=precision, engine__head_schedule=schedule,
             model__num_future_tokens=n, model__mlp_dim=32, model__vocab_size=104, train__activation_checkpointing=True,
+            engine__offload_optimizer=offloaded, engine__offload_parameters=offloaded and kind == "zero3",
         )  # fmt: skip
         errors[case] = largest_errors(config, ZeroEngine(config), num_steps=3)
     return errors

@@ -17,10 +17,12 @@ from megamtp.cluster.environment import Place, find_place
         ({"PMI_RANK": "5", "MPI_LOCALRANKID": "2", "PMI_SIZE": "6"}, Place(5, 2, 6)),
         ({"PMI_RANK": "1", "PMI_SIZE": "2"}, Place(1, 1, 2)),
         ({"WORLD_SIZE": "8"}, Place(0, 0, 1)),
+        ({"RANK": "", "WORLD_SIZE": "", "PMI_RANK": "", "PMI_SIZE": ""}, Place(0, 0, 1)),
+        ({"PMI_RANK": "9", "PMI_SIZE": "16", "SLURM_LOCALID": "1"}, Place(9, 1, 16)),
     ],
 )
 def test_place_under_each_launcher(variables, expected, monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_LOCALID"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

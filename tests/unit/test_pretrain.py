@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from megamtp.config import read_config
+from megamtp.config import read_config, write_config
 from megamtp.errors import InputError
-from megamtp.pretrain import _check_vocabulary
+from megamtp.pretrain import _check_vocabulary, _spare_real_run
 
 CONFIG = str(Path(__file__).parents[2] / "configs/quickstart.yaml")
 
@@ -20,3 +20,28 @@ def test_vocabulary_of_a_corpus(tmp_path):
     summary.write_text('{"vocab_size": 401}')
     with pytest.raises(InputError, match=r"corpus\.json tells of a vocabulary of 401, model\.vocab_size is 400; expected no more"):
         _check_vocabulary(config, summary)
+
+
+def test_an_emulated_rank_spares_a_real_runs_folder(tmp_path):
+    _spare_real_run(tmp_path)
+    settings = [CONFIG, "run.directory=r", "data.train=a"]
+    write_config(read_config([*settings, "cluster.emulate=4"]), tmp_path / "config.yaml")
+    _spare_real_run(tmp_path)
+    write_config(read_config(settings), tmp_path / "config.yaml")
+    with pytest.raises(InputError, match="holds a real run"):
+        _spare_real_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("train.seed=20251125123456", "train.seed=20251125123456; expected a number below 549755813888"),
+        ("cluster.efficiency={all_gather: 0}", "cluster.efficiency of all_gather=0.0; expected a share of the bandwidth"),
+        ("cluster.efficiency={gather: 0.5}", "cluster.efficiency=gather; expected all_gather or reduce_scatter"),
+        ("run.stall_seconds=0", "run.stall_seconds=0; expected 1 to 1000000"),
+    ],
+)
+def test_numbers_out_of_bounds(setting, words):
+    with pytest.raises(InputError) as caught:
+        read_config([CONFIG, "run.directory=r", "data.train=a", setting])
+    assert words in str(caught.value)

@@ -210,3 +210,12 @@ def test_a_trillion_tokens_open_in_a_second(tmp_path):
     assert opened < 1 and read < 1  # of the processor's time, which other processes do not lengthen; the files are holes
     assert more_mebibytes < 40 and mebibytes < 200
     assert (tmp_path / "sparse.idx").stat().st_blocks * 512 < 2**20
+
+
+def test_boundaries_are_checked_where_they_matter():
+    class Damaged(Tokens):
+        def boundaries(self, start: int, stop: int) -> np.ndarray:
+            raise InputError("the index contradicts itself")
+
+    Windows(Damaged(40), 4, 1, 0).check_first(None)
+    assert Windows(Damaged(40), 4, 1, 0, documents="mask").damage_of_first(None) == "the index contradicts itself"

@@ -177,6 +177,22 @@ def test_workers_end_with_their_parent_and_another_preparation_waits_for_none(te
     prepare(find_source([texts]), tmp_path / "out", VOCAB_SIZE)
 
 
+INTERRUPTED_FORK = """
+import os, signal
+from megamtp.data import workers
+os.register_at_fork(before=lambda: os.kill(os.getpid(), signal.SIGINT))
+with workers._processes(2):
+    print("went on")
+"""
+
+
+def test_ctrl_c_amid_the_fork_of_a_worker_is_not_lost():
+    """As it would be in the hook of a module, which logging has, too: Python prints and forgets what is raised there."""
+    finished = subprocess.run([sys.executable, "-c", INTERRUPTED_FORK], capture_output=True, text=True, timeout=60)
+    assert finished.returncode == -signal.SIGINT and "KeyboardInterrupt" in finished.stderr
+    assert "went on" not in finished.stdout and "ignored" not in finished.stderr
+
+
 RANK = """
 from megamtp.commands import prepare_data
 from megamtp.data import shards
