@@ -1,5 +1,6 @@
 """The formats of a checkpoint: how each is recognised, read and written. The table is at the end."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,7 @@ def writable() -> list[str]:
 
 
 def _is_run(path: Path) -> bool:
-    path = path.resolve()
+    path = Path(os.path.abspath(path))  # links as they are called: see runs.find_checkpoint
     return (path / "checkpoints").is_dir() or (path.parent.name == "checkpoints" and bool(store.NAME.fullmatch(path.name)))
 
 

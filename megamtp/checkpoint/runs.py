@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def find_checkpoint(source: Path) -> tuple[Path, Path]:
     Raises:
         CheckpointError: there is none.
     """
-    source = source.resolve()
+    source = Path(os.path.abspath(source))  # checkpoints/ may be a link to a folder of another name
     if source.parent.name == "checkpoints" and store.NAME.fullmatch(source.name):
         return source, source.parent.parent
     return store.newest_checkpoint(source), source

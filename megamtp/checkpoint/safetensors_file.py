@@ -33,9 +33,15 @@ def slices(num_elements: int) -> Iterable[tuple[int, int]]:
 
 
 def content(source: TensorSource, name: str, dtype: torch.dtype) -> Iterable[np.ndarray]:
-    """A tensor's bytes as `dtype`, row-major, slice by slice."""
+    """A tensor's bytes as `dtype`, row-major, slice by slice. Raises: CheckpointError for what fp16 cannot hold."""
     for start, end in slices(math.prod(source.shapes[name])):
-        yield source.read(name, start, end).to(dtype).contiguous().view(torch.uint8).numpy()
+        numbers = source.read(name, start, end)
+        narrow = numbers.to(dtype)
+        if dtype == torch.float16 and (narrow.isinf() & numbers.isfinite()).any():
+            raise CheckpointError(
+                f"{name} holds {numbers.abs().max():.3g}; expected at most 65504, as fp16 does: choose bf16 or fp32"
+            )
+        yield narrow.contiguous().view(torch.uint8).numpy()
 
 
 def split(shapes: Mapping[str, tuple[int, ...]], itemsize: int, max_bytes: int) -> list[list[str]]:

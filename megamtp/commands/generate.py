@@ -60,7 +60,7 @@ def _parser() -> Parser:
 
 def _prompt(given: str | None) -> str:
     try:
-        prompt = given if given is not None else "" if sys.stdin.isatty() else sys.stdin.read()
+        prompt = given if given is not None else "" if not sys.stdin or sys.stdin.isatty() else sys.stdin.read()
         prompt.encode()  # bytes that were no text came in as lone surrogates
     except UnicodeError as error:
         raise InputError(f"the prompt is not UTF-8 text ({error}); expected text") from None

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megamtp.checkpoint import hf, runs
+from megamtp.checkpoint import formats, hf, runs, store
 from megamtp.checkpoint.contents import MOMENTS, WEIGHT, Contents
 from megamtp.checkpoint.tensors import InMemory
 from megamtp.commands import convert_checkpoint
@@ -145,6 +145,14 @@ def run_directory(model, tmp_path) -> Path:
     }
     (folder / "config.yaml").write_text(json.dumps(sections))  # JSON is YAML
     return folder
+
+
+def test_a_checkpoint_in_a_linked_folder(run_directory, tmp_path):
+    (run_directory / "checkpoints").rename(tmp_path / "elsewhere")
+    (run_directory / "checkpoints").symlink_to(tmp_path / "elsewhere")
+    (checkpoint,) = store.checkpoints(run_directory)
+    assert runs.find_checkpoint(checkpoint) == (checkpoint, run_directory)
+    assert formats.read(checkpoint).weights.shapes == formats.read(run_directory).weights.shapes
 
 
 def call(monkeypatch, tool, *arguments) -> None:

@@ -68,3 +68,11 @@ def test_a_file_that_is_removed_while_it_is_read_is_refused(tmp_path):
     (tmp_path / "file").unlink()
     with pytest.raises(CheckpointError, match="file cannot be read any more"):
         found.read("a")
+
+
+def test_what_fp16_cannot_hold_is_refused(tmp_path):
+    source = InMemory({"a": torch.tensor([1.0, 65504.0, float("inf")]), "b": torch.tensor([0.0, -1e5])})
+    safetensors_file.write(tmp_path / "file", source, ["a"], torch.float16)
+    assert load_file(tmp_path / "file")["a"].tolist() == [1.0, 65504.0, float("inf")]
+    with pytest.raises(CheckpointError, match=r"b holds 1e\+05; expected at most 65504"):
+        safetensors_file.write(tmp_path / "file", source, ["a", "b"], torch.float16)
