@@ -67,19 +67,21 @@ def join_peers(place: Place, cluster: ClusterConfig) -> None:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if cluster.emulate:
         emulated.join(cluster)
-    elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        _join_by_torchruns_store(place, backend)
+    elif int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        _meet_again(place, backend)
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
 
 
-def _join_by_torchruns_store(place: Place, backend: str) -> None:
+def _meet_again(place: Place, backend: str) -> None:
     """Under names of this start's own: torchrun keeps its store when it starts ranks again, with the last ones' addresses."""
+    import torch
     import torch.distributed as dist
 
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(address, port, place.world_size, is_master=False)
-    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size)
+    store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    device = torch.device("cuda", place.local_rank) if backend == "nccl" else None  # as DeepSpeed does
+    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, device_id=device)
 
 
 def _announce(place: Place) -> None:
