@@ -150,7 +150,8 @@ def test_killed_worker(texts, tmp_path, monkeypatch):
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells let their background jobs ignore
 from pathlib import Path
 from megamtp.data import documents, parts, shards
 from megamtp.data.corpus import prepare
@@ -179,6 +180,7 @@ def test_workers_end_with_their_parent_and_another_preparation_waits_for_none(te
 
 INTERRUPTED_FORK = """
 import os, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from megamtp.data import workers
 os.register_at_fork(before=lambda: os.kill(os.getpid(), signal.SIGINT))
 with workers._processes(2):
