@@ -54,7 +54,6 @@ class Job:
     train: TrainLoader
     validation: Windows | None
     changes: list[str]  # of a resumed run's configuration, in words
-    num_tokens: list[int]  # of each corpus, validation last
     lock: TextIO | None  # held open by rank 0 as long as the job runs
 
 
@@ -115,8 +114,7 @@ def check(config: Config, place: Place) -> Job:
         records_until(run_directory / METRICS, found[1].step if found else 0)
         if found and (run_directory / RESOLVED).exists():
             changes = _changes(run_directory / RESOLVED, config)
-    num_tokens = [windows.dataset.num_tokens for windows in (*train, *([validation] if validation else []))]
-    return Job(config, loader, validation, changes, num_tokens, lock)
+    return Job(config, loader, validation, changes, lock)
 
 
 def _train(job: Job, place: Place) -> bool:
@@ -128,7 +126,8 @@ def _train(job: Job, place: Place) -> bool:
     join_peers(place, config.cluster)
     stop.listen()
     if not config.cluster.emulate:
-        _check_agreement(config, job.num_tokens)
+        corpora = filter(None, (*job.train.windows.corpora, job.validation))
+        _check_agreement(config, [corpus.dataset.num_tokens for corpus in corpora])
     from megamtp.engines.build import build_engine
     from megamtp.training.loop import Training, evaluation_due
 

@@ -1,13 +1,12 @@
 """The formats of a checkpoint: how each is recognised, read and written. The table is at the end."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from megamtp.checkpoint import canonical, hf, hf_mtp, hf_settings, megatron, meta, runs, store, universal
+from megamtp.checkpoint import canonical, hf, hf_mtp, hf_settings, megatron, meta, runs, universal
 from megamtp.checkpoint.contents import Contents, written_out
 from megamtp.config import ModelConfig
 from megamtp.errors import CheckpointError
@@ -91,15 +90,10 @@ def writable() -> list[str]:
     return [name for name, candidate in FORMATS.items() if candidate.write]
 
 
-def _is_run(path: Path) -> bool:
-    path = Path(os.path.abspath(path))  # links as they are called: see runs.find_checkpoint
-    return (path / "checkpoints").is_dir() or (path.parent.name == "checkpoints" and bool(store.NAME.fullmatch(path.name)))
-
-
 FORMATS = {
     "run": Format(
         "a run's folder (its newest checkpoint), or one of its checkpoints, for any engine at any number of ranks",
-        _is_run,
+        runs.is_run,
         lambda path, _: runs.read(path),
         runs.write,
     ),

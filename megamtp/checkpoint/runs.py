@@ -29,10 +29,25 @@ def find_checkpoint(source: Path) -> tuple[Path, Path]:
     Raises:
         CheckpointError: there is none.
     """
-    source = Path(os.path.abspath(source))  # checkpoints/ may be a link to a folder of another name
-    if source.parent.name == "checkpoints" and store.NAME.fullmatch(source.name):
+    source = _as_called(source)
+    if _is_checkpoint(source):
         return source, source.parent.parent
     return store.newest_checkpoint(source), source
+
+
+def is_run(path: Path) -> bool:
+    """Whether this is a run's folder, or one of its checkpoints."""
+    path = _as_called(path)
+    return (path / "checkpoints").is_dir() or _is_checkpoint(path)
+
+
+def _as_called(path: Path) -> Path:
+    """Absolute, links and all: checkpoints/ may be a link to a folder of another name."""
+    return Path(os.path.abspath(path))
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return path.parent.name == "checkpoints" and bool(store.NAME.fullmatch(path.name))
 
 
 def read(source: Path) -> Contents:

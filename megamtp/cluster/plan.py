@@ -122,7 +122,7 @@ def _plan_pipeline(config: Config, world_size: int, card: Card) -> Plan:
     weights = max(stage.memory_bytes["weights"] for stage in cut.stages)
     network = Network(dataclasses.replace(cluster, emulate=pipelines))
     # DeepSpeed's pipeline sums whole gradients, though each pipeline keeps a shard of them.
-    reduction = network.seconds("all_reduce", weights * _reduced_width(config) / 2) + network.seconds("all_gather", weights)
+    reduction = network.seconds("all_reduce", weights * _widening(config)) + network.seconds("all_gather", weights)
     exposed = cut.step(exchange) - compute + reduction
     share = max(stage.memory_bytes[OPTIMIZER] for stage in cut.stages) / STATE_BYTES
     return Plan(
@@ -166,7 +166,7 @@ def _memory(config: Config, world_size: int) -> dict[str, float]:
     boundaries = 2 * tokens * model.dim * trunk
     rows = config.head_loss.chunk_rows or default_chunk_rows(model.vocab_size, bytes_per_logit=2)
     # dW in fp32 and as it is sent, and a chunk of logits; in fp8 also two copies of the weight, and one of the chunk's gradient.
-    sent = _reduced_width(config) / 2
+    sent = _widening(config)
     head_loss = (2 + sent) * vocabulary + 2 * rows * model.vocab_size
     head_loss += vocabulary + rows * model.vocab_size if _float8_heads(config) else 0
     on_device = 0 if config.engine.offload_optimizer else 1
@@ -210,7 +210,7 @@ def _micro_batch_seconds(config: Config, world_size: int, card: Card) -> tuple[f
 
     network = Network(dataclasses.replace(config.cluster, emulate=world_size))
     layer, vocabulary = 2 * layer_parameters(model), 2 * model.vocab_size * model.dim
-    sent = _reduced_width(config) / 2
+    sent = _widening(config)
     gather, reduction = network.seconds("all_gather", layer), network.seconds("reduce_scatter", sent * layer)
     outer = network.seconds("all_gather", vocabulary) + network.seconds("reduce_scatter", sent * vocabulary)
     ends = outer + gather + reduction  # embedding and first layer: nothing runs before them, or after
@@ -221,9 +221,9 @@ def _micro_batch_seconds(config: Config, world_size: int, card: Card) -> tuple[f
     return compute, ends + between + taken
 
 
-def _reduced_width(config: Config) -> int:
-    """Bytes of a gradient's element on its way to other ranks; of a weight's it is always 2."""
-    return 4 if config.engine.reduce_dtype == "fp32" else 2
+def _widening(config: Config) -> int:
+    """Bytes of a gradient on its way to other ranks, over those of the weight in 16 bits."""
+    return 2 if config.engine.reduce_dtype == "fp32" else 1
 
 
 def _float8_heads(config: Config) -> int:

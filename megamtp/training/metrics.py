@@ -54,8 +54,8 @@ class Metrics:
         tokens_per_second = self.config.train.global_batch_tokens / sum(seconds.values())
         flops_per_second = tokens_per_second * self.flops_per_token
         record = {
-            "losses": _finite(losses),
-            "gradient_norm": _finite([gradient_norm])[0],
+            "losses": list(map(_finite, losses)),
+            "gradient_norm": _finite(gradient_norm),
             "lr": lr,
             "tokens_per_second": tokens_per_second,
             "flops_per_second": flops_per_second,
@@ -73,7 +73,7 @@ class Metrics:
         """Reports one evaluation; its time counts with the next step's record, not with this one's."""
         self.seconds.pop("evaluate", None)
         if self.reporting:
-            self._write("validation", step, {"losses": _finite(losses)})
+            self._write("validation", step, {"losses": list(map(_finite, losses))})
             self.say(f"step {step}: validation loss {_shown(losses)}")
 
     def checkpoint(self, step: int, stored_bytes: int, write_seconds: float, stall_seconds: float) -> None:
@@ -116,9 +116,9 @@ def _shown(losses: list[float]) -> str:
     return " ".join(f"{loss:.3f}" for loss in losses)
 
 
-def _finite(numbers: list[float]) -> list[float | None]:
+def _finite(number: float) -> float | None:
     """None in place of what JSON has no name for."""
-    return [number if math.isfinite(number) else None for number in numbers]
+    return number if math.isfinite(number) else None
 
 
 def _scalars(record: dict[str, Any]) -> list[tuple[str, float]]:
