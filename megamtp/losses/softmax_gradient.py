@@ -82,7 +82,9 @@ def row_statistics():
 
 @functools.cache
 def _kernel():
-    """One program a row: its statistics first; then a loop, whose reads come from the cache, writes the gradient and its copy."""
+    """One program a row: its statistics first; then a loop, whose reads come from the cache, writes the gradient and its copy, as if no
+    column were the target; then the target's.
+    """
     import triton
     import triton.language as tl
 
@@ -95,12 +97,14 @@ def _kernel():
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         logits += row * stride
+        first_copy = row * num_columns
         target = tl.load(targets + row)
         columns = tl.arange(0, block)
         largest, partition = statistics(logits, num_columns, block)
         log_partition = largest + tl.log(partition)
         valid = target != ignored
-        target_logit = tl.load(logits + tl.where(valid, target, 0)).to(tl.float32)
+        target = tl.where(valid, target, 0)
+        target_logit = tl.load(logits + target).to(tl.float32)
         tl.store(nll + row, tl.where(valid, log_partition - target_logit, 0.0))
         tl.store(squared + row, tl.where(valid, log_partition * log_partition, 0.0))
         one = tl.where(valid, 1.0, 0.0)
@@ -109,9 +113,15 @@ def _kernel():
         for start in range(0, num_columns, block):
             inside = start + columns < num_columns
             values = tl.load(logits + start + columns, mask=inside, other=-float("inf")).to(tl.float32)
-            gradient = scale * tl.exp(values - largest) - tl.where(start + columns == target, one, 0.0)
-            tl.store(logits + start + columns, (factor * gradient).to(logits.dtype.element_ty), mask=inside)
+            weights = tl.exp(values - largest)
+            tl.store(logits + start + columns, (factor * scale * weights).to(logits.dtype.element_ty), mask=inside)
             if copy is not None:
-                tl.store(copy + row * num_columns + start + columns, (copy_scale * gradient).to(copy.dtype.element_ty), mask=inside)
+                narrow = (copy_scale * scale * weights).to(copy.dtype.element_ty)
+                tl.store(copy + first_copy + start + columns, narrow, mask=inside)
+        tl.debug_barrier()  # the loop has written the target's column, too
+        gradient = scale * tl.exp(target_logit - largest) - one
+        tl.store(logits + target, (factor * gradient).to(logits.dtype.element_ty))
+        if copy is not None:
+            tl.store(copy + first_copy + target, (copy_scale * gradient).to(copy.dtype.element_ty))
 
     return kernel
