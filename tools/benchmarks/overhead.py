@@ -44,16 +44,16 @@ def main(arguments: list[str]) -> None:
         raise InputError(f"--cold under a launcher of {ranks} ranks; expected one process")
     configs = {size: {n: emulation.config(size, n, ranks, options) for n in options.heads} for size in options.sizes}
     output.start(options)
-    results = []
-    for size, by_heads in configs.items():
-        results += _measure_size(size, by_heads, options)
-        torch._dynamo.reset()
-        variants.free(others=())
     settings = {
         "ranks": ranks, **emulation.settings(configs[options.sizes[0]][1], options),
         "steps": options.rounds * options.steps,
     }  # fmt: skip
-    output.write(options, settings, results, _table(results, options.heads), _draw(results))
+    results = []
+    for size, by_heads in configs.items():
+        results += _measure_size(size, by_heads, options)
+        output.write(options, settings, results, _table(results, options.heads), _draw(results))  # what is measured stays so
+        torch._dynamo.reset()
+        variants.free(others=())
 
 
 def _measure_size(size: str, configs: dict[int, Config], options: argparse.Namespace) -> list[dict]:
