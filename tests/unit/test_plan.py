@@ -25,7 +25,7 @@ def recorded() -> dict[str, tuple[dict, dict]]:
         content = json.loads(path.read_text())
         for result in content["results"]:
             if result["variant"] == "ours" and content["settings"]["ranks"] == 64:
-                found[f"{result['size']}-n{result['heads']}"] = result, content["settings"]
+                found[f"{path.stem}-{result['size']}-n{result['heads']}"] = result, content["settings"]
     return found
 
 
@@ -37,7 +37,9 @@ def config_of(size: str, heads: int, *settings: str) -> Config:
 
 
 def test_the_six_sizes_were_recorded():
-    assert len(RECORDED) == 12
+    assert {(result["size"], result["heads"]) for result, _ in RECORDED.values()} == {
+        (size, heads) for size in ("0.3b", "0.6b", "1.3b", "3b", "6.7b", "13b") for heads in (1, 4)
+    }
 
 
 @pytest.mark.parametrize("name", RECORDED)
