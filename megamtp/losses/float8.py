@@ -14,6 +14,7 @@ Shapes: C rows of a chunk, D width, V vocabulary.
 """
 
 import functools
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -36,31 +37,46 @@ class Float8Weight:
         self.columns_DV: Tensor | None = None
         self.scale: Tensor | None = None
 
-    def make_once(self, weight_VD: Tensor) -> None:
+    def products(self, weight_VD: Tensor, hidden_ND: Tensor, factor: float) -> "Float8Products":
+        """Of one use, whose gradient with respect to logits is to be multiplied by `factor`."""
         if self.rows_VD is None:
             self.columns_DV = torch.empty(weight_VD.T.shape, dtype=WEIGHT, device=weight_VD.device)
             self.rows_VD, self.scale = quantise(weight_VD, transposed=self.columns_DV)
+        hidden8_ND, hidden_scale = quantise(hidden_ND)
+        gradient_scale = torch.full((), factor / GRADIENT_SCALE, dtype=torch.float32, device=hidden_ND.device)
+        return Float8Products(self, hidden8_ND, hidden_scale, gradient_scale, hidden_ND.dtype)
 
-    def logits(self, hidden_CD: Tensor) -> Tensor:
-        """[C, V] in hidden's dtype.
+
+@dataclass(frozen=True)
+class Float8Products:
+    """The two products of one use; what its chunks of rows have in common is made before the first of them."""
+
+    weight: Float8Weight
+    hidden_ND: Tensor
+    hidden_scale: Tensor
+    gradient_scale: Tensor
+    dtype: torch.dtype
+
+    def logits(self, rows: slice) -> Tensor:
+        """[C, V] of some rows, in the dtype that hidden had.
 
         With the tensor cores' fast accumulation: it keeps some 14 bits of a sum, and D terms of like size, whose factors have 4,
         do not miss the others.
         """
-        hidden8_CD, scale = quantise(hidden_CD)
         return torch._scaled_mm(
-            hidden8_CD, self.rows_VD.T, scale_a=scale, scale_b=self.scale, out_dtype=hidden_CD.dtype, use_fast_accum=True
-        )
+            self.hidden_ND[rows], self.weight.rows_VD.T, scale_a=self.hidden_scale, scale_b=self.weight.scale,
+            out_dtype=self.dtype, use_fast_accum=True,
+        )  # fmt: skip
 
-    def hidden_gradient(self, gradient_CV: Tensor, factor: float, out: Tensor) -> None:
+    def hidden_gradient(self, gradient_CV: Tensor, out: Tensor) -> None:
         """out [C, D] = factor * gradient_CV / GRADIENT_SCALE @ weight.
 
         Without fast accumulation: one or two of V terms are large, and 14 bits would cut off the many small ones, all to one side.
         """
-        scale = torch.full((), factor / GRADIENT_SCALE, dtype=torch.float32, device=gradient_CV.device)
         torch._scaled_mm(
-            gradient_CV, self.columns_DV.T, scale_a=scale, scale_b=self.scale, out_dtype=out.dtype, use_fast_accum=False, out=out
-        )
+            gradient_CV, self.weight.columns_DV.T, scale_a=self.gradient_scale, scale_b=self.weight.scale,
+            out_dtype=self.dtype, use_fast_accum=False, out=out,
+        )  # fmt: skip
 
 
 def quantise(x_MN: Tensor, transposed: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megamtp.losses.float8 import GRADIENT, GRADIENT_SCALE, Float8Weight
+from megamtp.losses.float8 import GRADIENT, GRADIENT_SCALE, Float8Products, Float8Weight
 from megamtp.losses.softmax_gradient import negative_log_likelihood_, softmax_gradient_
 
 MAX_CHUNK_BYTES, MAX_CHUNK_ROWS = 2**30, 4096
@@ -92,6 +92,11 @@ class _Options:
     z_loss: float
     chunk_rows: int
 
+    @property
+    def factor(self) -> float:
+        """Of the gradient with respect to logits."""
+        return self.scale * self.seed
+
 
 @dataclass(frozen=True)
 class _Sinks:
@@ -108,18 +113,18 @@ class _Sinks:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, targets_N, options, sinks, float8_weight):
-        if float8_weight:
-            float8_weight.make_once(weight_VD)
-        nll_sum, z_sum = torch.zeros(2, dtype=wide(hidden_ND.dtype), device=hidden_ND.device)
-        for start in range(0, len(hidden_ND), options.chunk_rows):
-            rows = slice(start, start + options.chunk_rows)
-            chunk_nll, chunk_z = _chunk(hidden_ND, weight_VD, targets_N, rows, options, sinks, float8_weight)
-            nll_sum += chunk_nll
-            z_sum += chunk_z
+        float8 = float8_weight.products(weight_VD, hidden_ND, options.factor) if float8_weight else None
+        found = [
+            _chunk(hidden_ND, weight_VD, targets_N, slice(start, start + options.chunk_rows), options, sinks, float8)
+            for start in range(0, len(hidden_ND), options.chunk_rows)
+        ]
+        nll_N, squared_N = map(torch.cat, zip(*found, strict=True))
+        nll_sum = nll_N.sum()
+        loss = nll_sum + options.z_loss * squared_N.sum() if options.z_loss else nll_sum
         ctx.save_for_backward(sinks.hidden_ND)
         ctx.seed, ctx.shared_gradient, ctx.weight_dtype = options.seed, sinks.weight, weight_VD.dtype
         ctx.mark_non_differentiable(nll_sum)
-        return options.scale * (nll_sum + options.z_loss * z_sum), nll_sum
+        return options.scale * loss, nll_sum
 
     @staticmethod
     def backward(ctx, d_loss, _):
@@ -147,30 +152,29 @@ def default_chunk_rows(vocab_size: int, bytes_per_logit: int) -> int:
 
 def _chunk(
     hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, rows: slice, options: _Options, sinks: _Sinks,
-    float8_weight: Float8Weight | None,
+    float8: Float8Products | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(summed nll, summed squared log-partition) of some rows; adds their gradients to the sinks. Its logits die with the call."""
+    """(nll, squared log-partition) of each of some rows; adds their gradients to the sinks. Its logits die with the call."""
     hidden_CD, targets_C = hidden_ND[rows], targets_N[rows]
-    logits_CV = float8_weight.logits(hidden_CD) if float8_weight else hidden_CD @ weight_VD.T
+    logits_CV = float8.logits(rows) if float8 else hidden_CD @ weight_VD.T
     if not hidden_CD.is_cuda:
         logits_CV = logits_CV.to(
             wide(logits_CV.dtype)
         )  # torch's operations, unlike the kernel, compute in the dtype they are given
     if not sinks.wanted:
         nll_C, log_partition_C, valid_C = negative_log_likelihood_(logits_CV.to(wide(logits_CV.dtype)), targets_C)
-        return nll_C.sum(), (log_partition_C.square() * valid_C).sum()
-    factor = options.scale * options.seed
-    gradient8_CV = torch.empty_like(logits_CV, dtype=GRADIENT) if float8_weight and sinks.hidden_ND is not None else None
-    nll_C, squared_C = softmax_gradient_(logits_CV, targets_C, factor, options.z_loss, gradient8_CV, GRADIENT_SCALE)
+        return nll_C, log_partition_C.square() * valid_C
+    gradient8_CV = torch.empty_like(logits_CV, dtype=GRADIENT) if float8 and sinks.hidden_ND is not None else None
+    nll_C, squared_C = softmax_gradient_(logits_CV, targets_C, options.factor, options.z_loss, gradient8_CV, GRADIENT_SCALE)
     gradient_CV = logits_CV.to(hidden_ND.dtype)
     del logits_CV
     if gradient8_CV is not None:
-        float8_weight.hidden_gradient(gradient8_CV, factor, out=sinks.hidden_ND[rows])
+        float8.hidden_gradient(gradient8_CV, out=sinks.hidden_ND[rows])
     elif sinks.hidden_ND is not None:
         torch.mm(gradient_CV, weight_VD, out=sinks.hidden_ND[rows])
     if sinks.weight:
         sinks.weight.add_product(gradient_CV.T, hidden_CD)
-    return nll_C.sum(), squared_C.sum()
+    return nll_C, squared_C
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

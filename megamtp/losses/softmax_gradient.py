@@ -82,8 +82,8 @@ def row_statistics():
 
 @functools.cache
 def _kernel():
-    """One program a row: its statistics first; then a loop, whose reads come from the cache, writes the gradient and its copy, as if no
-    column were the target; then the target's.
+    """One program a row: its statistics first; then a loop, whose reads come from the cache, writes the gradient and its copy as if
+    no column were the target; then the target's.
     """
     import triton
     import triton.language as tl
