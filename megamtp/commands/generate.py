@@ -69,8 +69,10 @@ def _prompt(given: str | None) -> str:
 
 def _device(name: str) -> torch.device:
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
+        tensor = torch.empty(0, device=name)
+        tensor.cpu()  # where nothing comes back from, as from meta, no text does
+        return tensor.device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}; expected cpu, or cuda on a machine with a GPU") from None
 
 

@@ -74,7 +74,8 @@ def _options() -> argparse.Namespace:
         nargs="+",
         type=_path,
         metavar="PATH",
-        help="text, .jsonl (also .gz, .zst) and .parquet files, or folders of them; links to folders are not followed",
+        help="text, .jsonl or .json (a record a line; also .gz, .zst) and .parquet files, or folders of them, without their .json "
+        "files; links to folders are not followed",
     )
     inputs.add_argument("--standard-library", action="store_true", help="the running Python's own standard library")
     parser.add_argument("--output", required=True, type=_path, metavar="DIR", help="folder of the corpus")

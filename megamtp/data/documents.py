@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NoReturn
 
-from megamtp.data.records import TEXT, Span, content_suffix, kind, read
+from megamtp.data.records import JSON, TEXT, Span, content_suffix, kind, read
 from megamtp.errors import InputError
 
 TEXT_SUFFIXES = frozenset(
@@ -80,7 +80,8 @@ def cut(name: str, text: str, first: int = 0) -> Iterator[tuple[str, str]]:
 
 
 def find_source(inputs: list[Path], exclude: tuple[str, ...] = (), json_key: str = "text") -> Source:
-    """All text files of the inputs: any file that is named; of folders, those with a suffix of text, source, JSON lines or Parquet.
+    """All text files of the inputs: any file that is named; of folders, those with a suffix of text, source, JSON lines or Parquet,
+    but not .json, which is taken for JSON lines only where it is named or compressed.
 
     Args:
         exclude: names of files or folders to leave out, wherever they lie.
@@ -103,13 +104,20 @@ def _find(given: Path, exclude: tuple[str, ...]) -> Iterator[tuple[Path, Path]]:
         for folder, subfolders, names in os.walk(given, onerror=_refuse):
             subfolders[:] = [name for name in subfolders if name not in exclude]
             for path in (Path(folder, name) for name in names if name not in exclude):
-                if (kind(path) != TEXT or content_suffix(path) in TEXT_SUFFIXES) and path.is_file():
+                if _is_sought(path) and path.is_file():
                     yield path.relative_to(given), path
     elif not given.is_file():
         found = "is neither a file nor a folder" if given.exists() else "does not exist"
         raise InputError(f"{given} {found}; expected a text file, a .jsonl or .parquet file, or a folder")
     elif given.name not in exclude:
         yield Path(given.name), given
+
+
+def _is_sought(path: Path) -> bool:
+    """Of a folder's files. A .json file among them may be a program's settings, unless it is compressed."""
+    if path.suffix.lower() == JSON:
+        return False
+    return kind(path) != TEXT or content_suffix(path) in TEXT_SUFFIXES
 
 
 def _refuse(error: OSError) -> NoReturn:

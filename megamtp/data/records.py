@@ -17,7 +17,7 @@ from megamtp.data.compression import open_binary
 from megamtp.data.optional import require
 from megamtp.errors import InputError
 
-JSON_LINES, PARQUET, TEXT = ".jsonl", ".parquet", ".txt"
+JSON_LINES, JSON, PARQUET, TEXT = ".jsonl", ".json", ".parquet", ".txt"
 # JSON can spell these ("\ud800"), UTF-8 cannot.
 LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 BLOCK_BYTES = 1 << 20
@@ -45,16 +45,15 @@ class Span:
 
 
 def kind(path: Path) -> str:
-    """JSON_LINES, PARQUET or TEXT, by the suffix before any compression's; compressed .json files hold JSON lines, too."""
-    inner = content_suffix(path)
-    if inner == JSON_LINES or (inner == ".json" and path.suffix in compression.SUFFIXES):
+    """JSON_LINES, PARQUET or TEXT, by the suffix before any compression's; .json files hold JSON lines, too."""
+    if content_suffix(path) in (JSON_LINES, JSON):
         return JSON_LINES
-    return PARQUET if path.suffix == PARQUET else TEXT
+    return PARQUET if path.suffix.lower() == PARQUET else TEXT
 
 
 def content_suffix(path: Path) -> str:
-    """The suffix before any compression's."""
-    return Path(path.stem).suffix if path.suffix in compression.SUFFIXES else path.suffix
+    """The suffix before any compression's, in small letters."""
+    return (Path(path.stem).suffix if path.suffix in compression.SUFFIXES else path.suffix).lower()
 
 
 def read(span: Span, json_key: str, not_utf8: list[str]) -> Iterator[tuple[str, str]]:

@@ -47,7 +47,7 @@ def generate(
 def _choose(logits_V: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator) -> int:
     if temperature == 0:
         return int(logits_V.argmax())
-    logits_V, tokens_V = ((logits_V - logits_V.max()) / temperature).sort(descending=True, stable=True)
+    logits_V, tokens_V = ((logits_V - logits_V.max()).double() / temperature).sort(descending=True, stable=True)
     probabilities_V = logits_V[:top_k].softmax(dim=0)
     if top_p is not None:
         before_V = probabilities_V.cumsum(dim=0) - probabilities_V

@@ -1,5 +1,6 @@
 """Documents: found in one order wherever they lie, read as they are, and every bad file named with its line."""
 
+import gzip
 import json
 import os
 import random
@@ -55,6 +56,15 @@ def test_only_text_is_taken_from_folders_and_anything_that_is_named(tmp_path):
     (tmp_path / "broken.py").symlink_to(tmp_path / "nowhere")
     assert found(tmp_path) == sorted(TREE.items())
     assert found(tmp_path / "notes") == [("notes", "no suffix")]
+
+
+def test_json_files_hold_json_lines_but_are_settings_in_a_source_tree(tmp_path):
+    line = '{"text": "two words"}'
+    write(tmp_path, {"loose.json": line, "x/LARGE.JSONL": line, "x/Mod.PY": "x = 1", "y.json.gz": gzip.compress(line.encode())})
+    assert found(tmp_path) == [("x/LARGE.JSONL/0", "two words"), ("x/Mod.PY", "x = 1"), ("y.json.gz/0", "two words")]
+    assert found(tmp_path / "loose.json") == [("loose.json/0", "two words")]
+    write(tmp_path, {"settings.json": '{\n  "key": 1\n}\n'})
+    assert refusal(found, tmp_path / "settings.json").startswith(f"{tmp_path}/settings.json:1: not JSON ")
 
 
 def test_files_that_are_not_utf8_are_passed_over_and_reported(tmp_path):

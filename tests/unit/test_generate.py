@@ -76,6 +76,7 @@ def test_one_candidate_is_greedy(model):
     assert generate(model, PROMPT, 20, temperature=1.0, top_k=1) == greedy
     assert generate(model, PROMPT, 20, temperature=1.0, top_p=1e-9) == greedy
     assert generate(model, PROMPT, 20, temperature=1e-30) == greedy
+    assert generate(model, PROMPT, 20, temperature=1e-300) == greedy  # in fp32 this is 0
 
 
 def test_the_seed_decides_the_sample(model):
@@ -185,6 +186,7 @@ def test_the_prompt_can_be_piped_in(run_directory, monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["--device", "nonsense"], "--device nonsense"),
+        (["--device", "meta"], "--device meta: Cannot copy out of meta tensor"),
         (["--temperature", "-1"], "temperature -1"),
         (["--prompt", "\udcff"], "not UTF-8"),
         (["--tokenizer", "nowhere.model"], "nowhere.model"),
