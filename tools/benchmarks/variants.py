@@ -214,6 +214,7 @@ def measure(
     found = {cell: Measurement() for cell in makers}
     for turn in range(rounds):
         for cell, make in makers.items():
+            torch.cuda.empty_cache()  # what one variant's streams keep for themselves, another's lack
             others, before = set(storages()), torch.cuda.memory_allocated()
             variant, cell_found = kept.get(cell) or make(), found[cell]
             for _ in range(1 if cell in kept else 3):
@@ -223,8 +224,11 @@ def measure(
             resting = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             dist.barrier()
+            refusals = _allocation_retries()
             milliseconds = [variant.step() for _ in range(steps)]
             output.say(f"{cell}: {output.spread(milliseconds)} ms")
+            if refusals := _allocation_retries() - refusals:
+                output.say(f"{cell}: memory ran out and was cleared {refusals} times in these steps, which took longer for it")
             cell_found.milliseconds += milliseconds
             peak = torch.cuda.max_memory_allocated() - resting + cell_found.kept_bytes
             cell_found.peak_bytes = max(cell_found.peak_bytes, peak)
@@ -236,6 +240,10 @@ def measure(
                 del variant
                 free(others)
     return found
+
+
+def _allocation_retries() -> int:
+    return torch.cuda.memory_stats()["num_alloc_retries"]
 
 
 def free(others: Container[int]) -> None:
