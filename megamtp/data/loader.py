@@ -119,6 +119,16 @@ def evaluation_batches(
         yield batch
 
 
+def evaluation_damage(windows: Windows, micro_batch_size: int, rank: int, world_size: int, max_windows: int | None) -> str | None:
+    """What is wrong with the records of this rank's evaluation batches, if anything is; reads them."""
+    try:
+        for _ in evaluation_batches(windows, micro_batch_size, rank, world_size, max_windows):
+            pass
+    except InputError as error:
+        return str(error)
+    return None
+
+
 def _stack(windows: list[Window]) -> Batch:
     inputs, targets, documents = zip(*windows, strict=True)
     return Batch(torch.stack(inputs), torch.stack(targets, dim=1), None if documents[0] is None else torch.stack(documents))

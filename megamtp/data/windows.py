@@ -114,21 +114,13 @@ class Windows:
         self._read(max(0, self.dataset.num_tokens - CHECKED_TOKENS), self.dataset.num_tokens)
 
     def check_first(self, max_windows: int | None) -> None:
-        """Reads the first windows (None: all), as evaluations will. Raises InputError: see check_ends."""
+        """Reads the first windows (None: all), as all ranks' evaluations will. Raises InputError: see check_ends."""
         number = self.number if max_windows is None else min(max_windows, self.number)
         stop = min(number * self.sequence_length + self.num_future_tokens, self.dataset.num_tokens)
         for start in range(0, stop, CHECKED_TOKENS):
             self._read(start, min(start + CHECKED_TOKENS, stop))
             if self.documents != "continue":
                 self.dataset.boundaries(start, min(start + CHECKED_TOKENS, stop))
-
-    def damage_of_first(self, max_windows: int | None) -> str | None:
-        """What check_first has to say, if anything."""
-        try:
-            self.check_first(max_windows)
-        except InputError as error:
-            return str(error)
-        return None
 
     def _read(self, start: int, stop: int) -> np.ndarray:
         tokens = self.dataset.tokens(start, stop)

@@ -15,7 +15,7 @@ from megamtp.checkpoint.store import checkpoints
 from megamtp.cluster.environment import find_place, of_all_ranks
 from megamtp.cluster.signals import StopRequest
 from megamtp.config import Config
-from megamtp.data.loader import Batch, TrainLoader, evaluation_batches
+from megamtp.data.loader import Batch, TrainLoader, evaluation_batches, evaluation_damage
 from megamtp.data.windows import Windows
 from megamtp.engines.base import Engine, count_targets
 from megamtp.errors import InputError
@@ -187,19 +187,20 @@ class Training:
         One that met it amid its batches would leave the others waiting.
         """
         self._must_end()
-        engine = self.engine
+        engine, config = self.engine, self.config
+        share = (
+            self.validation,
+            config.train.micro_batch_size,
+            engine.data_parallel_rank,
+            engine.data_parallel_size,
+            config.run.evaluation_windows,
+        )
         with self.metrics.phase("evaluate"):
-            error = self.validation.damage_of_first(self.config.run.evaluation_windows)
+            error = evaluation_damage(*share)
             if self._anywhere(error is not None):
                 self._damage = self._damage or error
                 return False, True
-        batches = evaluation_batches(
-            self.validation,
-            self.config.train.micro_batch_size,
-            engine.data_parallel_rank,
-            engine.data_parallel_size,
-            self.config.run.evaluation_windows,
-        )
+        batches = evaluation_batches(*share)
         asked = False
 
         def until_asked() -> Iterator[Batch]:
