@@ -106,7 +106,7 @@ def check(config: Config, place: Place) -> Job:
         _spare_real_run(run_directory)
     _make_writable(run_directory)
     lock = _lock(run_directory) if place.rank == 0 else None
-    found = None if config.cluster.emulate else newest_readable(run_directory)
+    found = None if config.cluster.emulate else newest_readable(run_directory, check_files=place.rank == 0)
     if found:
         check_model(*found, config.model)
     changes = []

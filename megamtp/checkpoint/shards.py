@@ -131,6 +131,10 @@ class Shards:
             self._check_complete(kind, name, math.prod(shape), pieces.get(name, []))
         return Tensors(self._checkpoint, self.shapes, pieces)
 
+    def part(self, kind: str) -> "Tensors":
+        """Those of one of KINDS as far as the files have them: to read anything else raises a CheckpointError."""
+        return Tensors(self._checkpoint, self.shapes, self._pieces[kind])
+
     def _index(self, file: Path) -> None:
         try:
             opened = safe_open(file, framework="pt")
@@ -165,11 +169,20 @@ class Tensors:
     def __init__(self, checkpoint: Path, shapes: Mapping[str, tuple[int, ...]], pieces: Mapping[str, list[_Piece]]):
         self._checkpoint, self.shapes, self._pieces = checkpoint, shapes, pieces
 
+    def has(self, name: str, start: int, end: int) -> bool:
+        """Whether elements `start` to before `end` are there."""
+        pieces = self._pieces.get(name, [])
+        return sum(max(0, min(end, piece.end) - max(start, piece.start)) for piece in pieces) == end - start
+
     def read(self, name: str, start: int = 0, end: int | None = None) -> Tensor:
         """See TensorSource.read."""
         if name not in self.shapes:
             raise CheckpointError(f"{self._checkpoint} has no tensor {name}; remove it to go on from an older one")
         end = math.prod(self.shapes[name]) if end is None else end
+        if not self.has(name, start, end):
+            raise CheckpointError(
+                f"{self._checkpoint} lacks elements of {name} from {start} to {end}; remove it to go on from an older one"
+            )
         result = torch.empty(end - start)
         for piece in self._pieces[name]:
             first, last = max(start, piece.start), min(end, piece.end)

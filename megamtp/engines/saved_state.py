@@ -9,8 +9,8 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megamtp.checkpoint.contents import check_tensors
-from megamtp.checkpoint.shards import KINDS, Shards, shard_name, slice_key
+from megamtp.checkpoint.contents import WEIGHT, check_tensors
+from megamtp.checkpoint.shards import KINDS, Shards, Tensors, shard_name, slice_key
 from megamtp.checkpoint.store import Manifest, read_manifest
 from megamtp.engines.base import EngineState
 from megamtp.engines.fragments import MasterState
@@ -42,15 +42,18 @@ def engine_state(engine: DeepSpeedEngine) -> EngineState:
 
 def load_state(engine: DeepSpeedEngine, checkpoint: Path, kind: str, rank: int, world_size: int) -> None:
     """See Engine.load. `kind`: engine.kind, by which, with the number of ranks, this rank's random states are known again."""
-    manifest, master = read_manifest(checkpoint), MasterState(engine)
+    manifest, master = read_manifest(checkpoint, check_files=False), MasterState(engine)
     expected = {name: full_shape(parameter) for name, parameter in engine.module.named_parameters()}
-    shards = Shards(checkpoint, manifest.files)
-    check_tensors({name: shards.shapes[name] for name in expected if name in shards.shapes}, expected, checkpoint)
-    for tensor_kind in KINDS:
-        saved = shards.tensors(tensor_kind)
-        for fragment in master.fragments:
-            tensor = fragment.tensors[tensor_kind]
-            tensor.copy_(saved.read(fragment.name, fragment.start, fragment.start + len(tensor)))
+    same_layout = (manifest.engine_kind, manifest.world_size) == (kind, world_size)
+    saved = _own_file(checkpoint, master, rank) if same_layout else None
+    if not saved:
+        shards = Shards(checkpoint, manifest.files)
+        saved = {tensor_kind: shards.tensors(tensor_kind) for tensor_kind in KINDS}
+    shapes = saved[WEIGHT].shapes
+    check_tensors({name: shapes[name] for name in expected if name in shapes}, expected, checkpoint)
+    for fragment in master.fragments:
+        for tensor_kind, tensor in fragment.tensors.items():
+            tensor.copy_(saved[tensor_kind].read(fragment.name, fragment.start, fragment.start + len(tensor)))
     try:
         master.num_steps = manifest.state["adam_steps"]
         for name in COUNTERS:
@@ -59,8 +62,19 @@ def load_state(engine: DeepSpeedEngine, checkpoint: Path, kind: str, rank: int, 
     except KeyError as error:
         raise CheckpointError(f"{checkpoint}: its manifest's state has no {error}; remove it to go on from an older one") from None
     master.refresh_weights()
-    same_layout = (manifest.engine_kind, manifest.world_size) == (kind, world_size)
     _set_random_states(checkpoint / shard_name(rank) if same_layout else None, manifest, rank)
+
+
+def _own_file(checkpoint: Path, master: MasterState, rank: int) -> dict[str, Tensors] | None:
+    """By kind, what this rank's file holds, if that is all that it needs: after a job whose cut was the same, nobody reads more."""
+    own = Shards(checkpoint, [shard_name(rank)])
+    parts = {kind: own.part(kind) for kind in KINDS}
+    needed = [
+        (kind, fragment.name, fragment.start, fragment.start + len(tensor))
+        for fragment in master.fragments
+        for kind, tensor in fragment.tensors.items()
+    ]
+    return parts if all(parts[kind].has(name, start, end) for kind, name, start, end in needed) else None
 
 
 def _set_loss_scale(engine: DeepSpeedEngine, saved: dict[str, Any] | None) -> None:

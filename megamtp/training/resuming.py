@@ -9,8 +9,8 @@ from megamtp.cluster.environment import of_all_ranks
 from megamtp.errors import CheckpointError
 
 
-def newest_readable(run_directory: Path) -> tuple[Path, store.Manifest] | None:
-    """The newest checkpoint whose manifest can be read and whose files have their sizes; None if the run has none at all.
+def newest_readable(run_directory: Path, check_files: bool) -> tuple[Path, store.Manifest] | None:
+    """The newest checkpoint whose manifest can be read and, if asked for, whose files have their sizes; None if the run has none.
 
     Raises:
         CheckpointError: the run has checkpoints, but none of these; or one of another version of this program is newer.
@@ -18,7 +18,7 @@ def newest_readable(run_directory: Path) -> tuple[Path, store.Manifest] | None:
     reasons: list[str] = []
     for checkpoint in reversed(store.checkpoints(run_directory)):
         try:
-            return checkpoint, store.read_manifest(checkpoint)
+            return checkpoint, store.read_manifest(checkpoint, check_files)
         except store.FormatError:
             raise
         except CheckpointError as error:
@@ -55,7 +55,7 @@ def newest_verified(run_directory: Path, rank: int, world_size: int) -> tuple[Pa
 def _verify(checkpoint: Path, rank: int, world_size: int) -> tuple[store.Manifest | None, str | None]:
     """(the manifest, what is wrong with this rank's share of the files)."""
     try:
-        manifest = store.read_manifest(checkpoint)
+        manifest = store.read_manifest(checkpoint, check_files=rank == 0)
     except CheckpointError as error:
         return None, str(error)
     return manifest, store.damage(checkpoint, manifest, rank, world_size)

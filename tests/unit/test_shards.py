@@ -82,6 +82,16 @@ def test_missing_and_doubled_slices_are_named(cuts, words, tmp_path):
         assert word in str(error.value)
 
 
+def test_a_part_tells_what_it_has(tmp_path):
+    write(tmp_path, cut(MATRIX, "matrix", 10, 30) | cut(MATRIX, "matrix", 30, 40), cut(MATRIX, "matrix", 0, 10))
+    part = Shards(tmp_path, [shard_name(0)]).part("weight")
+    assert part.has("matrix", 10, 40) and part.has("matrix", 12, 33)
+    assert not part.has("matrix", 9, 40) and not part.has("matrix", 10, 41) and not part.has("vector", 0, 1)
+    assert torch.equal(part.read("matrix", 12, 33), MATRIX.flatten()[12:33])
+    with pytest.raises(CheckpointError, match="lacks elements of matrix from 9 to 12"):
+        part.read("matrix", 9, 12)
+
+
 def test_files_that_are_not_named_are_no_part(tmp_path):
     """As what a job of more ranks, ended while it saved the same step, may have left there."""
     write(tmp_path, cut(MATRIX, "matrix", 0, 60) | cut(VECTOR, "vector", 0, 4), cut(MATRIX * 2, "matrix", 30, 60))

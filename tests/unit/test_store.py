@@ -200,6 +200,14 @@ def test_ranks_share_the_files(tmp_path):
     assert store.damage(checkpoint, manifest, 2, 3) is None
 
 
+def test_a_rank_may_leave_the_files_to_others(tmp_path):
+    checkpoint = publish(tmp_path, 1)
+    (checkpoint / "shard-1").unlink()
+    assert store.read_manifest(checkpoint, check_files=False).step == 1
+    with pytest.raises(CheckpointError, match="shard-1 is missing"):
+        store.read_manifest(checkpoint)
+
+
 def test_a_run_without_checkpoint_is_named(tmp_path):
     assert store.checkpoints(tmp_path) == []
     with pytest.raises(CheckpointError, match="no checkpoint; expected"):
