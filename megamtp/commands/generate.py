@@ -72,7 +72,7 @@ def _device(name: str) -> torch.device:
         tensor = torch.empty(0, device=name)
         tensor.cpu()  # where nothing comes back from, as from meta, no text does
         return tensor.device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}; expected cpu, or cuda on a machine with a GPU") from None
 
 

@@ -13,15 +13,21 @@ CONTENT_BLOCK_BYTES = 1 << 20
 LARGEST_ZSTD_WINDOW = 1 << 31  # what `zstd --long=31` writes
 
 
+def suffix(path: Path) -> str | None:
+    """One of SUFFIXES, if the file is compressed."""
+    found = path.suffix.lower()
+    return found if found in SUFFIXES else None
+
+
 def open_binary(path: Path) -> BinaryIO:
     """The file's content.
 
     Reading raises gzip's, zlib's and zstandard's errors if it is damaged, and EOFError if it is cut off.
     Raises InputError: zstandard is not installed.
     """
-    if path.suffix == ".gz":
+    if suffix(path) == ".gz":
         return gzip.open(path, "rb")
-    return io.BufferedReader(_ZstdStream(path), CONTENT_BLOCK_BYTES) if path.suffix == ".zst" else open(path, "rb")
+    return io.BufferedReader(_ZstdStream(path), CONTENT_BLOCK_BYTES) if suffix(path) == ".zst" else open(path, "rb")
 
 
 class _ZstdStream(io.RawIOBase):

@@ -94,7 +94,8 @@ def find_source(inputs: list[Path], exclude: tuple[str, ...] = (), json_key: str
     except OSError as error:
         raise InputError(f"{error.filename}: {error.strerror}; expected files that can be read: mend it or leave it out") from None
     if not files:
-        raise InputError(f"no text files in {', '.join(map(str, inputs))}; expected files such as *.py, *.txt, *.jsonl, *.parquet")
+        where = ", ".join(map(str, inputs))
+        raise InputError(f"no text files in {where}; expected such as *.py, *.txt, *.jsonl, *.parquet, or *.json by their names")
     return Source(sorted(files), json_key)
 
 

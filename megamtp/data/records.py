@@ -53,7 +53,7 @@ def kind(path: Path) -> str:
 
 def content_suffix(path: Path) -> str:
     """The suffix before any compression's, in small letters."""
-    return (Path(path.stem).suffix if path.suffix in compression.SUFFIXES else path.suffix).lower()
+    return (Path(path.stem).suffix if compression.suffix(path) else path.suffix).lower()
 
 
 def read(span: Span, json_key: str, not_utf8: list[str]) -> Iterator[tuple[str, str]]:
@@ -127,14 +127,15 @@ def _json_text(line: bytes, json_key: str) -> str:
     try:
         record = json.loads(line.decode())
     except (ValueError, RecursionError) as error:
-        raise InputError(f"not JSON ({error}); expected one object a line: mend the line") from None
+        raise InputError(f"not JSON ({error}); expected one object a line: mend the line, or leave the file out") from None
     text = record.get(json_key) if isinstance(record, dict) else None
     if not isinstance(text, str):
         if isinstance(record, dict) and json_key in record:
             found = "null" if text is None else type(text).__name__
             raise InputError(f"{json_key!r} is {found}; expected a string: mend the line or give another --json-key")
-        keys = ", ".join(map(repr, record)) if isinstance(record, dict) else type(record).__name__
-        raise InputError(f"no text under {json_key!r} (found: {keys}); give the right one with --json-key")
+        if not isinstance(record, dict):
+            raise InputError(f"a JSON {type(record).__name__}; expected one object a line: mend the line, or leave the file out")
+        raise InputError(f"no text under {json_key!r} (found: {', '.join(map(repr, record))}); give the right one with --json-key")
     if b"\\u" in line and LONE_SURROGATE.search(text):
         raise InputError(f"half a surrogate pair under {json_key!r}; expected Unicode text: mend the line")
     return text

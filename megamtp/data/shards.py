@@ -72,7 +72,7 @@ def _spans(name: str, path: Path, size: int, wanted: int, in_pieces: bool) -> It
     kind = records.kind(path)
     if number > 1 and kind == records.PARQUET:
         number = min(number, units := records.num_row_groups(path))
-    if number < 2 or path.suffix in compression.SUFFIXES or (kind == records.TEXT and not in_pieces):
+    if number < 2 or compression.suffix(path) or (kind == records.TEXT and not in_pieces):
         yield Span(name, path), size
         return
     if kind == records.TEXT:

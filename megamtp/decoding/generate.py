@@ -28,7 +28,7 @@ def generate(
             arXiv:1904.09751, section 3.1.
 
     Raises:
-        InputError: a number out of its range.
+        InputError: a number out of its range, or the model computes infinities.
     """
     _check(model, prompt_ids, max_new_tokens, temperature, top_k, top_p, seed, end_id)
     device = model.embedding.weight.device
@@ -36,7 +36,12 @@ def generate(
     pending, caches, new_ids = prompt_ids or [end_id], None, []
     while len(new_ids) < max_new_tokens:
         logits_BV, caches = model.next_token_logits(torch.tensor([pending], device=device), caches)
-        token = _choose(logits_BV[0].float().cpu(), temperature, top_k, top_p, generator)
+        logits_V = logits_BV[0].float().cpu()
+        if not torch.isfinite(logits_V).all():
+            raise InputError(
+                f"the model's logits after {len(prompt_ids) + len(new_ids)} tokens are not finite; expected other weights"
+            )
+        token = _choose(logits_V, temperature, top_k, top_p, generator)
         if token == end_id:
             break
         new_ids.append(token)

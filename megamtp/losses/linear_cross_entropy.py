@@ -68,8 +68,8 @@ def linear_cross_entropy(
             on a CPU in fp32, and once more in 16 bits if the model is.
         shared_gradient: the accumulator of dW when the weight has several uses; None if this is the only one.
         float8_weight: run logits and dH in fp8, with these copies of the weight, which are made if no earlier use has; hidden and
-            weight in bf16, D and V multiples of 16. One byte more for each logit of a chunk. Where nothing is to be learned the
-            loss stays in the model's dtype, so that evaluations compare.
+            weight in bf16, D and V multiples of 16. One byte more for each logit of a chunk, and for each element of hidden. Where
+            nothing is to be learned the loss stays in the model's dtype, so that evaluations compare.
 
     Returns:
         (loss, nll_sum): scalars in fp32 (fp64 for fp64). Only `loss` is differentiable, with respect to hidden and weight, once.
@@ -113,12 +113,13 @@ class _Sinks:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, targets_N, options, sinks, float8_weight):
-        float8 = float8_weight.products(weight_VD, hidden_ND, options.factor) if float8_weight else None
-        found = [
+        float8 = float8_weight.products(weight_VD, hidden_ND, options.factor) if float8_weight and len(hidden_ND) else None
+        nothing = torch.empty(2, 0, dtype=wide(hidden_ND.dtype), device=hidden_ND.device)
+        chunks = [
             _chunk(hidden_ND, weight_VD, targets_N, slice(start, start + options.chunk_rows), options, sinks, float8)
             for start in range(0, len(hidden_ND), options.chunk_rows)
         ]
-        nll_N, squared_N = map(torch.cat, zip(*found, strict=True))
+        nll_N, squared_N = map(torch.cat, zip(nothing, *chunks, strict=True))
         nll_sum = nll_N.sum()
         loss = nll_sum + options.z_loss * squared_N.sum() if options.z_loss else nll_sum
         ctx.save_for_backward(sinks.hidden_ND)
@@ -142,7 +143,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def default_chunk_rows(vocab_size: int, bytes_per_logit: int) -> int:
     """The largest power of two whose logits fit in a GiB, at most 4096.
 
-    More rows mean fewer passes over dW, but beyond 4096 an H100 gained nothing: tools/benchmark.py loss.
+    More rows mean fewer passes over dW, but with V = 32000 an H100 gains nothing beyond 4096: tools/benchmark.py loss.
     """
     rows = MAX_CHUNK_ROWS
     while rows > 1 and rows * vocab_size * bytes_per_logit > MAX_CHUNK_BYTES:

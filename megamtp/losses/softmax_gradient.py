@@ -103,8 +103,8 @@ def _kernel():
         largest, partition = statistics(logits, num_columns, block)
         log_partition = largest + tl.log(partition)
         valid = target != ignored
-        target = tl.where(valid, target, 0)
-        target_logit = tl.load(logits + target).to(tl.float32)
+        exists = (target >= 0) & (target < num_columns)  # nothing is written elsewhere, whatever the target
+        target_logit = tl.load(logits + target, mask=exists, other=0.0).to(tl.float32)
         tl.store(nll + row, tl.where(valid, log_partition - target_logit, 0.0))
         tl.store(squared + row, tl.where(valid, log_partition * log_partition, 0.0))
         one = tl.where(valid, 1.0, 0.0)
@@ -120,8 +120,8 @@ def _kernel():
                 tl.store(copy + first_copy + start + columns, narrow, mask=inside)
         tl.debug_barrier()  # the loop has written the target's column, too
         gradient = scale * tl.exp(target_logit - largest) - one
-        tl.store(logits + target, (factor * gradient).to(logits.dtype.element_ty))
+        tl.store(logits + target, (factor * gradient).to(logits.dtype.element_ty), mask=exists)
         if copy is not None:
-            tl.store(copy + first_copy + target, (copy_scale * gradient).to(copy.dtype.element_ty))
+            tl.store(copy + first_copy + target, (copy_scale * gradient).to(copy.dtype.element_ty), mask=exists)
 
     return kernel

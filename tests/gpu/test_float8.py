@@ -110,7 +110,7 @@ def test_four_heads_quantise_the_weight_once_and_let_it_go(monkeypatch):
 
 
 def test_memory_is_a_chunk_in_24_bits_and_two_copies_of_the_weight():
-    """Besides dH and one fp32 dW; a tenth for the chunk's rows in fp8 and cuBLAS' workspace."""
+    """Besides dH and one fp32 dW; a tenth for hidden in fp8 and cuBLAS' workspace."""
     rows, dim, vocabulary, chunk_rows = 8192, 512, 32000, 4096
     hidden, weight, targets = Case(rows, dim, vocabulary, chunk_rows, 1.0, device="cuda").inputs()
     for _ in range(2):

@@ -254,20 +254,21 @@ def test_trace_tells_whether_the_head_phase_is_exposed(tmp_path, monkeypatch, ex
 def overhead_result(variant: str, heads: int, milliseconds: float, **further) -> dict:
     return {
         "size": "6.7b", "variant": variant, "heads": heads, "micro_batch": 2, "flops": 3.5e14 * (1 + 0.018 * (heads - 1)),
-        "milliseconds": [milliseconds - 1, milliseconds, milliseconds + 2], "kept_bytes": 0, "peak_bytes": 2**35, **further,
+        "milliseconds": [milliseconds - 1, milliseconds, milliseconds + 2], "kept_bytes": 0, "peak_bytes": 2**35,
+        "allocation_retries": 0, **further,
     }  # fmt: skip
 
 
 def test_overhead_shows_ratios_and_first_steps(tmp_path):
     exposed = {"heads": {"total": 100.0, "transferring": 30.0, "exposed": 1.5, "idle": 1.0}}
     results = [
-        overhead_result("plain", 1, 600), overhead_result("plain", 4, 633),
+        overhead_result("plain", 1, 600), overhead_result("plain", 4, 633, allocation_retries=3),
         overhead_result("ours", 1, 620, exposure=exposed, first_step_seconds=30.0),
         overhead_result("ours", 4, 645, exposure=exposed, first_step_seconds=31.5), overhead_result("fsdp2 per head", 4, 900),
     ]  # fmt: skip
     header, plain, ours, per_head = rows(overhead._table(results, [1, 4]))
     assert header[-1] == "first step, s"
-    assert plain[2:6] == ["600.0 [599.0, 602.0]", "633.0 [632.0, 635.0]", "1.055", "1.054"]
+    assert plain[2:6] == ["600.0 [599.0, 602.0]", "633.0 [632.0, 635.0], 3 times without memory", "1.055", "1.054"]
     assert ours[4:] == ["1.040", "1.054", "1.033", "565", "1.000 of 32.0 GiB", "1.50%", "30.0, 31.5"]
     assert (per_head[2], per_head[4], per_head[-2:]) == ("-", "-", ["-", "-"])
     assert len({len(header), len(plain), len(ours), len(per_head)}) == 1

@@ -60,8 +60,8 @@ def test_only_text_is_taken_from_folders_and_anything_that_is_named(tmp_path):
 
 def test_json_files_hold_json_lines_but_are_settings_in_a_source_tree(tmp_path):
     line = '{"text": "two words"}'
-    write(tmp_path, {"loose.json": line, "x/LARGE.JSONL": line, "x/Mod.PY": "x = 1", "y.json.gz": gzip.compress(line.encode())})
-    assert found(tmp_path) == [("x/LARGE.JSONL/0", "two words"), ("x/Mod.PY", "x = 1"), ("y.json.gz/0", "two words")]
+    write(tmp_path, {"loose.json": line, "x/LARGE.JSONL": line, "x/Mod.PY": "x = 1", "y.json.GZ": gzip.compress(line.encode())})
+    assert found(tmp_path) == [("x/LARGE.JSONL/0", "two words"), ("x/Mod.PY", "x = 1"), ("y.json.GZ/0", "two words")]
     assert found(tmp_path / "loose.json") == [("loose.json/0", "two words")]
     write(tmp_path, {"settings.json": '{\n  "key": 1\n}\n'})
     assert refusal(found, tmp_path / "settings.json").startswith(f"{tmp_path}/settings.json:1: not JSON ")
@@ -122,7 +122,7 @@ def test_folder_that_cannot_be_read_is_named_unless_it_is_left_out(tmp_path, mon
 
 def test_nothing_found(tmp_path):
     write(tmp_path, {"picture.png": b"\x89PNG"})
-    assert refusal(find_source, [tmp_path]).startswith(f"no text files in {tmp_path}; expected files such as ")
+    assert refusal(find_source, [tmp_path]).startswith(f"no text files in {tmp_path}; expected such as ")
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
@@ -147,8 +147,8 @@ def test_jsonl_lines_are_documents(tmp_path):
         (b'{"txt": "a", "new\\nline": 1}', ["no text under 'text'", "found: 'txt', 'new\\nline'", "--json-key"]),
         (b'{"text": 3}', ["'text' is int; expected a string"]),
         (b'{"text": null}', ["'text' is null; expected a string"]),
-        (b'["text"]', ["no text under 'text'", "list"]),
-        (b"3", ["no text under 'text'", "int"]),
+        (b'["text"]', ["a JSON list", "one object a line"]),
+        (b"3", ["a JSON int", "one object a line"]),
         (b'{"text": "a"', ["not JSON", "one object a line"]),
         (b"plain text", ["not JSON"]),
         (b'{"text": "caf\xe9"}', ["not JSON", "utf-8"]),

@@ -1,6 +1,7 @@
 """Decoding with a cache against decoding without one and against transformers, sampling, and the command line."""
 
 import argparse
+import copy
 import dataclasses
 import io
 import json
@@ -77,6 +78,15 @@ def test_one_candidate_is_greedy(model):
     assert generate(model, PROMPT, 20, temperature=1.0, top_p=1e-9) == greedy
     assert generate(model, PROMPT, 20, temperature=1e-30) == greedy
     assert generate(model, PROMPT, 20, temperature=1e-300) == greedy  # in fp32 this is 0
+
+
+def test_weights_that_are_no_numbers_end_in_one_line(model):
+    damaged = copy.deepcopy(model)
+    with torch.no_grad():
+        damaged.unembedding.weight[3, 5] = float("nan")
+    for temperature in (0.0, 1.0):
+        with pytest.raises(InputError, match=rf"logits after {len(PROMPT)} tokens are not finite"):
+            generate(damaged, PROMPT, 20, temperature=temperature)
 
 
 def test_the_seed_decides_the_sample(model):

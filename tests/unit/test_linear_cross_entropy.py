@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megamtp.losses.float8 import Float8Weight
 from megamtp.losses.linear_cross_entropy import SharedGradient, linear_cross_entropy
 from megamtp.losses.softmax_gradient import IGNORED
 
@@ -78,6 +79,14 @@ def test_all_ignored_gives_zero_loss_and_gradients():
     gradients = torch.autograd.grad(loss, (hidden, weight))
     assert loss.item() == nll.item() == 0
     assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in gradients)
+
+
+@pytest.mark.parametrize("float8_weight", [None, Float8Weight()])
+def test_no_rows_have_no_loss(float8_weight):
+    hidden, weight = torch.empty(0, 16, dtype=torch.bfloat16, requires_grad=True), torch.ones(32, 16, dtype=torch.bfloat16)
+    loss, nll = linear_cross_entropy(hidden, weight, torch.empty(0, dtype=torch.long), float8_weight=float8_weight)
+    assert loss == nll == 0
+    assert torch.autograd.grad(loss, hidden)[0].shape == (0, 16)
 
 
 def test_large_logits_do_not_overflow():

@@ -123,8 +123,8 @@ def test_fp8_losses_take_memory_for_time():
         plan(config_of("6.7b", 4, *settings), 64, CARDS["h100"])
         for settings in ([], ["head_loss.precision=fp8", "head_loss.fp8_first_head=false"], ["head_loss.precision=fp8"])
     )
-    weight, chunk = 2 * 32000 * 4096, 4096 * 32000
-    assert all_heads.peak_bytes - plain.peak_bytes == further.peak_bytes - plain.peak_bytes == weight + chunk
+    weight, hidden, chunk = 2 * 32000 * 4096, 2 * 4096 * 4096, 4096 * 32000
+    assert all_heads.peak_bytes - plain.peak_bytes == further.peak_bytes - plain.peak_bytes == weight + hidden + chunk
     assert all_heads.compute < further.compute < plain.compute
 
 

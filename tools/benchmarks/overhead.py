@@ -50,10 +50,11 @@ def main(arguments: list[str]) -> None:
     }  # fmt: skip
     results = []
     for size, by_heads in configs.items():
-        results += _measure_size(size, by_heads, options)
-        output.write(options, settings, results, _table(results, options.heads), _draw(results))  # what is measured stays so
+        results += (measured := _measure_size(size, by_heads, options))
+        output.say(_table(measured, options.heads))  # should the rest be cut off
         torch._dynamo.reset()
         variants.free(others=())
+    output.write(options, settings, results, _table(results, options.heads), _draw(results))
 
 
 def _measure_size(size: str, configs: dict[int, Config], options: argparse.Namespace) -> list[dict]:
@@ -72,6 +73,7 @@ def _measure_size(size: str, configs: dict[int, Config], options: argparse.Names
             "size": size, "variant": name, "heads": n, "micro_batch": configs[n].train.micro_batch_size,
             "flops": flops_per_token(configs[n].model, emulation.SEQUENCE_LENGTH) * configs[n].train.global_batch_tokens / ranks,
             "milliseconds": measured.milliseconds, "kept_bytes": measured.kept_bytes, "peak_bytes": measured.peak_bytes,
+            "allocation_retries": measured.allocation_retries,
         }  # fmt: skip
         if measured.trace:
             result["exposure"] = measured.trace.exposures()
@@ -109,12 +111,19 @@ def _table(results: list[dict], heads: list[int]) -> str:
         flops = [f"{by[size, name, n]['flops'] / one['flops']:.3f}" for n in heads[1:] if one and (size, name, n) in by]
         last = cells[-1]
         rows.append([
-            size, name, *(output.spread(c["milliseconds"]) if c else "-" for c in cells), *ratios, " ".join(flops),
+            size, name, *map(_milliseconds, cells), *ratios, " ".join(flops),
             f"{base / bare:.3f}" if base and bare else "-", f"{one['flops'] / base / 1e9:.0f}" if one else "-",
             f"{last['peak_bytes'] / one['peak_bytes']:.3f} of {one['peak_bytes'] / 2**30:.1f} GiB" if last and one else "-",
             _exposed_share(last), *[_first_steps(cells)] * cold,
         ])  # fmt: skip
     return output.table(header, rows)
+
+
+def _milliseconds(result: dict | None) -> str:
+    if not result:
+        return "-"
+    retries = result["allocation_retries"]
+    return output.spread(result["milliseconds"]) + (f", {retries} times without memory" if retries else "")
 
 
 def _exposed_share(result: dict | None) -> str:

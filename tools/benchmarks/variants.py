@@ -195,11 +195,16 @@ CLASSES = dict(zip(NAMES, (Plain, Ours, OursFloat8, FsdpOneBackward, FsdpPerHead
 
 @dataclasses.dataclass
 class Measurement:
-    """Of one cell: each step's milliseconds, the bytes that the variant needs at most, those it keeps included, perhaps a trace."""
+    """Of one cell: each step's milliseconds, the bytes that the variant needs at most, those it keeps included, perhaps a trace.
+
+    Attributes:
+        allocation_retries: how often memory ran out and was cleared in these steps, which take longer then.
+    """
 
     milliseconds: list[float] = dataclasses.field(default_factory=list)
     kept_bytes: int = 0
     peak_bytes: int = 0
+    allocation_retries: int = 0
     trace: exposure.Trace | None = None
 
 
@@ -224,11 +229,10 @@ def measure(
             resting = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             dist.barrier()
-            refusals = _allocation_retries()
+            retries = torch.cuda.memory_stats()["num_alloc_retries"]
             milliseconds = [variant.step() for _ in range(steps)]
             output.say(f"{cell}: {output.spread(milliseconds)} ms")
-            if refusals := _allocation_retries() - refusals:
-                output.say(f"{cell}: memory ran out and was cleared {refusals} times in these steps, which took longer for it")
+            cell_found.allocation_retries += torch.cuda.memory_stats()["num_alloc_retries"] - retries
             cell_found.milliseconds += milliseconds
             peak = torch.cuda.max_memory_allocated() - resting + cell_found.kept_bytes
             cell_found.peak_bytes = max(cell_found.peak_bytes, peak)
@@ -240,10 +244,6 @@ def measure(
                 del variant
                 free(others)
     return found
-
-
-def _allocation_retries() -> int:
-    return torch.cuda.memory_stats()["num_alloc_retries"]
 
 
 def free(others: Container[int]) -> None:
