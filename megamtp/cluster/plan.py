@@ -62,7 +62,7 @@ class Plan:
         checkpoint_bytes: on disk, all ranks' together.
         compute: forward and backward passes of all micro-batches, as if nothing were communicated; of a pipeline's average stage.
         exposed: communication that nothing hides, and what communication takes from computation; of a pipeline, waiting for others.
-        update: the optimizer.
+        update: the optimizer; None on the host, whose speed is not known.
         cut: of a pipeline.
     """
 
@@ -72,7 +72,7 @@ class Plan:
     micro_batches: int
     compute: float
     exposed: float
-    update: float
+    update: float | None
     cut: Partition | SpreadPartition | None = None
 
     @property
@@ -81,7 +81,8 @@ class Plan:
 
     @property
     def step_seconds(self) -> float:
-        return self.compute + self.exposed + self.update
+        """Without an optimizer on the host."""
+        return self.compute + self.exposed + (self.update or 0.0)
 
 
 def plan(config: Config, world_size: int, card: Card) -> Plan:
@@ -99,7 +100,7 @@ def plan(config: Config, world_size: int, card: Card) -> Plan:
     micro_batches = config.accumulation(world_size)
     compute, exposed = _micro_batch_seconds(config, world_size, card)
     share = parameters(config.model) / world_size
-    update = 0.0 if engine.offload_optimizer else _update_seconds(share, card)
+    update = None if engine.offload_optimizer else _update_seconds(share, card)
     return Plan(
         _memory(config, world_size), _host_memory(config, share), _checkpoint_bytes(config),
         micro_batches, micro_batches * compute, micro_batches * exposed, update,

@@ -98,7 +98,7 @@ def _time_table(found: Plan, config: Config) -> str:
     rows = {
         "forward and backward, s a step": f"{found.compute:.3f} ({found.micro_batches} micro-batches)",
         f"{waiting}, s a step": f"{found.exposed:.3f} ({found.exposed / found.step_seconds:.1%})",
-        "optimizer, s a step": f"{found.update:.3f}",
+        "optimizer, s a step": "on the host: not planned" if found.update is None else f"{found.update:.3f}",
         "**step, s**": f"**{found.step_seconds:.3f}**",
         "tokens a day": f"{per_day:.3g}",
         f"days for {config.train.steps} steps, {total:.3g} tokens": f"{total / per_day:.2f}",

@@ -196,6 +196,9 @@ def test_command_says_what_fits_and_what_does_not():
     assert fits.returncode == 0, fits.stderr
     assert "**together**" in fits.stdout and "days for 10 steps" in fits.stdout
     assert "\n| **together, of the 8 ranks of a node** | 9.41 |\n| a checkpoint on disk (2 are kept, " in fits.stdout
+    assert "\n| optimizer, s a step | 0.00" in fits.stdout
+    offloaded = run("configs/6.7b_n4.yaml", "--gpus", "64", "engine.offload_optimizer=true")
+    assert "\n| optimizer, s a step | on the host: not planned |" in offloaded.stdout
     large = run("configs/13b_n4.yaml", "--gpus", "8")
     assert large.returncode == 1
     assert "does not fit, because" in large.stdout and "the nearest that fits: train.micro_batch_size=1" in large.stdout
