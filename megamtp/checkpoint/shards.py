@@ -171,28 +171,32 @@ class Tensors:
 
     def has(self, name: str, start: int, end: int) -> bool:
         """Whether elements `start` to before `end` are there."""
-        pieces = self._pieces.get(name, [])
-        return sum(max(0, min(end, piece.end) - max(start, piece.start)) for piece in pieces) == end - start
+        return sum(last - first for _, first, last in self._parts(name, start, end)) == end - start
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> Tensor:
         """See TensorSource.read."""
         if name not in self.shapes:
             raise CheckpointError(f"{self._checkpoint} has no tensor {name}; remove it to go on from an older one")
         end = math.prod(self.shapes[name]) if end is None else end
-        if not self.has(name, start, end):
+        result, found = torch.empty(end - start), 0
+        for piece, first, last in self._parts(name, start, end):
+            try:
+                result[first - start : last - start] = piece.opened.get_slice(piece.key)[first - piece.start : last - piece.start]
+            except SafetensorError as error:
+                raise _damaged(piece.file, error) from None
+            found += last - first
+        if found != end - start:
             raise CheckpointError(
                 f"{self._checkpoint} lacks elements of {name} from {start} to {end}; remove it to go on from an older one"
             )
-        result = torch.empty(end - start)
-        for piece in self._pieces[name]:
+        return result
+
+    def _parts(self, name: str, start: int, end: int) -> Iterator[tuple[_Piece, int, int]]:
+        """(piece, first, last) for each piece with elements `first` to before `last` of those from `start` to before `end`."""
+        for piece in self._pieces.get(name, []):
             first, last = max(start, piece.start), min(end, piece.end)
             if first < last:
-                try:
-                    found = piece.opened.get_slice(piece.key)[first - piece.start : last - piece.start]
-                except SafetensorError as error:
-                    raise _damaged(piece.file, error) from None
-                result[first - start : last - start] = found
-        return result
+                yield piece, first, last
 
 
 def _damaged(file: Path, error: Exception) -> CheckpointError:

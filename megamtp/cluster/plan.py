@@ -166,8 +166,8 @@ def _memory(config: Config, world_size: int) -> dict[str, float]:
     trunk = model.num_trunk_layers
     boundaries = 2 * tokens * model.dim * trunk
     rows = config.head_loss.chunk_rows or default_chunk_rows(model.vocab_size, bytes_per_logit=2)
-    # dW in fp32 and as it is sent, and a chunk of logits; in fp8 also two copies of the weight, one of
-    # hidden, and one of the chunk's gradient.
+    # dW in fp32 and as it is sent, and a chunk of logits; in fp8 also two copies of the weight, one of hidden, and one of the
+    # chunk's gradient.
     sent = _widening(config)
     head_loss = (2 + sent) * vocabulary + 2 * rows * model.vocab_size
     head_loss += vocabulary + tokens * model.dim + rows * model.vocab_size if _float8_heads(config) else 0

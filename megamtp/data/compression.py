@@ -25,9 +25,10 @@ def open_binary(path: Path) -> BinaryIO:
     Reading raises gzip's, zlib's and zstandard's errors if it is damaged, and EOFError if it is cut off.
     Raises InputError: zstandard is not installed.
     """
-    if suffix(path) == ".gz":
+    found = suffix(path)
+    if found == ".gz":
         return gzip.open(path, "rb")
-    return io.BufferedReader(_ZstdStream(path), CONTENT_BLOCK_BYTES) if suffix(path) == ".zst" else open(path, "rb")
+    return io.BufferedReader(_ZstdStream(path), CONTENT_BLOCK_BYTES) if found == ".zst" else open(path, "rb")
 
 
 class _ZstdStream(io.RawIOBase):

@@ -128,13 +128,13 @@ def _json_text(line: bytes, json_key: str) -> str:
         record = json.loads(line.decode())
     except (ValueError, RecursionError) as error:
         raise InputError(f"not JSON ({error}); expected one object a line: mend the line, or leave the file out") from None
-    text = record.get(json_key) if isinstance(record, dict) else None
+    if not isinstance(record, dict):
+        raise InputError(f"a JSON {type(record).__name__}; expected one object a line: mend the line, or leave the file out")
+    text = record.get(json_key)
     if not isinstance(text, str):
-        if isinstance(record, dict) and json_key in record:
+        if json_key in record:
             found = "null" if text is None else type(text).__name__
             raise InputError(f"{json_key!r} is {found}; expected a string: mend the line or give another --json-key")
-        if not isinstance(record, dict):
-            raise InputError(f"a JSON {type(record).__name__}; expected one object a line: mend the line, or leave the file out")
         raise InputError(f"no text under {json_key!r} (found: {', '.join(map(repr, record))}); give the right one with --json-key")
     if b"\\u" in line and LONE_SURROGATE.search(text):
         raise InputError(f"half a surrogate pair under {json_key!r}; expected Unicode text: mend the line")
