@@ -21,6 +21,7 @@ from megamtp.config import ClusterConfig
 
 BACKEND = "emulated"
 LOGGED_TRANSFERS = 100_000
+MAX_GRAPHS = 512  # of transfers between the same places of memory
 PASSES = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "broadcast": 1, "barrier": 0}  # of the bytes over a link
 
 
@@ -81,12 +82,17 @@ class EmulatedWork(dist.Work):
 
 
 class EmulatedGroup(dist.ProcessGroup):
-    """The process group of rank 0. Every collective is written down in `transfers`."""
+    """The process group of rank 0. Every collective is written down in `transfers`.
+
+    What a transfer does on a GPU, with kernels for each tensor, becomes a graph when it comes a second time between the same places
+    of memory: the host then launches it at once, as it does NCCL's.
+    """
 
     def __init__(self, network: Network, transfers: deque[Transfer]):
         super().__init__(0, network.world_size)
         self._network, self._transfers = network, transfers
         self._size, self._stream = network.world_size, None
+        self._graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}  # None where a transfer has been seen once
 
     def getBackendName(self) -> str:
         return BACKEND
@@ -108,15 +114,32 @@ class EmulatedGroup(dist.ProcessGroup):
             move()
             return EmulatedWork(None, [])
         if self._stream is None:
-            self._stream = torch.cuda.Stream()
+            self._stream, self._start = torch.cuda.Stream(), torch.empty(1, dtype=torch.int64, device="cuda")
+            self._pool = torch.cuda.graph_pool_handle()
         current = _current_stream()
         self._stream.wait_stream(current)
         torch.cuda.set_stream(self._stream)
-        start = mark()
-        move()
-        hold(start, transfer.seconds, self._network.cluster.communication_sms)
+        self._play(transfer, (kind, num_bytes, *((tensor.data_ptr(), tensor.numel()) for tensor in (*whole, *others))), move)
         torch.cuda.set_stream(current)
         return EmulatedWork(self._stream.record_event(), [*whole, *others])
+
+    def _play(self, transfer: Transfer, places: tuple, move: Callable[[], None]) -> None:
+        graph = self._graphs.get(places)
+        if graph is None:
+            if places in self._graphs:
+                graph = torch.cuda.CUDAGraph()
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            mark(self._start)
+            move()
+            hold(self._start, transfer.seconds, self._network.cluster.communication_sms)
+            if graph:
+                graph.capture_end()
+            if len(self._graphs) >= MAX_GRAPHS:
+                self._graphs = {seen: made for seen, made in self._graphs.items() if made}
+            if len(self._graphs) < MAX_GRAPHS:
+                self._graphs[places] = graph
+        if graph:
+            graph.replay()
 
     def allgather_into_tensor_coalesced(self, outputs, tensors, opts=None):
         def move() -> None:
@@ -189,9 +212,10 @@ def _current_stream() -> torch.cuda.Stream:
     return torch.cuda.current_stream(torch.cuda.current_device())
 
 
-def mark() -> Tensor:
-    """The time at which the current stream gets here: int64 [1], nanoseconds."""
-    time = torch.empty(1, dtype=torch.int64, device="cuda")
+def mark(time: Tensor | None = None) -> Tensor:
+    """The time at which the current stream gets here: int64 [1], nanoseconds, in new memory or that of `time`."""
+    if time is None:
+        time = torch.empty(1, dtype=torch.int64, device="cuda")
     _kernels()[0][(1,)](time, num_warps=1)
     return time
 

@@ -165,7 +165,7 @@ def _memory(config: Config, world_size: int) -> dict[str, float]:
     saved = tokens * layer_activation_bytes(model)
     trunk = model.num_trunk_layers
     boundaries = 2 * tokens * model.dim * trunk
-    rows = config.head_loss.chunk_rows or default_chunk_rows(model.vocab_size, bytes_per_logit=2)
+    rows = min(tokens, config.head_loss.chunk_rows or default_chunk_rows(model.vocab_size, bytes_per_logit=2))
     # dW in fp32 and as it is sent, and a chunk of logits; in fp8 also two copies of the weight, one of hidden, and one of the
     # chunk's gradient.
     sent = _widening(config)

@@ -15,7 +15,7 @@ from torch import Tensor
 from megamtp.losses.float8 import GRADIENT, GRADIENT_SCALE, Float8Products, Float8Weight
 from megamtp.losses.softmax_gradient import negative_log_likelihood_, softmax_gradient_
 
-MAX_CHUNK_BYTES, MAX_CHUNK_ROWS = 2**30, 4096
+MAX_CHUNK_BYTES, MAX_CHUNK_ROWS = 2**29, 8192
 
 
 class SharedGradient:
@@ -141,9 +141,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def default_chunk_rows(vocab_size: int, bytes_per_logit: int) -> int:
-    """The largest power of two whose logits fit in a GiB, at most 4096.
+    """The largest power of two whose logits fit in half a GiB, at most 8192.
 
-    More rows mean fewer passes over dW, but with V = 32000 an H100 gains nothing beyond 4096: tools/benchmark.py loss.
+    More rows mean fewer passes over dW, each of which reads and writes 8 V D bytes: tools/benchmark.py loss compares them.
     """
     rows = MAX_CHUNK_ROWS
     while rows > 1 and rows * vocab_size * bytes_per_logit > MAX_CHUNK_BYTES:
