@@ -74,7 +74,8 @@ class Unit:
 
     Attributes:
         parameters: all of them, in DeepSpeed's order; their gradients leave together.
-        gathered: those that are whole only while they are needed, which is all but persistent ones.
+        gathered, persistent: those that are whole only while they are needed, and those that stay so between a step's uses.
+        shard_sizes, padding: of each parameter, a shard's elements, and how many of all shards' are not the parameter's.
         buffer: where the weights are, from the moment they are sent for.
         arriving: handles of the gather, until somebody has waited for them.
         arrived: of offloaded weights, after what else they need.
@@ -82,10 +83,15 @@ class Unit:
         ready: number of its parameters whose gradient is complete.
     """
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: nn.Module, world_size: int):
         self.module = module
         self.parameters = sorted(module.parameters(), key=lambda parameter: parameter.ds_id)
         self.gathered = [parameter for parameter in self.parameters if not parameter.ds_persist]
+        self.persistent = [parameter for parameter in self.parameters if parameter.ds_persist]
+        self.shard_sizes = [parameter.ds_tensor.ds_numel for parameter in self.parameters]
+        self.padding = [
+            size * world_size - parameter.ds_numel for size, parameter in zip(self.shard_sizes, self.parameters, strict=True)
+        ]
         self.shapes = tuple(tuple(parameter.ds_shape) for parameter in self.gathered)
         self.buffer: Buffer | None = None
         self.arriving: list[dist.Work] = []
@@ -106,7 +112,7 @@ class Gather:
 
     def __init__(self, units: list[Unit], group: dist.ProcessGroup, streams: Streams, prefetch: int):
         self._units, self._group, self._streams, self._prefetch = units, group, streams, prefetch
-        self._world_size = dist.get_world_size(group)
+        self._world_size, self._grouped = dist.get_world_size(group), dist.get_backend(group) != "gloo"
         self._free: dict[tuple, deque[Buffer]] = {}  # by the weights' shapes
         self._orders: dict[bool, list[Unit]] = {True: [], False: []}  # in training, in evaluation
         self._complete = {True: False, False: False}
@@ -138,7 +144,7 @@ class Gather:
 
     def fetch(self, unit: Unit) -> None:
         """Makes the current stream wait for the module's weights, and sends for those of the modules to come."""
-        lacking = [p for p in unit.parameters if p.ds_persist and p.ds_status is ZeroParamStatus.NOT_AVAILABLE]
+        lacking = [parameter for parameter in unit.persistent if parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE]
         if lacking:
             lacking[0].all_gather(lacking)
         self._follow(unit)
@@ -247,7 +253,7 @@ class Gather:
         torch's gloo notes the name of the work done last in a string that its two threads share without a lock. A name that does
         not fit into the string itself (over 15 characters) is then freed twice: ALLGATHER_COALESCED, sooner or later, crashes.
         """
-        if dist.get_backend(self._group) != "gloo":
+        if self._grouped:
             return [self._group.allgather_into_tensor_coalesced(whole, shards)]
         pairs = zip(whole, shards, strict=True)
         return [dist.all_gather_into_tensor(target, shard, group=self._group, async_op=True) for target, shard in pairs]

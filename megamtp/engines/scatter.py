@@ -70,11 +70,10 @@ class Scatter:
             parameter.grad = None
         self._streams.follow_compute(self._streams.scatter)
         with self._streams.on(self._streams.scatter):
-            whole = [self._padded(gradient, parameter) for gradient, parameter in zip(gradients, unit.parameters, strict=True)]
+            whole = [self._padded(gradient, missing) for gradient, missing in zip(gradients, unit.padding, strict=True)]
             if self.divides:
                 torch._foreach_div_(whole, self._world_size)
-            sizes = [parameter.ds_tensor.ds_numel for parameter in unit.parameters]
-            shards = torch.empty(sum(sizes), dtype=self._dtype, device=self._streams.device).split(sizes)
+            shards = torch.empty(sum(unit.shard_sizes), dtype=self._dtype, device=self._streams.device).split(unit.shard_sizes)
             self._group.reduce_scatter_tensor_coalesced(list(shards), whole).wait()
             self._add_to_sums(unit, shards)
             self._leaving.append((self._streams.mark(self._streams.scatter), [*gradients, *whole, *shards]))
@@ -92,8 +91,7 @@ class Scatter:
         else:
             torch._foreach_add_(sums, [shard.to(total.dtype) for shard, total in zip(shards, sums, strict=True)])
 
-    def _padded(self, gradient: Tensor, parameter: nn.Parameter) -> Tensor:
-        missing = parameter.ds_tensor.ds_numel * self._world_size - parameter.ds_numel
+    def _padded(self, gradient: Tensor, missing: int) -> Tensor:
         flat = (gradient if gradient.dtype == self._dtype else gradient.to(self._dtype)).reshape(-1)
         return nn.functional.pad(flat, (0, missing)) if missing else flat
 

@@ -9,6 +9,7 @@ import contextlib
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
@@ -61,8 +62,9 @@ class GroupedTraffic:
         check_deepspeed_version()
         self._engine, optimizer = engine, engine.optimizer
         streams = Streams(torch.device(deepspeed.get_accelerator().current_device_name()))
-        self._units = {module: Unit(module) for module in modules}
-        units, group = list(self._units.values()), optimizer.dp_process_group
+        group = optimizer.dp_process_group
+        self._units = {module: Unit(module, dist.get_world_size(group)) for module in modules}
+        units = list(self._units.values())
         self._replaced = optimizer.parameter_offload.param_coordinator, optimizer.reduce_and_partition_stream
         self._remove_deepspeeds_hooks()
         if streams.on_gpu and optimizer.offload_optimizer:

@@ -1,5 +1,6 @@
 """The training loop on two ranks: steps that are not finite, and an evaluation amid which the job is asked to stop."""
 
+import gc
 import itertools
 import json
 from pathlib import Path
@@ -150,6 +151,30 @@ def test_a_run_of_nothing_but_bad_steps_ends(tmp_path):
     assert f"; such steps in a row: {MAX_SKIPPED}. Started again, the run goes on from step-0000002: " in error
     assert _same(weights[1], weights[-1]) and len(weights) == 2 + MAX_SKIPPED
     assert [path.name for path in (Path(tmp_path) / "checkpoints").iterdir()] == ["step-0000002"]
+
+
+def _looked_at(directory: str) -> tuple[list[int], list[int]]:
+    """How many objects a garbage collection had to look at, and how many it had not, before each step and after the last."""
+    from megamtp.engines.build import build_engine
+
+    config = _config(directory, "zero3", train__steps=4)
+    engine, objects, frozen = build_engine(config), [], []
+    train_batch = engine.train_batch
+
+    def watched(*arguments):
+        objects.append(len(gc.get_objects()))
+        frozen.append(gc.get_freeze_count())
+        return train_batch(*arguments)
+
+    engine.train_batch = watched
+    _training(config, engine).run()
+    return [*objects, len(gc.get_objects())], [*frozen, gc.get_freeze_count()]
+
+
+def test_garbage_collections_look_at_what_is_new(tmp_path):
+    for objects, frozen in run_ranks(_looked_at, 2, str(tmp_path)):
+        assert frozen[0] == frozen[-1] == 0 and objects[0] > 100_000 and objects[-1] > 100_000
+        assert min(frozen[1:-1]) > 100_000 > 20 * max(objects[1:-1])
 
 
 class AskedAmidEvaluation:
