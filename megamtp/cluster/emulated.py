@@ -21,7 +21,7 @@ from megamtp.config import ClusterConfig
 
 BACKEND = "emulated"
 LOGGED_TRANSFERS = 100_000
-MAX_GRAPHS = 512  # of transfers between the same places of memory
+MAX_GRAPHS = 2048  # of transfers between the same places of memory
 PASSES = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "broadcast": 1, "barrier": 0}  # of the bytes over a link
 
 
@@ -135,9 +135,8 @@ class EmulatedGroup(dist.ProcessGroup):
             if graph:
                 graph.capture_end()
             if len(self._graphs) >= MAX_GRAPHS:
-                self._graphs = {seen: made for seen, made in self._graphs.items() if made}
-            if len(self._graphs) < MAX_GRAPHS:
-                self._graphs[places] = graph
+                self._graphs.clear()  # what runs meanwhile is freed when it has ended
+            self._graphs[places] = graph
         if graph:
             graph.replay()
 

@@ -224,12 +224,13 @@ def test_trace_tells_whether_the_head_phase_is_exposed(tmp_path, monkeypatch, ex
         def trace(self, times=3):
             return exposure.Trace([(0.0, 300.0), (302.0, 590.0)], [], [], {"step": [(0.0, 590.0)]})
 
-    def measure(makers, rounds, steps, traced):
-        return {name: variants.Measurement([600.0] * steps, trace=make().trace()) for name, make in makers.items()}
+    def measure(makers, rounds, steps):
+        return {name: variants.Measurement([600.0] * steps) for name in makers}
 
     monkeypatch.setattr(variants, "Ours", Invented)
     monkeypatch.setattr(variants, "Plain", InventedPlain)
     monkeypatch.setattr(variants, "measure", measure)
+    monkeypatch.setattr(variants, "traces", lambda makers: {name: make().trace() for name, make in makers.items()})
     monkeypatch.setattr(emulation, "join", lambda config: None)
     monkeypatch.setattr(output, "start", lambda options: None)
     try:
@@ -276,6 +277,32 @@ def test_overhead_shows_ratios_and_first_steps(tmp_path):
     assert rows(overhead._table(warm, [1, 4]))[0] == header[:-1]
     overhead._draw(results).savefig(tmp_path / "overhead.png")
     assert (tmp_path / "overhead.png").stat().st_size > 10_000
+
+
+def test_overhead_measures_all_before_it_traces_any(tmp_path, monkeypatch):
+    done = []
+
+    def measure(makers, rounds, steps, keep):
+        done.append(("measured", *makers))
+        return {name: variants.Measurement([600.0] * rounds * steps, peak_bytes=2**35) for name in makers}
+
+    def traces(makers):
+        done.append(("traced", *makers, *(make.args[0].model.num_future_tokens for make in makers.values())))
+        return {name: invented_trace(1.0) for name in makers}
+
+    monkeypatch.setattr(variants, "measure", measure)
+    monkeypatch.setattr(variants, "traces", traces)
+    monkeypatch.setattr(emulation, "join", lambda config: None)
+    monkeypatch.setattr(output, "start", lambda options: None)
+    names = ["plain", "ours", "ours fp8"]
+    overhead.main(["--sizes", "0.3b", "6.7b", "--variants", *names, "--output", str(tmp_path)])
+    cells = ["n=1 plain", "n=1 ours", "n=4 plain", "n=4 ours", "n=4 ours fp8"]
+    assert done == [
+        *(("measured", *(f"{size} {cell}" for cell in cells)) for size in ("0.3b", "6.7b")),
+        *[("traced", "ours", "ours fp8", 4, 4)] * 2,
+    ]  # fmt: skip
+    exposed = {(row[0], row[1]): row[-1] for row in rows((tmp_path / "overhead.md").read_text())[1:]}
+    assert exposed == {(size, name): "-" if name == "plain" else "5.50%" for size in ("0.3b", "6.7b") for name in names}
 
 
 def test_large_tensors_lose_their_memory(monkeypatch):

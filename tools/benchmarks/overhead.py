@@ -24,6 +24,8 @@ from megamtp.config import Config
 from megamtp.errors import InputError
 from megamtp.model.cost import flops_per_token
 
+TRACED = ("ours", "ours fp8")
+
 
 def main(arguments: list[str]) -> None:
     """Raises InputError."""
@@ -53,7 +55,9 @@ def main(arguments: list[str]) -> None:
         results += (measured := _measure_size(size, by_heads, options))
         output.say(_table(measured, options.heads))  # should the rest be cut off
         torch._dynamo.reset()
-        variants.free(others=())
+    for size, by_heads in configs.items():
+        _add_exposures([result for result in results if result["size"] == size], by_heads[options.heads[-1]])
+        torch._dynamo.reset()
     output.write(options, settings, results, _table(results, options.heads), _draw(results))
 
 
@@ -64,8 +68,7 @@ def _measure_size(size: str, configs: dict[int, Config], options: argparse.Names
         f"{size} n={n} {name}": (name, n) for n in configs for name in options.variants if n > 1 or name not in variants.ONE_HEAD
     }
     makers = {label: partial(variants.CLASSES[name], configs[n]) for label, (name, n) in cells.items()}
-    traced = [label for label, (name, _) in cells.items() if name in ("ours", "ours fp8")]
-    found = variants.measure(makers, options.rounds, options.steps, traced, keep=not options.rebuild)
+    found = variants.measure(makers, options.rounds, options.steps, keep=not options.rebuild)
     results, ranks = [], emulation.num_ranks(options.world_size)
     for label, (name, n) in cells.items():
         measured = found[label]
@@ -75,12 +78,19 @@ def _measure_size(size: str, configs: dict[int, Config], options: argparse.Names
             "milliseconds": measured.milliseconds, "kept_bytes": measured.kept_bytes, "peak_bytes": measured.peak_bytes,
             "allocation_retries": measured.allocation_retries,
         }  # fmt: skip
-        if measured.trace:
-            result["exposure"] = measured.trace.exposures()
         if name == "ours" and cold:
             result["first_step_seconds"] = cold[n]
         results.append(result)
     return results
+
+
+def _add_exposures(results: list[dict], config: Config) -> None:
+    """From traces of one size's hosted variants with most heads."""
+    emulation.join(config)
+    traced = {r["variant"]: r for r in results if r["variant"] in TRACED and r["heads"] == config.model.num_future_tokens}
+    makers = {name: partial(variants.CLASSES[name], config) for name in traced}
+    for name, trace in variants.traces(makers).items():
+        traced[name]["exposure"] = trace.exposures()
 
 
 def _first_step(config: Config) -> float:

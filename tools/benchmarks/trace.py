@@ -36,8 +36,7 @@ def main(arguments: list[str]) -> None:
     output.start(options)
     emulation.join(configs[CONFIGURED])
     makers = {name: partial(variants.Plain if name == PLAIN else variants.Ours, config) for name, config in configs.items()}
-    found = variants.measure(makers, rounds=1, steps=options.steps, traced=makers)
-    traces = {name: measured.trace for name, measured in found.items()}
+    found, traces = variants.measure(makers, rounds=1, steps=options.steps), variants.traces(makers)
     results = [
         {
             "variant": name, "prefetch_modules": None if name == PLAIN else configs[name].engine.prefetch_modules,

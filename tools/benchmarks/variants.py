@@ -195,7 +195,7 @@ CLASSES = dict(zip(NAMES, (Plain, Ours, OursFloat8, FsdpOneBackward, FsdpPerHead
 
 @dataclasses.dataclass
 class Measurement:
-    """Of one cell: each step's milliseconds, the bytes that the variant needs at most, those it keeps included, perhaps a trace.
+    """Of one cell: each step's milliseconds, and the bytes that the variant needs at most, those it keeps included.
 
     Attributes:
         allocation_retries: how often memory ran out and was cleared in these steps, which take longer then.
@@ -205,25 +205,25 @@ class Measurement:
     kept_bytes: int = 0
     peak_bytes: int = 0
     allocation_retries: int = 0
-    trace: exposure.Trace | None = None
 
 
-def measure(
-    makers: dict[str, Callable[[], Variant]], rounds: int, steps: int, traced: Container[str] = (), keep: bool = True
-) -> dict[str, Measurement]:
-    """`rounds` times over all cells in turn, `steps` measured steps each; in the last one, a trace of the cells in `traced`.
+WARM_UP = 3  # steps of a new variant: the first ones compile, and record the order of fetches
 
-    Plain models are made anew in each round, for no two fit beside each other; the sharded ones stay, if `keep`.
+
+def measure(makers: dict[str, Callable[[], Variant]], rounds: int, steps: int, keep: bool = True) -> dict[str, Measurement]:
+    """`rounds` times over all cells in turn, `steps` measured steps each.
+
+    Plain models are made anew in each round, for no two fit beside each other; the sharded ones stay to the end, if `keep`.
     """
     kept: dict[str, Variant] = {}
-    found = {cell: Measurement() for cell in makers}
-    for turn in range(rounds):
+    found, all_others = {cell: Measurement() for cell in makers}, set(storages())
+    for _ in range(rounds):
         for cell, make in makers.items():
             torch.cuda.empty_cache()  # what one variant's streams keep for themselves, another's lack
             others, before = set(storages()), torch.cuda.memory_allocated()
             variant, cell_found = kept.get(cell) or make(), found[cell]
-            for _ in range(1 if cell in kept else 3):
-                variant.step()  # the first ones compile, and record the order of fetches
+            for _ in range(1 if cell in kept else WARM_UP):
+                variant.step()
             if cell not in kept:
                 cell_found.kept_bytes = torch.cuda.memory_allocated() - before
             resting = torch.cuda.memory_allocated()
@@ -236,13 +236,25 @@ def measure(
             cell_found.milliseconds += milliseconds
             peak = torch.cuda.max_memory_allocated() - resting + cell_found.kept_bytes
             cell_found.peak_bytes = max(cell_found.peak_bytes, peak)
-            if cell in traced and turn == rounds - 1:
-                cell_found.trace = variant.trace()
             if keep and not isinstance(variant, Plain):
                 kept[cell] = variant
             else:
                 del variant
                 free(others)
+    free(all_others)
+    return found
+
+
+def traces(makers: dict[str, Callable[[], Variant]]) -> dict[str, exposure.Trace]:
+    """Of each cell, made anew. Nothing that is measured may follow: once it has run, the profiler slows every later launch."""
+    found = {}
+    for cell, make in makers.items():
+        others, variant = set(storages()), make()
+        for _ in range(WARM_UP):
+            variant.step()
+        found[cell] = variant.trace()
+        del variant
+        free(others)
     return found
 
 
