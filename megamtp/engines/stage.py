@@ -81,6 +81,7 @@ class StageLayers(nn.Module):
                 targets_NBT[head],
                 scale=self.loss_scales[head],
                 seed=seed,
+                seed_is_certain=True,
                 z_loss=settings.z_loss,
                 chunk_rows=settings.chunk_rows,
                 shared_gradient=shared_gradient,

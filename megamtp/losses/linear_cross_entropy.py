@@ -49,6 +49,7 @@ def linear_cross_entropy(
     *,
     scale: float = 1.0,
     seed: float = 1.0,
+    seed_is_certain: bool = False,
     z_loss: float = 0.0,
     chunk_rows: int | None = None,
     shared_gradient: SharedGradient | None = None,
@@ -63,6 +64,7 @@ def linear_cross_entropy(
         scale: factor of the loss, e.g. one over the global count of valid targets.
         seed: the gradient that backward will receive. It is multiplied in before anything is cast to 16 bits, so that fp16
             loss scaling protects what it is meant to protect; a different one in backward is still right, only rounded again.
+        seed_is_certain: that backward receives no other than `seed`, which it then does not look at. Spares a pass over dH.
         z_loss: coefficient of the squared log-partition function. Source: PaLM, arXiv:2204.02311, section 5.
         chunk_rows: rows whose logits are alive at a time; None: see default_chunk_rows. On a GPU they are in the model's dtype;
             on a CPU in fp32, and once more in 16 bits if the model is.
@@ -81,7 +83,7 @@ def linear_cross_entropy(
         (shared_gradient or SharedGradient(num_uses=1)) if learning and weight_VD.requires_grad else None,
     )
     chunk_rows = chunk_rows or default_chunk_rows(len(weight_VD), hidden_ND.element_size())
-    options = _Options(scale, seed, z_loss, chunk_rows)
+    options = _Options(scale, seed, seed_is_certain, z_loss, chunk_rows)
     return _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, options, sinks, float8_weight if sinks.wanted else None)
 
 
@@ -89,6 +91,7 @@ def linear_cross_entropy(
 class _Options:
     scale: float
     seed: float
+    seed_is_certain: bool
     z_loss: float
     chunk_rows: int
 
@@ -123,7 +126,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         nll_sum = nll_N.sum()
         loss = nll_sum + options.z_loss * squared_N.sum() if options.z_loss else nll_sum
         ctx.save_for_backward(sinks.hidden_ND)
-        ctx.seed, ctx.shared_gradient, ctx.weight_dtype = options.seed, sinks.weight, weight_VD.dtype
+        ctx.options, ctx.shared_gradient, ctx.weight_dtype = options, sinks.weight, weight_VD.dtype
         ctx.mark_non_differentiable(nll_sum)
         return options.scale * loss, nll_sum
 
@@ -131,12 +134,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, d_loss, _):
         (d_hidden_ND,) = ctx.saved_tensors
         d_weight_VD = ctx.shared_gradient.take_if_last() if ctx.shared_gradient else None
-        factor = d_loss / ctx.seed  # exactly 1 in training, and then nothing changes
-        if d_hidden_ND is not None:
-            d_hidden_ND = d_hidden_ND.mul_(factor)
+        if not ctx.options.seed_is_certain:
+            factor = d_loss / ctx.options.seed  # exactly 1 in training, and then nothing changes
+            d_hidden_ND, d_weight_VD = (d if d is None else d.mul_(factor) for d in (d_hidden_ND, d_weight_VD))
         if d_weight_VD is not None:
-            rounded_VD = torch.empty_like(d_weight_VD, dtype=ctx.weight_dtype)
-            d_weight_VD = torch.mul(d_weight_VD, factor, out=rounded_VD)
+            d_weight_VD = d_weight_VD.to(ctx.weight_dtype)
         return d_hidden_ND, d_weight_VD, None, None, None, None
 
 

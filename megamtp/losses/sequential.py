@@ -75,7 +75,7 @@ class PassingHeads(torch.autograd.Function):
 
 def _run_heads(z_BTD: Tensor, head_loss: HeadLoss, num_heads: int, phase: HeadPhase, seed: float) -> tuple[Tensor, Tensor, Tensor]:
     """(dz, sum of the losses, summed negative log-likelihoods), after forward and backward of each head in turn."""
-    dz_BTD = torch.zeros_like(z_BTD, dtype=torch.float64 if z_BTD.dtype == torch.float64 else torch.float32)
+    dz_BTD, dz_dtype = None, torch.float64 if z_BTD.dtype == torch.float64 else torch.float32
     losses, nll_sums = [], []
     with phase.all_heads():
         for index in range(num_heads):
@@ -83,7 +83,7 @@ def _run_heads(z_BTD: Tensor, head_loss: HeadLoss, num_heads: int, phase: HeadPh
             with phase.one_head(index), torch.enable_grad():
                 loss, nll_sum = head_loss(index, z_head_BTD)
                 torch.autograd.backward(loss, torch.full_like(loss, seed))
-            dz_BTD += z_head_BTD.grad
+            dz_BTD = z_head_BTD.grad.to(dz_dtype) if dz_BTD is None else dz_BTD.add_(z_head_BTD.grad)
             losses.append(loss.detach())
             nll_sums.append(nll_sum)
     return dz_BTD.to(z_BTD.dtype), torch.stack(losses).sum(), torch.stack(nll_sums)

@@ -71,7 +71,7 @@ class MTPModel(nn.Module):
         separation = self._separate(documents_BT)
         z_BTD = self.z(inputs_BT, separation)
         shared_gradient, float8_weight = SharedGradient(num_uses=len(self.heads)), Float8Weight()
-        seed = self.head_phase.seed()
+        seed, sequential = self.head_phase.seed(), self.schedule == "sequential" and z_BTD.requires_grad
 
         def head_loss(index: int, z_BTD: Tensor) -> tuple[Tensor, Tensor]:
             return self.unembedding(
@@ -79,13 +79,14 @@ class MTPModel(nn.Module):
                 targets_NBT[index],
                 scale=loss_scales[index],
                 seed=seed,
+                seed_is_certain=sequential,
                 z_loss=self.head_loss_config.z_loss,
                 chunk_rows=self.head_loss_config.chunk_rows,
                 shared_gradient=shared_gradient,
                 float8_weight=float8_weight if self.head_loss_config.in_float8(index) else None,
             )
 
-        if self.schedule == "sequential" and z_BTD.requires_grad:
+        if sequential:
             return SequentialHeadLoss.apply(z_BTD, head_loss, len(self.heads), self.head_phase)
         losses, nll_sums = zip(*(head_loss(index, z_BTD) for index in range(len(self.heads))), strict=True)
         return torch.stack(losses).sum(), torch.stack(nll_sums)

@@ -60,6 +60,17 @@ def test_another_seed_than_announced_is_still_right():
         torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_certain_seed_gives_the_same_and_is_not_looked_at(dtype):
+    hidden, weight, targets = inputs(dtype)
+    gradients = []
+    for certain, received in ((False, 8.0), (True, 8.0), (True, float("nan"))):
+        loss, _ = linear_cross_entropy(hidden, weight, targets, scale=0.3, seed=8.0, seed_is_certain=certain)
+        gradients.append(torch.autograd.grad(loss, (hidden, weight), torch.full_like(loss, received)))
+    for found in gradients[1:]:
+        assert all(map(torch.equal, found, gradients[0]))
+
+
 def test_seed_protects_small_fp16_gradients():
     """A gradient of 1e-6 of a loss scaled by 2^-20 is lost in fp16 unless the seed comes in before the cast."""
     hidden, weight, targets = inputs(torch.float16)
