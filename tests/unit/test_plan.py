@@ -71,7 +71,8 @@ def test_memory_of_recorded_stages_is_predicted():
         batch = f"train.global_batch_tokens={settings['T'] * settings['micro-batches'] * settings['pipelines']}"
         config = config_of(
             result["size"], result["heads"], "engine.kind=pipeline", f"engine.num_stages={result['stages']}",
-            f"model.vocab_size={result['vocabulary']}", "train.micro_batch_size=1", batch, "head_loss.chunk_rows=4096",
+            f"model.vocab_size={result['vocabulary']}", "train.micro_batch_size=1", batch,
+            "head_loss.chunk_rows=4096",  # the default when these were measured
         )  # fmt: skip
         spread = result["plan"] == "spread losses"
         for stage, peak in enumerate(result["peak_bytes"]):
