@@ -136,6 +136,7 @@ class EmulatedGroup(dist.ProcessGroup):
                 graph.capture_end()
             if len(self._graphs) >= MAX_GRAPHS:
                 self._graphs.clear()  # what runs meanwhile is freed when it has ended
+                self._pool = torch.cuda.graph_pool_handle()  # the former one takes no graph any more once it has none
             self._graphs[places] = graph
         if graph:
             graph.replay()

@@ -246,7 +246,10 @@ def measure(makers: dict[str, Callable[[], Variant]], rounds: int, steps: int, k
 
 
 def traces(makers: dict[str, Callable[[], Variant]]) -> dict[str, exposure.Trace]:
-    """Of each cell, made anew. Nothing that is measured may follow: once it has run, the profiler slows every later launch."""
+    """Of each cell, made anew. Nothing that is measured may follow: once it has run, the profiler slows every later launch.
+
+    Source: pytorch/pytorch issue 144455 (CUPTI stays attached).
+    """
     found = {}
     for cell, make in makers.items():
         others, variant = set(storages()), make()
