@@ -17,7 +17,10 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "TRUE")
 _context = get_context("forkserver")
-_context.set_forkserver_preload(["torch", "deepspeed", "tests.ranks", "megamtp.engines.build"])
+# The last one makes torch import its compiler, which every engine's optimizer does otherwise, for two seconds.
+_context.set_forkserver_preload(
+    ["torch", "deepspeed", "tests.ranks", "megamtp.engines.build", "deepspeed.runtime.zero.muon.original_muon"]
+)
 
 
 def run_ranks(
