@@ -3,4 +3,4 @@
 # the whole product of gradient cases).
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
-exec python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
+exec python -m pytest -n auto --dist loadfile --no-loadscope-reorder "$@"
