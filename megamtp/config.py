@@ -77,7 +77,7 @@ class HeadLossConfig:
 
     weights: list[float] | None = option(None, "weight of each head's loss, n numbers; null: all 1, as in the paper")
     chunk_rows: int | None = option(
-        None, "rows (positions) whose logits are alive at a time; null: at most 4096, and one GiB of logits"
+        None, "rows (positions) whose logits are alive at a time; null: at most 8192, and half a GiB of logits"
     )
     z_loss: float = option(0.0, "coefficient of the mean squared log-partition function (0: none)")
     precision: str | None = option(

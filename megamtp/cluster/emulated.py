@@ -92,7 +92,7 @@ class EmulatedGroup(dist.ProcessGroup):
         super().__init__(0, network.world_size)
         self._network, self._transfers = network, transfers
         self._size, self._stream = network.world_size, None
-        self._graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}  # None where a transfer has been seen once
+        self._graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}  # last used last; None where a transfer has been seen once
 
     def getBackendName(self) -> str:
         return BACKEND
@@ -115,31 +115,37 @@ class EmulatedGroup(dist.ProcessGroup):
             return EmulatedWork(None, [])
         if self._stream is None:
             self._stream, self._start = torch.cuda.Stream(), torch.empty(1, dtype=torch.int64, device="cuda")
-            self._pool = torch.cuda.graph_pool_handle()
         current = _current_stream()
         self._stream.wait_stream(current)
         torch.cuda.set_stream(self._stream)
-        self._play(transfer, (kind, num_bytes, *((tensor.data_ptr(), tensor.numel()) for tensor in (*whole, *others))), move)
-        torch.cuda.set_stream(current)
+        try:
+            self._play(transfer, (kind, *((tensor.data_ptr(), tensor.numel(), tensor.dtype) for tensor in (*whole, *others))), move)
+        finally:
+            torch.cuda.set_stream(current)
         return EmulatedWork(self._stream.record_event(), [*whole, *others])
 
     def _play(self, transfer: Transfer, places: tuple, move: Callable[[], None]) -> None:
-        graph = self._graphs.get(places)
-        if graph is None:
-            if places in self._graphs:
-                graph = torch.cuda.CUDAGraph()
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            mark(self._start)
-            move()
-            hold(self._start, transfer.seconds, self._network.cluster.communication_sms)
-            if graph:
+        known = places in self._graphs
+        graph = self._graphs.pop(places, None)
+        if graph is None and known:
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                self._launch(transfer, move)
+            finally:
                 graph.capture_end()
-            if len(self._graphs) >= MAX_GRAPHS:
-                self._graphs.clear()  # what runs meanwhile is freed when it has ended
-                self._pool = torch.cuda.graph_pool_handle()  # the former one takes no graph any more once it has none
-            self._graphs[places] = graph
-        if graph:
+        if graph is None:
+            self._launch(transfer, move)
+        else:
             graph.replay()
+        self._graphs[places] = graph  # behind all others
+        if len(self._graphs) > MAX_GRAPHS:
+            del self._graphs[next(iter(self._graphs))]  # what runs of it is freed when it has ended
+
+    def _launch(self, transfer: Transfer, move: Callable[[], None]) -> None:
+        mark(self._start)
+        move()
+        hold(self._start, transfer.seconds, self._network.cluster.communication_sms)
 
     def allgather_into_tensor_coalesced(self, outputs, tensors, opts=None):
         def move() -> None:
@@ -171,10 +177,13 @@ class EmulatedGroup(dist.ProcessGroup):
         return self._run("reduce_scatter", tensors, outputs, move)
 
     def _reduce_scatter_base(self, output, tensor, opts=None):
-        # Into memory of its own, for the output may lie in the input.
-        return self._run(
-            "reduce_scatter", [tensor], [output], lambda: output.view(-1).copy_(tensor.reshape(self._size, -1).sum(dim=0))
-        )
+        def move() -> None:
+            if tensor.data_ptr() <= output.data_ptr() < tensor.data_ptr() + tensor.nbytes:
+                output.view(-1).copy_(tensor.reshape(self._size, -1).sum(dim=0))
+            else:
+                torch.sum(tensor.reshape(self._size, -1), dim=0, out=output.view(-1))
+
+        return self._run("reduce_scatter", [tensor], [output], move)
 
     reduce_scatter_single = _reduce_scatter_base
 
@@ -212,10 +221,8 @@ def _current_stream() -> torch.cuda.Stream:
     return torch.cuda.current_stream(torch.cuda.current_device())
 
 
-def mark(time: Tensor | None = None) -> Tensor:
-    """The time at which the current stream gets here: int64 [1], nanoseconds, in new memory or that of `time`."""
-    if time is None:
-        time = torch.empty(1, dtype=torch.int64, device="cuda")
+def mark(time: Tensor) -> Tensor:
+    """Writes the time at which the current stream gets here to `time`: int64 [1], nanoseconds. Returns it."""
     _kernels()[0][(1,)](time, num_warps=1)
     return time
 

@@ -39,12 +39,12 @@ class Scatter:
     def _shards_of_sums(self, unit: Unit) -> list[Tensor]:
         """Where DeepSpeed sums up each parameter's gradient over the micro-batches, without padding."""
         sums = self._optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
-        return [sums[parameter.ds_id][: self._real_elements(parameter)] for parameter in unit.parameters]
-
-    def _real_elements(self, parameter: nn.Parameter) -> int:
-        """The last ranks' shards of a parameter may hold fewer elements than the others', or none."""
-        size = parameter.ds_tensor.ds_numel
-        return max(0, min(size, parameter.ds_numel - self._rank * size))
+        # The last ranks' shards of a parameter may hold fewer elements than the others', or none.
+        real = [
+            max(0, min(size, parameter.ds_numel - self._rank * size))
+            for size, parameter in zip(unit.shard_sizes, unit.parameters, strict=True)
+        ]
+        return [sums[parameter.ds_id][:number] for number, parameter in zip(real, unit.parameters, strict=True)]
 
     def add(self, parameter: nn.Parameter) -> Unit | None:
         """Called when backward has added to a gradient; the module, once all of its gradients have been sent."""

@@ -78,17 +78,18 @@ def test_gradients_equal_plain_autograds():
 
 
 def _held() -> float:
-    hold(mark(), 1e-3, 1)
-    hold(mark(), 1e-3, 16)
+    time = torch.empty(1, dtype=torch.int64, device="cuda")
+    hold(mark(time), 1e-3, 1)
+    hold(mark(time), 1e-3, 16)
     torch.cuda._sleep(100)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     start.record()
     for num_sms in (1, 16):
         for _ in range(20):
-            since = mark()
+            mark(time)
             torch.cuda._sleep(100_000)  # what the transfer does itself, which counts
-            hold(since, 2e-3, num_sms)
+            hold(time, 2e-3, num_sms)
     end.record()
     end.synchronize()
     return start.elapsed_time(end)

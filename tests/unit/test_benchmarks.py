@@ -287,6 +287,7 @@ def test_overhead_measures_all_before_it_traces_any(tmp_path, monkeypatch):
         return {name: variants.Measurement([600.0] * rounds * steps, peak_bytes=2**35) for name in makers}
 
     def traces(makers):
+        assert len(json.loads((tmp_path / "overhead.json").read_text())["results"]) == 10  # should tracing fail
         done.append(("traced", *makers, *(make.args[0].model.num_future_tokens for make in makers.values())))
         return {name: invented_trace(1.0) for name in makers}
 

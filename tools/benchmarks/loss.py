@@ -19,11 +19,12 @@ from torch import Tensor
 
 from benchmarks import output
 from megamtp.losses.float8 import Float8Weight
-from megamtp.losses.linear_cross_entropy import SharedGradient, linear_cross_entropy
+from megamtp.losses.linear_cross_entropy import SharedGradient, default_chunk_rows, linear_cross_entropy
 from megamtp.pretrain import FLOAT8_CAPABILITY
 
 HEADS, OF_HEADS = 4, ", one of 4 heads"
 SHAPES = [(2048, 32000), (4096, 32000), (4096, 128256)]
+CHUNK_ROWS = (2048, 4096, 8192)  # beside the default
 DEVIATION = 0.02  # of random weights
 TARGET_LOGIT = 14.0  # where the softmax has a peak
 PRODUCTS = "the three products alone"
@@ -117,8 +118,7 @@ def _contestants(hidden: Tensor, peaked: Tensor, weight: Tensor, targets: Tensor
     bare, gradient = hidden.detach(), torch.randn(len(hidden), len(weight), device="cuda", dtype=torch.bfloat16)
     found = {
         "ours": ours(None),
-        "ours, 2048 rows": ours(2048),
-        "ours, 8192 rows": ours(8192),
+        **{f"ours, {rows} rows": ours(rows) for rows in CHUNK_ROWS if rows != default_chunk_rows(len(weight), 2)},
         f"ours{OF_HEADS}": learn_heads(float8=False),
         "logits in memory, fp32": learn(lambda: F.cross_entropy((hidden @ weight.T).float(), targets, reduction="sum")),
         PRODUCTS: Contestant(lambda: (bare @ weight.detach().T, gradient @ weight.detach(), gradient.T @ bare)),

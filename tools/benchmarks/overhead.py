@@ -55,10 +55,12 @@ def main(arguments: list[str]) -> None:
         results += (measured := _measure_size(size, by_heads, options))
         output.say(_table(measured, options.heads))  # should the rest be cut off
         torch._dynamo.reset()
+    write = partial(output.write, options, settings, results)
+    write(_table(results, options.heads), _draw(results))
     for size, by_heads in configs.items():
         _add_exposures([result for result in results if result["size"] == size], by_heads[options.heads[-1]])
         torch._dynamo.reset()
-    output.write(options, settings, results, _table(results, options.heads), _draw(results))
+    write(_table(results, options.heads), _draw(results))
 
 
 def _measure_size(size: str, configs: dict[int, Config], options: argparse.Namespace) -> list[dict]:
