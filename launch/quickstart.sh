@@ -4,7 +4,7 @@
 #   bash launch/quickstart.sh [--run DIR] --corpus PATH ...    your own text files, source tree or JSONL, in DIR (runs/own)
 # Stopped (Ctrl-C, SIGTERM) and started again, it goes on where it was.
 set -euo pipefail
-corpus=(--standard-library) run='' check=(--min-margin 0.8)
+corpus=(--standard-library) run='' check=(--min-margin 1.2)
 absolute() { case "$1" in /*) printf %s "$1" ;; *) printf %s "$here/$1" ;; esac; }
 here="$PWD"
 while [ $# -gt 0 ]; do
