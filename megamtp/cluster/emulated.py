@@ -155,8 +155,8 @@ class EmulatedGroup(dist.ProcessGroup):
         return self._run("all_gather", outputs, tensors, move)
 
     def _allgather_base(self, output, tensor, opts=None):
-        if output.data_ptr() <= tensor.data_ptr() < output.data_ptr() + output.nbytes:
-            tensor = tensor.clone()  # a shard that lies in the output
+        if _lies_in(tensor, output):
+            tensor = tensor.clone()
         return self.allgather_into_tensor_coalesced([output], [tensor])
 
     all_gather_single = _allgather_base
@@ -178,7 +178,7 @@ class EmulatedGroup(dist.ProcessGroup):
 
     def _reduce_scatter_base(self, output, tensor, opts=None):
         def move() -> None:
-            if tensor.data_ptr() <= output.data_ptr() < tensor.data_ptr() + tensor.nbytes:
+            if _lies_in(output, tensor):
                 output.view(-1).copy_(tensor.reshape(self._size, -1).sum(dim=0))
             else:
                 torch.sum(tensor.reshape(self._size, -1), dim=0, out=output.view(-1))
@@ -214,6 +214,10 @@ def join(cluster: ClusterConfig) -> deque[Transfer]:
     dist.Backend.register_backend(BACKEND, lambda *_: EmulatedGroup(network, transfers), devices=["cpu", "cuda"])
     dist.init_process_group(BACKEND, store=FakeStore(), rank=0, world_size=network.world_size)
     return transfers
+
+
+def _lies_in(shard: Tensor, whole: Tensor) -> bool:
+    return whole.data_ptr() <= shard.data_ptr() < whole.data_ptr() + whole.nbytes
 
 
 def _current_stream() -> torch.cuda.Stream:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from megamtp.losses.linear_cross_entropy import wide
+
 HeadLoss = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -75,15 +77,14 @@ class PassingHeads(torch.autograd.Function):
 
 def _run_heads(z_BTD: Tensor, head_loss: HeadLoss, num_heads: int, phase: HeadPhase, seed: float) -> tuple[Tensor, Tensor, Tensor]:
     """(dz, sum of the losses, summed negative log-likelihoods), after forward and backward of each head in turn."""
-    dz_BTD, dz_dtype = None, torch.float64 if z_BTD.dtype == torch.float64 else torch.float32
-    losses, nll_sums = [], []
+    dz_BTD, losses, nll_sums = None, [], []
     with phase.all_heads():
         for index in range(num_heads):
             z_head_BTD = z_BTD.detach().requires_grad_()
             with phase.one_head(index), torch.enable_grad():
                 loss, nll_sum = head_loss(index, z_head_BTD)
                 torch.autograd.backward(loss, torch.full_like(loss, seed))
-            dz_BTD = z_head_BTD.grad.to(dz_dtype) if dz_BTD is None else dz_BTD.add_(z_head_BTD.grad)
+            dz_BTD = z_head_BTD.grad.to(wide(z_BTD.dtype)) if dz_BTD is None else dz_BTD.add_(z_head_BTD.grad)
             losses.append(loss.detach())
             nll_sums.append(nll_sum)
     return dz_BTD.to(z_BTD.dtype), torch.stack(losses).sum(), torch.stack(nll_sums)
