@@ -4,11 +4,13 @@
     python tools/benchmark.py overhead --bandwidth null --sms 16 --name overhead_nodes_16sms --output results
     torchrun --nproc-per-node 2 tools/benchmark.py overhead --sizes 6.7b --rebuild --name nccl --output results      (real ranks)
 
-Variants take turns in one process. "plain" has neither engine nor communication; "hosted / bare" is a variant's n = 1 step over it.
+A size has a process of its own, in which variants take turns. "plain" has neither engine nor communication; "hosted / bare" is a
+variant's n = 1 step over it.
 "ours fp8" has the losses of all heads in fp8, over the n = 1 step in bf16.
 """
 
 import argparse
+import dataclasses
 import os
 import statistics
 import tempfile
@@ -41,9 +43,9 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if options.heads[0] != 1:
         raise InputError(f"--heads {' '.join(map(str, options.heads))}; expected 1 first, which the others are divided by")
-    ranks = emulation.num_ranks(options.world_size)
-    if options.cold and ranks != options.world_size:
-        raise InputError(f"--cold under a launcher of {ranks} ranks; expected one process")
+    ranks, launched = emulation.num_ranks(options.world_size), emulation.num_ranks(1)
+    if launched > 1 and (options.cold or len(options.sizes) > 1):
+        raise InputError(f"several --sizes or --cold under a launcher of {launched} ranks; expected one size, or one process")
     configs = {size: {n: emulation.config(size, n, ranks, options) for n in options.heads} for size in options.sizes}
     output.start(options)
     settings = {
@@ -52,47 +54,36 @@ def main(arguments: list[str]) -> None:
     }  # fmt: skip
     results = []
     for size, by_heads in configs.items():
-        results += (measured := _measure_size(size, by_heads, options))
-        output.say(_table(measured, options.heads))  # should the rest be cut off
-        torch._dynamo.reset()
-    write = partial(output.write, options, settings, results)
-    write(_table(results, options.heads), _draw(results))
-    for size, by_heads in configs.items():
-        _add_exposures([result for result in results if result["size"] == size], by_heads[options.heads[-1]])
-        torch._dynamo.reset()
-    write(_table(results, options.heads), _draw(results))
+        job = size, by_heads, options
+        measured = Fresh(_measure_size, *job).result() if launched == 1 else _measure_size(*job)
+        if options.cold:
+            for result in (result for result in measured if result["variant"] == "ours"):
+                result["first_step_seconds"] = Fresh(_first_step, by_heads[result["heads"]]).result()
+        results += measured
+        output.write(options, settings, results, _table(results, options.heads), _draw(results))
 
 
 def _measure_size(size: str, configs: dict[int, Config], options: argparse.Namespace) -> list[dict]:
-    cold = {n: Fresh(_first_step, config).result() for n, config in configs.items()} if options.cold else {}
+    """Of all variants and numbers of heads. Traces come last, for the profiler slows what comes after it."""
     emulation.join(configs[1])
     cells = {
         f"{size} n={n} {name}": (name, n) for n in configs for name in options.variants if n > 1 or name not in variants.ONE_HEAD
     }
     makers = {label: partial(variants.CLASSES[name], configs[n]) for label, (name, n) in cells.items()}
     found = variants.measure(makers, options.rounds, options.steps, keep=not options.rebuild)
-    results, ranks = [], emulation.num_ranks(options.world_size)
-    for label, (name, n) in cells.items():
-        measured = found[label]
-        result = {
+    ranks = emulation.num_ranks(options.world_size)
+    results = {
+        label: {
             "size": size, "variant": name, "heads": n, "micro_batch": configs[n].train.micro_batch_size,
             "flops": flops_per_token(configs[n].model, emulation.SEQUENCE_LENGTH) * configs[n].train.global_batch_tokens / ranks,
-            "milliseconds": measured.milliseconds, "kept_bytes": measured.kept_bytes, "peak_bytes": measured.peak_bytes,
-            "allocation_retries": measured.allocation_retries,
-        }  # fmt: skip
-        if name == "ours" and cold:
-            result["first_step_seconds"] = cold[n]
-        results.append(result)
-    return results
-
-
-def _add_exposures(results: list[dict], config: Config) -> None:
-    """From traces of one size's hosted variants with most heads."""
-    emulation.join(config)
-    traced = {r["variant"]: r for r in results if r["variant"] in TRACED and r["heads"] == config.model.num_future_tokens}
-    makers = {name: partial(variants.CLASSES[name], config) for name in traced}
-    for name, trace in variants.traces(makers).items():
-        traced[name]["exposure"] = trace.exposures()
+            **dataclasses.asdict(found[label]),
+        }
+        for label, (name, n) in cells.items()
+    }  # fmt: skip
+    traced = {label: makers[label] for label, (name, n) in cells.items() if name in TRACED and n == options.heads[-1]}
+    for label, trace in variants.traces(traced).items():
+        results[label]["exposure"] = trace.exposures()
+    return list(results.values())
 
 
 def _first_step(config: Config) -> float:
