@@ -202,7 +202,8 @@ class EmulatedGroup(dist.ProcessGroup):
 def join(cluster: ClusterConfig) -> deque[Transfer]:
     """Initialises torch.distributed as rank 0 of `cluster.emulate` ranks; returns the log of transfers, latest last.
 
-    On a GPU, makes a stream of high priority the current one.
+    On a GPU, makes a stream of high priority the current one, which no other code gets: torch hands out 32 streams of each priority
+    in turn, and then the first one again.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -210,7 +211,7 @@ def join(cluster: ClusterConfig) -> deque[Transfer]:
     if torch.cuda.is_available():
         # Transfers are copied by the whole card, faster than a network would; what computes goes before them, as it does beside the
         # few multiprocessors of NCCL's kernels.
-        torch.cuda.set_stream(torch.cuda.Stream(priority=-1))
+        torch.cuda.set_stream(torch.cuda.Stream(priority=-2))
     dist.Backend.register_backend(BACKEND, lambda *_: EmulatedGroup(network, transfers), devices=["cpu", "cuda"])
     dist.init_process_group(BACKEND, store=FakeStore(), rank=0, world_size=network.world_size)
     return transfers
