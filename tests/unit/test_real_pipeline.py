@@ -47,6 +47,16 @@ def test_the_table_and_the_verdict(tmp_path):
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
+def test_what_a_profiled_step_tells(monkeypatch):
+    """Two stages of two pipelines; a stage's ranks follow each other."""
+    monkeypatch.setattr(real_pipeline, "_run", lambda result, settings, use: None)
+    monkeypatch.setattr(real_pipeline, "of_all_ranks", lambda seconds: [0.5, 0.7, 0.8, 1.0])
+    found = real_pipeline.computed({"seconds": [0.9, 1.0, 1.5]}, {"pipelines": 2})
+    assert found == {
+        "computing_seconds": [0.5, 0.7, 0.8, 1.0], "real_bubble": pytest.approx(0.25), "real_imbalance": pytest.approx(1.2)
+    }  # fmt: skip
+
+
 def test_what_cannot_be_compared_is_refused(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"missing.json cannot be read .*expected the JSON file of `pipeline`"):
         real_pipeline.main(["--predicted", str(tmp_path / "missing.json")])

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,9 @@ def main(arguments: list[str]) -> None:
         raise InputError(f"{place.world_size} ranks; expected as many as a plan in {options.predicted} has, {sizes}: use torchrun")
     output.start(options, on_gpu=options.device == "cuda")
     join_peers(place, ClusterConfig())
-    results = [measured(found, settings, options) for found in chosen]
+    results = [found | {"seconds": measured(found, settings, options)} for found in chosen]
+    if options.device == "cuda":  # last, for the profiler slows what comes after it
+        results = [found | computed(found, settings) for found in results]
     used = {name: settings[name] for name in ("micro-batches", "T", "pipelines", "link", "latency")}
     output.write(options, used | {"steps": options.steps}, results, f"{_table(results)}\n\n{_verdict(results)}", _draw(results))
 
@@ -64,25 +67,33 @@ def _read(path: Path) -> tuple[dict, list[dict]]:
         raise InputError(f"--predicted {path} cannot be read ({error!r}); expected the JSON file of `pipeline`") from None
 
 
-def measured(predicted: dict, settings: dict, options: argparse.Namespace) -> dict:
-    """A prediction, and beside it what its plan takes in truth. Collective; every rank has the result."""
+def measured(predicted: dict, settings: dict, options: argparse.Namespace) -> list[float]:
+    """Seconds of a plan's steps. Collective; every rank has the result."""
+    seconds = _run(predicted, settings, lambda run: [run.step() for _ in range(options.steps)])
+    output.say(f"{predicted['size']} n={predicted['heads']} {predicted['plan']}: {output.spread([1e3 * s for s in seconds])} ms")
+    return seconds
+
+
+def computed(result: dict, settings: dict) -> dict:
+    """How long each rank computes in a plan's step, and what follows for its bubble and imbalance. Collective, as above."""
+    computing = of_all_ranks(_run(result, settings, Run.computing_seconds))
+    pipelines, step = settings["pipelines"], statistics.median(result["seconds"])
+    firsts = range(0, len(computing), pipelines)  # ranks of one stage follow each other
+    by_stage = [statistics.mean(computing[first : first + pipelines]) for first in firsts]
+    bubble = 1 - statistics.mean(by_stage) / step
+    return {"computing_seconds": computing, "real_bubble": bubble, "real_imbalance": imbalance(by_stage)}
+
+
+def _run(predicted: dict, settings: dict, use: Callable[["Run"], Any]) -> Any:
+    """What `use` makes of a plan's engine, which is made for it, compiled, and then freed."""
     others = set(variants.storages())
-    config = _config(predicted, settings)
-    run = Run(config)
+    run = Run(_config(predicted, settings))
     for _ in range(WARM_UP):
         run.step()
-    seconds = [run.step() for _ in range(options.steps)]
-    output.say(f"{predicted['size']} n={predicted['heads']} {predicted['plan']}: {output.spread([1e3 * s for s in seconds])} ms")
-    computing = of_all_ranks(run.computing_seconds()) if options.device == "cuda" else None
+    found = use(run)
     del run
     variants.free(others)
-    found = {"seconds": seconds, "computing_seconds": computing}
-    if computing:
-        pipelines, step = settings["pipelines"], statistics.median(seconds)
-        firsts = range(0, len(computing), pipelines)  # ranks of one stage follow each other
-        by_stage = [statistics.mean(computing[first : first + pipelines]) for first in firsts]
-        found |= {"real_bubble": 1 - statistics.mean(by_stage) / step, "real_imbalance": imbalance(by_stage)}
-    return predicted | found
+    return found
 
 
 def _config(predicted: dict, settings: dict) -> Config:
