@@ -64,7 +64,8 @@ class ZeroEngine:
             group["lr"] = lr
         nll_sums = torch.zeros(self.config.model.num_future_tokens, device=self.device)
         with self.head_phase.whole_or_nothing():
-            for index, batch in enumerate(batch.to(self.device) for batch in micro_batches):
+            # All before the first pass: to copy them later would each time wait for what the device is doing.
+            for index, batch in enumerate([batch.to(self.device) for batch in micro_batches]):
                 # (c) DeepSpeed tells its optimizer only when the outer backward starts; the heads' reductions come before it.
                 self.engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
                 loss, micro_nll_sums = self.engine(batch.inputs, batch.targets, scales, batch.documents)
