@@ -14,10 +14,9 @@ from megamtp.engines.base import data_parallel_place
 from megamtp.engines.links import Link
 from megamtp.engines.partition import Partition
 from megamtp.engines.pass_costs import PassCosts
-from megamtp.engines.spread import SpreadPartition, best_cut
-from megamtp.engines.stage_memory import OPTIMIZER, STATE_BYTES
+from megamtp.engines.spread import SpreadPartition, best_cut, spread
+from megamtp.engines.stage_memory import OPTIMIZER, STATE_BYTES, chunk_bytes
 from megamtp.errors import InputError
-from megamtp.losses.linear_cross_entropy import default_chunk_rows
 from megamtp.model.cost import layer_activation_bytes, layer_matrices, layer_parameters, parameters, unembedding_parameters
 
 DAY = 86400.0
@@ -86,10 +85,10 @@ class Plan:
 
 
 def plan(config: Config, world_size: int, card: Card) -> Plan:
-    """Under ZeRO-3 with grouped communication, or in a pipeline, in bf16.
+    """Under ZeRO-3 with grouped communication, or in a pipeline, in bf16, with sequential heads.
 
     Raises:
-        InputError: another engine or precision, or a batch that does not divide.
+        InputError: another engine, precision or schedule, or a batch that does not divide.
     """
     engine = config.engine
     found = f"engine.kind={engine.kind}, engine.communication={engine.communication}, train.precision={config.train.precision}"
@@ -97,6 +96,8 @@ def plan(config: Config, world_size: int, card: Card) -> Plan:
         return _plan_pipeline(config, world_size, card)
     if found != "engine.kind=zero3, engine.communication=grouped, train.precision=bf16":
         raise InputError(f"{found}: not measured, so not planned; expected zero3 or pipeline, grouped and bf16")
+    if engine.head_schedule != "sequential":
+        raise InputError(f"engine.head_schedule={engine.head_schedule}: not measured, so not planned; expected sequential")
     micro_batches = config.accumulation(world_size)
     compute, exposed = _micro_batch_seconds(config, world_size, card)
     share = parameters(config.model) / world_size
@@ -112,11 +113,18 @@ def _update_seconds(parameters: float, card: Card) -> float:
 
 
 def _plan_pipeline(config: Config, world_size: int, card: Card) -> Plan:
-    """The cut that is fastest by the card's rates, and its schedule as it is played; pipelines' gradients are reduced after it."""
+    """The cut that is fastest by the card's rates, and its schedule as it is played; pipelines' gradients are reduced after it.
+
+    Where losses are spread, rows and orders are those that a run gives to the cut's layers.
+    """
     _, pipelines = data_parallel_place(config, 0, world_size)
-    cluster, costs = config.cluster, _pass_costs(config, card)
+    cluster, engine, costs = config.cluster, config.engine, _pass_costs(config, card)
     exchange = Link(cluster.flat_bandwidth or cluster.network_bandwidth, cluster.latency).exchange(config)
     cut = best_cut(config, pipelines, costs, exchange)
+    if engine.spread_losses:
+        layers = [stage.end - stage.first for stage in cut.stages]
+        given = dataclasses.replace(config, engine=dataclasses.replace(engine, stage_layers=layers))
+        cut = spread(given, pipelines).priced(config, costs, exchange)
     micro_batches = config.accumulation(pipelines)
     compute = micro_batches * sum(cut.costs) / len(cut.costs)
     largest = max(cut.stages, key=lambda stage: sum(stage.memory_bytes.values()))
@@ -165,18 +173,18 @@ def _memory(config: Config, world_size: int) -> dict[str, float]:
     saved = tokens * layer_activation_bytes(model)
     trunk = model.num_trunk_layers
     boundaries = 2 * tokens * model.dim * trunk
-    rows = min(tokens, config.head_loss.chunk_rows or default_chunk_rows(model.vocab_size, bytes_per_logit=2))
+    chunk = chunk_bytes(config, width=2)
     # dW in fp32 and as it is sent, and a chunk of logits; in fp8 also two copies of the weight, one of hidden, and one of the
     # chunk's gradient.
     sent = _widening(config)
-    head_loss = (2 + sent) * vocabulary + 2 * rows * model.vocab_size
-    head_loss += vocabulary + tokens * model.dim + rows * model.vocab_size if _float8_heads(config) else 0
-    on_device = 0 if config.engine.offload_optimizer else 1
+    head_loss = (2 + sent) * vocabulary + chunk
+    head_loss += vocabulary + tokens * model.dim + chunk // 2 if _float8_heads(config) else 0
+    on_device, gathers = 0 if config.engine.offload_optimizer else 1, world_size > 1 or config.engine.offload_parameters
     return {
         "weights": 0 if config.engine.offload_parameters else 2 * share,
         "gradients": 4 * share * on_device,
         "optimizer": STATE_BYTES * share * on_device,
-        "gathered weights": (1 + config.engine.prefetch_modules) * layer + 2 * vocabulary if world_size > 1 else 0,
+        "gathered weights": (1 + config.engine.prefetch_modules) * layer + 2 * vocabulary if gathers else 0,
         "gradients on their way": sent * layer,
         "activations": (boundaries + saved if config.train.activation_checkpointing else (trunk + 1) * saved),
         "a layer's backward": 13 * tokens * model.hidden_dim,

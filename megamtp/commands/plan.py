@@ -95,6 +95,7 @@ def _time_table(found: Plan, config: Config) -> str:
     per_day = tokens / found.step_seconds * DAY
     total = config.train.steps * tokens
     waiting = "waiting for other stages and pipelines" if found.cut else "exposed communication"
+    waiting += ", weights from the host not planned" if config.engine.offload_parameters else ""
     rows = {
         "forward and backward, s a step": f"{found.compute:.3f} ({found.micro_batches} micro-batches)",
         f"{waiting}, s a step": f"{found.exposed:.3f} ({found.exposed / found.step_seconds:.1%})",

@@ -10,7 +10,7 @@ This plans; engines/spread_pipeline.py runs it, and tools/benchmark.py pipeline 
 import itertools
 import math
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megamtp.config import Config
 from megamtp.engines.links import NOMINAL
@@ -55,6 +55,16 @@ class SpreadPartition:
         """Of all micro-batches, in the unit of the costs."""
         return max(done.end for done in self.schedule.with_times(self.schedule.times, exchange).play())
 
+    def priced(self, config: Config, costs: PassCosts, exchange: Exchange) -> "SpreadPartition":
+        """The same layers, rows and orders, in the unit of `costs` and `exchange`."""
+        passes = [_passes(config, costs, stage.first, stage.end) for stage in self.stages]
+        stages = [
+            replace(stage, forward=forward, backward=backward)
+            for stage, (forward, backward) in zip(self.stages, passes, strict=True)
+        ]
+        times = [_times(stage.contents, both, costs) for stage, both in zip(stages, passes, strict=True)]
+        return SpreadPartition(stages, self.schedule.with_times(times, exchange))
+
     def summary(self) -> str:
         """A line for each stage, and one for the whole."""
         return "\n".join([*stage_lines(self.stages, self.costs), self.outcome])
@@ -95,17 +105,16 @@ def spread(
     passes = [_passes(config, costs, *pair) for pair in pairs]
     multiple = ROW_MULTIPLE if model.vocab_size >= LARGE_SLICE * config.engine.num_stages else 1
     shares = share_rows([sum(both) for both in passes], row_cost, model.vocab_size, multiple)
-    times = [
-        StageTimes(*both, rows * costs.slice_statistics, rows * costs.slice_gradients, len(heads_between(config, *pair)))
-        for pair, both, rows in zip(pairs, passes, shares, strict=True)
-    ]
+    contents = [_contents(config, *pair, rows) for pair, rows in zip(pairs, shares, strict=True)]
+    times = [_times(held, both, costs) for held, both in zip(contents, passes, strict=True)]
     schedule = fastest_schedule(times, config.accumulation(data_parallel_size), exchange or NOMINAL.exchange(config))
-    stages = []
-    for index, (pair, both, rows) in enumerate(zip(pairs, passes, shares, strict=True)):
-        heads = heads_between(config, *pair)
-        contents = Contents(pair[1] - pair[0] - len(heads), len(heads), pair[0] == 0, rows, spread=True)
-        memory = stage_memory(config, data_parallel_size, contents, schedule.alive(index))
-        stages.append(Stage(*pair, heads, contents, *both, memory))
+    stages = [
+        Stage(
+            *pair, heads_between(config, *pair), held, *both,
+            stage_memory(config, data_parallel_size, held, schedule.alive(index)),
+        )
+        for index, (pair, held, both) in enumerate(zip(pairs, contents, passes, strict=True))
+    ]  # fmt: skip
     found, limit = SpreadPartition(stages, schedule), config.engine.stage_memory_bytes or math.inf
     if max(sum(stage.memory_bytes.values()) for stage in stages) > limit:
         raise InputError(
@@ -128,6 +137,16 @@ def share_rows(levels: list[float], row_cost: float, num_rows: int, multiple: in
         stage = max(range(len(levels)), key=lambda index: exact[index] - shares[index])
         shares[stage] += min(multiple, left)
     return shares
+
+
+def _contents(config: Config, first: int, end: int, rows: int) -> Contents:
+    num_heads = len(heads_between(config, first, end))
+    return Contents(end - first - num_heads, num_heads, first == 0, rows, spread=True)
+
+
+def _times(contents: Contents, passes: tuple[float, float], costs: PassCosts) -> StageTimes:
+    rows = contents.rows
+    return StageTimes(*passes, rows * costs.slice_statistics, rows * costs.slice_gradients, contents.num_heads)
 
 
 def _passes(config: Config, costs: PassCosts, first: int, end: int) -> tuple[float, float]:

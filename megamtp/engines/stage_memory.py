@@ -46,6 +46,12 @@ def stage_memory(config: Config, data_parallel_size: int, contents: Contents, al
     }
 
 
+def chunk_bytes(config: Config, width: int) -> int:
+    """The logits of a head that live at once, `width` bytes each."""
+    tokens, vocabulary = config.train.micro_batch_size * config.train.sequence_length, config.model.vocab_size
+    return width * vocabulary * min(tokens, config.head_loss.chunk_rows or default_chunk_rows(vocabulary, bytes_per_logit=width))
+
+
 def _boundary(config: Config, width: int) -> int:
     return config.train.micro_batch_size * config.train.sequence_length * config.model.dim * width
 
@@ -69,8 +75,7 @@ def _kept(config: Config, contents: Contents, width: int) -> int:
 
 def _largest_pass(config: Config, contents: Contents, width: int) -> int:
     """A layer's backward pass or a loss, whichever needs more beside what is kept."""
-    model, train = config.model, config.train
-    tokens, boundary = train.micro_batch_size * train.sequence_length, _boundary(config, width)
+    model, train, boundary = config.model, config.train, _boundary(config, width)
     # The last of its gradients, a matrix of the MLP's; and two of x's.
     layer = width * model.hidden_dim * model.dim + 2 * boundary
     if train.activation_checkpointing and contents.num_trunk:
@@ -80,9 +85,8 @@ def _largest_pass(config: Config, contents: Contents, width: int) -> int:
     if not contents.num_heads:
         return layer
     vocabulary = model.vocab_size * model.dim
-    rows = min(tokens, config.head_loss.chunk_rows or default_chunk_rows(model.vocab_size, bytes_per_logit=width))
     rounding = (4 + width) * vocabulary  # the sum of dW in fp32, and as autograd gets it
-    chunk = 4 * vocabulary + rows * model.vocab_size * width
+    chunk = 4 * vocabulary + chunk_bytes(config, width)
     waiting = 4 * vocabulary if contents.num_heads > 1 else 0  # the sum, while a head that is not the last runs its layer backward
     # dz in fp32, the gradient of the running head's z, what its layer returned, that normed, and its gradient.
     head = 4 * boundary // width + 4 * boundary + _saved(config, width) + max(rounding, chunk, waiting + layer)

@@ -1,5 +1,6 @@
 """The planner against recorded steps of the emulated cluster, and what it says when a configuration does not fit."""
 
+import dataclasses
 import json
 import statistics
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 from megamtp.cluster.plan import CARDS, fitting, plan
 from megamtp.config import Config, read_config
 from megamtp.engines.partition import partition
+from megamtp.engines.spread import best_cut
 from megamtp.engines.stage_memory import OPTIMIZER, Contents, stage_memory
 from megamtp.errors import InputError
 from megamtp.model.cost import flops_per_token, parameters
@@ -111,6 +113,8 @@ def test_what_is_offloaded_moves_to_the_host_and_is_copied_all_the_same():
     assert sum(offloaded.host_memory.values()) - sum(kept.host_memory.values()) == pytest.approx(moved)
     assert kept.peak_bytes - offloaded.peak_bytes == pytest.approx(moved)
     assert offloaded.checkpoint_bytes == kept.checkpoint_bytes
+    alone = plan(config_of("0.3b", 4, "engine.offload_parameters=true"), 1, CARDS["h100"])
+    assert alone.memory["gathered weights"] > 0  # the copies on the device
 
 
 def test_slower_networks_are_exposed():
@@ -174,6 +178,19 @@ def test_spread_losses_are_planned():
     assert sum(stage.contents.rows for stage in spread_losses.cut.stages) == 32000
 
 
+@pytest.mark.parametrize("further", [[], ["train.activation_checkpointing=true"]])
+def test_a_run_with_the_planned_layers_spreads_losses_as_planned(further):
+    """Rows and orders, and so memory: a run shares them out by FLOPs, for it does not know the card's rates."""
+    config = pipeline_of("13b", 8, "model.vocab_size=128256", "engine.spread_losses=true", *further)
+    planned = plan(config, 64, CARDS["h100"]).cut
+    layers = [stage.end - stage.first for stage in planned.stages]
+    run = best_cut(dataclasses.replace(config, engine=dataclasses.replace(config.engine, stage_layers=layers)), 8)
+    assert [stage.contents for stage in planned.stages] == [stage.contents for stage in run.stages]
+    assert [stage.memory_bytes for stage in planned.stages] == [stage.memory_bytes for stage in run.stages]
+    assert planned.schedule.orders == run.schedule.orders
+    assert sum(planned.costs) < 1.0 < sum(run.costs)  # seconds; FLOPs
+
+
 def test_a_pipeline_that_does_not_fit_gets_more_stages_not_offloading():
     config = pipeline_of("13b", 2)
     assert plan(config, 2, CARDS["h100"]).peak_bytes > CARDS["h100"].memory_bytes
@@ -182,7 +199,9 @@ def test_a_pipeline_that_does_not_fit_gets_more_stages_not_offloading():
     assert not changed.engine.offload_optimizer
 
 
-@pytest.mark.parametrize("setting", ["engine.kind=zero1", "engine.communication=deepspeed", "train.precision=fp32"])
+@pytest.mark.parametrize(
+    "setting", ["engine.kind=zero1", "engine.communication=deepspeed", "train.precision=fp32", "engine.head_schedule=deferred"]
+)
 def test_what_was_not_measured_is_not_planned(setting):
     with pytest.raises(InputError, match=f"{setting}.*not planned; expected"):
         plan(config_of("0.3b", 4, setting), 8, CARDS["h100"])
@@ -198,8 +217,9 @@ def test_command_says_what_fits_and_what_does_not():
     assert "**together**" in fits.stdout and "days for 10 steps" in fits.stdout
     assert "\n| **together, of the 8 ranks of a node** | 9.41 |\n| a checkpoint on disk (2 are kept, " in fits.stdout
     assert "\n| optimizer, s a step | 0.00" in fits.stdout
-    offloaded = run("configs/6.7b_n4.yaml", "--gpus", "64", "engine.offload_optimizer=true")
+    offloaded = run("configs/6.7b_n4.yaml", "--gpus", "64", "engine.offload_optimizer=true", "engine.offload_parameters=true")
     assert "\n| optimizer, s a step | on the host: not planned |" in offloaded.stdout
+    assert "\n| exposed communication, weights from the host not planned, s a step |" in offloaded.stdout
     large = run("configs/13b_n4.yaml", "--gpus", "8")
     assert large.returncode == 1
     assert "does not fit, because" in large.stdout and "the nearest that fits: train.micro_batch_size=1" in large.stdout
