@@ -34,31 +34,34 @@ def newest_verified(run_directory: Path, rank: int, world_size: int) -> tuple[Pa
     Rank 0 says which it skips and why.
 
     Raises:
-        CheckpointError: as newest_readable.
+        CheckpointError: as newest_readable; on all ranks.
     """
     reasons: list[str] = []
     found = [store.checkpoints(run_directory)]
     dist.broadcast_object_list(found, src=0)
     for checkpoint in reversed(found[0]):
-        manifest, reason = _verify(checkpoint, rank, world_size)
-        reason = next((one for one in of_all_ranks(reason) if one), None)
-        if not reason:
+        manifest, error = _verify(checkpoint, rank, world_size)
+        error = next(filter(None, of_all_ranks(error)), None)
+        if isinstance(error, store.FormatError):
+            raise error
+        if not error:
             return checkpoint, manifest
-        reasons.append(reason)
+        reasons.append(str(error))
         if rank == 0:
-            print(f"skipped {checkpoint.name}: {reason}", flush=True)
+            print(f"skipped {checkpoint.name}: {error}", flush=True)
     if reasons:
         raise _none_verifies(run_directory, reasons)
     return None
 
 
-def _verify(checkpoint: Path, rank: int, world_size: int) -> tuple[store.Manifest | None, str | None]:
+def _verify(checkpoint: Path, rank: int, world_size: int) -> tuple[store.Manifest | None, CheckpointError | None]:
     """(the manifest, what is wrong with this rank's share of the files)."""
     try:
         manifest = store.read_manifest(checkpoint, check_files=rank == 0)
     except CheckpointError as error:
-        return None, str(error)
-    return manifest, store.damage(checkpoint, manifest, rank, world_size)
+        return None, error
+    reason = store.damage(checkpoint, manifest, rank, world_size)
+    return manifest, CheckpointError(reason) if reason else None
 
 
 def _none_verifies(run_directory: Path, reasons: list[str]) -> CheckpointError:
