@@ -81,7 +81,7 @@ class HeadLossConfig:
     )
     z_loss: float = option(0.0, "coefficient of the mean squared log-partition function (0: none)")
     precision: str | None = option(
-        None, "fp8: products with the unembedding in 8 bits while training (bf16 models, H100 and later); null: the model's"
+        None, "fp8: products with the unembedding in 8 bits while training (bf16 models; Ada, Hopper and later); null: the model's"
     )
     fp8_first_head: bool = option(True, "precision=fp8: head 1 too; false: heads 2 to n only")
 

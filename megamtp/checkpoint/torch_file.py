@@ -31,15 +31,11 @@ FILLER, ZIP64_FIELD_BYTES, LOCAL_HEADER_BYTES = b"FB", 20, 30
 
 
 class Streamed:
-    """Stands for tensor `name` of `source` in what is written; its numbers are read when their turn comes.
+    """Stands for tensor `name` of `source` in what is written; its numbers are read when their turn comes."""
 
-    Args:
-        shape: None: the source's.
-    """
-
-    def __init__(self, source: TensorSource, name: str, dtype: torch.dtype, shape: tuple[int, ...] | None = None):
+    def __init__(self, source: TensorSource, name: str, dtype: torch.dtype):
         self.source, self.name, self.dtype = source, name, dtype
-        self.shape = source.shapes[name] if shape is None else shape
+        self.shape = source.shapes[name]
 
     @property
     def num_elements(self) -> int:

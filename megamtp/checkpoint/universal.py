@@ -36,7 +36,7 @@ FILES = {WEIGHT: "fp32.pt", **{kind: f"{kind}.pt" for kind in MOMENTS}}
 OWN = "megamtp"  # what DeepSpeed does not know of a model, in MODEL_STATES; it returns it as client state
 VERSION = 0.4  # of the format
 CLASSES_OF = ("deepspeed.",)  # objects of these are passed over in its files
-COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # of DeepSpeed's engine
 
 
 def write(contents: Contents, directory: Path, dtype: torch.dtype = torch.float32) -> None:

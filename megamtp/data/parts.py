@@ -13,6 +13,7 @@ from functools import lru_cache
 import numpy as np
 
 from megamtp.data.documents import cut
+from megamtp.data.indexed_dataset import LONGEST_SEQUENCE
 from megamtp.data.jobs import Job
 from megamtp.data.records import read
 from megamtp.data.shards import Shard
@@ -22,7 +23,6 @@ from megamtp.files import open_atomically, write_atomically
 
 BATCH_DOCUMENTS = 1024
 BATCH_CHARACTERS = 1 << 20
-LARGEST_DOCUMENT = np.iinfo(np.int32).max  # tokens, in Megatron's index
 # name: what decides the split; text: what decides whether two documents are the same, zeros unless asked for.
 DOCUMENT = np.dtype([("name", "<u8"), ("text_high", "<u8"), ("text_low", "<u8"), ("bytes", "<u8"), ("length", "<i4")])
 
@@ -103,9 +103,9 @@ def _table(batch: list[tuple[str, str]], lengths: np.ndarray, job: Job) -> np.nd
     encoded = [text.encode() for _, text in batch]
     table["bytes"] = [len(text) for text in encoded]
     table["length"] = lengths
-    if lengths.max() > LARGEST_DOCUMENT:
+    if lengths.max() > LONGEST_SEQUENCE:
         name = batch[int(lengths.argmax())][0]
-        raise InputError(f"{name}: {lengths.max()} tokens, expected at most {LARGEST_DOCUMENT} in a document: cut it")
+        raise InputError(f"{name}: {lengths.max()} tokens, expected at most {LONGEST_SEQUENCE} in a document: cut it")
     if job.with_text_hashes:
         hashes = b"".join(hashlib.blake2b(text, digest_size=16).digest() for text in encoded)
         table["text_high"], table["text_low"] = np.frombuffer(hashes, "<u8").reshape(-1, 2).T

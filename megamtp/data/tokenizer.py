@@ -67,11 +67,10 @@ class SentencePieceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The token ids of `text`, without any end-of-document id."""
-        return self.encode_batch([text], num_threads=1)[0]
+        return self._encode_batch([text])[0]
 
-    def encode_batch(self, texts: list[str], num_threads: int) -> list[list[int]]:
-        """`encode` of each text, on `num_threads` threads of SentencePiece."""
-        encoded = self._processor.encode(texts, num_threads=num_threads)
+    def _encode_batch(self, texts: list[str]) -> list[list[int]]:
+        encoded = self._processor.encode(texts, num_threads=1)
         for index, text in enumerate(texts):
             if self._space_mark_ids and SPACE_MARK in text:
                 encoded[index] = self._encode_around_space_marks(text)
@@ -79,7 +78,7 @@ class SentencePieceTokenizer:
 
     def encode_documents(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of all texts in a row, each ended by the end-of-document id, and how many each has."""
-        encoded = self.encode_batch(texts, num_threads=1)
+        encoded = self._encode_batch(texts)
         lengths = np.array([len(ids) + 1 for ids in encoded], dtype=np.int64)
         tokens = np.full(lengths.sum(), self.end_of_document_id, dtype=best_dtype(self.vocab_size))
         for ids, stop in zip(encoded, np.cumsum(lengths) - 1, strict=True):

@@ -49,7 +49,7 @@ class EngineState:
 
 
 class Engine(Protocol):
-    """A model, its optimizer and its ranks. Every method is collective: all ranks call it, in the same order.
+    """A model, its optimizer and its ranks. Every method but `state` is collective: all ranks call it, in the same order.
 
     Ranks of the same data_parallel_rank (of data_parallel_size) read the same micro-batches: the stages of one pipeline.
     """

@@ -4,7 +4,7 @@ As shipped, DeepSpeed copies every fetched parameter together from one piece per
 the host wait for earlier fetches. Here the host's work does not depend on the number of ranks, nothing is copied, and only streams
 wait.
 
-This file, scatter.py, traffic.py and head_phase.py are the only ones that know DeepSpeed's `ds_*` attributes. See traffic.py.
+See traffic.py.
 Source of what is replaced: deepspeed/runtime/zero/partitioned_param_coordinator.py, partition_parameters.py.
 """
 

@@ -3,7 +3,8 @@
 DeepSpeed believes that a forward pass makes no gradients. Each step below corrects one such belief; leaving one out gives wrong
 gradients, often silently. (a) to (e), of which (c) is in zero.py, are tested one by one in tests/distributed/test_head_phase.py.
 
-This file, those of the grouped traffic (traffic.py) and fragments.py are the only ones that know DeepSpeed's `ds_*` attributes.
+This file, those of the grouped traffic (traffic.py, gather.py, scatter.py) and fragments.py are the only ones that know ZeRO's
+`ds_*` attributes.
 Checked against DeepSpeed 0.19.
 """
 

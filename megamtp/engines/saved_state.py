@@ -12,12 +12,12 @@ from torch import Tensor
 from megamtp.checkpoint.contents import WEIGHT, check_tensors
 from megamtp.checkpoint.shards import KINDS, Shards, Tensors, shard_name, slice_key
 from megamtp.checkpoint.store import Manifest, read_manifest
+from megamtp.checkpoint.universal import COUNTERS
 from megamtp.engines.base import EngineState
 from megamtp.engines.fragments import MasterState
 from megamtp.engines.head_phase import full_shape
 from megamtp.errors import CheckpointError
 
-COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # of DeepSpeed's engine
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of its loss scaler under fp16
 RANDOM = "random"  # keys of a rank's random states in its shard: random/cpu, random/cuda
 

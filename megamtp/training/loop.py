@@ -210,11 +210,10 @@ class Training:
             engine.data_parallel_size,
             config.run.evaluation_windows,
         )
-        with self.metrics.phase("evaluate"):
-            error = evaluation_damage(*share)
-            if self._anywhere(error is not None):
-                self._damage = self._damage or error
-                return False, True
+        error = evaluation_damage(*share)
+        if self._anywhere(error is not None):
+            self._damage = self._damage or error
+            return False, True
         batches = evaluation_batches(*share)
         asked = False
 
@@ -229,11 +228,10 @@ class Training:
                     return
                 yield batch
 
-        with self.metrics.phase("evaluate"):
-            totals = engine.evaluate(until_asked())
-            if asked:
-                return True, False
-            dist.all_reduce(totals)
+        totals = engine.evaluate(until_asked())
+        if asked:
+            return True, False
+        dist.all_reduce(totals)
         nll_sums, counts = totals.view(2, -1).tolist()
         self.metrics.validation(self.step, [nll / max(1, count) for nll, count in zip(nll_sums, counts, strict=True)])
         return False, False

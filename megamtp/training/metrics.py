@@ -70,8 +70,7 @@ class Metrics:
             self._write("train", step, record)
 
     def validation(self, step: int, losses: list[float]) -> None:
-        """Reports one evaluation; its time counts with the next step's record, not with this one's."""
-        self.seconds.pop("evaluate", None)
+        """Reports one evaluation, whose time counts with no step."""
         if self.reporting:
             self._write("validation", step, {"losses": list(map(_finite, losses))})
             self.say(f"step {step}: validation loss {_shown(losses)}")

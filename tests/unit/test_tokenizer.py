@@ -62,14 +62,10 @@ def test_decoding_undoes_encoding(tokenizer, text):
     assert all(0 <= token < VOCAB_SIZE and token != tokenizer.end_of_document_id for token in ids)
 
 
-def test_batches_are_encoded_as_single_texts(tokenizer):
-    texts = ["", "def f():", "a\u2581b", TEXTS[0], "\u2581"]
-    assert tokenizer.encode_batch(texts, num_threads=3) == [tokenizer.encode(text) for text in texts]
-    assert tokenizer.encode_batch([], num_threads=3) == []
-
-
 @given(st.lists(st.text(max_size=20), max_size=5))
 @example(["\u2581", "", "a\u2581b", ""])
+@example(["def f():", TEXTS[0]])
+@example([])
 def test_documents_in_a_row_are_the_single_ones_with_their_ends(tokenizer, texts):
     for encoder in (tokenizer, ByteTokenizer()):
         tokens, lengths = encoder.encode_documents(texts)
