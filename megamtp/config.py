@@ -468,6 +468,10 @@ def _check(config: Config) -> None:
     for kind, share in config.cluster.efficiency.items():
         _one_of("a kind in cluster.efficiency", kind, COLLECTIVES)
         _require(0 < share <= 2, f"cluster.efficiency of {kind}={share}", "a share of the bandwidth: above 0, and 2 at most")
+    data, run = config.data, config.run
+    prefixes = [prefix for _, prefix in data.train_corpora]
+    for path in filter(None, (run.directory, run.initial_weights, data.validation, data.tokenizer, *prefixes)):
+        _require(path.split("/")[0] != "~", path, "a path without ~, which no shell replaces here: write $HOME")
     peak = config.run.peak_flops
     _require(peak is None or 0 < peak < math.inf, f"run.peak_flops={peak}", "a number above 0")
     stall = config.run.stall_seconds

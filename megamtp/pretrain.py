@@ -220,9 +220,9 @@ def _check_tokenizer(config: Config) -> None:
 
 
 def _make_writable(directory: Path) -> None:
-    checkpoints = directory / "checkpoints"
-    if checkpoints.exists() and not checkpoints.is_dir():
-        raise InputError(f"{checkpoints} is a file; expected a folder of checkpoints: choose another run.directory")
+    for name in ("checkpoints", "tensorboard"):
+        if (folder := directory / name).exists() and not folder.is_dir():
+            raise InputError(f"{folder} is a file; expected a folder: choose another run.directory, or move the file away")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory) as probe:

@@ -69,7 +69,7 @@ def check_destination(directory: Path) -> None:
     """Raises: CheckpointError if a folder cannot take that name, or would destroy something else than an earlier export."""
     if not directory.exists():
         return
-    if directory.is_mount():
+    if os.path.ismount(directory):  # Path's own says so of ".", too
         raise CheckpointError(f"{directory} is a mount point, which keeps its place; expected a folder: choose one in it")
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is a file; expected a new or empty folder: choose another destination")

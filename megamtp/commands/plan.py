@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--gpu", choices=CARDS, default="h100", help="kind of card [h100]")
     parser.add_argument("--bandwidth", type=float, help="bytes/s of each rank in a flat network")
     options = parser.parse_intermixed_args()
-    flat = [f"cluster.flat_bandwidth={options.bandwidth}"] if options.bandwidth else []
+    flat = [] if options.bandwidth is None else [f"cluster.flat_bandwidth={options.bandwidth}"]
     if options.gpus < 1:
         parser.error(f"--gpus {options.gpus}: expected 1 or more")
     config = read_config(["data.train=none", "run.directory=none", *options.config, *flat])

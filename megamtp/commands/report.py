@@ -61,8 +61,8 @@ def _read_metrics(path: Path, num_heads: int) -> tuple[Losses, Losses]:
     """The training and the validation losses."""
     found = {"train": ([], []), "validation": ([], [])}
     try:
-        lines = path.read_text().splitlines(keepends=True)
-    except (OSError, UnicodeDecodeError) as error:
+        lines = path.read_text(errors="replace").splitlines(keepends=True)
+    except OSError as error:
         raise InputError(f"{path} cannot be read ({error}); expected the metrics of a run: train there first") from None
     for number, line in enumerate(lines, start=1):
         try:

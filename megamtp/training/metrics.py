@@ -133,10 +133,10 @@ def records_until(path: Path, step: int) -> list[str]:
         InputError: the file is no run's metrics, or a line of it is damaged.
     """
     try:
-        lines = path.read_text().splitlines(keepends=True)
+        lines = path.read_text(errors="replace").splitlines(keepends=True)
     except FileNotFoundError:
         return []
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise InputError(f"{path} cannot be read ({error}); expected a run's metrics: choose another run.directory") from None
     kept = []
     for number, line in enumerate(lines, start=1):
@@ -145,7 +145,7 @@ def records_until(path: Path, step: int) -> list[str]:
                 if int(json.loads(line)["step"]) <= step:
                     kept.append(line)
             except (ValueError, KeyError, TypeError) as error:
-                raise InputError(f"{path}, line {number} is damaged ({error!r}); expected a run's metrics: remove it") from None
+                raise InputError(f"{path}, line {number} is damaged ({error!r}); expected a record: remove the line") from None
     return kept
 
 

@@ -107,6 +107,7 @@ CASES = {
     "missing corpus": (lambda corpus, tmp: ["data.train=/nowhere/train"], ["/nowhere/train", "No such file"]),
     "missing tokenizer": (lambda corpus, tmp: ["data.tokenizer=/nowhere/model"], ["/nowhere/model", "No such file"]),
     "batch not divisible": (lambda corpus, tmp: ["train.micro_batch_size=3"], ["train.global_batch_tokens=256", "multiple of 96"]),
+    "a home that no shell has put in": (lambda corpus, tmp: ["run.directory=~/run"], ["~/run", "$HOME"]),
     "output is a file": (lambda corpus, tmp: [f"run.directory={foreign(tmp)}.bin"], ["foreign.bin", "cannot be written"]),
     "output cannot be made": (lambda corpus, tmp: ["run.directory=/proc/run"], ["/proc/run", "cannot be written"]),
     "DeepSpeed setting of ours": (
@@ -343,11 +344,12 @@ def test_damaged_metrics(trained, arguments, tmp_path):
     assert metrics.read_text() == before
 
 
-def test_a_file_where_checkpoints_should_be(arguments, tmp_path):
+@pytest.mark.parametrize("name", ["checkpoints", "tensorboard"])
+def test_a_file_where_a_folder_should_be(arguments, tmp_path, name):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run/checkpoints").write_text("mine")
-    assert_one_line(run([*PLAIN, *arguments, f"run.directory={tmp_path}/run"]), ["run/checkpoints is a file", "folder"])
-    assert (tmp_path / "run/checkpoints").read_text() == "mine"
+    (tmp_path / "run" / name).write_text("mine")
+    assert_one_line(run([*PLAIN, *arguments, f"run.directory={tmp_path}/run"]), [f"run/{name} is a file", "folder"])
+    assert (tmp_path / "run" / name).read_text() == "mine"
 
 
 def test_full_disk_while_saving(trained, arguments, tmp_path):

@@ -64,6 +64,14 @@ def test_what_came_to_the_destination_meanwhile_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["exported", "notes.txt"]
 
 
+def test_the_folder_one_is_in_is_no_mount_point(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder.check_destination(Path("."))
+    with folder.published(Path("."), 0) as new:
+        (new / "file").write_text("content")
+    assert (tmp_path / "file").read_text() == "content"
+
+
 def test_a_mount_point_is_refused_at_once():
     with pytest.raises(CheckpointError, match=r"/proc is a mount point, .*; expected a folder: choose one in it"):
         folder.check_destination(Path("/proc"))

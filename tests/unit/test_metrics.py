@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megamtp.config import Config
+from megamtp.errors import InputError
 from megamtp.model.cost import flops_per_token, peak_flops
 from megamtp.training.metrics import Metrics
 from tests.cases import small_config
@@ -54,10 +55,20 @@ def test_what_is_no_number_is_null(tmp_path):
 def test_a_resumed_run_drops_later_steps_and_a_torn_line(tmp_path):
     config = config_at(tmp_path)
     report(config, 0, range(1, 8))
-    with open(tmp_path / "metrics.jsonl", "a") as stream:
-        stream.write('{"kind": "train", "st')
-    report(config, 5, range(6, 8))
-    assert [record["step"] for record in records(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
+    for torn in (b'{"kind": "train", "st', b'{"\xff\xfe\x80'):
+        with open(tmp_path / "metrics.jsonl", "ab") as stream:
+            stream.write(torn)
+        report(config, 5, range(6, 8))
+        assert [record["step"] for record in records(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_damaged_line_is_named_though_it_is_no_text(tmp_path):
+    config = config_at(tmp_path)
+    report(config, 0, range(1, 3))
+    with open(tmp_path / "metrics.jsonl", "ab") as stream:
+        stream.write(b"\xff\xfe\n")
+    with pytest.raises(InputError, match=r"metrics\.jsonl, line 3 is damaged .*: remove the line"):
+        report(config, 2, range(3, 5))
 
 
 def test_only_rank_0_writes(tmp_path):
