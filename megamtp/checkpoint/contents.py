@@ -16,6 +16,7 @@ from megamtp.model.mtp import MTPModel
 
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's; a checkpoint has both or none
+COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # of DeepSpeed's engine
 
 
 @dataclass(frozen=True)

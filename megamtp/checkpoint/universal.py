@@ -22,7 +22,16 @@ import torch
 from torch import Tensor
 
 from megamtp.checkpoint import torch_file
-from megamtp.checkpoint.contents import MOMENTS, WEIGHT, Contents, check_contents, described_model, parameter_shapes, written_out
+from megamtp.checkpoint.contents import (
+    COUNTERS,
+    MOMENTS,
+    WEIGHT,
+    Contents,
+    check_contents,
+    described_model,
+    parameter_shapes,
+    written_out,
+)
 from megamtp.checkpoint.folder import published
 from megamtp.checkpoint.hf_tokenizer import copied_tokenizer, copy_tokenizer
 from megamtp.checkpoint.torch_file import Streamed
@@ -36,7 +45,6 @@ FILES = {WEIGHT: "fp32.pt", **{kind: f"{kind}.pt" for kind in MOMENTS}}
 OWN = "megamtp"  # what DeepSpeed does not know of a model, in MODEL_STATES; it returns it as client state
 VERSION = 0.4  # of the format
 CLASSES_OF = ("deepspeed.",)  # objects of these are passed over in its files
-COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # of DeepSpeed's engine
 
 
 def write(contents: Contents, directory: Path, dtype: torch.dtype = torch.float32) -> None:

@@ -120,7 +120,7 @@ def share_error(place: Place, error: InputError | None) -> None:
             f"{place.world_size} ranks by the environment, but neither MASTER_ADDR and MASTER_PORT nor MPI; expected a launcher "
             "that sets them"
         )
-    # By name, which each rank resolves: to its own host an address of the name may be one that is of use there alone (127.0.1.1).
+    # By name, which each rank resolves for itself: on its own host a name may stand for 127.0.1.1, which is of no use on others.
     address = (socket.gethostname(), _free_port()) if place.rank == 0 else None
     told = MPI.COMM_WORLD.allgather((error and str(error), address))
     MPI.Finalize()

@@ -12,9 +12,9 @@ from megamtp.cluster.emulated import Network
 from megamtp.config import Config
 from megamtp.engines.base import data_parallel_place
 from megamtp.engines.links import Link
-from megamtp.engines.partition import Partition
+from megamtp.engines.partition import Partition, partition
 from megamtp.engines.pass_costs import PassCosts
-from megamtp.engines.spread import SpreadPartition, best_cut, spread
+from megamtp.engines.spread import SpreadPartition, spread, spread_layers
 from megamtp.engines.stage_memory import OPTIMIZER, STATE_BYTES, chunk_bytes
 from megamtp.errors import InputError
 from megamtp.model.cost import layer_activation_bytes, layer_matrices, layer_parameters, parameters, unembedding_parameters
@@ -120,11 +120,11 @@ def _plan_pipeline(config: Config, world_size: int, card: Card) -> Plan:
     _, pipelines = data_parallel_place(config, 0, world_size)
     cluster, engine, costs = config.cluster, config.engine, _pass_costs(config, card)
     exchange = Link(cluster.flat_bandwidth or cluster.network_bandwidth, cluster.latency).exchange(config)
-    cut = best_cut(config, pipelines, costs, exchange)
     if engine.spread_losses:
-        layers = [stage.end - stage.first for stage in cut.stages]
-        given = dataclasses.replace(config, engine=dataclasses.replace(engine, stage_layers=layers))
-        cut = spread(given, pipelines).priced(config, costs, exchange)
+        given = dataclasses.replace(engine, stage_layers=spread_layers(config, costs))
+        cut = spread(dataclasses.replace(config, engine=given), pipelines).priced(config, costs, exchange)
+    else:
+        cut = partition(config, pipelines, costs)
     micro_batches = config.accumulation(pipelines)
     compute = micro_batches * sum(cut.costs) / len(cut.costs)
     largest = max(cut.stages, key=lambda stage: sum(stage.memory_bytes.values()))

@@ -77,7 +77,7 @@ def _stage_table(cut: Partition | SpreadPartition, card: Card) -> str:
     for index, stage in enumerate(cut.stages):
         sizes = " | ".join(f"{size / GIB:.2f}" for size in stage.memory_bytes.values())
         lines.append(f"| stage {index} | {sizes} | **{sum(stage.memory_bytes.values()) / GIB:.2f}** |")
-    layers = ",".join(str(stage.end - stage.first) for stage in cut.stages)
+    layers = ",".join(str(stage.num_layers) for stage in cut.stages)
     return "\n".join([*lines, "", cut.summary(), f"a run makes this cut with engine.stage_layers=[{layers}]"])
 
 

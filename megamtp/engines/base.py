@@ -103,6 +103,11 @@ def data_parallel_place(config: Config, rank: int, world_size: int) -> tuple[int
     return rank % (world_size // num_stages), world_size // num_stages
 
 
+def on_device(micro_batches: Iterable[Batch], device: torch.device) -> list[Batch]:
+    """All before the first pass: to copy them later would each time wait for what the device is doing."""
+    return [batch.to(device) for batch in micro_batches]
+
+
 def count_targets(micro_batches: list[Batch], can_be_ignored: bool, data_parallel_size: int, device: torch.device) -> list[int]:
     """Each head's number of valid targets in a step, over all ranks and micro-batches (N_i).
 

@@ -24,7 +24,7 @@ def compared(config: Config, data_parallel_size: int, cut: Partition | SpreadPar
     except InputError as error:
         return f"with {setting}: {error}"
     memory = max(sum(stage.memory_bytes.values()) for stage in other.stages) / 2**30
-    layers = [stage.end - stage.first for stage in other.stages]
+    layers = [stage.num_layers for stage in other.stages]
     verdict = faster(setting, other.step(exchange) / cut.step(exchange))
     return (
         f"with {setting}: layers {layers}, at most {memory:.2f} GiB; {other.outcome}\n"

@@ -49,6 +49,10 @@ class Stage:
     def cost(self) -> float:
         return self.forward + self.backward
 
+    @property
+    def num_layers(self) -> int:
+        return self.end - self.first
+
 
 @dataclass(frozen=True)
 class Partition:
@@ -142,16 +146,19 @@ def make_stage(
     config: Config, data_parallel_size: int, micro_batches: int, index: int, first: int, end: int, costs: PassCosts
 ) -> Stage:
     """Stage `index` if it has the layers first, ..., end - 1."""
-    heads = heads_between(config, first, end)
-    contents = Contents(
-        num_trunk=end - first - len(heads), num_heads=len(heads), has_embedding=first == 0,
-        rows=config.model.vocab_size if heads else 0,
-    )  # fmt: skip
+    contents = contents_between(config, first, end)
     forward = costs.forward(contents.num_trunk, contents.num_heads, contents.has_embedding)
     backward = costs.backward(contents.num_trunk, contents.has_embedding, config.train.activation_checkpointing)
     alive = min(config.engine.num_stages - index, micro_batches)
     memory = stage_memory(config, data_parallel_size, contents, alive)
-    return Stage(first, end, heads, contents, forward, backward, memory)
+    return Stage(first, end, heads_between(config, first, end), contents, forward, backward, memory)
+
+
+def contents_between(config: Config, first: int, end: int, spread_rows: int | None = None) -> Contents:
+    """Of the layers first, ..., end - 1; with so many rows of the unembedding if losses are spread, else with all beside a head."""
+    num_heads = len(heads_between(config, first, end))
+    rows = (config.model.vocab_size if num_heads else 0) if spread_rows is None else spread_rows
+    return Contents(end - first - num_heads, num_heads, first == 0, rows, spread=spread_rows is not None)
 
 
 def heads_between(config: Config, first: int, end: int) -> range:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megamtp.config import Config
 from megamtp.data.loader import Batch
-from megamtp.engines.base import EngineState, StepResult, data_parallel_place, loss_scales
+from megamtp.engines.base import EngineState, StepResult, data_parallel_place, loss_scales, on_device
 from megamtp.engines.deepspeed_config import deepspeed_config
 from megamtp.engines.head_phase import backward_seed
 from megamtp.engines.loss_choice import compared
@@ -70,7 +70,7 @@ class PipelineEngine:
         scales = loss_scales(self.config.head_weights, target_counts, self.data_parallel_size, len(micro_batches))
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        micro_batches = self._here(micro_batches)
+        micro_batches = on_device(micro_batches, self.device)
         self._begin(micro_batches, scales)
         self.engine.train_batch(_inputs(micro_batches))
         self._end()
@@ -82,7 +82,7 @@ class PipelineEngine:
         n, own = self.config.model.num_future_tokens, self.model.own.heads
         totals = torch.zeros(2, n, dtype=torch.float64, device=self.device)
         batches = iter(batches)
-        while group := self._here(itertools.islice(batches, self.engine.micro_batches)):
+        while group := on_device(itertools.islice(batches, self.engine.micro_batches), self.device):
             self._begin(group, [1.0] * n)
             self.engine.eval_batch(
                 _inputs(group), compute_loss=False, reduce_output=None, bcast_loss=False, num_micro_batches=len(group)
@@ -122,10 +122,6 @@ class PipelineEngine:
 
     def _make_stage(self) -> PipelineStage:
         return PipelineStage(self.config, self.cut, self.device)
-
-    def _here(self, micro_batches: Iterable[Batch]) -> list[Batch]:
-        """On the device, all before the first pass: to copy them later would each time wait for what the device is doing."""
-        return [batch.to(self.device) for batch in micro_batches]
 
     def _begin(self, micro_batches: list[Batch], loss_scales: list[float]) -> None:
         self.model.begin(micro_batches, loss_scales)

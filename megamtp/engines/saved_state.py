@@ -9,10 +9,9 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megamtp.checkpoint.contents import WEIGHT, check_tensors
+from megamtp.checkpoint.contents import COUNTERS, WEIGHT, check_tensors
 from megamtp.checkpoint.shards import KINDS, Shards, Tensors, shard_name, slice_key
 from megamtp.checkpoint.store import Manifest, read_manifest
-from megamtp.checkpoint.universal import COUNTERS
 from megamtp.engines.base import EngineState
 from megamtp.engines.fragments import MasterState
 from megamtp.engines.head_phase import full_shape

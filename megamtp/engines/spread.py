@@ -14,7 +14,17 @@ from dataclasses import dataclass, replace
 
 from megamtp.config import Config
 from megamtp.engines.links import NOMINAL
-from megamtp.engines.partition import Partition, Stage, bubble, cheapest_cut, heads_between, imbalance, partition, stage_lines
+from megamtp.engines.partition import (
+    Partition,
+    Stage,
+    bubble,
+    cheapest_cut,
+    contents_between,
+    heads_between,
+    imbalance,
+    partition,
+    stage_lines,
+)
 from megamtp.engines.pass_costs import PassCosts, flop_costs
 from megamtp.engines.spread_schedule import Exchange, SpreadSchedule, StageTimes, fastest_schedule
 from megamtp.engines.stage_memory import Contents, stage_memory
@@ -58,11 +68,9 @@ class SpreadPartition:
     def priced(self, config: Config, costs: PassCosts, exchange: Exchange) -> "SpreadPartition":
         """The same layers, rows and orders, in the unit of `costs` and `exchange`."""
         passes = [_passes(config, costs, stage.first, stage.end) for stage in self.stages]
-        stages = [
-            replace(stage, forward=forward, backward=backward)
-            for stage, (forward, backward) in zip(self.stages, passes, strict=True)
-        ]
-        times = [_times(stage.contents, both, costs) for stage, both in zip(stages, passes, strict=True)]
+        pairs = list(zip(self.stages, passes, strict=True))
+        stages = [replace(stage, forward=forward, backward=backward) for stage, (forward, backward) in pairs]
+        times = [_times(stage.contents, both, costs) for stage, both in pairs]
         return SpreadPartition(stages, self.schedule.with_times(times, exchange))
 
     def summary(self) -> str:
@@ -76,17 +84,15 @@ class SpreadPartition:
         return f"slowest stage / mean {self.imbalance:.3f}; {micro_batches} micro-batches: predicted bubble {self.bubble:.1%}"
 
 
-def best_cut(
-    config: Config, data_parallel_size: int, costs: PassCosts | None = None, exchange: Exchange | None = None
-) -> Partition | SpreadPartition:
-    """The best one as engine.spread_losses asks for it; see `spread` and `partition`.
+def best_cut(config: Config, data_parallel_size: int) -> Partition | SpreadPartition:
+    """The best one by FLOPs, as engine.spread_losses asks for it; see `spread` and `partition`.
 
     Raises:
         InputError: it does not fit into engine.stage_memory_bytes.
     """
     if config.engine.spread_losses:
-        return spread(config, data_parallel_size, costs, exchange)
-    return partition(config, data_parallel_size, costs)
+        return spread(config, data_parallel_size)
+    return partition(config, data_parallel_size)
 
 
 def spread(
@@ -98,14 +104,11 @@ def spread(
         InputError: it does not fit into engine.stage_memory_bytes.
     """
     model, costs = config.model, costs or flop_costs(config)
-    row_cost = model.num_future_tokens * (costs.slice_statistics + costs.slice_gradients)
-    given = config.engine.stage_layers
-    bounds = [0, *itertools.accumulate(given)] if given else _bounds(config, costs, row_cost * model.vocab_size)
-    pairs = list(itertools.pairwise(bounds))
+    pairs = list(itertools.pairwise([0, *itertools.accumulate(spread_layers(config, costs))]))
     passes = [_passes(config, costs, *pair) for pair in pairs]
     multiple = ROW_MULTIPLE if model.vocab_size >= LARGE_SLICE * config.engine.num_stages else 1
-    shares = share_rows([sum(both) for both in passes], row_cost, model.vocab_size, multiple)
-    contents = [_contents(config, *pair, rows) for pair, rows in zip(pairs, shares, strict=True)]
+    shares = share_rows([sum(both) for both in passes], _row_cost(config, costs), model.vocab_size, multiple)
+    contents = [contents_between(config, *pair, rows) for pair, rows in zip(pairs, shares, strict=True)]
     times = [_times(held, both, costs) for held, both in zip(contents, passes, strict=True)]
     schedule = fastest_schedule(times, config.accumulation(data_parallel_size), exchange or NOMINAL.exchange(config))
     stages = [
@@ -124,6 +127,24 @@ def spread(
     return found
 
 
+def spread_layers(config: Config, costs: PassCosts) -> list[int]:
+    """engine.stage_layers, or else layers as even, by `costs`, as can be where rows of the unembedding can fill the rest up."""
+    if config.engine.stage_layers:
+        return config.engine.stage_layers
+    num_layers, num_stages = config.model.num_layers, config.engine.num_stages
+    losses = _row_cost(config, costs) * config.model.vocab_size
+
+    def cost(_: int, first: int, end: int) -> float:
+        return sum(_passes(config, costs, first, end))
+
+    slowest, _ = cheapest_cut(num_layers, num_stages, cost, max)
+    level = max(slowest, (sum(_passes(config, costs, 0, num_layers)) + losses) / num_stages)
+    _, bounds = cheapest_cut(
+        num_layers, num_stages, lambda *place: cost(*place) ** 2 if cost(*place) <= level else math.inf, operator.add
+    )
+    return [end - first for first, end in itertools.pairwise(bounds)]
+
+
 def share_rows(levels: list[float], row_cost: float, num_rows: int, multiple: int) -> list[int]:
     """Rows of each stage that make the highest of level + rows * row_cost lowest: multiples of `multiple` but for a remainder."""
     lowest = sorted(levels)
@@ -139,9 +160,8 @@ def share_rows(levels: list[float], row_cost: float, num_rows: int, multiple: in
     return shares
 
 
-def _contents(config: Config, first: int, end: int, rows: int) -> Contents:
-    num_heads = len(heads_between(config, first, end))
-    return Contents(end - first - num_heads, num_heads, first == 0, rows, spread=True)
+def _row_cost(config: Config, costs: PassCosts) -> float:
+    return config.model.num_future_tokens * (costs.slice_statistics + costs.slice_gradients)
 
 
 def _times(contents: Contents, passes: tuple[float, float], costs: PassCosts) -> StageTimes:
@@ -156,17 +176,3 @@ def _passes(config: Config, costs: PassCosts, first: int, end: int) -> tuple[flo
     forward = costs.forward(end - first, 0, has_embedding)
     backward = costs.backward(num_trunk, has_embedding, config.train.activation_checkpointing)
     return forward, backward + costs.backward(len(heads), False, recompute=False)
-
-
-def _bounds(config: Config, costs: PassCosts, losses: float) -> list[int]:
-    """First layers of all stages, and the end: layers as even as can be where rows of the unembedding can fill the rest up."""
-    num_layers, num_stages = config.model.num_layers, config.engine.num_stages
-
-    def cost(_: int, first: int, end: int) -> float:
-        return sum(_passes(config, costs, first, end))
-
-    slowest, _ = cheapest_cut(num_layers, num_stages, cost, max)
-    level = max(slowest, (sum(_passes(config, costs, 0, num_layers)) + losses) / num_stages)
-    return cheapest_cut(
-        num_layers, num_stages, lambda *place: cost(*place) ** 2 if cost(*place) <= level else math.inf, operator.add
-    )[1]

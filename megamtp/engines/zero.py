@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megamtp.config import Config
 from megamtp.data.loader import Batch
-from megamtp.engines.base import DTYPES, EngineState, StepResult, loss_scales
+from megamtp.engines.base import DTYPES, EngineState, StepResult, loss_scales, on_device
 from megamtp.engines.deepspeed_config import deepspeed_config
 from megamtp.engines.head_phase import DeepSpeedHeadPhase, full_shape
 from megamtp.engines.initial_weights import initial_weights
@@ -64,8 +64,7 @@ class ZeroEngine:
             group["lr"] = lr
         nll_sums = torch.zeros(self.config.model.num_future_tokens, device=self.device)
         with self.head_phase.whole_or_nothing():
-            # All before the first pass: to copy them later would each time wait for what the device is doing.
-            for index, batch in enumerate([batch.to(self.device) for batch in micro_batches]):
+            for index, batch in enumerate(on_device(micro_batches, self.device)):
                 # (c) DeepSpeed tells its optimizer only when the outer backward starts; the heads' reductions come before it.
                 self.engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
                 loss, micro_nll_sums = self.engine(batch.inputs, batch.targets, scales, batch.documents)

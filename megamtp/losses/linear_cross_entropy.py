@@ -67,7 +67,7 @@ def linear_cross_entropy(
         seed_is_certain: that backward receives no other than `seed`, which it then does not look at. Spares a pass over dH.
         z_loss: coefficient of the squared log-partition function. Source: PaLM, arXiv:2204.02311, section 5.
         chunk_rows: rows whose logits are alive at a time; None: see default_chunk_rows. On a GPU they are in the model's dtype,
-            on a CPU in fp32 and once more in 16 bits if the model is; where nothing is to be learned in both dtypes on either.
+            and in an evaluation in fp32 beside it; on a CPU in fp32, and once more in 16 bits if the model is.
         shared_gradient: the accumulator of dW when the weight has several uses; None if this is the only one.
         float8_weight: run logits and dH in fp8, with these copies of the weight, which are made if no earlier use has; hidden and
             weight in bf16, D and V multiples of 16. One byte more for each logit of a chunk, and for each element of hidden. Where

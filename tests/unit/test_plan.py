@@ -183,7 +183,7 @@ def test_a_run_with_the_planned_layers_spreads_losses_as_planned(further):
     """Rows and orders, and so memory: a run shares them out by FLOPs, for it does not know the card's rates."""
     config = pipeline_of("13b", 8, "model.vocab_size=128256", "engine.spread_losses=true", *further)
     planned = plan(config, 64, CARDS["h100"]).cut
-    layers = [stage.end - stage.first for stage in planned.stages]
+    layers = [stage.num_layers for stage in planned.stages]
     run = best_cut(dataclasses.replace(config, engine=dataclasses.replace(config.engine, stage_layers=layers)), 8)
     assert [stage.contents for stage in planned.stages] == [stage.contents for stage in run.stages]
     assert [stage.memory_bytes for stage in planned.stages] == [stage.memory_bytes for stage in run.stages]

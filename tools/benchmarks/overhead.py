@@ -57,8 +57,9 @@ def main(arguments: list[str]) -> None:
         job = size, by_heads, options
         measured = Fresh(_measure_size, *job).result() if launched == 1 else _measure_size(*job)
         if options.cold:
-            for result in (result for result in measured if result["variant"] == "ours"):
-                result["first_step_seconds"] = Fresh(_first_step, by_heads[result["heads"]]).result()
+            for result in measured:
+                if result["variant"] == "ours":
+                    result["first_step_seconds"] = Fresh(_first_step, by_heads[result["heads"]]).result()
         results += measured
         output.write(options, settings, results, _table(results, options.heads), _draw(results))
 

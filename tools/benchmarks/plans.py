@@ -11,7 +11,7 @@ from benchmarks.timeline import Box
 from megamtp.config import Config
 from megamtp.engines.links import Link
 from megamtp.engines.one_f_one_b import play
-from megamtp.engines.partition import Partition, Stage, imbalance, partition
+from megamtp.engines.partition import Partition, Stage, contents_between, heads_between, imbalance, partition
 from megamtp.engines.pass_costs import PassCosts
 from megamtp.engines.spread import SpreadPartition, spread
 from megamtp.engines.spread_schedule import Kind, StageTimes
@@ -81,9 +81,7 @@ def measured_costs(config: Config, meter: Meter) -> PassCosts:
 
 
 def _passes(config: Config, meter: Meter, first: int, end: int) -> dict[Kind, float]:
-    num_trunk = config.model.num_trunk_layers
-    heads = range(max(0, first - num_trunk), max(0, end - num_trunk))
-    contents = Contents(end - first - len(heads), len(heads), first == 0, config.model.vocab_size if heads else 0)
+    heads, contents = heads_between(config, first, end), contents_between(config, first, end)
     return meter.measure(config, Stage(first, end, heads, contents, 0.0, 0.0, {})).seconds
 
 
@@ -128,7 +126,7 @@ def play_plan(config: Config, plan: Partition | SpreadPartition, costs: PassCost
     step = max(tied_end, *(box.end for box in boxes))
     busy = sum(box.end - box.start for box in boxes)
     return {
-        "layers": [stage.end - stage.first for stage in plan.stages],
+        "layers": [stage.num_layers for stage in plan.stages],
         "heads_of_stages": [len(stage.heads) for stage in plan.stages],
         "rows": [stage.contents.rows for stage in plan.stages],
         "step_seconds": step, "bubble": 1 - busy / (len(plan.stages) * step),
