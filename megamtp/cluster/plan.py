@@ -30,7 +30,6 @@ class Card:
         memory_bytes: what a process can have of it.
         matrix_flops: FLOP/s of large matrix products.
         attention_flops: FLOP/s of attention, causal products counted at half.
-        element_seconds: seconds that one element of the residual stream costs a layer beside them, forward and backward.
         memory_bandwidth: bytes/s.
         float8_speedup: rate of the loss's fp8 products over that of the same in bf16.
     """
@@ -38,17 +37,19 @@ class Card:
     memory_bytes: float
     matrix_flops: float
     attention_flops: float
-    element_seconds: float
     memory_bandwidth: float
     multiprocessors: int
     float8_speedup: float
 
 
-# Fitted to the "plain" steps of tools/results/overhead*.json (H100 80GB HBM3, 2026-11-25). An H200 computes alike and holds more.
+# Rates, and the bytes, are fitted to the "plain" steps of tools/results/overhead*.json, of both cards together (2026-11-28 and -29).
+# They compute alike; what moves memory tells them apart.
 CARDS = {
-    "h100": Card(79e9, 720e12, 173e12, 0.235e-12, 2.8e12, 132, 1.8),
-    "h200": Card(140e9, 720e12, 173e12, 0.235e-12, 4.0e12, 132, 1.8),
+    "h100": Card(79e9, 712e12, 246e12, 2.8e12, 132, 1.8),
+    "h200": Card(140e9, 712e12, 246e12, 4.0e12, 132, 1.8),
 }
+# That a layer's norms, rotation, activation and sums read and write for an element of the residual stream, forward and backward.
+ELEMENT_BYTES = 102
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def _layer_seconds(config: Config, tokens: int, card: Card) -> float:
     return tokens * (
         2 * layer_matrices(model) / card.matrix_flops
         + 2 * config.train.sequence_length * model.dim / card.attention_flops
-        + model.dim * card.element_seconds / 3
+        + model.dim * ELEMENT_BYTES / 3 / card.memory_bandwidth
     )
 
 

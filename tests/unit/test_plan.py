@@ -20,14 +20,15 @@ from megamtp.model.cost import flops_per_token, parameters
 ROOT = Path(__file__).parents[2]
 
 
-def recorded() -> dict[str, tuple[dict, dict]]:
-    """(a measured step of ours as one of 64 emulated ranks, its settings) by name."""
+def recorded() -> dict[str, tuple[dict, dict, str]]:
+    """(a measured step of ours as one of 64 emulated ranks, its settings, the card) by name."""
     found = {}
     for path in sorted((ROOT / "tools/results").glob("overhead*.json")):
         content = json.loads(path.read_text())
         for result in content["results"]:
             if result["variant"] == "ours" and content["settings"]["ranks"] == 64:
-                found[f"{path.stem}-{result['size']}-n{result['heads']}"] = result, content["settings"]
+                card = next(name for name in CARDS if name.upper() in content["circumstances"]["card"])
+                found[f"{path.stem}-{result['size']}-n{result['heads']}"] = result, content["settings"], card
     return found
 
 
@@ -39,21 +40,21 @@ def config_of(size: str, heads: int, *settings: str) -> Config:
 
 
 def test_the_six_sizes_were_recorded():
-    assert {(result["size"], result["heads"]) for result, _ in RECORDED.values()} == {
-        (size, heads) for size in ("0.3b", "0.6b", "1.3b", "3b", "6.7b", "13b") for heads in (1, 4)
+    assert {(result["size"], result["heads"], card) for result, _, card in RECORDED.values()} == {
+        (size, heads, card) for size in ("0.3b", "0.6b", "1.3b", "3b", "6.7b", "13b") for heads in (1, 4) for card in CARDS
     }
 
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_prediction_is_within_a_tenth_of_the_recorded_step(name):
-    result, settings = RECORDED[name]
+    result, settings, card = RECORDED[name]
     ranks, micro_batch = settings["ranks"], result["micro_batch"]
     config = config_of(
         result["size"], result["heads"], f"cluster.flat_bandwidth={settings['bandwidth']}",
         f"cluster.communication_sms={settings['SMs held']}", f"train.micro_batch_size={micro_batch}",
         f"train.global_batch_tokens={ranks * micro_batch * settings['T']}",
     )  # fmt: skip
-    found = plan(config, ranks, CARDS["h100"])
+    found = plan(config, ranks, CARDS[card])
     assert found.micro_batches == 1
     assert found.peak_bytes == pytest.approx(result["peak_bytes"], rel=0.1)
     seconds = statistics.median(result["milliseconds"]) / 1e3
@@ -149,7 +150,8 @@ def test_a_pipelines_stages_add_up():
     few, many = (plan(pipeline_of("13b", 8), ranks, CARDS["h100"]) for ranks in (8, 64))
     for found in (few, many):
         assert found.peak_bytes == max(sum(stage.memory_bytes.values()) for stage in found.cut.stages)
-        assert [stage.end - stage.first for stage in found.cut.stages] == [5, 5, 5, 5, 5, 5, 6, 4]
+        *others, last = (stage.end - stage.first for stage in found.cut.stages)
+        assert sorted(others) == [5, 5, 5, 5, 5, 5, 6] and last == 4
     assert [stage.memory_bytes["optimizer"] for stage in few.cut.stages] == [
         pytest.approx(8 * stage.memory_bytes["optimizer"], abs=8) for stage in many.cut.stages
     ]

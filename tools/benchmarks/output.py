@@ -3,6 +3,7 @@
 import argparse
 import datetime
 import json
+import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -54,7 +55,7 @@ def circumstances() -> dict[str, str]:
         "card": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python tools/benchmark.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "tools/benchmark.py", *sys.argv[1:]]),
     }
 
 

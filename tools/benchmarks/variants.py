@@ -230,7 +230,10 @@ def measure(makers: dict[str, Callable[[], Variant]], rounds: int, steps: int, k
             torch.cuda.reset_peak_memory_stats()
             dist.barrier()
             retries = torch.cuda.memory_stats()["num_alloc_retries"]
+            gc.collect()
+            gc.freeze()  # as in training: a collection that looked through the libraries' objects would lengthen one step
             milliseconds = [variant.step() for _ in range(steps)]
+            gc.unfreeze()
             output.say(f"{cell}: {output.spread(milliseconds)} ms")
             cell_found.allocation_retries += torch.cuda.memory_stats()["num_alloc_retries"] - retries
             cell_found.milliseconds += milliseconds

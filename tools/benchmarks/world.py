@@ -124,7 +124,7 @@ def _draw(results: list[dict], size: str) -> Figure:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set(xlabel="ranks", ylabel=f"step / step at {results[0]['ranks']} ranks", title=f"{size}, forward and backward")
-    axes.set_ylim(bottom=0.0)
+    axes.set_ylim(0.0, 1.1 * axes.dataLim.y1)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     return picture
