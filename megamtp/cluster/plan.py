@@ -42,7 +42,7 @@ class Card:
     float8_speedup: float
 
 
-# Rates, and the bytes, are fitted to the "plain" steps of tools/results/overhead*.json, of both cards together (2026-11-28 and -29).
+# Rates, and the bytes, are fitted to the "plain" steps of tools/results/overhead*.json, of both cards (2026-11-28 and -29).
 # They compute alike; what moves memory tells them apart.
 CARDS = {
     "h100": Card(79e9, 712e12, 246e12, 2.8e12, 132, 1.8),
