@@ -21,6 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from megamtp.cluster.signals import StopRequest  # first: it looks for the launcher, which may die while torch is imported
+
+# isort: split
 import torch
 
 from megamtp.checkpoint.store import check_model, checkpoints, remove_leftovers
@@ -119,8 +122,6 @@ def check(config: Config, place: Place) -> Job:
 
 def _train(job: Job, place: Place) -> bool:
     """False if it ended early, saved, because a rank was asked to stop. Collective."""
-    from megamtp.cluster.signals import StopRequest
-
     config, run_directory = job.config, Path(job.config.run.directory)
     stop = StopRequest(launched=place.world_size > 1 and not config.cluster.emulate)
     join_peers(place, config.cluster)

@@ -79,6 +79,25 @@ def test_signal_before_there_are_ranks_or_steps(seconds, arguments, tmp_path, st
     assert not ranks(tmp_path / "run")
 
 
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--module", MODULE]
+
+
+@pytest.mark.parametrize("command", [deepspeed(2), TORCHRUN], ids=["deepspeed", "torchrun"])
+def test_a_launcher_killed_before_its_ranks_have_met(command, arguments, tmp_path, start):
+    """They end, though they had only begun to import torch, and wait for nobody."""
+    process = start([*command, *arguments, *ENDLESS, f"run.directory={tmp_path}/run"])
+    wait_for(lambda: len(ranks(tmp_path / "run")) == 2 and all(map(has_looked_for_launcher, ranks(tmp_path / "run"))))
+    process.send_signal(signal.SIGKILL)
+    output, _ = process.communicate(timeout=90)  # to the end of the last rank, which writes there, too
+    assert not ranks(tmp_path / "run") and not (tmp_path / "run/metrics.jsonl").exists()
+    assert "its launcher is gone" in output
+
+
+def has_looked_for_launcher(rank: psutil.Process) -> bool:
+    """It has imported what it looks with; what comes next, torch, takes longer than looking."""
+    return any("_psutil_linux" in loaded.path for loaded in rank.memory_maps())
+
+
 def test_killed_launch_command_leaves_no_orphan(arguments, tmp_path, start):
     process = started(start, ["-m", "megamtp.commands.local"], arguments, tmp_path / "run")
     process.send_signal(signal.SIGKILL)
