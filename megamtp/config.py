@@ -340,29 +340,41 @@ def _parse(argument: str) -> tuple[str, DictConfig]:
         try:
             return argument, OmegaConf.from_dotlist([argument])
         except (OmegaConfBaseException, YAMLError) as error:
-            raise InputError(f"{argument}: {_first_line(error)}; expected key=value") from None
+            problem = getattr(error, "problem", None) or _first_line(error)
+            in_braces = isinstance(error, YAMLError) and "{" in argument
+            spaces = ", with a space after each colon in braces: {a: {b: 2}}" if in_braces else ""
+            raise InputError(f"{argument}: {problem}; expected key=value{spaces}") from None
     try:
         settings = OmegaConf.load(argument)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise InputError(f"{argument}: {reason}; expected a YAML file or key=value") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{argument}: not UTF-8 text; expected a YAML file or key=value") from None
+    except OSError as error:
+        if error.strerror:
+            raise InputError(f"{argument}: {error.strerror}; expected a YAML file or key=value") from None
+        settings = None  # OmegaConf's own: the file holds a number, or true or false
     except (OmegaConfBaseException, YAMLError) as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         place = f"line {mark.line + 1}: {problem}" if mark and problem else _first_line(error)
         raise InputError(f"{argument} is not valid YAML, {place}; mend the file") from None
     if not isinstance(settings, DictConfig):
-        raise InputError(f"{argument} holds no sections; expected YAML such as 'model: {{dim: 128}}'")
+        raise InputError(f"{argument} holds no mapping of keys; expected sections such as 'model: {{dim: 128}}'")
+    sections = [item.name for item in dataclasses.fields(Config)]
+    for section, values in OmegaConf.to_container(settings).items():
+        if values is None and section in sections:
+            del settings[section]  # empty, as where each of its keys is commented out
     return argument, settings
 
 
 def _merge(settings: DictConfig, source: str, given: DictConfig) -> DictConfig:
-    known = [key for key, _, _ in _keys(Config)]
-    for section in given:
-        values = given[section]
-        names = [section] if not isinstance(values, DictConfig) else [f"{section}.{name}" for name in values]
-        for name in names:
+    known = {key: key_type for key, key_type, _ in _keys(Config)}
+    for section, values in OmegaConf.to_container(given).items():
+        named = {section: values} if not isinstance(values, dict) else {f"{section}.{name}": values[name] for name in values}
+        for name, value in named.items():
             if name not in known:
-                raise InputError(f"{source}: unknown key {name}; {_nearest(str(name), known)}")
+                raise InputError(f"{source}: unknown key {name}; {_nearest(str(name), list(known))}")
+            if known[name] in (bool, bool | None) and _is_number(str(value)) and float(value) not in (0, 1):
+                # OmegaConf takes any whole number but 0 for true.
+                raise InputError(f"{source}: {name}: {value} is neither true nor false{_expected(name)}")
     try:
         return OmegaConf.merge(settings, given)
     except (OmegaConfBaseException, TypeError) as error:

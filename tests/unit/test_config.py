@@ -57,6 +57,17 @@ def paper_config(size: str, n: int) -> Config:
         ("engine.kind=zero2", ["engine.kind=zero2", "zero3 or zero1"]),
         ("nowhere.yaml", ["nowhere.yaml", "No such file"]),
         ("engine.deepspeed=3", ["engine.deepspeed", "mapping"]),
+        (
+            "engine.deepspeed={a:{b:2}}",
+            ["engine.deepspeed={a:{b:2}}: found unexpected ':'", "a space after each colon", "{a: {b: 2}}"],
+        ),
+        ("head_loss.weights=[1", ["head_loss.weights=[1: did not find expected ',' or ']'; expected key=value"]),
+        ("run.tensorboard=3", ["run.tensorboard: 3 is neither true nor false; expected bool"]),
+        ("run.tensorboard='-1'", ["run.tensorboard: -1 is neither true nor false; expected bool"]),
+        ("run.tensorboard=perhaps", ["run.tensorboard", "perhaps", "expected bool"]),
+        ("train.compile=2", ["train.compile: 2 is neither true nor false; expected bool or null"]),
+        ("model=", ["unknown key model", "did you mean model."]),
+        ("model=${nothing}", ["unknown key model", "did you mean model."]),
     ],
 )
 def test_bad_settings_are_named_in_one_line(argument, words):
@@ -105,6 +116,36 @@ def test_broken_yaml_is_named_with_its_line(text, words, tmp_path):
     with pytest.raises(InputError) as error:
         read_config([str(path)])
     assert f"{path} is not valid YAML, {words}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"3\n", " holds no mapping of keys; expected sections"), (b"true", " holds no mapping of keys"),
+        (b"- 3\n", " holds no mapping of keys"), (b"model: {dim: caf\xe9}", ": not UTF-8 text"),
+        (b"modle:\n", ": unknown key modle; did you mean model."),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_no_configuration_is_named(content, words, tmp_path):
+    path = tmp_path / "other.yaml"
+    path.write_bytes(content)
+    with pytest.raises(InputError) as error:
+        read_config([*GOOD, str(path)])
+    assert str(error.value).startswith(f"{path}{words}")
+
+
+@pytest.mark.parametrize("text", ["", "model:\n", "head_loss:\n  # z_loss: 1e-4\nrun: null\n"])
+def test_an_empty_section_sets_nothing(text, tmp_path):
+    (tmp_path / "sparse.yaml").write_text(text)
+    assert read_config([*GOOD, str(tmp_path / "sparse.yaml")]) == read_config(GOOD)
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"), [("true", True), ("yes", True), ("1", True), ("off", False), ("no", False), ("0", False)]
+)
+def test_words_for_true_and_false(word, expected):
+    config = read_config([*GOOD, f"run.tensorboard={word}", f"train.compile={word}"])
+    assert (config.run.tensorboard, config.train.compile) == (expected, expected)
 
 
 def test_written_configuration_reads_back(tmp_path):
