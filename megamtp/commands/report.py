@@ -48,10 +48,14 @@ def main() -> None:
         "further head's is above the one before it",
     )  # fmt: skip
     arguments = parser.parse_args()
-    config = read_config([str(arguments.run_directory / RESOLVED)])
-    training, validation = _read_metrics(arguments.run_directory / METRICS, config.model.num_future_tokens)
+    run_directory = arguments.run_directory
+    if not (run_directory / RESOLVED).is_file():
+        found = f"holds no {RESOLVED}" if run_directory.is_dir() else "is no folder"
+        raise InputError(f"{run_directory} {found}; expected the folder of a run (run.directory): train there first")
+    config = read_config([str(run_directory / RESOLVED)])
+    training, validation = _read_metrics(run_directory / METRICS, config.model.num_future_tokens)
     entropy = _unigram_entropy(config)
-    _draw(arguments.run_directory, training, validation, entropy)
+    _draw(run_directory, training, validation, entropy)
     _print_table(training, validation, entropy)
     if arguments.min_margin is not None and not _check(validation, entropy, arguments.min_margin):
         sys.exit(1)

@@ -144,6 +144,15 @@ def test_a_damaged_line_is_named(tmp_path, monkeypatch, line):
     assert not (run / "loss.png").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "words"), [("none", "none is no folder"), ("a=b", "a=b is no folder"), ("", "holds no config.yaml")]
+)
+def test_a_folder_without_a_run_is_named(tmp_path, monkeypatch, name, words):
+    with pytest.raises(InputError, match=f"{words}; expected the folder of a run"):
+        call(monkeypatch, tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("damage", [os.remove, lambda path: path.write_text("")])
 def test_missing_metrics_are_one_line_and_status_2(tmp_path, monkeypatch, capsys, damage):
     run = write_run(tmp_path, LEARNED)
