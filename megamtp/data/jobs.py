@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +61,7 @@ def make_job(
         OSError: `work` cannot be written to.
     """
     if in_pieces and (found := _count_names(source)) < 2:
-        raise too_few(found, place(source))
+        raise too_few(found, place(source), source.unreadable)
     path = _tokenizer(source, shards, work, vocab_size, tokenizer, seed)
     digest = BYTES if path == BYTES else hashlib.sha256(Path(path).read_bytes()).hexdigest()
     return Job(work, path, digest, source.json_key, seed, in_pieces, deduplicate and not in_pieces)
@@ -110,9 +110,13 @@ def place(source: Source) -> str:
     return f"{source.files[0][1]}{' and others' if len(source.files) > 1 else ''}"
 
 
-def too_few(found: int, place: str) -> InputError:
-    """The refusal of inputs that cannot be split."""
+def too_few(found: int, place: str, not_utf8: Sequence[str] = ()) -> InputError:
+    """The refusal of inputs that cannot be split; `not_utf8` are the names of files that were passed over."""
+    skipped, remedy = "", "add text"
+    if not_utf8:
+        skipped = f", and passed over {len(not_utf8)} files that are not UTF-8 text, the first: {not_utf8[0]}"
+        remedy = "convert files to UTF-8, or add text"
     return InputError(
-        f"found {found} documents that differ in name in {place}; "
-        "expected at least two, or one long enough to be cut in pieces: add text"
+        f"found {found} documents that differ in name in {place}{skipped}; "
+        f"expected at least two, or one long enough to be cut in pieces: {remedy}"
     )

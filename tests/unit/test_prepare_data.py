@@ -51,8 +51,11 @@ CASES = {
     "empty output": (["--input", "text.txt", "--output", ""], ["--output", "found an empty name"]),
     "empty tokenizer": (["--input", "text.txt", "--tokenizer", ""], ["--tokenizer", "found an empty name"]),
     "name too long": (["--input", "x" * 300], ["File name too long"]),
-    "too little text": (["--input", "short.txt"], ["found 1 documents", "short.txt"]),
-    "nothing readable": (["--input", "latin.txt"], ["found 0 documents", "latin.txt"]),
+    "too little text": (["--input", "short.txt"], ["found 1 documents", "short.txt; expected", "cut in pieces: add text"]),
+    "nothing readable": (
+        ["--input", "latin.txt"],
+        ["found 0 documents", "passed over 1 files that are not UTF-8 text, the first: latin.txt", "convert"],
+    ),
     "wrong key": (["--input", "bad.jsonl"], ["bad.jsonl:2", "'txt'", "--json-key"]),
     "not JSON": (["--input", "broken.jsonl"], ["broken.jsonl:2", "not JSON"]),
     "unreadable file in the middle": (["--input", "middle"], ["middle/b.txt: ", "expected a readable file"]),
