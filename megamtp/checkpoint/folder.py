@@ -91,14 +91,14 @@ def check_space(directory: Path, num_bytes: int) -> None:
         )
 
 
-def check_sizes(folder: Path, sizes: Mapping[str, int], remedy: str) -> None:
+def check_sizes(folder: Path, sizes: Mapping[str, int], remedy: str | None) -> None:
     """Raises: CheckpointError if a file, by its path in `folder`, is missing or not of its size in bytes."""
     for name, size in sizes.items():
         file = folder / name
         found = file.stat().st_size if file.is_file() else None
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes"
-            raise CheckpointError(f"{file} {state}, expected {size} bytes; {remedy}")
+            raise CheckpointError(f"{file} {state}, expected {size} bytes{f'; {remedy}' if remedy else ''}")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -96,7 +96,8 @@ def read_manifest(checkpoint: Path, check_files: bool = True) -> Manifest:
             files each are a burden to any file system.
 
     Raises:
-        CheckpointError: something is missing, cut short, unreadable, or of another format.
+        CheckpointError: something is missing, cut short, unreadable, or of another format. What to do about damage, which its
+            message leaves out, depends on whether there are other checkpoints.
     """
     path = checkpoint / MANIFEST
     try:
@@ -112,15 +113,13 @@ def read_manifest(checkpoint: Path, check_files: bool = True) -> Manifest:
                 raise TypeError(f"{field.name} is {value!r}, not of type {kind.__name__}")
         sizes = {name: file["bytes"] for name, file in manifest.files.items()}
         if check_files:
-            check_sizes(checkpoint, sizes, remedy=f"remove {checkpoint} to go on from an older one")
+            check_sizes(checkpoint, sizes, remedy=None)
     except FileNotFoundError:
-        raise CheckpointError(
-            f"{checkpoint} is not a checkpoint: it has no {MANIFEST}; give a run's folder or one of its checkpoints"
-        ) from None
+        raise CheckpointError(f"{checkpoint} is not a checkpoint: it has no {MANIFEST}") from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{path} cannot be read ({error}); remove {checkpoint} to go on from an older one") from None
+        raise CheckpointError(f"{path} cannot be read ({error})") from None
     return manifest
 
 
@@ -228,7 +227,15 @@ def verified(checkpoint: Path) -> Manifest:
     Raises:
         CheckpointError: something is damaged.
     """
-    manifest = read_manifest(checkpoint)
-    if found := damage(checkpoint, manifest):
-        raise CheckpointError(f"{found}; remove {checkpoint} to go on from an older one")
+    try:
+        manifest = read_manifest(checkpoint)
+        found = damage(checkpoint, manifest)
+    except FormatError:
+        raise
+    except CheckpointError as error:
+        found = str(error)
+    if found:
+        has_older = any(_step(other) < _step(checkpoint) for other in checkpoints(checkpoint.parent.parent))
+        remedy = f"remove {checkpoint} to go on from an older one" if has_older else "restore it, or train in another run.directory"
+        raise CheckpointError(f"{found}; {remedy}")
     return manifest

@@ -66,5 +66,6 @@ def _verify(checkpoint: Path, rank: int, world_size: int) -> tuple[store.Manifes
 
 def _none_verifies(run_directory: Path, reasons: list[str]) -> CheckpointError:
     return CheckpointError(
-        f"{run_directory}: none of {len(reasons)} checkpoints verifies ({reasons[0]}); restore one, or remove them to begin anew"
+        f"{run_directory}: none of {len(reasons)} checkpoints verifies ({reasons[0]}); "
+        "restore one, or begin anew: remove them, or choose another run.directory"
     )
