@@ -63,7 +63,8 @@ class Job:
 def main(arguments: list[str]) -> int:
     """Trains and returns the exit status: 0, or run.requeue_exit_code after an early stop. Raises InputError."""
     if "--help" in arguments or "-h" in arguments:
-        print(f"{__doc__}\nKeys [type; default]:\n{describe()}")
+        with suppress(BrokenPipeError):  # as of `| head`
+            print(f"{__doc__}\nKeys [type; default]:\n{describe()}")
         return 0
     place, job, error = find_place(), None, None
     try:

@@ -1,11 +1,17 @@
 """How every command reports an error of its user: one line on stderr, exit status 2, no traceback."""
 
 import argparse
+import errno
+import io
+import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
 from megamtp.errors import InputError
+
+OUTPUT_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Parser(argparse.ArgumentParser):
@@ -19,11 +25,36 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Calls `main`; an InputError is printed as one line on stderr and ends the process with exit status 2; Ctrl-C with 130."""
+    """Calls `main`, and ends the process unless all went well.
+
+    An InputError, or output that there is no room for, is one line on stderr and exit status 2. As shells report it, the status
+    is 130 after Ctrl-C, and 141 where nobody reads the output any more.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for characters that the terminal's encoding lacks
+    try:
+        status = _status(main)
+        print(end="", flush=True)
+    except OSError as error:
+        if error.filename or error.errno not in OUTPUT_ERRORS:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python will try to write the rest once more
+        status = 128 + signal.SIGPIPE
+        if error.errno != errno.EPIPE:
+            print(f"megamtp: error: the output cannot be written: {error.strerror}; make room for it", file=sys.stderr)
+            status = 2
+    if status:
+        sys.exit(status)
+
+
+def _status(main: Callable[[], None]) -> int | str | None:
     try:
         main()
+    except SystemExit as error:
+        return error.code
     except InputError as error:
         print(f"megamtp: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
     except KeyboardInterrupt:
-        sys.exit(130)  # as shells report a process that Ctrl-C has ended
+        return 130
+    return 0

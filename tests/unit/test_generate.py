@@ -5,6 +5,8 @@ import copy
 import dataclasses
 import io
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -205,6 +207,18 @@ def test_the_prompt_can_be_piped_in(run_directory, monkeypatch, capsys):
 def test_bad_arguments_are_input_errors(run_directory, monkeypatch, arguments, message):
     with pytest.raises(InputError, match=message):
         call(monkeypatch, command, run_directory, "--prompt", "x", "--device", "cpu", *arguments)
+
+
+def test_text_that_the_terminal_cannot_show_or_the_disk_not_hold(run_directory):
+    program = [sys.executable, "-m", command.__name__, str(run_directory), "--prompt", "é", "--device", "cpu"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    finished = subprocess.run(program, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert (finished.returncode, finished.stderr) == (0, "")
+    assert finished.stdout.startswith(r"\xe9")
+    with open("/dev/full", "w") as full:
+        finished = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert finished.returncode == 2
+    assert finished.stderr == "megamtp: error: the output cannot be written: No space left on device; make room for it\n"
 
 
 @pytest.mark.parametrize("tool", [convert_checkpoint, command])
