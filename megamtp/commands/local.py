@@ -1,6 +1,7 @@
 """Runs a training job on this machine: the `deepspeed` launcher, with signals that arrive and no process left behind.
 
-    python -m megamtp.commands.local configs/quickstart.yaml train.steps=100
+    bash launch/local.sh configs/quickstart.yaml train.steps=100
+    python -m megamtp.commands.local configs/quickstart.yaml train.steps=100     (in an environment that is active)
 
 SIGTERM, SIGUSR1 and Ctrl-C reach every rank, so that all save together; the job's exit status becomes this command's.
 MEGAMTP_RANKS chooses the number of ranks: without, one per GPU, or two where there is none.
@@ -18,6 +19,7 @@ import psutil
 
 from megamtp.cluster.signals import LAUNCHER_VARIABLE, identity
 from megamtp.commands.command_line import run
+from megamtp.config import describe
 from megamtp.errors import InputError
 
 GRACE_SECONDS = 120.0
@@ -117,6 +119,9 @@ def num_ranks() -> int:
 
 def main() -> None:
     """Counts GPUs, shares out the CPU's cores, launches megamtp.pretrain and exits with its status. Raises InputError."""
+    if "--help" in sys.argv or "-h" in sys.argv:
+        print(f"{__doc__}\nKeys [type; default]:\n{describe()}")
+        return
     import torch
 
     ranks = num_ranks()

@@ -1,6 +1,7 @@
 """Installed with pip, the commands work from another folder: text to corpus to model to export to text."""
 
 import importlib.metadata
+import os
 import shutil
 import subprocess
 import sys
@@ -86,6 +87,22 @@ def test_help_of_pretraining_lists_the_keys():
     assert finished.returncode == 0
     for key in ("model.num_future_tokens", "optimizer.lr", "train.global_batch_tokens", "engine.kind", "run.directory"):
         assert key in finished.stdout
+
+
+def test_help_of_pretraining_that_nobody_reads():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "megamtp.pretrain", "--help"]
+    finished = subprocess.run(command, env=environment(), cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=100)
+    os.close(writer)
+    assert (finished.returncode, finished.stderr) == (0, "")
+
+
+def test_help_of_a_local_job_starts_none():
+    finished = run(["-m", "megamtp.commands.local", "--help"])
+    assert (finished.returncode, finished.stderr) == (0, "")
+    assert finished.stdout.startswith("Runs a training job on this machine")
+    assert finished.stdout.count("\n  run.directory ") == 1
 
 
 def test_an_active_environment_is_installed_anew(tmp_path):

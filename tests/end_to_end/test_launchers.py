@@ -1,12 +1,13 @@
 """The same job under every launcher: the same losses, whoever starts the ranks."""
 
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.end_to_end.jobs import MODULE, deepspeed, free_port, losses, run, wait_for
+from tests.end_to_end.jobs import MODULE, ROOT, deepspeed, environment, free_port, losses, run, wait_for
 
 STEPS = ["train.steps=4", "data.validation=null", "run.save_every_steps=100"]
 
@@ -39,6 +40,16 @@ def test_launchers_give_the_losses_of_one_rank(name, arguments, expected, tmp_pa
     finished = run([*launcher(name), *arguments, *STEPS, f"run.directory={tmp_path}/run"])
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert_same(tmp_path / "run", expected)
+
+
+def test_local_script_takes_paths_from_where_it_is_called(tmp_path):
+    (tmp_path / "mine.yaml").write_text("model: {dim: wide}\n")
+    script = ["bash", str(ROOT / "launch/local.sh"), "mine.yaml"]
+    finished = subprocess.run(script, cwd=tmp_path, env=environment(), timeout=240, capture_output=True, text=True)
+    output = finished.stdout + finished.stderr
+    assert finished.returncode == 2, output
+    (line,) = [line for line in output.splitlines() if line.startswith("megamtp: error: ")]
+    assert "mine.yaml: model.dim" in line and "expected int" in line
 
 
 def test_a_failed_rank_ends_the_job_under_mpirun():
