@@ -5,5 +5,6 @@
 set -euo pipefail
 here="$PWD"
 . "$(dirname "$0")/environment.sh"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"  # or a folder "megamtp" in that one would be taken for the package
 cd "$here"
 exec python -m megamtp.commands.local "$@"

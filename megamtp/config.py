@@ -339,7 +339,7 @@ def _parse(argument: str) -> tuple[str, DictConfig]:
     if "=" in argument and not os.path.isfile(argument):  # unlike Path's, False where the name is too long
         try:
             return argument, OmegaConf.from_dotlist([argument])
-        except (OmegaConfBaseException, YAMLError) as error:
+        except (OmegaConfBaseException, YAMLError, ValueError) as error:
             problem = getattr(error, "problem", None) or _first_line(error)
             in_braces = isinstance(error, YAMLError) and "{" in argument
             spaces = ", with a space after each colon in braces: {a: {b: 2}}" if in_braces else ""
@@ -352,7 +352,9 @@ def _parse(argument: str) -> tuple[str, DictConfig]:
         if error.strerror:
             raise InputError(f"{argument}: {error.strerror}; expected a YAML file or key=value") from None
         settings = None  # OmegaConf's own: the file holds a number, or true or false
-    except (OmegaConfBaseException, YAMLError) as error:
+    except AssertionError:
+        settings = None  # likewise: a number in quotes
+    except (OmegaConfBaseException, YAMLError, ValueError) as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         place = f"line {mark.line + 1}: {problem}" if mark and problem else _first_line(error)
         raise InputError(f"{argument} is not valid YAML, {place}; mend the file") from None

@@ -28,6 +28,7 @@ import torch
 
 from megamtp.checkpoint.store import check_model, checkpoints, remove_leftovers
 from megamtp.cluster.environment import Place, emulated_place, find_place, join_peers, of_all_ranks, share_error
+from megamtp.commands.command_line import print_all_characters
 from megamtp.config import RESOLVED, Config, describe, differences, from_anywhere, read_config, write_config
 from megamtp.data.blend import Blend
 from megamtp.data.corpus import SUMMARY
@@ -276,6 +277,7 @@ def entry() -> None:
     """The command line: an InputError becomes one line on stderr and exit status 2, once per node; Ctrl-C is status 130."""
     outcome: list[int] = []
     atexit.register(_end, outcome)  # first of all, so that it is called last
+    print_all_characters()
     try:
         status = main(sys.argv[1:])
     except SystemExit as error:

@@ -30,8 +30,7 @@ def run(main: Callable[[], None]) -> None:
     An InputError, or output that there is no room for, is one line on stderr and exit status 2. As shells report it, the status
     is 130 after Ctrl-C, and 141 where nobody reads the output any more.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # for characters that the terminal's encoding lacks
+    print_all_characters()
     try:
         status = _status(main)
         print(end="", flush=True)
@@ -45,6 +44,12 @@ def run(main: Callable[[], None]) -> None:
             status = 2
     if status:
         sys.exit(status)
+
+
+def print_all_characters() -> None:
+    """From here on, those that the terminal's encoding lacks are printed as escapes."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _status(main: Callable[[], None]) -> int | str | None:

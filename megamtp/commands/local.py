@@ -17,7 +17,7 @@ import uuid
 
 import psutil
 
-from megamtp.cluster.signals import LAUNCHER_VARIABLE, identity
+from megamtp.cluster.signals import LAUNCHER_VARIABLE
 from megamtp.commands.command_line import run
 from megamtp.config import describe
 from megamtp.errors import InputError
@@ -38,7 +38,7 @@ class Job:
         # A session of its own: Ctrl-C in the terminal then reaches this process alone, which passes it on in order.
         self._launcher = subprocess.Popen(
             [sys.executable, *command, "--module", module, *arguments],
-            env=os.environ | {JOB_VARIABLE: self._name, LAUNCHER_VARIABLE: identity(os.getpid())},
+            env=os.environ | {JOB_VARIABLE: self._name, LAUNCHER_VARIABLE: str(os.getpid())},
             start_new_session=True,
         )
         if self._received:

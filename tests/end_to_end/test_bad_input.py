@@ -320,10 +320,12 @@ def test_missing_checkpoint(command, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_resumed_run_that_is_finished_does_nothing(trained, arguments):
-    finished = run([*PLAIN, *arguments, "train.steps=1", f"run.directory={trained}"])
-    assert finished.returncode == 0
-    assert "nothing to do" in finished.stdout
+def test_resumed_run_that_is_finished_does_nothing(trained, arguments, tmp_path):
+    (tmp_path / "entraîné").symlink_to(trained)
+    arguments = [*PLAIN, *arguments, "train.steps=1", f"run.directory={tmp_path}/entraîné"]
+    finished = run(arguments, PYTHONIOENCODING="ascii")  # of a terminal that lacks the name's letters
+    assert finished.returncode == 0, finished.stderr
+    assert "entra\\xeen\\xe9 has all its 1 steps already; nothing to do" in finished.stdout
 
 
 def test_a_job_ends_before_python_takes_itself_apart(trained, arguments):

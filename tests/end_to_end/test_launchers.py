@@ -44,8 +44,11 @@ def test_launchers_give_the_losses_of_one_rank(name, arguments, expected, tmp_pa
 
 def test_local_script_takes_paths_from_where_it_is_called(tmp_path):
     (tmp_path / "mine.yaml").write_text("model: {dim: wide}\n")
+    (tmp_path / "megamtp").mkdir()  # as of a clone; it is not the package
+    variables = environment()
+    del variables["PYTHONPATH"]
     script = ["bash", str(ROOT / "launch/local.sh"), "mine.yaml"]
-    finished = subprocess.run(script, cwd=tmp_path, env=environment(), timeout=240, capture_output=True, text=True)
+    finished = subprocess.run(script, cwd=tmp_path, env=variables, timeout=240, capture_output=True, text=True)
     output = finished.stdout + finished.stderr
     assert finished.returncode == 2, output
     (line,) = [line for line in output.splitlines() if line.startswith("megamtp: error: ")]

@@ -62,6 +62,7 @@ def paper_config(size: str, n: int) -> Config:
             ["engine.deepspeed={a:{b:2}}: found unexpected ':'", "a space after each colon", "{a: {b: 2}}"],
         ),
         ("head_loss.weights=[1", ["head_loss.weights=[1: did not find expected ',' or ']'; expected key=value"]),
+        ("train.steps=!!int a", ["train.steps=!!int a: invalid literal", "expected key=value"]),
         ("run.tensorboard=3", ["run.tensorboard: 3 is neither true nor false; expected bool"]),
         ("run.tensorboard='-1'", ["run.tensorboard: -1 is neither true nor false; expected bool"]),
         ("run.tensorboard=perhaps", ["run.tensorboard", "perhaps", "expected bool"]),
@@ -122,6 +123,7 @@ def test_broken_yaml_is_named_with_its_line(text, words, tmp_path):
     ("content", "words"),
     [
         (b"3\n", " holds no mapping of keys; expected sections"), (b"true", " holds no mapping of keys"),
+        (b"'3'\n", " holds no mapping of keys"), (b"train: {steps: !!int abc}", " is not valid YAML, invalid literal"),
         (b"- 3\n", " holds no mapping of keys"), (b"model: {dim: caf\xe9}", ": not UTF-8 text"),
         (b"modle:\n", ": unknown key modle; did you mean model."),
     ],
