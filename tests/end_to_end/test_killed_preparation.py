@@ -27,7 +27,8 @@ def texts(tmp_path) -> Path:
     folder, words = tmp_path / "texts", (ROOT / "README.md").read_text().split()
     folder.mkdir()
     generator = random.Random(0)
-    documents = [" ".join(generator.choices(words, k=generator.randrange(1, 600))) for _ in range(700)]
+    # Each with its number, or two of one word each may be the same.
+    documents = [" ".join([str(number), *generator.choices(words, k=generator.randrange(1, 600))]) for number in range(700)]
     for number, text in enumerate(documents[:300]):
         (folder / f"{number:03}.txt").write_text(text)
     (folder / "lines.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents[250:]))
