@@ -1,6 +1,6 @@
 """Every setting of a run: frozen dataclasses, filled from one YAML file and `key=value` overrides, then cross-checked.
 
-`read_config(["configs/quickstart.yaml", "optimizer.lr=3e-4"])` is the whole interface; `describe()` is what `--help` prints.
+`read_config(["configs/quickstart.yaml", "optimizer.lr=3e-4"])` is the whole interface; `print_help` is `--help`.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import os
 import shlex
 import types
 import typing
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -327,6 +328,15 @@ def describe() -> str:
     return "\n".join(lines)
 
 
+def print_help(arguments: list[str], description: str) -> bool:
+    """Whether a command that takes keys was asked for help, which this prints."""
+    if "--help" not in arguments and "-h" not in arguments:
+        return False
+    with suppress(BrokenPipeError):  # as of `| head`
+        print(f"{description}\nKeys [type; default]:\n{describe()}")
+    return True
+
+
 def _schema() -> DictConfig:
     schema = OmegaConf.structured(Config)
     for node in (schema, *(schema[section] for section in schema)):
@@ -348,12 +358,10 @@ def _parse(argument: str) -> tuple[str, DictConfig]:
         settings = OmegaConf.load(argument)
     except UnicodeDecodeError:
         raise InputError(f"{argument}: not UTF-8 text; expected a YAML file or key=value") from None
-    except OSError as error:
-        if error.strerror:
-            raise InputError(f"{argument}: {error.strerror}; expected a YAML file or key=value") from None
-        settings = None  # OmegaConf's own: the file holds a number, or true or false
-    except AssertionError:
-        settings = None  # likewise: a number in quotes
+    except (OSError, AssertionError) as error:
+        if reason := getattr(error, "strerror", None):
+            raise InputError(f"{argument}: {reason}; expected a YAML file or key=value") from None
+        settings = None  # OmegaConf's own: the file holds a number, in quotes or not, or true or false
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         place = f"line {mark.line + 1}: {problem}" if mark and problem else _first_line(error)

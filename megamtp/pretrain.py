@@ -29,7 +29,7 @@ import torch
 from megamtp.checkpoint.store import check_model, checkpoints, remove_leftovers
 from megamtp.cluster.environment import Place, emulated_place, find_place, join_peers, of_all_ranks, share_error
 from megamtp.commands.command_line import print_all_characters
-from megamtp.config import RESOLVED, Config, describe, differences, from_anywhere, read_config, write_config
+from megamtp.config import RESOLVED, Config, differences, from_anywhere, print_help, read_config, write_config
 from megamtp.data.blend import Blend
 from megamtp.data.corpus import SUMMARY
 from megamtp.data.indexed_dataset import IndexedDataset
@@ -63,9 +63,7 @@ class Job:
 
 def main(arguments: list[str]) -> int:
     """Trains and returns the exit status: 0, or run.requeue_exit_code after an early stop. Raises InputError."""
-    if "--help" in arguments or "-h" in arguments:
-        with suppress(BrokenPipeError):  # as of `| head`
-            print(f"{__doc__}\nKeys [type; default]:\n{describe()}")
+    if print_help(arguments, __doc__):
         return 0
     place, job, error = find_place(), None, None
     try:

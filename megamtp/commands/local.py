@@ -19,7 +19,7 @@ import psutil
 
 from megamtp.cluster.signals import LAUNCHER_VARIABLE
 from megamtp.commands.command_line import run
-from megamtp.config import describe
+from megamtp.config import print_help
 from megamtp.errors import InputError
 
 GRACE_SECONDS = 120.0
@@ -119,8 +119,7 @@ def num_ranks() -> int:
 
 def main() -> None:
     """Counts GPUs, shares out the CPU's cores, launches megamtp.pretrain and exits with its status. Raises InputError."""
-    if "--help" in sys.argv or "-h" in sys.argv:
-        print(f"{__doc__}\nKeys [type; default]:\n{describe()}")
+    if print_help(sys.argv, __doc__):
         return
     import torch
 

@@ -34,7 +34,7 @@ def evaluation_due(config: Config, step: int) -> bool:
     return config.data.validation is not None and step > 0 and due
 
 
-def _leave_to_collections_what_is_to_come() -> None:
+def leave_to_collections_what_is_to_come() -> None:
     """Python's garbage collections look no more at what exists by now.
 
     There are hundreds of thousands of objects, libraries' most of them; looking through them takes a rank a tenth of a second, at a
@@ -95,7 +95,7 @@ class Training:
             self._must_end()
             stopped, damaged = self._train_step()
             if self.step == first_step:
-                _leave_to_collections_what_is_to_come()
+                leave_to_collections_what_is_to_come()
             if not stopped and evaluation_due(self.config, self.step):
                 stopped, found = self._evaluate()
                 damaged = damaged or found

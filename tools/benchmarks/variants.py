@@ -16,6 +16,7 @@ from megamtp.data.loader import Batch
 from megamtp.engines.zero import ZeroEngine
 from megamtp.model.initial import STANDARD_DEVIATION
 from megamtp.model.mtp import MTPModel
+from megamtp.training.loop import leave_to_collections_what_is_to_come
 
 NAMES = ("plain", "ours", "ours fp8", "fsdp2 one backward", "fsdp2 per head", "deepspeed as shipped")
 LARGE = 2**24  # bytes
@@ -230,8 +231,7 @@ def measure(makers: dict[str, Callable[[], Variant]], rounds: int, steps: int, k
             torch.cuda.reset_peak_memory_stats()
             dist.barrier()
             retries = torch.cuda.memory_stats()["num_alloc_retries"]
-            gc.collect()
-            gc.freeze()  # as in training: a collection that looked through the libraries' objects would lengthen one step
+            leave_to_collections_what_is_to_come()  # as training does
             milliseconds = [variant.step() for _ in range(steps)]
             gc.unfreeze()
             output.say(f"{cell}: {output.spread(milliseconds)} ms")
