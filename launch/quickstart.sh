@@ -2,18 +2,19 @@
 # From text to a trained 4-token model, its loss curves, an export and a sample, in a few minutes on two CPU cores.
 #   bash launch/quickstart.sh                                  the standard library of the running Python, in runs/quickstart
 #   bash launch/quickstart.sh [--run DIR] --corpus PATH ...    your own text files, source tree or JSONL, in DIR (runs/own)
+# A small corpus of your own gets fewer steps, so that it is passed over four times at most.
 # Stopped (Ctrl-C, SIGTERM) and started again, it goes on where it was.
 set -euo pipefail
-corpus=(--standard-library) run='' check=(--min-margin 1.2)
+corpus=(--standard-library) run='' check=(--min-margin 1.2) own=''
 absolute() { case "$1" in /*) printf %s "$1" ;; *) printf %s "$here/$1" ;; esac; }
 here="$PWD"
 while [ $# -gt 0 ]; do
     case "$1" in
-        --help | -h) sed -n '2,5s/^# //p' "${BASH_SOURCE[0]}"; exit 0 ;;
+        --help | -h) sed -n '2,6s/^# //p' "${BASH_SOURCE[0]}"; exit 0 ;;
         --run) [ $# -gt 1 ] || { echo "megamtp: error: --run without a folder; expected --run DIR" >&2; exit 2; }
             run="$(absolute "$2")"; shift 2 ;;
         --corpus) [ $# -gt 1 ] || { echo "megamtp: error: --corpus without a path; expected --corpus PATH ..." >&2; exit 2; }
-            shift; corpus=(--input) check=() run="${run:-runs/own}"
+            shift; corpus=(--input) check=() own=yes run="${run:-runs/own}"
             for path in "$@"; do corpus+=("$(absolute "$path")"); done
             break ;;
         *) echo "megamtp: error: $1: unknown argument; expected nothing, or [--run DIR] --corpus PATH ..." >&2; exit 2 ;;
@@ -41,10 +42,29 @@ stage() {
     [ "$status" = 0 ] || exit "$status"
 }
 
+# Settings of a run that passes over the corpus in the folder $1 at most MANY_EPOCHS times, if the quickstart's own would do so more.
+settings_for() {
+    python - "$1" <<'PY'
+import sys
+from pathlib import Path
+from megamtp.config import read_config
+from megamtp.data.corpus import read_corpus
+from megamtp.data.position import MANY_EPOCHS
+config = read_config(["configs/quickstart.yaml", "data.train=", "run.directory="])
+tokens = read_corpus(Path(sys.argv[1])).tokens["train"]
+steps = max(1, MANY_EPOCHS * tokens // config.train.global_batch_tokens)
+if steps < config.train.steps:
+    print(f"train.steps={steps} run.evaluate_every_steps={-(-steps // 5)} optimizer.warmup_steps={min(20, steps // 5)}")
+PY
+}
+
 echo "1. Corpus and tokenizer"
 stage python -m megamtp.commands.prepare_data "${corpus[@]}" --output "$run/corpus"
 echo "2. Pretraining"
-stage bash launch/local.sh configs/quickstart.yaml "run.directory=$run" run.requeue_exit_code=75 \
+settings=''
+[ -z "$own" ] || settings="$(settings_for "$run/corpus")"
+# shellcheck disable=SC2086 - several settings
+stage bash launch/local.sh configs/quickstart.yaml $settings "run.directory=$run" run.requeue_exit_code=75 \
     "data.train=$run/corpus/train" "data.validation=$run/corpus/validation" "data.tokenizer=$run/corpus/tokenizer.model"
 echo "3. Loss curves"
 stage python -m megamtp.commands.report "$run" ${check[@]+"${check[@]}"}

@@ -179,6 +179,9 @@ class DataConfig:
         "continue",
         "continue: windows cross documents, as the paper's; mask: no target in another document; isolate: nor attention",
     )
+    accept_changes: bool = option(
+        False, "go on with a run although its windows change: other corpora, weights, sequence length, documents or seed"
+    )
 
     @property
     def train_corpora(self) -> list[tuple[float, str]]:

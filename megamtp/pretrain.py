@@ -26,14 +26,15 @@ from megamtp.cluster.signals import StopRequest  # first: it looks for the launc
 # isort: split
 import torch
 
-from megamtp.checkpoint.store import check_model, checkpoints, remove_leftovers
+from megamtp.checkpoint.contents import DATA
+from megamtp.checkpoint.store import Manifest, check_model, checkpoints, remove_leftovers
 from megamtp.cluster.environment import Place, emulated_place, find_place, join_peers, of_all_ranks, share_error
 from megamtp.commands.command_line import print_all_characters
 from megamtp.config import RESOLVED, Config, differences, from_anywhere, print_help, read_config, write_config
-from megamtp.data.blend import Blend
 from megamtp.data.corpus import SUMMARY
 from megamtp.data.indexed_dataset import IndexedDataset
 from megamtp.data.loader import TrainLoader
+from megamtp.data.position import DataPosition, find_changes, new_position, read_position, resumed_position
 from megamtp.data.tokenizer import open_tokenizer
 from megamtp.data.windows import Windows
 from megamtp.engines.check import check_engine
@@ -52,11 +53,12 @@ PROBE_BYTES = 65536  # that must fit before a run begins: a configuration and so
 
 @dataclass(frozen=True)
 class Job:
-    """A configuration whose every input has been looked at: what remains needs peers and devices."""
+    """A configuration whose inputs have all been checked: the rest needs peers and devices."""
 
     config: Config
-    train: TrainLoader
+    train: list[Windows]
     validation: Windows | None
+    readers: tuple[int, int]  # data-parallel rank and size
     changes: list[str]  # of a resumed run's configuration, in words
     lock: TextIO | None  # held open by rank 0 as long as the job runs
 
@@ -88,20 +90,17 @@ def check(config: Config, place: Place) -> Job:
     Raises:
         InputError: one line that says what is wrong.
     """
-    data_parallel_rank, data_parallel_size = check_engine(config, place.rank, place.world_size)
+    readers = check_engine(config, place.rank, place.world_size)
     if config.train.precision == "fp16" and not torch.cuda.is_available():
         raise InputError("train.precision=fp16 without a GPU; expected fp32 or bf16: DeepSpeed's fp16 needs a GPU")
     if config.head_loss.precision == "fp8":
         _check_float8()
     if config.data.tokenizer:
         _check_tokenizer(config)
-    corpora = config.data.train_corpora
-    train = [_windows(config, prefix, stream) for stream, (_, prefix) in enumerate(corpora)]
-    blend = Blend(train, [weight for weight, _ in corpora])
+    train = [_windows(config, prefix) for _, prefix in config.data.train_corpora]
     validation = _windows(config, config.data.validation) if config.data.validation else None
     if validation:
         validation.check_first(config.run.evaluation_windows)
-    loader = TrainLoader(blend, config.global_batch_windows, config.train.micro_batch_size, data_parallel_rank, data_parallel_size)
     run_directory = Path(config.run.directory)
     if config.run.initial_weights and not checkpoints(run_directory):
         open_initial_weights(config)
@@ -112,12 +111,13 @@ def check(config: Config, place: Place) -> Job:
     found = None if config.cluster.emulate else newest_readable(run_directory, check_files=place.rank == 0)
     if found:
         check_model(*found, config.model)
+    find_position(config, train, found)  # for what it refuses
     changes = []
     if place.rank == 0:
         records_until(run_directory / METRICS, found[1].step if found else 0)
         if found and (run_directory / RESOLVED).exists():
             changes = _changes(run_directory / RESOLVED, config)
-    return Job(config, loader, validation, changes, lock)
+    return Job(config, train, validation, readers, changes, lock)
 
 
 def _train(job: Job, place: Place) -> bool:
@@ -127,7 +127,7 @@ def _train(job: Job, place: Place) -> bool:
     join_peers(place, config.cluster)
     stop.listen()
     if not config.cluster.emulate:
-        corpora = filter(None, (*job.train.windows.corpora, job.validation))
+        corpora = filter(None, (*job.train, job.validation))
         _check_agreement(config, [corpus.dataset.num_tokens for corpus in corpora])
     from megamtp.engines.build import build_engine
     from megamtp.training.loop import Training, evaluation_due
@@ -141,20 +141,53 @@ def _train(job: Job, place: Place) -> bool:
         if place.rank == 0:
             print(f"{run_directory} has all its {config.train.steps} steps already; nothing to do")
         return True
+    position, notes = find_position(config, job.train, found)
+    blend = position.blend(job.train)
+    train = TrainLoader(
+        blend, config.global_batch_windows, config.train.micro_batch_size, *job.readers, first_step, position.windows
+    )
     # Every weight of a resumed run is in its checkpoint; what it once started from may be gone.
     engine = build_engine(without_initial_weights(config) if found else config)
     if place.rank == 0:
-        for change in job.changes:
-            print(change, flush=True)
-        if len(config.data.train_corpora) > 1:
-            print(job.train.windows.summary(config.train.steps * config.global_batch_windows), flush=True)
+        at_end = position.advanced(blend, train.windows_before(config.train.steps))
+        for line in (*job.changes, *notes, *at_end.passes(), *at_end.warnings()):
+            print(line, flush=True)
         write_config(config, run_directory / RESOLVED)
         for leftover in remove_leftovers(run_directory):
             print(f"megamtp: warning: {leftover} cannot be removed; it is of no use", file=sys.stderr, flush=True)
     torch.manual_seed((config.train.seed << 24) + place.rank)  # or checkpoints would differ in random states that nothing has used
     if found:
         engine.load(found[0])
-    return Training(config, engine, job.train, job.validation, stop, first_step, owes_evaluation).run()
+    return Training(config, engine, train, position, job.validation, stop, first_step, owes_evaluation).run()
+
+
+def find_position(
+    config: Config, corpora: list[Windows], found: tuple[Path, Manifest] | None
+) -> tuple[DataPosition, list[str]]:
+    """Where the run starts to read, or goes on after the checkpoint `found`, and lines that say so where it is not obvious.
+
+    Raises:
+        InputError: the windows differ from those of the run so far, and data.accept_changes is not set.
+    """
+    weights = [weight for weight, _ in config.data.train_corpora]
+    if not found:
+        return new_position(corpora, weights), []
+    checkpoint, manifest = found
+    if DATA not in manifest.state:
+        windows = manifest.step * config.global_batch_windows
+        line = f"{checkpoint} does not say which windows it was trained on: {manifest.step} steps of the present size are assumed"
+        position = new_position(corpora, weights)
+        return position.advanced(position.blend(corpora), windows), [line]
+    saved = read_position(manifest.state[DATA], checkpoint)
+    changes = find_changes(saved, corpora, weights)
+    if not changes:
+        return saved, []
+    if not config.data.accept_changes:
+        raise InputError(
+            f"{checkpoint}: {'; '.join(changes)}; expected the windows of the run so far: change it back, or set "
+            "data.accept_changes=true to go on with new windows"
+        )
+    return resumed_position(saved, corpora, weights)
 
 
 def _check_agreement(config: Config, num_tokens: list[int]) -> None:
@@ -177,11 +210,11 @@ def _leave_peers() -> None:
         dist.destroy_process_group()
 
 
-def _windows(config: Config, prefix: str, stream: int = 0) -> Windows:
+def _windows(config: Config, prefix: str) -> Windows:
     _check_vocabulary(config, Path(prefix).parent / SUMMARY)
     windows = Windows(
-        IndexedDataset(prefix), config.train.sequence_length, config.model.num_future_tokens, config.train.seed, stream,
-        config.model.vocab_size, config.data.documents,
+        IndexedDataset(prefix), config.train.sequence_length, config.model.num_future_tokens, config.train.seed,
+        vocab_size=config.model.vocab_size, documents=config.data.documents,
     )  # fmt: skip
     windows.check_ends()
     return windows

@@ -27,7 +27,7 @@ class NoMetrics:
 def save(config: Config, engine: Engine, step: int) -> None:
     """Publishes a checkpoint of the engine's state in config.run.directory. Collective."""
     saver = Saver(config, engine, NoMetrics())
-    saver.begin(step)
+    saver.begin(step, {})
     saver.finish()
 
 

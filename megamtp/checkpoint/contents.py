@@ -16,6 +16,7 @@ from megamtp.model.mtp import MTPModel
 
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's; a checkpoint has both or none
+DATA = "data"  # of a run's state: which windows it has trained on, see data/position.py
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # of DeepSpeed's engine
 
 

@@ -18,14 +18,16 @@ class Blend:
     """Windows of several corpora in one sequence.
 
     Args:
-        weights: of each, above 0; their sum is taken for the whole.
+        weights: of each, above 0; they are divided by their sum.
+        first_windows: place in each corpus's own endless sequence at which the blend begins; None: at the beginning of all.
 
     Attributes:
         shares: int64, the windows of each corpus in a period.
     """
 
-    def __init__(self, corpora: list[Windows], weights: list[float]):
+    def __init__(self, corpora: list[Windows], weights: list[float], first_windows: list[int] | None = None):
         self.corpora, self.shares = corpora, quantise(weights)
+        self.first_windows = first_windows or [0] * len(corpora)
         self._corpus = layout(self.shares)
         self._place = np.empty(PERIOD, np.int64)  # of each window of a period among those of its corpus
         for index, share in enumerate(self.shares):
@@ -37,7 +39,7 @@ class Blend:
         windows: list = [None] * len(places)
         for index in np.unique(self._corpus[within]):
             (own,) = (self._corpus[within] == index).nonzero()
-            own_places = periods[own] * self.shares[index] + self._place[within[own]]
+            own_places = self.first_windows[index] + periods[own] * self.shares[index] + self._place[within[own]]
             for position, window in zip(own, self.corpora[index].at(own_places), strict=True):
                 windows[position] = window
         return windows
@@ -47,13 +49,10 @@ class Blend:
         """Whether a window may lack targets, so that heads' counts of targets differ."""
         return any(corpus.targets_can_be_ignored for corpus in self.corpora)
 
-    def summary(self, num_windows: int) -> str:
-        """One line per corpus: its weight, and the epochs of it in a run over so many windows."""
-        return "\n".join(
-            f"{corpus.dataset.name}: {share}/{PERIOD} = {share / PERIOD:.5f} of the windows, "
-            f"{num_windows * share / PERIOD / len(corpus):.3g} epochs of its {len(corpus)} windows"
-            for corpus, share in zip(self.corpora, self.shares.tolist(), strict=True)
-        )
+    def counts(self, num_windows: int) -> list[int]:
+        """How many of the blend's first windows come from each corpus."""
+        periods, rest = divmod(num_windows, PERIOD)
+        return (periods * self.shares + np.bincount(self._corpus[:rest], minlength=len(self.shares))).tolist()
 
 
 def quantise(weights: list[float]) -> np.ndarray:

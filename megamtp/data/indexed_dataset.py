@@ -14,6 +14,7 @@ Beside them lies PREFIX.crc if we wrote them (checksums.py); without it, tokens 
 
 import os
 import struct
+import zlib
 from array import array
 from bisect import bisect_right
 from pathlib import Path
@@ -32,6 +33,7 @@ DTYPES = {
 }
 LONGEST_SEQUENCE = 2**31 - 1  # tokens that the index's int32 lengths can say
 WRITTEN_SEQUENCES = 1 << 20  # of the index that are in memory at a time while it is written
+IDENTIFYING_TOKENS = 1 << 14
 CHECKED_SEQUENCES = 1 << 16  # of either end of the index that are checked when it is opened
 
 
@@ -216,6 +218,12 @@ class IndexedDataset:
         if self._checksums:
             self._check_content(start, min(stop, self.num_tokens))
         return self._tokens[start:stop]
+
+    def crc32_of_ends(self) -> int:
+        """The CRC-32 of the first and the last 16 Ki tokens, by which a corpus is recognised. Raises InputError: see tokens."""
+        first = self.tokens(0, IDENTIFYING_TOKENS)
+        last = self.tokens(max(0, self.num_tokens - IDENTIFYING_TOKENS), self.num_tokens)
+        return zlib.crc32(last.tobytes(), zlib.crc32(first.tobytes()))
 
     def _check_content(self, start: int, stop: int) -> None:
         size = self.dtype.itemsize

@@ -1,4 +1,4 @@
-"""Which windows a rank sees when: a function of (seed, step) alone, whatever the number of ranks and wherever a run resumes."""
+"""Which windows each rank reads at each step: the order of windows depends neither on the ranks nor on where a run resumes."""
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -42,16 +42,21 @@ class WindowSequence(Protocol):
 class TrainLoader:
     """The micro-batches of one rank.
 
-    The global batch of step s is windows s * G to (s + 1) * G of the endless sequence. Of it, micro-batch a of rank r (of D, with
-    B windows each) takes B windows from place (a * D + r) * B. A thread reads the steps that come next; `close` ends it.
+    Steps take windows of the endless sequence in a row, G each; step `first_step` begins at window `first_window`. Of a global
+    batch, micro-batch a of rank r (of D, with B windows each) takes B windows from place (a * D + r) * B. A thread reads the steps
+    that come next; `close` ends it.
 
     Raises:
         InputError: the global batch G is not a multiple of D * B.
     """
 
-    def __init__(self, windows: WindowSequence, global_batch_windows: int, micro_batch_size: int, rank: int, world_size: int):
+    def __init__(
+        self, windows: WindowSequence, global_batch_windows: int, micro_batch_size: int, rank: int, world_size: int,
+        first_step: int = 0, first_window: int = 0,
+    ):  # fmt: skip
         self.windows, self.global_batch_windows, self.micro_batch_size = windows, global_batch_windows, micro_batch_size
         self.rank, self.world_size = rank, world_size
+        self._window_of_step_0 = first_window - first_step * global_batch_windows
         if global_batch_windows % (micro_batch_size * world_size):
             raise InputError(
                 f"a global batch of {global_batch_windows} windows is not a multiple of {micro_batch_size} windows x {world_size} "
@@ -60,6 +65,10 @@ class TrainLoader:
         self.accumulation = global_batch_windows // (micro_batch_size * world_size)
         self._reader: ThreadPoolExecutor | None = None
         self._ahead: dict[int, Future] = {}
+
+    def windows_before(self, step: int) -> int:
+        """How many windows of the sequence the steps before `step` (from 0) have taken."""
+        return self._window_of_step_0 + step * self.global_batch_windows
 
     def micro_batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of step `step` (from 0), which are ready if it follows the last one asked for.
@@ -91,7 +100,7 @@ class TrainLoader:
 
     def read(self, step: int) -> list[Batch]:
         """What `micro_batches` returns, read now and here."""
-        first = step * self.global_batch_windows + self.rank * self.micro_batch_size
+        first = self.windows_before(step) + self.rank * self.micro_batch_size
         starts = first + np.arange(self.accumulation) * self.world_size * self.micro_batch_size
         windows = self.windows.at((starts[:, None] + np.arange(self.micro_batch_size)).flatten())
         return [_stack(windows[first : first + self.micro_batch_size]) for first in range(0, len(windows), self.micro_batch_size)]

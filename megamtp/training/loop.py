@@ -17,6 +17,7 @@ from megamtp.cluster.environment import find_place, of_all_ranks
 from megamtp.cluster.signals import StopRequest
 from megamtp.config import Config
 from megamtp.data.loader import Batch, TrainLoader, evaluation_batches, evaluation_damage
+from megamtp.data.position import DataPosition
 from megamtp.data.windows import Windows
 from megamtp.engines.base import Engine, count_targets
 from megamtp.errors import InputError
@@ -52,6 +53,7 @@ class Training:
         config: Config,
         engine: Engine,
         train: TrainLoader,
+        position: DataPosition,
         validation: Windows | None,
         stop: StopRequest,
         first_step: int,
@@ -59,10 +61,12 @@ class Training:
     ):
         """
         Args:
+            position: in the data, from which `train` reads.
             first_step: steps already taken; the engine has loaded the checkpoint of that step if it is not 0.
             owes_evaluation: of that step, which the job before was stopped amid or before.
         """
         self.config, self.engine, self.train, self.validation, self.stop = config, engine, train, validation, stop
+        self.position = position
         self.step, self.owes_evaluation = first_step, owes_evaluation
         self.num_skipped = 0  # of the last steps, in a row, for what is not finite
         self._damage: str | None = None  # what is wrong with this rank's data that is needed next
@@ -241,4 +245,5 @@ class Training:
             self.metrics.say("an emulated cluster's weights are not trained ones: no checkpoint is written")
             return
         self._must_end()
-        self.saver.begin(self.step)
+        position = self.position.advanced(self.train.windows, self.train.windows_before(self.step))
+        self.saver.begin(self.step, position.saved())

@@ -12,12 +12,13 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 from torch import Tensor
 
 from megamtp.checkpoint import store
+from megamtp.checkpoint.contents import DATA
 from megamtp.checkpoint.shards import Snapshot, WrittenFile, shard_name, write_shard
 from megamtp.checkpoint.tensors import InMemory
 from megamtp.cluster.environment import of_all_ranks
@@ -53,8 +54,11 @@ class Saver:
         """A checkpoint is on its way, and this rank's part of it is on disk, or has failed."""
         return self._writing is not None and not self._writing.thread.is_alive()
 
-    def begin(self, step: int) -> None:
+    def begin(self, step: int, data_position: dict[str, Any]) -> None:
         """Copies the state after `step` steps and returns; a checkpoint that is still on its way is finished first.
+
+        Args:
+            data_position: as DataPosition.saved returns it.
 
         Raises:
             CheckpointError: that one could not be written, or there is no room for this one.
@@ -72,7 +76,7 @@ class Saver:
             config.engine.kind,
             config.train.precision,
             dataclasses.asdict(config.model),
-            state.run,
+            {**state.run, DATA: data_position},
         )
         writing = self._writing = _Writing(manifest, time.perf_counter() - start)
         writing.thread = threading.Thread(target=self._write, args=(writing, tensors, state), name="megamtp-save")

@@ -52,7 +52,7 @@ def _saved_while_training(directory: str) -> tuple[dict[str, Tensor], list[tuple
     saver, seen = saving.Saver(config, engine, Metrics()), []
     _step(config, engine, 0)
     before = _weights(engine)
-    saver.begin(1)
+    saver.begin(1, {})
     for step in (1, 2):
         _step(config, engine, step)
         seen.append((saver.has_written, len(store.checkpoints(Path(directory)))))
@@ -82,7 +82,7 @@ def _failure_of_rank_1(directory: str, error: Exception) -> str:
     config = small_config(engine__kind="zero1", run__directory=directory)
     engine, write_shard = ZeroEngine(config), saving.write_shard
     saver = saving.Saver(config, engine, NoMetrics())
-    saver.begin(1)
+    saver.begin(1, {})
     saver.finish()
 
     def write(path, *rest):
@@ -92,7 +92,7 @@ def _failure_of_rank_1(directory: str, error: Exception) -> str:
         return written
 
     saving.write_shard = write
-    saver.begin(2)
+    saver.begin(2, {})
     with pytest.raises(CheckpointError) as found:
         saver.finish()
     return str(found.value)
@@ -122,7 +122,7 @@ def _small_disk(directory: str) -> tuple[str, bool]:
     shutil.disk_usage = lambda path: namedtuple("Usage", "free")(size * 3 // 2)
     saving.write_shard = lambda *arguments: written.append(arguments)
     with pytest.raises(CheckpointError) as found:
-        saving.Saver(config, engine, NoMetrics()).begin(1)
+        saving.Saver(config, engine, NoMetrics()).begin(1, {})
     return str(found.value), bool(written)
 
 

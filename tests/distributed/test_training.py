@@ -15,6 +15,7 @@ from megamtp.cluster.signals import StopRequest
 from megamtp.config import Config
 from megamtp.data.blend import Blend
 from megamtp.data.loader import TrainLoader
+from megamtp.data.position import new_position
 from megamtp.data.windows import Windows
 from megamtp.engines.base import Engine
 from megamtp.errors import InputError
@@ -34,7 +35,8 @@ def _training(config: Config, engine: Engine, **job) -> Training:
     windows = Windows(Tokens(len(tokens), tokens), POSITIONS, config.model.num_future_tokens, 0)
     readers = engine.data_parallel_rank, engine.data_parallel_size
     loader = TrainLoader(Blend([windows], [1.0]), 2 * WINDOWS, WINDOWS, *readers)
-    return Training(config, engine, loader, windows, **({"stop": StopRequest(False), "first_step": 0} | job))
+    position = new_position([windows], [1.0])
+    return Training(config, engine, loader, position, windows, **({"stop": StopRequest(False), "first_step": 0} | job))
 
 
 def _config(directory: str, kind: str, **settings) -> Config:

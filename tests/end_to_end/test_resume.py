@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from megamtp.checkpoint.shards import shard_name
 from megamtp.checkpoint.store import checkpoints, read_manifest, verified
 from tests.cases import global_batch, own_share, small_config
-from tests.end_to_end.jobs import damage, deepspeed, losses, records, run
+from tests.end_to_end.jobs import MODULE, damage, deepspeed, losses, records, run
 from tests.end_to_end.killed_pretrain import KILLED_STEP
 from tests.ranks import run_ranks
 from tests.saved import load_weights
@@ -87,6 +88,35 @@ def test_resumes_from_the_newest_checkpoint_that_verifies(kind, twice_saved, arg
     assert checkpoints(tmp_path / "run") == [old, new]
     assert losses(tmp_path / "run") == losses(twice_saved)
     assert verified(new).files == verified(checkpoints(twice_saved)[-1]).files
+
+
+def test_another_global_batch_goes_on_at_the_next_window(arguments, tmp_path):
+    """With a learning rate of 0, losses tell which windows a step reads: two halved steps read what one step would."""
+    arguments = [*arguments, "optimizer.lr=0", "train.global_batch_tokens=512", "data.validation=null"]
+    plain, run_directory = ["-m", MODULE], tmp_path / "run"
+
+    def job(directory: Path, *settings: str) -> subprocess.CompletedProcess:
+        return run([*plain, *arguments, *settings, f"run.directory={directory}"])
+
+    assert job(run_directory, "train.steps=4").returncode == 0
+    shutil.copytree(run_directory, tmp_path / "whole")
+    assert job(tmp_path / "whole", "train.steps=6").returncode == 0
+    halved = job(run_directory, "train.steps=8", "train.global_batch_tokens=256")
+    assert halved.returncode == 0, halved.stderr
+    expected, found = torch.tensor(losses(tmp_path / "whole")), torch.tensor(losses(run_directory))
+    means = found[4:].view(2, 2, -1).mean(dim=1)
+    torch.testing.assert_close(means, expected[4:], rtol=1e-6, atol=0)
+    assert (means[0] - expected[2]).abs().min() > 1e-4  # what position = step x batch would read again
+    (corpus,) = read_manifest(checkpoints(run_directory)[-1]).state["data"]["corpora"]
+    assert corpus["next_window"] == 4 * 16 + 4 * 8 and corpus["trained_tokens"] == 96 * 32
+    refused = job(run_directory, "train.steps=9", "train.sequence_length=64")
+    assert refused.returncode == 2
+    (line,) = refused.stderr.splitlines()
+    assert "train.sequence_length was 32, is now 64; expected the windows of the run so far" in line and "accept_changes" in line
+    accepted = job(run_directory, "train.steps=9", "train.sequence_length=64", "data.accept_changes=true")
+    assert accepted.returncode == 0, accepted.stderr
+    assert "after 3,072 tokens of training, in a new order" in accepted.stdout
+    assert "epochs" in accepted.stdout and len(losses(run_directory)) == 9
 
 
 @pytest.mark.timeout(600)

@@ -59,12 +59,17 @@ def test_each_corpus_goes_through_its_own_epochs():
     assert [int(window.inputs[0]) for window in blend.at(start + shuffled)] == [heads[place] for place in shuffled]
 
 
-def test_summary_tells_shares_and_epochs():
+def test_counts_and_beginnings_of_corpora():
     blend = Blend([Windows(Tokens(11), 2, 1, seed=0), Windows(Tokens(21), 2, 1, seed=0, stream=1)], [0.3, 0.7])
-    assert blend.summary(1000).splitlines() == [
-        "tokens: 19661/65536 = 0.30000 of the windows, 60 epochs of its 5 windows",
-        "tokens: 45875/65536 = 0.70000 of the windows, 70 epochs of its 10 windows",
-    ]
+    assert blend.counts(0) == [0, 0] and blend.counts(2 * PERIOD) == [2 * 19661, 2 * 45875]
+    for number in (1, 7, 1000, PERIOD + 1000):
+        first, second = blend.counts(number)
+        assert first + second == number and abs(first - 0.3 * number) <= 1
+    later = Blend(blend.corpora, [0.3, 0.7], [3, 8])
+    own = [corpus.at(np.array([first])) for corpus, first in zip(blend.corpora, later.first_windows, strict=True)]
+    found = later.at(np.arange(5))
+    places = [layout(later.shares).tolist().index(corpus) for corpus in (0, 1)]
+    assert [int(window.inputs[0]) for (window,) in own] == [int(found[place].inputs[0]) for place in places]
     assert not blend.targets_can_be_ignored
     assert Blend([blend.corpora[0], Windows(Tokens(11), 2, 2, seed=0)], [1, 1]).targets_can_be_ignored
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -26,6 +27,9 @@ class Tokens:
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         return self._tokens[start:stop]
+
+    def crc32_of_ends(self) -> int:
+        return zlib.crc32(self._tokens.tobytes())
 
 
 def order(windows: Windows, epoch: int) -> list[int]:

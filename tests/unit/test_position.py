@@ -1,0 +1,196 @@
+"""The position in the data: every window once an epoch, through changes of the batch, the ranks, the corpora and their weights."""
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megamtp.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megamtp.data.loader import TrainLoader
+from megamtp.data.position import DataPosition, find_changes, new_position, read_position, resumed_position
+from megamtp.data.windows import Windows
+from megamtp.errors import CheckpointError
+
+T = 3
+SIZES = (11, 5, 30)  # windows of corpora 0, 1, 2; token 1000 c + i is the i-th of corpus c
+CHECKPOINT = Path("run/checkpoints/step-0000004")
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory) -> list[IndexedDataset]:
+    folder = tmp_path_factory.mktemp("position")
+    found = []
+    for number, size in enumerate(SIZES):
+        with IndexedDatasetWriter(folder / str(number), np.int32) as writer:
+            writer.add_document(1000 * number + np.arange(size * T + 1))
+        found.append(IndexedDataset(folder / str(number)))
+    return found
+
+
+def windows(dataset: IndexedDataset, sequence_length: int = T, seed: int = 0, documents: str = "continue") -> Windows:
+    return Windows(dataset, sequence_length, 1, seed, documents=documents)
+
+
+class Run:
+    """What pretraining does with its position, for windows alone: `train` reads steps, and is stopped and resumed between calls."""
+
+    def __init__(self, corpora: list[Windows], weights: list[float]):
+        self.position, self.step = new_position(corpora, weights), 0
+        self.seen: list[int] = []  # first tokens of the windows, in the order of training
+
+    def train(self, corpora: list[Windows], num_steps: int, global_batch: int, world_size: int) -> None:
+        blend = self.position.blend(corpora)
+        loaders = [
+            TrainLoader(blend, global_batch, 1, rank, world_size, self.step, self.position.windows) for rank in range(world_size)
+        ]
+        for step in range(self.step, self.step + num_steps):
+            for batches in zip(*(loader.read(step) for loader in loaders), strict=True):
+                self.seen += [int(batch.inputs[0, 0]) for batch in batches]
+        self.step += num_steps
+        position = self.position.advanced(blend, loaders[0].windows_before(self.step))
+        self.position = read_position(json.loads(json.dumps(position.saved())), CHECKPOINT)
+
+
+def expected_epochs(seen: list[int], size: int) -> bool:
+    """Whether `seen` is whole epochs of `size` windows, each window once in each, and part of one more."""
+    epochs = [seen[first : first + size] for first in range(0, len(seen), size)]
+    return all(max(Counter(epoch).values()) == 1 for epoch in epochs)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4), st.sampled_from([4, 8, 16]), st.sampled_from([1, 2, 4])), min_size=1, max_size=6))
+def test_changes_of_the_batch_and_the_ranks_skip_and_repeat_nothing(datasets, jobs):
+    corpora = [windows(dataset) for dataset in datasets]
+    run = Run(corpora, [3, 1, 2])
+    for num_steps, global_batch, world_size in jobs:
+        assert find_changes(run.position, corpora, [3, 1, 2]) == []
+        run.train(corpora, num_steps, global_batch, world_size)
+    total = sum(num_steps * global_batch for num_steps, global_batch, _ in jobs)
+    uninterrupted = new_position(corpora, [3, 1, 2]).blend(corpora).at(np.arange(total))
+    assert run.seen == [int(window.inputs[0]) for window in uninterrupted]
+    for number, corpus in enumerate(run.position.corpora):
+        own = [token for token in run.seen if token // 1000 == number]
+        assert corpus.next_window == len(own) and corpus.trained_tokens == T * len(own)
+        assert expected_epochs(own, SIZES[number])
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.lists(st.sampled_from([0, 1, 2]), min_size=1, max_size=3, unique=True),
+            st.lists(st.integers(1, 5), min_size=3, max_size=3),
+            st.sampled_from(["continue", "mask"]),
+            st.integers(1, 3),
+            st.sampled_from([4, 8]),
+        ),
+        min_size=2,
+        max_size=5,
+    )
+)
+def test_accepted_changes_of_corpora_weights_and_documents_go_on_in_each_corpus(datasets, jobs):
+    """Corpora come and go, in any order; one that stays goes on where it was. One that left and came back begins again."""
+    run, since = None, {}
+    for numbers, weights, documents, num_steps, global_batch in jobs:
+        corpora = [windows(datasets[number], documents=documents) for number in numbers]
+        weights = weights[: len(numbers)]
+        if run is None:
+            run = Run(corpora, weights)
+        elif find_changes(run.position, corpora, weights):
+            run.position, lines = resumed_position(run.position, corpora, weights)
+            assert len(lines) == len(corpora)
+        since = {number: since.get(number, len(run.seen)) for number in numbers}
+        run.train(corpora, num_steps, global_batch, 2)
+        for number, first in since.items():
+            own = [token for token in run.seen[first:] if token // 1000 == number]
+            assert not own or expected_epochs(own, SIZES[number])
+
+
+@pytest.mark.parametrize("change", [{"sequence_length": 2}, {"seed": 1}])
+def test_new_windows_begin_with_an_epoch_that_no_order_has_used(datasets, change):
+    before, after = [windows(datasets[2])], [windows(datasets[2], **change)]
+    run = Run(before, [1])
+    run.train(before, 2, 8, 1)
+    run.position, (line,) = resumed_position(run.position, after, [1])
+    assert "goes on at window 0 of its epoch 2, after 48 tokens of training, in a new order" in line
+    length = change.get("sequence_length", T)
+    run.train(after, 2, 8, 2)
+    assert run.position.corpora[0].trained_tokens == 16 * T + 16 * length
+    assert len(set(run.seen[16:])) == 16
+    run.position, (line,) = resumed_position(run.position, before, [1])
+    assert "goes on at window 0 of its epoch 3" in line
+    run.train(before, 1, 16, 1)
+    assert run.seen[-16:] != run.seen[:16] and len(set(run.seen[-16:])) == 16
+
+
+def test_each_change_is_named(datasets, tmp_path):
+    corpora = [windows(dataset) for dataset in datasets[:2]]
+    saved = new_position(corpora, [1, 1])
+    names = [dataset.name for dataset in datasets]
+
+    def found(changed: list[Windows], weights: list[float]) -> list[str]:
+        return find_changes(saved, changed, weights)
+
+    assert found(corpora, [2, 2]) == []
+    assert found([windows(dataset, 2) for dataset in datasets[:2]], [1, 1]) == ["train.sequence_length was 3, is now 2"]
+    assert found([windows(dataset, seed=7) for dataset in datasets[:2]], [1, 1]) == ["train.seed was 0, is now 7"]
+    assert found([windows(dataset, documents="mask") for dataset in datasets[:2]], [1, 1]) == [
+        "data.documents was continue, is now mask"
+    ]
+    assert found(corpora[:1], [1]) == [
+        f"data.train: {names[1]} is missing or has other tokens",
+        f"data.train: the share of {names[0]} was 0.50000, is now 1.00000",
+    ]
+    assert f"data.train: {names[2]} is new" in found([*corpora, windows(datasets[2])], [1, 1, 1])
+    assert found(corpora[::-1], [1, 1]) == ["data.train: the corpora are in another order"]
+    moved = tmp_path / "moved"
+    for end in (".bin", ".idx", ".crc"):
+        moved.with_suffix(end).write_bytes(Path(names[0] + end).read_bytes())
+    assert found([windows(IndexedDataset(moved)), corpora[1]], [1, 1]) == []
+    with IndexedDatasetWriter(moved, np.int32) as writer:
+        writer.add_document(np.arange(SIZES[0] * T + 1) + 5)
+    assert found([windows(IndexedDataset(moved)), corpora[1]], [1, 1])[0] == (
+        f"data.train: {names[0]} is missing or has other tokens"
+    )
+
+
+def test_a_corpus_that_is_twice_in_the_blend_goes_on_in_both_places(datasets):
+    corpora = [windows(datasets[0]), windows(datasets[0])]
+    run = Run(corpora, [1, 3])
+    run.train(corpora, 2, 8, 1)
+    assert find_changes(run.position, corpora, [1, 3]) == []
+    assert [corpus.next_window for corpus in run.position.corpora] == [4, 12]
+
+
+def test_passes_and_warnings(datasets):
+    corpora = [windows(dataset) for dataset in datasets[:2]]
+    position = new_position(corpora, [1, 1])
+    blend = position.blend(corpora)
+    assert position.advanced(blend, 8).warnings() == []
+    at_end = position.advanced(blend, 50)
+    assert at_end.passes() == [
+        f"{datasets[0].name}: 0.50000 of the windows, 75 tokens of training from 34, 2.21 epochs",
+        f"{datasets[1].name}: 0.50000 of the windows, 75 tokens of training from 16, 4.69 epochs",
+    ]
+    (warning,) = at_end.warnings()
+    assert warning.startswith(f"megamtp: warning: {datasets[1].name} is repeated 4.69 times; expected at most 4 epochs")
+
+
+def test_damaged_position_is_named(datasets):
+    saved = new_position([windows(datasets[0])], [1]).saved()
+    assert read_position(saved, CHECKPOINT) == DataPosition(**{**saved, "corpora": [*map(_corpus, saved["corpora"])]})
+    for damaged in ({}, {**saved, "corpora": [{}]}, {**saved, "corpora": 3}, {**saved, "more": 1}):
+        with pytest.raises(CheckpointError, match=r"step-0000004: its position in the data cannot be read"):
+            read_position(damaged, CHECKPOINT)
+
+
+def _corpus(saved: dict):
+    from megamtp.data.position import CorpusPosition
+
+    assert set(saved) == {field.name for field in dataclasses.fields(CorpusPosition)}
+    return CorpusPosition(**saved)
