@@ -75,20 +75,30 @@ class Metrics:
             self._write("validation", step, {"losses": list(map(_finite, losses))})
             self.say(f"step {step}: validation loss {_shown(losses)}")
 
-    def checkpoint(self, step: int, stored_bytes: int, write_seconds: float, stall_seconds: float) -> None:
-        """Reports a checkpoint that is visible now, written by all ranks at once while training went on, but for the stall."""
+    def checkpoint(
+        self, step: int, stored_bytes: int, write_seconds: float, copy_seconds: float, wait_seconds: float
+    ) -> None:
+        """Reports a checkpoint that is visible now.
+
+        Args:
+            write_seconds: that the slowest rank wrote, while training went on.
+            copy_seconds: that training stood still for the copy of the state.
+            wait_seconds: that training stood still for the end of the writing: much where checkpoints come faster than the disk
+                takes them, or training ends.
+        """
         bandwidth = stored_bytes / write_seconds
         record = {
             "bytes": stored_bytes,
             "write_seconds": write_seconds,
             "bytes_per_second": bandwidth,
-            "stall_seconds": stall_seconds,
+            "copy_seconds": copy_seconds,
+            "wait_seconds": wait_seconds,
         }
         if self.reporting:
             self._write("checkpoint", step, record)
             self.say(
-                f"step {step}: saved {stored_bytes / 1e9:.3g} GB at {bandwidth / 1e9:.3g} GB/s; training stood still for "
-                f"{stall_seconds:.3g} s"
+                f"step {step}: saved {stored_bytes / 1e9:.3g} GB at {bandwidth / 1e9:.3g} GB/s; training stood still "
+                f"{copy_seconds:.3g} s for the copy and {wait_seconds:.3g} s for the disk"
             )
 
     def say(self, line: str) -> None:

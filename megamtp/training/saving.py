@@ -33,7 +33,7 @@ class _Writing:
     """A checkpoint on its way. The thread sets `file` or `error`."""
 
     manifest: store.Manifest
-    stall_seconds: float
+    copy_seconds: float
     thread: threading.Thread | None = None
     file: WrittenFile | None = None
     error: str | None = None
@@ -100,9 +100,9 @@ class Saver:
             dist.broadcast_object_list(outcome, src=0)
         if outcome[0]:
             self._abandon(writing.manifest.step, outcome[0])
-        stall = writing.stall_seconds + time.perf_counter() - start
+        waited = time.perf_counter() - start
         total = sum(part.file.bytes for part in parts)
-        self._metrics.checkpoint(writing.manifest.step, total, max(part.seconds for part in parts), stall)
+        self._metrics.checkpoint(writing.manifest.step, total, max(part.seconds for part in parts), writing.copy_seconds, waited)
 
     def _make_folder(self, step: int, num_bytes: int) -> None:
         """Sees to it that all ranks' parts fit together, before any is written: a full disk is in the way of everything else, too.

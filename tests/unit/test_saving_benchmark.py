@@ -28,6 +28,7 @@ def test_a_small_training_is_measured(tmp_path, monkeypatch):
         "train.sequence_length=64", "train.precision=fp32", "optimizer.warmup_steps=1",
     ]  # fmt: skip
     arguments = ["--size", "0.3b", "--steps", "9", "--save-every", "4", "--tokens", "256", "--scratch", str(tmp_path)]
+    monkeypatch.setenv("MEGAMTP_RANKS", "1")
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "saving", *arguments])
     saving.main([*arguments, "--output", str(tmp_path / "results"), "--set", *small])
     written = json.loads((tmp_path / "results/saving.json").read_text())["results"]
@@ -36,6 +37,7 @@ def test_a_small_training_is_measured(tmp_path, monkeypatch):
     assert [result["step"] for result in checkpoints] == [4, 8, 9]
     assert [step["number"] for step in steps] == list(range(3, 10))
     assert steps[2]["saving"] and steps[2]["still"] > 0 and not steps[0]["saving"]
+    assert all(result["copy_seconds"] > 0 and result["wait_seconds"] > 0 for result in checkpoints)
     assert all(result["bytes"] > 12 * 64 * 300 * 2 for result in checkpoints)
     assert (tmp_path / "results/saving.png").stat().st_size > 10_000
     assert [path.name for path in tmp_path.iterdir()] == ["results"]

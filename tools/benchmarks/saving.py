@@ -2,10 +2,10 @@
 
     python tools/benchmark.py saving --size 1.3b --output results
 
-The training is megamtp.pretrain with random tokens on what this machine has, one rank; what it writes goes to a folder in --scratch
-and is removed. Steps are told apart by its metrics: those between the copy of the state and the report that all of it is on disk
-are "while saving". The copy, in which training stands still, comes on top of the step after it; the first one also page-locks its
-memory, and a checkpoint that is not yet on disk when the next one begins, or the training ends, is waited for.
+The training is megamtp.commands.local with random tokens on all GPUs of this machine; what it writes goes to a folder in --scratch
+and is removed. Its metrics tell which steps ran while a checkpoint was written: those between the copy of the state and the report
+that all of it is on disk. Training stands still for the copy, and the first copy also page-locks its memory. It stands still again
+where a checkpoint is not yet on disk when the next one begins, or when the training ends.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import corpora, emulation, output
 from benchmarks.processes import call
+from megamtp.commands import local
 from megamtp.config import read_config
 from megamtp.errors import InputError
 from megamtp.training.metrics import FILE as METRICS
@@ -54,13 +55,16 @@ def main(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
         config = read_config(_settings(options, Path(folder)))
         corpora.write_random(Path(config.data.train), 4 * options.tokens, 1000, config.model.vocab_size)
-        call("megamtp.pretrain", *_settings(options, Path(folder)))
+        call("megamtp.commands.local", *_settings(options, Path(folder)))
         records = [json.loads(line) for line in records_until(Path(folder) / METRICS, options.steps)]
     steps, checkpoints = steps_of(records, options.save_every), [record for record in records if record["kind"] == "checkpoint"]
     if not any(step.saving for step in steps) or all(step.saving for step in steps):
         found = f"--steps {options.steps} --save-every {options.save_every}"
         raise InputError(f"{found}: every step or none ran while saving; expected some of both")
-    settings = {"size": options.size, "n": options.heads, "tokens a step": options.tokens, "saves every": options.save_every}
+    settings = {
+        "size": options.size, "n": options.heads, "ranks": local.num_ranks(), "tokens a step": options.tokens,
+        "saves every": options.save_every,
+    }  # fmt: skip
     settings |= {"set": " ".join(options.set)} if options.set else {}
     results = [vars(step) for step in steps] + checkpoints
     shown = "\n\n".join([_steps_table(steps), _checkpoints_table(checkpoints), verdict(steps)])
@@ -110,11 +114,11 @@ def _steps_table(steps: list[Step]) -> str:
 
 def _checkpoints_table(checkpoints: list[dict]) -> str:
     return output.table(
-        ["checkpoint of step", "GB", "written in, s", "GB/s", "training stood still, s"],
+        ["checkpoint of step", "GB", "written in, s", "GB/s", "training stood still for the copy, s", "for the disk, s"],
         [
             [
                 str(record["step"]), f"{record['bytes'] / 1e9:.2f}", f"{record['write_seconds']:.1f}",
-                f"{record['bytes_per_second'] / 1e9:.2f}", f"{record['stall_seconds']:.2f}",
+                f"{record['bytes_per_second'] / 1e9:.2f}", f"{record['copy_seconds']:.2f}", f"{record['wait_seconds']:.2f}",
             ]
             for record in checkpoints
         ],
