@@ -9,13 +9,13 @@ Exits with status 1 if it does not fit. Without --bandwidth the network is clust
 
 import sys
 
-from megamtp.cluster.plan import CARDS, DAY, Card, Plan, fitting, plan
 from megamtp.commands.command_line import Parser, run
 from megamtp.config import Config, read_config
-from megamtp.engines.loss_choice import faster, other_losses
-from megamtp.engines.partition import Partition
-from megamtp.engines.spread import SpreadPartition
 from megamtp.errors import InputError
+from megamtp.planning.loss_choice import faster, other_losses
+from megamtp.planning.partition import Partition
+from megamtp.planning.planner import CARDS, DAY, Card, Plan, fitting, plan
+from megamtp.planning.spread import SpreadPartition
 
 GIB = 2**30
 

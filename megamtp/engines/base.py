@@ -9,9 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megamtp.config import Config
 from megamtp.data.loader import Batch
-from megamtp.errors import InputError
 from megamtp.losses.softmax_gradient import IGNORED
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by train.precision
@@ -83,24 +81,6 @@ class Engine(Protocol):
         Raises:
             CheckpointError: files are damaged, or of another model.
         """
-
-
-def data_parallel_place(config: Config, rank: int, world_size: int) -> tuple[int, int]:
-    """(data_parallel_rank, data_parallel_size): which share of every step's micro-batches a rank reads, of how many shares.
-
-    Neighbouring ranks hold the same stage of different pipelines, so that within a node gradients are reduced. Source:
-    deepspeed/runtime/pipe/topology.py, PipeDataParallelTopology.
-
-    Raises:
-        InputError: the ranks do not divide among the stages.
-    """
-    num_stages = config.engine.num_stages or 1
-    if world_size % num_stages:
-        raise InputError(
-            f"{world_size} ranks do not divide among engine.num_stages={num_stages}; expected a multiple of it: start as many, or "
-            "change the stages"
-        )
-    return rank % (world_size // num_stages), world_size // num_stages
 
 
 def on_device(micro_batches: Iterable[Batch], device: torch.device) -> list[Batch]:

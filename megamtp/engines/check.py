@@ -1,9 +1,9 @@
 """What can be wrong about an engine, found before peers and devices are met; light to import."""
 
 from megamtp.config import Config
-from megamtp.engines.base import data_parallel_place
 from megamtp.engines.deepspeed_config import deepspeed_config
-from megamtp.engines.spread import best_cut
+from megamtp.planning.partition import data_parallel_place
+from megamtp.planning.spread import best_cut
 
 
 def check_engine(config: Config, rank: int, world_size: int) -> tuple[int, int]:

@@ -23,17 +23,17 @@ from torch import Tensor
 
 from megamtp.config import Config
 from megamtp.data.loader import Batch
-from megamtp.engines.base import EngineState, StepResult, data_parallel_place, loss_scales, on_device
+from megamtp.engines.base import EngineState, StepResult, loss_scales, on_device
 from megamtp.engines.deepspeed_config import deepspeed_config
 from megamtp.engines.head_phase import backward_seed
-from megamtp.engines.loss_choice import compared
 from megamtp.engines.optimizer import adamw
-from megamtp.engines.partition import enough_micro_batches
 from megamtp.engines.saved_state import engine_state, load_state
-from megamtp.engines.spread import best_cut
 from megamtp.engines.stage import PipelineStage
 from megamtp.losses.sequential import HeadPhase
 from megamtp.losses.softmax_gradient import IGNORED
+from megamtp.planning.loss_choice import compared
+from megamtp.planning.partition import data_parallel_place, enough_micro_batches
+from megamtp.planning.spread import best_cut
 
 
 class PipelineEngine:

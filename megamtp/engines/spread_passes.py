@@ -17,10 +17,10 @@ from torch import Tensor
 
 from megamtp.data.loader import Batch
 from megamtp.engines.base import DTYPES
-from megamtp.engines.spread_schedule import NEIGHBOUR, Carries, Kind, Pass, Transfer
 from megamtp.engines.spread_stage import SpreadStage
 from megamtp.losses.linear_cross_entropy import wide
 from megamtp.losses.vocabulary_slice import combine, slice_gradients, slice_statistics
+from megamtp.planning.spread_schedule import NEIGHBOUR, Carries, Kind, Pass, Transfer
 
 BACKWARD = (Carries.HIDDEN_GRADIENT, Carries.GRADIENT)  # not in an evaluation
 AHEAD = 8  # passes

@@ -16,8 +16,8 @@ from megamtp.data.loader import Batch
 from megamtp.engines.head_phase import backward_seed
 from megamtp.engines.pipeline import PipelineEngine
 from megamtp.engines.spread_passes import SpreadPasses
-from megamtp.engines.spread_schedule import PATTERNS, Exchange, Kind, Pass, SpreadSchedule
 from megamtp.engines.spread_stage import SpreadStage
+from megamtp.planning.spread_schedule import PATTERNS, Exchange, Kind, Pass, SpreadSchedule
 
 
 class RunPass(schedule.PipeInstruction):

@@ -13,12 +13,12 @@ from megamtp.config import Config
 from megamtp.data.loader import Batch
 from megamtp.engines.base import DTYPES
 from megamtp.engines.initial_weights import initial_weights
-from megamtp.engines.partition import Partition, Stage
 from megamtp.losses.linear_cross_entropy import SharedGradient
 from megamtp.losses.sequential import HeadPhase, PassingHeads, SequentialHeadLoss
 from megamtp.model.documents import separate
 from megamtp.model.heads import Unembedding
 from megamtp.model.layers import Separation, TransformerLayer
+from megamtp.planning.partition import Partition, Stage
 
 
 class StageLayers(nn.Module):

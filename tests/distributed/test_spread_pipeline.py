@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megamtp.checkpoint import store
 from megamtp.engines.base import DTYPES
-from megamtp.engines.links import Link
+from megamtp.planning.links import Link
 from tests.cases import global_batch, own_share, small_config
 from tests.distributed.test_pipeline import BF16_BOUND, BF16_LOSS_BOUND, FP32_BOUND, _counts, _train, _weights
 from tests.engine_steps import largest_errors
@@ -58,8 +58,8 @@ def _rows(engine) -> slice:
 
 def _errors(ranks: int) -> list[tuple[float, float, int, bool]]:
     """Of each case: largest relative error of a gradient, that of a loss, rows of this stage, and whether passes take turns."""
-    from megamtp.engines import spread
     from megamtp.engines.build import build_engine
+    from megamtp.planning import spread
 
     found, nominal = [], spread.NOMINAL
     for accumulation, n, cut, precision, recompute, free_links in CASES[ranks]:

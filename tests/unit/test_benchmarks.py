@@ -28,7 +28,7 @@ from benchmarks import (
     world,
 )  # fmt: skip
 
-from megamtp.cluster.emulated import Network
+from megamtp.cluster.network import Network
 from megamtp.config import ClusterConfig
 from megamtp.data.indexed_dataset import IndexedDataset
 from megamtp.errors import InputError

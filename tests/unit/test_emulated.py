@@ -2,8 +2,8 @@
 
 import pytest
 
-from megamtp.cluster.emulated import Network
 from megamtp.cluster.environment import Place, emulated_place
+from megamtp.cluster.network import Network
 from megamtp.config import ClusterConfig
 from megamtp.errors import InputError
 from tests.cases import global_batch, own_share, small_config

@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 
 from megamtp.config import Config
-from megamtp.engines.links import NOMINAL
-from megamtp.engines.loss_choice import compared
-from megamtp.engines.partition import Partition
-from megamtp.engines.spread import SpreadPartition, best_cut
+from megamtp.planning.links import NOMINAL
+from megamtp.planning.loss_choice import compared
+from megamtp.planning.partition import Partition
+from megamtp.planning.spread import SpreadPartition, best_cut
 from tests.cases import small_config
 from tests.unit.test_partition import paper_config
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 from deepspeed.runtime.pipe import schedule
 
-from megamtp.engines.one_f_one_b import order, play
+from megamtp.planning.one_f_one_b import order, play
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2, 3, 5, 8])

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from megamtp.config import Config, read_config
-from megamtp.engines.partition import Partition, enough_micro_batches, make_stage, partition
-from megamtp.engines.pass_costs import flop_costs
 from megamtp.errors import InputError
 from megamtp.model.cost import flops_per_token, parameters
+from megamtp.planning.partition import Partition, enough_micro_batches, make_stage, partition
+from megamtp.planning.pass_costs import flop_costs
 from tests.cases import small_config
 
 ROOT = Path(__file__).parents[2]

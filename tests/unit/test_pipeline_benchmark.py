@@ -8,11 +8,11 @@ import torch
 from benchmarks import pipeline, plans, stages
 from benchmarks.stages import Measured
 
-from megamtp.engines.links import Link
-from megamtp.engines.partition import partition
-from megamtp.engines.spread import spread
-from megamtp.engines.spread_schedule import Exchange, Kind
 from megamtp.errors import InputError
+from megamtp.planning.links import Link
+from megamtp.planning.partition import partition
+from megamtp.planning.spread import spread
+from megamtp.planning.spread_schedule import Exchange, Kind
 from tests.cases import small_config
 from tests.unit.test_partition import paper_config
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from megamtp.cluster.plan import CARDS, fitting, plan
 from megamtp.config import Config, read_config
-from megamtp.engines.partition import partition
-from megamtp.engines.spread import best_cut
-from megamtp.engines.stage_memory import OPTIMIZER, Contents, stage_memory
 from megamtp.errors import InputError
 from megamtp.model.cost import flops_per_token, parameters
+from megamtp.planning.partition import partition
+from megamtp.planning.planner import CARDS, fitting, plan
+from megamtp.planning.spread import best_cut
+from megamtp.planning.stage_memory import OPTIMIZER, Contents, stage_memory
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,9 +6,10 @@ from collections import defaultdict
 import pytest
 
 from megamtp.engines.check import check_engine
-from megamtp.engines.partition import partition
-from megamtp.engines.spread import share_rows, spread
-from megamtp.engines.spread_schedule import (
+from megamtp.errors import InputError
+from megamtp.planning.partition import partition
+from megamtp.planning.spread import share_rows, spread
+from megamtp.planning.spread_schedule import (
     PATTERNS,
     Carries,
     Exchange,
@@ -19,7 +20,6 @@ from megamtp.engines.spread_schedule import (
     Transfer,
     fastest_schedule,
 )
-from megamtp.errors import InputError
 from tests.cases import small_config
 from tests.unit.test_partition import paper_config
 

@@ -16,8 +16,9 @@ import torch.distributed as dist
 from matplotlib.figure import Figure
 
 from benchmarks import output
-from megamtp.cluster.emulated import PASSES, Network, hold, mark
+from megamtp.cluster.emulated import hold, mark
 from megamtp.cluster.environment import find_place, join_peers
+from megamtp.cluster.network import PASSES, Network
 from megamtp.config import ClusterConfig
 from megamtp.errors import InputError
 

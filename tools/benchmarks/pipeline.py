@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 from benchmarks import emulation, output, plans, timeline
 from benchmarks.processes import Fresh
 from megamtp.config import Config, read_config
-from megamtp.engines.links import Link
 from megamtp.errors import InputError
 from megamtp.model.cost import flops_per_token
+from megamtp.planning.links import Link
 
 MOST_IMBALANCE, MOST_OVER_FLOPS, MOST_MEMORY_ERROR = 1.05, 0.02, 0.1
 GIB = 2**30

@@ -9,14 +9,14 @@ from benchmarks import stages
 from benchmarks.stages import Measured
 from benchmarks.timeline import Box
 from megamtp.config import Config
-from megamtp.engines.links import Link
-from megamtp.engines.one_f_one_b import play
-from megamtp.engines.partition import Partition, Stage, contents_between, heads_between, imbalance, partition
-from megamtp.engines.pass_costs import PassCosts
-from megamtp.engines.spread import SpreadPartition, spread
-from megamtp.engines.spread_schedule import Kind, StageTimes
-from megamtp.engines.stage_memory import OPTIMIZER, Contents
 from megamtp.errors import InputError
+from megamtp.planning.links import Link
+from megamtp.planning.one_f_one_b import play
+from megamtp.planning.partition import Partition, Stage, contents_between, heads_between, imbalance, partition
+from megamtp.planning.pass_costs import PassCosts
+from megamtp.planning.spread import SpreadPartition, spread
+from megamtp.planning.spread_schedule import Kind, StageTimes
+from megamtp.planning.stage_memory import OPTIMIZER, Contents
 
 NAIVE, WHOLE, SPREAD = "naive", "whole layers", "spread losses"
 UNIT_LAYERS = 4  # trunk layers of the stage that tells what one costs

@@ -26,8 +26,8 @@ from megamtp.cluster.environment import find_place, join_peers, of_all_ranks
 from megamtp.config import ClusterConfig, Config
 from megamtp.data.loader import Batch
 from megamtp.engines.build import build_engine
-from megamtp.engines.partition import imbalance
 from megamtp.errors import InputError
+from megamtp.planning.partition import imbalance
 
 WARM_UP = 2  # steps that do not count: the first ones compile
 MOST_WRONG = 0.1

@@ -18,13 +18,13 @@ from torch import Tensor
 from megamtp.config import Config
 from megamtp.data.loader import Batch
 from megamtp.engines.base import DTYPES
-from megamtp.engines.partition import Stage
-from megamtp.engines.spread_schedule import Kind
 from megamtp.engines.spread_stage import SlicedUnembedding
 from megamtp.engines.stage import StageLayers
 from megamtp.losses.linear_cross_entropy import wide
 from megamtp.losses.vocabulary_slice import combine, slice_gradients, slice_statistics
 from megamtp.model.initial import STANDARD_DEVIATION
+from megamtp.planning.partition import Stage
+from megamtp.planning.spread_schedule import Kind
 
 WARM_UP = 2  # micro-batches whose times do not count: the first ones compile
 

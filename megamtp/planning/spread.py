@@ -13,8 +13,9 @@ import operator
 from dataclasses import dataclass, replace
 
 from megamtp.config import Config
-from megamtp.engines.links import NOMINAL
-from megamtp.engines.partition import (
+from megamtp.errors import InputError
+from megamtp.planning.links import NOMINAL
+from megamtp.planning.partition import (
     Partition,
     Stage,
     bubble,
@@ -25,10 +26,9 @@ from megamtp.engines.partition import (
     partition,
     stage_lines,
 )
-from megamtp.engines.pass_costs import PassCosts, flop_costs
-from megamtp.engines.spread_schedule import Exchange, SpreadSchedule, StageTimes, fastest_schedule
-from megamtp.engines.stage_memory import Contents, stage_memory
-from megamtp.errors import InputError
+from megamtp.planning.pass_costs import PassCosts, flop_costs
+from megamtp.planning.spread_schedule import Exchange, SpreadSchedule, StageTimes, fastest_schedule
+from megamtp.planning.stage_memory import Contents, stage_memory
 
 ROW_MULTIPLE, LARGE_SLICE = 128, 1024  # rows of large slices are a multiple: what matrix products like
 

@@ -8,16 +8,15 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megamtp.cluster.emulated import Network
+from megamtp.cluster.network import Network
 from megamtp.config import Config
-from megamtp.engines.base import data_parallel_place
-from megamtp.engines.links import Link
-from megamtp.engines.partition import Partition, partition
-from megamtp.engines.pass_costs import PassCosts
-from megamtp.engines.spread import SpreadPartition, spread, spread_layers
-from megamtp.engines.stage_memory import OPTIMIZER, STATE_BYTES, chunk_bytes
 from megamtp.errors import InputError
 from megamtp.model.cost import layer_activation_bytes, layer_matrices, layer_parameters, parameters, unembedding_parameters
+from megamtp.planning.links import Link
+from megamtp.planning.partition import Partition, data_parallel_place, partition
+from megamtp.planning.pass_costs import PassCosts
+from megamtp.planning.spread import SpreadPartition, spread, spread_layers
+from megamtp.planning.stage_memory import OPTIMIZER, STATE_BYTES, chunk_bytes
 
 DAY = 86400.0
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from megamtp.config import Config
-from megamtp.engines.spread_schedule import Exchange
 from megamtp.model.cost import unembedding_parameters
+from megamtp.planning.spread_schedule import Exchange
 
 
 @dataclass(frozen=True)

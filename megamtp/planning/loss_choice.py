@@ -3,10 +3,10 @@
 import dataclasses
 
 from megamtp.config import Config
-from megamtp.engines.links import NOMINAL
-from megamtp.engines.partition import Partition
-from megamtp.engines.spread import SpreadPartition, best_cut
 from megamtp.errors import InputError
+from megamtp.planning.links import NOMINAL
+from megamtp.planning.partition import Partition
+from megamtp.planning.spread import SpreadPartition, best_cut
 
 
 def other_losses(config: Config) -> tuple[Config, str]:

@@ -3,7 +3,7 @@
     [embedding] trunk layer 1 | trunk layer 2 ... | ... head 1 | head 2 ... head n        "|": a stage ends
 
 What is cut is the row of L layers, trunk and then heads, from 0. The embedding goes with the first layer; every head brings a use
-of the unembedding, and every stage with a head a copy of its weights. Losses can also be spread: engines/spread.py.
+of the unembedding, and every stage with a head a copy of its weights. Losses can also be spread: planning/spread.py.
 
 Time is counted in FLOPs unless measured costs are given; the optimizer and the reduction over pipelines are not in it.
 """
@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from megamtp.config import Config
-from megamtp.engines.one_f_one_b import Work, play
-from megamtp.engines.pass_costs import PassCosts, flop_costs
-from megamtp.engines.spread_schedule import Exchange
-from megamtp.engines.stage_memory import Contents, stage_memory
 from megamtp.errors import InputError
+from megamtp.planning.one_f_one_b import Work, play
+from megamtp.planning.pass_costs import PassCosts, flop_costs
+from megamtp.planning.spread_schedule import Exchange
+from megamtp.planning.stage_memory import Contents, stage_memory
 
 ENOUGH_MICRO_BATCHES = 4  # per stage
 
@@ -106,6 +106,24 @@ def stage_lines(stages: list[Stage], costs: list[float]) -> list[str]:
         memory = sum(stage.memory_bytes.values()) / 2**30
         lines.append(f"stage {index}: {cost / sum(costs):6.1%} of the work, {memory:7.2f} GiB: {', '.join(parts)}")
     return lines
+
+
+def data_parallel_place(config: Config, rank: int, world_size: int) -> tuple[int, int]:
+    """(data_parallel_rank, data_parallel_size): which share of every step's micro-batches a rank reads, of how many shares.
+
+    Neighbouring ranks hold the same stage of different pipelines, so that within a node gradients are reduced. Source:
+    deepspeed/runtime/pipe/topology.py, PipeDataParallelTopology.
+
+    Raises:
+        InputError: the ranks do not divide among the stages.
+    """
+    num_stages = config.engine.num_stages or 1
+    if world_size % num_stages:
+        raise InputError(
+            f"{world_size} ranks do not divide among engine.num_stages={num_stages}; expected a multiple of it: start as many, or "
+            "change the stages"
+        )
+    return rank % (world_size // num_stages), world_size // num_stages
 
 
 def imbalance(times: list[float]) -> float:
