@@ -161,9 +161,7 @@ def _train(job: Job, place: Place) -> bool:
     return Training(config, engine, train, position, job.validation, stop, first_step, owes_evaluation).run()
 
 
-def find_position(
-    config: Config, corpora: list[Windows], found: tuple[Path, Manifest] | None
-) -> tuple[DataPosition, list[str]]:
+def find_position(config: Config, corpora: list[Windows], found: tuple[Path, Manifest] | None) -> tuple[DataPosition, list[str]]:
     """Where the run starts to read, or goes on after the checkpoint `found`, and lines that say so where it is not obvious.
 
     Raises:
