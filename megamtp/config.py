@@ -45,6 +45,7 @@ class ModelConfig:
     dim: int = option(REQUIRED, "width of the residual stream")
     num_layers: int = option(REQUIRED, "transformer layers, trunk and heads together (L); the trunk has L - n")
     num_future_tokens: int = option(4, "heads (n): head i predicts the i-th next token; 1 is the ordinary model")
+    head_kind: str = option("parallel", "parallel: a head is one layer that reads z; or MODULE:CLASS of your own (model/heads.py)")
     num_attention_heads: int = option(REQUIRED, "attention heads of a layer")
     num_key_value_heads: int | None = option(
         None, "key/value heads of a layer (grouped-query attention); null: one per attention head"

@@ -45,7 +45,7 @@ def names_on_all_ranks(gradients: dict[str, Tensor]) -> set[str]:
 
 
 def largest_gradient_error(engine: ZeroEngine | PipelineEngine, gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Of this rank's gradients; of a slice (engines/spread_stage.py), against the same rows."""
+    """Of this rank's gradients; of a slice (engines/stage.py), against the same rows."""
     parameters, errors = dict(engine.model.named_parameters()), []
     for name, gradient in gradients.items():
         first = getattr(parameters[name], "first_element", 0)

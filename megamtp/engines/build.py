@@ -5,10 +5,16 @@ from megamtp.engines.base import Engine
 from megamtp.engines.pipeline import PipelineEngine
 from megamtp.engines.spread_pipeline import SpreadPipelineEngine
 from megamtp.engines.zero import ZeroEngine
+from megamtp.planning.partition import Partition
+from megamtp.planning.spread import SpreadPartition
 
 
-def build_engine(config: Config) -> Engine:
-    """Builds the model on all ranks. torch.distributed must be initialised; collective."""
-    if config.engine.spread_losses:
-        return SpreadPipelineEngine(config)
-    return {"zero1": ZeroEngine, "zero3": ZeroEngine, "pipeline": PipelineEngine}[config.engine.kind](config)
+def build_engine(config: Config, cut: Partition | SpreadPartition | None = None) -> Engine:
+    """Builds the model on all ranks. torch.distributed must be initialised; collective.
+
+    Args:
+        cut: of a pipeline, where check_engine has already found it.
+    """
+    if config.engine.kind != "pipeline":
+        return ZeroEngine(config)
+    return (SpreadPipelineEngine if config.engine.spread_losses else PipelineEngine)(config, cut)

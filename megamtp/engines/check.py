@@ -1,7 +1,7 @@
 """What can be wrong about an engine, found before peers and devices are met; light to import."""
 
 from megamtp.config import Config
-from megamtp.engines.deepspeed_config import deepspeed_config
+from megamtp.engines.deepspeed.settings import deepspeed_config
 from megamtp.planning.partition import data_parallel_place
 from megamtp.planning.spread import best_cut
 

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from megamtp.data.loader import Batch
 from megamtp.engines.base import DTYPES
-from megamtp.engines.spread_stage import SpreadStage
+from megamtp.engines.stage import StagePart
 from megamtp.losses.linear_cross_entropy import wide
-from megamtp.losses.vocabulary_slice import combine, slice_gradients, slice_statistics
+from megamtp.losses.vocabulary_slice import combine
+from megamtp.planning.spread import SpreadPartition
 from megamtp.planning.spread_schedule import NEIGHBOUR, Carries, Kind, Pass, Transfer
 
 BACKWARD = (Carries.HIDDEN_GRADIENT, Carries.GRADIENT)  # not in an evaluation
@@ -137,10 +138,17 @@ class SpreadPasses:
         seed: the gradient with which the backward pass of a micro-batch's loss starts.
     """
 
-    def __init__(self, model: SpreadStage, ranks: list[list[int]], own_pipeline: int, seed: Callable[[], float]):
-        self.model, self.ranks, self.seed = model, ranks[own_pipeline], seed
-        self.stage, self.hosts, self.slices = model.stage_id, model.cut.schedule.hosts, model.cut.schedule.slices
-        self.lane = torch.cuda.Stream() if model.device.type == "cuda" else None
+    def __init__(
+        self,
+        part: StagePart,
+        cut: SpreadPartition,
+        ranks: list[list[int]],
+        own_pipeline: int,
+        seed: Callable[[], float],
+    ):
+        self.part, self.cut, self.ranks, self.seed = part, cut, ranks[own_pipeline], seed
+        self.stage, self.hosts, self.slices = cut.stages.index(part.own), cut.schedule.hosts, cut.schedule.slices
+        self.lane = torch.cuda.Stream() if part.device.type == "cuda" else None
         for pipeline, of_stages in enumerate(ranks):
             everyone, slices = _new_group(of_stages), _new_group([of_stages[stage] for stage in self.slices])
             if pipeline == own_pipeline:
@@ -151,7 +159,7 @@ class SpreadPasses:
         self.batches, self.loss_scales, self.learning = batches, loss_scales, learning
         self.micro_batches: dict[int, MicroBatch] = {}
         self.ends: deque[torch.cuda.Event] = deque()  # of passes that the card may not have done yet
-        schedule, stage = self.model.cut.schedule, self.stage
+        schedule, stage = self.cut.schedule, self.stage
         order = [each for each in transfers if schedule.takes_part(stage, each) and (learning or each.carries not in BACKWARD)]
         self.traffic = Traffic(self.lane, order, lambda each: schedule.gives(stage, each), self._transfer)
 
@@ -183,7 +191,7 @@ class SpreadPasses:
         received = batch.inputs
         if self.stage:
             received = self.traffic.take(Transfer(Carries.ACTIVATIONS, self.stage - 1, index))[0].requires_grad_(self.learning)
-        sent, normed = self.model.run_layers(received, batch)
+        sent, normed = self.part.run_layers(received, batch)
         if self.learning or self.stage in self.slices:
             self.micro_batches[index] = MicroBatch(received, sent, normed, len(self.hosts))
         if self.stage + 1 < len(self.ranks):
@@ -198,8 +206,8 @@ class SpreadPasses:
             hidden = self.traffic.take(Transfer(Carries.HIDDEN, work.host, work.micro_batch))
         hidden, logits, found = [each.detach().flatten(0, -2) for each in hidden], [], []
         for each, targets_N in zip(hidden, self._targets(work), strict=True):
-            if self.model.own.contents.rows:
-                logits_NR, statistics_3N = slice_statistics(each, self.model.unembedding.weight, targets_N, self.model.first_row)
+            if self.part.extent.rows:
+                logits_NR, statistics_3N = self.part.slice_statistics(each, targets_N)
                 logits.append(logits_NR)
             else:
                 statistics_3N = torch.zeros(3, len(each), dtype=wide(each.dtype), device=each.device)
@@ -215,14 +223,14 @@ class SpreadPasses:
         for place, (head, targets_N) in enumerate(zip(self._heads(work.host), self._targets(work), strict=True)):
             nll_N, log_partition_N = combine(statistics[:, place], targets_N)
             if work.host == self.stage:
-                self.model.nll_sums[head] += nll_N.sum()
+                self.part.nll_sums[head] += nll_N.sum()
             if self.learning:
                 d_hidden.append(self._slice_gradients(own, losses, place, head, targets_N, log_partition_N))
         if self.learning:
             self.traffic.give(Transfer(Carries.HIDDEN_GRADIENT, work.host, work.micro_batch), d_hidden)
         own.open_hosts -= 1
         if self.learning and own.open_hosts == 0 and own.d_weight is not None:
-            weight, gradient = self.model.unembedding.weight, own.d_weight
+            weight, gradient = self.part.unembedding.weight, own.d_weight
             own.d_weight = None
             with torch.enable_grad():  # through autograd, so that the engine's optimizer sees it as any other
                 torch.autograd.backward(weight.view_as(weight), gradient.to(weight.dtype))
@@ -232,15 +240,14 @@ class SpreadPasses:
     def _slice_gradients(
         self, own: MicroBatch, losses: SharedLosses, place: int, head: int, targets_N: Tensor, log_partition_N: Tensor
     ) -> Tensor:
-        hidden_ND, weight = losses.hidden[place], self.model.unembedding.weight
-        if weight is None:
+        hidden_ND = losses.hidden[place]
+        if not self.part.extent.rows:
             return torch.zeros_like(hidden_ND)
         if own.d_weight is None:
+            weight = self.part.unembedding.weight
             own.d_weight = torch.zeros_like(weight, dtype=wide(weight.dtype))
-        return slice_gradients(
-            losses.logits[place], hidden_ND, weight, targets_N, self.model.first_row, log_partition_N, own.d_weight,
-            self.loss_scales[head] * self.seed(), self.model.config.head_loss.z_loss,
-        )  # fmt: skip
+        factor = self.loss_scales[head] * self.seed()
+        return self.part.slice_gradients(losses.logits[place], hidden_ND, targets_N, log_partition_N, own.d_weight, factor)
 
     def _backward(self, own: MicroBatch, index: int) -> None:
         outputs, gradients = list(own.normed), []
@@ -275,12 +282,11 @@ class SpreadPasses:
         return given if self.stage == transfer.stage else [], works
 
     def _boundary(self) -> Tensor:
-        config = self.model.config
-        shape = *self.batches[0].inputs.shape, config.model.dim
-        return torch.empty(shape, dtype=DTYPES[config.train.precision], device=self.model.device)
+        shape = *self.batches[0].inputs.shape, self.part.config.dim
+        return torch.empty(shape, dtype=DTYPES[self.part.run_config.train.precision], device=self.part.device)
 
     def _heads(self, host: int) -> range:
-        return self.model.cut.stages[host].heads
+        return self.cut.stages[host].heads
 
     def _targets(self, work: Pass) -> list[Tensor]:
         """[N] of each of the host's heads."""

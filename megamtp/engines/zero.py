@@ -5,49 +5,40 @@ Source: Rajbhandari et al. 2020, arXiv:1910.02054.
 
 import contextlib
 from collections.abc import Iterable
-from pathlib import Path
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor
 
 from megamtp.config import Config
 from megamtp.data.loader import Batch
-from megamtp.engines.base import DTYPES, EngineState, StepResult, loss_scales, on_device
-from megamtp.engines.deepspeed_config import deepspeed_config
-from megamtp.engines.head_phase import DeepSpeedHeadPhase, full_shape
+from megamtp.engines.base import DTYPES, StepResult, loss_scales, on_device
+from megamtp.engines.deepspeed import host as hosting
+from megamtp.engines.deepspeed.head_phase import DeepSpeedHeadPhase
+from megamtp.engines.deepspeed.members import full_shape
+from megamtp.engines.deepspeed.settings import deepspeed_config
+from megamtp.engines.deepspeed.traffic import GroupedTraffic
+from megamtp.engines.hosted import HostedEngine
 from megamtp.engines.initial_weights import initial_weights
-from megamtp.engines.optimizer import adamw
-from megamtp.engines.saved_state import engine_state, load_state
-from megamtp.engines.traffic import GroupedTraffic, fill_shards
 from megamtp.losses.softmax_gradient import IGNORED
+from megamtp.model.heads import head_class
 from megamtp.model.initial import STANDARD_DEVIATION
 from megamtp.model.layers import TransformerLayer
 from megamtp.model.mtp import MTPModel
 
 
-class ZeroEngine:
+class ZeroEngine(HostedEngine):
     """The Engine of engine.kind zero1 and zero3. torch.distributed must be initialised.
 
     Attributes:
-        engine: DeepSpeed's own.
-        model: the MTPModel inside it.
         traffic: what stands in for DeepSpeed's gathers and reductions; None where they are DeepSpeed's own.
     """
 
+    model: MTPModel
+
     def __init__(self, config: Config):
-        self.config = config
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.data_parallel_rank, self.data_parallel_size = self.rank, self.world_size
-        self.device = torch.device(get_accelerator().current_device_name())
-        settings = deepspeed_config(config, self.data_parallel_size)
-        self.model = _build_model(config, settings, self.device)
-        self.engine, *_ = deepspeed.initialize(
-            model=self.model, optimizer=adamw(config, self.model), config=settings, dist_init_required=False
-        )
+        super().__init__(config, (dist.get_rank(), dist.get_world_size()))
+        self.host(_build_model(config, deepspeed_config(config, self.data_parallel_size), self.device))
         self.traffic = None
         if config.engine.kind == "zero3" and config.engine.communication == "grouped":
             modules = [self.model.embedding, *self.model.trunk, *self.model.heads, self.model.unembedding]
@@ -60,8 +51,7 @@ class ZeroEngine:
         # Where the reduction does not divide by the number of ranks, the loss is not multiplied by it.
         averaged_ranks = self.world_size if self.traffic is None or self.traffic.scatter.divides else 1
         scales = loss_scales(self.config.head_weights, target_counts, averaged_ranks, len(micro_batches))
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+        hosting.set_learning_rate(self.engine, lr)
         nll_sums = torch.zeros(self.config.model.num_future_tokens, device=self.device)
         with self.head_phase.whole_or_nothing():
             for index, batch in enumerate(on_device(micro_batches, self.device)):
@@ -71,12 +61,10 @@ class ZeroEngine:
                 self.engine.backward(loss)
                 self.engine.step()
                 nll_sums += micro_nll_sums
-        skipped = self.engine.was_step_applied() is False
-        if skipped and self.config.engine.kind == "zero1" and self.config.engine.offload_optimizer:
-            # DeepSpeed keeps a skipped step's gradients here, and would add the next step's to them (stage_1_and_2.py, step).
-            for group in self.engine.optimizer.averaged_gradients:
-                self.engine.optimizer.averaged_gradients[group] = None
-        return StepResult(nll_sums, float(self.engine.get_global_grad_norm()), skipped)
+        result = self.step_result(nll_sums)
+        if result.skipped and self.config.engine.kind == "zero1" and self.config.engine.offload_optimizer:
+            hosting.forget_skipped_gradients(self.engine)
+        return result
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> Tensor:
@@ -90,21 +78,11 @@ class ZeroEngine:
                 totals += torch.stack((nll_sums, (batch.targets != IGNORED).sum(dim=(1, 2))))
         return totals.flatten()
 
-    def state(self) -> EngineState:
-        """See Engine.state."""
-        return engine_state(self.engine)
-
-    def load(self, checkpoint: Path) -> None:
-        """See Engine.load."""
-        load_state(self.engine, checkpoint, self.config.engine.kind, self.rank, self.world_size)
-
 
 def _build_model(config: Config, settings: dict, device: torch.device) -> MTPModel:
     """The model with its initial weights; under ZeRO-3 no rank ever holds more than one whole parameter."""
     sharded = config.engine.kind == "zero3"
-    # zero.Init is given the settings alone: its dtype argument turns fp32 into bf16 on CPUs.
-    place = deepspeed.zero.Init(config_dict_or_path=settings) if sharded else torch.device("meta")
-    with place:
+    with hosting.sharded_construction(settings) if sharded else torch.device("meta"):
         model = MTPModel(
             config.model,
             config.head_loss,
@@ -113,11 +91,11 @@ def _build_model(config: Config, settings: dict, device: torch.device) -> MTPMod
             compile_layers=device.type == "cuda" if config.train.compile is None else config.train.compile,
         )
     if sharded:
-        set_z3_leaf_modules(model, [TransformerLayer])  # one gather per layer, no hooks inside
+        hosting.gather_whole(model, (TransformerLayer, head_class(config.model)))
     else:
         model = model.to(DTYPES[config.train.precision]).to_empty(device=device)
     if config.cluster.emulate and sharded:
-        fill_shards(model, STANDARD_DEVIATION)
+        hosting.fill_shards(model, STANDARD_DEVIATION)
     else:
         _initialise(model, config, sharded)
     return model
@@ -135,7 +113,6 @@ def _initialise(model: MTPModel, config: Config, sharded: bool) -> None:
             name, parameter = group[rank]
             value = initial(name, full_shape(parameter))
         for owner, (_, parameter) in enumerate(group):
-            gathered = deepspeed.zero.GatheredParameters([parameter], modifier_rank=owner) if sharded else contextlib.nullcontext()
-            with gathered, torch.no_grad():
+            with hosting.set_whole([parameter], owner) if sharded else contextlib.nullcontext(), torch.no_grad():
                 if owner == rank:
                     parameter.copy_(value)

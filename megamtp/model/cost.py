@@ -1,11 +1,19 @@
-"""What a configuration costs: parameters, floating-point operations, kept activations. Used for the model-FLOP share, for planning
-and for cutting the layers into pipeline stages.
+"""What a model costs: parameters, floating-point operations, kept activations. Its modules say so themselves.
+
+Used for the model-FLOP share, for planning and for cutting the layers into pipeline stages.
 
 Source: paper.md, table S5 (F(n) = 3 [L (2 P_layer + 2 T d) + n 2 V d]: causal attention counted at half, norms and the
 embedding's lookup not at all, recomputation not at all).
 """
 
+from functools import lru_cache
+
+import torch
+from torch import nn
+
 from megamtp.config import ModelConfig
+from megamtp.model.layers import LayerCost
+from megamtp.model.mtp import MTPModel
 
 # Dense matrix-product peaks by (part of the device's name, precision), in FLOP/s, without sparsity. Source: NVIDIA data sheets.
 PEAK_FLOPS = {
@@ -20,30 +28,47 @@ PEAK_FLOPS = {
 }
 
 
+@lru_cache
+def whole_model(model: ModelConfig) -> MTPModel:
+    """The model on torch's meta device: shapes without memory. Raises InputError: its head kind is not known."""
+    with torch.device("meta"):
+        return MTPModel(model)
+
+
+@lru_cache
+def layer_cost(model: ModelConfig, sequence_length: int) -> LayerCost:
+    """Of one position in one trunk layer."""
+    return whole_model(model).trunk[0].cost(sequence_length)
+
+
+@lru_cache
+def head_cost(model: ModelConfig, index: int, sequence_length: int) -> LayerCost:
+    """Of one position in the head at `index` (from 0), without its projection to the vocabulary."""
+    return whole_model(model).heads[index].cost(sequence_length)
+
+
+@lru_cache
 def layer_parameters(model: ModelConfig) -> int:
-    """Parameters of one transformer layer, its two norms included."""
-    return layer_matrices(model) + 2 * model.dim
+    """Parameters of one trunk layer, its two norms included."""
+    return _count(whole_model(model).trunk[0])
 
 
-def layer_matrices(model: ModelConfig) -> int:
-    """Those of them that are in matrices."""
-    attention = 2 * model.dim * model.dim + 2 * model.dim * model.key_value_heads * model.head_dim
-    return attention + 3 * model.dim * model.hidden_dim
+@lru_cache
+def head_parameters(model: ModelConfig, index: int) -> int:
+    """Parameters of the head at `index` (from 0)."""
+    return _count(whole_model(model).heads[index])
 
 
+@lru_cache
 def parameters(model: ModelConfig) -> int:
     """Parameters of the whole model: embedding, trunk, heads, norm and unembedding."""
-    return model.num_layers * layer_parameters(model) + model.vocab_size * model.dim + unembedding_parameters(model)
+    return _count(whole_model(model))
 
 
+@lru_cache
 def unembedding_parameters(model: ModelConfig) -> int:
     """Parameters of the unembedding, the final norm included."""
-    return model.vocab_size * model.dim + model.dim
-
-
-def layer_flops(model: ModelConfig, sequence_length: int) -> int:
-    """Floating-point operations of one layer's forward pass, for one position of a window of `sequence_length`."""
-    return 2 * layer_matrices(model) + 2 * sequence_length * model.dim
+    return _count(whole_model(model).unembedding)
 
 
 def unembedding_flops(model: ModelConfig) -> int:
@@ -53,14 +78,13 @@ def unembedding_flops(model: ModelConfig) -> int:
 
 def flops_per_token(model: ModelConfig, sequence_length: int) -> int:
     """Floating-point operations of forward and backward for one position of a window of `sequence_length`."""
-    layers = model.num_layers * layer_flops(model, sequence_length)
-    return 3 * (layers + model.num_future_tokens * unembedding_flops(model))
+    trunk = model.num_trunk_layers * layer_cost(model, sequence_length).flops
+    heads = sum(head_cost(model, index, sequence_length).flops for index in range(model.num_future_tokens))
+    return 3 * (trunk + heads + model.num_future_tokens * unembedding_flops(model))
 
 
-def layer_activation_bytes(model: ModelConfig, bytes_per_element: int = 2) -> int:
-    """What one layer keeps of one position for its backward pass, without recomputation. Fitted to measured steps in bf16."""
-    elements = 6 * model.dim + 2 * model.key_value_heads * model.head_dim + 3 * model.hidden_dim
-    return elements * bytes_per_element
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:

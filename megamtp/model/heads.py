@@ -1,35 +1,113 @@
-"""What follows the trunk: n heads, each one transformer layer on the same z, and the unembedding they share.
+"""What follows the trunk: n heads, and the unembedding they share.
 
 Head i, counted from 1 as in the paper, predicts the i-th next token; head 1 is the ordinary next-token head. In lists and
 tensors head i sits at index i - 1.
+
+A head kind is a subclass of Head. `model.head_kind` names it: `parallel`, or MODULE:CLASS of a module of your own.
 """
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from megamtp.config import ModelConfig
-from megamtp.losses.linear_cross_entropy import linear_cross_entropy
-from megamtp.model.layers import rms_norm
+from megamtp.errors import InputError
+from megamtp.extensions import find_kind
+from megamtp.losses.float8 import Float8Weight
+from megamtp.losses.linear_cross_entropy import SharedGradient, linear_cross_entropy
+from megamtp.model.layers import KeyValueCache, LayerCost, Separation, TransformerLayer, rms_norm
+
+
+class Head(nn.Module):
+    """One head: it turns z into the hidden state whose unembedding predicts a token.
+
+    An engine gathers a head's parameters together, before `forward`. They are initialised by their names: see initial.py.
+    A subclass is made as `Kind(model, index, compiled)`: a ModelConfig, the head's index from 0, and whether to run through
+    torch.compile what can be.
+    """
+
+    def forward(self, z_BTD: Tensor, separation: Separation | None = None) -> Tensor:
+        """The hidden state [B, T, D], before the final norm.
+
+        Args:
+            separation: of the documents that the windows hold, where attention is to stay inside them.
+        """
+        raise NotImplementedError
+
+    def cost(self, sequence_length: int) -> LayerCost:
+        """What one position of a window of `sequence_length` costs in the forward pass."""
+        raise NotImplementedError
+
+    def extend(self, z_BTD: Tensor, cache: KeyValueCache | None) -> tuple[Tensor, KeyValueCache]:
+        """Decoding: the hidden states of T new positions behind the cached ones, and the longer cache."""
+        raise InputError(f"{type(self).__name__} does not decode; expected a head kind with `extend`, such as parallel")
+
+
+class ParallelHead(TransformerLayer, Head):
+    """One transformer layer that reads z. Source: Gloeckle et al. 2024, arXiv:2404.19737, section 2."""
+
+    def __init__(self, model: ModelConfig, index: int, compiled: bool = False):
+        TransformerLayer.__init__(self, model, compiled=compiled)
+
+
+HEAD_KINDS: Mapping[str, type[Head]] = {"parallel": ParallelHead}
+
+
+def head_class(model: ModelConfig) -> type[Head]:
+    """The class of `model.head_kind`. Raises InputError: there is none of that name."""
+    return find_kind(model.head_kind, HEAD_KINDS, Head, "model.head_kind")
 
 
 class Unembedding(nn.Module):
     """The final norm and the projection to the vocabulary, shared by all heads.
 
     One module holds both parameters directly, so that a sharded engine fetches them together, once.
+
+    Args:
+        rows: of the projection; a stage of a pipeline whose losses are spread by vocabulary has some of them, or none.
+        has_norm: whether hidden states are normed here: wherever there is a head.
     """
 
-    def __init__(self, model: ModelConfig):
+    def __init__(self, model: ModelConfig, rows: int, has_norm: bool = True):
         super().__init__()
-        self.norm = nn.Parameter(torch.empty(model.dim))
-        self.weight = nn.Parameter(torch.empty(model.vocab_size, model.dim))
+        self.norm = nn.Parameter(torch.empty(model.dim)) if has_norm else None
+        self.weight = nn.Parameter(torch.empty(rows, model.dim)) if rows else None
         self.eps = model.norm_eps
 
-    def forward(self, hidden_BTD: Tensor, targets_BT: Tensor | None = None, **options) -> Tensor | tuple[Tensor, Tensor]:
+    def normed(self, hidden_BTD: Tensor) -> Tensor:
+        """The hidden state after the final norm."""
+        return rms_norm(hidden_BTD, self.norm, self.eps)
+
+    def forward(
+        self,
+        hidden_BTD: Tensor,
+        targets_BT: Tensor | None = None,
+        *,
+        scale: float = 1.0,
+        seed: float = 1.0,
+        seed_is_certain: bool = False,
+        z_loss: float = 0.0,
+        chunk_rows: int | None = None,
+        shared_gradient: SharedGradient | None = None,
+        float8_weight: Float8Weight | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Without targets: logits [B, T, V]. With: (loss, summed negative log-likelihood), see linear_cross_entropy.
 
         The loss is computed in here, not outside, because a sharded engine has the weight only while this runs.
         """
-        normed_BTD = rms_norm(hidden_BTD, self.norm, self.eps)
+        normed_BTD = self.normed(hidden_BTD)
         if targets_BT is None:
             return normed_BTD @ self.weight.T
-        return linear_cross_entropy(normed_BTD.flatten(0, -2), self.weight, targets_BT.flatten(), **options)
+        return linear_cross_entropy(
+            normed_BTD.flatten(0, -2),
+            self.weight,
+            targets_BT.flatten(),
+            scale=scale,
+            seed=seed,
+            seed_is_certain=seed_is_certain,
+            z_loss=z_loss,
+            chunk_rows=chunk_rows,
+            shared_gradient=shared_gradient,
+            float8_weight=float8_weight,
+        )

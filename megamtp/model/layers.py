@@ -5,6 +5,7 @@ Source: Touvron et al. 2023, arXiv:2302.13971, section 2.2; grouped queries: Ain
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,18 @@ from torch.utils.checkpoint import checkpoint
 from megamtp.config import ModelConfig
 
 KeyValueCache = tuple[Tensor, Tensor]
+# A layer's parameters in the order in which transformer_layer takes them.
+WEIGHTS = (
+    "attention_norm.weight",
+    "attention.query.weight",
+    "attention.key.weight",
+    "attention.value.weight",
+    "attention.output.weight",
+    "mlp_norm.weight",
+    "mlp.gate.weight",
+    "mlp.up.weight",
+    "mlp.down.weight",
+)
 
 
 class Separation(NamedTuple):
@@ -128,7 +141,7 @@ def transformer_layer(
 ) -> tuple[Tensor, KeyValueCache]:  # fmt: skip
     """x + attention(norm(x)), then + mlp(norm(.)), and the keys and values of all positions.
 
-    `weights` in the order of TransformerLayer.weights. They are arguments, so that one compiled function serves all layers.
+    `weights` in the order of WEIGHTS. They are arguments, so that one compiled function serves all layers.
     """
     attention_norm, query, key, value, output, mlp_norm, gate, up, down = weights
     normed_BTD = rms_norm(x_BTD, attention_norm, eps)
@@ -141,7 +154,7 @@ def layer_output(
     x_BTD: Tensor, weights: tuple[Tensor, ...], rotary: tuple[Tensor, Tensor], head_dim: int, eps: float,
     mask: Tensor | BlockMask | None = None,
 ) -> Tensor:  # fmt: skip
-    """transformer_layer without its keys and values: what is compiled, since in training nobody wants them."""
+    """transformer_layer without its keys and values, which training does not need: this is what is compiled."""
     return transformer_layer(x_BTD, weights, rotary, head_dim, eps, mask=mask)[0]
 
 
@@ -149,6 +162,27 @@ def layer_output(
 def compiled_layer_output() -> Callable[..., Tensor]:
     """layer_output, compiled at its first call for each shape; an error, never a silent return to eager, if it cannot be."""
     return torch.compile(layer_output, dynamic=False, fullgraph=True)
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What one position of a window costs in the forward pass of a layer or a head; the backward pass takes twice the operations.
+
+    Attributes:
+        matrix_flops: floating-point operations of products with weights.
+        attention_flops: of attention; causal attention is counted at half.
+        kept_elements: kept for the backward pass, without recomputation. Fitted to measured steps in bf16.
+        streamed_elements: of the residual stream that norms, rotation, activation and sums read and write.
+    """
+
+    matrix_flops: int
+    attention_flops: int
+    kept_elements: int
+    streamed_elements: int
+
+    @property
+    def flops(self) -> int:
+        return self.matrix_flops + self.attention_flops
 
 
 class Norm(nn.Module):
@@ -194,13 +228,23 @@ class TransformerLayer(nn.Module):
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
-        """In the order in which transformer_layer takes them: that of their definition.
+        """In the order in which transformer_layer takes them.
 
-        Kept, for looking them up takes longer than a launch; engines that exchange the parameters themselves exchange all.
+        Kept, because looking them up takes longer than a launch. An engine that replaces parameters replaces all of a layer's.
         """
         if self._weights is None or self._weights[0] is not self.attention_norm.weight:
-            self._weights = tuple(self.parameters())
+            self._weights = tuple(self.get_parameter(name) for name in WEIGHTS)
         return self._weights
+
+    def cost(self, sequence_length: int) -> LayerCost:
+        """What one position of a window of `sequence_length` costs in the forward pass.
+
+        Source: paper.md, table S5: norms are not counted.
+        """
+        (key_value_dim, dim), (hidden_dim, _) = self.attention["key"].weight.shape, self.mlp["gate"].weight.shape
+        matrices = 2 * dim * dim + 2 * dim * key_value_dim + 3 * dim * hidden_dim
+        kept_elements = 6 * dim + 2 * key_value_dim + 3 * hidden_dim
+        return LayerCost(2 * matrices, 2 * sequence_length * dim, kept_elements, dim)
 
     def forward(self, x_BTD: Tensor, separation: Separation | None = None) -> Tensor:
         """`separation`: of the documents that the windows hold, where attention is to stay inside them."""

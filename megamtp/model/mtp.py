@@ -6,36 +6,22 @@
                                                              +--------> head n -> unembedding -> n tokens ahead
 
 Each head is one transformer layer on the same z; the unembedding (final norm and projection) is one for all of them. With n = 1
-this is the ordinary decoder-only model.
+this is the ordinary decoder-only model. part.py has the modules and how they run; heads.py the kinds of heads.
 
 Shape suffixes, here and everywhere: B batch, T positions, D width, V vocabulary, N heads (in losses/: rows), H attention heads,
 K width of an attention head.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megamtp.config import HeadLossConfig, ModelConfig
-from megamtp.losses.float8 import Float8Weight
-from megamtp.losses.linear_cross_entropy import SharedGradient
-from megamtp.losses.sequential import HeadPhase, SequentialHeadLoss
-from megamtp.model.documents import separate
-from megamtp.model.heads import Unembedding
-from megamtp.model.layers import KeyValueCache, Separation, TransformerLayer
+from megamtp.model.layers import KeyValueCache, Separation
+from megamtp.model.part import Extent, ModelPart
 
 
-class MTPModel(nn.Module):
-    """Trunk, heads and unembedding; `forward` is the training loss. Parameters are uninitialised: see initial.py.
-
-    Args:
-        schedule: "sequential" runs each head's backward right behind its forward (losses/sequential.py); "deferred" leaves all of
-            them to the ordinary backward pass. The gradients are the same.
-        recompute_trunk: activation checkpointing of each trunk layer. Heads are never recomputed.
-        compile_layers: run all layers, trunk and heads, through one compiled function.
-
-    Attributes:
-        head_phase: what the engine does around sequential heads; set by the engine.
-    """
+class MTPModel(ModelPart):
+    """The whole model: trunk, heads and unembedding. `forward` is the training loss. For the arguments see ModelPart."""
 
     def __init__(
         self,
@@ -45,13 +31,7 @@ class MTPModel(nn.Module):
         recompute_trunk: bool = False,
         compile_layers: bool = False,
     ):
-        super().__init__()
-        self.config, self.head_loss_config, self.schedule = model, head_loss or HeadLossConfig(), schedule
-        self.head_phase = HeadPhase()
-        self.embedding = nn.Embedding(model.vocab_size, model.dim)
-        self.trunk = nn.ModuleList(TransformerLayer(model, recompute_trunk, compile_layers) for _ in range(model.num_trunk_layers))
-        self.heads = nn.ModuleList(TransformerLayer(model, compiled=compile_layers) for _ in range(model.num_future_tokens))
-        self.unembedding = Unembedding(model)
+        super().__init__(model, Extent.whole(model), head_loss, schedule, recompute_trunk, compile_layers)
 
     def forward(
         self, inputs_BT: Tensor, targets_NBT: Tensor, loss_scales: list[float], documents_BT: Tensor | None = None
@@ -68,41 +48,12 @@ class MTPModel(nn.Module):
         Returns:
             (loss, nll_sums [n]): the sum over heads of scale * cross-entropy, and each head's bare summed negative log-likelihood.
         """
-        separation = self._separate(documents_BT)
-        z_BTD = self.z(inputs_BT, separation)
-        shared_gradient, float8_weight = SharedGradient(num_uses=len(self.heads)), Float8Weight()
-        seed, sequential = self.head_phase.seed(), self.schedule == "sequential" and z_BTD.requires_grad
-
-        def head_loss(index: int, z_BTD: Tensor) -> tuple[Tensor, Tensor]:
-            return self.unembedding(
-                self.heads[index](z_BTD, separation),
-                targets_NBT[index],
-                scale=loss_scales[index],
-                seed=seed,
-                seed_is_certain=sequential,
-                z_loss=self.head_loss_config.z_loss,
-                chunk_rows=self.head_loss_config.chunk_rows,
-                shared_gradient=shared_gradient,
-                float8_weight=float8_weight if self.head_loss_config.in_float8(index) else None,
-            )
-
-        if sequential:
-            return SequentialHeadLoss.apply(z_BTD, head_loss, len(self.heads), self.head_phase)
-        losses, nll_sums = zip(*(head_loss(index, z_BTD) for index in range(len(self.heads))), strict=True)
-        return torch.stack(losses).sum(), torch.stack(nll_sums)
+        separation = self.separate(documents_BT)
+        return self.losses(self.z(inputs_BT, separation), targets_NBT, loss_scales, separation)
 
     def z(self, inputs_BT: Tensor, separation: Separation | None = None) -> Tensor:
         """The trunk's output [B, T, D]."""
-        z_BTD = self.embedding(inputs_BT)
-        for layer in self.trunk:
-            z_BTD = layer(z_BTD, separation)
-        return z_BTD
-
-    def _separate(self, documents_BT: Tensor | None) -> Separation | None:
-        if documents_BT is None:
-            return None
-        in_blocks = self.trunk[0].compiled and documents_BT.is_cuda
-        return separate(documents_BT, self.config, self.embedding.weight.dtype, in_blocks)
+        return self.run_trunk(inputs_BT, separation)
 
     def logits(self, inputs_BT: Tensor) -> Tensor:
         """Logits of every head [N, B, T, V]: large; for inspection and tests."""

@@ -19,7 +19,7 @@ from megamtp.errors import InputError
 from megamtp.planning.one_f_one_b import Work, play
 from megamtp.planning.pass_costs import PassCosts, flop_costs
 from megamtp.planning.spread_schedule import Exchange
-from megamtp.planning.stage_memory import Contents, stage_memory
+from megamtp.planning.stage_memory import StageContents, stage_memory
 
 ENOUGH_MICRO_BATCHES = 4  # per stage
 
@@ -40,7 +40,7 @@ class Stage:
     first: int
     end: int
     heads: range
-    contents: Contents
+    contents: StageContents
     forward: float
     backward: float
     memory_bytes: dict[str, int]
@@ -165,18 +165,18 @@ def make_stage(
 ) -> Stage:
     """Stage `index` if it has the layers first, ..., end - 1."""
     contents = contents_between(config, first, end)
-    forward = costs.forward(contents.num_trunk, contents.num_heads, contents.has_embedding)
-    backward = costs.backward(contents.num_trunk, contents.has_embedding, config.train.activation_checkpointing)
+    forward = costs.trunk_forward(contents) + costs.heads_and_losses(contents.heads)
+    backward = costs.trunk_backward(contents, config.train.activation_checkpointing)
     alive = min(config.engine.num_stages - index, micro_batches)
     memory = stage_memory(config, data_parallel_size, contents, alive)
     return Stage(first, end, heads_between(config, first, end), contents, forward, backward, memory)
 
 
-def contents_between(config: Config, first: int, end: int, spread_rows: int | None = None) -> Contents:
+def contents_between(config: Config, first: int, end: int, spread_rows: int | None = None) -> StageContents:
     """Of the layers first, ..., end - 1; with so many rows of the unembedding if losses are spread, else with all beside a head."""
-    num_heads = len(heads_between(config, first, end))
-    rows = (config.model.vocab_size if num_heads else 0) if spread_rows is None else spread_rows
-    return Contents(end - first - num_heads, num_heads, first == 0, rows, spread=spread_rows is not None)
+    heads = heads_between(config, first, end)
+    rows = (config.model.vocab_size if heads else 0) if spread_rows is None else spread_rows
+    return StageContents(end - first - len(heads), heads, first == 0, rows, spread=spread_rows is not None)
 
 
 def heads_between(config: Config, first: int, end: int) -> range:

@@ -1,7 +1,8 @@
 """What a configuration needs on a cluster, before renting it: memory of a rank by kind, and the time of a step.
 
-Sources: bytes from what the engines keep (engines/gather.py, scatter.py, stage_memory.py, losses/linear_cross_entropy.py); rates,
-and what a layer saves for its backward pass, from the steps in tools/results, which predictions are tested against.
+Sources: bytes from what the engines keep (engines/deepspeed/gather.py and scatter.py, stage_memory.py,
+losses/linear_cross_entropy.py); rates, and what a layer saves for its backward pass, from the steps in tools/results, which
+predictions are tested against.
 """
 
 import dataclasses
@@ -11,7 +12,8 @@ from dataclasses import dataclass
 from megamtp.cluster.network import Network
 from megamtp.config import Config
 from megamtp.errors import InputError
-from megamtp.model.cost import layer_activation_bytes, layer_matrices, layer_parameters, parameters, unembedding_parameters
+from megamtp.model.cost import head_cost, head_parameters, layer_cost, layer_parameters, parameters, unembedding_parameters
+from megamtp.model.layers import LayerCost
 from megamtp.planning.links import Link
 from megamtp.planning.partition import Partition, data_parallel_place, partition
 from megamtp.planning.pass_costs import PassCosts
@@ -144,10 +146,13 @@ def _pass_costs(config: Config, card: Card) -> PassCosts:
     """Seconds. Each micro-batch's gradients are added to the fp32 sums: 10 bytes read and written."""
     model = config.model
     tokens, adding = config.train.micro_batch_size * config.train.sequence_length, 10 / card.memory_bandwidth
-    forward, product = _layer_seconds(config, tokens, card), 2 * tokens * model.dim / card.matrix_flops
+    forward, product = _layer_seconds(config, card), 2 * tokens * model.dim / card.matrix_flops
+    heads = _head_seconds(config, card)
     return PassCosts(
         layer_forward=forward,
         layer_backward=2 * forward + adding * layer_parameters(model),
+        head_forward=tuple(heads),
+        head_backward=tuple(2 * head + adding * head_parameters(model, index) for index, head in enumerate(heads)),
         loss=3 * product * model.vocab_size,
         copy=adding * unembedding_parameters(model),
         embedding=adding * model.vocab_size * model.dim,
@@ -156,13 +161,26 @@ def _pass_costs(config: Config, card: Card) -> PassCosts:
     )
 
 
-def _layer_seconds(config: Config, tokens: int, card: Card) -> float:
-    """Of a layer's forward pass."""
-    model = config.model
-    return tokens * (
-        2 * layer_matrices(model) / card.matrix_flops
-        + 2 * config.train.sequence_length * model.dim / card.attention_flops
-        + model.dim * ELEMENT_BYTES / 3 / card.memory_bandwidth
+def _layer_seconds(config: Config, card: Card) -> float:
+    """Of a trunk layer's forward pass of one micro-batch."""
+    return _tokens(config) * _position_seconds(layer_cost(config.model, config.train.sequence_length), card)
+
+
+def _head_seconds(config: Config, card: Card) -> list[float]:
+    """Of each head's forward pass of one micro-batch, without its loss."""
+    costs = [head_cost(config.model, index, config.train.sequence_length) for index in range(config.model.num_future_tokens)]
+    return [_tokens(config) * _position_seconds(cost, card) for cost in costs]
+
+
+def _tokens(config: Config) -> int:
+    return config.train.micro_batch_size * config.train.sequence_length
+
+
+def _position_seconds(cost: LayerCost, card: Card) -> float:
+    return (
+        cost.matrix_flops / card.matrix_flops
+        + cost.attention_flops / card.attention_flops
+        + cost.streamed_elements * ELEMENT_BYTES / 3 / card.memory_bandwidth
     )
 
 
@@ -170,7 +188,9 @@ def _memory(config: Config, world_size: int) -> dict[str, float]:
     model, tokens = config.model, config.train.micro_batch_size * config.train.sequence_length
     share = parameters(model) / world_size
     layer, vocabulary = 2 * layer_parameters(model), 2 * model.vocab_size * model.dim
-    saved = tokens * layer_activation_bytes(model)
+    saved = 2 * tokens * layer_cost(model, config.train.sequence_length).kept_elements
+    costs = [head_cost(model, index, config.train.sequence_length) for index in range(model.num_future_tokens)]
+    saved_by_head = 2 * tokens * max(cost.kept_elements for cost in costs)
     trunk = model.num_trunk_layers
     boundaries = 2 * tokens * model.dim * trunk
     chunk = chunk_bytes(config, width=2)
@@ -186,7 +206,9 @@ def _memory(config: Config, world_size: int) -> dict[str, float]:
         "optimizer": STATE_BYTES * share * on_device,
         "gathered weights": (1 + config.engine.prefetch_modules) * layer + 2 * vocabulary if gathers else 0,
         "gradients on their way": sent * layer,
-        "activations": (boundaries + saved if config.train.activation_checkpointing else (trunk + 1) * saved),
+        "activations": boundaries + max(saved, saved_by_head)
+        if config.train.activation_checkpointing
+        else trunk * saved + saved_by_head,
         "a layer's backward": 13 * tokens * model.hidden_dim,
         "head loss": head_loss,
     }
@@ -209,14 +231,14 @@ def _checkpoint_bytes(config: Config) -> int:
 def _micro_batch_seconds(config: Config, world_size: int, card: Card) -> tuple[float, float]:
     """(computing, exposed) of one micro-batch's forward and backward pass."""
     model, tokens = config.model, config.train.micro_batch_size * config.train.sequence_length
-    forward = _layer_seconds(config, tokens, card)
+    forward, heads = _layer_seconds(config, card), _head_seconds(config, card)
     product = 2 * tokens * model.vocab_size * model.dim / card.matrix_flops
     float8_heads = _float8_heads(config)
     losses = 3 * product * model.num_future_tokens - 2 * product * float8_heads * (1 - 1 / card.float8_speedup)
     if float8_heads:  # the weight is read for its largest element, and to be written twice, in 8 bits
         losses += 6 * model.vocab_size * model.dim / card.memory_bandwidth
     again = model.num_trunk_layers * forward if config.train.activation_checkpointing else 0.0
-    compute = 3 * model.num_layers * forward + losses + again
+    compute = 3 * (model.num_trunk_layers * forward + sum(heads)) + losses + again
 
     network = Network(dataclasses.replace(config.cluster, emulate=world_size))
     layer, vocabulary = 2 * layer_parameters(model), 2 * model.vocab_size * model.dim

@@ -28,7 +28,7 @@ from megamtp.planning.partition import (
 )
 from megamtp.planning.pass_costs import PassCosts, flop_costs
 from megamtp.planning.spread_schedule import Exchange, SpreadSchedule, StageTimes, fastest_schedule
-from megamtp.planning.stage_memory import Contents, stage_memory
+from megamtp.planning.stage_memory import StageContents, stage_memory
 
 ROW_MULTIPLE, LARGE_SLICE = 128, 1024  # rows of large slices are a multiple: what matrix products like
 
@@ -164,15 +164,14 @@ def _row_cost(config: Config, costs: PassCosts) -> float:
     return config.model.num_future_tokens * (costs.slice_statistics + costs.slice_gradients)
 
 
-def _times(contents: Contents, passes: tuple[float, float], costs: PassCosts) -> StageTimes:
+def _times(contents: StageContents, passes: tuple[float, float], costs: PassCosts) -> StageTimes:
     rows = contents.rows
     return StageTimes(*passes, rows * costs.slice_statistics, rows * costs.slice_gradients, contents.num_heads)
 
 
 def _passes(config: Config, costs: PassCosts, first: int, end: int) -> tuple[float, float]:
-    """(forward, backward) without losses; a head's layer is then one like those of the trunk, but never recomputed."""
-    heads, has_embedding = heads_between(config, first, end), first == 0
-    num_trunk = end - first - len(heads)
-    forward = costs.forward(end - first, 0, has_embedding)
-    backward = costs.backward(num_trunk, has_embedding, config.train.activation_checkpointing)
-    return forward, backward + costs.backward(len(heads), False, recompute=False)
+    """(forward, backward) of the layers first, ..., end - 1 without losses. Heads are never recomputed."""
+    contents = contents_between(config, first, end)
+    forward = costs.trunk_forward(contents) + costs.heads_forward(contents.heads)
+    backward = costs.trunk_backward(contents, config.train.activation_checkpointing)
+    return forward, backward + costs.heads_backward(contents.heads)

@@ -21,9 +21,9 @@ from megamtp.data.position import DataPosition
 from megamtp.data.windows import Windows
 from megamtp.engines.base import Engine, count_targets
 from megamtp.errors import InputError
+from megamtp.optimizers.schedule import learning_rate
 from megamtp.training.metrics import Metrics
 from megamtp.training.saving import Saver
-from megamtp.training.schedule import learning_rate
 
 MAX_SKIPPED = 10  # steps in a row whose gradients are not finite
 BATCHES_UNASKED = 8  # of an evaluation, after which the ranks ask each other whether to stop

@@ -172,7 +172,7 @@ def _counts(recompute: bool, settings: dict) -> tuple[Counter, Counter, int, lis
     reduced = []
 
     def counted_all_reduce(tensor, *arguments, **options):
-        if engine.model.copies and options.get("group") is engine.model.copies:
+        if engine.stage.copies and options.get("group") is engine.stage.copies:
             reduced.append(tensor.numel())
         return all_reduce(tensor, *arguments, **options)
 
@@ -215,12 +215,12 @@ def _reduction_while_others_work(folder: str) -> bool:
 
     def reduce_and_tell(*arguments):
         reduce(*arguments)
-        if engine.model.copies:
+        if engine.stage.copies:
             (Path(folder) / str(engine.rank)).touch()
 
     engine.engine._INSTRUCTION_MAP = instructions | {schedule.BackwardPass: backward, schedule.ReduceTiedGrads: reduce_and_tell}
     _train(engine.config, engine, [0])
-    return engine.model.copies is not None
+    return engine.stage.copies is not None
 
 
 def test_copies_are_reduced_while_stages_before_them_still_work(tmp_path):

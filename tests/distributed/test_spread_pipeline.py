@@ -53,7 +53,7 @@ def spread_config(stages: int, pipelines: int, accumulation: int = 2, **settings
 
 
 def _rows(engine) -> slice:
-    return slice(engine.model.first_row, engine.model.first_row + engine.model.own.contents.rows)
+    return slice(engine.part.extent.rows.start, engine.part.extent.rows.stop)
 
 
 def _errors(ranks: int) -> list[tuple[float, float, int, bool]]:
@@ -69,8 +69,8 @@ def _errors(ranks: int) -> list[tuple[float, float, int, bool]]:
             train__activation_checkpointing=recompute, head_loss__weights=[1.0, 0.5, 0.75, 0.25][:n],
         )  # fmt: skip
         engine = build_engine(config)
-        takes_turns = engine.cut.schedule.alive(engine.model.stage_id) < accumulation
-        found.append((*largest_errors(config, engine, num_steps=2), engine.model.own.contents.rows, takes_turns))
+        takes_turns = engine.cut.schedule.alive(engine.stage.stage_id) < accumulation
+        found.append((*largest_errors(config, engine, num_steps=2), engine.part.own.contents.rows, takes_turns))
     return found
 
 

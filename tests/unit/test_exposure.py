@@ -3,7 +3,7 @@
 import pytest
 from benchmarks.exposure import Exposure, Kernel, read, subtract, union
 
-from megamtp.engines.head_phase import HEAD_PHASE_RANGE
+from megamtp.engines.deepspeed.head_phase import HEAD_PHASE_RANGE
 
 COMPUTE, GATHER, SCATTER = 7, 20, 21
 

@@ -81,7 +81,9 @@ def test_a_size_that_does_not_fit_is_named_and_others_are_measured(tmp_path, mon
     monkeypatch.setattr(stages, "measure", measure)
     arguments = ["--device", "cpu", "--vocabularies", "300", "--stages", "4", "--output", str(tmp_path)]
     pipeline.main([*arguments, "--sizes", "13b", "6.7b"])
-    assert "13b: Contents(num_trunk=4, " in (shown := capsys.readouterr().out) and "does not fit on this card; expected" in shown
+    assert (
+        "13b: StageContents(num_trunk=4, " in (shown := capsys.readouterr().out) and "does not fit on this card; expected" in shown
+    )
     assert {result["size"] for result in json.loads((tmp_path / "pipeline.json").read_text())["results"]} == {"6.7b"}
     with pytest.raises(InputError, match="width 5120 does not fit"):
         pipeline.main([*arguments, "--sizes", "13b"])
@@ -137,7 +139,7 @@ def test_a_measured_stage_sums_the_gradients_of_its_micro_batches(plan):
     """As often as it is run, and the unembedding's once for all heads of a micro-batch."""
     config = small_config(1, 4, **PIPELINE, model__num_future_tokens=2)
     last = plan(config, 1).stages[-1]
-    kind = stages.SpreadStage if last.contents.spread else stages.WholeStage
+    kind = stages.MeasuredSpreadStage if last.contents.spread else stages.MeasuredStage
     stage = kind(config, last, torch.device("cpu"))
     sums = []
     for _ in range(2):

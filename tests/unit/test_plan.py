@@ -15,7 +15,7 @@ from megamtp.model.cost import flops_per_token, parameters
 from megamtp.planning.partition import partition
 from megamtp.planning.planner import CARDS, fitting, plan
 from megamtp.planning.spread import best_cut
-from megamtp.planning.stage_memory import OPTIMIZER, Contents, stage_memory
+from megamtp.planning.stage_memory import OPTIMIZER, StageContents, stage_memory
 
 ROOT = Path(__file__).parents[2]
 
@@ -80,7 +80,8 @@ def test_memory_of_recorded_stages_is_predicted():
         spread = result["plan"] == "spread losses"
         for stage, peak in enumerate(result["peak_bytes"]):
             heads = result["heads_of_stages"][stage]
-            contents = Contents(result["layers"][stage] - heads, heads, stage == 0, result["rows"][stage], spread)
+            own = range(sum(result["heads_of_stages"][:stage]), sum(result["heads_of_stages"][: stage + 1]))
+            contents = StageContents(result["layers"][stage] - heads, own, stage == 0, result["rows"][stage], spread)
             found = stage_memory(config, settings["pipelines"], contents, result["alive"][stage])
             needed = sum(size for kind, size in found.items() if kind != OPTIMIZER)
             assert needed == pytest.approx(peak, rel=0.05), (result["plan"], contents)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from megamtp.engines.head_phase import HEAD_PHASE_RANGE
+from megamtp.engines.deepspeed.head_phase import HEAD_PHASE_RANGE
 
 # An emulated transfer lasts from the kernel that notes its beginning to the end of its hold, whatever runs in between.
 BEGIN, HOLD, REAL_TRANSFER = "mark", "hold", "nccl"

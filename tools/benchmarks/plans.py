@@ -16,7 +16,7 @@ from megamtp.planning.partition import Partition, Stage, contents_between, heads
 from megamtp.planning.pass_costs import PassCosts
 from megamtp.planning.spread import SpreadPartition, spread
 from megamtp.planning.spread_schedule import Kind, StageTimes
-from megamtp.planning.stage_memory import OPTIMIZER, Contents
+from megamtp.planning.stage_memory import OPTIMIZER, StageContents
 
 NAIVE, WHOLE, SPREAD = "naive", "whole layers", "spread losses"
 UNIT_LAYERS = 4  # trunk layers of the stage that tells what one costs
@@ -59,25 +59,42 @@ def stage_key(config: Config, stage: Stage) -> tuple:
 
 
 def measured_costs(config: Config, meter: Meter) -> PassCosts:
-    """Seconds, from stages with few contents: layers alone, layers and embedding, one head, two, a slice of average size."""
+    """Seconds, from stages with few contents: layers alone, layers and embedding, a head without and with its loss, two heads with
+    theirs, a slice of average size."""
     model = config.model
     num_layers = min(UNIT_LAYERS, model.num_trunk_layers - 1)
     layers = _passes(config, meter, first=1, end=1 + num_layers)
     first = _passes(config, meter, first=0, end=num_layers)
     forward, backward = (layers[kind] / num_layers for kind in (Kind.FORWARD, Kind.BACKWARD))
+    n = model.num_future_tokens
+    last = range(n - 1, n)
+    head = meter.measure(config, _stage(StageContents(0, last, False, rows=0, spread=True))).seconds
+    head_forward, head_backward = head[Kind.FORWARD], head[Kind.BACKWARD]
     one = sum(_passes(config, meter, model.num_layers - 1, model.num_layers).values())
-    loss, copy = one - forward - backward, 0.0
-    if model.num_future_tokens > 1:
+    loss, copy = one - head_forward - head_backward, 0.0
+    if n > 1:
         two = sum(_passes(config, meter, model.num_layers - 2, model.num_layers).values())
-        loss = two - one - forward - backward
-        copy = one - forward - backward - loss
+        loss = two - one - head_forward - head_backward
+        copy = one - head_forward - head_backward - loss
     rows = max(1, model.vocab_size // config.engine.num_stages)
-    contents = Contents(0, 0, False, rows, spread=True)
-    part = meter.measure(config, Stage(1, 1, range(0), contents, 0.0, 0.0, {})).seconds
+    part = meter.measure(config, _stage(StageContents(0, range(0), False, rows, spread=True))).seconds
     embedding = max(0.0, sum(first.values()) - sum(layers.values()))
     return PassCosts(
-        forward, backward, max(0.0, loss), max(0.0, copy), embedding, part[Kind.STATISTICS] / rows, part[Kind.GRADIENTS] / rows
+        layer_forward=forward,
+        layer_backward=backward,
+        head_forward=(head_forward,) * n,
+        head_backward=(head_backward,) * n,
+        loss=max(0.0, loss),
+        copy=max(0.0, copy),
+        embedding=embedding,
+        slice_statistics=part[Kind.STATISTICS] / rows,
+        slice_gradients=part[Kind.GRADIENTS] / rows,
     )
+
+
+def _stage(contents: StageContents) -> Stage:
+    """A stage of `contents` alone, for a meter, which does not ask for the place in the model of a stage without trunk layers."""
+    return Stage(1, 1, contents.heads, contents, 0.0, 0.0, {})
 
 
 def _passes(config: Config, meter: Meter, first: int, end: int) -> dict[Kind, float]:

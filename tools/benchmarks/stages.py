@@ -18,10 +18,9 @@ from torch import Tensor
 from megamtp.config import Config
 from megamtp.data.loader import Batch
 from megamtp.engines.base import DTYPES
-from megamtp.engines.spread_stage import SlicedUnembedding
-from megamtp.engines.stage import StageLayers
+from megamtp.engines.stage import StagePart
 from megamtp.losses.linear_cross_entropy import wide
-from megamtp.losses.vocabulary_slice import combine, slice_gradients, slice_statistics
+from megamtp.losses.vocabulary_slice import combine
 from megamtp.model.initial import STANDARD_DEVIATION
 from megamtp.planning.partition import Stage
 from megamtp.planning.spread_schedule import Kind
@@ -44,7 +43,7 @@ class Measured:
     peak_bytes: dict[int, int] = field(default_factory=dict)
 
 
-class WholeStage(StageLayers):
+class MeasuredStage(StagePart):
     """A stage whose heads have their losses where they are."""
 
     def __init__(self, config: Config, own: Stage, device: torch.device):
@@ -63,13 +62,13 @@ class WholeStage(StageLayers):
         self.begin(itertools.repeat(batch), [1.0 / (shape[0] * shape[1])] * model.num_future_tokens)
 
     @torch.no_grad()
-    def _initialise(self) -> None:
+    def initialise(self) -> None:
         for parameter in self.parameters():
             parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(0.0, STANDARD_DEVIATION)
 
     def receive(self) -> Tensor:
         """A micro-batch as it comes to this stage."""
-        return self.tokens if self.embedding else self.received.clone().requires_grad_()
+        return self.tokens if self.embedding is not None else self.received.clone().requires_grad_()
 
     def run(self, kind: Kind, passed: "Passed") -> None:
         """One pass of a micro-batch."""
@@ -88,16 +87,13 @@ class WholeStage(StageLayers):
         return 1
 
 
-class SpreadStage(WholeStage):
+class MeasuredSpreadStage(MeasuredStage):
     """A stage with a slice of the unembedding, for all heads' losses; its own heads are layers whose answer comes later."""
-
-    def _make_unembedding(self) -> SlicedUnembedding | None:
-        return SlicedUnembedding(self.config.model, self.own.contents.rows, bool(self.heads))
 
     def run(self, kind: Kind, passed: "Passed") -> None:
         if kind == Kind.FORWARD:
-            passed.output = self._run_trunk(passed.input.clone(), None)
-            passed.hidden = [self.unembedding.normed(head(passed.output)) for head in self.heads.values()]
+            passed.output = self.run_trunk(passed.input.clone())
+            passed.hidden = self.normed_heads(passed.output)
         elif kind == Kind.STATISTICS:
             passed.slices = [self._statistics(index) for index in range(len(self.micro_batch_targets))]
         elif kind == Kind.GRADIENTS:
@@ -108,7 +104,7 @@ class SpreadStage(WholeStage):
             passed.slices = None
         else:
             gradients = (passed.gradients or [self.gradient] * len(passed.hidden))[: len(passed.hidden)]
-            sent = [(passed.output, self.gradient)] if self.own.end < self.config.model.num_layers else []
+            sent = [(passed.output, self.gradient)] if self.own.end < self.config.num_layers else []
             sent += [(hidden, gradient.view_as(hidden)) for hidden, gradient in zip(passed.hidden, gradients, strict=True)]
             torch.autograd.backward([output for output, _ in sent], [gradient for _, gradient in sent])
 
@@ -116,15 +112,12 @@ class SpreadStage(WholeStage):
         """(hidden states as they come from their stage; logits; statistics) of one head."""
         hidden_ND = self.received.clone().flatten(0, -2)
         targets_N = self.micro_batch_targets[index].flatten()
-        return hidden_ND, *slice_statistics(hidden_ND, self.unembedding.weight.detach(), targets_N, first=0)
+        return hidden_ND, *self.slice_statistics(hidden_ND, targets_N)
 
     def _gradients(self, index: int, hidden_ND: Tensor, logits_NR: Tensor, statistics_3N: Tensor, d_weight_RD: Tensor) -> Tensor:
         targets_N = self.micro_batch_targets[index].flatten()
         _, log_partition_N = combine(statistics_3N[None], targets_N)
-        return slice_gradients(
-            logits_NR, hidden_ND, self.unembedding.weight.detach(), targets_N, 0, log_partition_N,
-            d_weight_RD, self.loss_scales[index],
-        )  # fmt: skip
+        return self.slice_gradients(logits_NR, hidden_ND, targets_N, log_partition_N, d_weight_RD, self.loss_scales[index])
 
     @property
     def kinds(self) -> list[Kind]:
@@ -160,7 +153,7 @@ class _Adding:
 def measure(config: Config, own: Stage, alive: Iterable[int], device: torch.device, micro_batches: int) -> Measured:
     """Times of `micro_batches` micro-batches one after the other, and the peak for each number of `alive` ones."""
     before = _allocated(device)
-    stage = (SpreadStage if own.contents.spread else WholeStage)(config, own, device)
+    stage = (MeasuredSpreadStage if own.contents.spread else MeasuredStage)(config, own, device)
     try:
         seconds = _times(stage, micro_batches)
         found = Measured(
@@ -182,7 +175,7 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _times(stage: WholeStage, micro_batches: int) -> dict[Kind, list[float]]:
+def _times(stage: MeasuredStage, micro_batches: int) -> dict[Kind, list[float]]:
     """Seconds of each pass. The host does not wait for the device in between, so that launches are hidden as in training."""
     marks = []
     for index in range(WARM_UP + micro_batches):
@@ -201,14 +194,14 @@ def _times(stage: WholeStage, micro_batches: int) -> dict[Kind, list[float]]:
     }
 
 
-def _check(stage: WholeStage, passed: Passed) -> None:
+def _check(stage: MeasuredStage, passed: Passed) -> None:
     """Waits for the device. Raises RuntimeError: what was measured computed nonsense."""
     totals = [total.abs().max() for total in stage.sums.values()]
     if not torch.isfinite(torch.stack(totals)).all() or not torch.isfinite(passed.output).all():
         raise RuntimeError(f"stage {stage.own.contents}: a gradient or an output is not finite")
 
 
-def _peaks(stage: WholeStage, counts: list[int]) -> Iterable[tuple[int, int]]:
+def _peaks(stage: MeasuredStage, counts: list[int]) -> Iterable[tuple[int, int]]:
     """(micro-batches alive, peak bytes), upwards, until one does not fit; nothing on a CPU, whose memory is not counted."""
     if stage.device.type != "cuda":
         return

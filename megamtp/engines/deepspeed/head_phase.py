@@ -3,9 +3,6 @@
 DeepSpeed believes that a forward pass makes no gradients. Each step below corrects one such belief; leaving one out gives wrong
 gradients, often silently. (a) to (e), of which (c) is in zero.py, are tested one by one in tests/distributed/test_head_phase.py.
 
-This file, those of the grouped traffic (traffic.py, gather.py, scatter.py) and fragments.py are the only ones that know ZeRO's
-`ds_*` attributes.
-Checked against DeepSpeed 0.19.
 """
 
 import contextlib
@@ -17,7 +14,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from torch import nn
 
-from megamtp.engines.traffic import GroupedTraffic
+from megamtp.engines.deepspeed.traffic import GroupedTraffic
 from megamtp.losses.sequential import HeadPhase
 from megamtp.model.mtp import MTPModel
 
@@ -147,6 +144,11 @@ def backward_seed(engine: DeepSpeedEngine) -> float:
     return engine.optimizer.scale_if_loss(one).item() / engine.gradient_accumulation_steps()
 
 
-def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """A parameter's shape in the model, also where ZeRO-3 holds it in shards, or a pipeline's stage some rows of it."""
-    return tuple(getattr(parameter, "ds_shape", getattr(parameter, "whole_shape", parameter.shape)))
+class SeededHeads(HeadPhase):
+    """Of a pipeline: heads' backward passes start as the last stage's will. No gradient is reduced before the last pass."""
+
+    def __init__(self, engine: DeepSpeedEngine):
+        self.engine = engine
+
+    def seed(self) -> float:
+        return backward_seed(self.engine)

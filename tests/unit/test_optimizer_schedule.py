@@ -3,7 +3,7 @@
 import pytest
 
 from megamtp.config import OptimizerConfig
-from megamtp.training.schedule import learning_rate
+from megamtp.optimizers.schedule import learning_rate
 
 SETTINGS = OptimizerConfig(lr=2.0, warmup_steps=10, final_lr_ratio=0.1)
 

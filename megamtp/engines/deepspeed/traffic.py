@@ -2,7 +2,7 @@
 on the number of ranks.
 
 DeepSpeed keeps what it is good at: shards, optimizer, clipping, loss scale, offloading, checkpoints. Its module and gradient hooks,
-its parameter coordinator and its buckets are replaced, and put back by `remove`. Checked against DeepSpeed 0.19.
+its parameter coordinator and its buckets are replaced, and put back by `remove`.
 """
 
 import contextlib
@@ -13,20 +13,8 @@ import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
-from megamtp.engines.gather import Gather, Streams, Unit
-from megamtp.engines.scatter import DeviceOrderedStream, Scatter
-from megamtp.errors import InputError
-
-SUPPORTED_DEEPSPEED = "0.19."
-
-
-def check_deepspeed_version(version: str = deepspeed.__version__) -> None:
-    """Raises: InputError if this is a DeepSpeed whose inner parts may be others than those replaced here."""
-    if not version.startswith(SUPPORTED_DEEPSPEED):
-        raise InputError(
-            f"DeepSpeed {version} with engine.communication=grouped; expected {SUPPORTED_DEEPSPEED}*: install that, or set "
-            "engine.communication=deepspeed"
-        )
+from megamtp.engines.deepspeed.gather import Gather, Streams, Unit
+from megamtp.engines.deepspeed.scatter import DeviceOrderedStream, Scatter
 
 
 class Coordinator:
@@ -59,7 +47,6 @@ class GroupedTraffic:
     """
 
     def __init__(self, engine: DeepSpeedEngine, modules: list[nn.Module], prefetch: int):
-        check_deepspeed_version()
         self._engine, optimizer = engine, engine.optimizer
         streams = Streams(torch.device(deepspeed.get_accelerator().current_device_name()))
         group = optimizer.dp_process_group
@@ -132,12 +119,3 @@ class GroupedTraffic:
         self._epilogue()  # after a step's last micro-batch, makes the current stream wait for the last reduction
         if self._engine.is_gradient_accumulation_boundary():
             self.scatter.end()
-
-
-def fill_shards(model: nn.Module, standard_deviation: float) -> None:
-    """Values for an emulated cluster's one rank: of the right size, drawn without the peers that do not exist."""
-    for parameter in model.parameters():
-        if len(parameter.ds_shape) == 1:
-            parameter.ds_tensor.fill_(1.0)
-        else:
-            parameter.ds_tensor.normal_(0.0, standard_deviation)

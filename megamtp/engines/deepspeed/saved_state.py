@@ -13,8 +13,8 @@ from megamtp.checkpoint.contents import COUNTERS, WEIGHT, check_tensors
 from megamtp.checkpoint.shards import KINDS, Shards, Tensors, shard_name, slice_key
 from megamtp.checkpoint.store import Manifest, read_manifest
 from megamtp.engines.base import EngineState
-from megamtp.engines.fragments import MasterState
-from megamtp.engines.head_phase import full_shape
+from megamtp.engines.deepspeed.fragments import MasterState
+from megamtp.engines.deepspeed.members import full_shape
 from megamtp.errors import CheckpointError
 
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of its loss scaler under fp16

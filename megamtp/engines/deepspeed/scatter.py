@@ -13,7 +13,7 @@ import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
-from megamtp.engines.gather import Streams, Unit
+from megamtp.engines.deepspeed.gather import Streams, Unit
 
 MAX_LEAVING = 2  # modules whose gradients may wait for their reduction; the device, not the host, waits for older ones
 

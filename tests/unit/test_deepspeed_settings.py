@@ -2,7 +2,7 @@
 
 import pytest
 
-from megamtp.engines.deepspeed_config import REFUSED, deepspeed_config
+from megamtp.engines.deepspeed.settings import REFUSED, deepspeed_config
 from megamtp.errors import InputError
 from tests.cases import small_config
 
