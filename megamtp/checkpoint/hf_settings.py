@@ -20,6 +20,7 @@ from megamtp.checkpoint.hf_tokenizer import (
 )
 from megamtp.checkpoint.tensors import TensorSource
 from megamtp.config import ModelConfig
+from megamtp.data.tokenizer import SentencePieceTokenizer
 from megamtp.errors import CheckpointError
 
 CONFIG = "config.json"
@@ -80,7 +81,9 @@ def contents_of(
     positions, tokenizer, in_bytes = "max_position_embeddings", directory / TOKENIZER, are_bytes(directory, model.vocab_size)
     usable = fits(tokenizer, model.vocab_size)
     if not usable and not in_bytes and (tokenizer.exists() or (directory / "tokenizer.json").exists()):
-        notes += (f"{directory} has a tokenizer that is no SentencePiece model of {model.vocab_size} pieces: it stays behind",)
+        notes += (f"{directory} has a tokenizer, but no SentencePiece model of at most {model.vocab_size} pieces: it stays behind",)
+    if usable and (pieces := SentencePieceTokenizer(tokenizer).vocab_size) < model.vocab_size:
+        notes += (f"{tokenizer} has {pieces} pieces, the model {model.vocab_size} rows: ids from {pieces} on have no text",)
     return Contents(
         model,
         {WEIGHT: weights},

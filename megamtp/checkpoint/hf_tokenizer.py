@@ -206,14 +206,14 @@ def _check_kind(tokenizer: SentencePieceTokenizer) -> None:
 
 def _check_translation(tokenizer: SentencePieceTokenizer, translated: Tokenizer, texts: list[str]) -> None:
     """Raises: CheckpointError if any text becomes other ids than SentencePiece's."""
-    found = [encoding.ids for encoding in translated.encode_batch(texts)]
-    for text, ids, expected in zip(texts, found, tokenizer.encode_batch(texts), strict=True):
+    for text, expected in zip(texts, tokenizer.encode_batch(texts), strict=True):
+        ids = translated.encode(text).ids  # encode_batch would start threads, and warn in every process forked afterwards
         if ids != expected:
             raise _refusal(tokenizer, f"{text!r} would become {ids}, expected {expected}")
 
 
 def _refusal(tokenizer: SentencePieceTokenizer, reason: str) -> CheckpointError:
     return CheckpointError(
-        f"{tokenizer.path} cannot be exported: {reason}; expected a BPE model without normalisation (prepare_data trains such) "
-        "or none: unset data.tokenizer"
+        f"{tokenizer.path} cannot be exported to hf or hf-mtp: {reason}; expected a BPE model without normalisation "
+        "(prepare_data trains such) or none: unset data.tokenizer"
     )

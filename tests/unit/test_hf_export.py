@@ -279,7 +279,7 @@ def test_symbols_are_tokens_of_their_own(exported_kinds):
 def test_a_tokenizer_that_cannot_be_translated_is_refused(tmp_path, kind, reason):
     path = tokenizer_kinds.train_kind(kind, tmp_path / "foreign.model")
     config = dataclasses.replace(SMALL, vocab_size=SentencePieceTokenizer(path).vocab_size)
-    with pytest.raises(CheckpointError, match=rf"foreign\.model cannot be exported: {reason}"):
+    with pytest.raises(CheckpointError, match=rf"foreign\.model cannot be exported to hf or hf-mtp: {reason}"):
         hf.export(contents(config, random_model(config).state_dict(), path), tmp_path / "exported")
     assert not (tmp_path / "exported").exists()
 
@@ -294,4 +294,4 @@ def test_a_tokenizer_that_stays_behind_is_said_so(exported):
     (exported / "tokenizer.json").write_text(json.dumps({"long": "x" * hf_tokenizer.LARGEST_BYTE_TOKENIZER}))
     found = hf.read(exported)
     assert found.tokenizer is None
-    assert ["has a tokenizer that is no SentencePiece model of 300 pieces" in note for note in found.notes] == [True]
+    assert ["has a tokenizer, but no SentencePiece model of at most 300 pieces" in note for note in found.notes] == [True]
