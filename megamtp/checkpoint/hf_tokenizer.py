@@ -99,7 +99,7 @@ def write_byte_tokenizer(folder: Path, sequence_length: int) -> None:
     tokenizer = Tokenizer(BPE({character: byte for byte, character in enumerate(characters)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    end = "<|end|>"
+    end = ByteTokenizer.end_piece
     tokenizer.add_special_tokens([AddedToken(end, normalized=False)])
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -17,6 +17,8 @@ from megamtp.files import write_atomically
 
 # SentencePiece writes spaces as this character, so it reads one in a text as a space.
 SPACE_MARK = "\u2581"
+# How many texts write the end of a text. No tokenizer here reads it, or the name of its own end piece, as anything but characters.
+END_MARKER = "<|endoftext|>"
 # Training reads at most 5000 chunks of 4096 characters, about 20 MB: seconds of work, and merges hardly change beyond it.
 CHUNK_CHARACTERS = 4096
 MAX_CHUNKS = 5000
@@ -37,6 +39,9 @@ class ByteTokenizer:
     path = BYTES
     vocab_size = 257
     end_of_document_id = 256
+    end_piece = "<|end|>"
+    end_markers = (end_piece, END_MARKER)
+    keeps_space_marks = True
 
     def encode(self, text: str) -> list[int]:
         """The bytes of `text`, without any end-of-document id."""
@@ -66,6 +71,7 @@ class SentencePieceTokenizer:
         processor: the library's tokenizer.
         proto: the file's content: pieces, and how they were trained.
         user_defined: ids of the pieces that the library finds in a text before it looks for any other.
+        end_markers: what looks like the end of a document in a text, and becomes ordinary characters.
         keeps_space_marks: whether U+2581 has ids of its own, as in a model of `train_sentencepiece`.
     """
 
@@ -82,6 +88,8 @@ class SentencePieceTokenizer:
         self.proto = ModelProto.FromString(self.processor.serialized_model_proto())
         user_defined = ModelProto.SentencePiece.USER_DEFINED
         self.user_defined = [token for token, piece in enumerate(self.proto.pieces) if piece.type == user_defined]
+        symbols = {self.processor.id_to_piece(token) for token in self.user_defined}
+        self.end_markers = tuple({self.processor.id_to_piece(self.end_of_document_id), END_MARKER} - symbols)
         self.keeps_space_marks = not self.user_defined and _is_ours(self.proto)
 
     def encode(self, text: str) -> list[int]:

@@ -92,6 +92,7 @@ def test_ids_beyond_the_vocabulary_decode_to_nothing(tokenizer):
     assert ByteTokenizer().decode([97, 257, 271]) == "a"
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(max_size=20), max_size=5))
 @example(["\u2581", "", "a\u2581b", ""])
 @example(["def f():", TEXTS[0]])
