@@ -56,6 +56,13 @@ def _report(corpus: Corpus, reused: bool, output: Path) -> None:
         print(f"passed over {len(corpus.unreadable_files)} files that are not UTF-8, the first: {corpus.unreadable_files[0]}")
     if corpus.duplicates:
         print(f"dropped {corpus.duplicates:,} documents whose text an earlier one has")
+    if corpus.space_marks:
+        print(f"{corpus.space_marks:,} documents hold the character U+2581, which this tokenizer reads as a space")
+    if corpus.end_markers:
+        print(
+            f"{corpus.end_markers:,} documents hold an end-of-text marker such as </s> or <|endoftext|>: "
+            "it is tokenised as ordinary characters and ends no document"
+        )
     for split in corpus.tokens:
         documents, tokens = corpus.documents[split], corpus.tokens[split]
         print(f"{split}: {documents:,} documents, {tokens:,} tokens in {output / split}.bin, .idx, .crc")

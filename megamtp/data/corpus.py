@@ -41,6 +41,8 @@ class Corpus:
             knows no context.
         duplicates: documents that were dropped because an earlier one has the same text.
         document_lengths: how many documents have at least so many tokens, their ends included, and fewer than twice as many.
+        space_marks: documents with U+2581, if the tokenizer reads that as a space.
+        end_markers: documents in which an end-of-text marker is written, which is tokenised as ordinary characters.
     """
 
     settings: dict
@@ -52,6 +54,8 @@ class Corpus:
     unreadable_files: list[str]
     duplicates: int = 0
     document_lengths: dict[str, int] = field(default_factory=dict)
+    space_marks: int = 0
+    end_markers: int = 0
 
 
 def prepare(
@@ -168,6 +172,8 @@ def _summary(totals: Totals, settings: dict, vocab_size: int, dropped: int) -> C
         totals.not_utf8,
         totals.duplicates + dropped,
         lengths,
+        totals.space_marks,
+        totals.end_markers,
     )
 
 

@@ -14,7 +14,7 @@ from megamtp.data.tokenizer import BYTES, train_sentencepiece
 from megamtp.errors import InputError
 from megamtp.files import write_atomically
 
-PART_FORMAT = 1
+PART_FORMAT = 2
 DEFAULT_VOCAB_SIZE = 4096
 # The tokenizer's sample is drawn from all inputs if they are no larger than this, else from as many bytes of them.
 TRAINING_BYTES = 256 << 20

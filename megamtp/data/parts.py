@@ -17,14 +17,20 @@ from megamtp.data.indexed_dataset import LONGEST_SEQUENCE
 from megamtp.data.jobs import Job
 from megamtp.data.records import read
 from megamtp.data.shards import Shard
-from megamtp.data.tokenizer import Tokenizer, open_tokenizer
+from megamtp.data.tokenizer import SPACE_MARK, Tokenizer, open_tokenizer
 from megamtp.errors import InputError
 from megamtp.files import open_atomically, write_atomically
 
 BATCH_DOCUMENTS = 1024
 BATCH_CHARACTERS = 1 << 20
-# name: what decides the split; text: what decides whether two documents are the same, zeros unless asked for.
-DOCUMENT = np.dtype([("name", "<u8"), ("text_high", "<u8"), ("text_low", "<u8"), ("bytes", "<u8"), ("length", "<i4")])
+# name: what decides the split; text: what decides whether two documents are the same, zeros unless asked for;
+# space_mark: whether it holds U+2581, and the tokenizer reads that as a space; end_marker: whether it holds one as characters.
+DOCUMENT = np.dtype(
+    [
+        ("name", "<u8"), ("text_high", "<u8"), ("text_low", "<u8"), ("bytes", "<u8"), ("length", "<i4"),
+        ("space_mark", "?"), ("end_marker", "?"),
+    ]
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ def tokenise(shard: Shard, job: Job) -> int:
         for batch in _batches(_documents(shard, job, not_utf8)):
             tokens, lengths = tokenizer.encode_documents([text for _, text in batch])
             stream.write(tokens.data)
-            tables.append(_table(batch, lengths, job))
+            tables.append(_table(batch, lengths, job, tokenizer))
     documents = np.concatenate(tables)
     with open_atomically(stem.with_suffix(".npy")) as stream:
         np.save(stream, documents)
@@ -97,12 +103,15 @@ def _batches(documents: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, s
         yield batch
 
 
-def _table(batch: list[tuple[str, str]], lengths: np.ndarray, job: Job) -> np.ndarray:
+def _table(batch: list[tuple[str, str]], lengths: np.ndarray, job: Job, tokenizer: Tokenizer) -> np.ndarray:
     table = np.zeros(len(batch), DOCUMENT)
     table["name"] = [split_hash(job.seed, name) for name, _ in batch]
     encoded = [text.encode() for _, text in batch]
     table["bytes"] = [len(text) for text in encoded]
     table["length"] = lengths
+    if not tokenizer.keeps_space_marks:
+        table["space_mark"] = [SPACE_MARK in text for _, text in batch]
+    table["end_marker"] = [any(marker in text for marker in tokenizer.end_markers) for _, text in batch]
     if lengths.max() > LONGEST_SEQUENCE:
         name = batch[int(lengths.argmax())][0]
         raise InputError(f"{name}: {lengths.max()} tokens, expected at most {LONGEST_SEQUENCE} in a document: cut it")

@@ -75,9 +75,7 @@ class Metrics:
             self._write("validation", step, {"losses": list(map(_finite, losses))})
             self.say(f"step {step}: validation loss {_shown(losses)}")
 
-    def checkpoint(
-        self, step: int, stored_bytes: int, write_seconds: float, copy_seconds: float, wait_seconds: float
-    ) -> None:
+    def checkpoint(self, step: int, stored_bytes: int, write_seconds: float, copy_seconds: float, wait_seconds: float) -> None:
         """Reports a checkpoint that is visible now.
 
         Args:

@@ -2,6 +2,7 @@
 
 import fcntl
 import gzip
+import json
 import os
 import pty
 import re
@@ -17,6 +18,7 @@ import pytest
 import zstandard
 
 from megamtp.commands import prepare_data
+from tests import tokenizer_kinds
 
 TEXT = "".join(f"line {number} of a text\n" for number in range(3000))
 SMALL = ["--vocab-size", "290"]
@@ -94,6 +96,24 @@ def test_mistake_is_one_line(case, call):
     assert line.startswith("megamtp: error: ")
     assert all(word in line for word in words), line
     assert not Path("out").exists() or list(Path("out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "marks", "ends"), [("ours", 0, 3), ("bytes", 0, 2), ("dummy prefix", 2, 3), ("normalising", 2, 3)]
+)
+def test_characters_that_are_not_read_as_they_look_are_counted(call, tokenizer, marks, ends):
+    texts = ["a\u2581b", "one\u2581</s>two", "<|endoftext|>", "<|endoftext|></s> twice", "</s", "plain", "plain", "more"]
+    texts = [*texts, "<|endoftext|>"]  # a duplicate
+    Path("marks.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    model = tokenizer if tokenizer == "bytes" else str(tokenizer_kinds.train_kind(tokenizer, Path("given.model")))
+    arguments = ["--input", "marks.jsonl", "--tokenizer", model, "--output", "out", "--deduplicate"]
+    status, out, err = call(*arguments)
+    assert (status, err) == (0, "")
+    counted = dict(reversed(line.split(" documents hold ")) for line in out.splitlines() if " documents hold " in line)
+    found = {"the character U+2581, which this tokenizer reads as a space": str(marks)} if marks else {}
+    words = "it is tokenised as ordinary characters and ends no document"
+    assert counted == {f"an end-of-text marker such as </s> or <|endoftext|>: {words}": str(ends), **found}
+    assert call(*arguments)[1] == out.replace(" nats", " nats (reused)")
 
 
 def test_prepares_reuses_refuses_and_overwrites(call):
