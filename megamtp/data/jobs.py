@@ -42,8 +42,8 @@ class Job:
     skip_bad_records: bool = False
 
     def key(self, shard: Shard) -> str:
-        """Changes with all that a part depends on."""
-        settings = dataclasses.asdict(self) | {"folder": PART_FORMAT, "tokenizer": ""}
+        """Changes with all that a part depends on; those without bad records are the same whether these are skipped or not."""
+        settings = dataclasses.asdict(self) | {"folder": PART_FORMAT, "tokenizer": "", "skip_bad_records": ""}
         return hashlib.sha256(f"{json.dumps(settings)}\n{shard.fingerprint}".encode()).hexdigest()[:32]
 
 

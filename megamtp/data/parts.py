@@ -41,8 +41,9 @@ class Part:
 
 
 def is_finished(shard: Shard, job: Job) -> bool:
-    """Whether an earlier preparation left this part."""
-    return (job.folder / f"{job.key(shard)}.json").is_file()
+    """Whether an earlier preparation left this part, without bad records unless they are to be skipped."""
+    summary = job.folder / f"{job.key(shard)}.json"
+    return summary.is_file() and (job.skip_bad_records or not json.loads(summary.read_bytes())["bad_records"])
 
 
 def tokenise(shard: Shard, job: Job) -> int:

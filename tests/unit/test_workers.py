@@ -14,6 +14,7 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
+from megamtp.data import corpus as corpus_module
 from megamtp.data import documents, parts, shards, workers
 from megamtp.data.corpus import prepare
 from megamtp.data.documents import Source, find_source
@@ -151,6 +152,29 @@ def test_first_mistake_in_the_inputs_order_is_named(texts, tmp_path, options, le
     message = mistake(find_source([texts]), tmp_path / "out", **options, workers=3)
     assert message.startswith(f"{texts}/a.jsonl:101: no text under 'text' (found: 'txt')")
     assert [path.name for path in (tmp_path / "out").iterdir()] == left  # read to train on, or to tokenise
+
+
+def test_preparation_that_stopped_at_a_bad_record_goes_on_where_these_are_skipped(texts, tmp_path, monkeypatch):
+    """And one that skipped them, ended before its corpus was whole, leaves no part with a bad record to one that does not."""
+    with open(texts / "a.jsonl", "a") as stream:
+        stream.write('{"text": null}\n')
+    strict, lenient = find_source([texts]), find_source([texts], skip_bad_records=True)
+    prepare(lenient, tmp_path / "whole", tokenizer="bytes")
+    assert "'text' is null" in mistake(strict, tmp_path / "out", tokenizer="bytes")
+    finished = len(list((tmp_path / "out/.preparation").glob("*.json")))
+    begun, read_documents = [], parts._documents
+    with monkeypatch.context() as patch:
+        patch.setattr(parts, "_documents", lambda *arguments: begun.append(arguments) or read_documents(*arguments))
+        patch.setattr(corpus_module, "split_limit", full_disk)
+        assert "No space" in mistake(lenient, tmp_path / "out", tokenizer="bytes")
+    assert finished and len(begun) == len(shards.plan(strict.files, False)) - finished
+    assert "'text' is null" in mistake(strict, tmp_path / "out", tokenizer="bytes")
+    prepare(lenient, tmp_path / "out", tokenizer="bytes")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def full_disk(*_) -> None:
+    raise OSError(28, "No space left on device")
 
 
 def test_killed_worker(texts, tmp_path, monkeypatch):
