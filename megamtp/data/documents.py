@@ -108,7 +108,7 @@ def find_source(
     """
     assert file_format in (None, *FORMATS)
     passed_over: dict[str, list[str]] = defaultdict(list)
-    own, found, files = {path.resolve() for path in own_files}, [], []
+    own, found, files = {os.path.realpath(path) for path in own_files}, [], []
     try:
         for given in inputs:
             found += [(_name(relative), path, path == given) for relative, path in _find(given, exclude, own, passed_over)]
@@ -133,7 +133,7 @@ def find_source(
     return Source(files, json_key, skip_bad_records, passed_over)
 
 
-def _find(given: Path, exclude: tuple[str, ...], own: set[Path], passed_over: dict[str, list[str]]) -> Iterator[tuple[Path, Path]]:
+def _find(given: Path, exclude: tuple[str, ...], own: set[str], passed_over: dict[str, list[str]]) -> Iterator[tuple[Path, Path]]:
     """(path below the folder `given`, path) of each file; for a file `given`, its name and itself."""
     if given.is_dir():
         for path in _walk(given, exclude, own, passed_over):
@@ -150,19 +150,19 @@ def _find(given: Path, exclude: tuple[str, ...], own: set[Path], passed_over: di
         yield Path(given.name), given
 
 
-def _walk(given: Path, exclude: tuple[str, ...], own: set[Path], passed_over: dict[str, list[str]]) -> Iterator[Path]:
+def _walk(given: Path, exclude: tuple[str, ...], own: set[str], passed_over: dict[str, list[str]]) -> Iterator[Path]:
     """Whatever lies below a folder and is no folder, without what is the output's own, excluded or hidden; fills passed_over."""
-    own_names = {path.name for path in own}
+    own_names = {os.path.basename(path) for path in own}
     for folder, subfolders, names in os.walk(given, onerror=_refuse):
         kept = []
         for number, name in enumerate([*subfolders, *names]):
             path, is_folder = Path(folder, name), number < len(subfolders)
-            if path.name in own_names and path.resolve() in own:
+            if name in own_names and os.path.realpath(path) in own:
                 continue
             if reason := _reason(path, is_folder, exclude):
                 passed_over[reason].append(_name(path.relative_to(given)))
             elif is_folder:
-                kept.append(path.name)
+                kept.append(name)
             else:
                 yield path
         subfolders[:] = kept

@@ -7,6 +7,7 @@ import lzma
 import os
 import random
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -88,17 +89,18 @@ def test_what_is_passed_over_in_folders_is_told(tmp_path):
     assert found(tmp_path / ".git") == [("config", "x")] and found(tmp_path / ".editorconfig") == [(".editorconfig", "x")]
 
 
-@pytest.mark.parametrize("name", ["a/broken.py", "broken.jsonl", "broken"])
+@pytest.mark.parametrize("name", ["a/broken.py", "broken.jsonl", "broken", "broken.bin"])
 def test_link_that_points_nowhere_is_named_unless_it_is_left_out(tmp_path, name):
     """As in a part of a download, whose text would be missing."""
     write(tmp_path, TREE)
     (tmp_path / name).symlink_to("../blobs/none")
-    message = refusal(find_source, [tmp_path])
+    own = {"own_files": [tmp_path / "out/broken.bin"]}
+    message = refusal(partial(find_source, **own), [tmp_path])
     assert message.startswith(f"{tmp_path}/{name} is a link to ../blobs/none, which does not exist; expected ")
     assert found(tmp_path, exclude=("broken*",)) == sorted(TREE.items())
     (tmp_path / name).unlink()
     (tmp_path / name).symlink_to(tmp_path / name)
-    assert refusal(find_source, [tmp_path]).startswith(f"{tmp_path}/{name}: Too many levels of symbolic links; ")
+    assert refusal(partial(find_source, **own), [tmp_path]).startswith(f"{tmp_path}/{name}: Too many levels of symbolic links; ")
 
 
 def test_binary_file_that_is_named_is_refused(tmp_path):
