@@ -37,6 +37,7 @@ class Totals:
     end_markers: int = 0
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(32, dtype=np.int64))
     not_utf8: list[str] = field(default_factory=list)
+    skipped_records: int = 0
 
 
 class Parts:
@@ -116,6 +117,7 @@ def write_splits(parts: Parts, limit: int, output: Path) -> Totals:
         writers = {split: stack.enter_context(IndexedDatasetWriter(output / split, parts.dtype)) for split in SPLITS}
         for part, kept in tqdm(parts, unit=" parts", desc="merging", disable=None, dynamic_ncols=True):
             totals.not_utf8 += part.not_utf8
+            totals.skipped_records += len(part.bad_records)
             totals.duplicates += int((~kept).sum())
             held_out = part.documents["name"] < np.uint64(limit)
             for documents, tokens in _chunks(part):
