@@ -20,6 +20,7 @@ setup(
         "matplotlib>=3.8",
         "numpy>=1.26",
         "omegaconf>=2.3",
+        "protobuf>=5",
         "psutil>=5.9",
         "safetensors>=0.4",
         "sentencepiece>=0.2",

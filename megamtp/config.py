@@ -51,7 +51,11 @@ class ModelConfig:
         None, "key/value heads of a layer (grouped-query attention); null: one per attention head"
     )
     mlp_dim: int | None = option(None, "hidden width of SwiGLU; null: 8/3 of model.dim rounded up to a multiple of 256")
-    vocab_size: int = option(REQUIRED, "rows of embedding and unembedding")
+    vocab_size: int = option(
+        REQUIRED,
+        "rows of embedding and unembedding; may exceed the tokenizer's ids: the further rows are part of every softmax, in losses, "
+        "decoding and exports, and training makes them improbable",
+    )
     rope_theta: float = option(10000.0, "base of the rotary embedding's wavelengths")
     norm_eps: float = option(1e-5, "epsilon of RMSNorm")
 
@@ -174,7 +178,7 @@ class DataConfig:
     train: str = option(REQUIRED, "prefix of the training corpus, or of several after their weights: '0.7 a/train 0.3 b/train'")
     validation: str | None = option(None, "prefix of the validation corpus; null: no evaluation")
     tokenizer: str | None = option(
-        None, "SentencePiece model, checked against model.vocab_size and exported with the model; or bytes"
+        None, "SentencePiece model of at most model.vocab_size pieces, exported with the model; or bytes"
     )
     documents: str = option(
         "continue",

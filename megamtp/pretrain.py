@@ -18,6 +18,7 @@ import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TextIO
 
@@ -27,6 +28,7 @@ from megamtp.cluster.signals import StopRequest  # first: it looks for the launc
 import torch
 
 from megamtp.checkpoint.contents import DATA
+from megamtp.checkpoint.hf_tokenizer import translate
 from megamtp.checkpoint.store import Manifest, check_model, checkpoints, remove_leftovers
 from megamtp.cluster.environment import Place, emulated_place, find_place, join_peers, of_all_ranks, share_error
 from megamtp.commands.command_line import print_all_characters
@@ -35,11 +37,11 @@ from megamtp.data.corpus import SUMMARY
 from megamtp.data.indexed_dataset import IndexedDataset
 from megamtp.data.loader import TrainLoader
 from megamtp.data.position import DataPosition, find_changes, new_position, read_position, resumed_position
-from megamtp.data.tokenizer import open_tokenizer
+from megamtp.data.tokenizer import ByteTokenizer, open_tokenizer
 from megamtp.data.windows import Windows
 from megamtp.engines.check import check_engine
 from megamtp.engines.initial_weights import open_initial_weights, without_initial_weights
-from megamtp.errors import InputError
+from megamtp.errors import CheckpointError, InputError
 from megamtp.files import take_lock
 from megamtp.training.metrics import FILE as METRICS
 from megamtp.training.metrics import lacks_validation, records_until
@@ -146,6 +148,8 @@ def _train(job: Job, place: Place) -> bool:
     train = TrainLoader(
         blend, config.global_batch_windows, config.train.micro_batch_size, *job.readers, first_step, position.windows
     )
+    if place.rank == 0:
+        _report_vocabulary(config)
     # Every weight of a resumed run is in its checkpoint; what it once started from may be gone.
     engine = build_engine(without_initial_weights(config) if found else config)
     if place.rank == 0:
@@ -220,16 +224,44 @@ def _windows(config: Config, prefix: str) -> Windows:
 
 def _check_vocabulary(config: Config, summary: Path) -> None:
     """The tokenizer that a corpus was made with, as far as its summary, if there is one, tells."""
-    try:
-        found = int(json.loads(summary.read_text())["vocab_size"])
-    except (OSError, ValueError, TypeError, KeyError):  # another program's corpus
+    found, model, tokenizer = _prepared_vocabulary(summary), config.model.vocab_size, config.data.tokenizer
+    if found is None:
         return
-    model, tokenizer = config.model.vocab_size, config.data.tokenizer
-    if found > model or (tokenizer and found != model):
-        raise InputError(
-            f"{summary} tells of a vocabulary of {found}, model.vocab_size is {model}; expected "
-            f"{'the same' if tokenizer else 'no more'}: the corpus was made with another tokenizer than the model's"
-        )
+    if found > model:
+        limit = f"model.vocab_size is {model}; expected no more"
+    elif tokenizer and found != _num_pieces(tokenizer):
+        limit = f"{tokenizer} has {_num_pieces(tokenizer)} pieces; expected the same"
+    else:
+        return
+    raise InputError(
+        f"{summary} tells of a vocabulary of {found}, {limit}: the corpus was made with another tokenizer than the model's"
+    )
+
+
+def _prepared_vocabulary(summary: Path) -> int | None:
+    """The vocabulary in a corpus's summary; None for a corpus of another program."""
+    try:
+        return int(json.loads(summary.read_text())["vocab_size"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _report_vocabulary(config: Config) -> None:
+    """Prints how many rows of the model no token uses, and warns of a tokenizer that cannot be exported."""
+    tokenizer, rows = config.data.tokenizer, config.model.vocab_size
+    if tokenizer:
+        used = _num_pieces(tokenizer)
+    else:
+        prepared = [_prepared_vocabulary(Path(prefix).parent / SUMMARY) for _, prefix in config.data.train_corpora]
+        used = rows if None in prepared else max(prepared)
+    if used < rows:
+        unused = rows - used
+        print(f"model.vocab_size is {rows}, the tokenizer has {used} pieces: {unused} more rows, part of every softmax", flush=True)
+    if tokenizer and not isinstance(opened := open_tokenizer(tokenizer), ByteTokenizer):
+        try:
+            translate(opened)
+        except CheckpointError as error:
+            print(f"megamtp: warning: the model can be trained; {error}", file=sys.stderr, flush=True)
 
 
 def _check_float8() -> None:
@@ -243,12 +275,17 @@ def _check_float8() -> None:
 
 
 def _check_tokenizer(config: Config) -> None:
-    found = open_tokenizer(config.data.tokenizer).vocab_size
-    if found != config.model.vocab_size:
+    found = _num_pieces(config.data.tokenizer)
+    if found > config.model.vocab_size:
         raise InputError(
-            f"{config.data.tokenizer} has {found} pieces, model.vocab_size is {config.model.vocab_size}; expected the same: "
+            f"{config.data.tokenizer} has {found} pieces, model.vocab_size is {config.model.vocab_size}; expected as many or more: "
             f"set model.vocab_size={found} or choose the model's tokenizer"
         )
+
+
+@lru_cache
+def _num_pieces(tokenizer: str) -> int:
+    return open_tokenizer(tokenizer).vocab_size
 
 
 def _make_writable(directory: Path) -> None:

@@ -20,6 +20,7 @@ from megamtp.checkpoint.hf_tokenizer import (
 )
 from megamtp.checkpoint.tensors import TensorSource
 from megamtp.config import ModelConfig
+from megamtp.data.tokenizer import SentencePieceTokenizer
 from megamtp.errors import CheckpointError
 
 CONFIG = "config.json"
@@ -37,7 +38,7 @@ def write_settings(folder: Path, contents: Contents, dtype: torch.dtype, archite
     sequence_length = contents.sequence_length or DEFAULT_POSITIONS
     tokenizer = read_tokenizer(contents.tokenizer, model.vocab_size) if contents.tokenizer else None
     # Documents follow each other's end piece in training, so that piece, not <s>, is what a text begins with.
-    end_id = tokenizer.eos_id() if tokenizer else BYTES_END if contents.tokens_are_bytes else None
+    end_id = tokenizer.end_of_document_id if tokenizer else BYTES_END if contents.tokens_are_bytes else None
     ids = {"bos_token_id": end_id, "eos_token_id": end_id}
     config = {
         "vocab_size": model.vocab_size,
@@ -80,7 +81,9 @@ def contents_of(
     positions, tokenizer, in_bytes = "max_position_embeddings", directory / TOKENIZER, are_bytes(directory, model.vocab_size)
     usable = fits(tokenizer, model.vocab_size)
     if not usable and not in_bytes and (tokenizer.exists() or (directory / "tokenizer.json").exists()):
-        notes += (f"{directory} has a tokenizer that is no SentencePiece model of {model.vocab_size} pieces: it stays behind",)
+        notes += (f"{directory} has a tokenizer, but no SentencePiece model of at most {model.vocab_size} pieces: it stays behind",)
+    if usable and (pieces := SentencePieceTokenizer(tokenizer).vocab_size) < model.vocab_size:
+        notes += (f"{tokenizer} has {pieces} pieces, the model {model.vocab_size} rows: ids from {pieces} on have no text",)
     return Contents(
         model,
         {WEIGHT: weights},

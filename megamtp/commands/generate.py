@@ -29,9 +29,9 @@ def main() -> None:
     device = _device(arguments.device)
     model, tokenizer_path = _load(arguments.model, device)
     tokenizer = open_tokenizer(_required(arguments.tokenizer or tokenizer_path))
-    if tokenizer.vocab_size != model.config.vocab_size:
+    if tokenizer.vocab_size > model.config.vocab_size:
         raise InputError(
-            f"{tokenizer.path} has {tokenizer.vocab_size} pieces, expected the model's {model.config.vocab_size}: "
+            f"{tokenizer.path} has {tokenizer.vocab_size} pieces, expected the model's {model.config.vocab_size} or fewer: "
             "give the model's tokenizer with --tokenizer"
         )
     prompt_ids = tokenizer.encode(prompt)

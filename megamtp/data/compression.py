@@ -1,16 +1,27 @@
-"""Files that may be compressed, as .gz or .zst."""
+"""Files that may be compressed, as .gz, .bz2, .xz or .zst."""
 
+import bz2
 import gzip
 import io
+import lzma
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
 from megamtp.data.optional import require
 
-SUFFIXES = (".gz", ".zst")
 COMPRESSED_BLOCK_BYTES = 1 << 17
 CONTENT_BLOCK_BYTES = 1 << 20
 LARGEST_ZSTD_WINDOW = 1 << 31  # what `zstd --long=31` writes
+
+
+def _zstd_decompressor():
+    return require("zstandard").ZstdDecompressor(max_window_size=LARGEST_ZSTD_WINDOW).decompressobj()
+
+
+# What decompresses one frame (bzip2 and xz call it a stream), with the attributes eof and unused_data.
+DECOMPRESSORS = {".bz2": bz2.BZ2Decompressor, ".xz": lzma.LZMADecompressor, ".zst": _zstd_decompressor}
+SUFFIXES = (".gz", *DECOMPRESSORS)
 
 
 def suffix(path: Path) -> str | None:
@@ -22,41 +33,53 @@ def suffix(path: Path) -> str | None:
 def open_binary(path: Path) -> BinaryIO:
     """The file's content.
 
-    Reading raises gzip's, zlib's and zstandard's errors if it is damaged, and EOFError if it is cut off.
-    Raises InputError: zstandard is not installed.
+    Reading raises the libraries' errors if it is damaged, EOFError if it is cut off, and InputError if a library is not installed.
     """
     found = suffix(path)
     if found == ".gz":
         return gzip.open(path, "rb")
-    return io.BufferedReader(_ZstdStream(path), CONTENT_BLOCK_BYTES) if found == ".zst" else open(path, "rb")
+    if found:
+        return io.BufferedReader(_FrameStream(path, DECOMPRESSORS[found]), CONTENT_BLOCK_BYTES)
+    return open(path, "rb")
 
 
-class _ZstdStream(io.RawIOBase):
-    """The content of a .zst file of any number of frames. Raises EOFError if the last one is cut off."""
+class _FrameStream(io.RawIOBase):
+    """The content of a compressed file of any number of frames.
 
-    def __init__(self, path: Path):
-        self._library = require("zstandard")
+    Raises EOFError if the last frame is cut off. What follows a frame must be another frame or zeros (padding): bz2.open and
+    lzma.open would silently ignore anything else, such as a frame whose first bytes are damaged.
+    """
+
+    def __init__(self, path: Path, decompressor: Callable):
+        self._decompressor = decompressor
         self._stream = open(path, "rb")  # noqa: SIM115 - closed with this stream
         self._frame, self._compressed, self._content = None, b"", memoryview(b"")
+        self._is_behind_frame = False
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer) -> int:
-        while not self._content:
-            self._compressed = self._compressed or self._stream.read(COMPRESSED_BLOCK_BYTES)
-            if not self._compressed:
-                if self._frame:
-                    raise EOFError("it ends within a frame")
-                return 0
-            self._frame = self._frame or self._library.ZstdDecompressor(max_window_size=LARGEST_ZSTD_WINDOW).decompressobj()
+        while not self._content and self._has_compressed():
+            self._frame, self._is_behind_frame = self._frame or self._decompressor(), False
             self._content = memoryview(self._frame.decompress(self._compressed))
             self._compressed = self._frame.unused_data if self._frame.eof else b""
-            self._frame = None if self._frame.eof else self._frame
+            if self._frame.eof:
+                self._frame, self._is_behind_frame = None, True
         length = min(len(buffer), len(self._content))
         buffer[:length] = self._content[:length]
         self._content = self._content[length:]
         return length
+
+    def _has_compressed(self) -> bool:
+        """Whether any compressed data is left; reads some, and skips padding."""
+        while block := self._compressed or self._stream.read(COMPRESSED_BLOCK_BYTES):
+            self._compressed = block.lstrip(b"\0") if self._is_behind_frame else block
+            if self._compressed:
+                return True
+        if self._frame:
+            raise EOFError("it ends within a frame")
+        return False
 
     def close(self) -> None:
         self._stream.close()

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
@@ -21,15 +22,19 @@ from megamtp.data.documents import Source
 from megamtp.data.jobs import DEFAULT_VOCAB_SIZE, Job, make_job, place
 from megamtp.data.length_report import draw_lengths
 from megamtp.data.merge import SPLITS, Parts, Totals, split_limit, write_splits
+from megamtp.data.records import FORMAT_OF_SUFFIX, TEXT, Span, content_suffix
 from megamtp.data.shards import Shard, plan
 from megamtp.data.tokenizer import BYTES, open_tokenizer
 from megamtp.data.workers import tokenise_all
 from megamtp.errors import InputError
-from megamtp.files import take_lock, write_atomically
+from megamtp.files import open_atomically, take_lock, write_atomically
 
 SUMMARY = "corpus.json"
 PICTURE = "lengths.png"
+SKIPPED = "skipped_records.txt"
 WORK = ".preparation"
+# Files that decide whether a folder without corpus.json belongs to another program.
+CONTENT = (*(f"{split}{end}" for split in SPLITS for end in (".bin", ".idx")), "tokenizer.model")
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,12 @@ class Corpus:
             knows no context.
         duplicates: documents that were dropped because an earlier one has the same text.
         document_lengths: how many documents have at least so many tokens, their ends included, and fewer than twice as many.
+        space_marks: documents with U+2581, if the tokenizer reads that as a space.
+        end_markers: documents in which an end-of-text marker is written, which is tokenised as ordinary characters.
+        unreadable_files: names of files that were read as text and are not UTF-8.
+        files: how many files of each format were read, unreadable ones included.
+        passed_over: names of what was not read at all, by the reason.
+        skipped_records: bad records that skipped_records.txt lists.
     """
 
     settings: dict
@@ -52,6 +63,11 @@ class Corpus:
     unreadable_files: list[str]
     duplicates: int = 0
     document_lengths: dict[str, int] = field(default_factory=dict)
+    space_marks: int = 0
+    end_markers: int = 0
+    files: dict[str, int] = field(default_factory=dict)
+    passed_over: dict[str, list[str]] = field(default_factory=dict)
+    skipped_records: int = 0
 
 
 def prepare(
@@ -112,7 +128,7 @@ def prepare(
             if find_settings() != settings:
                 raise InputError("an input changed while it was read; expected all to stay as they are: wait, then call again")
             totals = _publish(parts, limit, output, job)
-            corpus = _summary(totals, settings, parts.vocab_size, sum(map(len, skipped or [])))
+            corpus = _summary(totals, source, settings, parts.vocab_size, sum(map(len, skipped or [])))
             write_atomically(output / PICTURE, draw_lengths(totals.lengths))
             write_atomically(output / SUMMARY, json.dumps(dataclasses.asdict(corpus), indent=1).encode())
     except OSError as error:
@@ -153,10 +169,16 @@ def _publish(parts: Parts, limit: int, output: Path, job: Job) -> Totals:
         (output / "tokenizer.model").unlink(missing_ok=True)
     else:
         write_atomically(output / "tokenizer.model", Path(job.tokenizer).read_bytes())
+    if job.skip_bad_records:
+        with open_atomically(output / SKIPPED) as stream:
+            for part, _ in parts:
+                stream.writelines(f"{record}\n".encode() for record in part.bad_records)
+    else:
+        (output / SKIPPED).unlink(missing_ok=True)
     return write_splits(parts, limit, output)
 
 
-def _summary(totals: Totals, settings: dict, vocab_size: int, dropped: int) -> Corpus:
+def _summary(totals: Totals, source: Source, settings: dict, vocab_size: int, dropped: int) -> Corpus:
     lengths = {str(1 << power): int(number) for power, number in enumerate(totals.lengths) if number}
     return Corpus(
         settings,
@@ -168,6 +190,11 @@ def _summary(totals: Totals, settings: dict, vocab_size: int, dropped: int) -> C
         totals.not_utf8,
         totals.duplicates + dropped,
         lengths,
+        totals.space_marks,
+        totals.end_markers,
+        dict(Counter(sorted(file.format for file in source.files))),
+        source.passed_over,
+        totals.skipped_records,
     )
 
 
@@ -196,7 +223,7 @@ def _refuse_to_replace(output: Path, tokenizer: Path | str | None) -> None:
     """Raises InputError: files of our names lie where neither a corpus nor what a killed call has left does."""
     if (output / SUMMARY).exists() or (output / WORK).exists():
         return
-    for name in (*(f"{split}{end}" for split in SPLITS for end in (".bin", ".idx")), "tokenizer.model"):
+    for name in CONTENT:
         if (output / name).exists() and str(output / name) != str(tokenizer):
             raise InputError(
                 f"{output / name} is there without a {SUMMARY}; expected a folder without it: use another or --overwrite"
@@ -209,9 +236,9 @@ def _settings(
     """Raises InputError: an input or the tokenizer cannot be read, or the tokenizer's vocabulary is another than vocab_size."""
     inputs = hashlib.sha256(source.json_key.encode(errors="backslashreplace"))
     try:
-        for name, path in source.files:
-            status = path.stat()
-            inputs.update(f"\n{name}\t{status.st_size}\t{status.st_mtime_ns}".encode())
+        for file in source.files:
+            status = file.path.stat()
+            inputs.update(f"\n{file.name}\t{status.st_size}\t{status.st_mtime_ns}{_format_if_untold(file)}".encode())
     except OSError as error:
         raise InputError(f"{error.filename}: {error.strerror}; expected a readable file") from None
     model: str | int = DEFAULT_VOCAB_SIZE if vocab_size is None else vocab_size
@@ -223,7 +250,21 @@ def _settings(
             )
         model = BYTES if str(tokenizer) == BYTES else hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest()
     settings = {"inputs": inputs.hexdigest(), "tokenizer": model, "validation_fraction": validation_fraction, "seed": seed}
-    return settings | ({"deduplicate": True} if deduplicate else {})
+    chosen = {"deduplicate": deduplicate, "skip_bad_records": source.skip_bad_records}
+    return settings | {name: True for name, is_chosen in chosen.items() if is_chosen}
+
+
+def _format_if_untold(file: Span) -> str:
+    """A file's format, unless its name tells it: only .jsonl, .parquet and the names of text do."""
+    suffix = content_suffix(file.path)
+    told = suffix.removeprefix(".") if suffix in (*FORMAT_OF_SUFFIX, ".json") else TEXT
+    return "" if file.format == told else f"\t{file.format}"
+
+
+def own_files(output: Path) -> list[Path]:
+    """What a preparation, perhaps a killed one, leaves in `output`, for an input folder that holds it."""
+    names = (*CONTENT, *(f"{split}.crc" for split in SPLITS), SUMMARY, PICTURE, SKIPPED)
+    return [output / WORK, *(output / f"{name}{end}" for name in names for end in ("", ".partial"))]
 
 
 def _entropy(counts: np.ndarray) -> float:

@@ -24,6 +24,7 @@ class Totals:
 
     Attributes:
         lengths: int64 [32], documents of 2**i to 2**(i+1) - 1 tokens, their ends included.
+        space_marks, end_markers: documents that hold such, as in parts.DOCUMENT.
         validation_counts: int64 [vocabulary], how often each token is in the validation split.
     """
 
@@ -32,8 +33,11 @@ class Totals:
     tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     num_bytes: int = 0
     duplicates: int = 0
+    space_marks: int = 0
+    end_markers: int = 0
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(32, dtype=np.int64))
     not_utf8: list[str] = field(default_factory=list)
+    skipped_records: int = 0
 
 
 class Parts:
@@ -113,6 +117,7 @@ def write_splits(parts: Parts, limit: int, output: Path) -> Totals:
         writers = {split: stack.enter_context(IndexedDatasetWriter(output / split, parts.dtype)) for split in SPLITS}
         for part, kept in tqdm(parts, unit=" parts", desc="merging", disable=None, dynamic_ncols=True):
             totals.not_utf8 += part.not_utf8
+            totals.skipped_records += len(part.bad_records)
             totals.duplicates += int((~kept).sum())
             held_out = part.documents["name"] < np.uint64(limit)
             for documents, tokens in _chunks(part):
@@ -142,6 +147,8 @@ def _append(
     totals.documents[split] += len(lengths)
     totals.tokens[split] += len(selected)
     totals.num_bytes += int(documents["bytes"][wanted].sum())
+    totals.space_marks += int(documents["space_mark"][wanted].sum())
+    totals.end_markers += int(documents["end_marker"][wanted].sum())
     totals.lengths += np.bincount(np.frexp(lengths)[1] - 1, minlength=len(totals.lengths))
     if split == "validation":
         totals.validation_counts += np.bincount(selected, minlength=len(totals.validation_counts))

@@ -1,14 +1,14 @@
 """Cuts inputs into shards: the same ones whoever works on them, so the corpus does not depend on the number of workers."""
 
+import codecs
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 
-from megamtp.data import compression, records
+from megamtp.data import compression
 from megamtp.data.documents import cut
-from megamtp.data.records import Span
+from megamtp.data.records import PARQUET, TEXT, Reader, Span, num_row_groups
 from megamtp.errors import InputError
 
 # A shard is a 256th of the inputs within these limits: enough of them to keep workers busy to the end, and a
@@ -31,14 +31,14 @@ class Shard:
     num_bytes: int
     fingerprint: str
 
-    def documents(self, json_key: str, not_utf8: list[str]) -> Iterator[tuple[str, str]]:
-        """(name, text) of every document that is not empty. Raises InputError as records.read does."""
+    def documents(self, reader: Reader) -> Iterator[tuple[str, str]]:
+        """(name, text) of every document that is not empty. Raises InputError as Reader.documents does."""
         for span in self.spans:
-            yield from records.read(span, json_key, not_utf8)
+            yield from reader.documents(span)
 
 
-def plan(files: list[tuple[str, Path]], in_pieces: bool, skipped: list[tuple[str, ...]] | None = None) -> list[Shard]:
-    """The shards of named files.
+def plan(files: list[Span], in_pieces: bool, skipped: list[tuple[str, ...]] | None = None) -> list[Shard]:
+    """The shards of whole files.
 
     Args:
         in_pieces: documents are cut in pieces, so a text file may lie in several shards.
@@ -48,50 +48,50 @@ def plan(files: list[tuple[str, Path]], in_pieces: bool, skipped: list[tuple[str
         InputError: a file is missing or cannot be read, or damaged Parquet.
     """
     try:
-        found = [(name, path, path.stat()) for name, path in files]
+        found = [(file, file.path.stat()) for file in files]
     except OSError as error:
         raise InputError(f"{error.filename}: {error.strerror}; expected a readable file: mend it or leave it out") from None
-    total = sum(status.st_size for _, _, status in found)
+    total = sum(status.st_size for _, status in found)
     wanted = min(MAX_SHARD_BYTES, max(MIN_SHARD_BYTES, total // SHARDS))
     shards, spans, size, digest = [], [], 0, hashlib.sha256()
-    for (name, path, status), left_out in zip(found, skipped or [()] * len(found), strict=True):
-        for span, num_bytes in _spans(name, path, status.st_size, wanted, in_pieces):
+    for (file, status), left_out in zip(found, skipped or [()] * len(found), strict=True):
+        for span, num_bytes in _spans(file, status.st_size, wanted, in_pieces):
             spans.append(replace(span, skipped=left_out))
             size += num_bytes
             state = (status.st_size, status.st_mtime_ns, left_out)
-            digest.update(f"\n{name}\t{span.start}\t{span.stop}\t{state}".encode())
+            digest.update(f"\n{span.name}\t{span.format}\t{span.start}\t{span.stop}\t{state}".encode())
             if size >= wanted:
                 shards.append(Shard(tuple(spans), size, digest.hexdigest()))
                 spans, size, digest = [], 0, hashlib.sha256()
     return [*shards, Shard(tuple(spans), size, digest.hexdigest())] if spans else shards
 
 
-def _spans(name: str, path: Path, size: int, wanted: int, in_pieces: bool) -> Iterator[tuple[Span, int]]:
+def _spans(file: Span, size: int, wanted: int, in_pieces: bool) -> Iterator[tuple[Span, int]]:
     """(span, its share of the file's bytes) of a file: several of about `wanted` bytes if it is large and can be cut."""
     number, units = max(1, size // wanted), size
-    kind = records.kind(path)
-    if number > 1 and kind == records.PARQUET:
-        number = min(number, units := records.num_row_groups(path))
-    if number < 2 or compression.suffix(path) or (kind == records.TEXT and not in_pieces):
-        yield Span(name, path), size
+    if number > 1 and file.format == PARQUET:
+        number = min(number, units := num_row_groups(file.path))
+    if number < 2 or compression.suffix(file.path) or (file.format == TEXT and not in_pieces):
+        yield file, size
         return
-    if kind == records.TEXT:
-        yield from _text_spans(name, path, wanted)
+    if file.format == TEXT:
+        yield from _text_spans(file, wanted)
         return
     bounds = [units * index // number for index in range(number + 1)]
     for start, stop in pairwise(bounds):
-        yield Span(name, path, start, stop), size * stop // units - size * start // units
+        yield replace(file, start=start, stop=stop), size * stop // units - size * start // units
 
 
-def _text_spans(name: str, path: Path, wanted: int) -> Iterator[tuple[Span, int]]:
-    """Spans of whole pieces; all of a text that is not UTF-8 or empty."""
-    start, stop, first = 0, 0, 0
-    texts = [text for _, text in records.read(Span(name, path), "", [])]
-    pieces = [piece for text in texts for _, piece in cut(name, text)]
+def _text_spans(file: Span, wanted: int) -> Iterator[tuple[Span, int]]:
+    """Spans of whole pieces; all of a text that is not UTF-8 or empty. None of them has a byte order mark."""
+    with open(file.path, "rb") as stream:
+        start = len(codecs.BOM_UTF8) if stream.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8 else 0
+    stop, first = start, 0
+    pieces = [piece for name, text in Reader().documents(file) for _, piece in cut(name, text)]
     for number, piece in enumerate(pieces, start=1):
         stop += len(piece.encode())
         if stop - start >= wanted or number == len(pieces):
-            yield Span(name, path, start, stop, first), stop - start
+            yield replace(file, start=start, stop=stop, first_piece=first), stop - start
             start, first = stop, number
     if not pieces:
-        yield Span(name, path), path.stat().st_size
+        yield file, file.path.stat().st_size

@@ -8,17 +8,29 @@ from pathlib import Path
 
 import numpy as np
 import sentencepiece
+from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
 from megamtp.config import BYTES
 from megamtp.data.indexed_dataset import best_dtype
 from megamtp.errors import InputError
 from megamtp.files import write_atomically
 
-# SentencePiece writes spaces as this character and decodes it as a space, so a literal one needs care to survive.
+# SentencePiece writes spaces as this character, so it reads one in a text as a space.
 SPACE_MARK = "\u2581"
+# How many texts write the end of a text. No tokenizer here reads it, or the name of its own end piece, as anything but characters.
+END_MARKER = "<|endoftext|>"
 # Training reads at most 5000 chunks of 4096 characters, about 20 MB: seconds of work, and merges hardly change beyond it.
 CHUNK_CHARACTERS = 4096
 MAX_CHUNKS = 5000
+# How train_sentencepiece trains. Every model records how it was trained, so these also tell our models from others.
+TRAINER_OPTIONS = {
+    "byte_fallback": True,
+    "allow_whitespace_only_pieces": True,
+    "split_digits": True,
+    "max_sentence_length": 4 * CHUNK_CHARACTERS,  # in UTF-8 bytes; longer ones would be dropped
+}
+NORMALIZER_OPTIONS = {"add_dummy_prefix": False, "remove_extra_whitespaces": False}
+NO_NORMALIZATION = "identity"
 
 
 class ByteTokenizer:
@@ -27,6 +39,9 @@ class ByteTokenizer:
     path = BYTES
     vocab_size = 257
     end_of_document_id = 256
+    end_piece = "<|end|>"
+    end_markers = (end_piece, END_MARKER)
+    keeps_space_marks = True
 
     def encode(self, text: str) -> list[int]:
         """The bytes of `text`, without any end-of-document id."""
@@ -48,37 +63,51 @@ class ByteTokenizer:
 class SentencePieceTokenizer:
     """A SentencePiece model file. Raises InputError if it is missing, is no such model, or has no end-of-sequence piece.
 
-    With a model of `train_sentencepiece`, decode(encode(text)) == text for every text without lone surrogates.
+    The ids are those of the SentencePiece library. There is one exception: a model of `train_sentencepiece` encodes U+2581 as
+    the three bytes of its UTF-8, where the library would read a space. With such a model decode(encode(text)) == text for every
+    text without lone surrogates.
+
+    Attributes:
+        processor: the library's tokenizer.
+        proto: the file's content: pieces, and how they were trained.
+        user_defined: ids of the pieces that the library finds in a text before it looks for any other.
+        end_markers: what looks like the end of a document in a text, and becomes ordinary characters.
+        keeps_space_marks: whether U+2581 has ids of its own, as in a model of `train_sentencepiece`.
     """
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
-        self._processor = _load(self.path)
-        self.vocab_size: int = self._processor.vocab_size()
-        self.end_of_document_id: int = self._processor.eos_id()
+        self.processor = _load(self.path)
+        self.vocab_size: int = self.processor.vocab_size()
+        self.end_of_document_id: int = self.processor.eos_id()
         if self.end_of_document_id < 0:
             raise InputError(
                 f"{path}: this tokenizer has no end-of-sequence piece, expected one to end each document with: "
                 "train the tokenizer with an eos_id, or let prepare_data train one"
             )
-        mark_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
-        # Empty for a model without byte pieces: there a literal mark becomes a space.
-        self._space_mark_ids = mark_ids if all(map(self._processor.is_byte, mark_ids)) else []
+        self.proto = ModelProto.FromString(self.processor.serialized_model_proto())
+        user_defined = ModelProto.SentencePiece.USER_DEFINED
+        self.user_defined = [token for token, piece in enumerate(self.proto.pieces) if piece.type == user_defined]
+        symbols = {self.processor.id_to_piece(token) for token in self.user_defined}
+        self.end_markers = tuple({self.processor.id_to_piece(self.end_of_document_id), END_MARKER} - symbols)
+        self.keeps_space_marks = not self.user_defined and _is_ours(self.proto)
 
     def encode(self, text: str) -> list[int]:
         """The token ids of `text`, without any end-of-document id."""
-        return self._encode_batch([text])[0]
+        return self.encode_batch([text])[0]
 
-    def _encode_batch(self, texts: list[str]) -> list[list[int]]:
-        encoded = self._processor.encode(texts, num_threads=1)
-        for index, text in enumerate(texts):
-            if self._space_mark_ids and SPACE_MARK in text:
-                encoded[index] = self._encode_around_space_marks(text)
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """The token ids of each text, as `encode` gives them."""
+        encoded = self.processor.encode(texts, num_threads=1)
+        if self.keeps_space_marks:
+            for index, text in enumerate(texts):
+                if SPACE_MARK in text:
+                    encoded[index] = self._encode_around_space_marks(text)
         return encoded
 
     def encode_documents(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of all texts in a row, each ended by the end-of-document id, and how many each has."""
-        encoded = self._encode_batch(texts)
+        encoded = self.encode_batch(texts)
         lengths = np.array([len(ids) + 1 for ids in encoded], dtype=np.int64)
         tokens = np.full(lengths.sum(), self.end_of_document_id, dtype=best_dtype(self.vocab_size))
         for ids, stop in zip(encoded, np.cumsum(lengths) - 1, strict=True):
@@ -86,12 +115,13 @@ class SentencePieceTokenizer:
         return tokens, lengths
 
     def _encode_around_space_marks(self, text: str) -> list[int]:
-        first, *others = self._processor.encode(text.split(SPACE_MARK))
-        return first + [token for part in others for token in self._space_mark_ids + part]
+        mark_ids = [self.processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
+        first, *others = self.processor.encode(text.split(SPACE_MARK))
+        return first + [token for part in others for token in mark_ids + part]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; control pieces such as the end of a document decode to nothing."""
-        return self._processor.decode([int(token) for token in ids])
+        """The text of `ids`; control pieces such as the end of a document, and ids beyond the vocabulary, decode to nothing."""
+        return self.processor.decode([int(token) for token in ids if token < self.vocab_size])
 
 
 Tokenizer = SentencePieceTokenizer | ByteTokenizer
@@ -117,6 +147,17 @@ def _load(path: Path) -> sentencepiece.SentencePieceProcessor:
     raise InputError(f"{path}: not a SentencePiece model, expected one: give a tokenizer.model made by prepare_data")
 
 
+def _is_ours(model: ModelProto) -> bool:
+    """Whether this is a model of train_sentencepiece."""
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    return (
+        trainer.model_type == TrainerSpec.BPE
+        and normalizer.name == NO_NORMALIZATION
+        and all(getattr(trainer, name) == value for name, value in TRAINER_OPTIONS.items())
+        and all(getattr(normalizer, name) == value for name, value in NORMALIZER_OPTIONS.items())
+    )
+
+
 def train_sentencepiece(documents: Iterable[str], path: Path, vocab_size: int, seed: int) -> None:
     """Trains a BPE model with byte fallback on a seeded sample of `documents`, and writes it atomically to `path`.
 
@@ -131,14 +172,10 @@ def train_sentencepiece(documents: Iterable[str], path: Path, vocab_size: int, s
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            max_sentence_length=4 * CHUNK_CHARACTERS,  # in UTF-8 bytes; longer ones would be dropped
+            normalization_rule_name=NO_NORMALIZATION,
             minloglevel=2,
+            **TRAINER_OPTIONS,
+            **NORMALIZER_OPTIONS,
         )
     except (RuntimeError, ValueError) as error:  # ValueError: vocab_size is no 32-bit integer
         raise InputError(_explain(str(error), vocab_size)) from error

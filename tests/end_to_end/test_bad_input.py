@@ -89,7 +89,7 @@ CASES = {
         lambda corpus, tmp: [f"data.train={tiny(tmp, [1, 400] * 50)}"], ["token 400", "model.vocab_size is 400"],
     ),
     "vocabulary of corpus's summary": (
-        lambda corpus, tmp: [f"data.train={summarised(tmp, 300)}"], ["corpus.json", "vocabulary of 300", "model.vocab_size is 400"],
+        lambda corpus, tmp: [f"data.train={summarised(tmp, 300)}"], ["corpus.json", "vocabulary of 300", "has 400 pieces"],
     ),
     "blend with a missing corpus": (
         lambda corpus, tmp: [f"data.train=0.5 {corpus}/train 0.5 /nowhere/train"], ["/nowhere/train", "No such file"],

@@ -21,11 +21,12 @@ def test_prepared_trained_generated_and_exported(call_command, tmp_path):
     assert not (corpus / "tokenizer.model").exists()
 
     arguments = [*MODEL, f"data.train={corpus}/train", "data.tokenizer=bytes", f"run.directory={directory}"]
-    refused = run(["-m", "megamtp.pretrain", *arguments, "model.vocab_size=300"])
+    refused = run(["-m", "megamtp.pretrain", *arguments, "model.vocab_size=256"])
     assert refused.returncode == 2
-    assert "bytes has 257 pieces, model.vocab_size is 300" in refused.stderr
-    trained = run(["-m", "megamtp.pretrain", *arguments, "model.vocab_size=257"])
+    assert "bytes has 257 pieces, model.vocab_size is 256" in refused.stderr
+    trained = run(["-m", "megamtp.pretrain", *arguments, "model.vocab_size=272"])  # a multiple of 16, as fp8 products need
     assert trained.returncode == 0, trained.stderr
+    assert "model.vocab_size is 272, the tokenizer has 257 pieces: 15 more rows, part of every softmax" in trained.stdout
 
     prompted = ["--prompt", "caf\u00e9", "--max-new-tokens", "4", "--device", "cpu"]
     status, text, err = call_command(generate, directory, *prompted)

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import math
 import os
 import shutil
@@ -130,6 +131,24 @@ def interrupted_at(monkeypatch, call: int, *arguments, **options) -> bool:
         except KeyboardInterrupt:
             return True
     return False
+
+
+def test_corpus_of_an_earlier_version_is_read_and_reused(source, tmp_path):
+    """From before corpus.json told of files, of what was passed over and of skipped records."""
+    prepare(source, tmp_path / "out", VOCAB_SIZE)
+    summary = json.loads((tmp_path / "out/corpus.json").read_text())
+    for name in ("files", "passed_over", "skipped_records"):
+        del summary[name]
+    (tmp_path / "out/corpus.json").write_text(json.dumps(summary))
+    corpus, reused = prepare(source, tmp_path / "out", VOCAB_SIZE)
+    assert reused and (corpus.files, corpus.passed_over, corpus.skipped_records) == ({}, {}, 0)
+
+
+@pytest.mark.parametrize("change", [{"file_format": "text"}, {"skip_bad_records": True}])
+def test_another_reading_of_the_same_files_is_another_corpus(tmp_path, change):
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "line {number}"}}\n' for number in range(50)))
+    prepare(find_source([tmp_path / "a.jsonl"]), tmp_path / "out", tokenizer="bytes")
+    assert "other inputs or settings" in refusal(find_source([tmp_path / "a.jsonl"], **change), tmp_path / "out", tokenizer="bytes")
 
 
 def test_interrupted_preparation_is_no_corpus_and_can_be_restarted(source, tmp_path, monkeypatch):

@@ -1,15 +1,20 @@
 """Documents: found in one order wherever they lie, read as they are, and every bad file named with its line."""
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 import random
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from megamtp.data import documents
 from megamtp.data.documents import find_source, standard_library
+from megamtp.data.records import JSON_LINES
 from megamtp.errors import InputError
 
 TREE = {"b.py": "b = 1\r\n\tb\r\n", "a/z.txt": "z\u2581 \n", "a/b/c.md": "# c", "B.py": "B = 1", "a.txt": "a"}
@@ -50,29 +55,91 @@ def test_order_and_names_do_not_depend_on_the_file_system(tmp_path, monkeypatch)
     assert found(*inputs) == found(*reversed(inputs))
 
 
-def test_only_text_is_taken_from_folders_and_anything_that_is_named(tmp_path):
-    write(tmp_path, {**TREE, "picture.png": b"\x89PNG", "empty.py": "", "notes": "no suffix"})
+def test_whatever_is_utf8_text_is_text(tmp_path):
+    files = {**TREE, "LICENSE": "free", "Makefile": "all:\n", "lib/A.PM": "package A;", "package.json": '{\n "name": "a"\n}\n'}
+    write(tmp_path, {**files, "picture.png": b"\x89PNG", "zip": b"PK\3\4\0", "empty.py": ""})
     (tmp_path / "folder.py").mkdir()
-    (tmp_path / "broken.py").symlink_to(tmp_path / "nowhere")
-    assert found(tmp_path) == sorted(TREE.items())
-    assert found(tmp_path / "notes") == [("notes", "no suffix")]
+    source = find_source([tmp_path])
+    reader = source.reader()
+    assert list(source.documents(reader)) == sorted(files.items())
+    assert (reader.not_utf8, source.passed_over) == (["picture.png"], {documents.BINARY: ["zip"]})
+
+
+def test_a_folder_of_json_lines_by_any_name(tmp_path):
+    line = '{"text": "words"}\n'
+    compressed = {"a.jsonl.bz2": bz2.compress, "b.JSONL.XZ": lzma.compress, "c.ndjson.gz": gzip.compress}
+    files = {name: compress(line.encode()) for name, compress in compressed.items()}
+    write(tmp_path, files | {"d.jsonl": line, "e.NDJSON": line, "part-00000": line * 2, "f.json": line})
+    assert Counter(text for _, text in found(tmp_path)) == {"words": 8}
+    assert {file.format for file in find_source([tmp_path]).files} == {JSON_LINES}
+
+
+def test_what_is_passed_over_in_folders_is_told(tmp_path):
+    write(tmp_path, {**TREE, ".git/config": "x", ".editorconfig": "x", "build/a.py": "x", "a/build/b.py": "x", "z.lock": "x"})
+    (tmp_path / "link").symlink_to(tmp_path / "a", target_is_directory=True)
+    os.mkfifo(tmp_path / "pipe")
+    source = find_source([tmp_path], exclude=("build", "*.lock"))
+    assert list(source.documents()) == sorted(TREE.items())
+    assert source.passed_over == {
+        documents.EXCLUDED: ["a/build", "build", "z.lock"],
+        documents.HIDDEN: [".editorconfig", ".git"],
+        documents.LINKS: ["link"],
+        documents.SPECIAL: ["pipe"],
+    }
+    assert found(tmp_path / ".git") == [("config", "x")] and found(tmp_path / ".editorconfig") == [(".editorconfig", "x")]
+
+
+@pytest.mark.parametrize("name", ["a/broken.py", "broken.jsonl", "broken", "broken.bin"])
+def test_link_that_points_nowhere_is_named_unless_it_is_left_out(tmp_path, name):
+    """As in a part of a download, whose text would be missing."""
+    write(tmp_path, TREE)
+    (tmp_path / name).symlink_to("../blobs/none")
+    own = {"own_files": [tmp_path / "out/broken.bin"]}
+    message = refusal(partial(find_source, **own), [tmp_path])
+    assert message.startswith(f"{tmp_path}/{name} is a link to ../blobs/none, which does not exist; expected ")
+    assert found(tmp_path, exclude=("broken*",)) == sorted(TREE.items())
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to(tmp_path / name)
+    assert refusal(partial(find_source, **own), [tmp_path]).startswith(f"{tmp_path}/{name}: Too many levels of symbolic links; ")
+
+
+def test_binary_file_that_is_named_is_refused(tmp_path):
+    write(tmp_path, {**TREE, "all.tar": b"a.txt" + bytes(500)})
+    message = refusal(find_source, [tmp_path / "a.txt", tmp_path / "all.tar"])
+    assert message.startswith(f"{tmp_path}/all.tar is binary or UTF-16 (it has zero bytes); expected UTF-8 text, ")
+
+
+@pytest.mark.parametrize(
+    ("file_format", "expected"),
+    [("text", [("a", '{"text": "x"}\n{}')]), ("jsonl", "a:2: no text under"), ("parquet", "a: damaged")],
+)
+def test_format_of_all_inputs_can_be_given(tmp_path, file_format, expected):
+    source = find_source([write(tmp_path, {"a": '{"text": "x"}\n{}'})], file_format=file_format)
+    if isinstance(expected, str):
+        assert f"{tmp_path}/{expected}" in refusal(list, source.documents())
+    else:
+        assert list(source.documents()) == expected
 
 
 def test_json_files_hold_json_lines_but_are_settings_in_a_source_tree(tmp_path):
     line = '{"text": "two words"}'
     write(tmp_path, {"loose.json": line, "x/LARGE.JSONL": line, "x/Mod.PY": "x = 1", "y.json.GZ": gzip.compress(line.encode())})
-    assert found(tmp_path) == [("x/LARGE.JSONL/0", "two words"), ("x/Mod.PY", "x = 1"), ("y.json.GZ/0", "two words")]
-    assert found(tmp_path / "loose.json") == [("loose.json/0", "two words")]
-    write(tmp_path, {"settings.json": '{\n  "key": 1\n}\n'})
+    records = [("loose.json/0", "two words"), ("x/LARGE.JSONL/0", "two words"), ("x/Mod.PY", "x = 1"), ("y.json.GZ/0", "two words")]
+    assert found(tmp_path) == records
+    assert found(tmp_path / "loose.json") == records[:1]
+    settings = '{\n  "key": 1\n}\n'
+    write(tmp_path, {"settings.json": settings})
+    assert found(tmp_path)[1] == ("settings.json", settings)
     assert refusal(found, tmp_path / "settings.json").startswith(f"{tmp_path}/settings.json:1: not JSON ")
 
 
 def test_files_that_are_not_utf8_are_passed_over_and_reported(tmp_path):
     write(tmp_path, {"latin.txt": "caf\u00e9".encode("latin-1"), "good.txt": "caf\u00e9", "x/wide.py": "x = 1".encode("utf-16")})
     source = find_source([tmp_path])
-    for _ in range(2):  # not reported twice
-        assert list(source.documents()) == [("good.txt", "caf\u00e9")]
-        assert source.unreadable == ["latin.txt", "x/wide.py"]
+    reader = source.reader()
+    assert list(source.documents(reader)) == [("good.txt", "caf\u00e9")]
+    assert reader.not_utf8 == ["latin.txt"]
+    assert source.passed_over == {documents.BINARY: ["x/wide.py"]}
 
 
 def test_names_that_are_not_utf8_can_be_printed(tmp_path):
@@ -121,8 +188,9 @@ def test_folder_that_cannot_be_read_is_named_unless_it_is_left_out(tmp_path, mon
 
 
 def test_nothing_found(tmp_path):
-    write(tmp_path, {"picture.png": b"\x89PNG"})
-    assert refusal(find_source, [tmp_path]).startswith(f"no text files in {tmp_path}; expected such as ")
+    write(tmp_path, {"picture.png": b"\x89PNG\0", ".hidden": "x"})
+    passed_over = "passed over 1 binary or UTF-16 files, passed over 1 hidden files and folders"
+    assert refusal(find_source, [tmp_path]).startswith(f"no text files in {tmp_path}, {passed_over}; expected ")
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
@@ -197,7 +265,7 @@ def test_pieces_end_at_line_ends_unless_a_line_is_too_long(tmp_path, monkeypatch
 
 def test_standard_library_is_python_without_tests():
     source = standard_library()
-    names = [name for name, _ in source.files]
+    names = [file.name for file in source.files]
     assert {"argparse.py", "json/decoder.py"} <= set(names)
     assert all(name.endswith(".py") for name in names)
     assert not any(part in ("test", "tests", "site-packages") for name in names for part in name.split("/"))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megamtp.checkpoint import formats, hf, runs, store
 from megamtp.checkpoint.contents import MOMENTS, WEIGHT, Contents
@@ -184,6 +184,26 @@ def test_a_run_its_checkpoint_and_its_export_say_the_same(run_directory, model, 
     for source in (run_directory, checkpoint, tmp_path / "exported"):
         call(monkeypatch, command, source, "--prompt", "def main(", "--max-new-tokens", 12, "--device", "cpu")
         assert capsys.readouterr().out == expected
+
+
+@pytest.mark.parametrize("target", ["hf", "hf-mtp", "meta", "canonical"])
+def test_a_model_of_more_rows_than_its_tokenizer_has_pieces(model, tmp_path, monkeypatch, capsys, target):
+    """Its further ids can be drawn, and stand for no text."""
+    tokenizer_path = tmp_path / "spm.model"
+    train_sentencepiece([Path(argparse.__file__).read_text()], tokenizer_path, vocab_size=400, seed=0)
+    formats.FORMATS[target].write(contents(CONFIG, model.state_dict(), tokenizer_path), tmp_path / "exported")
+    tokenizer = SentencePieceTokenizer(tokenizer_path)
+    ids = tokenizer.encode("def main(")
+    drawn = generate(model, ids, 30, temperature=1.0, end_id=tokenizer.end_of_document_id)
+    assert max(drawn) >= 400 > min(drawn)
+    call(monkeypatch, command, tmp_path / "exported", "--prompt", "def main(", "--max-new-tokens", 30, "--temperature", 1.0)
+    assert capsys.readouterr().out == tokenizer.decode([token for token in ids + drawn if token < 400]) + "\n"
+    if target == "hf":
+        theirs = AutoTokenizer.from_pretrained(tmp_path / "exported")
+        assert theirs.decode([*ids, 400, 499]) == tokenizer.decode([*ids, 400, 499]) == "def main("
+        logits = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")(torch.tensor([ids])).logits
+        torch.testing.assert_close(logits, model.logits(torch.tensor([ids]))[0], rtol=0, atol=1e-4)
+        assert [note for note in formats.read(tmp_path / "exported").notes if "400 pieces, the model 500 rows" in note]
 
 
 def test_the_prompt_can_be_piped_in(run_directory, monkeypatch, capsys):

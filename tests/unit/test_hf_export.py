@@ -8,17 +8,18 @@ import random
 from pathlib import Path
 
 import pytest
-import sentencepiece
 import torch
+from hypothesis import example, given, settings
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megamtp.checkpoint import hf, hf_tokenizer, hf_weights, safetensors_file
 from megamtp.checkpoint.tensors import whole
 from megamtp.config import ModelConfig
-from megamtp.data.tokenizer import SentencePieceTokenizer, train_sentencepiece
+from megamtp.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, train_sentencepiece
 from megamtp.errors import CheckpointError
 from megamtp.model.mtp import MTPModel
+from tests import tokenizer_kinds
 from tests.checkpoints import SMALL, VOCABULARY, contents, random_model
 
 AWKWARD = [
@@ -226,44 +227,59 @@ def test_the_exported_tokenizer_gives_our_ids(tmp_path, tokenizer_path):
     assert (tmp_path / "exported" / "tokenizer.model").read_bytes() == tokenizer_path.read_bytes()
 
 
-def train_foreign(path: Path, **settings) -> Path:
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(Path(__file__).read_text().splitlines()), model_prefix=str(path),
-        vocab_size=VOCABULARY + 80, byte_fallback=True, hard_vocab_limit=False, minloglevel=2, **settings,
-    )  # fmt: skip
-    return path.with_suffix(".model")
+@pytest.fixture(scope="module")
+def exported_kinds(tmp_path_factory) -> dict:
+    """(ours, transformers') of a tokenizer of every kind that can be exported, and of bytes."""
+    folder, found = tmp_path_factory.mktemp("kinds"), {}
+    for kind in tokenizer_kinds.EXPORTED:
+        ours = SentencePieceTokenizer(tokenizer_kinds.train_kind(kind, folder / f"{kind}.model"))
+        (folder / kind).mkdir()
+        hf_tokenizer.write_tokenizer(folder / kind, ours, 64)
+        found[kind] = ours, AutoTokenizer.from_pretrained(folder / kind)
+    (folder / "bytes").mkdir()
+    hf_tokenizer.write_byte_tokenizer(folder / "bytes", 64)
+    return found | {"bytes": (ByteTokenizer(), AutoTokenizer.from_pretrained(folder / "bytes"))}
 
 
-def test_a_tokenizer_with_a_dummy_prefix_gives_its_ids(tmp_path):
-    """Llama 2's form."""
-    path = train_foreign(tmp_path / "foreign", model_type="bpe", normalization_rule_name="identity", remove_extra_whitespaces=False)
-    ours = SentencePieceTokenizer(path)
-    config = dataclasses.replace(SMALL, vocab_size=ours.vocab_size)
-    hf.export(contents(config, random_model(config).state_dict(), path), tmp_path / "exported")
-    theirs = AutoTokenizer.from_pretrained(tmp_path / "exported")
-    for text in [text for text in AWKWARD if "\u2581" not in text]:
-        assert theirs(text)["input_ids"] == ours.encode(text), repr(text)
-        assert theirs.decode(ours.encode(text), skip_special_tokens=True) == text
+@settings(max_examples=150, deadline=None)
+@given(tokenizer_kinds.TEXTS)
+@example("\u2581")
+@example("a\u2581b \u2581")
+@example("<fim>")
+@example("<fim>a <fim_x>\u2581\u2581b")
+@example("<fim></s><fim_x><0x0A>[INST]<fim><unk>")
+def test_every_exported_tokenizer_gives_the_prepared_ids(exported_kinds, text):
+    for kind, (ours, theirs) in exported_kinds.items():
+        ids = ours.encode(text)
+        assert theirs(text)["input_ids"] == ids, kind
+        if "no bytes" not in kind and kind != "characters":  # else SentencePiece writes unknown characters as U+2047
+            assert theirs.decode(ids) == theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids), kind
+
+
+def test_symbols_are_tokens_of_their_own(exported_kinds):
+    for kind in (kind for kind in exported_kinds if "symbols" in kind):
+        ours, theirs = exported_kinds[kind]
+        symbols = [ours.processor.id_to_piece(token) for token in ours.user_defined]
+        assert theirs.convert_tokens_to_ids("<fim>") == ours.user_defined[symbols.index("<fim>")]
+        assert theirs("a<fim><fim>b")["input_ids"].count(theirs.convert_tokens_to_ids("<fim>")) == 2
+        assert theirs.convert_tokens_to_ids("[INST]") not in theirs("a [INST] b")["input_ids"]
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("kind", "reason"),
     [
-        {"model_type": "unigram", "normalization_rule_name": "identity", "remove_extra_whitespaces": False},
-        {"model_type": "bpe", "normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": False},
-        {"model_type": "bpe", "normalization_rule_name": "identity"},
-        {
-            "model_type": "bpe",
-            "normalization_rule_name": "identity",
-            "remove_extra_whitespaces": False,
-            "user_defined_symbols": ["<fim>"],
-        },
+        ("normalising", r"it normalises texts \(nmt_nfkc\)"),
+        ("default", r"it normalises texts \(nmt_nfkc\)"),
+        ("without extra spaces", "it removes extra spaces"),
+        ("unigram", "it is a unigram model"),
+        ("normalising unigram", "it is a unigram model"),
+        ("spaces as suffixes", "its pieces end, rather than begin, with spaces"),
     ],
 )
-def test_a_tokenizer_that_cannot_be_translated_is_refused(tmp_path, settings):
-    path = train_foreign(tmp_path / "foreign", **settings)
+def test_a_tokenizer_that_cannot_be_translated_is_refused(tmp_path, kind, reason):
+    path = tokenizer_kinds.train_kind(kind, tmp_path / "foreign.model")
     config = dataclasses.replace(SMALL, vocab_size=SentencePieceTokenizer(path).vocab_size)
-    with pytest.raises(CheckpointError, match="cannot be exported"):
+    with pytest.raises(CheckpointError, match=rf"foreign\.model cannot be exported to hf or hf-mtp: {reason}"):
         hf.export(contents(config, random_model(config).state_dict(), path), tmp_path / "exported")
     assert not (tmp_path / "exported").exists()
 
@@ -278,4 +294,4 @@ def test_a_tokenizer_that_stays_behind_is_said_so(exported):
     (exported / "tokenizer.json").write_text(json.dumps({"long": "x" * hf_tokenizer.LARGEST_BYTE_TOKENIZER}))
     found = hf.read(exported)
     assert found.tokenizer is None
-    assert ["has a tokenizer that is no SentencePiece model of 300 pieces" in note for note in found.notes] == [True]
+    assert ["has a tokenizer, but no SentencePiece model of at most 300 pieces" in note for note in found.notes] == [True]

@@ -2,10 +2,12 @@
 
 import fcntl
 import gzip
+import json
 import os
 import pty
 import re
 import resource
+import shutil
 import struct
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import pytest
 import zstandard
 
 from megamtp.commands import prepare_data
+from tests import tokenizer_kinds
 
 TEXT = "".join(f"line {number} of a text\n" for number in range(3000))
 SMALL = ["--vocab-size", "290"]
@@ -31,6 +34,11 @@ def call(tmp_path, monkeypatch, call_command):
     Path("latin.txt").write_bytes(b"caf\xe9")
     Path("bad.jsonl").write_text('{"text": "good"}\n{"txt": "a"}\n')
     Path("broken.jsonl").write_text('{"text": "good"}\n{"text": \n')
+    Path("null.jsonl").write_text('{"text": "good"}\n{"text": null}\n')
+    Path("array").write_text('[{"text": "good"}]')
+    Path("zeros").write_bytes(bytes(9))
+    Path("links").mkdir()
+    Path("links/a.txt").symlink_to("nowhere")
     Path("empty").mkdir()
     Path("middle").mkdir()
     Path("middle/a.txt").write_text(TEXT)
@@ -60,6 +68,15 @@ CASES = {
     "not JSON": (["--input", "broken.jsonl"], ["broken.jsonl:2", "not JSON"]),
     "unreadable file in the middle": (["--input", "middle"], ["middle/b.txt: ", "expected a readable file"]),
     "line that is not UTF-8": (["--input", "bytes.jsonl"], ["bytes.jsonl:2", "utf-8"]),
+    "null": (["--input", "null.jsonl"], ["null.jsonl:2: 'text' is null", "--on-bad-record skip"]),
+    "all records bad": (
+        ["--input", "null.jsonl", "--on-bad-record", "skip", "--json-key", "body"],
+        ["found 0 documents", "skipped 2 bad records, the first: null.jsonl:1: no text under 'body'"],
+    ),
+    "link to nowhere": (["--input", "links"], ["links/a.txt is a link to nowhere, which does not exist"]),
+    "binary": (["--input", "text.txt", "zeros"], ["zeros is binary"]),
+    "records in an array": (["--input", "array"], ["array: JSON with 'text'", "--format"]),
+    "unknown format": (["--input", "text.txt", "--format", "csv"], ["--format", "'csv'"]),
     "damaged gz": (["--input", "cut.jsonl.gz"], ["cut.jsonl.gz"]),
     "damaged zst": (["--input", "cut.txt.zst"], ["cut.txt.zst: damaged"]),
     "damaged parquet": (["--input", "cut.parquet"], ["cut.parquet: damaged"]),
@@ -96,6 +113,24 @@ def test_mistake_is_one_line(case, call):
     assert not Path("out").exists() or list(Path("out").iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("tokenizer", "marks", "ends"), [("ours", 0, 3), ("bytes", 0, 2), ("dummy prefix", 2, 3), ("normalising", 2, 3)]
+)
+def test_characters_that_are_not_read_as_they_look_are_counted(call, tokenizer, marks, ends):
+    texts = ["a\u2581b", "one\u2581</s>two", "<|endoftext|>", "<|endoftext|></s> twice", "</s", "plain", "plain", "more"]
+    texts = [*texts, "<|endoftext|>"]  # a duplicate
+    Path("marks.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    model = tokenizer if tokenizer == "bytes" else str(tokenizer_kinds.train_kind(tokenizer, Path("given.model")))
+    arguments = ["--input", "marks.jsonl", "--tokenizer", model, "--output", "out", "--deduplicate"]
+    status, out, err = call(*arguments)
+    assert (status, err) == (0, "")
+    counted = dict(reversed(line.split(" documents hold ")) for line in out.splitlines() if " documents hold " in line)
+    found = {"the character U+2581, which this tokenizer reads as a space": str(marks)} if marks else {}
+    words = "it is tokenised as ordinary characters and ends no document"
+    assert counted == {f"an end-of-text marker such as </s> or <|endoftext|>: {words}": str(ends), **found}
+    assert call(*arguments)[1] == out.replace(" nats", " nats (reused)")
+
+
 def test_prepares_reuses_refuses_and_overwrites(call):
     arguments = ["--input", "text.txt", "latin.txt", "--output", "out", *SMALL]
     status, first, err = call(*arguments)
@@ -110,6 +145,31 @@ def test_prepares_reuses_refuses_and_overwrites(call):
     status, out, err = call(*arguments, "--seed", "1", "--overwrite")
     assert (status, err) == (0, "")
     assert "(reused)" not in out
+
+
+def test_what_was_read_passed_over_and_skipped_is_printed(call):
+    """From an input folder that also holds the output, which is no input of a second call."""
+    for name in ("in/.git", "in/tests"):
+        Path(name).mkdir(parents=True)
+    Path("in/perl.pm").write_text(TEXT)
+    Path("in/part-00000").write_text('{"text": "good"}\n{"text": null}\n{"text": "\\ud800"}\n')
+    for name in ("a.tar", "b.zip"):
+        Path("in", name).write_bytes(bytes(100))
+    arguments = ["--input", "in", "--exclude", "tests", "--on-bad-record", "skip", "--tokenizer", "bytes"]
+    for output in ("in/out", "in"):
+        status, out, err = call(*arguments, "--output", output)
+        assert (status, err) == (0, "")
+        assert out.splitlines()[:5] == [
+            "read 1 files of JSON lines, 1 text files",
+            "passed over 2 binary or UTF-16 files, the first: a.tar",
+            "passed over 1 files and folders that --exclude names, the first: tests",
+            "passed over 1 hidden files and folders, the first: .git",
+            f"skipped 2 bad records, listed in {output}/skipped_records.txt",
+        ]
+        listed = Path(output, "skipped_records.txt").read_text()
+        assert listed == "part-00000:2: 'text' is null\npart-00000:3: half a surrogate pair under 'text'\n"
+        assert call(*arguments, "--output", output) == (0, out.replace(" nats", " nats (reused)"), "")
+        shutil.rmtree("in/out", ignore_errors=True)
 
 
 def test_tokenizer_of_another_vocabulary(call):

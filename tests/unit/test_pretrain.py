@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 
 from megamtp.config import read_config, write_config
+from megamtp.data.tokenizer import SentencePieceTokenizer
 from megamtp.errors import InputError
-from megamtp.pretrain import _check_vocabulary, _spare_real_run
+from megamtp.pretrain import _check_tokenizer, _check_vocabulary, _report_vocabulary, _spare_real_run
+from tests import tokenizer_kinds
 
 CONFIG = str(Path(__file__).parents[2] / "configs/quickstart.yaml")
 
@@ -20,6 +22,38 @@ def test_vocabulary_of_a_corpus(tmp_path):
     summary.write_text('{"vocab_size": 401}')
     with pytest.raises(InputError, match=r"corpus\.json tells of a vocabulary of 401, model\.vocab_size is 400; expected no more"):
         _check_vocabulary(config, summary)
+
+
+def test_a_vocabulary_larger_than_the_tokenizers(tmp_path, capsys):
+    prepared, model = tmp_path / "corpus.json", tokenizer_kinds.train_kind("ours", tmp_path / "tokenizer.model")
+    settings = [CONFIG, "run.directory=r", f"data.train={tmp_path}/train"]
+    ours = [*settings, f"data.tokenizer={model}"]
+    prepared.write_text('{"vocab_size": 500}')
+    for larger in ([*ours, "model.vocab_size=512"], [*settings, "data.tokenizer=null", "model.vocab_size=512"]):
+        config = read_config(larger)
+        _check_vocabulary(config, prepared)
+        _report_vocabulary(config)
+        words = "model.vocab_size is 512, the tokenizer has 500 pieces: 12 more rows, part of every softmax\n"
+        assert tuple(capsys.readouterr()) == (words, "")
+    _check_tokenizer(read_config([*ours, "model.vocab_size=512"]))
+    _report_vocabulary(read_config([*ours, "model.vocab_size=500"]))
+    assert tuple(capsys.readouterr()) == ("", "")
+    with pytest.raises(InputError, match=r"500 pieces, model\.vocab_size is 499; expected as many or more: set model"):
+        _check_tokenizer(read_config([*ours, "model.vocab_size=499"]))
+    prepared.write_text('{"vocab_size": 400}')
+    with pytest.raises(InputError, match=r"vocabulary of 400, .*tokenizer\.model has 500 pieces; expected the same"):
+        _check_vocabulary(read_config([*ours, "model.vocab_size=512"]), prepared)
+
+
+def test_a_tokenizer_that_cannot_be_exported_is_said_before_training(tmp_path, capsys):
+    model = tokenizer_kinds.train_kind("unigram", tmp_path / "tokenizer.model")
+    pieces = SentencePieceTokenizer(model).vocab_size
+    settings = [CONFIG, "run.directory=r", "data.train=a", f"model.vocab_size={pieces}"]
+    _report_vocabulary(read_config([*settings, f"data.tokenizer={model}"]))
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    words = f"the model can be trained; {model} cannot be exported to hf or hf-mtp: it is a unigram model; expected"
+    assert err.startswith(f"megamtp: warning: {words}")
 
 
 def test_an_emulated_rank_spares_a_real_runs_folder(tmp_path):

@@ -1,8 +1,10 @@
 """Documents of each kind of file, whole or in spans, and each kind of damage in one line that names the place."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import sys
 from pathlib import Path
 
@@ -11,12 +13,14 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from megamtp.data import shards
+from megamtp.data import records, shards
 from megamtp.data.documents import find_source
-from megamtp.data.records import Span, read
+from megamtp.data.records import JSON_LINES, PARQUET, Reader, Span, recognise
+from megamtp.data.records import TEXT as TEXT_FORMAT
 from megamtp.errors import InputError
 
 TEXTS = [f"text {number} \u2581\u00e9\r\n" * (number % 9) + "end" for number in range(1, 400)]
+TEXT = "".join(TEXTS)
 LINES = "".join(json.dumps({"text": text, "id": 1}, ensure_ascii=False) + "\n" for text in TEXTS).encode()
 
 
@@ -34,7 +38,7 @@ def parquet_bytes(column: pyarrow.Array, rows_a_group: int = 50, name: str = "te
 
 
 def found(path: Path, json_key: str = "text") -> list[tuple[str, str]]:
-    return list(read(Span("a", path), json_key, []))
+    return list(Reader(json_key).documents(Span("a", path, recognise(path, json_key, is_named=True))))
 
 
 def refusal(path: Path, json_key: str = "text") -> str:
@@ -51,12 +55,24 @@ def refusal(path: Path, json_key: str = "text") -> str:
         (".jsonl", b"\xef\xbb\xbf" + LINES),
         (".jsonl.gz", gzip.compress(LINES)),
         (".jsonl.gz", gzip.compress(LINES[:999]) + gzip.compress(LINES[999:])),
+        (".jsonl.bz2", bz2.compress(LINES)),
+        (".NDJSON.BZ2", bz2.compress(LINES[:999]) + bz2.compress(LINES[999:])),
+        (".jsonl.xz", lzma.compress(LINES)),
+        (".jsonl.xz", lzma.compress(LINES[:999]) + bytes(8) + lzma.compress(LINES[999:]) + bytes(4)),
+        (".ndjson", LINES),
+        (".json", LINES),
         (".json.gz", gzip.compress(LINES)),
+        (".part-00000", LINES),
+        (".part-00000", b"\xef\xbb\xbf\n" + LINES),
+        (".part-00000.gz", gzip.compress(LINES)),
+        (".part-00000", parquet_bytes(pyarrow.array(TEXTS))),
         (".jsonl.zst", zst(LINES)),
         (".jsonl.zst", zst(LINES, frames=7)),
         (".parquet", parquet_bytes(pyarrow.array(TEXTS))),
         (".parquet", parquet_bytes(pyarrow.array(TEXTS, pyarrow.large_string()))),
         (".parquet", parquet_bytes(pyarrow.array([text.encode() for text in TEXTS]))),
+        (".parquet", parquet_bytes(pyarrow.array(TEXTS).dictionary_encode())),
+        (".parquet", parquet_bytes(pyarrow.array([text.encode() for text in TEXTS]).dictionary_encode())),
     ],
 )
 def test_the_same_documents_from_every_kind_of_file(tmp_path, suffix, content):
@@ -68,13 +84,17 @@ def test_the_same_documents_from_every_kind_of_file(tmp_path, suffix, content):
     assert [text for _, text in find_source([tmp_path]).documents()] == TEXTS
 
 
-@pytest.mark.parametrize(("suffix", "compress"), [(".txt.gz", gzip.compress), (".md.zst", zst)])
+@pytest.mark.parametrize(
+    ("suffix", "compress"),
+    [(".txt.gz", gzip.compress), (".md.zst", zst), (".pm.bz2", bz2.compress), (".TXT.XZ", lzma.compress)],
+)
 def test_compressed_text_is_one_document(tmp_path, suffix, compress):
-    (tmp_path / f"a{suffix}").write_bytes(compress(LINES))
+    (tmp_path / f"a{suffix}").write_bytes(compress(TEXT.encode()))
     (tmp_path / f"b{suffix}").write_bytes(compress(b"caf\xe9"))
     source = find_source([tmp_path])
-    assert list(source.documents()) == [(f"a{suffix}", LINES.decode())]
-    assert source.unreadable == [f"b{suffix}"]
+    reader = source.reader()
+    assert list(source.documents(reader)) == [(f"a{suffix}", TEXT)]
+    assert reader.not_utf8 == [f"b{suffix}"]
 
 
 @pytest.mark.parametrize("size", [100, 3000, 10**6])
@@ -82,11 +102,15 @@ def test_row_groups_in_shards(tmp_path, monkeypatch, size):
     monkeypatch.setattr(shards, "MIN_SHARD_BYTES", size)
     path = tmp_path / "a.parquet"
     path.write_bytes(parquet_bytes(pyarrow.array(["", *TEXTS])))
-    planned = shards.plan([("a", path)], False)
+    planned = shards.plan([Span("a", path, PARQUET)], False)
     assert len(planned) == {100: 8, 3000: path.stat().st_size // 3000, 10**6: 1}[size]
     assert sum(shard.num_bytes for shard in planned) == path.stat().st_size
-    assert [document for shard in planned for document in shard.documents("text", [])] == found(path)
-    assert found(path)[0] == ("a/1", TEXTS[0])
+    assert [document for shard in planned for document in shard.documents(Reader())] == found(path)
+    documents = found(path)
+    assert documents[0] == ("a/1", TEXTS[0])
+    path.write_bytes(parquet_bytes(pyarrow.array(["", *TEXTS]).dictionary_encode()))
+    planned = shards.plan([Span("a", path, PARQUET)], False)
+    assert [document for shard in planned for document in shard.documents(Reader())] == documents
 
 
 DAMAGED = {
@@ -100,6 +124,12 @@ DAMAGED = {
     "zst cut off in its last frame": (".txt.zst", zst(LINES, 3)[:-1], "damaged (it ends within a frame)"),
     "zst that is none": (".txt.zst", LINES, "damaged"),
     "zst with garbage behind it": (".txt.zst", zst(LINES) + b"garbage", "damaged"),
+    "bz2 cut off": (".jsonl.bz2", bz2.compress(LINES)[:-1], "damaged (it ends within a frame)"),
+    "bz2 that is none": (".jsonl.bz2", LINES, "Invalid data stream"),
+    "bz2 whose second stream is damaged": (".jsonl.bz2", bz2.compress(LINES) + b"?" + bz2.compress(LINES), "Invalid data stream"),
+    "xz cut off": (".txt.xz", lzma.compress(LINES)[:-1], "damaged (it ends within a frame)"),
+    "xz with a wrong byte": (".txt.xz", lzma.compress(LINES)[:300] + b"?" + lzma.compress(LINES)[301:], "damaged"),
+    "xz whose second stream is damaged": (".txt.xz", lzma.compress(LINES) + b"?" + lzma.compress(LINES), "damaged"),
     "parquet cut off": (".parquet", parquet_bytes(pyarrow.array(TEXTS))[:-20], "damaged"),
     "parquet that is none": (".parquet", LINES, "damaged"),
     "empty parquet": (".parquet", b"", "damaged"),
@@ -123,6 +153,7 @@ def test_damaged_file_is_named(tmp_path, case):
 RECORDS = {
     "wrong column": (pyarrow.array(["a"]), "body", "no column 'body' (found: 'id', 'text'); give the right one with --json-key"),
     "numbers": (pyarrow.array([1, 2]), "text", "column 'text' holds int64, expected strings"),
+    "null in a dictionary": (pyarrow.array(["a", None]).dictionary_encode(), "text", "row 1: no text under 'text' (found: null)"),
     "null": (pyarrow.array(["a"] * 60 + [None]), "text", "row 60: no text under 'text' (found: null)"),
     "bytes that are not UTF-8": (pyarrow.array([b"a", b"caf\xe9"]), "text", "row 1: not UTF-8 ("),
     "a string that is not UTF-8": (pyarrow.array([b"a", b"caf\xe9"]).view(pyarrow.string()), "text", "row 1: not UTF-8 ("),
@@ -145,7 +176,7 @@ def test_bad_line_of_a_span_has_its_number_in_the_file(tmp_path, start, stop):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"".join(lines))
     with pytest.raises(InputError, match=rf"a\.jsonl:{bad + 1}: not JSON \('utf-8' codec can't decode byte 0xe9"):
-        list(read(Span("a", path, start, stop), "text", []))
+        list(Reader().documents(Span("a", path, JSON_LINES, start, stop)))
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".jsonl.gz", ".txt.zst", ".parquet"])
@@ -160,7 +191,130 @@ def test_file_that_cannot_be_read_is_named(tmp_path, suffix):
 @pytest.mark.parametrize(("suffix", "library"), [(".jsonl.zst", "zstandard"), (".parquet", "pyarrow")])
 def test_missing_library_is_named(tmp_path, monkeypatch, suffix, library):
     path = tmp_path / f"a{suffix}"
-    path.write_bytes(b"")
+    path.write_bytes(b"content")
     for module in [library, *(name for name in sys.modules if name.startswith(f"{library}."))]:
         monkeypatch.setitem(sys.modules, module, None)
     assert refusal(path) == f"{library} is not installed, expected for this input; run: pip install {library}"
+
+
+RECORD, SETTINGS = b'{"text": "a"}\n', b'{\n  "name": "a",\n  "text": 1\n}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("Module.PM", b"package Module;\n", TEXT_FORMAT),
+        ("LICENSE", b"caf\xc3\xa9", TEXT_FORMAT),
+        ("empty", b"", TEXT_FORMAT),
+        ("latin", b"caf\xe9", TEXT_FORMAT),  # found when all of it is read
+        ("archive.tar", b"name" + bytes(100), None),
+        ("wide", "text".encode("utf-16"), None),
+        ("archive.tgz", gzip.compress(bytes(100)), None),
+        ("archive.tar.gz", gzip.compress(b"name" + bytes(100)), None),
+        ("rows", parquet_bytes(pyarrow.array(["a"])), PARQUET),
+        ("rows.gz", gzip.compress(parquet_bytes(pyarrow.array(["a"]))), None),
+        ("lines.ndjson", b"not JSON", JSON_LINES),
+        ("lines.jsonl.xz", lzma.compress(b"not JSON"), JSON_LINES),
+        ("part", RECORD * 2, JSON_LINES),
+        ("part", b'\n \r\n{"body": 3}\r\n{}', JSON_LINES),
+        ("part", RECORD + b"{damaged\n", JSON_LINES),
+        ("part", b"{damaged\n" + RECORD * 2, JSON_LINES),
+        ("part", b'{"name": "a"}\nprose\nprose\n', TEXT_FORMAT),
+        ("part", b"As in:\n" + RECORD, TEXT_FORMAT),
+        ("settings.json", SETTINGS, TEXT_FORMAT),
+        ("settings.json", b'{"name": "a"}\n', TEXT_FORMAT),
+        ("record.json", RECORD, JSON_LINES),
+        ("numbers.json", b"[1,\n2]", TEXT_FORMAT),
+        ("list.json", b'[{"name": "a"},\n{"name": "b"}]', TEXT_FORMAT),
+        ("long", b"a long line " * 1000, TEXT_FORMAT),
+        ("long", b'{"text": "' + b"a" * 1000 + b'"}\n' + RECORD, JSON_LINES),
+        ("long", RECORD + b'{"text": "' + b"a" * 1000 + b'"}', JSON_LINES),
+        ("deep", b'{"a":' * 100_000, TEXT_FORMAT),
+    ],
+)
+def test_format_is_recognised_in_a_folder(tmp_path, monkeypatch, name, content, expected):
+    monkeypatch.setattr(records, "START_BYTES", 400)
+    (tmp_path / name).write_bytes(content)
+    assert recognise(tmp_path / name, "text", is_named=False) == expected
+
+
+def test_a_file_that_is_named_is_settings_less_often(tmp_path):
+    for name, content in (("a.json", SETTINGS), ("b.json", b'{"name": "a"}'), ("c", b'{"name": "a"}')):
+        (tmp_path / name).write_bytes(content)
+        assert recognise(tmp_path / name, "text", is_named=True) == JSON_LINES
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'[{"text": "a"}]',
+        b'[\n {"text": "a",\n "id": 1},\n',
+        b'{\n"id": 1,\n"text": "a"\n}\n{\n',
+        RECORD + b"prose\nprose\n",
+    ],
+)
+def test_records_in_another_form_are_no_prose(tmp_path, content):
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"a\.json: JSON with 'text', but most of its first .*--format text"):
+        recognise(path, "text", is_named=False)
+    assert recognise(path, "body", is_named=False) == TEXT_FORMAT
+
+
+def test_json_whose_first_line_has_no_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "START_BYTES", 400)
+    monkeypatch.setattr(records, "JSON_START_BYTES", 1 << 20)
+    path = tmp_path / "part"
+    path.write_bytes(b'{"text": "' + b"a" * (1 << 21) + b'"}\n')
+    with pytest.raises(InputError, match=r"begins as JSON, with a line of more than 1 MiB; .*--format.*--exclude"):
+        recognise(path, "text", is_named=True)
+
+
+def test_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbftext \xef\xbb\xbf")
+    (tmp_path / "empty.txt").write_bytes(b"\xef\xbb\xbf")
+    assert found(tmp_path / "a.txt") == [("a", "text \ufeff")] and found(tmp_path / "empty.txt") == []
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, "-" + "9" * 5000, f"[{'9' * 5000}]", "9" * 5000 + ".5", "1e9999"])
+def test_number_of_any_length_in_another_field(tmp_path, number):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"id": {number}, "text": "a"}}\n')
+    assert found(path) == [("a/0", "a")]
+    path.write_text(f'{{"text": {"9" * 5000}}}\n')
+    assert "'text' is int; expected a string" in refusal(path)
+
+
+BAD_LINES = {
+    b'{"text": null}': "'text' is null",
+    b'{"text": 3}': "'text' is int",
+    b'{"body": "a"}': "no text under 'text' (found: 'body')",
+    b'{"text": "a\\ud800"}': "half a surrogate pair under 'text'",
+    b'["text"]': "a JSON list",
+    b'{"text": "a"': "not JSON (Expecting ',' delimiter: line 1 column 13 (char 12))",
+    b'{"text": "caf\xe9"}': "not JSON ('utf-8' codec can't decode byte 0xe9 in position 13: unexpected end of data)",
+}
+
+
+@pytest.mark.parametrize("size", [50, 10**6])
+def test_bad_records_are_skipped_and_listed(tmp_path, monkeypatch, size):
+    """With their line in the file, in whichever shard they are."""
+    monkeypatch.setattr(shards, "MIN_SHARD_BYTES", size)
+    good = LINES.splitlines()[: len(BAD_LINES)]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join(line for pair in zip(BAD_LINES, good, strict=True) for line in pair))
+    reader = Reader(skip_bad_records=True)
+    planned = shards.plan([Span("a", path, JSON_LINES)], False)
+    assert [text for shard in planned for _, text in shard.documents(reader)] == TEXTS[: len(BAD_LINES)]
+    listed = [f"a:{2 * number + 1}: " for number in range(len(BAD_LINES))]
+    assert all(map(str.startswith, reader.bad_records, listed)) and len(reader.bad_records) == len(listed)
+    reasons = [record.partition(": ")[2] for record in reader.bad_records]
+    assert [reason.partition(" (")[0] for reason in reasons] == [reason.partition(" (")[0] for reason in BAD_LINES.values()]
+
+
+def test_bad_rows_are_skipped_and_listed(tmp_path):
+    path = tmp_path / "a.parquet"
+    path.write_bytes(parquet_bytes(pyarrow.array([b"a", None, b"caf\xe9", b"b"]).view(pyarrow.string())))
+    reader = Reader(skip_bad_records=True)
+    assert list(reader.documents(Span("a", path, PARQUET))) == [("a/0", "a"), ("a/3", "b")]
+    assert [record[:10] for record in reader.bad_records] == ["a:row 1: n", "a:row 2: n"]

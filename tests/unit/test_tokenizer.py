@@ -14,6 +14,7 @@ from megamtp.data import tokenizer as tokenizer_module
 from megamtp.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, open_tokenizer, train_sentencepiece
 from megamtp.errors import InputError
 from megamtp.files import write_atomically
+from tests import tokenizer_kinds
 
 TEXTS = [Path(argparse.__file__).read_text(), "2024 " * 500]
 VOCAB_SIZE = 400
@@ -62,6 +63,36 @@ def test_decoding_undoes_encoding(tokenizer, text):
     assert all(0 <= token < VOCAB_SIZE and token != tokenizer.end_of_document_id for token in ids)
 
 
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory) -> dict[str, tuple[SentencePieceTokenizer, sentencepiece.SentencePieceProcessor]]:
+    """(ours, the library's) of a model of every kind but ours."""
+    folder, found = tmp_path_factory.mktemp("kinds"), {}
+    for kind in tokenizer_kinds.KINDS.keys() - {tokenizer_kinds.OURS}:
+        path = tokenizer_kinds.train_kind(kind, folder / f"{kind}.model")
+        found[kind] = SentencePieceTokenizer(path), sentencepiece.SentencePieceProcessor(model_file=str(path))
+    return found
+
+
+@settings(max_examples=150, deadline=None)
+@given(tokenizer_kinds.TEXTS)
+@example("\u2581")
+@example("a\u2581b \u2581")
+@example("\u2581\u2581 <fim>\u2581self")
+def test_ids_of_other_tokenizers_are_the_librarys(foreign, text):
+    for kind, (ours, library) in foreign.items():
+        ids = library.encode(text)
+        assert ours.encode(text) == ids, kind
+        assert ours.encode_documents([text, text])[0].tolist() == [*ids, library.eos_id()] * 2, kind
+        assert not ours.keeps_space_marks
+
+
+def test_ids_beyond_the_vocabulary_decode_to_nothing(tokenizer):
+    ids = tokenizer.encode("one")
+    assert tokenizer.decode([VOCAB_SIZE, *ids, VOCAB_SIZE + 9]) == "one"
+    assert ByteTokenizer().decode([97, 257, 271]) == "a"
+
+
+@settings(deadline=None)
 @given(st.lists(st.text(max_size=20), max_size=5))
 @example(["\u2581", "", "a\u2581b", ""])
 @example(["def f():", TEXTS[0]])

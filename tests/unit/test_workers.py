@@ -14,9 +14,11 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
+from megamtp.data import corpus as corpus_module
 from megamtp.data import documents, parts, shards, workers
 from megamtp.data.corpus import prepare
 from megamtp.data.documents import Source, find_source
+from megamtp.data.records import JSON_LINES, Reader, Span
 from megamtp.errors import InputError
 
 VOCAB_SIZE = 300
@@ -65,9 +67,8 @@ def test_one_long_text_is_shared_among_workers(tmp_path, monkeypatch, options):
     monkeypatch.setattr(documents, "PIECE_CHARACTERS", 100)
     (tmp_path / "texts").mkdir()
     for name in ("a.txt", "b.txt"):
-        (tmp_path / "texts" / name).write_text(
-            "".join(f"line {line} \u00e9\n" * (line % 3) for line in range(500)) + "\u00e9" * 5000
-        )
+        text = "".join(f"line {line} \u00e9\n" * (line % 3) for line in range(500)) + "\u00e9" * 5000
+        (tmp_path / "texts" / name).write_text(text, encoding="utf-8-sig" if name == "b.txt" else "utf-8")
     (tmp_path / "texts/latin.txt").write_bytes(b"caf\xe9" * 5000)
     source, written = find_source([tmp_path / "texts"]), []
     for size, number in ((1 << 20, 1), (1000, 1), (1000, 3)):
@@ -88,9 +89,29 @@ def test_every_json_line_is_in_one_shard(tmp_path, monkeypatch, size):
     lines = ['{"text": "' + "\u00e9" * (number % 4) + f'{number}"}}' for number in range(20)]
     path = tmp_path / "a.jsonl"
     path.write_text("\n" + "\n".join(lines) + "\n\n" + lines[0])
-    found = [document for shard in shards.plan([("a.jsonl", path)], False) for document in shard.documents("text", [])]
-    assert found == list(Source([("a.jsonl", path)]).documents())
+    file = Span("a.jsonl", path, JSON_LINES)
+    found = [document for shard in shards.plan([file], False) for document in shard.documents(Reader())]
+    assert found == list(Source([file]).documents())
     assert [text for _, text in found] == [line[10:-2] for line in [*lines, lines[0]]]
+
+
+def test_skipped_records_are_the_same_for_any_number_of_workers(texts, tmp_path):
+    bad = '{"text": null}\n'
+    (texts / "a.jsonl").write_text("".join(f'{bad}{{"text": "a {number}"}}\n' for number in range(200)))
+    (texts / "d.part").write_text(f'{bad}{{"text": "b"}}\n')
+    with pytest.raises(InputError, match=r"a\.jsonl:1: 'text' is null; .*, or skip bad records with --on-bad-record skip$"):
+        prepare(find_source([texts]), tmp_path / "out", tokenizer="bytes")
+    for number in (1, 3):
+        source = find_source([texts], skip_bad_records=True)
+        corpus, _ = prepare(source, tmp_path / str(number), VOCAB_SIZE, workers=number)
+    assert contents(tmp_path / "1") == contents(tmp_path / "3")
+    listed = [f"a.jsonl:{2 * number + 1}: 'text' is null" for number in range(200)] + ["d.part:1: 'text' is null"]
+    assert (tmp_path / "1/skipped_records.txt").read_text().splitlines() == listed
+    assert corpus.skipped_records == 201 and corpus.files == {"jsonl": 3, "parquet": 1, "text": 61}
+    for name in ("a.jsonl", "d.part"):
+        (texts / name).write_text((texts / name).read_text().replace(bad, ""))
+    prepare(find_source([texts]), tmp_path / "1", VOCAB_SIZE, overwrite=True)
+    assert "skipped_records.txt" not in contents(tmp_path / "1")
 
 
 def mistake(source: Source, output: Path, **options) -> str:
@@ -131,6 +152,29 @@ def test_first_mistake_in_the_inputs_order_is_named(texts, tmp_path, options, le
     message = mistake(find_source([texts]), tmp_path / "out", **options, workers=3)
     assert message.startswith(f"{texts}/a.jsonl:101: no text under 'text' (found: 'txt')")
     assert [path.name for path in (tmp_path / "out").iterdir()] == left  # read to train on, or to tokenise
+
+
+def test_preparation_that_stopped_at_a_bad_record_goes_on_where_these_are_skipped(texts, tmp_path, monkeypatch):
+    """And one that skipped them, ended before its corpus was whole, leaves no part with a bad record to one that does not."""
+    with open(texts / "a.jsonl", "a") as stream:
+        stream.write('{"text": null}\n')
+    strict, lenient = find_source([texts]), find_source([texts], skip_bad_records=True)
+    prepare(lenient, tmp_path / "whole", tokenizer="bytes")
+    assert "'text' is null" in mistake(strict, tmp_path / "out", tokenizer="bytes")
+    finished = len(list((tmp_path / "out/.preparation").glob("*.json")))
+    begun, read_documents = [], parts._documents
+    with monkeypatch.context() as patch:
+        patch.setattr(parts, "_documents", lambda *arguments: begun.append(arguments) or read_documents(*arguments))
+        patch.setattr(corpus_module, "split_limit", full_disk)
+        assert "No space" in mistake(lenient, tmp_path / "out", tokenizer="bytes")
+    assert finished and len(begun) == len(shards.plan(strict.files, False)) - finished
+    assert "'text' is null" in mistake(strict, tmp_path / "out", tokenizer="bytes")
+    prepare(lenient, tmp_path / "out", tokenizer="bytes")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def full_disk(*_) -> None:
+    raise OSError(28, "No space left on device")
 
 
 def test_killed_worker(texts, tmp_path, monkeypatch):
@@ -215,7 +259,7 @@ def test_mpi_ranks(texts, tmp_path):
     arguments = ["--input", texts, "--vocab-size", str(VOCAB_SIZE)]
     done = mpirun(3, *arguments, "--output", tmp_path / "ranks")
     assert (done.returncode, done.stderr) == (0, "")
-    assert len(done.stdout.splitlines()) == 5
+    assert len(done.stdout.splitlines()) == 6
     assert contents(tmp_path / "ranks") == contents(tmp_path / "out")
     failed = mpirun(2, *arguments, "--output", tmp_path / "wrong", "--json-key", "body")
     assert failed.returncode == 2
