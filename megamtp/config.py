@@ -100,6 +100,7 @@ class HeadLossConfig:
 class OptimizerConfig:
     """AdamW, warm-up and cosine decay. Defaults: the paper's tables S13 and S14."""
 
+    kind: str = option("adamw", "adamw; or MODULE:CLASS of your own (optimizers/base.py)")
     lr: float = option(3e-4, "peak learning rate")
     warmup_steps: int = option(1000, "steps of linear warm-up from 0 to the peak")
     final_lr_ratio: float = option(0.03, "learning rate of the last step over the peak (cosine in between)")

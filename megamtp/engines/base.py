@@ -3,12 +3,13 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megamtp.checkpoint.state import RunState
 from megamtp.data.loader import Batch
 from megamtp.losses.softmax_gradient import IGNORED
 
@@ -36,14 +37,14 @@ class EngineState:
     """What must be saved to go on as if nothing had happened.
 
     Attributes:
-        tensors: this rank's slices of weights and moments by slice_key (checkpoint/shards.py), and its random states, in place.
+        tensors: this rank's slices of weights and optimizer tensors by slice_key (checkpoint/shards.py), and its random states, in place.
         shapes: of the whole parameters that they are slices of, by name.
-        run: a few numbers that are the same on all ranks, for the manifest.
+        run: the rest, the same on all ranks, for the manifest.
     """
 
     tensors: dict[str, Tensor]
     shapes: dict[str, tuple[int, ...]]
-    run: dict[str, Any]
+    run: RunState
 
 
 class Engine(Protocol):

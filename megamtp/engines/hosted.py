@@ -11,7 +11,7 @@ from megamtp.engines.base import EngineState, StepResult
 from megamtp.engines.deepspeed.host import current_device, host
 from megamtp.engines.deepspeed.members import full_shape
 from megamtp.engines.deepspeed.saved_state import engine_state, load_state
-from megamtp.optimizers.adamw import adamw
+from megamtp.optimizers.kinds import optimizer_kind
 
 
 class HostedEngine:
@@ -34,7 +34,8 @@ class HostedEngine:
     def host(self, model: nn.Module) -> None:
         """Hands the model and its optimizer to DeepSpeed. Collective."""
         shapes = {name: full_shape(parameter) for name, parameter in model.named_parameters()}
-        optimizer = adamw(self.config.optimizer, dict(model.named_parameters()), shapes)
+        settings = self.config.optimizer
+        optimizer = optimizer_kind(settings).make(settings, dict(model.named_parameters()), shapes)
         self.model, self.engine = model, host(self.config, model, optimizer, self.data_parallel_size)
 
     def step_result(self, nll_sums: Tensor) -> StepResult:
@@ -43,8 +44,8 @@ class HostedEngine:
 
     def state(self) -> EngineState:
         """See Engine.state."""
-        return engine_state(self.engine)
+        return engine_state(self.engine, self.config.optimizer)
 
     def load(self, checkpoint: Path) -> None:
         """See Engine.load."""
-        load_state(self.engine, checkpoint, self.config.engine.kind, self.rank, self.world_size)
+        load_state(self.engine, checkpoint, self.config, self.rank, self.world_size)

@@ -1,4 +1,4 @@
-"""This rank's part of the fp32 weights and of Adam's moments, under any of DeepSpeed's optimizers.
+"""This rank's part of the fp32 weights and of the optimizer's state, under any of DeepSpeed's optimizers.
 
 Each of them keeps flat fp32 tensors in which parts of the parameters follow each other: ZeRO-3 one for each sub-group, the others
 one for each parameter group. Here the parts get their parameters' names, so that no checkpoint need know which optimizer wrote it.
@@ -11,10 +11,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
+
+from megamtp.checkpoint.contents import WEIGHT
+from megamtp.optimizers.base import OptimizerKind
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class Fragment:
     """Elements start, start + 1, ... of one parameter's row-major numbers, as they are in memory on this rank's device or CPU.
 
     Attributes:
-        tensors: views [length], fp32, of the weights and both moments, by kind (checkpoint/shards.py); training changes them.
+        tensors: views [length], fp32, of the weights and the optimizer's tensors, by kind (checkpoint/shards.py); training
+            changes them.
         is_copy: another rank has the same elements, and writes them.
     """
 
@@ -33,25 +36,33 @@ class Fragment:
 
 
 class MasterState:
-    """The fp32 weights and Adam's state of one DeepSpeed engine, on this rank."""
+    """The fp32 weights and the optimizer's state of one DeepSpeed engine, on this rank."""
 
-    def __init__(self, engine: DeepSpeedEngine):
-        """Moments that the first step has not made yet are made here: zeros."""
-        self._engine, self._optimizer = engine, engine.optimizer
+    def __init__(self, engine: DeepSpeedEngine, kind: type[OptimizerKind]):
+        """State that the first step has not made yet is made here."""
+        self._engine, self._optimizer, self._kind = engine, engine.optimizer, kind
         self._sharded = engine.zero_optimization_partition_weights()
         names = {parameter: name for name, parameter in engine.module.named_parameters()}
-        self._adam = {flat: _adam_state(self._optimizer, flat) for flat in self._flat_weights()}
+        self._states = {flat: self._optimizer.optimizer.state[flat] for flat in self._flat_weights()}
+        for flat, state in self._states.items():
+            kind.prepare(state, flat)
         self.fragments = list(self._of_zero3(names) if self._sharded else self._of_zero1(names))
 
     @property
-    def num_steps(self) -> int:
-        """Adam's own count, without skipped steps."""
-        return int(next(iter(self._adam.values()))["step"])
+    def steps(self) -> tuple[int, ...]:
+        """The optimizer's own count in each parameter group, without skipped steps."""
+        found = dict(zip(self._groups(), self._states.values(), strict=True))
+        return tuple(int(found[group]["step"]) for group in sorted(found))
 
-    @num_steps.setter
-    def num_steps(self, steps: int) -> None:
-        for state in self._adam.values():
-            state["step"].fill_(steps)
+    def set_steps(self, steps: tuple[int, ...]) -> None:
+        """Raises IndexError: there are more groups."""
+        for group, state in zip(self._groups(), self._states.values(), strict=True):
+            state["step"].fill_(steps[group])
+
+    def _groups(self) -> list[int]:
+        """The parameter group of each flat tensor of weights."""
+        count = len(self._states)
+        return [self._optimizer.sub_group_to_group_id[index] for index in range(count)] if self._sharded else list(range(count))
 
     @torch.no_grad()
     def refresh_weights(self) -> None:
@@ -92,15 +103,6 @@ class MasterState:
                 yield Fragment(name, start, views, is_copy)
 
     def _views(self, flat: Tensor, offset: int, size: int) -> dict[str, Tensor]:
-        state = self._adam[flat]
-        whole = {"weight": flat.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+        state = self._states[flat]
+        whole = {WEIGHT: flat.detach(), **{name: state[name] for name in self._kind.tensors}}
         return {kind: tensor[offset : offset + size] for kind, tensor in whole.items()}
-
-
-def _adam_state(optimizer: ZeROOptimizer, flat: Tensor) -> dict[str, Tensor]:
-    """As torch.optim.AdamW makes it in its first step, where there was none."""
-    state = optimizer.optimizer.state[flat]
-    if not state:
-        state["step"] = torch.zeros((), device=flat.device)
-        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(flat.detach()), torch.zeros_like(flat.detach())
-    return state

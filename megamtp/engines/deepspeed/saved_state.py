@@ -9,65 +9,68 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megamtp.checkpoint.contents import COUNTERS, WEIGHT, check_tensors
-from megamtp.checkpoint.shards import KINDS, Shards, Tensors, shard_name, slice_key
+from megamtp.checkpoint.contents import WEIGHT, check_tensors
+from megamtp.checkpoint.shards import Shards, Tensors, shard_name, slice_key
+from megamtp.checkpoint.state import COUNTERS, OptimizerState, RunState, read_state
 from megamtp.checkpoint.store import Manifest, read_manifest
+from megamtp.config import Config, OptimizerConfig
 from megamtp.engines.base import EngineState
 from megamtp.engines.deepspeed.fragments import MasterState
 from megamtp.engines.deepspeed.members import full_shape
 from megamtp.errors import CheckpointError
+from megamtp.optimizers.kinds import optimizer_kind
 
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of its loss scaler under fp16
 RANDOM = "random"  # keys of a rank's random states in its shard: random/cpu, random/cuda
 
 
-def engine_state(engine: DeepSpeedEngine) -> EngineState:
+def engine_state(engine: DeepSpeedEngine, optimizer: OptimizerConfig) -> EngineState:
     """See Engine.state."""
-    master, scaler = MasterState(engine), getattr(engine.optimizer, "loss_scaler", None)
+    kind = optimizer_kind(optimizer)
+    master, scaler = MasterState(engine, kind), getattr(engine.optimizer, "loss_scaler", None)
     tensors = {
-        slice_key(kind, fragment.name, fragment.start): fragment.tensors[kind]
-        for kind in KINDS
+        slice_key(tensor_kind, fragment.name, fragment.start): fragment.tensors[tensor_kind]
+        for tensor_kind in (WEIGHT, *kind.tensors)
         for fragment in master.fragments
         if not fragment.is_copy
     }
-    run = {
-        "adam_steps": master.num_steps,
-        "counters": {name: getattr(engine, name) for name in COUNTERS},
-        "loss_scale": {name: getattr(scaler, name) for name in LOSS_SCALE} if isinstance(scaler, DynamicLossScaler) else None,
-    }
+    run = RunState(
+        OptimizerState(optimizer.kind, kind.tensors, master.steps),
+        {name: getattr(engine, name) for name in COUNTERS},
+        {name: getattr(scaler, name) for name in LOSS_SCALE} if isinstance(scaler, DynamicLossScaler) else None,
+    )
     shapes = {name: full_shape(parameter) for name, parameter in engine.module.named_parameters()}
     return EngineState(tensors | _random_states(), shapes, run)
 
 
-def load_state(engine: DeepSpeedEngine, checkpoint: Path, kind: str, rank: int, world_size: int) -> None:
-    """See Engine.load. `kind`: engine.kind, by which, with the number of ranks, this rank's random states are known again."""
-    manifest, master = read_manifest(checkpoint, check_files=False), MasterState(engine)
+def load_state(engine: DeepSpeedEngine, checkpoint: Path, config: Config, rank: int, world_size: int) -> None:
+    """See Engine.load. engine.kind and the number of ranks tell whether this rank's random states can be those of the checkpoint."""
+    manifest, kind = read_manifest(checkpoint, check_files=False), optimizer_kind(config.optimizer)
+    state, master = read_state(manifest.state, checkpoint), MasterState(engine, kind)
     expected = {name: full_shape(parameter) for name, parameter in engine.module.named_parameters()}
-    same_layout = (manifest.engine_kind, manifest.world_size) == (kind, world_size)
-    saved = _own_file(checkpoint, master, rank) if same_layout else None
+    same_layout = (manifest.engine_kind, manifest.world_size) == (config.engine.kind, world_size)
+    kinds = (WEIGHT, *kind.tensors)
+    saved = _own_file(checkpoint, master, rank, kinds) if same_layout else None
     if not saved:
         shards = Shards(checkpoint, manifest.files)
-        saved = {tensor_kind: shards.tensors(tensor_kind) for tensor_kind in KINDS}
+        saved = {tensor_kind: shards.tensors(tensor_kind) for tensor_kind in kinds}
     shapes = saved[WEIGHT].shapes
     check_tensors({name: shapes[name] for name in expected if name in shapes}, expected, checkpoint)
     for fragment in master.fragments:
         for tensor_kind, tensor in fragment.tensors.items():
             tensor.copy_(saved[tensor_kind].read(fragment.name, fragment.start, fragment.start + len(tensor)))
-    try:
-        master.num_steps = manifest.state["adam_steps"]
-        for name in COUNTERS:
-            setattr(engine, name, manifest.state["counters"][name])
-        _set_loss_scale(engine, manifest.state["loss_scale"])
-    except KeyError as error:
-        raise CheckpointError(f"{checkpoint}: its manifest's state has no {error}; remove it to go on from an older one") from None
+    master.set_steps(state.optimizer.steps)
+    for name, count in state.counters.items():
+        setattr(engine, name, count)
+    _set_loss_scale(engine, state.loss_scale)
     master.refresh_weights()
     _set_random_states(checkpoint / shard_name(rank) if same_layout else None, manifest, rank)
 
 
-def _own_file(checkpoint: Path, master: MasterState, rank: int) -> dict[str, Tensors] | None:
+def _own_file(checkpoint: Path, master: MasterState, rank: int, kinds: tuple[str, ...]) -> dict[str, Tensors] | None:
     """By kind, what this rank's file holds, if that is all that it needs: after a job whose cut was the same, nobody reads more."""
     own = Shards(checkpoint, [shard_name(rank)])
-    parts = {kind: own.part(kind) for kind in KINDS}
+    parts = {kind: own.part(kind) for kind in kinds}
     needed = [
         (kind, fragment.name, fragment.start, fragment.start + len(tensor))
         for fragment in master.fragments

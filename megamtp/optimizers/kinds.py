@@ -1,0 +1,15 @@
+"""The kinds of optimizers by name."""
+
+from collections.abc import Mapping
+
+from megamtp.config import OptimizerConfig
+from megamtp.extensions import find_kind
+from megamtp.optimizers.adamw import AdamW
+from megamtp.optimizers.base import OptimizerKind
+
+OPTIMIZERS: Mapping[str, type[OptimizerKind]] = {"adamw": AdamW}
+
+
+def optimizer_kind(settings: OptimizerConfig) -> type[OptimizerKind]:
+    """The class of `optimizer.kind`. Raises InputError: there is none of that name."""
+    return find_kind(settings.kind, OPTIMIZERS, OptimizerKind, "optimizer.kind")
