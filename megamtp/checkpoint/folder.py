@@ -11,6 +11,7 @@ from typing import Any
 from megamtp.errors import CheckpointError
 from megamtp.files import sync, take_lock
 
+LONGEST_NAME_BYTES = 255  # of a file, on the file systems of Linux
 EXPORT_LIST = "megamtp_export.json"  # names the files of an export of ours: only such a folder is ever replaced
 
 
@@ -99,6 +100,17 @@ def check_sizes(folder: Path, sizes: Mapping[str, int], remedy: str | None) -> N
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes"
             raise CheckpointError(f"{file} {state}, expected {size} bytes{f'; {remedy}' if remedy else ''}")
+
+
+def name_in(file: Path) -> str:
+    """The name of a neighbour, which is all that a text file holds. Raises: CheckpointError if no file can have that name."""
+    try:
+        name = file.read_text().strip()
+        if Path(name).name != name or "\0" in name or len(os.fsencode(name)) > LONGEST_NAME_BYTES:
+            raise ValueError(f"{name[:50]!r} cannot be a file's name")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); expected the name of a folder beside it: copy it again") from None
+    return name
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -32,8 +32,9 @@ from megamtp.checkpoint.contents import (
     parameter_shapes,
     written_out,
 )
-from megamtp.checkpoint.folder import published
+from megamtp.checkpoint.folder import name_in, published
 from megamtp.checkpoint.hf_tokenizer import copied_tokenizer, copy_tokenizer
+from megamtp.checkpoint.tensors import InMemory
 from megamtp.checkpoint.torch_file import Streamed
 from megamtp.config import ModelConfig
 from megamtp.errors import CheckpointError
@@ -124,7 +125,7 @@ class UniversalTensors:
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> Tensor:
         """See TensorSource.read."""
-        return self._open(name).reshape(-1)[start:end]
+        return InMemory({name: self._open(name)}).read(name, start, end)
 
     def _open(self, name: str) -> Tensor:
         path, shape = self.zero / name / self.file, self.shapes[name]
@@ -133,6 +134,7 @@ class UniversalTensors:
         if not isinstance(tensor, Tensor) or tuple(tensor.shape) not in (shape, (math.prod(shape),)):
             shown = list(tensor.shape) if isinstance(tensor, Tensor) else "no tensor"
             raise CheckpointError(f"{path}: tensor {name} has shape {shown}, expected {list(shape)}")
+        torch_file.tensors_of(path, {name: tensor})
         return tensor
 
 
@@ -178,7 +180,7 @@ def is_universal(path: Path) -> bool:
 def _step_folder(directory: Path) -> Path:
     if not (directory / LATEST).exists():
         return directory
-    folder = directory / (directory / LATEST).read_text().strip()
+    folder = directory / name_in(directory / LATEST)
     if not folder.is_dir():
         raise CheckpointError(f"{directory / LATEST} names {folder.name}, which is not there; copy it again")
     return folder

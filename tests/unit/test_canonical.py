@@ -164,6 +164,23 @@ def test_weights_of_older_folders_are_read(tmp_path, num_files):
     assert all(torch.equal(whole(found, name), tensor) for name, tensor in expected.items())
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_weights_of_the_old_format_and_transposed_ones_are_read(tmp_path, zipped):
+    llama(tmp_path / "llama")
+    opened = hf.read(tmp_path / "llama").weights
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path / "llama").state_dict()
+    for file in (tmp_path / "llama").glob("model*"):
+        file.unlink()
+    tensors = {name: torch.nn.Parameter(tensor.t().contiguous().t()) for name, tensor in theirs.items()}
+    assert not tensors["lm_head.weight"].is_contiguous()
+    torch.save(tensors, tmp_path / "llama/pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    canonical.write(hf.read(tmp_path / "llama"), tmp_path / "canonical")
+    found = canonical.read(tmp_path / "canonical").weights
+    for ours, name in hf.names_of(hf.read(tmp_path / "llama").model).items():
+        assert torch.equal(whole(found, ours), theirs[name])
+    assert found.shapes == opened.shapes
+
+
 def test_a_folder_without_weights_and_a_damaged_index_are_refused(tmp_path):
     llama(tmp_path / "llama")
     index = tmp_path / "llama/model.safetensors.index.json"

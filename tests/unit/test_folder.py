@@ -75,3 +75,15 @@ def test_the_folder_one_is_in_is_no_mount_point(tmp_path, monkeypatch):
 def test_a_mount_point_is_refused_at_once():
     with pytest.raises(CheckpointError, match=r"/proc is a mount point, .*; expected a folder: choose one in it"):
         folder.check_destination(Path("/proc"))
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"x" * 300, "\u00e9".encode() * 150, b"a\0b", b"../step", b"a/b", b"/step"])
+def test_a_file_that_names_no_neighbour_is_refused(tmp_path, content):
+    (tmp_path / "latest").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"^[^\n]*latest cannot be read \([^\n]*\); expected the name of a folder beside it"):
+        folder.name_in(tmp_path / "latest")
+
+
+def test_the_name_of_a_neighbour(tmp_path):
+    (tmp_path / "latest").write_text("global_step7\n")
+    assert folder.name_in(tmp_path / "latest") == "global_step7"
