@@ -221,10 +221,10 @@ def _check_tokenizer(config: Config) -> None:
 
 
 def _make_writable(directory: Path) -> None:
-    for name in ("checkpoints", "tensorboard"):
-        if (folder := directory / name).exists() and not folder.is_dir():
-            raise InputError(f"{folder} is a file; expected a folder: choose another run.directory, or move the file away")
     try:
+        for name in ("checkpoints", "tensorboard"):
+            if (folder := directory / name).exists() and not folder.is_dir():
+                raise InputError(f"{folder} is a file; expected a folder: choose another run.directory, or move the file away")
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory) as probe:
             probe.write(bytes(PROBE_BYTES))
@@ -234,7 +234,7 @@ def _make_writable(directory: Path) -> None:
 
 def _spare_real_run(directory: Path) -> None:
     resolved = directory / RESOLVED
-    if checkpoints(directory) or (resolved.exists() and read_config([str(resolved)]).cluster.emulate is None):
+    if checkpoints(directory) or (os.path.exists(resolved) and read_config([str(resolved)]).cluster.emulate is None):
         raise InputError(
             f"{directory} holds a real run, whose metrics those of cluster.emulate would replace; choose another run.directory"
         )

@@ -26,8 +26,8 @@ def published(directory: Path, num_bytes: int, replaceable: bool = False) -> Ite
     Raises:
         CheckpointError: the destination holds something else or cannot be written, or there is not enough room.
     """
-    directory = directory.resolve()
     check_destination(directory)
+    directory = directory.resolve()
     work = directory.with_name(f".{directory.name}.partial")
     try:
         leftovers = [path for path in work.rglob("*") if path.is_file()]  # of a killed conversion; they will be removed
@@ -68,9 +68,17 @@ def _made_alone(work: Path) -> Iterator[None]:
 
 def check_destination(directory: Path) -> None:
     """Raises: CheckpointError if a folder cannot take that name, or would destroy something else than an earlier export."""
-    if not directory.exists():
+    try:
+        status = directory.stat()
+    except FileNotFoundError:
         return
-    if os.path.ismount(directory):  # Path's own says so of ".", too
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be written: {error.strerror}; choose another destination") from None
+    if os.path.samestat(status, os.stat(".")):
+        raise CheckpointError(
+            f"{directory} is the current folder, which would be replaced by a new one; expected another: choose a new folder in it"
+        )
+    if os.path.ismount(directory):
         raise CheckpointError(f"{directory} is a mount point, which keeps its place; expected a folder: choose one in it")
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is a file; expected a new or empty folder: choose another destination")
@@ -96,7 +104,7 @@ def check_sizes(folder: Path, sizes: Mapping[str, int], remedy: str | None) -> N
     """Raises: CheckpointError if a file, by its path in `folder`, is missing or not of its size in bytes."""
     for name, size in sizes.items():
         file = folder / name
-        found = file.stat().st_size if file.is_file() else None
+        found = os.path.getsize(file) if os.path.isfile(file) else None  # unlike Path's, False where a name is too long
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes"
             raise CheckpointError(f"{file} {state}, expected {size} bytes{f'; {remedy}' if remedy else ''}")

@@ -117,6 +117,10 @@ def test_what_cannot_be_converted_is_one_line(sources, tmp_path, monkeypatch, ca
         ("universal", "new", "--config", str(config)): ["model.norm_eps=0.001, not 1.0"],
         ("../../other", "new"): ["no checkpoint of a known format", "universal"],
         ("../../nowhere", "new"): ["does not exist"],
+        ("x" * 300, "new"): ["cannot be read: File name too long", "expected a checkpoint"],
+        ("canonical", "x" * 300): ["cannot be written: File name too long"],
+        ("hf", "new", "--num-future-tokens", "1000000"): ["1000000; expected a whole number, 1 to 999"],
+        ("hf", "new", "--num-future-tokens", "0"): ["0; expected a whole number, 1 to 999"],
     }
     for (source, destination, *options), words in cases.items():
         arguments = [str(tmp_path / "sources/checkpoints" / source), str(tmp_path / destination), *options]

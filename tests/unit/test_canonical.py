@@ -48,6 +48,7 @@ def test_everything_comes_back_bit_for_bit_from_several_files(written):
         ({"model": {"dim": 3}}, "model.mlp_dim is missing or unknown"),
         ({"model": dataclasses.asdict(SMALL) | {"dim": "32"}}, "canonical.json: model.dim is '32'; expected a number"),
         ({"model": dataclasses.asdict(SMALL) | {"num_attention_heads": 5}}, "model.dim=32 with model.num_attention_heads=5"),
+        ({"model": dataclasses.asdict(SMALL) | {"num_layers": 10**6}}, "model.num_layers=1000000; expected at most 1000"),
         ({"model": dataclasses.asdict(SMALL) | {"mlp_dim": 64}}, r"tensor trunk.0.mlp.gate.weight has shape \[48, 32\], expected"),
         ({"model": dataclasses.asdict(SMALL) | {"num_layers": 6}}, r"no tensor trunk.2.attention_norm.weight"),
         ({"model": dataclasses.asdict(SMALL) | {"num_layers": 4}}, r"unknown tensor trunk.1"),

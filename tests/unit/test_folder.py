@@ -64,12 +64,24 @@ def test_what_came_to_the_destination_meanwhile_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["exported", "notes.txt"]
 
 
-def test_the_folder_one_is_in_is_no_mount_point(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    folder.check_destination(Path("."))
-    with folder.published(Path("."), 0) as new:
-        (new / "file").write_text("content")
-    assert (tmp_path / "file").read_text() == "content"
+def test_the_current_folder_is_refused(tmp_path, monkeypatch):
+    """Replacing it would leave the shell in a folder that is gone."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name in (".", "../here", str(tmp_path / "here")):
+        with pytest.raises(CheckpointError, match=r"is the current folder, .*; expected another: choose a new folder in it"):
+            write(Path(name))
+    write(Path("new"))
+    assert (tmp_path / "here/new/file").read_text() == "content"
+
+
+def test_names_that_no_folder_can_have_are_one_line(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("x" * 300, f"{'x' * 300}/new", "loop", "loop/new"):
+        with pytest.raises(CheckpointError, match=r"^[^\n]* cannot be written: [^\n]*; choose another destination$"):
+            folder.check_destination(tmp_path / name)
+    with pytest.raises(CheckpointError, match=r"x is missing, expected 3 bytes"):
+        folder.check_sizes(tmp_path, {"x" * 300: 3}, remedy=None)
 
 
 def test_a_mount_point_is_refused_at_once():
