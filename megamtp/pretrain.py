@@ -26,6 +26,7 @@ from megamtp.cluster.signals import StopRequest  # first: it looks for the launc
 # isort: split
 import torch
 
+from megamtp.checkpoint.special_ids import write_special_ids
 from megamtp.checkpoint.store import check_model, checkpoints, remove_leftovers
 from megamtp.cluster.environment import Place, emulated_place, find_place, join_peers, of_all_ranks, share_error
 from megamtp.commands.command_line import print_all_characters
@@ -149,6 +150,8 @@ def _train(job: Job, place: Place) -> bool:
         if len(config.data.train_corpora) > 1:
             print(job.train.windows.summary(config.train.steps * config.global_batch_windows), flush=True)
         write_config(config, run_directory / RESOLVED)
+        if config.run.initial_weights and not found:
+            write_special_ids(run_directory, open_initial_weights(config).special_ids)
         for leftover in remove_leftovers(run_directory):
             print(f"megamtp: warning: {leftover} cannot be removed; it is of no use", file=sys.stderr, flush=True)
     torch.manual_seed((config.train.seed << 24) + place.rank)  # or checkpoints would differ in random states that nothing has used

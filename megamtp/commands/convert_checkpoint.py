@@ -30,6 +30,8 @@ def main() -> None:
     contents = formats.read(arguments.source, formats.Options(arguments.num_future_tokens, model))
     for note in contents.notes:
         print(note)
+    if arguments.to in ("hf", "hf-mtp") and not contents.ends_texts:
+        print(f"{arguments.source} does not say which token ends a text: generate() of the export stops at its longest length only")
     target = "run" if arguments.to in ENGINES else arguments.to
     formats.FORMATS[target].write(contents, arguments.destination, DTYPES[arguments.dtype])
     print(f"{arguments.source} -> {arguments.destination}")

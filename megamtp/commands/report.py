@@ -132,7 +132,8 @@ def _draw(run_directory: Path, training: Losses, validation: Losses, entropy: fl
         axes.plot(validation.steps, validation.losses[:, index], color=color, marker="o", markersize=4, label=label)
     if entropy is not None:
         axes.axhline(entropy, color="0.3", linestyle="--", linewidth=1, label="unigram entropy")
-    axes.set(xlabel="optimizer step", ylabel="loss, nats per token", title=run_directory.resolve().name)
+    axes.set(xlabel="optimizer step", ylabel="loss, nats per token")
+    axes.set_title(run_directory.resolve().name, parse_math=False)  # a name may have dollar signs
     axes.set_title("dots: validation\nlight lines: training", loc="right", fontsize="small", color="0.3")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

@@ -172,6 +172,17 @@ def test_training_goes_on_from_a_converted_llama(arguments, tmp_path, monkeypatc
     assert all(new < old - 0.1 for old, new in zip(before, after, strict=True)), (before, after)
 
 
+def test_a_run_keeps_the_ids_of_its_initial_weights_tokenizer(arguments, tmp_path):
+    """It has no tokenizer of its own: its corpus was made elsewhere."""
+    ids = {"bos_token_id": 7, "eos_token_id": [8, 9]}
+    config = ModelConfig(dim=32, num_layers=4, num_future_tokens=2, num_attention_heads=2, mlp_dim=48, vocab_size=400)
+    canonical.write(dataclasses.replace(with_moments(config), special_ids=ids), tmp_path / "initial")
+    settings = [f"run.initial_weights={tmp_path}/initial", "data.tokenizer=null", f"run.directory={tmp_path}/run"]
+    finished = run(["-m", "megamtp.pretrain", *arguments, *settings, "train.steps=1"])
+    assert finished.returncode == 0, finished.stderr
+    assert formats.read(tmp_path / "run").special_ids == ids
+
+
 def sparse_canonical(folder: Path, model: ModelConfig, stems: tuple[str, ...] = ("weights",)) -> None:
     """Zeros that take no room on disk."""
     folder.mkdir()

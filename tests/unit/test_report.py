@@ -103,6 +103,12 @@ def test_without_validation_or_entropy_there_is_a_picture_but_no_check(tmp_path,
         call(monkeypatch, run, "--min-margin", 1)
 
 
+def test_a_name_with_dollar_signs_is_no_formula(tmp_path, monkeypatch):
+    run = write_run(tmp_path, LEARNED).rename(tmp_path / r"a$\none{$")
+    assert call(monkeypatch, run) == 0
+    picture_size(run)
+
+
 def test_skipped_steps_leave_a_gap_in_no_mean(tmp_path, monkeypatch):
     run = write_run(tmp_path, LEARNED)
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
