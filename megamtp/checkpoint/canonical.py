@@ -65,7 +65,10 @@ def read(directory: Path) -> Contents:
             or unknown.
     """
     description = _read_description(directory)
-    check_sizes(directory, description["file_bytes"], remedy="copy it again")
+    try:
+        check_sizes(directory, description["file_bytes"], remedy="copy it again")
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be read: {error.strerror}; copy it again") from None
     sources = {}
     for kind, stem in STEMS.items():
         files = sorted(name for name in description["file_bytes"] if name.startswith(f"{stem}-"))

@@ -104,7 +104,7 @@ def check_sizes(folder: Path, sizes: Mapping[str, int], remedy: str | None) -> N
     """Raises: CheckpointError if a file, by its path in `folder`, is missing or not of its size in bytes."""
     for name, size in sizes.items():
         file = folder / name
-        found = os.path.getsize(file) if os.path.isfile(file) else None  # unlike Path's, False where a name is too long
+        found = file.stat().st_size if file.is_file() else None
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes"
             raise CheckpointError(f"{file} {state}, expected {size} bytes{f'; {remedy}' if remedy else ''}")

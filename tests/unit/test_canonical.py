@@ -45,6 +45,7 @@ def test_everything_comes_back_bit_for_bit_from_several_files(written):
         ({"version": 2}, "version 2, written by megamtp .*; expected at most 1"),
         ({"format": "other"}, "format other 1, expected megamtp-canonical 1"),
         ({"model": None}, "model is None; expected a mapping"),
+        ({"file_bytes": {"x" * 300: 1}}, "canonical cannot be read: File name too long; copy it again"),
         ({"model": {"dim": 3}}, "model.mlp_dim is missing or unknown"),
         ({"model": dataclasses.asdict(SMALL) | {"dim": "32"}}, "canonical.json: model.dim is '32'; expected a number"),
         ({"model": dataclasses.asdict(SMALL) | {"num_attention_heads": 5}}, "model.dim=32 with model.num_attention_heads=5"),
