@@ -28,6 +28,7 @@ BYTES = "bytes"  # data.tokenizer of byte-level runs
 COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "broadcast")
 MAX_SEED = 2**39  # see pretrain.py
 MAX_STALL_SECONDS = 10**6
+MAX_LAYERS = 1000  # several times the deepest models'; to look at the layers of a mistaken number would take minutes
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
@@ -618,6 +619,7 @@ def check_model(model: ModelConfig) -> None:
         n < model.num_layers, f"model.num_future_tokens={n} with model.num_layers={model.num_layers}",
         "fewer heads than layers: num_layers counts trunk and heads together, and the trunk needs one",
     )  # fmt: skip
+    _require(model.num_layers <= MAX_LAYERS, f"model.num_layers={model.num_layers}", f"at most {MAX_LAYERS}, heads included")
     _require(
         model.dim % model.num_attention_heads == 0 and model.head_dim % 2 == 0,
         f"model.dim={model.dim} with model.num_attention_heads={model.num_attention_heads}",

@@ -109,6 +109,9 @@ CASES = {
     "batch not divisible": (lambda corpus, tmp: ["train.micro_batch_size=3"], ["train.global_batch_tokens=256", "multiple of 96"]),
     "a home that no shell has put in": (lambda corpus, tmp: ["run.directory=~/run"], ["~/run", "$HOME"]),
     "output is a file": (lambda corpus, tmp: [f"run.directory={foreign(tmp)}.bin"], ["foreign.bin", "cannot be written"]),
+    "output whose name is too long": (
+        lambda corpus, tmp: [f"run.directory={tmp}/{'x' * 300}"], ["cannot be written to: File name too long"],
+    ),
     "output cannot be made": (lambda corpus, tmp: ["run.directory=/proc/run"], ["/proc/run", "cannot be written"]),
     "DeepSpeed setting of ours": (
         lambda corpus, tmp: ["engine.deepspeed.zero_optimization.stage=2"], ["zero_optimization.stage", "clashes"],
@@ -311,6 +314,11 @@ def test_only_checkpoint_is_damaged(kind, trained, arguments, tmp_path):
     assert "remove them, or choose another run.directory" in line and "older" not in line
     assert "Traceback" not in finished.stderr
     assert len(records(tmp_path / "run")) == 1
+
+
+def test_a_model_whose_name_is_too_long(tmp_path):
+    finished = run(["-m", "megamtp.commands.generate", str(tmp_path / ("x" * 300)), "--prompt", "a"])
+    assert_one_line(finished, ["cannot be read: File name too long"])
 
 
 @pytest.mark.parametrize("command", [["megamtp.commands.convert_checkpoint", "{}", "{}/hf"], ["megamtp.commands.generate", "{}"]])
