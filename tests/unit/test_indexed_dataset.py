@@ -345,8 +345,8 @@ def test_documents_in_a_row_equal_documents_one_by_one(tmp_path):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("", "{0} is a folder; expected the prefix of a corpus's .bin and .idx files, such as {0}/train or {0}/validation"),
-        ("/tran", "{0}/tran.bin and .idx: No such file or directory; expected the prefix of a corpus's .bin and .idx files, such as {0}"),
+        ("", "{0} is a folder; expected the prefix of a corpus's .bin and .idx files, such as {0}/half or"),
+        ("/tran", "{0}/tran.bin and .idx: No such file or directory; expected the prefix of a corpus's"),
         ("/tran.idx", "{0}/tran.idx: No such file or directory; expected the prefix of a corpus's"),
         (f"/{'a' * 300}", "a.bin and .idx: No such file or directory; expected the prefix"),
         ("/train {0}/validation", "; several corpora need a weight each: WEIGHT PREFIX WEIGHT PREFIX ..."),
