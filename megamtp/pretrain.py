@@ -32,7 +32,7 @@ from megamtp.checkpoint.hf_tokenizer import translate
 from megamtp.checkpoint.special_ids import write_special_ids
 from megamtp.checkpoint.store import Manifest, check_model, checkpoints, remove_leftovers
 from megamtp.cluster.environment import Place, emulated_place, find_place, join_peers, of_all_ranks, share_error
-from megamtp.commands.command_line import print_all_characters
+from megamtp.commands.command_line import print_all_characters, print_error
 from megamtp.config import RESOLVED, Config, differences, from_anywhere, print_help, read_config, write_config
 from megamtp.data.corpus import SUMMARY
 from megamtp.data.indexed_dataset import IndexedDataset
@@ -359,14 +359,13 @@ def entry() -> None:
         if error.errno not in DISK_ERRORS:
             raise
         place = error.filename or "a file of the run"
-        print(
-            f"megamtp: error: {place} cannot be written: {error.strerror}; make room, and start again", file=sys.stderr, flush=True
-        )
+        print_error(f"{place} cannot be written: {error.strerror}; make room, and start again")
         status = 2
     except InputError as error:
-        if find_place().local_rank != 0:
-            time.sleep(RANK_0_SPEAKS_SECONDS)
-        print(f"megamtp: error: {error}", file=sys.stderr, flush=True)
+        with suppress(InputError):  # of the launcher's variables, which may be what is wrong
+            if find_place().local_rank != 0:
+                time.sleep(RANK_0_SPEAKS_SECONDS)
+        print_error(error)
         status = 2
     outcome.append(status)
     sys.exit(status)
