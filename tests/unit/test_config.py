@@ -65,7 +65,7 @@ def paper_config(size: str, n: int) -> Config:
         (f"model.dim={'9' * 5000}", ["a number of 5000 characters"]),
         (f"model.dim=0x{'f' * 5000}", ["a number of 5002 characters"]),
         ("model.vocab_size=9223372036854775807", ["model.vocab_size=9223372036854775807; expected at most 16777216"]),
-        ("model.num_layers=1000000", ["model.num_layers=1000000; expected at most 4096"]),
+        ("model.num_layers=1000000", ["model.num_layers=1000000; expected at most 1000"]),
         ("train.steps=2147483648", ["train.steps=2147483648; expected at most 2147483647"]),
         ("engine.reduce_bucket_size=100000000000000000000", ["engine.reduce_bucket_size=1000", "at most 2147483647"]),
         ("train.seed=549755813888", ["train.seed=549755813888; expected at most 549755813887"]),
