@@ -218,14 +218,16 @@ def test_the_longest_blend():
 
 
 WORDS = st.sampled_from(
-    "0 1 -1 3 128 1e400 -.inf .nan 0x7fffffffffffffff 9223372036854775808 1:30 true null ~ ??? x '' \"\\0\" \"\\n\" 2020-01-01 "
+    '0 1 -1 3 128 1e400 -.inf .nan 0x7fffffffffffffff 9223372036854775808 1:30 true null ~ ??? x \'\' "\\0" "\\n" 2020-01-01 '
     "${model.dim} ${nothing} ${oc.env:HOME} ${ !!bool !!int !!float !!str !!binary !!timestamp !!set !!omap !!python/name:os &a *a "
     "<< = % @ ` | > - ? : , [ ] { } # \n \t \\ \x00 \x85 \u2028 \ud800 é".split(" ")
 )
 FRAGMENTS = st.lists(WORDS | st.text(max_size=4), max_size=6).map(" ".join) | st.recursive(
     WORDS,
-    lambda inner: st.lists(inner, max_size=3).map(lambda found: f"[{', '.join(found)}]")
-    | st.lists(st.tuples(WORDS, inner), max_size=3).map(lambda found: f"{{{', '.join(map(': '.join, found))}}}"),
+    lambda inner: (
+        st.lists(inner, max_size=3).map(lambda found: f"[{', '.join(found)}]")
+        | st.lists(st.tuples(WORDS, inner), max_size=3).map(lambda found: f"{{{', '.join(map(': '.join, found))}}}")
+    ),
     max_leaves=6,
 )
 KEYS = [f"{section.name}.{item.name}" for section in fields(Config) for item in fields(section.default_factory)]
