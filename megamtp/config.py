@@ -6,6 +6,7 @@
 import dataclasses
 import difflib
 import io
+import math
 import os
 import re
 import shlex
@@ -220,9 +221,9 @@ class DataConfig:
             return [(1.0, self.train)]
         weights, prefixes = words[::2], words[1::2]
         for weight in weights:
-            good = len(words) % 2 == 0 and _is_number(weight) and 0 < float(weight) <= MAX_FLOAT
+            good = len(words) % 2 == 0 and _is_number(weight) and 0 < float(weight) < math.inf
             _require(good, f"data.train={self.train}", "WEIGHT PREFIX WEIGHT PREFIX ..., weights above 0, names with spaces quoted")
-        finite = sum(map(float, weights)) <= MAX_FLOAT
+        finite = sum(map(float, weights)) < math.inf
         _require(finite, f"data.train={self.train}", "weights whose sum is a finite number")
         return list(zip(map(float, weights), prefixes, strict=True))
 
@@ -591,7 +592,7 @@ def _check(config: Config) -> None:
     )  # fmt: skip
     for kind, share in config.cluster.efficiency.items():
         _one_of("a kind in cluster.efficiency", kind, COLLECTIVES)
-        _require(0 < share <= 2, f"cluster.efficiency of {kind}={share}", "a share of the bandwidth: above 0, and 2 at most")
+        _require(1e-6 <= share <= 2, f"cluster.efficiency of {kind}={share}", "a share of the bandwidth: 1e-6 to 2")
     data, run = config.data, config.run
     corpora = data.train_corpora
     _require(len(corpora) <= 1024, f"data.train with {len(corpora)} corpora", "at most 1024")

@@ -73,6 +73,7 @@ def paper_config(size: str, n: int) -> Config:
         ("engine.deepspeed.a=[1, {b: 9223372036854775808}]", ["engine.deepspeed.a[1].b=9223372036854775808; expected at most"]),
         ("cluster.efficiency.all_gather=[1]", ["cluster.efficiency.all_gather=[1]; expected float"]),
         ("cluster.efficiency.all_gather={a: 1}", ["cluster.efficiency.all_gather={'a': 1}; expected float"]),
+        ("cluster.efficiency.all_gather=1e-300", ["all_gather=1e-300; expected a share", "1e-6 to 2"]),
         ("head_loss.weights=[1,[2],3,4]", ["head_loss.weights[1]=[2]; expected float"]),
         ("head_loss.weights=[1,true,1,1]", ["head_loss.weights[1]: Value 'True' of type 'bool'", "; expected float"]),
         ("cluster.efficiency.all_gather=null", ["cluster.efficiency.all_gather", "; expected float"]),
