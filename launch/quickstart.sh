@@ -16,6 +16,7 @@ while [ $# -gt 0 ]; do
         --corpus) [ $# -gt 1 ] || { echo "megamtp: error: --corpus without a path; expected --corpus PATH ..." >&2; exit 2; }
             shift; corpus=(--input) check=() own=yes run="${run:-runs/own}"
             for path in "$@"; do corpus+=("$(absolute "$path")"); done
+            corpus+=(--exclude runs)  # what training writes is no text of yours
             break ;;
         *) echo "megamtp: error: $1: unknown argument; expected nothing, or [--run DIR] --corpus PATH ..." >&2; exit 2 ;;
     esac

@@ -5,8 +5,10 @@
 
 import dataclasses
 import difflib
+import io
 import math
 import os
+import re
 import shlex
 import types
 import typing
@@ -15,10 +17,10 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import MISSING as REQUIRED
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from megamtp.errors import InputError
 from megamtp.files import write_atomically
@@ -26,9 +28,26 @@ from megamtp.files import write_atomically
 RESOLVED = "config.yaml"  # in a run's folder: its whole configuration
 BYTES = "bytes"  # data.tokenizer of byte-level runs
 COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "broadcast")
-MAX_SEED = 2**39  # see pretrain.py
-MAX_STALL_SECONDS = 10**6
+MAX_LAYERS = 1000  # several times the deepest models'; to look at the layers of a mistaken number would take minutes
 PRECISIONS = ("fp32", "bf16", "fp16")
+MAX_DEPTH = 16  # of nested lists and mappings
+MAX_NUMBER_LENGTH = 400  # characters; Python refuses to print integers of over 4300 digits
+MAX_INTEGER = 2**31 - 1  # products of two, as of a tensor's shape, fit into int64
+MAX_FLOAT = 3.4e38  # that of fp32, in which DeepSpeed and torch use these numbers
+MAX_BYTES = 4096  # of a string: Linux opens no longer path
+LARGEST = {  # where it differs from MAX_INTEGER
+    "model.dim": 2**20,
+    "model.num_layers": MAX_LAYERS,
+    "model.mlp_dim": 2**24,
+    "model.vocab_size": 2**24,
+    "train.seed": 2**39 - 1,  # see pretrain.py
+    "engine.deepspeed": 2**63 - 1,
+    "cluster.emulate": 2**20,
+    "cluster.communication_sms": 2**10,
+    "run.stall_seconds": 10**6,
+    "run.requeue_exit_code": 255,
+}
+LONGEST = {"data.train": 2**17}  # bytes, where it differs from MAX_BYTES; shlex takes a time that grows with the square
 
 
 def option(default: Any, meaning: str) -> Any:
@@ -286,7 +305,7 @@ def read_config(arguments: list[str]) -> Config:
     try:
         missing = sorted(OmegaConf.missing_keys(settings))
         config = None if missing else OmegaConf.to_object(settings)
-    except OmegaConfBaseException as error:  # an interpolation, ${...}, of what is not there
+    except (OmegaConfBaseException, RecursionError) as error:  # an interpolation, ${...}, of a missing key or of its own section
         key = getattr(error, "full_key", None)
         raise InputError(f"{f'{key}: ' if key else ''}{_first_line(error)}; expected a value, or ${{section.key}}") from None
     if config is None:
@@ -356,25 +375,30 @@ def _schema() -> DictConfig:
 def _parse(argument: str) -> tuple[str, DictConfig]:
     """The name to blame in messages, and the settings of one argument."""
     if "=" in argument and not os.path.isfile(argument):  # unlike Path's, False where the name is too long
+        key, _, value = argument.partition("=")
         try:
+            _require_shallow(value, key.count(".") + key.count("["))
             return argument, OmegaConf.from_dotlist([argument])
-        except (OmegaConfBaseException, YAMLError, ValueError) as error:
-            problem = getattr(error, "problem", None) or _first_line(error)
-            in_braces = isinstance(error, YAMLError) and "{" in argument
+        except Exception as error:  # YAML's constructors let through what Python's raise: !!bool 3 is a KeyError
+            in_braces = isinstance(error, yaml.YAMLError) and "{" in argument
             spaces = ", with a space after each colon in braces: {a: {b: 2}}" if in_braces else ""
-            raise InputError(f"{argument}: {problem}; expected key=value{spaces}") from None
+            raise InputError(f"{argument}: {_yaml_problem(error)}; expected key=value{spaces}") from None
     try:
-        settings = OmegaConf.load(argument)
+        text = Path(argument).read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise InputError(f"{argument}: not UTF-8 text; expected a YAML file or key=value") from None
-    except (OSError, AssertionError) as error:
-        if reason := getattr(error, "strerror", None):
-            raise InputError(f"{argument}: {reason}; expected a YAML file or key=value") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{argument}: {reason}; expected a YAML file or key=value") from None
+    try:
+        _require_shallow(text)
+        settings = OmegaConf.load(io.StringIO(text))
+    except (OSError, AssertionError):
         settings = None  # OmegaConf's own: the file holds a number, in quotes or not, or true or false
-    except (OmegaConfBaseException, YAMLError, ValueError) as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        place = f"line {mark.line + 1}: {problem}" if mark and problem else _first_line(error)
-        raise InputError(f"{argument} is not valid YAML, {place}; mend the file") from None
+    except Exception as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"line {mark.line + 1}: " if mark else ""
+        raise InputError(f"{argument} is not valid YAML, {place}{_yaml_problem(error)}; correct the file") from None
     if not isinstance(settings, DictConfig):
         raise InputError(f"{argument} holds no mapping of keys; expected sections such as 'model: {{dim: 128}}'")
     sections = [item.name for item in dataclasses.fields(Config)]
@@ -384,19 +408,39 @@ def _parse(argument: str) -> tuple[str, DictConfig]:
     return argument, settings
 
 
+def _require_shallow(text: str, depth: int = 0) -> None:
+    """Raises: yaml.YAMLError for YAML text nested so deeply, or with a number so long, that parsing or printing it could fail."""
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise yaml.YAMLError(f"nested more than {MAX_DEPTH} levels deep")
+        is_long = isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_NUMBER_LENGTH
+        if is_long and re.fullmatch(r"[-+_]*[0-9][-+0-9a-fA-FxX_:.]*", event.value):
+            raise yaml.YAMLError(f"a number of {len(event.value)} characters")
+
+
+def _yaml_problem(error: Exception) -> str:
+    if isinstance(error, yaml.YAMLError | OmegaConfBaseException | ValueError):
+        return getattr(error, "problem", None) or _first_line(error)
+    return f"no valid key or value ({type(error).__name__}: {_first_line(error)})"
+
+
 def _merge(settings: DictConfig, source: str, given: DictConfig) -> DictConfig:
     known = {key: key_type for key, key_type, _ in _keys(Config)}
+    sections = [item.name for item in dataclasses.fields(Config)]
     for section, values in OmegaConf.to_container(given).items():
-        named = {section: values} if not isinstance(values, dict) else {f"{section}.{name}": values[name] for name in values}
+        named = {section: values}
+        if isinstance(values, dict) and (values or section in sections):
+            named = {f"{section}.{name}": value for name, value in values.items()}
         for name, value in named.items():
             if name not in known:
                 raise InputError(f"{source}: unknown key {name}; {_nearest(str(name), list(known))}")
-            if known[name] in (bool, bool | None) and _is_number(str(value)) and float(value) not in (0, 1):
+            if known[name] in (bool, bool | None) and _is_number(str(value)) and float(str(value)) not in (0, 1):
                 # OmegaConf takes any whole number but 0 for true.
                 raise InputError(f"{source}: {name}: {value} is neither true nor false{_expected(name)}")
     try:
         return OmegaConf.merge(settings, given)
-    except (OmegaConfBaseException, TypeError) as error:
+    except (OmegaConfBaseException, TypeError, OverflowError) as error:
         key = getattr(error, "full_key", None)
         raise InputError(
             f"{source}: {f'{key}: ' if key else ''}{_first_line(error)}{_expected(key or source.partition('=')[0])}"
@@ -404,7 +448,13 @@ def _merge(settings: DictConfig, source: str, given: DictConfig) -> DictConfig:
 
 
 def _expected(key: str | None) -> str:
-    expected = {name: key_type for name, key_type, _ in _keys(Config)}.get(key or "")
+    """What a setting should be, or an element of one, such as `head_loss.weights[0]`."""
+    key = key or ""
+    setting = ".".join(re.split(r"[.\[]", key)[:2])
+    expected = {name: key_type for name, key_type, _ in _keys(Config)}.get(setting)
+    if expected and key != setting:
+        container = typing.get_args(expected)[0] if isinstance(expected, types.UnionType) else expected
+        expected = next(reversed(typing.get_args(container)), None)
     return f"; expected {_type_name(expected)}" if expected else ""
 
 
@@ -441,7 +491,7 @@ def _shown(value: Any) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return " ".join(str(error).splitlines()[0].split())
+    return " ".join(str(error).partition("\n")[0].split())
 
 
 def _absolute(path: str) -> str:
@@ -476,55 +526,98 @@ def _not_negative(config: Config, *keys: str) -> None:
     for key in keys:
         section, name = key.split(".")
         value = getattr(getattr(config, section), name)
-        _require(0 <= value < math.inf, f"{key}={value}", "a finite number, 0 or more")
+        _require(value >= 0, f"{key}={value}", "0 or more")
+
+
+def _check_values(section: str, values: Any) -> None:
+    """The type and the size of each setting of a section; OmegaConf does not check the types inside lists and mappings."""
+    for item in dataclasses.fields(values):
+        _check_value(f"{section}.{item.name}", getattr(values, item.name), item.type)
+
+
+def _check_value(key: str, value: Any, expected: Any, place: str = "") -> None:
+    """`place`: where in the setting `key` the value is, such as "[0]"."""
+    allowed = typing.get_args(expected) if isinstance(expected, types.UnionType) else (expected,)
+    if expected is Any:
+        good = isinstance(value, None | bool | int | float | str | list | dict)
+    else:
+        good = isinstance(value, tuple(typing.get_origin(one) or one for one in allowed)) or (
+            float in allowed and isinstance(value, int)
+        )
+    found = f"{key}{place}={value}"
+    _require(good, found, "null, true or false, a number, text, a list or a mapping" if expected is Any else _type_name(expected))
+    inner = next((typing.get_args(one)[-1] for one in allowed if typing.get_origin(one) is type(value)), Any)
+    if isinstance(value, dict):
+        for name, element in value.items():
+            _require(isinstance(name, str), found, f"text as keys, not {name!r}")
+            _check_value(key, element, inner, f"{place}.{name}")
+    elif isinstance(value, list):
+        for index, element in enumerate(value):
+            _check_value(key, element, inner, f"{place}[{index}]")
+    elif isinstance(value, str):
+        _check_text(key, value, found, may_be_empty=expected is Any)
+    elif isinstance(value, float):
+        _require(abs(value) <= MAX_FLOAT, found, f"a finite number, at most {MAX_FLOAT}")
+    elif isinstance(value, int):
+        largest = LARGEST.get(key, MAX_INTEGER)
+        _require(abs(value) <= largest, found, f"at most {largest}")
+
+
+def _check_text(key: str, value: str, found: str, may_be_empty: bool) -> None:
+    _require(bool(value) or may_be_empty, found, "a name")
+    try:
+        num_bytes = len(value.encode())
+    except UnicodeEncodeError:
+        raise InputError(f"{found}; expected text that can be written as UTF-8") from None
+    _require("\0" not in value, found, "text without null characters")
+    longest = LONGEST.get(key, MAX_BYTES)
+    _require(num_bytes <= longest, f"{key} has {num_bytes} bytes", f"at most {longest}")
 
 
 def _check(config: Config) -> None:
     """Everything that can be known without data, devices and peers."""
     check_model(config.model)
+    for section in dataclasses.fields(config):
+        _check_values(section.name, getattr(config, section.name))
     train, head_loss, optimizer = config.train, config.head_loss, config.optimizer
     _positive(
         config, "train.steps", "train.global_batch_tokens", "train.micro_batch_size", "train.sequence_length",
         "head_loss.chunk_rows", "run.save_every_steps", "run.keep_checkpoints", "run.keep_every_steps",
-        "run.evaluate_every_steps", "run.evaluation_windows", "run.log_every_steps", "engine.reduce_bucket_size", "cluster.emulate",
-        "cluster.ranks_per_node", "cluster.flat_bandwidth", "cluster.node_bandwidth", "cluster.network_bandwidth",
-        "cluster.communication_sms",
+        "run.evaluate_every_steps", "run.evaluation_windows", "run.log_every_steps", "run.stall_seconds",
+        "engine.reduce_bucket_size", "cluster.emulate", "cluster.ranks_per_node", "cluster.flat_bandwidth",
+        "cluster.node_bandwidth", "cluster.network_bandwidth", "cluster.communication_sms",
     )  # fmt: skip
     _not_negative(
         config, "optimizer.lr", "optimizer.warmup_steps", "optimizer.final_lr_ratio", "optimizer.eps",
         "optimizer.weight_decay", "optimizer.gradient_clipping", "head_loss.z_loss", "train.seed",
-        "engine.param_persistence_threshold", "engine.prefetch_modules", "cluster.latency",
+        "engine.param_persistence_threshold", "engine.prefetch_modules", "cluster.latency", "run.requeue_exit_code",
     )  # fmt: skip
-    _require(train.seed < MAX_SEED, f"train.seed={train.seed}", f"a number below {MAX_SEED}")
     for kind, share in config.cluster.efficiency.items():
         _one_of("a kind in cluster.efficiency", kind, COLLECTIVES)
-        _require(0 < share <= 2, f"cluster.efficiency of {kind}={share}", "a share of the bandwidth: above 0, and 2 at most")
+        _require(1e-6 <= share <= 2, f"cluster.efficiency of {kind}={share}", "a share of the bandwidth: 1e-6 to 2")
     data, run = config.data, config.run
-    prefixes = [prefix for _, prefix in data.train_corpora]
-    for path in filter(None, (run.directory, run.initial_weights, data.validation, data.tokenizer, *prefixes)):
+    corpora = data.train_corpora
+    _require(len(corpora) <= 1024, f"data.train with {len(corpora)} corpora", "at most 1024")
+    for path in filter(None, (run.directory, run.initial_weights, data.validation, data.tokenizer, *(name for _, name in corpora))):
         _require(path.split("/")[0] != "~", path, "a path without ~, which no shell replaces here: write $HOME")
     peak = config.run.peak_flops
-    _require(peak is None or 0 < peak < math.inf, f"run.peak_flops={peak}", "a number above 0")
-    stall = config.run.stall_seconds
-    _require(stall is None or 1 <= stall <= MAX_STALL_SECONDS, f"run.stall_seconds={stall}", f"1 to {MAX_STALL_SECONDS}")
+    _require(peak is None or peak > 0, f"run.peak_flops={peak}", "a number above 0")
     for name in ("beta1", "beta2"):
         value = getattr(optimizer, name)
         _require(0 <= value < 1, f"optimizer.{name}={value}", "a number in [0, 1)")
     _one_of("data.documents", config.data.documents, ("continue", "mask", "isolate"))
-    _require(len(config.data.train_corpora) <= 1024, f"data.train with {len(config.data.train_corpora)} corpora", "at most 1024")
     _one_of("train.precision", train.precision, PRECISIONS)
     _one_of("engine.reduce_dtype", config.engine.reduce_dtype, (*PRECISIONS, None))
     _one_of("engine.kind", config.engine.kind, ("zero3", "zero1", "pipeline"))
     _one_of("engine.communication", config.engine.communication, ("grouped", "deepspeed"))
     _one_of("engine.head_schedule", config.engine.head_schedule, ("sequential", "deferred"))
-    _require(0 <= config.run.requeue_exit_code <= 255, f"run.requeue_exit_code={config.run.requeue_exit_code}", "0 to 255")
     n = config.model.num_future_tokens
     _require(
         head_loss.weights is None or len(head_loss.weights) == n,
         f"head_loss.weights has {len(head_loss.weights or [])} numbers", f"{n}, one per head (model.num_future_tokens)",
     )  # fmt: skip
     for weight in config.head_weights:
-        _require(0 <= weight < math.inf, f"head_loss.weights holds {weight}", "0 or more")
+        _require(weight >= 0, f"head_loss.weights holds {weight}", "0 or more")
     _require(any(config.head_weights), f"head_loss.weights={config.head_weights}", "at least one above 0")
     _require(
         not config.engine.offload_parameters or config.engine.kind == "zero3",
@@ -559,7 +652,7 @@ def _check_pipeline(config: Config) -> None:
         "no more stages than layers",
     )  # fmt: skip
     limit = engine.stage_memory_bytes
-    _require(limit is None or 0 < limit < math.inf, f"engine.stage_memory_bytes={limit}", "a number above 0")
+    _require(limit is None or limit > 0, f"engine.stage_memory_bytes={limit}", "a number above 0")
     if engine.stage_layers is not None:
         _require(
             len(engine.stage_layers) == engine.num_stages and min(engine.stage_layers) >= 1
@@ -608,18 +701,20 @@ def _check_float8(config: Config) -> None:
 
 def check_model(model: ModelConfig) -> None:
     """Raises: InputError if no model has these numbers."""
+    _check_values("model", model)
     for name in ("dim", "num_attention_heads", "vocab_size", "num_key_value_heads", "mlp_dim"):
         value = getattr(model, name)
         _require(value is None or value >= 1, f"model.{name}={value}", "at least 1")
     for name in ("rope_theta", "norm_eps"):
         value = getattr(model, name)
-        _require(0 < value < math.inf, f"model.{name}={value}", "a number above 0")
+        _require(value > 0, f"model.{name}={value}", "a number above 0")
     n = model.num_future_tokens
     _require(n >= 1, f"model.num_future_tokens={n}", "at least 1 (1 is the ordinary next-token model)")
     _require(
         n < model.num_layers, f"model.num_future_tokens={n} with model.num_layers={model.num_layers}",
         "fewer heads than layers: num_layers counts trunk and heads together, and the trunk needs one",
     )  # fmt: skip
+    _require(model.num_layers <= MAX_LAYERS, f"model.num_layers={model.num_layers}", f"at most {MAX_LAYERS}, heads included")
     _require(
         model.dim % model.num_attention_heads == 0 and model.head_dim % 2 == 0,
         f"model.dim={model.dim} with model.num_attention_heads={model.num_attention_heads}",

@@ -29,9 +29,10 @@ import torch
 
 from megamtp.checkpoint.contents import DATA
 from megamtp.checkpoint.hf_tokenizer import translate
+from megamtp.checkpoint.special_ids import write_special_ids
 from megamtp.checkpoint.store import Manifest, check_model, checkpoints, remove_leftovers
 from megamtp.cluster.environment import Place, emulated_place, find_place, join_peers, of_all_ranks, share_error
-from megamtp.commands.command_line import print_all_characters
+from megamtp.commands.command_line import print_all_characters, print_error
 from megamtp.config import RESOLVED, Config, differences, from_anywhere, print_help, read_config, write_config
 from megamtp.data.corpus import SUMMARY
 from megamtp.data.indexed_dataset import IndexedDataset
@@ -157,6 +158,8 @@ def _train(job: Job, place: Place) -> bool:
         for line in (*job.changes, *notes, *at_end.passes(), *at_end.warnings()):
             print(line, flush=True)
         write_config(config, run_directory / RESOLVED)
+        if config.run.initial_weights and not found:
+            write_special_ids(run_directory, open_initial_weights(config).special_ids)
         for leftover in remove_leftovers(run_directory):
             print(f"megamtp: warning: {leftover} cannot be removed; it is of no use", file=sys.stderr, flush=True)
     torch.manual_seed((config.train.seed << 24) + place.rank)  # or checkpoints would differ in random states that nothing has used
@@ -289,10 +292,10 @@ def _num_pieces(tokenizer: str) -> int:
 
 
 def _make_writable(directory: Path) -> None:
-    for name in ("checkpoints", "tensorboard"):
-        if (folder := directory / name).exists() and not folder.is_dir():
-            raise InputError(f"{folder} is a file; expected a folder: choose another run.directory, or move the file away")
     try:
+        for name in ("checkpoints", "tensorboard"):
+            if (folder := directory / name).exists() and not folder.is_dir():
+                raise InputError(f"{folder} is a file; expected a folder: choose another run.directory, or move the file away")
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory) as probe:
             probe.write(bytes(PROBE_BYTES))
@@ -302,7 +305,7 @@ def _make_writable(directory: Path) -> None:
 
 def _spare_real_run(directory: Path) -> None:
     resolved = directory / RESOLVED
-    if checkpoints(directory) or (resolved.exists() and read_config([str(resolved)]).cluster.emulate is None):
+    if checkpoints(directory) or (os.path.exists(resolved) and read_config([str(resolved)]).cluster.emulate is None):
         raise InputError(
             f"{directory} holds a real run, whose metrics those of cluster.emulate would replace; choose another run.directory"
         )
@@ -356,14 +359,13 @@ def entry() -> None:
         if error.errno not in DISK_ERRORS:
             raise
         place = error.filename or "a file of the run"
-        print(
-            f"megamtp: error: {place} cannot be written: {error.strerror}; make room, and start again", file=sys.stderr, flush=True
-        )
+        print_error(f"{place} cannot be written: {error.strerror}; make room, and start again")
         status = 2
     except InputError as error:
-        if find_place().local_rank != 0:
-            time.sleep(RANK_0_SPEAKS_SECONDS)
-        print(f"megamtp: error: {error}", file=sys.stderr, flush=True)
+        with suppress(InputError):  # of the launcher's variables, which may be what is wrong
+            if find_place().local_rank != 0:
+                time.sleep(RANK_0_SPEAKS_SECONDS)
+        print_error(error)
         status = 2
     outcome.append(status)
     sys.exit(status)

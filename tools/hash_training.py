@@ -17,7 +17,9 @@ import os
 import sys
 import tempfile
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the megamtp of this checkout, not an installed one
 
@@ -99,8 +101,10 @@ def train(config: Config) -> tuple[str, str, str] | None:
     from megamtp.engines.build import build_engine
 
     engine, model, settings = build_engine(config), config.model, config.train
-    shape, options = (settings.sequence_length, model.num_future_tokens), {"documents": config.data.documents}
-    windows = Windows(IndexedDataset(config.data.train), *shape, settings.seed, vocab_size=model.vocab_size, **options)
+    windows = Windows(
+        IndexedDataset(config.data.train), settings.sequence_length, model.num_future_tokens, settings.seed, 0, model.vocab_size,
+        config.data.documents,
+    )  # fmt: skip
     share = (engine.data_parallel_rank, engine.data_parallel_size)
     loader = TrainLoader(windows, config.global_batch_windows, settings.micro_batch_size, *share)
     losses, norms = [], []
@@ -112,7 +116,7 @@ def train(config: Config) -> tuple[str, str, str] | None:
         norms.append(result.gradient_norm.hex())
     losses.append(_bytes(engine.evaluate(iter(loader.read(STEPS)))))
     state = {key: _bytes(tensor) for key, tensor in engine.state().tensors.items() if not key.startswith("random/")}
-    of_ranks = [None] * dist.get_world_size()
+    of_ranks: list[Any] = [None] * dist.get_world_size()
     dist.gather_object((losses, norms, state), of_ranks if engine.rank == 0 else None)
     return hashes(of_ranks) if engine.rank == 0 else None
 
@@ -122,14 +126,21 @@ def hashes(of_ranks: list[tuple[list[bytes], list[str], dict[str, bytes]]]) -> t
 
     A state's keys are KIND/NAME@START. Slices are joined into whole tensors first: how ranks share a tensor does not matter.
     """
-    slices = [(*key.rsplit("@", 1), content) for _, _, state in of_ranks for key, content in state.items()]
-    slices.sort(key=lambda item: (item[0], int(item[1])))
-    tensors = [(name, b"".join(content for *_, content in own)) for name, own in groupby(slices, key=lambda item: item[0])]
+    slices = []
+    for _, _, state in of_ranks:
+        for key, content in state.items():
+            name, start = key.rsplit("@", 1)
+            slices.append((name, int(start), content))
+    tensors = [(name, b"".join(content for *_, content in own)) for name, own in groupby(sorted(slices), key=itemgetter(0))]
     losses, norms, _ = zip(*of_ranks, strict=True)
-    return tuple(hashlib.sha256(repr(part).encode()).hexdigest()[:12] for part in (losses, norms, tensors))
+    return _hash(losses), _hash(norms), _hash(tensors)
 
 
-def _bytes(tensor) -> bytes:
+def _hash(content: object) -> str:
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:12]
+
+
+def _bytes(tensor: Any) -> bytes:
     return tensor.detach().contiguous().numpy().tobytes()
 
 

@@ -4,6 +4,7 @@ canonical.json                       the model, the step, the run's counters, an
 weights-00001-of-00002.safetensors   every parameter in fp32 by MTPModel's name
 exp_avg-00001-of-00002.safetensors   Adam's moments likewise; exp_avg_sq, too; both or none
 tokenizer.model                      if the run has one
+generation_config.json               ids of special tokens, if the source has a tokenizer of another kind
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from megamtp.checkpoint.contents import MOMENTS, WEIGHT, Contents, check_content
 from megamtp.checkpoint.folder import check_sizes, published, write_json
 from megamtp.checkpoint.hf_tokenizer import copied_tokenizer, copy_tokenizer
 from megamtp.checkpoint.safetensors_file import SafetensorsFiles
+from megamtp.checkpoint.special_ids import read_special_ids, write_special_ids
 from megamtp.config import ModelConfig
 from megamtp.errors import CheckpointError
 
@@ -51,6 +53,7 @@ def write(contents: Contents, directory: Path, dtype: torch.dtype = torch.float3
                 name = f"{STEMS[kind]}-{number:05d}-of-{len(files):05d}.safetensors"
                 safetensors_file.write(folder / name, source, names, torch.float32)
         copy_tokenizer(contents, folder)
+        write_special_ids(folder, contents.special_ids)
         write_json(folder / DESCRIPTION, _describe(contents, folder))
 
 
@@ -62,7 +65,10 @@ def read(directory: Path) -> Contents:
             or unknown.
     """
     description = _read_description(directory)
-    check_sizes(directory, description["file_bytes"], remedy="copy it again")
+    try:
+        check_sizes(directory, description["file_bytes"], remedy="copy it again")
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be read: {error.strerror}; copy it again") from None
     sources = {}
     for kind, stem in STEMS.items():
         files = sorted(name for name in description["file_bytes"] if name.startswith(f"{stem}-"))
@@ -70,14 +76,16 @@ def read(directory: Path) -> Contents:
             sources[kind] = SafetensorsFiles(directory / name for name in files)
     if set(sources) not in ({WEIGHT}, {WEIGHT, *MOMENTS}):
         raise CheckpointError(f"{directory} holds {', '.join(sources) or 'nothing'}; expected weights, and both moments or none")
+    model = described_model(description["model"], directory / DESCRIPTION)
     contents = Contents(
-        described_model(description["model"], directory / DESCRIPTION),
+        model,
         sources,
         description.get("step"),
         description.get("state"),
         description.get("sequence_length"),
         copied_tokenizer(directory),
         description.get("tokens_are_bytes", False),
+        read_special_ids(directory, model.vocab_size),
     )
     check_contents(contents, directory)
     return contents

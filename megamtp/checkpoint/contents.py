@@ -31,6 +31,8 @@ class Contents:
         sequence_length: positions of a training window; None if unknown.
         tokenizer: a SentencePiece model.
         tokens_are_bytes: there is no such model, since data.tokenizer is bytes.
+        special_ids: what generation_config.json says of the tokens that begin and end a text, such as {"eos_token_id": 2}, of a
+            source with a tokenizer of another kind.
         notes: what a user should know of how it was read, one line each.
     """
 
@@ -41,6 +43,7 @@ class Contents:
     sequence_length: int | None = None
     tokenizer: Path | None = None
     tokens_are_bytes: bool = False
+    special_ids: Mapping[str, int | list[int]] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def __post_init__(self):
@@ -50,6 +53,11 @@ class Contents:
     @property
     def weights(self) -> TensorSource:
         return self.sources[WEIGHT]
+
+    @property
+    def ends_texts(self) -> bool:
+        """Whether it is known which token ends a text."""
+        return bool(self.tokenizer) or self.tokens_are_bytes or "eos_token_id" in self.special_ids
 
 
 def written_out(model: ModelConfig) -> ModelConfig:

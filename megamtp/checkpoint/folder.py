@@ -11,6 +11,7 @@ from typing import Any
 from megamtp.errors import CheckpointError
 from megamtp.files import sync, take_lock
 
+LONGEST_NAME_BYTES = 255  # of a file, on the file systems of Linux
 EXPORT_LIST = "megamtp_export.json"  # names the files of an export of ours: only such a folder is ever replaced
 
 
@@ -25,8 +26,8 @@ def published(directory: Path, num_bytes: int, replaceable: bool = False) -> Ite
     Raises:
         CheckpointError: the destination holds something else or cannot be written, or there is not enough room.
     """
-    directory = directory.resolve()
     check_destination(directory)
+    directory = directory.resolve()
     work = directory.with_name(f".{directory.name}.partial")
     try:
         leftovers = [path for path in work.rglob("*") if path.is_file()]  # of a killed conversion; they will be removed
@@ -67,9 +68,17 @@ def _made_alone(work: Path) -> Iterator[None]:
 
 def check_destination(directory: Path) -> None:
     """Raises: CheckpointError if a folder cannot take that name, or would destroy something else than an earlier export."""
-    if not directory.exists():
+    try:
+        status = directory.stat()
+    except FileNotFoundError:
         return
-    if os.path.ismount(directory):  # Path's own says so of ".", too
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be written: {error.strerror}; choose another destination") from None
+    if os.path.samestat(status, os.stat(".")):
+        raise CheckpointError(
+            f"{directory} is the current folder, which would be replaced by a new one; expected another: choose a new folder in it"
+        )
+    if os.path.ismount(directory):
         raise CheckpointError(f"{directory} is a mount point, which keeps its place; expected a folder: choose one in it")
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is a file; expected a new or empty folder: choose another destination")
@@ -99,6 +108,17 @@ def check_sizes(folder: Path, sizes: Mapping[str, int], remedy: str | None) -> N
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes"
             raise CheckpointError(f"{file} {state}, expected {size} bytes{f'; {remedy}' if remedy else ''}")
+
+
+def name_in(file: Path) -> str:
+    """The name of a neighbour, which is all that a text file holds. Raises: CheckpointError if no file can have that name."""
+    try:
+        name = file.read_text().strip()
+        if Path(name).name != name or "\0" in name or len(os.fsencode(name)) > LONGEST_NAME_BYTES:
+            raise ValueError(f"{name[:50]!r} cannot be a file's name")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); expected the name of a folder beside it: copy it again") from None
+    return name
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -56,13 +56,16 @@ def detect(source: Path) -> str:
     """The name of the source's format.
 
     Raises:
-        CheckpointError: it is of none.
+        CheckpointError: it is of none, or cannot be looked at.
     """
-    if not source.exists():
-        raise CheckpointError(f"{source} does not exist; expected a checkpoint of one of these: {', '.join(readable())}")
-    for name, candidate in FORMATS.items():
-        if candidate.mark and candidate.mark(source):
-            return name
+    try:
+        source.stat()
+        for name, candidate in FORMATS.items():
+            if candidate.mark and candidate.mark(source):
+                return name
+    except OSError as error:
+        reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+        raise CheckpointError(f"{source} {reason}; expected a checkpoint of one of these: {', '.join(readable())}") from None
     raise CheckpointError(f"{source} is no checkpoint of a known format; expected one of these: {', '.join(readable())}")
 
 

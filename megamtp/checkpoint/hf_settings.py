@@ -18,6 +18,7 @@ from megamtp.checkpoint.hf_tokenizer import (
     write_byte_tokenizer,
     write_tokenizer,
 )
+from megamtp.checkpoint.special_ids import read_special_ids, special_ids_of, write_special_ids
 from megamtp.checkpoint.tensors import TensorSource
 from megamtp.config import ModelConfig
 from megamtp.data.tokenizer import SentencePieceTokenizer
@@ -39,7 +40,7 @@ def write_settings(folder: Path, contents: Contents, dtype: torch.dtype, archite
     tokenizer = read_tokenizer(contents.tokenizer, model.vocab_size) if contents.tokenizer else None
     # Documents follow each other's end piece in training, so that piece, not <s>, is what a text begins with.
     end_id = tokenizer.end_of_document_id if tokenizer else BYTES_END if contents.tokens_are_bytes else None
-    ids = {"bos_token_id": end_id, "eos_token_id": end_id}
+    ids = {"bos_token_id": end_id, "eos_token_id": end_id} | (contents.special_ids if end_id is None else {})
     config = {
         "vocab_size": model.vocab_size,
         "hidden_size": model.dim,
@@ -56,7 +57,7 @@ def write_settings(folder: Path, contents: Contents, dtype: torch.dtype, archite
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
     write_json(folder / CONFIG, {**architecture, **config, **ids})
-    write_json(folder / "generation_config.json", ids)
+    write_special_ids(folder, ids)
     if tokenizer:
         write_tokenizer(folder, tokenizer, sequence_length)
     elif contents.tokens_are_bytes:
@@ -77,11 +78,21 @@ def read_settings(directory: Path) -> dict[str, Any]:
 def contents_of(
     directory: Path, settings: dict[str, Any], model: ModelConfig, weights: TensorSource, notes: tuple[str, ...] = ()
 ) -> Contents:
-    """What a folder of transformers with these `weights` holds, its tokenizer included."""
+    """What a folder of transformers with these `weights` holds, its tokenizer included; or the ids of special tokens without it.
+
+    Raises:
+        CheckpointError: generation_config.json, or a number of config.json, is damaged.
+    """
     positions, tokenizer, in_bytes = "max_position_embeddings", directory / TOKENIZER, are_bytes(directory, model.vocab_size)
-    usable = fits(tokenizer, model.vocab_size)
+    usable, special_ids = fits(tokenizer, model.vocab_size), {}
+    if not usable and not in_bytes:
+        special_ids = special_ids_of(settings, model.vocab_size) | read_special_ids(directory, model.vocab_size)
     if not usable and not in_bytes and (tokenizer.exists() or (directory / "tokenizer.json").exists()):
-        notes += (f"{directory} has a tokenizer, but no SentencePiece model of at most {model.vocab_size} pieces: it stays behind",)
+        kept = ", ".join(f"{key} {value}" for key, value in special_ids.items())
+        notes += (
+            f"{directory} has a tokenizer, but no SentencePiece model of at most {model.vocab_size} pieces: it stays behind"
+            + (f", {kept} are kept" if kept else ""),
+        )
     if usable and (pieces := SentencePieceTokenizer(tokenizer).vocab_size) < model.vocab_size:
         notes += (f"{tokenizer} has {pieces} pieces, the model {model.vocab_size} rows: ids from {pieces} on have no text",)
     return Contents(
@@ -90,6 +101,7 @@ def contents_of(
         sequence_length=whole_number(settings, positions, directory / CONFIG) if positions in settings else None,
         tokenizer=tokenizer if usable else None,
         tokens_are_bytes=in_bytes,
+        special_ids=special_ids,
         notes=notes,
     )
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megamtp.checkpoint import torch_file
 from megamtp.checkpoint.contents import WEIGHT, Contents, Rearranged, Rows, check_tensors, checked_model, whole_number
+from megamtp.checkpoint.folder import name_in
 from megamtp.checkpoint.tensors import InMemory
 from megamtp.config import ModelConfig
 from megamtp.errors import CheckpointError
@@ -32,6 +33,7 @@ FORM = {
     "mtp_num_layers": None, "multi_latent_attention": False, "window_size": None, "no_rope_freq": None, "softmax_type": "vanilla",
     "glu_linear_offset": 0.0,
 }  # fmt: skip
+DEFAULT_ROTARY_BASE = 10000  # of a Megatron without the argument
 MUST_BE_SAID = ("position_embedding_type", "swiglu", "normalization", "add_bias_linear")
 
 EMBEDDING, FINAL_NORM, OUTPUT = "embedding.word_embeddings.weight", "decoder.final_layernorm.weight", "output_layer.weight"
@@ -82,8 +84,8 @@ def _weights_file(directory: Path) -> Path:
         return directory / FILE
     folder = directory
     if (directory / LATEST).exists():
-        iteration = (directory / LATEST).read_text().strip()
-        folder = directory / (f"iter_{int(iteration):07d}" if iteration.isdigit() else iteration)
+        iteration = name_in(directory / LATEST)
+        folder = directory / (f"iter_{int(iteration):07d}" if iteration.isdecimal() else iteration)
     if (folder / DISTRIBUTED).exists():
         raise CheckpointError(f"{folder} is in Megatron-LM's distributed format; expected --ckpt-format torch: convert it there")
     ranks = sorted(path.name for path in folder.glob("mp_rank_*"))
@@ -113,8 +115,8 @@ def _model(args: dict[str, Any], path: Path, num_future_tokens: int) -> ModelCon
         num_key_value_heads=args.get("num_query_groups") if args.get("group_query_attention") else None,
         mlp_dim=mlp_dim,
         vocab_size=vocab_size,
-        rope_theta=args.get("rotary_base"),
-        norm_eps=args.get("norm_epsilon"),
+        rope_theta=args.get("rotary_base", DEFAULT_ROTARY_BASE),
+        norm_eps=args.get("norm_epsilon", args.get("layernorm_epsilon")),  # the second is an older Megatron's name
     )
     if args.get("kv_channels") not in (None, model.head_dim):
         raise CheckpointError(

@@ -6,6 +6,7 @@ file without `extra_heads` is a Llama of that code; `n_layers` counts trunk and 
 
 import json
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from megamtp.checkpoint.contents import (
 )
 from megamtp.checkpoint.folder import published, write_json
 from megamtp.checkpoint.hf_tokenizer import TOKENIZER, copy_tokenizer, fits
+from megamtp.checkpoint.special_ids import read_special_ids, write_special_ids
 from megamtp.checkpoint.tensors import InMemory
 from megamtp.checkpoint.torch_file import Streamed
 from megamtp.config import ModelConfig
@@ -73,6 +75,7 @@ def write(contents: Contents, directory: Path, dtype: torch.dtype = torch.float3
     with published(directory, num_bytes) as folder:
         write_json(folder / PARAMS, _params(model))
         copy_tokenizer(contents, folder)
+        write_special_ids(folder, contents.special_ids)
         torch_file.write(folder / WEIGHTS, {name: Streamed(weights, name, dtype) for name in weights.shapes})
 
 
@@ -100,8 +103,19 @@ def read(directory: Path, num_future_tokens: int = 1) -> Contents:
         directory,
     )
     weights = Rearranged(InMemory(found), {ours: Rows(theirs, rows.get(_kind(ours))) for ours, theirs in names.items()})
-    tokenizer = directory / TOKENIZER
-    return Contents(model, {WEIGHT: weights}, tokenizer=tokenizer if fits(tokenizer, model.vocab_size) else None)
+    tokenizer, notes = _tokenizer(directory, model.vocab_size)
+    special_ids = {} if tokenizer else read_special_ids(directory, model.vocab_size)
+    return Contents(model, {WEIGHT: weights}, tokenizer=tokenizer, special_ids=special_ids, notes=notes)
+
+
+def _tokenizer(directory: Path, vocab_size: int) -> tuple[Path | None, tuple[str, ...]]:
+    """The SentencePiece model: in the folder or beside it, where Llama's releases have one for all sizes. And notes."""
+    directory = Path(os.path.abspath(directory))
+    found = [path for path in (directory / TOKENIZER, directory.parent / TOKENIZER) if path.is_file()]
+    for path in found:
+        if fits(path, vocab_size):
+            return path, ()
+    return None, tuple(f"{path} is no SentencePiece model of {vocab_size} pieces: it stays behind" for path in found)
 
 
 def _names(model: ModelConfig, heads: Iterable[int]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from megamtp.checkpoint.folder import published
 from megamtp.checkpoint.hf_tokenizer import copied_tokenizer, copy_tokenizer
 from megamtp.checkpoint.safetensors_file import split
 from megamtp.checkpoint.shards import KINDS, Shards, shard_name, slice_key, write_shard
+from megamtp.checkpoint.special_ids import read_special_ids, write_special_ids
 from megamtp.config import RESOLVED, ModelConfig, read_config
 from megamtp.data.tokenizer import BYTES
 from megamtp.errors import CheckpointError
@@ -60,15 +61,16 @@ def read(source: Path) -> Contents:
     manifest = store.verified(checkpoint)
     config = read_config([str(run_directory / RESOLVED)]) if (run_directory / RESOLVED).exists() else None
     tokenizer = config.data.tokenizer if config else copied_tokenizer(run_directory)
-    shards = Shards(checkpoint, manifest.files)
+    shards, model = Shards(checkpoint, manifest.files), ModelConfig(**manifest.model)
     contents = Contents(
-        ModelConfig(**manifest.model),
+        model,
         {kind: shards.tensors(kind) for kind in KINDS},
         step=manifest.step,
         state=manifest.state,
         sequence_length=config.train.sequence_length if config else None,
         tokenizer=Path(tokenizer) if tokenizer not in (None, "", BYTES) else None,
         tokens_are_bytes=tokenizer == BYTES,
+        special_ids={} if tokenizer else read_special_ids(run_directory, model.vocab_size),
     )
     check_contents(contents, checkpoint)
     return contents
@@ -101,6 +103,7 @@ def write(contents: Contents, directory: Path, dtype: torch.dtype = torch.float3
             files[name] = write_shard(store.partial_of(checkpoint) / name, _Slices(contents, names), shapes)
         store.publish(checkpoint, manifest, files)
         copy_tokenizer(contents, folder)
+        write_special_ids(folder, contents.special_ids)
 
 
 class _Slices:

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import sys
+import weakref
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -220,6 +221,7 @@ class Snapshot:
             end += -(-tensor.numel() * tensor.element_size() // 16) * 16
         on_gpu = any(tensor.is_cuda for tensor in tensors.values())
         if self._buffer.numel() < end:
+            self._buffer = torch.empty(0, dtype=torch.uint8)  # frees the old memory first
             self._buffer = _page_locked(end) if on_gpu else torch.empty(end, dtype=torch.uint8)
         copies = {}
         for key, tensor in tensors.items():
@@ -243,9 +245,13 @@ def _page_locked(size: int) -> Tensor:
 
 
 def page_lock(buffer: Tensor) -> bool:
-    """False if the system refuses."""
+    """Page-locks the buffer's memory until the buffer is freed. False if the system refuses.
+
+    CUDA must be told before the memory is freed: otherwise it takes other tensors at that address for page-locked ones.
+    """
     cudart = torch.cuda.cudart()
     if cudart.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0) == cudart.cudaError.success:
+        weakref.finalize(buffer, cudart.cudaHostUnregister, buffer.data_ptr()).atexit = False
         return True
     with contextlib.suppress(RuntimeError):  # the error stays with CUDA until somebody is told: better this kernel than a step's
         torch.zeros(1, device="cuda")

@@ -70,7 +70,7 @@ def partial_of(checkpoint: Path) -> Path:
 def checkpoints(run_directory: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     folder = run_directory / "checkpoints"
-    found = [path for path in folder.iterdir() if NAME.fullmatch(path.name)] if folder.is_dir() else []
+    found = [path for path in folder.iterdir() if NAME.fullmatch(path.name)] if os.path.isdir(folder) else []
     return sorted(found, key=_step)
 
 

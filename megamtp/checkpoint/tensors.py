@@ -32,8 +32,14 @@ class InMemory:
         self.shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> Tensor:
-        """See TensorSource.read."""
-        return self.weights[name].reshape(-1)[start:end]
+        """See TensorSource.read. Of a tensor that is not contiguous, only the rows with these elements are copied."""
+        weight = self.weights[name].detach()  # a Parameter would give slices that NumPy refuses
+        if weight.is_contiguous():
+            return weight.view(-1)[start:end]
+        start, end, _ = slice(start, end).indices(weight.numel())
+        width = weight[0].numel()
+        first = start // width
+        return weight[first : -(-end // width)].reshape(-1)[start - first * width : end - first * width]
 
 
 def whole(source: TensorSource, name: str, dtype: torch.dtype | None = None) -> Tensor:

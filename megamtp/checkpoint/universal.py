@@ -4,7 +4,7 @@
     FOLDER/global_step7/zero/NAME/fp32.pt           each parameter; beside it exp_avg.pt, exp_avg_sq.pt and step.pt
     FOLDER/global_step7/zero/optimizer_state.pt     what all parameters share
     FOLDER/global_step7/mp_rank_00_model_states.pt  counters, and under another name the same for ZeRO-3
-    FOLDER/global_step7/tokenizer.model             if the source has one, which DeepSpeed passes over
+    FOLDER/global_step7/tokenizer.model             if the source has one, which DeepSpeed passes over; or generation_config.json
 
     engine.load_checkpoint("FOLDER")      with {"checkpoint": {"load_universal": true}} in DeepSpeed's configuration
 
@@ -32,8 +32,10 @@ from megamtp.checkpoint.contents import (
     parameter_shapes,
     written_out,
 )
-from megamtp.checkpoint.folder import published
+from megamtp.checkpoint.folder import name_in, published
 from megamtp.checkpoint.hf_tokenizer import copied_tokenizer, copy_tokenizer
+from megamtp.checkpoint.special_ids import read_special_ids, write_special_ids
+from megamtp.checkpoint.tensors import InMemory
 from megamtp.checkpoint.torch_file import Streamed
 from megamtp.config import ModelConfig
 from megamtp.errors import CheckpointError
@@ -78,6 +80,7 @@ def write(contents: Contents, directory: Path, dtype: torch.dtype = torch.float3
         for file in MODEL_STATES:
             torch_file.write_small(folder / tag / file, _model_states(contents))
         copy_tokenizer(contents, folder / tag)
+        write_special_ids(folder / tag, contents.special_ids)
 
 
 def read(directory: Path, model: ModelConfig | None = None) -> Contents:
@@ -107,6 +110,7 @@ def read(directory: Path, model: ModelConfig | None = None) -> Contents:
         sequence_length=own.get("sequence_length"),
         tokenizer=copied_tokenizer(folder),
         tokens_are_bytes=own.get("tokens_are_bytes", False),
+        special_ids=read_special_ids(folder, model.vocab_size),
     )
 
 
@@ -124,7 +128,7 @@ class UniversalTensors:
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> Tensor:
         """See TensorSource.read."""
-        return self._open(name).reshape(-1)[start:end]
+        return InMemory({name: self._open(name)}).read(name, start, end)
 
     def _open(self, name: str) -> Tensor:
         path, shape = self.zero / name / self.file, self.shapes[name]
@@ -133,6 +137,7 @@ class UniversalTensors:
         if not isinstance(tensor, Tensor) or tuple(tensor.shape) not in (shape, (math.prod(shape),)):
             shown = list(tensor.shape) if isinstance(tensor, Tensor) else "no tensor"
             raise CheckpointError(f"{path}: tensor {name} has shape {shown}, expected {list(shape)}")
+        torch_file.tensors_of(path, {name: tensor})
         return tensor
 
 
@@ -178,7 +183,7 @@ def is_universal(path: Path) -> bool:
 def _step_folder(directory: Path) -> Path:
     if not (directory / LATEST).exists():
         return directory
-    folder = directory / (directory / LATEST).read_text().strip()
+    folder = directory / name_in(directory / LATEST)
     if not folder.is_dir():
         raise CheckpointError(f"{directory / LATEST} names {folder.name}, which is not there; copy it again")
     return folder

@@ -1,9 +1,13 @@
 """Which rank this process is: under the deepspeed launcher, torchrun, mpirun, or alone."""
 
 import os
+import re
 import socket
 from dataclasses import dataclass
 from typing import TypeVar
+
+import torch
+import torch.distributed as dist
 
 from megamtp.cluster import emulated
 from megamtp.config import ClusterConfig
@@ -28,13 +32,28 @@ class Place:
 
 
 def find_place() -> Place:
-    """Reads the launcher's environment variables; without any, this is the only rank."""
+    """Reads the launcher's environment variables; without any, this is the only rank.
+
+    Raises:
+        InputError: they hold no numbers, or none of a rank.
+    """
     for rank, local_rank, world_size in SPELLINGS:
         if os.environ.get(rank) and os.environ.get(world_size):  # one alone is some other program's
-            own_rank = int(os.environ[rank])
-            local = os.environ.get(local_rank) or os.environ.get("SLURM_LOCALID") or own_rank  # Slurm's PMI tells none
-            return Place(own_rank, int(local), int(os.environ[world_size]))
+            own_rank, num_ranks = _number(rank), _number(world_size, 1)
+            if own_rank >= num_ranks:
+                raise InputError(f"{rank}={own_rank} with {world_size}={num_ranks}; expected a rank below the number of ranks")
+            local = next((name for name in (local_rank, "SLURM_LOCALID") if os.environ.get(name)), rank)  # Slurm's PMI tells none
+            if num_ranks > 1 and os.environ.get("MASTER_PORT"):
+                _number("MASTER_PORT", 1, 65535)
+            return Place(own_rank, _number(local), num_ranks)
     return Place(0, 0, 1)
+
+
+def _number(variable: str, smallest: int = 0, largest: int = 2**31 - 1) -> int:
+    found = os.environ[variable]
+    if not re.fullmatch("[0-9]{1,10}", found) or not smallest <= int(found) <= largest:
+        raise InputError(f"{variable}={found} in the environment; expected {smallest} to {largest}: let a launcher set it")
+    return int(found)
 
 
 def emulated_place(place: Place, cluster: ClusterConfig) -> Place:
@@ -51,9 +70,11 @@ def emulated_place(place: Place, cluster: ClusterConfig) -> Place:
 
 
 def join_peers(place: Place, cluster: ClusterConfig) -> None:
-    """Initialises torch.distributed: NCCL on GPUs, gloo without, or the emulated cluster. Collective."""
-    import torch
+    """Initialises torch.distributed: NCCL on GPUs, gloo without, or the emulated cluster. Collective.
 
+    Raises:
+        InputError: the ranks cannot meet at MASTER_ADDR and MASTER_PORT.
+    """
     if torch.cuda.is_available():
         torch.cuda.set_device(place.local_rank)  # engines build on the current device, before DeepSpeed chooses this rank's
     else:
@@ -67,21 +88,31 @@ def join_peers(place: Place, cluster: ClusterConfig) -> None:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if cluster.emulate:
         emulated.join(cluster)
-    elif int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        _meet_again(place, backend)
-    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    try:
+        store = None if cluster.emulate else _store(place)
+        if store:
+            device = torch.device("cuda", place.local_rank) if backend == "nccl" else None  # as DeepSpeed does
+            dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, device_id=device)
+        deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+        reason = str(error).splitlines()[0].rpartition("message: ")[2]
+        raise InputError(
+            f"rank {place.rank} cannot meet the others at MASTER_ADDR={address}, MASTER_PORT={port}: {reason}; "
+            "expected the host of rank 0 and a free port: choose another (--master_port of deepspeed, --master-port of torchrun)"
+        ) from None
 
 
-def _meet_again(place: Place, backend: str) -> None:
-    """Under names of this start's own: torchrun keeps its store when it starts ranks again, with the last ones' addresses."""
-    import torch
-    import torch.distributed as dist
-
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, place.world_size, is_master=False)
-    store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    device = torch.device("cuda", place.local_rank) if backend == "nccl" else None  # as DeepSpeed does
-    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, device_id=device)
+def _store(place: Place) -> dist.Store | None:
+    """Where ranks find each other's addresses, if it is not the one that DeepSpeed opens at MASTER_ADDR and MASTER_PORT."""
+    if place.world_size == 1:
+        return dist.HashStore()  # in this process, so that the address may be taken, or another host's
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT") or "0"
+    if restarts == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    # torchrun keeps its store, with the addresses of the ranks that ended, when it starts ranks again: use other names in it.
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), place.world_size, is_master=False)
+    return dist.PrefixStore(f"start {restarts}", store)
 
 
 def _announce(place: Place) -> None:
@@ -135,8 +166,6 @@ def share_error(place: Place, error: InputError | None) -> None:
 
 def of_all_ranks(own: T) -> list[T]:
     """What every rank gives, by rank. Collective."""
-    import torch.distributed as dist
-
     found = [own] * dist.get_world_size()
     dist.all_gather_object(found, own)
     return found

@@ -7,10 +7,11 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megamtp.errors import InputError
 
+MAX_MESSAGE = 2000  # characters of an error message; it may quote an argument of any length
 OUTPUT_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -22,6 +23,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see {self.prog} --help")
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """The value of `--option=--` is `--`, as Python 3.13 reads it; earlier versions drop it and leave an empty list."""
+        if action.option_strings and action.nargs in (None, argparse.ONE_OR_MORE) and arg_strings == ["--"]:
+            value = self._get_value(action, "--")
+            self._check_value(action, value)
+            return value if action.nargs is None else [value]
+        return super()._get_values(action, arg_strings)
 
 
 def run(main: Callable[[], None]) -> None:
@@ -40,10 +49,18 @@ def run(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python will try to write the rest once more
         status = 128 + signal.SIGPIPE
         if error.errno != errno.EPIPE:
-            print(f"megamtp: error: the output cannot be written: {error.strerror}; make room for it", file=sys.stderr)
+            print_error(f"the output cannot be written: {error.strerror}; make room for it")
             status = 2
     if status:
         sys.exit(status)
+
+
+def print_error(error: object) -> None:
+    """Prints one line on stderr: line breaks and control characters as escapes, and without the middle of a very long message."""
+    line = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in str(error))
+    if len(line) > MAX_MESSAGE:
+        line = f"{line[: MAX_MESSAGE // 2]} ... {line[-MAX_MESSAGE // 2 :]}"
+    print(f"megamtp: error: {line}", file=sys.stderr, flush=True)
 
 
 def print_all_characters() -> None:
@@ -58,7 +75,7 @@ def _status(main: Callable[[], None]) -> int | str | None:
     except SystemExit as error:
         return error.code
     except InputError as error:
-        print(f"megamtp: error: {error}", file=sys.stderr)
+        print_error(error)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -8,6 +8,7 @@
 Adam's moments go along between run, canonical and universal; the other formats hold weights alone.
 """
 
+import argparse
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ import torch
 from megamtp.checkpoint import formats
 from megamtp.checkpoint.folder import check_destination
 from megamtp.commands.command_line import Parser, run
-from megamtp.config import read_config
+from megamtp.config import MAX_LAYERS, read_config
 
 ENGINES = ("zero3", "zero1", "pipeline")  # all of which read a run's checkpoint
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -29,6 +30,8 @@ def main() -> None:
     contents = formats.read(arguments.source, formats.Options(arguments.num_future_tokens, model))
     for note in contents.notes:
         print(note)
+    if arguments.to in ("hf", "hf-mtp") and not contents.ends_texts:
+        print(f"{arguments.source} does not say which token ends a text: generate() of the export stops at its longest length only")
     target = "run" if arguments.to in ENGINES else arguments.to
     formats.FORMATS[target].write(contents, arguments.destination, DTYPES[arguments.dtype])
     print(f"{arguments.source} -> {arguments.destination}")
@@ -43,10 +46,18 @@ def _parser() -> Parser:
                         help="format of the destination (default: hf); an engine's is a run's")  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="type of exported weights (default: fp32)")
     parser.add_argument(
-        "--num-future-tokens", type=int, help="heads to make of a source with one: its last layer, and copies of it (default: 1)"
-    )
+        "--num-future-tokens", type=_num_heads,
+        help="heads to make of a source with one: its last layer, and copies of it (default: 1)",
+    )  # fmt: skip
     parser.add_argument("--config", type=Path, help="a run's config.yaml, for a source that says nothing of its model")
     return parser
+
+
+def _num_heads(word: str) -> int:
+    number = int(word) if word.isdecimal() and len(word) < 10 else 0
+    if not 1 <= number < MAX_LAYERS:
+        raise argparse.ArgumentTypeError(f"{word[:20]}; expected a whole number, 1 to {MAX_LAYERS - 1}")
+    return number
 
 
 def entry() -> None:

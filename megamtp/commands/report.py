@@ -4,7 +4,8 @@
     python -m megamtp.commands.report runs/quickstart --min-margin 1.0
 
 The unigram entropy is the loss of a model that knows how often each token occurs, and nothing else. With --min-margin
-the exit status is 1 unless head 1 has learned that much more.
+the exit status is 1 unless head 1 has learned that much more. A warning names each head whose last validation loss lies above
+the unigram entropy, or more than 0.02 nats above its lowest: from there on the model has learned its training text by heart.
 """
 
 import json
@@ -13,6 +14,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -23,8 +25,11 @@ from megamtp.config import RESOLVED, Config, read_config
 from megamtp.data.corpus import SUMMARY
 from megamtp.errors import InputError
 from megamtp.training.metrics import FILE as METRICS
+from megamtp.training.metrics import read_record
 
 PICTURE = "loss.png"
+LARGEST_LOSS = float(np.finfo(np.float32).max)  # losses are computed in fp32
+RISE = 0.02  # nats by which a validation loss exceeds its minimum before it is said to rise: 2 % of the perplexity
 
 
 @dataclass(frozen=True)
@@ -49,14 +54,15 @@ def main() -> None:
     )  # fmt: skip
     arguments = parser.parse_args()
     run_directory = arguments.run_directory
-    if not (run_directory / RESOLVED).is_file():
-        found = f"holds no {RESOLVED}" if run_directory.is_dir() else "is no folder"
+    if not os.path.isfile(run_directory / RESOLVED):  # unlike Path's, False where the name is too long
+        found = f"holds no {RESOLVED}" if os.path.isdir(run_directory) else "is no folder"
         raise InputError(f"{run_directory} {found}; expected the folder of a run (run.directory): train there first")
     config = read_config([str(run_directory / RESOLVED)])
     training, validation = _read_metrics(run_directory / METRICS, config.model.num_future_tokens)
     entropy = _unigram_entropy(config)
     _draw(run_directory, training, validation, entropy)
     _print_table(training, validation, entropy)
+    _print_warnings(validation, entropy)
     if arguments.min_margin is not None and not _check(validation, entropy, arguments.min_margin):
         sys.exit(1)
 
@@ -70,14 +76,12 @@ def _read_metrics(path: Path, num_heads: int) -> tuple[Losses, Losses]:
         raise InputError(f"{path} cannot be read ({error}); expected the metrics of a run: train there first") from None
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
+            record = read_record(line)
             if record["kind"] in found:
-                losses = [math.nan if loss is None else float(loss) for loss in record["losses"]]
-                if len(losses) != num_heads:
-                    raise ValueError(f"{len(losses)} losses, not one for each of {num_heads} heads")
-                found[record["kind"]][0].append(int(record["step"]))
-                found[record["kind"]][1].append(losses)
-        except (ValueError, KeyError, TypeError) as error:
+                steps, losses = found[record["kind"]]
+                losses.append(_losses(record, num_heads))
+                steps.append(record["step"])
+        except ValueError as error:
             if number == len(lines) and not line.endswith("\n"):
                 break  # being written, or cut short when the run was killed
             raise InputError(f"{path}, line {number} is damaged ({error!r}); expected a run's metrics: remove the line") from None
@@ -87,16 +91,30 @@ def _read_metrics(path: Path, num_heads: int) -> tuple[Losses, Losses]:
     return training, validation
 
 
+def _losses(record: dict[str, Any], num_heads: int) -> list[float]:
+    """Of each head, NaN where it was no number. Raises: ValueError if they are damaged."""
+    losses = record.get("losses")
+    if not isinstance(losses, list) or len(losses) != num_heads:
+        raise ValueError(f"no list of losses, one for each of {num_heads} heads")
+    for loss in losses:
+        if loss is not None and (type(loss) not in (int, float) or abs(loss) > LARGEST_LOSS):
+            raise ValueError("a loss that is no number of fp32")
+    return [math.nan if loss is None else float(loss) for loss in losses]
+
+
 def _unigram_entropy(config: Config) -> float | None:
     """Of the validation split, in nats per token, as prepare_data wrote it; None for a corpus of other make."""
     if config.data.validation is None:
         return None
     path = Path(config.data.validation).parent / SUMMARY
-    if not path.exists():
+    if not os.path.exists(path):
         return None
     try:
-        return float(json.loads(path.read_text())["unigram_entropy"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        entropy = json.loads(path.read_text())["unigram_entropy"]
+        if type(entropy) not in (int, float) or not 0 <= entropy <= LARGEST_LOSS:
+            raise ValueError("no number of nats")
+        return float(entropy)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
             f"{path} is damaged ({error!r}); expected the validation split's unigram entropy: prepare the data again"
         ) from None
@@ -114,7 +132,8 @@ def _draw(run_directory: Path, training: Losses, validation: Losses, entropy: fl
         axes.plot(validation.steps, validation.losses[:, index], color=color, marker="o", markersize=4, label=label)
     if entropy is not None:
         axes.axhline(entropy, color="0.3", linestyle="--", linewidth=1, label="unigram entropy")
-    axes.set(xlabel="optimizer step", ylabel="loss, nats per token", title=run_directory.resolve().name)
+    axes.set(xlabel="optimizer step", ylabel="loss, nats per token")
+    axes.set_title(run_directory.resolve().name, parse_math=False)  # a name may have dollar signs
     axes.set_title("dots: validation\nlight lines: training", loc="right", fontsize="small", color="0.3")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -130,12 +149,15 @@ def _draw(run_directory: Path, training: Losses, validation: Losses, entropy: fl
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """The mean of about 1 % of the steps on either side, fewer at the ends; of those whose loss is a number."""
-    positions = np.arange(len(values))
-    reach = np.minimum(np.minimum(positions, positions[::-1]), len(values) // 100)
+    """The mean of the steps at most 1 % of all away, of those whose loss is a number.
+
+    At an end these lie on one side: a window that shrank to stay symmetric would leave a spike of single steps there.
+    """
+    positions, reach = np.arange(len(values)), len(values) // 100
+    first, end = np.maximum(positions - reach, 0), np.minimum(positions + reach + 1, len(values))
     known = np.isfinite(values)
     sums, counts = (np.concatenate([[0.0], np.cumsum(each)]) for each in (np.where(known, values, 0.0), known))
-    sums, counts = (each[positions + reach + 1] - each[positions - reach] for each in (sums, counts))
+    sums, counts = (each[end] - each[first] for each in (sums, counts))
     return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0)
 
 
@@ -149,6 +171,19 @@ def _print_table(training: Losses, validation: Losses, entropy: float | None) ->
 
 def _shown(nats: float | None) -> str:
     return "-" if nats is None else f"{nats:.4f}"
+
+
+def _print_warnings(validation: Losses, entropy: float | None) -> None:
+    for head, losses in enumerate(validation.losses.T if len(validation.steps) else (), start=1):
+        last, lowest = losses[-1], np.fmin.reduce(losses)
+        if last > lowest + RISE:
+            step = validation.steps[np.flatnonzero(losses == lowest)[-1]]
+            print(
+                f"WARNING: head {head}'s validation loss rises: {last:.4f} is {last - lowest:.4f} above its lowest, "
+                f"{lowest:.4f} at step {step}; train fewer steps, or on more text"
+            )
+        if entropy is not None and last > entropy:
+            print(f"WARNING: head {head}'s validation loss {last:.4f} lies above the unigram entropy {entropy:.4f}")
 
 
 def _check(validation: Losses, entropy: float | None, min_margin: float) -> bool:

@@ -152,6 +152,7 @@ class IndexedDataset:
 
     def __init__(self, prefix: Path | str):
         self._bin_path, self._idx_path, crc_path = _paths(prefix)
+        _check_prefix(str(prefix), self._bin_path, self._idx_path)
         self.name = str(self._bin_path.with_suffix(""))
         self.dtype, self._lengths, self._pointers, self._documents = _read_index(self._idx_path)
         self._check_ends()
@@ -197,7 +198,7 @@ class IndexedDataset:
                 return np.empty(0, self.dtype)
             return np.asarray(np.memmap(self._bin_path, self.dtype, mode="r"))  # a plain view of it, whose slices cost less
         except OSError as error:
-            raise _bad_file(self._bin_path, error.strerror) from error
+            raise _unreadable(self._bin_path, error) from None
 
     def __len__(self) -> int:
         return len(self._documents) - 1
@@ -264,6 +265,26 @@ class IndexedDataset:
         return bisect_right(range(len(self._lengths)), token, key=self._sequence_start) - 1
 
 
+def _check_prefix(prefix: str, bin_path: Path, idx_path: Path) -> None:
+    """Raises InputError where a prefix names no files, which is then more likely misspelt than damaged."""
+    if os.path.exists(bin_path) or os.path.exists(idx_path):  # unlike Path's, False where the name is too long
+        return
+    folder = Path(prefix) if os.path.isdir(prefix) else Path(prefix).parent
+    try:
+        present = sorted(path.with_suffix("") for path in folder.glob("*.idx"))
+    except OSError:
+        present = []
+    if os.path.isdir(prefix):
+        found = f"{prefix} is a folder"
+    elif prefix.endswith((".bin", ".idx")):
+        found = f"{prefix}: No such file or directory"
+    else:
+        found = f"{prefix}.bin and .idx: No such file or directory"
+    examples = f", such as {' or '.join(map(str, present[:3]))}" if present else ""
+    several = "; several corpora need a weight each: WEIGHT PREFIX WEIGHT PREFIX ..." if len(prefix.split()) > 1 else ""
+    raise InputError(f"{found}; expected the prefix of a corpus's .bin and .idx files{examples}{several}")
+
+
 def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
     """The token type, and the index's three arrays, memory-mapped."""
     try:
@@ -271,7 +292,7 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarra
             header = stream.read(HEADER.size)
         content = np.asarray(np.memmap(path, np.uint8, mode="r")) if header else b""
     except OSError as error:
-        raise _bad_file(path, error.strerror) from error
+        raise _unreadable(path, error) from None
     if not header.startswith(MAGIC):
         raise _bad_file(path, f"it begins with {header[:9]!r}, not {MAGIC!r}")
     if len(header) < HEADER.size:
@@ -286,6 +307,10 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarra
         raise _bad_file(path, f"{len(content)} bytes, but its header says {sum(sections)}")
     lengths, pointers, documents = np.split(content, np.cumsum(sections))[1:4]
     return DTYPES[code], lengths.view("<i4"), pointers.view("<i8"), documents.view("<i8")
+
+
+def _unreadable(path: Path, error: OSError) -> InputError:
+    return InputError(f"{path}: {error.strerror}; expected readable .bin and .idx files: restore the file or its permissions")
 
 
 def _bad_file(path: Path, found: str) -> InputError:

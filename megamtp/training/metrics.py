@@ -134,6 +134,20 @@ def _scalars(record: dict[str, Any]) -> list[tuple[str, float]]:
     return scalars + [(name, value) for name, value in record.items() if isinstance(value, (int, float))]
 
 
+def read_record(line: str) -> dict[str, Any]:
+    """One line of metrics.jsonl: its kind, its step, and what was reported. Raises: ValueError if it is damaged."""
+    try:
+        record = json.loads(line)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
+        raise ValueError("no kind of record")
+    step = record.get("step")
+    if type(step) is not int or not 0 <= step < 2**63:
+        raise ValueError("no step, a whole number")
+    return record
+
+
 def records_until(path: Path, step: int) -> list[str]:
     """The lines of steps up to `step`, without a last one that was cut short.
 
@@ -150,16 +164,16 @@ def records_until(path: Path, step: int) -> list[str]:
     for number, line in enumerate(lines, start=1):
         if line.endswith("\n"):
             try:
-                if int(json.loads(line)["step"]) <= step:
+                if read_record(line)["step"] <= step:
                     kept.append(line)
-            except (ValueError, KeyError, TypeError) as error:
+            except ValueError as error:
                 raise InputError(f"{path}, line {number} is damaged ({error!r}); expected a record: remove the line") from None
     return kept
 
 
 def lacks_validation(path: Path, step: int) -> bool:
     """Whether a run's metrics tell of no evaluation after `step`. Raises: InputError as records_until."""
-    records = map(json.loads, records_until(path, step))
+    records = map(read_record, records_until(path, step))
     return not any(record["kind"] == "validation" and record["step"] == step for record in records)
 
 

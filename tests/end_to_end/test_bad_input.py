@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 import time
 from pathlib import Path
 
@@ -105,10 +106,21 @@ CASES = {
     ),
     "foreign idx": (lambda corpus, tmp: [f"data.train={foreign(tmp)}"], ["foreign.idx", "MMIDIDX"]),
     "missing corpus": (lambda corpus, tmp: ["data.train=/nowhere/train"], ["/nowhere/train", "No such file"]),
+    "folder of a corpus": (
+        lambda corpus, tmp: [f"data.train={corpus}"],
+        ["is a folder; expected the prefix of a corpus's .bin and .idx files, such as", "/train or", "/validation"],
+    ),
+    "corpora without weights": (
+        lambda corpus, tmp: [f"data.train={corpus}/train {corpus}/validation"], ["No such file", "WEIGHT PREFIX WEIGHT PREFIX"],
+    ),
+    "line break in a name": (lambda corpus, tmp: ["data.train=\"a\\nb\""], ["a\\nb.bin and .idx: No such file"]),
     "missing tokenizer": (lambda corpus, tmp: ["data.tokenizer=/nowhere/model"], ["/nowhere/model", "No such file"]),
     "batch not divisible": (lambda corpus, tmp: ["train.micro_batch_size=3"], ["train.global_batch_tokens=256", "multiple of 96"]),
     "a home that no shell has put in": (lambda corpus, tmp: ["run.directory=~/run"], ["~/run", "$HOME"]),
     "output is a file": (lambda corpus, tmp: [f"run.directory={foreign(tmp)}.bin"], ["foreign.bin", "cannot be written"]),
+    "output whose name is too long": (
+        lambda corpus, tmp: [f"run.directory={tmp}/{'x' * 300}"], ["cannot be written to: File name too long"],
+    ),
     "output cannot be made": (lambda corpus, tmp: ["run.directory=/proc/run"], ["/proc/run", "cannot be written"]),
     "DeepSpeed setting of ours": (
         lambda corpus, tmp: ["engine.deepspeed.zero_optimization.stage=2"], ["zero_optimization.stage", "clashes"],
@@ -313,6 +325,11 @@ def test_only_checkpoint_is_damaged(kind, trained, arguments, tmp_path):
     assert len(records(tmp_path / "run")) == 1
 
 
+def test_a_model_whose_name_is_too_long(tmp_path):
+    finished = run(["-m", "megamtp.commands.generate", str(tmp_path / ("x" * 300)), "--prompt", "a"])
+    assert_one_line(finished, ["cannot be read: File name too long"])
+
+
 @pytest.mark.parametrize("command", [["megamtp.commands.convert_checkpoint", "{}", "{}/hf"], ["megamtp.commands.generate", "{}"]])
 def test_missing_checkpoint(command, tmp_path):
     module, *rest = (word.format(tmp_path) for word in command)
@@ -442,6 +459,38 @@ def test_a_learning_rate_that_ruins_the_weights_ends_the_run(arguments, tmp_path
     assert "from its beginning" in line and not (tmp_path / "run/checkpoints").exists()
     assert [record["skipped"] for record in records(tmp_path / "run")] == [False] + 9 * [True]
     assert "step 10: not finite: the gradient; all losses are; the weights stay as they were" in finished.stdout
+
+
+@pytest.fixture
+def taken_port():
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        listener.listen()
+        yield str(listener.getsockname()[1])
+
+
+def test_one_rank_needs_no_address(arguments, tmp_path, taken_port):
+    """192.0.2.1 is no host's; a rank that waited for it would do so for half an hour."""
+    arguments = [*PLAIN, *arguments, "train.steps=1", f"run.directory={tmp_path}/run"]
+    finished = run(arguments, timeout=90, MASTER_ADDR="192.0.2.1", MASTER_PORT=taken_port)
+    assert finished.returncode == 0, finished.stderr
+    assert len(records(tmp_path / "run")) == 1
+
+
+def test_taken_port(arguments, tmp_path, taken_port):
+    launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", taken_port, "--module", MODULE]
+    finished = run([*launcher, *arguments, f"run.directory={tmp_path}/run"])
+    output = finished.stdout + finished.stderr
+    assert finished.returncode == 2, output
+    assert "Traceback" not in output
+    (line,) = (line for line in output.splitlines() if line.startswith("megamtp: error: "))
+    assert f"MASTER_PORT={taken_port}: address already in use; expected" in line and "--master_port" in line
+
+
+def test_launcher_variables_that_name_no_rank(tmp_path):
+    finished = run([*PLAIN, "configs/quickstart.yaml", f"run.directory={tmp_path}/run"], RANK="first", WORLD_SIZE="2")
+    assert_one_line(finished, ["RANK=first", "expected 0 to"])
+    assert not (tmp_path / "run").exists()
 
 
 def test_wrong_number_of_ranks():

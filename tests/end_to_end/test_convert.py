@@ -117,6 +117,10 @@ def test_what_cannot_be_converted_is_one_line(sources, tmp_path, monkeypatch, ca
         ("universal", "new", "--config", str(config)): ["model.norm_eps=0.001, not 1.0"],
         ("../../other", "new"): ["no checkpoint of a known format", "universal"],
         ("../../nowhere", "new"): ["does not exist"],
+        ("x" * 300, "new"): ["cannot be read: File name too long", "expected a checkpoint"],
+        ("canonical", "x" * 300): ["cannot be written: File name too long"],
+        ("hf", "new", "--num-future-tokens", "1000000"): ["1000000; expected a whole number, 1 to 999"],
+        ("hf", "new", "--num-future-tokens", "0"): ["0; expected a whole number, 1 to 999"],
     }
     for (source, destination, *options), words in cases.items():
         arguments = [str(tmp_path / "sources/checkpoints" / source), str(tmp_path / destination), *options]
@@ -166,6 +170,17 @@ def test_training_goes_on_from_a_converted_llama(arguments, tmp_path, monkeypatc
     assert records(tmp_path / "run")[0]["losses"][0] == pytest.approx(expected.item(), rel=1e-4)
     before, after = head_losses(tmp_path / "initial", validation), head_losses(tmp_path / "run", validation)
     assert all(new < old - 0.1 for old, new in zip(before, after, strict=True)), (before, after)
+
+
+def test_a_run_keeps_the_ids_of_its_initial_weights_tokenizer(arguments, tmp_path):
+    """It has no tokenizer of its own: its corpus was made elsewhere."""
+    ids = {"bos_token_id": 7, "eos_token_id": [8, 9]}
+    config = ModelConfig(dim=32, num_layers=4, num_future_tokens=2, num_attention_heads=2, mlp_dim=48, vocab_size=400)
+    canonical.write(dataclasses.replace(with_moments(config), special_ids=ids), tmp_path / "initial")
+    settings = [f"run.initial_weights={tmp_path}/initial", "data.tokenizer=null", f"run.directory={tmp_path}/run"]
+    finished = run(["-m", "megamtp.pretrain", *arguments, *settings, "train.steps=1"])
+    assert finished.returncode == 0, finished.stderr
+    assert formats.read(tmp_path / "run").special_ids == ids
 
 
 def sparse_canonical(folder: Path, model: ModelConfig, stems: tuple[str, ...] = ("weights",)) -> None:

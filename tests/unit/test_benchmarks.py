@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock, create_autospec
 
 import pytest
 import torch
@@ -111,6 +112,25 @@ def test_links_are_found_again():
     assert fitted.latency == pytest.approx(30e-6, rel=1e-3)
     assert fitted.flat_bandwidth == pytest.approx(150e9, rel=1e-3)
     assert fitted.efficiency == pytest.approx(efficiency, rel=1e-3)
+
+
+def test_collectives_are_timed_after_a_head_start_on_the_card(monkeypatch):
+    """The kernels are stand-ins with the real ones' signatures."""
+    mark, hold, call = create_autospec(links.mark, side_effect=lambda time: time), create_autospec(links.hold), Mock()
+    event = Mock(return_value=Mock(elapsed_time=Mock(return_value=20.0)))
+    zeros = torch.zeros
+    monkeypatch.setattr(links, "mark", mark)
+    monkeypatch.setattr(links, "hold", hold)
+    monkeypatch.setattr(links, "_collective", Mock(return_value=call))
+    monkeypatch.setattr(links.dist, "barrier", Mock())
+    monkeypatch.setattr(links.torch, "zeros", lambda *size, dtype, device: zeros(*size, dtype=dtype))
+    monkeypatch.setattr(links.torch.cuda, "Event", event)
+    monkeypatch.setattr(links.torch.cuda, "synchronize", Mock())
+    assert links._seconds("all_gather", 4096, rounds=3) == pytest.approx(20e-3 / links.REPEATS)
+    assert call.call_count == 3 + 3 * links.REPEATS
+    (time,), _ = mark.call_args
+    assert (time.shape, time.dtype) == ((1,), torch.int64)
+    hold.assert_called_with(time, links.HEAD_START, num_sms=1)
 
 
 def test_emulated_steps_beside_real_ones(tmp_path, monkeypatch):

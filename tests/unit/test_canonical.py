@@ -45,9 +45,11 @@ def test_everything_comes_back_bit_for_bit_from_several_files(written):
         ({"version": 2}, "version 2, written by megamtp .*; expected at most 1"),
         ({"format": "other"}, "format other 1, expected megamtp-canonical 1"),
         ({"model": None}, "model is None; expected a mapping"),
+        ({"file_bytes": {"x" * 300: 1}}, "canonical cannot be read: File name too long; copy it again"),
         ({"model": {"dim": 3}}, "model.mlp_dim is missing or unknown"),
         ({"model": dataclasses.asdict(SMALL) | {"dim": "32"}}, "canonical.json: model.dim is '32'; expected a number"),
         ({"model": dataclasses.asdict(SMALL) | {"num_attention_heads": 5}}, "model.dim=32 with model.num_attention_heads=5"),
+        ({"model": dataclasses.asdict(SMALL) | {"num_layers": 10**6}}, "model.num_layers=1000000; expected at most 1000"),
         ({"model": dataclasses.asdict(SMALL) | {"mlp_dim": 64}}, r"tensor trunk.0.mlp.gate.weight has shape \[48, 32\], expected"),
         ({"model": dataclasses.asdict(SMALL) | {"num_layers": 6}}, r"no tensor trunk.2.attention_norm.weight"),
         ({"model": dataclasses.asdict(SMALL) | {"num_layers": 4}}, r"unknown tensor trunk.1"),
@@ -162,6 +164,23 @@ def test_weights_of_older_folders_are_read(tmp_path, num_files):
     found = hf.read(tmp_path / "llama").weights
     assert found.shapes.keys() == expected.keys()
     assert all(torch.equal(whole(found, name), tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_weights_of_the_old_format_and_transposed_ones_are_read(tmp_path, zipped):
+    llama(tmp_path / "llama")
+    opened = hf.read(tmp_path / "llama").weights
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path / "llama").state_dict()
+    for file in (tmp_path / "llama").glob("model*"):
+        file.unlink()
+    tensors = {name: torch.nn.Parameter(tensor.t().contiguous().t()) for name, tensor in theirs.items()}
+    assert not tensors["lm_head.weight"].is_contiguous()
+    torch.save(tensors, tmp_path / "llama/pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    canonical.write(hf.read(tmp_path / "llama"), tmp_path / "canonical")
+    found = canonical.read(tmp_path / "canonical").weights
+    for ours, name in hf.names_of(hf.read(tmp_path / "llama").model).items():
+        assert torch.equal(whole(found, ours), theirs[name])
+    assert found.shapes == opened.shapes
 
 
 def test_a_folder_without_weights_and_a_damaged_index_are_refused(tmp_path):

@@ -1,12 +1,16 @@
 """Configuration: what is accepted, what is refused and in which words, and every file in configs/."""
 
 import re
+import time
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from megamtp.config import Config, describe, read_config, write_config
+from megamtp.commands.command_line import print_error
+from megamtp.config import Config, describe, from_anywhere, read_config, write_config
 from megamtp.errors import InputError
 from megamtp.model import cost
 
@@ -52,7 +56,44 @@ def paper_config(size: str, n: int) -> Config:
         ("engine.spread_losses=true", ["engine.spread_losses=True with engine.kind=zero3", "engine.kind=pipeline"]),
         ("head_loss.weights=[1,2]", ["2 numbers", "4"]),
         ("head_loss.precision=fp4", ["head_loss.precision=fp4", "null or fp8"]),
-        ("optimizer.lr=nan", ["optimizer.lr=nan", "0 or more"]),
+        ("optimizer.lr=nan", ["optimizer.lr=nan", "a finite number"]),
+        ("optimizer.lr=-1", ["optimizer.lr=-1", "0 or more"]),
+        ("optimizer.lr=1e39", ["optimizer.lr=1e+39", "at most 3.4e+38"]),  # torch would raise an overflow
+        ("cluster.node_bandwidth=inf", ["cluster.node_bandwidth=inf", "a finite number"]),
+        (f"optimizer.lr={'9' * 400}", ["int too large to convert to float; expected float"]),
+        (f"run.tensorboard={'9' * 400}", ["is neither true nor false; expected bool"]),
+        (f"model.dim={'9' * 5000}", ["a number of 5000 characters"]),
+        (f"model.dim=0x{'f' * 5000}", ["a number of 5002 characters"]),
+        ("model.vocab_size=9223372036854775807", ["model.vocab_size=9223372036854775807; expected at most 16777216"]),
+        ("model.num_layers=1000000", ["model.num_layers=1000000; expected at most 1000"]),
+        ("train.steps=2147483648", ["train.steps=2147483648; expected at most 2147483647"]),
+        ("engine.reduce_bucket_size=100000000000000000000", ["engine.reduce_bucket_size=1000", "at most 2147483647"]),
+        ("train.seed=549755813888", ["train.seed=549755813888; expected at most 549755813887"]),
+        ("run.requeue_exit_code=256", ["run.requeue_exit_code=256; expected at most 255"]),
+        ("engine.deepspeed.a=[1, {b: 9223372036854775808}]", ["engine.deepspeed.a[1].b=9223372036854775808; expected at most"]),
+        ("cluster.efficiency.all_gather=[1]", ["cluster.efficiency.all_gather=[1]; expected float"]),
+        ("cluster.efficiency.all_gather={a: 1}", ["cluster.efficiency.all_gather={'a': 1}; expected float"]),
+        ("cluster.efficiency.all_gather=1e-300", ["all_gather=1e-300; expected a share", "1e-6 to 2"]),
+        ("head_loss.weights=[1,[2],3,4]", ["head_loss.weights[1]=[2]; expected float"]),
+        ("head_loss.weights=[1,true,1,1]", ["head_loss.weights[1]: Value 'True' of type 'bool'", "; expected float"]),
+        ("cluster.efficiency.all_gather=null", ["cluster.efficiency.all_gather", "; expected float"]),
+        ("foo={}", ["foo={}: unknown key foo; did you mean"]),
+        ("engine.stage_layers=[1,{a: 2}]", ["engine.stage_layers[1]={'a': 2}; expected int"]),
+        ("engine.deepspeed.a=!!binary aGk=", ["engine.deepspeed.a=b'hi'", "text, a list or a mapping"]),
+        ("engine.deepspeed.a={1: 2}", ["engine.deepspeed.a={1: 2}; expected text as keys"]),
+        ("model.dim=!!bool 3", ["model.dim=!!bool 3: no valid key or value (KeyError: '3'); expected key=value"]),
+        ('model.dim=!!int ""', ["no valid key or value (IndexError"]),
+        ("model.dim=!!timestamp x", ["no valid key or value (AttributeError"]),
+        ("[=", ["[=: no valid key or value"]),
+        ('run.directory="a\\0b"', ["run.directory=a\0b; expected text without null characters"]),
+        ('data.train="a\\0b"', ["data.train=a\0b; expected text without null characters"]),
+        ("\0.yaml", ["null byte; expected a YAML file or key=value"]),
+        ('run.directory=""', ["run.directory=; expected a name"]),
+        ("data.validation=''", ["data.validation=; expected a name"]),
+        (f"run.directory={'a' * 4097}", ["run.directory has 4097 bytes; expected at most 4096"]),
+        (f"engine.deepspeed={'[' * 80}{']' * 80}", ["nested more than 16 levels deep"]),
+        (f"engine.deepspeed={'[' * 200_000}{']' * 200_000}", ["nested more than 16 levels deep"]),  # would end the interpreter
+        (f"engine.deepspeed{'.a' * 3000}=1", ["nested more than 16 levels deep"]),
         ("train.micro_batch_size=3", ["train.global_batch_tokens=1024", "multiple of 384"]),
         ("engine.kind=zero2", ["engine.kind=zero2", "zero3 or zero1"]),
         ("nowhere.yaml", ["nowhere.yaml", "No such file"]),
@@ -126,6 +167,9 @@ def test_broken_yaml_is_named_with_its_line(text, words, tmp_path):
         (b"'3'\n", " holds no mapping of keys"), (b"train: {steps: !!int abc}", " is not valid YAML, invalid literal"),
         (b"- 3\n", " holds no mapping of keys"), (b"model: {dim: caf\xe9}", ": not UTF-8 text"),
         (b"modle:\n", ": unknown key modle; did you mean model."),
+        (b"train: {steps: !!bool 3}", " is not valid YAML, no valid key or value (KeyError: '3'); correct the file"),
+        (b"a: " + b"[" * 80 + b"]" * 80, " is not valid YAML, nested more than 16 levels deep"),
+        (b"train: {seed: " + b"9" * 5000 + b"}", " is not valid YAML, a number of 5000 characters"),
     ],
 )  # fmt: skip
 def test_a_file_that_is_no_configuration_is_named(content, words, tmp_path):
@@ -158,6 +202,58 @@ def test_written_configuration_reads_back(tmp_path):
     assert read_config([str(tmp_path / "config.yaml")]) == config
     assert config.optimizer.lr == 3e-4
     assert config.engine.deepspeed == {"a": {"b": 1}}
+
+
+@pytest.mark.parametrize("train", ["a" * 1_000_000, "a " * 500_000, "1 " + "a" * 1_000_000, "1 '" + "a " * 500_000 + "'"])
+def test_a_megabyte_of_data_train_is_refused_at_once(train):
+    start = time.monotonic()
+    with pytest.raises(InputError, match=r"data\.train has .* bytes; expected at most 131072"):
+        read_config([*GOOD, f'data.train="{train}"'])
+    assert time.monotonic() - start < 5  # shlex takes half a minute to split it
+
+
+def test_the_longest_blend():
+    corpora = " ".join(f"{number}.5 /corpora/{number:0100d}/train" for number in range(1024))
+    assert len(read_config([*GOOD, f"data.train={corpora}"]).data.train_corpora) == 1024
+
+
+WORDS = st.sampled_from(
+    '0 1 -1 3 128 1e400 -.inf .nan 0x7fffffffffffffff 9223372036854775808 1:30 true null ~ ??? x \'\' "\\0" "\\n" 2020-01-01 '
+    "${model.dim} ${nothing} ${oc.env:HOME} ${ !!bool !!int !!float !!str !!binary !!timestamp !!set !!omap !!python/name:os &a *a "
+    "<< = % @ ` | > - ? : , [ ] { } # \n \t \\ \x00 \x85 \u2028 \ud800 é".split(" ")
+)
+FRAGMENTS = st.lists(WORDS | st.text(max_size=4), max_size=6).map(" ".join) | st.recursive(
+    WORDS,
+    lambda inner: (
+        st.lists(inner, max_size=3).map(lambda found: f"[{', '.join(found)}]")
+        | st.lists(st.tuples(WORDS, inner), max_size=3).map(lambda found: f"{{{', '.join(map(': '.join, found))}}}")
+    ),
+    max_leaves=6,
+)
+KEYS = [f"{section.name}.{item.name}" for section in fields(Config) for item in fields(section.default_factory)]
+NAMES = st.sampled_from([*KEYS, "model", "cluster.efficiency.all_gather", "engine.deepspeed.a"]) | FRAGMENTS
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(NAMES, FRAGMENTS, st.booleans()), min_size=1, max_size=3))
+def test_whatever_is_given_is_accepted_for_good_or_refused_in_one_line(tmp_path, capsys, given_settings):
+    arguments = [str(tmp_path / "good.yaml")]  # one argument takes less time than ten
+    if not (tmp_path / "good.yaml").exists():
+        write_config(read_config(GOOD), tmp_path / "good.yaml")
+    for index, (name, value, in_a_file) in enumerate(given_settings):
+        path = tmp_path / f"{index}.yaml"
+        section, _, key = name.partition(".")
+        path.write_bytes(f"{section}:\n  {key}: {value}\n".encode(errors="surrogatepass"))
+        arguments.append(str(path) if in_a_file else f"{name}={value}")
+    try:
+        config = read_config(arguments)
+    except InputError as error:
+        print_error(error)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("megamtp: error: ") and "; " in line
+    else:
+        write_config(config, tmp_path / "written.yaml")
+        assert from_anywhere(config) == read_config([str(tmp_path / "written.yaml")])
 
 
 def test_configuration_is_frozen():

@@ -3,6 +3,9 @@
 import pytest
 
 from megamtp.cluster.environment import Place, find_place
+from megamtp.errors import InputError
+
+NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_LOCALID", "MASTER_PORT")
 
 
 @pytest.mark.parametrize(
@@ -22,8 +25,32 @@ from megamtp.cluster.environment import Place, find_place
     ],
 )
 def test_place_under_each_launcher(variables, expected, monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_LOCALID"):
+    set_variables(variables, monkeypatch)
+    assert find_place() == expected
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK=x in the environment; expected 0 to"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK=-1 in the environment; expected 0 to"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE=0 in the environment; expected 1 to"),
+        ({"RANK": "0", "WORLD_SIZE": "9" * 5000}, "expected 1 to"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 with WORLD_SIZE=2; expected a rank below"),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1.0"}, "LOCAL_RANK=1.0 in the environment; expected 0 to"),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2", "SLURM_LOCALID": "0(x2)"}, "SLURM_LOCALID=0"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "tcp"}, "MASTER_PORT=tcp in the environment; expected 1 to 65535"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "65536"}, "MASTER_PORT=65536"),
+    ],
+)
+def test_variables_that_name_no_rank(variables, words, monkeypatch):
+    set_variables(variables, monkeypatch)
+    with pytest.raises(InputError, match=words):
+        find_place()
+
+
+def set_variables(variables, monkeypatch):
+    for name in NAMES:
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert find_place() == expected

@@ -64,14 +64,36 @@ def test_what_came_to_the_destination_meanwhile_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["exported", "notes.txt"]
 
 
-def test_the_folder_one_is_in_is_no_mount_point(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    folder.check_destination(Path("."))
-    with folder.published(Path("."), 0) as new:
-        (new / "file").write_text("content")
-    assert (tmp_path / "file").read_text() == "content"
+def test_the_current_folder_is_refused(tmp_path, monkeypatch):
+    """Replacing it would leave the shell in a folder that is gone."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name in (".", "../here", str(tmp_path / "here")):
+        with pytest.raises(CheckpointError, match=r"is the current folder, .*; expected another: choose a new folder in it"):
+            write(Path(name))
+    write(Path("new"))
+    assert (tmp_path / "here/new/file").read_text() == "content"
+
+
+def test_names_that_no_folder_can_have_are_one_line(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("x" * 300, f"{'x' * 300}/new", "loop", "loop/new"):
+        with pytest.raises(CheckpointError, match=r"^[^\n]* cannot be written: [^\n]*; choose another destination$"):
+            folder.check_destination(tmp_path / name)
 
 
 def test_a_mount_point_is_refused_at_once():
     with pytest.raises(CheckpointError, match=r"/proc is a mount point, .*; expected a folder: choose one in it"):
         folder.check_destination(Path("/proc"))
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"x" * 300, "\u00e9".encode() * 150, b"a\0b", b"../step", b"a/b", b"/step"])
+def test_a_file_that_names_no_neighbour_is_refused(tmp_path, content):
+    (tmp_path / "latest").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"^[^\n]*latest cannot be read \([^\n]*\); expected the name of a folder beside it"):
+        folder.name_in(tmp_path / "latest")
+
+
+def test_the_name_of_a_neighbour(tmp_path):
+    (tmp_path / "latest").write_text("global_step7\n")
+    assert folder.name_in(tmp_path / "latest") == "global_step7"

@@ -340,3 +340,27 @@ def test_documents_in_a_row_equal_documents_one_by_one(tmp_path):
         writer.add_documents(np.concatenate(documents[1:]), np.array([0, 1, 700]))
     for suffix in (".bin", ".idx"):
         assert (tmp_path / f"row{suffix}").read_bytes() == (tmp_path / f"single{suffix}").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("", "{0} is a folder; expected the prefix of a corpus's .bin and .idx files, such as {0}/half or"),
+        ("/tran", "{0}/tran.bin and .idx: No such file or directory; expected the prefix of a corpus's"),
+        ("/tran.idx", "{0}/tran.idx: No such file or directory; expected the prefix of a corpus's"),
+        (f"/{'a' * 300}", "a.bin and .idx: No such file or directory; expected the prefix"),
+        ("/train {0}/validation", "; several corpora need a weight each: WEIGHT PREFIX WEIGHT PREFIX ..."),
+        ("/half", "{0}/half.bin: No such file or directory; expected readable .bin and .idx files: restore the file"),
+        ("/other", "{0}/other.idx: Is a directory; expected readable .bin and .idx files"),
+    ],
+)
+def test_a_name_of_no_corpus_is_not_called_damage(name, words, tmp_path):
+    for prefix in ("train", "validation", "half"):
+        with IndexedDatasetWriter(tmp_path / prefix, np.uint16) as writer:
+            writer.add_document([1, 2])
+    (tmp_path / "half.bin").unlink()
+    (tmp_path / "other.idx").mkdir()
+    with pytest.raises(InputError) as error:
+        IndexedDataset(f"{tmp_path}{name.format(tmp_path)}")
+    assert words.format(tmp_path) in str(error.value)
+    assert "make them again" not in str(error.value)

@@ -105,6 +105,23 @@ def test_a_tied_unembedding_is_untied_and_said_so(tmp_path):
     assert torch.equal(whole(found.weights, "unembedding.weight"), weights["embedding.word_embeddings.weight"])
 
 
+def test_arguments_of_an_older_megatron_are_understood(tmp_path):
+    """It had no rotary_base, and another name for norm_epsilon."""
+    older = settings(layernorm_epsilon=1e-6)
+    del older.rotary_base, older.norm_epsilon
+    save(tmp_path / "megatron", fused(random_model(CONFIG), False), older)
+    model = megatron.read(tmp_path / "megatron").model
+    assert (model.rope_theta, model.norm_eps) == (10000, 1e-6)
+
+
+def test_a_latest_iteration_that_names_no_folder_is_one_line(tmp_path):
+    save(tmp_path / "megatron", {}, settings())
+    for content in ("²".encode(), b"\xff\xfe", b"x" * 300, b"9" * 5000, b"../\0", b""):
+        (tmp_path / "megatron/latest_checkpointed_iteration.txt").write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"^[^\n]*(latest_checkpointed_iteration.txt cannot be read|has no ranks)[^\n]*$"):
+            megatron.read(tmp_path / "megatron")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

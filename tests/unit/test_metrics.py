@@ -10,7 +10,7 @@ import torch
 from megamtp.config import Config
 from megamtp.errors import InputError
 from megamtp.model.cost import flops_per_token, peak_flops
-from megamtp.training.metrics import Metrics
+from megamtp.training.metrics import Metrics, lacks_validation
 from tests.cases import small_config
 
 
@@ -69,6 +69,16 @@ def test_a_damaged_line_is_named_though_it_is_no_text(tmp_path):
         stream.write(b"\xff\xfe\n")
     with pytest.raises(InputError, match=r"metrics\.jsonl, line 3 is damaged .*: remove the line"):
         report(config, 2, range(3, 5))
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"kind": "train", "step": 1e400}', '{"step": 1}', "[" * 100_000, '{"kind": "train", "step": true}', '{"kind": "train"}', "3"],
+)
+def test_a_damaged_record_is_named_whatever_its_damage(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text(line + "\n")
+    with pytest.raises(InputError, match=r"metrics\.jsonl, line 1 is damaged [^\n]*: remove the line"):
+        lacks_validation(tmp_path / "metrics.jsonl", 1)
 
 
 def test_only_rank_0_writes(tmp_path):

@@ -69,10 +69,10 @@ def test_an_emulated_rank_spares_a_real_runs_folder(tmp_path):
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ("train.seed=20251125123456", "train.seed=20251125123456; expected a number below 549755813888"),
+        ("train.seed=20251125123456", "train.seed=20251125123456; expected at most 549755813887"),
         ("cluster.efficiency={all_gather: 0}", "cluster.efficiency of all_gather=0.0; expected a share of the bandwidth"),
         ("cluster.efficiency={gather: 0.5}", "cluster.efficiency=gather; expected all_gather or reduce_scatter"),
-        ("run.stall_seconds=0", "run.stall_seconds=0; expected 1 to 1000000"),
+        ("run.stall_seconds=0", "run.stall_seconds=0; expected at least 1"),
     ],
 )
 def test_numbers_out_of_bounds(setting, words):

@@ -88,8 +88,8 @@ def test_the_picture_and_the_table(tmp_path, monkeypatch, capsys):
 )
 def test_the_checks_and_the_exit_status(tmp_path, monkeypatch, capsys, validation, min_margin, verdicts):
     status = call(monkeypatch, write_run(tmp_path, validation), "--min-margin", min_margin)
-    lines = capsys.readouterr().out.splitlines()[4:]
-    assert [line.split(":")[0] for line in lines] == verdicts
+    lines = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()[4:]]
+    assert [verdict for verdict in lines if verdict != "WARNING"] == verdicts
     assert status == (1 if "FAILED" in verdicts else 0)
 
 
@@ -101,6 +101,12 @@ def test_without_validation_or_entropy_there_is_a_picture_but_no_check(tmp_path,
     assert all(line.split()[-1] == "-" for line in capsys.readouterr().out.splitlines()[1:])
     with pytest.raises(InputError, match="--min-margin"):
         call(monkeypatch, run, "--min-margin", 1)
+
+
+def test_a_name_with_dollar_signs_is_no_formula(tmp_path, monkeypatch):
+    run = write_run(tmp_path, LEARNED).rename(tmp_path / r"a$\none{$")
+    assert call(monkeypatch, run) == 0
+    picture_size(run)
 
 
 def test_skipped_steps_leave_a_gap_in_no_mean(tmp_path, monkeypatch):
@@ -131,6 +137,11 @@ def test_a_last_line_still_being_written_is_left_out(tmp_path, monkeypatch):
     [
         '{"kind": "train", "st', "3", '{"kind": "train", "step": 1}', '{"kind": "train", "step": 1, "losses": [1, 2]}',
         '{"kind": "train", "step": 1, "losses": [1, 2, "x"]}', '{"step": 1, "losses": [1, 2, 3]}',
+        '{"kind": "train", "step": 1, "losses": [1, 2, 1e308]}', '{"kind": "train", "step": 1, "losses": [1, 2, 1e400]}',
+        '{"kind": "train", "step": 1, "losses": [1, 2, ' + "9" * 400 + "]}", '{"kind": "train", "step": 1, "losses": [1, 2, true]}',
+        '{"kind": "train", "step": 1e400, "losses": [1, 2, 3]}', '{"kind": "train", "step": 1.5, "losses": [1, 2, 3]}',
+        '{"kind": "train", "step": ' + "9" * 400 + ', "losses": [1, 2, 3]}', '{"kind": [1], "step": 1, "losses": [1, 2, 3]}',
+        '{"kind": "train", "step": 1, "losses": ' + "[" * 100_000 + "]" * 100_000 + "}",
     ],
 )  # fmt: skip
 def test_a_damaged_line_is_named(tmp_path, monkeypatch, line):
@@ -144,8 +155,47 @@ def test_a_damaged_line_is_named(tmp_path, monkeypatch, line):
     assert not (run / "loss.png").exists()
 
 
+def test_the_smooth_curve_has_no_spike_at_an_end():
+    """Noise of single steps, one of them large and last, is averaged at the ends as elsewhere; no end stands out."""
+    noise = np.random.default_rng(0).normal(0, 1, 4000)
+    smooth = report._smooth(3 + noise)
+    assert np.abs(smooth - 3).max() < 5 / math.sqrt(41)  # at an end 41 steps, elsewhere 81
+    smooth = report._smooth(np.where(np.arange(4000) == 3999, 7.0, 3.0))
+    assert smooth[-1] == pytest.approx(3 + 4 / 41) and smooth[0] == 3
+
+
 @pytest.mark.parametrize(
-    ("name", "words"), [("none", "none is no folder"), ("a=b", "a=b is no folder"), ("", "holds no config.yaml")]
+    ("losses", "warnings"),
+    [
+        ([4.0, 3.0, 3.0 + report.RISE / 2], []),
+        ([4.0, 3.0, 3.25], ["head 1's validation loss rises: 3.2500 is 0.2500 above its lowest, 3.0000 at step 80; train fewer"]),
+        ([math.nan, 3.0, 3.25], ["head 1's validation loss rises"]),
+        ([4.0, 3.0, math.nan], []),
+        ([math.nan] * 3, []),
+        ([5.6], ["head 1's validation loss 5.6000 lies above the unigram entropy 5.5000"]),
+        ([5.0, 5.6], ["head 1's validation loss rises", "head 1's validation loss 5.6000 lies above the unigram entropy"]),
+    ],
+)
+def test_a_validation_loss_that_rises_or_is_above_the_entropy_is_named(tmp_path, monkeypatch, capsys, losses, warnings):
+    run = write_run(tmp_path, None)
+    with open(run / report.METRICS, "a") as stream:
+        for step, loss in enumerate(losses, start=1):
+            record = {
+                "kind": "validation",
+                "step": 40 * step,
+                "losses": [None if math.isnan(loss) else loss, 3.5 - step / 10, 3.75],
+            }
+            stream.write(json.dumps(record) + "\n")
+    assert call(monkeypatch, run) == 0
+    found = capsys.readouterr().out.splitlines()[4:]
+    assert len(found) == len(warnings)
+    for line, start in zip(found, warnings, strict=True):
+        assert line.startswith(f"WARNING: {start}")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("x" * 300, "x is no folder"), ("none", "none is no folder"), ("a=b", "a=b is no folder"), ("", "holds no config.yaml")],
 )
 def test_a_folder_without_a_run_is_named(tmp_path, monkeypatch, name, words):
     with pytest.raises(InputError, match=f"{words}; expected the folder of a run"):
@@ -166,8 +216,9 @@ def test_missing_metrics_are_one_line_and_status_2(tmp_path, monkeypatch, capsys
     assert error.count("\n") == 1
 
 
-def test_a_damaged_corpus_file_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize("entropy", ["", '"unigram_entropy": 1e400', '"unigram_entropy": NaN', f'"unigram_entropy": {"9" * 400}'])
+def test_a_damaged_corpus_file_is_refused(tmp_path, monkeypatch, entropy):
     run = write_run(tmp_path, LEARNED)
-    (tmp_path / "corpus" / "corpus.json").write_text("{}")
+    (tmp_path / "corpus" / "corpus.json").write_text(f"{{{entropy}}}")
     with pytest.raises(InputError, match=r"corpus\.json is damaged"):
         call(monkeypatch, run)

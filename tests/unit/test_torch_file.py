@@ -42,15 +42,75 @@ def test_a_file_that_would_run_a_program_is_refused(tmp_path, content, capsys):
     assert "run" not in capsys.readouterr().out
 
 
-def test_truncated_old_and_other_files_are_refused_in_one_line(tmp_path):
+def test_truncated_and_missing_files_are_refused_in_one_line(tmp_path):
     torch.save({"a": torch.zeros(100)}, tmp_path / "whole")
     (tmp_path / "truncated").write_bytes((tmp_path / "whole").read_bytes()[:-100])
-    torch.save({"a": torch.zeros(100)}, tmp_path / "old", _use_new_zipfile_serialization=False)
-    for name in ("truncated", "old", "missing"):
+    for name in ("truncated", "missing"):
         with pytest.raises(CheckpointError, match=rf"{name} cannot be read [^\n]*$"):
             torch_file.read(tmp_path / name)
-    with pytest.raises(CheckpointError, match="b is a int, expected a contiguous tensor"):
-        torch_file.tensors_of(tmp_path / "whole", {"a": torch.zeros(3), "b": 3})
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (3, "b is of type int, expected a tensor"),
+        (torch.zeros(3, dtype=torch.int8), "b is a tensor of torch.int8, .*; expected a dense one of floating-point numbers"),
+        (torch.eye(3).to_sparse(), "b is a tensor of torch.float32, torch.sparse_coo on cpu; expected a dense one"),
+        (torch.zeros(3, device="meta"), "b is a tensor of torch.float32, torch.strided on meta; expected a dense one"),
+    ],
+)
+def test_values_that_are_no_weights_are_refused(tmp_path, value, message):
+    with pytest.raises(CheckpointError, match=message):
+        torch_file.tensors_of(tmp_path / "file", {"a": torch.zeros(3), "b": value})
+
+
+def old_file(path: Path, content) -> Path:
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+    return path
+
+
+def test_the_old_format_is_read_and_its_memory_is_said(tmp_path, capsys):
+    tensors = {"a": torch.randn(7, 5), "b": torch.randn(3).bfloat16()}
+    path = old_file(tmp_path / "old", tensors)
+    found = torch_file.read(path)
+    assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"megamtp: warning: {path} is in torch's old format")
+    assert line.endswith(f"it takes {path.stat().st_size:,} bytes of memory")
+
+
+def test_a_damaged_file_of_the_old_format_is_refused_in_one_line(tmp_path, capsys):
+    """Unpickling it raises errors of many kinds."""
+    content = old_file(tmp_path / "old", {"weight": torch.zeros(4)}).read_bytes()
+    refused = 0
+    for place in range(0, len(content), 3):
+        (tmp_path / "damaged").write_bytes(content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :])
+        (tmp_path / "truncated").write_bytes(content[:place])
+        with pytest.raises(CheckpointError, match=r"truncated cannot be read [^\n]*$"):
+            torch_file.read(tmp_path / "truncated")
+        try:
+            torch_file.read(tmp_path / "damaged")  # damage in the numbers is not seen
+        except CheckpointError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused > len(content) // 6
+    with pytest.raises(CheckpointError, match=r"program cannot be read [^\n]*$"):
+        torch_file.read(old_file(tmp_path / "program", Program()))
+    assert "run" not in capsys.readouterr().out
+
+
+def test_tensors_that_are_not_contiguous_are_read_by_slice():
+    tensors = {
+        "transposed": torch.randn(5, 4).t(), "deep": torch.randn(2, 3, 4).permute(2, 0, 1), "strided": torch.randn(12)[::3],
+        "expanded": torch.randn(3, 1).expand(3, 4), "parameter": torch.nn.Parameter(torch.randn(3, 2)),
+    }  # fmt: skip
+    source = InMemory(tensors)
+    for name, tensor in tensors.items():
+        expected = tensor.detach().flatten()
+        for start in range(len(expected) + 1):
+            for end in (*range(start, len(expected) + 1), None):
+                assert torch.equal(source.read(name, start, end), expected[start:end])
+        assert not source.read(name).requires_grad
 
 
 def test_a_full_disk_is_an_os_error():

@@ -73,11 +73,11 @@ def _seconds(kind: str, num_bytes: int, rounds: int) -> float:
     call = _collective(kind, num_bytes)
     for _ in range(3):
         call()
-    times = []
+    times, barrier_end = [], torch.zeros(1, dtype=torch.int64, device="cuda")
     for _ in range(rounds):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         dist.barrier()
-        hold(mark(), HEAD_START, num_sms=1)
+        hold(mark(barrier_end), HEAD_START, num_sms=1)
         start.record()
         for _ in range(REPEATS):
             call()

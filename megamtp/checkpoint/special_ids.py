@@ -1,0 +1,45 @@
+"""The ids of the tokens that begin and end a text, where the tokenizer itself, being no SentencePiece model, stays behind.
+
+They lie beside a checkpoint in generation_config.json, as transformers writes them; generate() stops at eos_token_id.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megamtp.checkpoint.folder import write_json
+from megamtp.errors import CheckpointError
+
+FILE = "generation_config.json"
+KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def write_special_ids(folder: Path, special_ids: Mapping[str, int | list[int]]) -> None:
+    """Writes the file, unless there are none. Raises OSError."""
+    if special_ids:
+        write_json(folder / FILE, dict(special_ids))
+
+
+def read_special_ids(folder: Path, vocab_size: int) -> dict[str, int | list[int]]:
+    """What the file in `folder` says; nothing if there is no such file. Raises: CheckpointError if it is damaged."""
+    path = folder / FILE
+    try:
+        settings = json.loads(path.read_text())
+        if not isinstance(settings, dict):
+            raise ValueError("no mapping")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); copy it again, or remove it") from None
+    return special_ids_of(settings, vocab_size)
+
+
+def special_ids_of(settings: Mapping[str, Any], vocab_size: int) -> dict[str, int | list[int]]:
+    """Those among settings of transformers that are tokens of the vocabulary: an id, or several for the end of a text."""
+    return {key: settings[key] for key in KEYS if _are_tokens(settings.get(key), vocab_size)}
+
+
+def _are_tokens(value: Any, vocab_size: int) -> bool:
+    ids = value if isinstance(value, list) else [value]
+    return bool(ids) and all(type(one) is int and 0 <= one < vocab_size for one in ids)
