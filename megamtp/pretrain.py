@@ -27,9 +27,9 @@ from megamtp.cluster.signals import StopRequest  # first: it looks for the launc
 # isort: split
 import torch
 
-from megamtp.checkpoint.contents import DATA
 from megamtp.checkpoint.hf_tokenizer import translate
 from megamtp.checkpoint.special_ids import write_special_ids
+from megamtp.checkpoint.state import read_state
 from megamtp.checkpoint.store import Manifest, check_model, checkpoints, remove_leftovers
 from megamtp.cluster.environment import Place, emulated_place, find_place, join_peers, of_all_ranks, share_error
 from megamtp.commands.command_line import print_all_characters, print_error
@@ -178,12 +178,13 @@ def find_position(config: Config, corpora: list[Windows], found: tuple[Path, Man
     if not found:
         return new_position(corpora, weights), []
     checkpoint, manifest = found
-    if DATA not in manifest.state:
+    data = read_state(manifest.state, checkpoint).data
+    if data is None:
         windows = manifest.step * config.global_batch_windows
         line = f"{checkpoint} does not say which windows it was trained on: {manifest.step} steps of the present size are assumed"
         position = new_position(corpora, weights)
         return position.advanced(position.blend(corpora), windows), [line]
-    saved = read_position(manifest.state[DATA], checkpoint)
+    saved = read_position(data, checkpoint)
     changes = find_changes(saved, corpora, weights)
     if not changes:
         return saved, []

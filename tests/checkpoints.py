@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megamtp.checkpoint.contents import MOMENTS, WEIGHT, Contents
+from megamtp.checkpoint.contents import WEIGHT, Contents
+from megamtp.checkpoint.state import OptimizerState, RunState
 from megamtp.checkpoint.tensors import InMemory
 from megamtp.config import ModelConfig
 from megamtp.model.initial import initial_value
@@ -17,7 +18,8 @@ SMALL = ModelConfig(
     vocab_size=VOCABULARY, rope_theta=500.0, norm_eps=1e-3,
 )  # fmt: skip
 
-STATE = {"adam_steps": 7, "counters": {"global_steps": 9, "global_samples": 18, "skipped_steps": 2}, "loss_scale": None}
+MOMENTS = ("exp_avg", "exp_avg_sq")
+STATE = RunState(OptimizerState("adamw", MOMENTS, (7,)), {"global_steps": 9, "global_samples": 18, "skipped_steps": 2})
 
 
 def random_model(config: ModelConfig) -> MTPModel:

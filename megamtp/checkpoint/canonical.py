@@ -17,17 +17,17 @@ import torch
 
 from megamtp import __version__
 from megamtp.checkpoint import safetensors_file
-from megamtp.checkpoint.contents import MOMENTS, WEIGHT, Contents, check_contents, described_model
+from megamtp.checkpoint.contents import WEIGHT, Contents, check_contents, described_model
 from megamtp.checkpoint.folder import check_sizes, published, write_json
 from megamtp.checkpoint.hf_tokenizer import copied_tokenizer, copy_tokenizer
 from megamtp.checkpoint.safetensors_file import SafetensorsFiles
 from megamtp.checkpoint.special_ids import read_special_ids, write_special_ids
+from megamtp.checkpoint.state import read_state
 from megamtp.config import ModelConfig
 from megamtp.errors import CheckpointError
 
 DESCRIPTION = "canonical.json"
 FORMAT, VERSION = "megamtp-canonical", 1
-STEMS = {WEIGHT: "weights", **{kind: kind for kind in MOMENTS}}
 LARGEST_FILE_BYTES = 5 * 10**9
 NEEDED = {"model": dict, "file_bytes": dict}
 
@@ -50,7 +50,7 @@ def write(contents: Contents, directory: Path, dtype: torch.dtype = torch.float3
         for kind, source in contents.sources.items():
             files = safetensors_file.split(source.shapes, 4, LARGEST_FILE_BYTES)
             for number, names in enumerate(files, start=1):
-                name = f"{STEMS[kind]}-{number:05d}-of-{len(files):05d}.safetensors"
+                name = f"{_stem(kind)}-{number:05d}-of-{len(files):05d}.safetensors"
                 safetensors_file.write(folder / name, source, names, torch.float32)
         copy_tokenizer(contents, folder)
         write_special_ids(folder, contents.special_ids)
@@ -69,19 +69,23 @@ def read(directory: Path) -> Contents:
         check_sizes(directory, description["file_bytes"], remedy="copy it again")
     except OSError as error:
         raise CheckpointError(f"{directory} cannot be read: {error.strerror}; copy it again") from None
-    sources = {}
-    for kind, stem in STEMS.items():
-        files = sorted(name for name in description["file_bytes"] if name.startswith(f"{stem}-"))
+    saved = description.get("state")
+    state, sources = read_state(saved, directory / DESCRIPTION) if saved else None, {}
+    kinds = (WEIGHT, *(state.optimizer.tensors if state else ()))
+    for kind in kinds:
+        files = sorted(name for name in description["file_bytes"] if name.startswith(f"{_stem(kind)}-"))
         if files:
             sources[kind] = SafetensorsFiles(directory / name for name in files)
-    if set(sources) not in ({WEIGHT}, {WEIGHT, *MOMENTS}):
-        raise CheckpointError(f"{directory} holds {', '.join(sources) or 'nothing'}; expected weights, and both moments or none")
+    if set(sources) not in ({WEIGHT}, set(kinds)):
+        raise CheckpointError(
+            f"{directory} holds {', '.join(sources) or 'nothing'}; expected {kinds[0]}, and all of {', '.join(kinds[1:])} or none"
+        )
     model = described_model(description["model"], directory / DESCRIPTION)
     contents = Contents(
         model,
         sources,
         description.get("step"),
-        description.get("state"),
+        state,
         description.get("sequence_length"),
         copied_tokenizer(directory),
         description.get("tokens_are_bytes", False),
@@ -99,13 +103,18 @@ def check_model(directory: Path, found: ModelConfig, expected: ModelConfig) -> N
             raise CheckpointError(f"{directory} is of a model with model.{key}={value}, not {wanted}; set model.{key}={value}")
 
 
+def _stem(kind: str) -> str:
+    """How the names of a kind's files begin."""
+    return "weights" if kind == WEIGHT else kind
+
+
 def _describe(contents: Contents, folder: Path) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": VERSION,
         "code_version": __version__,
         "step": contents.step,
-        "state": contents.state,
+        "state": contents.state.saved() if contents.state else None,
         "sequence_length": contents.sequence_length,
         "tokens_are_bytes": contents.tokens_are_bytes,
         "model": dataclasses.asdict(contents.model),

@@ -9,15 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megamtp.checkpoint.state import RunState
 from megamtp.checkpoint.tensors import TensorSource
 from megamtp.config import ModelConfig, check_model
 from megamtp.errors import CheckpointError, InputError
 from megamtp.model.mtp import MTPModel
 
 WEIGHT = "weight"
-MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's; a checkpoint has both or none
-DATA = "data"  # of a run's state: which windows it has trained on, see data/position.py
-COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # of DeepSpeed's engine
 
 
 @dataclass(frozen=True)
@@ -25,9 +23,9 @@ class Contents:
     """A model and its state, on disk until it is read.
 
     Attributes:
-        sources: by kind, WEIGHT and perhaps MOMENTS: every parameter by MTPModel's names.
+        sources: by kind, WEIGHT and perhaps the optimizer's tensors: every parameter by MTPModel's names.
         step: optimizer steps taken; None if unknown.
-        state: the rest of a run's state, as the manifest of a run's checkpoint has it, its counters among it; None if unknown.
+        state: the rest of a run's state; None if unknown.
         sequence_length: positions of a training window; None if unknown.
         tokenizer: a SentencePiece model.
         tokens_are_bytes: there is no such model, since data.tokenizer is bytes.
@@ -39,7 +37,7 @@ class Contents:
     model: ModelConfig
     sources: Mapping[str, TensorSource]
     step: int | None = None
-    state: dict[str, Any] | None = None
+    state: RunState | None = None
     sequence_length: int | None = None
     tokenizer: Path | None = None
     tokens_are_bytes: bool = False
@@ -49,6 +47,16 @@ class Contents:
     def __post_init__(self):
         """Writes out what the model's configuration leaves to its defaults, so that equal models have equal ones."""
         object.__setattr__(self, "model", written_out(self.model))
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """WEIGHT and, if they are there, the optimizer's tensors."""
+        return (WEIGHT, *(self.state.optimizer.tensors if self.has_optimizer_state else ()))
+
+    @property
+    def has_optimizer_state(self) -> bool:
+        """Whether a run can go on with it."""
+        return self.state is not None and self.step is not None and set(self.state.optimizer.tensors) <= set(self.sources)
 
     @property
     def weights(self) -> TensorSource:
@@ -89,6 +97,7 @@ def checked_model(model: ModelConfig, where: Path) -> ModelConfig:
 def described_model(settings: Mapping[str, Any], where: Path) -> ModelConfig:
     """The model of which the file `where` has every field. Raises: CheckpointError if it has others, or wrong ones."""
     names = {field.name for field in dataclasses.fields(ModelConfig)}
+    settings = {"head_kind": "parallel", **settings}  # megamtp 0.1 knew no other kind and did not name it
     for name in sorted(names.symmetric_difference(settings)):
         raise CheckpointError(f"{where}: model.{name} is missing or unknown; expected {sorted(names)}")
     return checked_model(ModelConfig(**settings), where)
@@ -117,6 +126,13 @@ def check_contents(contents: Contents, where: Path | str) -> None:
     expected = parameter_shapes(contents.model)
     for kind, source in contents.sources.items():
         check_tensors(source.shapes, expected, where if kind == WEIGHT else f"{where} ({kind})")
+
+
+def require_parallel_heads(contents: Contents, form: str) -> None:
+    """Raises: CheckpointError if the format `form`, whose heads are transformer layers, cannot hold this model's."""
+    kind = contents.model.head_kind
+    if kind != "parallel":
+        raise CheckpointError(f"{form} cannot hold heads of the kind {kind}; expected model.head_kind=parallel: use canonical")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from megamtp.checkpoint.contents import Contents, check_contents, check_tensors, parameter_shapes, renamed
+from megamtp.checkpoint.contents import Contents, check_contents, check_tensors, parameter_shapes, renamed, require_parallel_heads
 from megamtp.checkpoint.folder import published
 from megamtp.checkpoint.hf_settings import contents_of, model_config, read_settings, write_settings
 from megamtp.checkpoint.hf_weights import num_bytes, open_weights, write_weights
@@ -50,6 +50,7 @@ def export(contents: Contents, directory: Path, dtype: torch.dtype = torch.float
         CheckpointError: the destination holds something else or cannot be written, a weight is missing, misshaped
             or unknown, or transformers cannot reproduce the tokenizer.
     """
+    require_parallel_heads(contents, "hf")
     check_contents(contents, "the checkpoint")
     weights = renamed(contents.weights, {theirs: ours for ours, theirs in names_of(contents.model).items()})
     with published(directory, num_bytes(weights, dtype), replaceable=True) as folder:

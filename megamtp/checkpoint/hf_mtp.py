@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from megamtp.checkpoint import hf
-from megamtp.checkpoint.contents import Contents, check_contents, check_tensors, parameter_shapes, renamed
+from megamtp.checkpoint.contents import Contents, check_contents, check_tensors, parameter_shapes, renamed, require_parallel_heads
 from megamtp.checkpoint.folder import published
 from megamtp.checkpoint.hf_settings import CONFIG, contents_of, model_config, read_settings, write_settings
 from megamtp.checkpoint.hf_weights import num_bytes, open_weights, write_weights
@@ -34,6 +34,7 @@ def write(contents: Contents, directory: Path, dtype: torch.dtype = torch.float3
     Raises:
         CheckpointError: as hf.export.
     """
+    require_parallel_heads(contents, "hf-mtp")
     check_contents(contents, "the checkpoint")
     weights = renamed(contents.weights, {theirs: ours for ours, theirs in _names(contents.model).items()})
     with published(directory, num_bytes(weights, dtype), replaceable=True) as folder:

@@ -23,6 +23,7 @@ from megamtp.checkpoint.contents import (
     check_tensors,
     checked_model,
     parameter_shapes,
+    require_parallel_heads,
     whole_number,
 )
 from megamtp.checkpoint.folder import published, write_json
@@ -66,6 +67,7 @@ def write(contents: Contents, directory: Path, dtype: torch.dtype = torch.float3
         CheckpointError: the destination exists or cannot be written, there is no room, or a tensor is missing, misshaped
             or unknown.
     """
+    require_parallel_heads(contents, "meta")
     check_contents(contents, "the checkpoint")
     model = contents.model
     names = _names(model, range(model.num_future_tokens))

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from megamtp.checkpoint import store
-from megamtp.checkpoint.contents import MOMENTS, WEIGHT, Contents, check_contents
+from megamtp.checkpoint.contents import WEIGHT, Contents, check_contents
 from megamtp.checkpoint.folder import published
 from megamtp.checkpoint.hf_tokenizer import copied_tokenizer, copy_tokenizer
 from megamtp.checkpoint.safetensors_file import split
-from megamtp.checkpoint.shards import KINDS, Shards, shard_name, slice_key, write_shard
+from megamtp.checkpoint.shards import Shards, shard_name, slice_key, write_shard
 from megamtp.checkpoint.special_ids import read_special_ids, write_special_ids
+from megamtp.checkpoint.state import read_state
 from megamtp.config import RESOLVED, ModelConfig, read_config
 from megamtp.data.tokenizer import BYTES
 from megamtp.errors import CheckpointError
@@ -61,12 +62,13 @@ def read(source: Path) -> Contents:
     manifest = store.verified(checkpoint)
     config = read_config([str(run_directory / RESOLVED)]) if (run_directory / RESOLVED).exists() else None
     tokenizer = config.data.tokenizer if config else copied_tokenizer(run_directory)
+    state = read_state(manifest.state, checkpoint)
     shards, model = Shards(checkpoint, manifest.files), ModelConfig(**manifest.model)
     contents = Contents(
         model,
-        {kind: shards.tensors(kind) for kind in KINDS},
+        {kind: shards.tensors(kind) for kind in (WEIGHT, *state.optimizer.tensors)},
         step=manifest.step,
-        state=manifest.state,
+        state=state,
         sequence_length=config.train.sequence_length if config else None,
         tokenizer=Path(tokenizer) if tokenizer not in (None, "", BYTES) else None,
         tokens_are_bytes=tokenizer == BYTES,
@@ -85,20 +87,21 @@ def write(contents: Contents, directory: Path, dtype: torch.dtype = torch.float3
     """
     if dtype != torch.float32:
         raise CheckpointError(f"a run's checkpoint is in fp32, not {dtype}; leave --dtype out")
-    if not set(MOMENTS) <= set(contents.sources) or contents.step is None or contents.state is None:
+    if not contents.has_optimizer_state:
         raise CheckpointError(
             "the source has no optimizer state, which a run goes on with; expected a run's checkpoint, canonical or universal: "
             "convert it with --to canonical, and start from that with run.initial_weights"
         )
     check_contents(contents, "the checkpoint")
-    manifest = store.Manifest(contents.step, 1, CONVERTED, "fp32", dataclasses.asdict(contents.model), contents.state)
+    manifest = store.Manifest(contents.step, 1, CONVERTED, "fp32", dataclasses.asdict(contents.model), contents.state.saved())
     shapes = contents.weights.shapes
-    num_bytes = len(KINDS) * sum(map(math.prod, shapes.values())) * 4
+    num_kinds = len(contents.kinds)
+    num_bytes = num_kinds * sum(map(math.prod, shapes.values())) * 4
     with published(directory, num_bytes) as folder:
         checkpoint = store.folder_of(folder, contents.step)
         store.partial_of(checkpoint).mkdir(parents=True)
         files = {}
-        for number, names in enumerate(split(shapes, len(KINDS) * 4, LARGEST_FILE_BYTES)):
+        for number, names in enumerate(split(shapes, num_kinds * 4, LARGEST_FILE_BYTES)):
             name = shard_name(number)
             files[name] = write_shard(store.partial_of(checkpoint) / name, _Slices(contents, names), shapes)
         store.publish(checkpoint, manifest, files)
@@ -110,7 +113,7 @@ class _Slices:
     """A TensorSource of all kinds of some parameters, each in one slice, under the names of a shard."""
 
     def __init__(self, contents: Contents, names: Iterable[str]):
-        self._places = {slice_key(kind, name, 0): (contents.sources[kind], name) for kind in (WEIGHT, *MOMENTS) for name in names}
+        self._places = {slice_key(kind, name, 0): (contents.sources[kind], name) for kind in contents.kinds for name in names}
         self.shapes = {key: (math.prod(source.shapes[name]),) for key, (source, name) in self._places.items()}
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> Tensor:

@@ -1,7 +1,7 @@
 """The tensors of a checkpoint: safetensors files, one from each rank, that hold slices of the model's tensors.
 
     weight/trunk.0.mlp.up.weight@4096       elements 4096, ... of that parameter's row-major numbers, fp32
-    exp_avg/trunk.0.mlp.up.weight@4096      of Adam's first moment
+    exp_avg/trunk.0.mlp.up.weight@4096      of a tensor of the optimizer: AdamW's first moment
     exp_avg_sq/trunk.0.mlp.up.weight@4096   of its second
 
 Where a slice begins and ends is up to the engine that wrote it; together they are every element of every tensor, once. The metadata
@@ -23,12 +23,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megamtp.checkpoint.contents import MOMENTS, WEIGHT
 from megamtp.checkpoint.safetensors_file import encode_header
 from megamtp.checkpoint.tensors import TensorSource
 from megamtp.errors import CheckpointError
 
-KINDS = (WEIGHT, *MOMENTS)
 SHAPES = "shapes"  # in the metadata: JSON of name -> whole shape
 CHUNK_BYTES = 32 * 2**20
 
@@ -117,24 +115,24 @@ class Shards:
         """
         self._checkpoint = checkpoint
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._pieces: dict[str, dict[str, list[_Piece]]] = {kind: {} for kind in KINDS}
+        self._pieces: dict[str, dict[str, list[_Piece]]] = {}  # by kind and name
         for name in files:
             self._index(checkpoint / name)
 
     def tensors(self, kind: str) -> "Tensors":
-        """Those of one of KINDS.
+        """Those of one kind.
 
         Raises:
             CheckpointError: slices are missing or overlap.
         """
-        pieces = {name: sorted(found, key=lambda piece: piece.start) for name, found in self._pieces[kind].items()}
+        pieces = {name: sorted(found, key=lambda piece: piece.start) for name, found in self._pieces.get(kind, {}).items()}
         for name, shape in self.shapes.items():
             self._check_complete(kind, name, math.prod(shape), pieces.get(name, []))
         return Tensors(self._checkpoint, self.shapes, pieces)
 
     def part(self, kind: str) -> "Tensors":
-        """Those of one of KINDS as far as the files have them: to read anything else raises a CheckpointError."""
-        return Tensors(self._checkpoint, self.shapes, self._pieces[kind])
+        """Those of one kind as far as the files have them: to read anything else raises a CheckpointError."""
+        return Tensors(self._checkpoint, self.shapes, self._pieces.get(kind, {}))
 
     def _index(self, file: Path) -> None:
         try:
@@ -142,11 +140,11 @@ class Shards:
             self.shapes |= {name: tuple(shape) for name, shape in json.loads(opened.metadata()[SHAPES]).items()}
             for key in opened.keys():  # noqa: SIM118 - no mapping
                 kind, _, place = key.partition("/")
-                if kind in KINDS:
+                if "@" in place:  # other keys are random states
                     name, start = place.rsplit("@", 1)
                     (size,) = opened.get_slice(key).get_shape()
                     piece = _Piece(int(start), int(start) + size, file, key, opened)
-                    self._pieces[kind].setdefault(name, []).append(piece)
+                    self._pieces.setdefault(kind, {}).setdefault(name, []).append(piece)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise _damaged(file, error) from None
 

@@ -18,12 +18,16 @@ class OptimizerState:
     Attributes:
         kind: optimizer.kind of the configuration.
         tensors: names of its tensors; every parameter has one of each, fp32 and of the parameter's shape.
-        steps: of each parameter group, the steps taken, without skipped ones.
+        steps: taken, without skipped ones: of each parameter group, or one number for all of them.
     """
 
     kind: str
     tensors: tuple[str, ...]
     steps: tuple[int, ...]
+
+    def steps_of(self, group: int) -> int:
+        """Raises IndexError: there are fewer groups."""
+        return self.steps[group] if len(self.steps) > 1 else self.steps[0]
 
 
 @dataclass(frozen=True)
@@ -63,4 +67,4 @@ def read_state(saved: Mapping[str, Any], where: Path) -> RunState:
 
 def _adamw(steps: int) -> dict[str, Any]:
     """Of checkpoints of megamtp 0.1, which knew one optimizer and one count."""
-    return {"kind": "adamw", "tensors": ("exp_avg", "exp_avg_sq"), "steps": (steps, steps)}
+    return {"kind": "adamw", "tensors": ("exp_avg", "exp_avg_sq"), "steps": (steps,)}

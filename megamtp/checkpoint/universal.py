@@ -23,8 +23,6 @@ from torch import Tensor
 
 from megamtp.checkpoint import torch_file
 from megamtp.checkpoint.contents import (
-    COUNTERS,
-    MOMENTS,
     WEIGHT,
     Contents,
     check_contents,
@@ -35,6 +33,7 @@ from megamtp.checkpoint.contents import (
 from megamtp.checkpoint.folder import name_in, published
 from megamtp.checkpoint.hf_tokenizer import copied_tokenizer, copy_tokenizer
 from megamtp.checkpoint.special_ids import read_special_ids, write_special_ids
+from megamtp.checkpoint.state import COUNTERS, OptimizerState, RunState, read_state
 from megamtp.checkpoint.tensors import InMemory
 from megamtp.checkpoint.torch_file import Streamed
 from megamtp.config import ModelConfig
@@ -43,7 +42,7 @@ from megamtp.errors import CheckpointError
 LATEST = "latest_universal"
 ZERO, SHARED, STEP = "zero", "optimizer_state.pt", "step.pt"
 MODEL_STATES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")  # ZeRO-3 looks for the second
-FILES = {WEIGHT: "fp32.pt", **{kind: f"{kind}.pt" for kind in MOMENTS}}
+WEIGHT_FILE = "fp32.pt"
 OWN = "megamtp"  # what DeepSpeed does not know of a model, in MODEL_STATES; it returns it as client state
 VERSION = 0.4  # of the format
 CLASSES_OF = ("deepspeed.",)  # objects of these are passed over in its files
@@ -61,20 +60,19 @@ def write(contents: Contents, directory: Path, dtype: torch.dtype = torch.float3
     """
     if dtype != torch.float32:
         raise CheckpointError(f"a universal checkpoint is in fp32, not {dtype}; leave --dtype out")
-    steps = (contents.state or {}).get("adam_steps")
-    if steps is None or not set(MOMENTS) <= set(contents.sources):
+    if not contents.has_optimizer_state:
         raise CheckpointError("the source has no optimizer state, which a universal checkpoint needs; expected a run's checkpoint")
     check_contents(contents, "the checkpoint")
     num_bytes = sum(math.prod(shape) * 4 for source in contents.sources.values() for shape in source.shapes.values())
-    step = torch.tensor(float(steps))
+    step = torch.tensor(float(contents.state.optimizer.steps_of(0)))
     with published(directory, num_bytes) as folder:
-        tag = f"global_step{steps if contents.step is None else contents.step}"
+        tag = f"global_step{contents.step}"
         (folder / LATEST).write_text(tag)
         for name in contents.weights.shapes:
             parameter = folder / tag / ZERO / name
             parameter.mkdir(parents=True)
-            for kind, file in FILES.items():
-                torch_file.write(parameter / file, {"param": Streamed(contents.sources[kind], name, dtype), "cat_dim": 0})
+            for kind in contents.kinds:
+                torch_file.write(parameter / _file(kind), {"param": Streamed(contents.sources[kind], name, dtype), "cat_dim": 0})
             torch_file.write_small(parameter / STEP, step)
         torch_file.write_small(folder / tag / ZERO / SHARED, _shared(step, len(contents.weights.shapes)))
         for file in MODEL_STATES:
@@ -101,12 +99,12 @@ def read(directory: Path, model: ModelConfig | None = None) -> Contents:
     shapes = parameter_shapes(model)
     _check_names(folder / ZERO, shapes)
     counters = {name: states.get(name, 0) for name in COUNTERS}
-    steps = _read_step(folder / ZERO, next(iter(shapes)))
+    state = read_state(own["state"], folder) if own.get("state") else _adamw_state(folder / ZERO, next(iter(shapes)), counters)
     return Contents(
         model,
-        {kind: UniversalTensors(folder / ZERO, file, shapes) for kind, file in FILES.items()},
+        {kind: UniversalTensors(folder / ZERO, _file(kind), shapes) for kind in (WEIGHT, *state.optimizer.tensors)},
         step=own.get("step", counters["global_steps"]),
-        state=own.get("state") or {"adam_steps": steps, "counters": counters, "loss_scale": None},
+        state=state,
         sequence_length=own.get("sequence_length"),
         tokenizer=copied_tokenizer(folder),
         tokens_are_bytes=own.get("tokens_are_bytes", False),
@@ -152,7 +150,6 @@ def _shared(step: Tensor, num_parameters: int) -> dict[str, Any]:
 
 
 def _model_states(contents: Contents) -> dict[str, Any]:
-    counters = (contents.state or {}).get("counters", {})
     shapes = {name: torch.Size(shape) for name, shape in contents.weights.shapes.items()}
     return {
         "module": {},
@@ -162,14 +159,14 @@ def _model_states(contents: Contents) -> dict[str, Any]:
         "lr_scheduler": None,
         "dp_world_size": 1,
         "mp_world_size": 1,
-        **{name: counters.get(name, contents.step if name == "global_steps" else 0) for name in COUNTERS},
+        **contents.state.counters,
         "ds_config": {},
         "ds_version": importlib.metadata.version("deepspeed"),
         "universal_checkpoint_info": {"universal_checkpoint_version": VERSION},
         OWN: {
             "model": dataclasses.asdict(written_out(contents.model)),
             "step": contents.step,
-            "state": contents.state,
+            "state": contents.state.saved(),
             "sequence_length": contents.sequence_length,
             "tokens_are_bytes": contents.tokens_are_bytes,
         },
@@ -207,6 +204,16 @@ def _check_names(zero: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
     for name in sorted(found):
         if name not in shapes:
             raise CheckpointError(f"{zero} has an unknown tensor {name}; expected only its model's {len(shapes)}")
+
+
+def _file(kind: str) -> str:
+    """Of a parameter, with its tensor of that kind."""
+    return WEIGHT_FILE if kind == WEIGHT else f"{kind}.pt"
+
+
+def _adamw_state(zero: Path, name: str, counters: dict[str, int]) -> RunState:
+    """Of a checkpoint that another program wrote: AdamW's, as its files are named."""
+    return RunState(OptimizerState("adamw", ("exp_avg", "exp_avg_sq"), (_read_step(zero, name),)), counters)
 
 
 def _read_step(zero: Path, name: str) -> int:

@@ -37,7 +37,8 @@ class EngineState:
     """What must be saved to go on as if nothing had happened.
 
     Attributes:
-        tensors: this rank's slices of weights and optimizer tensors by slice_key (checkpoint/shards.py), and its random states, in place.
+        tensors: this rank's slices of weights and optimizer tensors by slice_key (checkpoint/shards.py), and its random states;
+            in place.
         shapes: of the whole parameters that they are slices of, by name.
         run: the rest, the same on all ranks, for the manifest.
     """

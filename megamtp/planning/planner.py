@@ -14,11 +14,12 @@ from megamtp.config import Config
 from megamtp.errors import InputError
 from megamtp.model.cost import head_cost, head_parameters, layer_cost, layer_parameters, parameters, unembedding_parameters
 from megamtp.model.layers import LayerCost
+from megamtp.optimizers.kinds import optimizer_kind
 from megamtp.planning.links import Link
 from megamtp.planning.partition import Partition, data_parallel_place, partition
 from megamtp.planning.pass_costs import PassCosts
 from megamtp.planning.spread import SpreadPartition, spread, spread_layers
-from megamtp.planning.stage_memory import OPTIMIZER, STATE_BYTES, chunk_bytes
+from megamtp.planning.stage_memory import OPTIMIZER, chunk_bytes
 
 DAY = 86400.0
 
@@ -135,7 +136,7 @@ def _plan_pipeline(config: Config, world_size: int, card: Card) -> Plan:
     # DeepSpeed's pipeline sums whole gradients, though each pipeline keeps a shard of them.
     reduction = network.seconds("all_reduce", weights * _widening(config)) + network.seconds("all_gather", weights)
     exposed = cut.step(exchange) - compute + reduction
-    share = max(stage.memory_bytes[OPTIMIZER] for stage in cut.stages) / STATE_BYTES
+    share = max(stage.memory_bytes[OPTIMIZER] for stage in cut.stages) / _state_bytes(config)
     return Plan(
         largest.memory_bytes, _host_memory(config, share), _checkpoint_bytes(config),
         micro_batches, compute, exposed, _update_seconds(weights / 2 / pipelines, card), cut,
@@ -203,7 +204,7 @@ def _memory(config: Config, world_size: int) -> dict[str, float]:
     return {
         "weights": 0 if config.engine.offload_parameters else 2 * share,
         "gradients": 4 * share * on_device,
-        "optimizer": STATE_BYTES * share * on_device,
+        "optimizer": _state_bytes(config) * share * on_device,
         "gathered weights": (1 + config.engine.prefetch_modules) * layer + 2 * vocabulary if gathers else 0,
         "gradients on their way": sent * layer,
         "activations": boundaries + max(saved, saved_by_head)
@@ -218,14 +219,14 @@ def _host_memory(config: Config, share: float) -> dict[str, float]:
     """`share`: parameters of which the rank keeps the optimizer's state. It is copied for a checkpoint wherever it is kept."""
     engine = config.engine
     return {
-        "copy that a checkpoint is written from": STATE_BYTES * share,
-        "offloaded gradients and optimizer": (4 + STATE_BYTES) * share * engine.offload_optimizer,
+        "copy that a checkpoint is written from": _state_bytes(config) * share,
+        "offloaded gradients and optimizer": (4 + _state_bytes(config)) * share * engine.offload_optimizer,
         "offloaded weights": 2 * share * engine.offload_parameters,
     }
 
 
 def _checkpoint_bytes(config: Config) -> int:
-    return STATE_BYTES * parameters(config.model)
+    return _state_bytes(config) * parameters(config.model)
 
 
 def _micro_batch_seconds(config: Config, world_size: int, card: Card) -> tuple[float, float]:
@@ -251,6 +252,11 @@ def _micro_batch_seconds(config: Config, world_size: int, card: Card) -> tuple[f
     communicating = min(1.0, (2 * gather + reduction) * model.num_layers / compute)
     taken = compute * communicating * config.cluster.communication_sms / card.multiprocessors if world_size > 1 else 0.0
     return compute, ends + between + taken
+
+
+def _state_bytes(config: Config) -> int:
+    """Of a parameter's fp32 weight and optimizer state."""
+    return optimizer_kind(config.optimizer).state_bytes()
 
 
 def _widening(config: Config) -> int:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from megamtp.config import Config
 from megamtp.losses.linear_cross_entropy import default_chunk_rows
 from megamtp.model.cost import head_cost, head_parameters, layer_cost, layer_parameters
+from megamtp.optimizers.kinds import optimizer_kind
 
 OPTIMIZER = "optimizer"  # the kind that data parallelism divides
-STATE_BYTES = 12  # of a parameter's fp32 weight and its two moments: what a checkpoint holds (checkpoint/shards.py)
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def stage_memory(config: Config, data_parallel_size: int, contents: StageContent
     return {
         "weights": width * parameters,
         "gradients": 4 * parameters,
-        OPTIMIZER: STATE_BYTES * parameters // data_parallel_size,
+        OPTIMIZER: optimizer_kind(config.optimizer).state_bytes() * parameters // data_parallel_size,
         "activations": alive * kept,
         "within a pass": max(_largest_pass(config, contents, width), _embedding_gradient(config, contents, width) - kept),
     }

@@ -18,7 +18,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megamtp.checkpoint import store
-from megamtp.checkpoint.contents import DATA
 from megamtp.checkpoint.shards import Snapshot, WrittenFile, shard_name, write_shard
 from megamtp.checkpoint.tensors import InMemory
 from megamtp.cluster.environment import of_all_ranks
@@ -76,7 +75,7 @@ class Saver:
             config.engine.kind,
             config.train.precision,
             dataclasses.asdict(config.model),
-            {**state.run, DATA: data_position},
+            dataclasses.replace(state.run, data=data_position).saved(),
         )
         writing = self._writing = _Writing(manifest, time.perf_counter() - start)
         writing.thread = threading.Thread(target=self._write, args=(writing, tensors, state), name="megamtp-save")

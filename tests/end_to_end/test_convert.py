@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megamtp.checkpoint import canonical, formats
-from megamtp.checkpoint.contents import MOMENTS, parameter_shapes, written_out
+from megamtp.checkpoint.contents import parameter_shapes, written_out
 from megamtp.checkpoint.safetensors_file import encode_header
 from megamtp.checkpoint.tensors import whole
 from megamtp.commands import convert_checkpoint
@@ -26,7 +26,7 @@ from megamtp.data.windows import Windows
 from megamtp.errors import InputError
 from megamtp.model.mtp import MTPModel
 from tests.cases import small_config
-from tests.checkpoints import SMALL, STATE, with_moments
+from tests.checkpoints import MOMENTS, SMALL, STATE, with_moments
 from tests.end_to_end.jobs import ROOT, environment, records, run
 
 MODULE = "megamtp.commands.convert_checkpoint"

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megamtp.checkpoint import formats, hf, runs, store
-from megamtp.checkpoint.contents import MOMENTS, WEIGHT, Contents
+from megamtp.checkpoint.contents import WEIGHT, Contents
 from megamtp.checkpoint.tensors import InMemory
 from megamtp.commands import convert_checkpoint
 from megamtp.commands import generate as command
@@ -25,7 +25,7 @@ from megamtp.decoding.generate import _choose, generate
 from megamtp.errors import CheckpointError, InputError
 from megamtp.model.initial import initial_value
 from megamtp.model.mtp import MTPModel
-from tests.checkpoints import STATE, contents
+from tests.checkpoints import MOMENTS, STATE, contents
 
 CONFIG = ModelConfig(
     dim=32, num_layers=5, num_future_tokens=2, num_attention_heads=4, num_key_value_heads=2, mlp_dim=48, vocab_size=500

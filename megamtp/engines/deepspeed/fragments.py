@@ -16,6 +16,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
 from megamtp.checkpoint.contents import WEIGHT
+from megamtp.checkpoint.state import OptimizerState
 from megamtp.optimizers.base import OptimizerKind
 
 
@@ -50,14 +51,15 @@ class MasterState:
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """The optimizer's own count in each parameter group, without skipped steps."""
-        found = dict(zip(self._groups(), self._states.values(), strict=True))
-        return tuple(int(found[group]["step"]) for group in sorted(found))
+        """The optimizer's own count, as OptimizerState has it."""
+        by_group = dict(zip(self._groups(), self._states.values(), strict=True))
+        steps = tuple(int(by_group[group]["step"]) for group in sorted(by_group))
+        return steps[:1] if len(set(steps)) == 1 else steps
 
-    def set_steps(self, steps: tuple[int, ...]) -> None:
-        """Raises IndexError: there are more groups."""
+    def set_steps(self, saved: OptimizerState) -> None:
+        """Raises IndexError: there are more groups than in `saved`."""
         for group, state in zip(self._groups(), self._states.values(), strict=True):
-            state["step"].fill_(steps[group])
+            state["step"].fill_(saved.steps_of(group))
 
     def _groups(self) -> list[int]:
         """The parameter group of each flat tensor of weights."""

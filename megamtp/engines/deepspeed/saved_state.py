@@ -44,9 +44,15 @@ def engine_state(engine: DeepSpeedEngine, optimizer: OptimizerConfig) -> EngineS
 
 
 def load_state(engine: DeepSpeedEngine, checkpoint: Path, config: Config, rank: int, world_size: int) -> None:
-    """See Engine.load. engine.kind and the number of ranks tell whether this rank's random states can be those of the checkpoint."""
+    """See Engine.load. Random states are those of the checkpoint if engine.kind and the number of ranks are."""
     manifest, kind = read_manifest(checkpoint, check_files=False), optimizer_kind(config.optimizer)
-    state, master = read_state(manifest.state, checkpoint), MasterState(engine, kind)
+    state = read_state(manifest.state, checkpoint)
+    if state.optimizer.kind != config.optimizer.kind:
+        raise CheckpointError(
+            f"{checkpoint} was trained with optimizer.kind={state.optimizer.kind}, not {config.optimizer.kind}; change it back, or "
+            "start a new run from its weights: convert_checkpoint --to canonical, then run.initial_weights"
+        )
+    master = MasterState(engine, kind)
     expected = {name: full_shape(parameter) for name, parameter in engine.module.named_parameters()}
     same_layout = (manifest.engine_kind, manifest.world_size) == (config.engine.kind, world_size)
     kinds = (WEIGHT, *kind.tensors)
@@ -59,7 +65,7 @@ def load_state(engine: DeepSpeedEngine, checkpoint: Path, config: Config, rank: 
     for fragment in master.fragments:
         for tensor_kind, tensor in fragment.tensors.items():
             tensor.copy_(saved[tensor_kind].read(fragment.name, fragment.start, fragment.start + len(tensor)))
-    master.set_steps(state.optimizer.steps)
+    master.set_steps(state.optimizer)
     for name, count in state.counters.items():
         setattr(engine, name, count)
     _set_loss_scale(engine, state.loss_scale)

@@ -68,6 +68,7 @@ def deepspeed_config(config: Config, data_parallel_size: int) -> dict[str, Any]:
         "gradient_clipping": config.optimizer.gradient_clipping,  # explicit: DeepSpeed's default is 1.0, not off
         "steps_per_print": 10**9,
         "timers": {"throughput": {"enabled": False}},  # by default the host waits for the device around every micro-batch
+        "zero_allow_untested_optimizer": True,  # any kind that works element by element
         "zero_force_ds_cpu_optimizer": False,  # with offload torch's fused AdamW steps on the CPU: no compiler needed
         "bf16": _bf16_settings(config),
         "fp16": {"enabled": precision == "fp16"},
