@@ -145,7 +145,7 @@ def _plan_pipeline(config: Config, world_size: int, card: Card) -> Plan:
 
 def _pass_costs(config: Config, card: Card) -> PassCosts:
     """Seconds. Each micro-batch's gradients are added to the fp32 sums: 10 bytes read and written."""
-    model = config.model
+    model, n = config.model, config.model.num_future_tokens
     tokens, adding = config.train.micro_batch_size * config.train.sequence_length, 10 / card.memory_bandwidth
     forward, product = _layer_seconds(config, card), 2 * tokens * model.dim / card.matrix_flops
     heads = _head_seconds(config, card)
@@ -154,7 +154,7 @@ def _pass_costs(config: Config, card: Card) -> PassCosts:
         layer_backward=2 * forward + adding * layer_parameters(model),
         head_forward=tuple(heads),
         head_backward=tuple(2 * head + adding * head_parameters(model, index) for index, head in enumerate(heads)),
-        loss=3 * product * model.vocab_size,
+        loss=model.vocab_size * product * (3 - _float8_heads(config) / n * 2 * (1 - 1 / card.float8_speedup)),
         copy=adding * unembedding_parameters(model),
         embedding=adding * model.vocab_size * model.dim,
         slice_statistics=product,

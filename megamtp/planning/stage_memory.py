@@ -102,6 +102,8 @@ def _largest_pass(config: Config, contents: StageContents, width: int) -> int:
     vocabulary = model.vocab_size * model.dim
     rounding = (4 + width) * vocabulary  # the sum of dW in fp32, and as autograd gets it
     chunk = 4 * vocabulary + chunk_bytes(config, width)
+    if config.head_loss.precision == "fp8":  # two copies of the weight, one of hidden and one of the chunk's gradient
+        chunk += 2 * vocabulary + boundary // width + chunk_bytes(config, 1)
     waiting = 4 * vocabulary if contents.num_heads > 1 else 0  # the sum, while a head that is not the last runs its layer backward
     # dz in fp32, the gradient of the running head's z, what its layer returned, that normed, and its gradient.
     saved = max(_saved_by_heads(config, contents.heads, width))

@@ -9,7 +9,8 @@ from tests.engine_steps import largest_errors
 from tests.float8_cases import E4M3_ERROR, E5M2_ERROR
 from tests.ranks import run_ranks
 
-CASES = list(itertools.product(("zero1", "zero3"), ("sequential", "deferred")))
+CUTS = {"pipeline, heads on one stage": [2, 3], "pipeline, heads on two stages": [3, 2]}
+CASES = [*itertools.product(("zero1", "zero3"), ("sequential", "deferred")), *((cut, "sequential") for cut in CUTS)]
 # bf16's bound (test_gradients.py), and on the way back through the unembedding one rounding of the weight and one of the gradient.
 # A head missing or counted twice errs by 25 % at least.
 BOUND = 0.04 + (E4M3_ERROR**2 + E5M2_ERROR**2) ** 0.5
@@ -17,22 +18,34 @@ LOSS_BOUND = 2e-3  # bf16's: initial logits are of size 0.1, and 4 % of that is 
 
 
 def gradient_errors() -> list[tuple[float, float]]:
-    from megamtp.engines.zero import ZeroEngine
+    from megamtp.engines.build import build_engine
 
     errors = []
     for kind, schedule in CASES:
+        cut = {"engine__num_stages": 2, "engine__stage_layers": CUTS[kind]} if kind in CUTS else {}
         config = small_config(
-            accumulation=2, engine__kind=kind, engine__head_schedule=schedule, model__num_future_tokens=3,
-            model__vocab_size=112, train__precision="bf16", head_loss__precision="fp8", head_loss__chunk_rows=16,
-        )  # fmt: skip
-        errors.append(largest_errors(config, ZeroEngine(config), num_steps=3))
+            1 if cut else 2,
+            accumulation=2,
+            engine__kind=kind.split(",")[0],
+            engine__head_schedule=schedule,
+            model__num_future_tokens=3,
+            model__vocab_size=112,
+            train__precision="bf16",
+            head_loss__precision="fp8",
+            head_loss__chunk_rows=16,
+            **cut,
+        )
+        errors.append(largest_errors(config, build_engine(config), num_steps=3))
     return errors
 
 
 @pytest.fixture(scope="module")
 def errors_of_all() -> dict[tuple, tuple[float, float]]:
-    first_rank, _ = run_ranks(gradient_errors, 2)
-    return dict(zip(CASES, first_rank, strict=True))
+    """The largest of either rank."""
+    by_rank = run_ranks(gradient_errors, 2)
+    return {
+        case: tuple(map(max, zip(*errors, strict=True))) for case, errors in zip(CASES, zip(*by_rank, strict=True), strict=True)
+    }
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(case))
