@@ -1,5 +1,7 @@
-"""Files that are whole or not there, and files that one process at a time has."""
+"""Files and folders that are whole or not there, and files that one process at a time has."""
 
+import ctypes
+import errno
 import fcntl
 import os
 import sys
@@ -7,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, BinaryIO
+
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux: fcntl.h, linux/fs.h
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -22,6 +26,33 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def exchange(one: Path, other: Path, aside: Path) -> None:
+    """Gives two folders each other's name: at any time one of the two is found under either name.
+
+    Where the file system cannot do it at once (NFS), `other` is renamed to `aside` first, and its name is free for a moment.
+
+    Raises:
+        OSError: one of them cannot be renamed.
+    """
+    if not _exchange_at_once(one, other):
+        os.rename(other, aside)
+        os.rename(one, other)
+        os.rename(aside, one)
+
+
+def _exchange_at_once(one: Path, other: Path) -> bool:
+    """False if the C library, the kernel or the file system cannot. Raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        return False
+    if libc.renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS):
+        return False
+    raise OSError(number, os.strerror(number), str(one), None, str(other))
 
 
 def take_lock(stream: IO, place: Path, advice: str) -> bool:

@@ -4,7 +4,7 @@ import torch
 
 from megamtp.config import Config, read_config
 from megamtp.data.loader import Batch
-from megamtp.losses.softmax_gradient import IGNORED
+from megamtp.targets import IGNORED
 
 VOCABULARY, POSITIONS, WINDOWS = 97, 12, 2
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megamtp.losses.float8 import Float8Weight
 from megamtp.losses.linear_cross_entropy import linear_cross_entropy
-from megamtp.losses.softmax_gradient import IGNORED
+from megamtp.targets import IGNORED
 
 # Rounding leaves at most half a spacing: 2^-4 of a number in e4m3, 2^-3 in e5m2. For numbers spread evenly over a binade (in their
 # logarithm) the root mean square is 0.42 of that.

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from megamtp.config import Config
 from megamtp.data.loader import Batch
-from megamtp.losses.softmax_gradient import IGNORED
 from megamtp.model.initial import initial_value
 from megamtp.model.mtp import MTPModel
+from megamtp.targets import IGNORED
 
 
 @dataclass

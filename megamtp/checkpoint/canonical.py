@@ -28,7 +28,6 @@ from megamtp.errors import CheckpointError
 
 DESCRIPTION = "canonical.json"
 FORMAT, VERSION = "megamtp-canonical", 1
-LARGEST_FILE_BYTES = 5 * 10**9
 NEEDED = {"model": dict, "file_bytes": dict}
 
 
@@ -48,7 +47,7 @@ def write(contents: Contents, directory: Path, dtype: torch.dtype = torch.float3
     num_bytes = sum(math.prod(shape) * 4 for source in contents.sources.values() for shape in source.shapes.values())
     with published(directory, num_bytes) as folder:
         for kind, source in contents.sources.items():
-            files = safetensors_file.split(source.shapes, 4, LARGEST_FILE_BYTES)
+            files = safetensors_file.split(source.shapes, 4)
             for number, names in enumerate(files, start=1):
                 name = f"{_stem(kind)}-{number:05d}-of-{len(files):05d}.safetensors"
                 safetensors_file.write(folder / name, source, names, torch.float32)

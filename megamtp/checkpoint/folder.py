@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from megamtp.errors import CheckpointError
-from megamtp.files import sync, take_lock
+from megamtp.files import exchange, sync, take_lock
 
 LONGEST_NAME_BYTES = 255  # of a file, on the file systems of Linux
+OLD = "old"  # a replaced export, in the folder of the conversion that replaces it
 EXPORT_LIST = "megamtp_export.json"  # names the files of an export of ours: only such a folder is ever replaced
 
 
@@ -33,8 +34,8 @@ def published(directory: Path, num_bytes: int, replaceable: bool = False) -> Ite
         leftovers = [path for path in work.rglob("*") if path.is_file()]  # of a killed conversion; they will be removed
         left_bytes = sum(path.stat().st_size for path in leftovers)
         check_space(directory, num_bytes - left_bytes)
-        with _made_alone(work):
-            new, old = work / "new", work / "old"
+        with _made_alone(work, directory):
+            new, old = work / "new", work / OLD
             new.mkdir()
             yield new
             if replaceable:
@@ -44,20 +45,26 @@ def published(directory: Path, num_bytes: int, replaceable: bool = False) -> Ite
                 sync(path)
             check_destination(directory)  # again: much may have come there since
             if directory.exists():
-                os.rename(directory, old)
-            os.rename(new, directory)
+                exchange(new, directory, old)
+            else:
+                os.rename(new, directory)
             sync(directory.parent)
     except OSError as error:
         raise CheckpointError(f"{directory} cannot be written: {error}; choose another destination") from None
 
 
 @contextlib.contextmanager
-def _made_alone(work: Path) -> Iterator[None]:
-    """A folder that this process alone has, empty at first but for a lock, and gone at the end."""
+def _made_alone(work: Path, directory: Path) -> Iterator[None]:
+    """A folder that this process alone has, empty at first but for a lock, and gone at the end.
+
+    If a conversion was killed just when it had set aside what was in `directory`, that gets its name back.
+    """
     work.mkdir(parents=True, exist_ok=True)
     with open(work / "lock", "wb") as stream:
         if not take_lock(stream, work, "write there once at a time"):
             raise CheckpointError(f"another process writes to {work}; expected one at a time: wait for it, or end it")
+        if (work / OLD).exists() and not directory.exists():
+            os.rename(work / OLD, directory)
         for leftover in set(work.iterdir()) - {work / "lock"}:
             shutil.rmtree(leftover)
         try:

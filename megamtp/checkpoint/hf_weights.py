@@ -14,7 +14,6 @@ from megamtp.checkpoint.tensors import InMemory, TensorSource
 from megamtp.errors import CheckpointError
 
 WEIGHTS, PICKLED = "model.safetensors", "pytorch_model.bin"  # the second in older folders
-LARGEST_FILE_BYTES = 5 * 10**9
 
 
 def num_bytes(weights: TensorSource, dtype: torch.dtype) -> int:
@@ -24,7 +23,7 @@ def num_bytes(weights: TensorSource, dtype: torch.dtype) -> int:
 
 def write_weights(folder: Path, weights: TensorSource, dtype: torch.dtype) -> None:
     """All tensors, in files of at most 5 GB as transformers names them."""
-    files = safetensors_file.split(weights.shapes, dtype.itemsize, LARGEST_FILE_BYTES)
+    files = safetensors_file.split(weights.shapes, dtype.itemsize)
     stem, suffix = WEIGHTS.split(".")
     names = [f"{stem}-{number:05d}-of-{len(files):05d}.{suffix}" for number in range(1, len(files) + 1)]
     names = names if len(files) > 1 else [WEIGHTS]

@@ -22,7 +22,6 @@ from megamtp.data.tokenizer import BYTES
 from megamtp.errors import CheckpointError
 
 CONVERTED = "converted"  # stands for the engine that wrote a checkpoint
-LARGEST_FILE_BYTES = 5 * 10**9
 
 
 def find_checkpoint(source: Path) -> tuple[Path, Path]:
@@ -101,7 +100,7 @@ def write(contents: Contents, directory: Path, dtype: torch.dtype = torch.float3
         checkpoint = store.folder_of(folder, contents.step)
         store.partial_of(checkpoint).mkdir(parents=True)
         files = {}
-        for number, names in enumerate(split(shapes, num_kinds * 4, LARGEST_FILE_BYTES)):
+        for number, names in enumerate(split(shapes, num_kinds * 4)):
             name = shard_name(number)
             files[name] = write_shard(store.partial_of(checkpoint) / name, _Slices(contents, names), shapes)
         store.publish(checkpoint, manifest, files)

@@ -1,6 +1,6 @@
 """Safetensors files written as a stream and read by slice: of a tensor, no more than a slice is ever in memory.
 
-    shards = split(shapes, itemsize=4, max_bytes=5 * 10**9)
+    shards = split(shapes, itemsize=4)
     write(Path("model.safetensors"), source, names, torch.float32)
     source = SafetensorsFiles([Path("model.safetensors")])
 
@@ -24,6 +24,7 @@ from megamtp.errors import CheckpointError
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.uint8: "U8"}
 SLICE_ELEMENTS = 2**20  # 4 MiB in fp32: what a conversion holds at a time, and a copy or two of it
+LARGEST_FILE_BYTES = 5 * 10**9  # of checkpoints and exports; the header comes on top
 LARGEST_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 
 
@@ -44,12 +45,12 @@ def content(source: TensorSource, name: str, dtype: torch.dtype) -> Iterable[np.
         yield narrow.contiguous().view(torch.uint8).numpy()
 
 
-def split(shapes: Mapping[str, tuple[int, ...]], itemsize: int, max_bytes: int) -> list[list[str]]:
-    """The names of each file, in order, so that none is larger than `max_bytes` unless one tensor alone is."""
+def split(shapes: Mapping[str, tuple[int, ...]], itemsize: int) -> list[list[str]]:
+    """The names of each file, in order, so that none is larger than LARGEST_FILE_BYTES unless one tensor alone is."""
     files, size = [[]], 0
     for name, shape in shapes.items():
         num_bytes = math.prod(shape) * itemsize
-        if files[-1] and size + num_bytes > max_bytes:
+        if files[-1] and size + num_bytes > LARGEST_FILE_BYTES:
             files.append([])
             size = 0
         files[-1].append(name)

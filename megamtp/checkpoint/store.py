@@ -21,7 +21,7 @@ from megamtp.checkpoint.folder import check_sizes
 from megamtp.checkpoint.shards import WrittenFile, read_crc32
 from megamtp.config import ModelConfig
 from megamtp.errors import CheckpointError
-from megamtp.files import sync
+from megamtp.files import exchange, sync
 
 MANIFEST = "manifest.json"
 FORMAT = 2  # 1 was DeepSpeed's own files
@@ -187,12 +187,14 @@ def publish(checkpoint: Path, manifest: Manifest, files: dict[str, WrittenFile])
     (partial / MANIFEST).write_text(json.dumps(content | {"crc32": _crc32(content)}, indent=1))
     sync(partial / MANIFEST)
     sync(partial)
-    replaced = _set_aside(checkpoint) if checkpoint.exists() else None
-    os.rename(partial, checkpoint)
+    if replaces := checkpoint.exists():
+        exchange(partial, checkpoint, _aside(checkpoint))
+    else:
+        os.rename(partial, checkpoint)
     for folder in checkpoint.parents[:2]:  # checkpoints/ may be new, too
         sync(folder)
-    if replaced:
-        shutil.rmtree(replaced, ignore_errors=True)  # what remains of it goes with the leftovers
+    if replaces:
+        shutil.rmtree(partial, ignore_errors=True)  # what remains of it goes with the leftovers
 
 
 def outdated(run_directory: Path, step: int, keep: int, keep_every_steps: int | None) -> list[Path]:
@@ -203,14 +205,16 @@ def outdated(run_directory: Path, step: int, keep: int, keep_every_steps: int | 
 
 def remove(checkpoint: Path) -> None:
     """Takes the name away first, so that a half-removed checkpoint is never taken for a whole one. Raises OSError."""
-    shutil.rmtree(_set_aside(checkpoint))
+    aside = _aside(checkpoint)
+    os.rename(checkpoint, aside)
+    shutil.rmtree(aside)
 
 
-def _set_aside(checkpoint: Path) -> Path:
-    doomed = checkpoint.with_name(f"{checkpoint.name}.removed{PARTIAL}")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.rename(checkpoint, doomed)
-    return doomed
+def _aside(checkpoint: Path) -> Path:
+    """A free name for what is no checkpoint any more."""
+    aside = checkpoint.with_name(f"{checkpoint.name}.removed{PARTIAL}")
+    shutil.rmtree(aside, ignore_errors=True)
+    return aside
 
 
 def remove_leftovers(run_directory: Path) -> list[Path]:

@@ -193,10 +193,15 @@ def _read_states(folder: Path) -> dict[str, Any]:
     states = torch_file.read(files[0], CLASSES_OF)
     if not isinstance(states, dict):
         raise CheckpointError(f"{files[0]} holds a {type(states).__name__}, expected a mapping")
+    own = states.get(OWN, {})
+    if not isinstance(own, dict) or not isinstance(own.get("model", {}), dict):
+        raise CheckpointError(f"{files[0]}: {OWN} is {str(own)[:100]}, expected a mapping that describes the model; copy it again")
     return states
 
 
 def _check_names(zero: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    if not zero.is_dir():
+        raise CheckpointError(f"{zero.parent} has no folder {ZERO} with its tensors; copy it again")
     found = {path.name for path in zero.iterdir() if path.is_dir()}
     for name, shape in shapes.items():
         if name not in found:
@@ -218,10 +223,10 @@ def _adamw_state(zero: Path, name: str, counters: dict[str, int]) -> RunState:
 
 def _read_step(zero: Path, name: str) -> int:
     """Adam's steps, from a parameter's own file or, as of ZeRO-3, from the shared one."""
-    if (zero / name / STEP).exists():
-        return int(torch_file.read(zero / name / STEP))
-    shared = torch_file.read(zero / SHARED, CLASSES_OF)
+    own = zero / name / STEP
+    file = own if own.exists() else zero / SHARED
+    found = torch_file.read(file, CLASSES_OF)
     try:
-        return int(shared["optimizer_state_dict"]["state"][0]["step"])
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{zero / SHARED} has no step of the optimizer ({error}); convert the checkpoint again") from None
+        return int(found if file == own else found["optimizer_state_dict"]["state"][0]["step"])
+    except (LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file} has no step of the optimizer ({error}); convert the checkpoint again") from None

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megamtp.data.windows import IGNORED, Window, Windows
+from megamtp.data.windows import Window, Windows
 from megamtp.errors import InputError
+from megamtp.targets import IGNORED
 
 STEPS_AHEAD = 2  # that are read while the engine is at work
 

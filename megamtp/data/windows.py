@@ -9,8 +9,8 @@ from torch import Tensor
 from megamtp.data.indexed_dataset import IndexedDataset
 from megamtp.data.shuffle import Shuffle
 from megamtp.errors import InputError
+from megamtp.targets import IGNORED
 
-IGNORED = -100  # torch's own convention for a target that counts for nothing
 CHECKED_TOKENS = 1 << 20  # of either end of a corpus, before a run begins
 
 

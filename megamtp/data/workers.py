@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from tqdm import tqdm
 
@@ -35,12 +35,11 @@ def tokenise_all(shards: list[Shard], job: Job, workers: int | Executor) -> None
     missing = [shard for shard in shards if not is_finished(shard, job)]
     total = sum(shard.num_bytes for shard in shards)
     done = total - sum(shard.num_bytes for shard in missing)
-    with tqdm(total=total, initial=done, unit="B", unit_scale=True, desc="tokenising", disable=None, dynamic_ncols=True) as bar:
-        if isinstance(workers, Executor):
-            _collect([workers.submit(tokenise, shard, job) for shard in missing], bar)
-        elif min(workers, len(missing)) > 1:
-            with _processes(min(workers, len(missing))) as executor:
-                _collect([executor.submit(tokenise, shard, job) for shard in missing], bar)
+    shown = {"total": total, "initial": done, "unit": "B", "unit_scale": True, "desc": "tokenising", "dynamic_ncols": True}
+    # Processes are forked before the bar starts its thread: a fork copies the locks that a thread holds, but not the thread.
+    with _executor(workers, len(missing)) as executor, tqdm(**shown, disable=None) as bar:
+        if executor:
+            _collect([executor.submit(tokenise, shard, job) for shard in missing], bar)
         else:
             for shard in missing:
                 bar.update(tokenise(shard, job))
@@ -65,8 +64,18 @@ def _collect(futures: list[Future], bar: tqdm) -> None:
         raise
 
 
+def _executor(workers: int | Executor, num_shards: int) -> AbstractContextManager[Executor | None]:
+    """None: this process works alone."""
+    if isinstance(workers, Executor):
+        return nullcontext(workers)
+    number = min(workers, num_shards)
+    return _processes(number) if number > 1 else nullcontext()
+
+
 @contextmanager
 def _processes(number: int) -> Iterator[Executor]:
+    if tqdm.monitor:  # the thread that earlier bars have started; the next bar starts another
+        tqdm.monitor.exit()
     others = set(multiprocessing.active_children())
     executor = ProcessPoolExecutor(number, multiprocessing.get_context("fork"), _end_with, (os.getpid(),))
     try:

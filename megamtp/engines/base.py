@@ -10,8 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megamtp.checkpoint.state import RunState
+from megamtp.config import TrainConfig
 from megamtp.data.loader import Batch
-from megamtp.losses.softmax_gradient import IGNORED
+from megamtp.targets import IGNORED
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by train.precision
 
@@ -83,6 +84,11 @@ class Engine(Protocol):
         Raises:
             CheckpointError: files are damaged, or of another model.
         """
+
+
+def compiles_layers(train: TrainConfig, device: torch.device) -> bool:
+    """Whether layers run through torch.compile."""
+    return device.type == "cuda" if train.compile is None else train.compile
 
 
 def on_device(micro_batches: Iterable[Batch], device: torch.device) -> list[Batch]:

@@ -21,10 +21,10 @@ from megamtp.engines.deepspeed import pipeline as hosting
 from megamtp.engines.deepspeed.head_phase import SeededHeads
 from megamtp.engines.deepspeed.host import set_learning_rate
 from megamtp.engines.hosted import HostedEngine
-from megamtp.losses.softmax_gradient import IGNORED
 from megamtp.planning.loss_choice import compared
 from megamtp.planning.partition import Partition, data_parallel_place, enough_micro_batches
 from megamtp.planning.spread import SpreadPartition, best_cut
+from megamtp.targets import IGNORED
 
 
 class PipelineEngine(HostedEngine):

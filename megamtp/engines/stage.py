@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megamtp.config import Config
 from megamtp.data.loader import Batch
-from megamtp.engines.base import DTYPES
+from megamtp.engines.base import DTYPES, compiles_layers
 from megamtp.engines.initial_weights import initial_weights
 from megamtp.model.part import Extent, ModelPart
 from megamtp.planning.partition import Partition, Stage
@@ -26,14 +26,13 @@ class StagePart(ModelPart):
 
     def __init__(self, config: Config, own: Stage, device: torch.device, first_row: int = 0):
         train = config.train
-        compile_layers = device.type == "cuda" if train.compile is None else train.compile
         with torch.device("meta"):
             super().__init__(
                 config.model,
                 _extent(config, own, first_row),
                 config.head_loss,
                 recompute_trunk=train.activation_checkpointing,
-                compile_layers=compile_layers,
+                compile_layers=compiles_layers(train, device),
             )
         self.run_config, self.own, self.device = config, own, device
         self.to(DTYPES[train.precision]).to_empty(device=device)

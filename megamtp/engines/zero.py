@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megamtp.config import Config
 from megamtp.data.loader import Batch
-from megamtp.engines.base import DTYPES, StepResult, loss_scales, on_device
+from megamtp.engines.base import DTYPES, StepResult, compiles_layers, loss_scales, on_device
 from megamtp.engines.deepspeed import host as hosting
 from megamtp.engines.deepspeed.head_phase import DeepSpeedHeadPhase
 from megamtp.engines.deepspeed.members import full_shape
@@ -20,11 +20,11 @@ from megamtp.engines.deepspeed.settings import deepspeed_config
 from megamtp.engines.deepspeed.traffic import GroupedTraffic
 from megamtp.engines.hosted import HostedEngine
 from megamtp.engines.initial_weights import initial_weights
-from megamtp.losses.softmax_gradient import IGNORED
 from megamtp.model.heads import head_class
 from megamtp.model.initial import STANDARD_DEVIATION
 from megamtp.model.layers import TransformerLayer
 from megamtp.model.mtp import MTPModel
+from megamtp.targets import IGNORED
 
 
 class ZeroEngine(HostedEngine):
@@ -88,7 +88,7 @@ def _build_model(config: Config, settings: dict, device: torch.device) -> MTPMod
             config.head_loss,
             config.engine.head_schedule,
             recompute_trunk=config.train.activation_checkpointing,
-            compile_layers=device.type == "cuda" if config.train.compile is None else config.train.compile,
+            compile_layers=compiles_layers(config.train, device),
         )
     if sharded:
         hosting.gather_whole(model, (TransformerLayer, head_class(config.model)))

@@ -9,7 +9,8 @@ import functools
 import torch
 from torch import Tensor
 
-IGNORED = -100  # a target that counts for nothing; torch's own convention
+from megamtp.targets import IGNORED
+
 BLOCK = 16384  # columns that a kernel program holds at a time
 
 

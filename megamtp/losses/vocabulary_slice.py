@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from megamtp.losses.linear_cross_entropy import wide, wide_product
-from megamtp.losses.softmax_gradient import BLOCK, IGNORED, row_statistics
+from megamtp.losses.softmax_gradient import BLOCK, row_statistics
+from megamtp.targets import IGNORED
 
 
 def slice_statistics(hidden_ND: Tensor, weight_RD: Tensor, targets_N: Tensor, first: int) -> tuple[Tensor, Tensor]:

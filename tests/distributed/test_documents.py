@@ -12,7 +12,8 @@ import torch
 from megamtp.config import Config
 from megamtp.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from megamtp.data.loader import Batch, TrainLoader
-from megamtp.data.windows import IGNORED, Windows
+from megamtp.data.windows import Windows
+from megamtp.targets import IGNORED
 from tests.cases import POSITIONS, VOCABULARY, small_config
 from tests.engine_steps import errors_of_step
 from tests.ranks import run_ranks

@@ -1,6 +1,8 @@
 """DeepSpeed's universal form: its engines load what we write, and we read what its converter makes of its engines' checkpoints."""
 
 import argparse
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -135,6 +137,55 @@ def test_a_wrong_tensor_is_named(written):
     (zero / "heads.0.mlp_norm.weight").mkdir()
     with pytest.raises(CheckpointError, match=r"unknown tensor heads.7.mlp_norm.weight"):
         universal.read(written)
+
+
+def change_states(step_folder: Path, change: Callable[[dict], object]) -> None:
+    for file in universal.MODEL_STATES:
+        states = torch.load(step_folder / file, weights_only=False)
+        change(states)
+        torch.save(states, step_folder / file)
+
+
+def save_step(step_folder: Path, step: object) -> None:
+    """Replaces a step of the optimizer that is read only if the folder does not tell it elsewhere."""
+    change_states(step_folder, lambda states: states["megamtp"].update(state=None))
+    torch.save(step, step_folder / "zero/embedding.weight/step.pt")
+
+
+def share_step(step_folder: Path, shared: object) -> None:
+    save_step(step_folder, None)
+    (step_folder / "zero/embedding.weight/step.pt").unlink()
+    torch.save(shared, step_folder / "zero/optimizer_state.pt")
+
+
+DAMAGE = {
+    "no tensors": (lambda folder: shutil.rmtree(folder / "zero"), "global_step9 has no folder zero with its tensors; copy it"),
+    "a file": (lambda folder: (shutil.rmtree(folder / "zero"), (folder / "zero").touch()), "has no folder zero with its tensors"),
+    "a number": (
+        lambda folder: change_states(folder, lambda states: states.update(megamtp=3)),
+        "megamtp is 3, expected a mapping that describes the model",
+    ),
+    "no model": (
+        lambda folder: change_states(folder, lambda states: states["megamtp"].update(model=3)),
+        "expected a mapping that describes the model; copy it again",
+    ),
+    "a word": (lambda folder: save_step(folder, "x"), r"weight/step\.pt has no step of the optimizer \(invalid literal"),
+    "a vector": (lambda folder: save_step(folder, torch.zeros(3)), r"weight/step\.pt has no step of the optimizer"),
+    "no list": (lambda folder: share_step(folder, 3), r"optimizer_state\.pt has no step of the optimizer"),
+    "no state": (
+        lambda folder: share_step(folder, {"optimizer_state_dict": {"state": []}}),
+        r"optimizer_state\.pt has no step of the optimizer \(list index out of range\); convert the checkpoint again",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_named_in_one_line(damage, written):
+    damage_folder, words = DAMAGE[damage]
+    damage_folder(written / "global_step9")
+    with pytest.raises(CheckpointError, match=words) as error:
+        universal.read(written)
+    assert "\n" not in str(error.value)
 
 
 def test_weights_without_moments_are_refused(tmp_path):

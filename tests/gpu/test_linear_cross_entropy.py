@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from megamtp.losses.linear_cross_entropy import linear_cross_entropy
-from megamtp.losses.softmax_gradient import IGNORED
+from megamtp.targets import IGNORED
 
 pytestmark = pytest.mark.gpu
 

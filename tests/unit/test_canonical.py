@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megamtp.checkpoint import canonical, folder, hf
+from megamtp.checkpoint import canonical, folder, hf, safetensors_file
 from megamtp.checkpoint.contents import Rearranged, Rows, written_out
 from megamtp.checkpoint.tensors import InMemory, whole
 from megamtp.errors import CheckpointError
@@ -19,7 +19,7 @@ from tests.checkpoints import SMALL, STATE, VOCABULARY, with_moments
 
 @pytest.fixture
 def written(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setattr(canonical, "LARGEST_FILE_BYTES", 50_000)
+    monkeypatch.setattr(safetensors_file, "LARGEST_FILE_BYTES", 50_000)
     canonical.write(with_moments(SMALL), tmp_path / "canonical")
     return tmp_path / "canonical"
 

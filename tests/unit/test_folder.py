@@ -1,12 +1,16 @@
 """A conversion's result appears whole or not at all; what a killed conversion left is no obstacle."""
 
 import fcntl
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from megamtp.checkpoint import folder
 from megamtp.errors import CheckpointError
+
+ROOT = Path(__file__).parents[2]
 
 
 def write(directory: Path, num_bytes: int = 0) -> None:
@@ -54,6 +58,40 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path):
         (new / "file").write_text("half")
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
+
+
+KILLED = """
+import contextlib, sys
+from pathlib import Path
+from megamtp import files
+from megamtp.checkpoint import folder
+from tests.kills import killed_at_each_line
+
+exported, at_once = Path(sys.argv[1]) / "exported", sys.argv[2] == "at once"
+files.sync = folder.sync = lambda path: None  # kills lose nothing that is not on disk yet
+if not at_once:
+    files._exchange_at_once = lambda one, other: False
+
+def export(content):
+    with folder.published(exported, 0, replaceable=True) as new:
+        for name in "ab":
+            (new / name).write_text(content)
+
+found = []
+for kill in killed_at_each_line(("megamtp/checkpoint/folder.py", "megamtp/files.py"), lambda: export("old"), lambda: export("new")):
+    if not at_once:  # the name may be free now, until the next conversion begins
+        with contextlib.suppress(KeyboardInterrupt), folder.published(exported, 0, replaceable=True):
+            raise KeyboardInterrupt
+    found.append([(exported / name).read_text() for name in "ab"])
+assert found[0] == ["old"] * 2 and found[-1] == ["new"] * 2 and found == sorted(found, reverse=True), found
+assert len(found) > 20
+"""
+
+
+@pytest.mark.parametrize("how", ["at once", "in three renames"])
+def test_a_killed_replacement_leaves_the_old_export_or_the_new(tmp_path, how):
+    finished = subprocess.run([sys.executable, "-c", KILLED, tmp_path, how], cwd=ROOT, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
 
 
 def test_what_came_to_the_destination_meanwhile_is_left_alone(tmp_path):

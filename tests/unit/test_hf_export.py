@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megamtp.checkpoint import hf, hf_tokenizer, hf_weights, safetensors_file
+from megamtp.checkpoint import hf, hf_tokenizer, safetensors_file
 from megamtp.checkpoint.tensors import whole
 from megamtp.config import ModelConfig
 from megamtp.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, train_sentencepiece
@@ -75,7 +75,7 @@ def test_reading_an_export_gives_the_weights_back_bit_for_bit(exported):
 
 
 def test_a_large_model_is_split_into_files_and_read_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(hf_weights, "LARGEST_FILE_BYTES", 40_000)
+    monkeypatch.setattr(safetensors_file, "LARGEST_FILE_BYTES", 40_000)
     model = random_model(SMALL)
     hf.export(contents(SMALL, model.state_dict()), tmp_path / "exported")
     assert len(list((tmp_path / "exported").glob("*.safetensors"))) > 1

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from megamtp.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from megamtp.data.loader import Batch, TrainLoader, evaluation_batches, evaluation_damage
-from megamtp.data.windows import IGNORED, Window, Windows
+from megamtp.data.windows import Window, Windows
 from megamtp.errors import InputError
+from megamtp.targets import IGNORED
 from tests.unit.test_windows import Tokens, order
 
 T, N = 3, 2

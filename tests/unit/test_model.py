@@ -1,5 +1,7 @@
 """The model: parameter counts, initial weights, n = 1 as the ordinary model, recomputation, and decoding with a cache."""
 
+import math
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -34,9 +36,15 @@ def test_cost_counts_the_parameters_that_exist(config):
     assert len(model.trunk) + len(model.heads) == config.num_layers
 
 
-def test_rms_norm_against_torch():
-    weight, x = torch.randn(16, dtype=torch.float64), torch.randn(3, 16, dtype=torch.float64)
-    torch.testing.assert_close(rms_norm(x, weight, 1e-5), torch.nn.functional.rms_norm(x, (16,), weight, 1e-5))
+@pytest.mark.parametrize("size", [1.0, 1e-3])  # of the elements: with 1e-3, epsilon makes up most of the mean square
+def test_rms_norm_against_its_formula(size):
+    weight, x, eps = torch.randn(16, dtype=torch.float64), size * torch.randn(3, 16, dtype=torch.float64), 1e-5
+    expected = torch.empty_like(x)
+    for row in range(3):
+        mean_square = sum(float(element) ** 2 for element in x[row]) / 16
+        for column in range(16):
+            expected[row, column] = x[row, column] * weight[column] / math.sqrt(mean_square + eps)
+    torch.testing.assert_close(rms_norm(x, weight, eps), expected, rtol=1e-12, atol=0)
 
 
 def test_rotation_depends_on_distance_alone():

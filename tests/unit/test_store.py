@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from megamtp.config import ModelConfig
 from megamtp.errors import CheckpointError
 from megamtp.training import resuming
 
+ROOT = Path(__file__).parents[2]
 MODEL = ModelConfig(dim=8, num_layers=2, num_future_tokens=1, num_attention_heads=1, vocab_size=10)
 
 
@@ -116,6 +119,34 @@ def test_the_same_step_is_replaced(tmp_path):
     publish(tmp_path, 1, content=b"other weights")
     assert names(tmp_path) == ["step-0000001"]
     assert store.verified(store.newest_checkpoint(tmp_path)).file_bytes == 26
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from megamtp.checkpoint import store
+from tests.kills import killed_at_each_line
+from tests.unit import test_store
+
+run, found, rest = Path(sys.argv[1]), [], []
+
+def prepare():
+    store.remove_leftovers(run)
+    test_store.publish(run, 1)
+    rest[:] = test_store.write(run, 1, b"other weights")
+
+store.sync = lambda path: None  # kills lose nothing that is not on disk yet
+for kill in killed_at_each_line(("megamtp/checkpoint/store.py", "megamtp/files.py"), prepare, lambda: store.publish(*rest)):
+    found.append(store.verified(store.newest_checkpoint(run)).file_bytes)
+    store.remove_leftovers(run)
+    assert test_store.names(run) == ["step-0000001"]
+assert found[0] == 14 and found[-1] == 26 and found == sorted(found), found
+"""
+
+
+def test_a_killed_replacement_leaves_the_old_checkpoint_or_the_new(tmp_path):
+    finished = subprocess.run([sys.executable, "-c", KILLED, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
 
 
 def flip(file: Path, place: int) -> None:

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from megamtp.losses.linear_cross_entropy import linear_cross_entropy
-from megamtp.losses.softmax_gradient import IGNORED
 from megamtp.losses.vocabulary_slice import combine, slice_gradients, slice_statistics
+from megamtp.targets import IGNORED
 
 POSITIONS, WIDTH, VOCABULARY = 23, 8, 40
 CUTS = {"whole": [40], "even": [20, 20], "uneven": [1, 30, 7, 2]}

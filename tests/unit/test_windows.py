@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megamtp.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
-from megamtp.data.windows import IGNORED, Windows
+from megamtp.data.windows import Windows
 from megamtp.errors import InputError
-from megamtp.losses import softmax_gradient
+from megamtp.targets import IGNORED
 
 
 class Tokens:
@@ -223,7 +223,3 @@ def test_boundaries_are_checked_where_they_matter():
     Windows(Damaged(40), 4, 1, 0).check_first(None)
     with pytest.raises(InputError, match="the index contradicts itself"):
         Windows(Damaged(40), 4, 1, 0, documents="mask").check_first(None)
-
-
-def test_losses_pass_over_the_targets_that_windows_leave_out():
-    assert IGNORED == softmax_gradient.IGNORED

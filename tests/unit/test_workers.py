@@ -222,6 +222,25 @@ def test_workers_end_with_their_parent_and_another_preparation_waits_for_none(te
     prepare(find_source([texts]), tmp_path / "out", VOCAB_SIZE)
 
 
+FORKED = """
+import os, sys, threading
+from pathlib import Path
+from megamtp.data import shards
+from megamtp.data.corpus import prepare
+from megamtp.data.documents import find_source
+shards.MIN_SHARD_BYTES = 1000
+os.register_at_fork(before=lambda: print([thread.name for thread in threading.enumerate()]))
+for name in ("once", "again"):
+    prepare(find_source([Path(sys.argv[1])]), Path(sys.argv[2]) / name, tokenizer="bytes", workers=2)
+"""
+
+
+def test_no_other_thread_lives_when_workers_are_forked(texts, tmp_path):
+    """As tqdm's, which may hold a lock at that moment, and would never release it in the worker."""
+    finished = subprocess.run([sys.executable, "-c", FORKED, texts, tmp_path], capture_output=True, text=True, timeout=60)
+    assert finished.stdout.splitlines() == ["['MainThread']"] * 4, finished.stderr
+
+
 INTERRUPTED_FORK = """
 import os, signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
