@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 
 from megamtp.checkpoint.state import RunState
-from megamtp.checkpoint.tensors import TensorSource
+from megamtp.checkpoint.tensors import WEIGHT, TensorSource
 from megamtp.config import ModelConfig, check_model
 from megamtp.errors import CheckpointError, InputError
 from megamtp.model.mtp import MTPModel
-
-WEIGHT = "weight"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from megamtp.checkpoint.contents import WEIGHT, Contents, check_contents
 from megamtp.checkpoint.folder import published
 from megamtp.checkpoint.hf_tokenizer import copied_tokenizer, copy_tokenizer
 from megamtp.checkpoint.safetensors_file import split
-from megamtp.checkpoint.shards import Shards, shard_name, slice_key, write_shard
+from megamtp.checkpoint.shards import SLICES, Shards, file_slices, shard_name, slice_key, write_shard, write_slices
 from megamtp.checkpoint.special_ids import read_special_ids, write_special_ids
 from megamtp.checkpoint.state import read_state
 from megamtp.config import RESOLVED, ModelConfig, read_config
@@ -99,10 +99,13 @@ def write(contents: Contents, directory: Path, dtype: torch.dtype = torch.float3
     with published(directory, num_bytes) as folder:
         checkpoint = store.folder_of(folder, contents.step)
         store.partial_of(checkpoint).mkdir(parents=True)
-        files = {}
+        files, held = {}, {}
         for number, names in enumerate(split(shapes, num_kinds * 4)):
             name = shard_name(number)
-            files[name] = write_shard(store.partial_of(checkpoint) / name, _Slices(contents, names), shapes)
+            slices = _Slices(contents, names)
+            files[name] = write_shard(store.partial_of(checkpoint) / name, slices, shapes)
+            held[name] = file_slices(slices, shapes)
+        files[SLICES] = write_slices(store.partial_of(checkpoint) / SLICES, held)
         store.publish(checkpoint, manifest, files)
         copy_tokenizer(contents, folder)
         write_special_ids(folder, contents.special_ids)

@@ -6,6 +6,10 @@
 
 Where a slice begins and ends is up to the engine that wrote it; together they are every element of every tensor, once. The metadata
 of a file have the whole shapes of its tensors. Nothing here reads or writes more than a slice at a time.
+
+slices.json beside them says which file has which elements, so that a rank of a job of another size opens the files it needs alone:
+
+    {"shapes": {NAME: [rows, columns]}, "files": [FILE, ...], "slices": {NAME: [[index of the file, first element, end], ...]}}
 """
 
 import contextlib
@@ -15,20 +19,25 @@ import os
 import sys
 import weakref
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megamtp.checkpoint.safetensors_file import encode_header
-from megamtp.checkpoint.tensors import TensorSource
+from megamtp.checkpoint.tensors import WEIGHT, TensorSource
 from megamtp.errors import CheckpointError
 
+SLICES = "slices.json"
 SHAPES = "shapes"  # in the metadata: JSON of name -> whole shape
 CHUNK_BYTES = 32 * 2**20
+
+
+Slices = dict[str, np.ndarray]  # by name, as _sorted makes them
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,46 @@ class WrittenFile:
 
     bytes: int
     crc32: int
+
+
+@dataclass(frozen=True)
+class FileSlices:
+    """Which elements a file has.
+
+    Attributes:
+        shapes: of the whole tensors, by name.
+        bounds: (first element, end) of each slice of WEIGHT, by name; those of other kinds begin and end where these do.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    bounds: dict[str, list[tuple[int, int]]]
+
+
+def file_slices(slices: TensorSource, shapes: Mapping[str, tuple[int, ...]]) -> FileSlices:
+    """Of the file that write_shard makes of the same."""
+    bounds: dict[str, list[tuple[int, int]]] = {}
+    for key, (size,) in slices.shapes.items():
+        kind, _, place = key.partition("/")
+        if kind == WEIGHT:
+            name, start = place.rsplit("@", 1)
+            bounds.setdefault(name, []).append((int(start), int(start) + size))
+    return FileSlices({name: tuple(shapes[name]) for name in bounds}, bounds)
+
+
+def write_slices(path: Path, files: Mapping[str, FileSlices]) -> WrittenFile:
+    """Writes slices.json, and waits until it is on disk. Raises OSError: as when the disk is full."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    slices: dict[str, list[list[int]]] = {}
+    for number, file in enumerate(files.values()):
+        shapes |= file.shapes
+        for name, bounds in file.bounds.items():
+            slices.setdefault(name, []).extend([number, start, end] for start, end in bounds)
+    content = json.dumps({"shapes": shapes, "files": list(files), "slices": slices}).encode()
+    with open(path, "wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return WrittenFile(len(content), zlib.crc32(content))
 
 
 def shard_name(rank: int) -> str:
@@ -91,17 +140,8 @@ def read_crc32(path: Path) -> int:
     return crc
 
 
-@dataclass(frozen=True)
-class _Piece:
-    start: int
-    end: int
-    file: Path
-    key: str
-    opened: safe_open
-
-
 class Shards:
-    """A checkpoint's files, each opened once for the tensors of all kinds. Reads are memory-mapped.
+    """A checkpoint's files, each opened at most once, when something in it is read. Reads are memory-mapped.
 
     Attributes:
         shapes: of every tensor, by name.
@@ -110,14 +150,21 @@ class Shards:
     def __init__(self, checkpoint: Path, files: Iterable[str]):
         """`files`: their names, which the manifest has: whatever else lies there is no part of the checkpoint.
 
+        Without slices.json among them, or for one file alone, the files' own headers say what they hold.
+
         Raises:
             CheckpointError: a file cannot be read.
         """
-        self._checkpoint = checkpoint
+        self._checkpoint, self._files = checkpoint, list(files)
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._pieces: dict[str, dict[str, list[_Piece]]] = {}  # by kind and name
-        for name in files:
-            self._index(checkpoint / name)
+        self._of_all_kinds: Slices | None = None  # where slices.json says so
+        self._of_kind: dict[str, dict[str, list[tuple[int, int, int]]]] = {}  # where headers say so
+        self._opened: dict[int, safe_open] = {}
+        if SLICES in self._files:
+            self._read_slices(checkpoint / SLICES)
+        else:
+            for number in range(len(self._files)):
+                self._index(number)
 
     def tensors(self, kind: str) -> "Tensors":
         """Those of one kind.
@@ -125,37 +172,55 @@ class Shards:
         Raises:
             CheckpointError: slices are missing or overlap.
         """
-        pieces = {name: sorted(found, key=lambda piece: piece.start) for name, found in self._pieces.get(kind, {}).items()}
-        for name, shape in self.shapes.items():
-            self._check_complete(kind, name, math.prod(shape), pieces.get(name, []))
-        return Tensors(self._checkpoint, self.shapes, pieces)
+        found = self.part(kind)
+        for name in self.shapes:
+            found.check_complete(name)
+        return found
 
     def part(self, kind: str) -> "Tensors":
         """Those of one kind as far as the files have them: to read anything else raises a CheckpointError."""
-        return Tensors(self._checkpoint, self.shapes, self._pieces.get(kind, {}))
+        slices = self._of_all_kinds
+        if slices is None:
+            slices = {name: _sorted(found) for name, found in self._of_kind.get(kind, {}).items()}
+        return Tensors(self._checkpoint, kind, self.shapes, slices, self._open)
 
-    def _index(self, file: Path) -> None:
+    def _open(self, number: int) -> tuple[Path, safe_open]:
+        file = self._checkpoint / self._files[number]
+        if number not in self._opened:
+            try:
+                self._opened[number] = safe_open(file, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise _damaged(file, error) from None
+        return file, self._opened[number]
+
+    def _read_slices(self, file: Path) -> None:
         try:
-            opened = safe_open(file, framework="pt")
+            content = json.loads(file.read_bytes())
+            self.shapes = {name: tuple(shape) for name, shape in content["shapes"].items()}
+            self._files = list(map(str, content["files"]))
+            self._of_all_kinds = {name: _sorted(found) for name, found in content["slices"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise _damaged(file, error) from None
+
+    def _index(self, number: int) -> None:
+        file, opened = self._open(number)
+        try:
             self.shapes |= {name: tuple(shape) for name, shape in json.loads(opened.metadata()[SHAPES]).items()}
             for key in opened.keys():  # noqa: SIM118 - no mapping
                 kind, _, place = key.partition("/")
                 if "@" in place:  # other keys are random states
                     name, start = place.rsplit("@", 1)
                     (size,) = opened.get_slice(key).get_shape()
-                    piece = _Piece(int(start), int(start) + size, file, key, opened)
-                    self._pieces.setdefault(kind, {}).setdefault(name, []).append(piece)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+                    bounds = number, int(start), int(start) + size
+                    self._of_kind.setdefault(kind, {}).setdefault(name, []).append(bounds)
+        except (ValueError, KeyError, TypeError, SafetensorError) as error:
             raise _damaged(file, error) from None
 
-    def _check_complete(self, kind: str, name: str, size: int, pieces: list[_Piece]) -> None:
-        bounds = [(piece.start, piece.end) for piece in pieces]
-        ends = [0, *(end for _, end in bounds)]
-        if [start for start, _ in bounds] != ends[:-1] or ends[-1] != size:
-            raise CheckpointError(
-                f"{self._checkpoint}: {kind} of {name} is there in slices {bounds}, expected all of its {size} elements, once; "
-                "remove it to go on from an older one"
-            )
+
+def _sorted(slices: list[tuple[int, int, int]]) -> np.ndarray:
+    """int64 [slices, 3]: index of the file, first element, end; by their first element."""
+    found = np.array(slices, dtype=np.int64).reshape(-1, 3)
+    return found[found[:, 1].argsort(kind="stable")]
 
 
 class Tensors:
@@ -165,12 +230,30 @@ class Tensors:
         shapes: of every tensor, by name.
     """
 
-    def __init__(self, checkpoint: Path, shapes: Mapping[str, tuple[int, ...]], pieces: Mapping[str, list[_Piece]]):
-        self._checkpoint, self.shapes, self._pieces = checkpoint, shapes, pieces
+    def __init__(
+        self,
+        checkpoint: Path,
+        kind: str,
+        shapes: Mapping[str, tuple[int, ...]],
+        slices: Slices,
+        open_file: Callable[[int], tuple[Path, safe_open]],
+    ):
+        self._checkpoint, self._kind, self.shapes, self._slices, self._open = checkpoint, kind, shapes, slices, open_file
+
+    def check_complete(self, name: str) -> None:
+        """Raises CheckpointError: slices of the tensor are missing or overlap."""
+        size, slices = math.prod(self.shapes[name]), self._slices.get(name, np.empty((0, 3), np.int64))
+        starts, ends = slices[:, 1], np.concatenate(([0], slices[:, 2]))
+        if not np.array_equal(starts, ends[:-1]) or ends[-1] != size:
+            bounds = [tuple(pair) for pair in slices[:, 1:].tolist()]
+            raise CheckpointError(
+                f"{self._checkpoint}: {self._kind} of {name} is there in slices {bounds}, expected all of its {size} elements, "
+                "once; remove it to go on from an older one"
+            )
 
     def has(self, name: str, start: int, end: int) -> bool:
         """Whether elements `start` to before `end` are there."""
-        return sum(last - first for _, first, last in self._parts(name, start, end)) == end - start
+        return sum(last - first for *_, first, last in self._parts(name, start, end)) == end - start
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> Tensor:
         """See TensorSource.read."""
@@ -178,11 +261,13 @@ class Tensors:
             raise CheckpointError(f"{self._checkpoint} has no tensor {name}; remove it to go on from an older one")
         end = math.prod(self.shapes[name]) if end is None else end
         result, found = torch.empty(end - start), 0
-        for piece, first, last in self._parts(name, start, end):
+        for number, begin, first, last in self._parts(name, start, end):
+            file, opened = self._open(number)
             try:
-                result[first - start : last - start] = piece.opened.get_slice(piece.key)[first - piece.start : last - piece.start]
+                own = opened.get_slice(slice_key(self._kind, name, begin))
+                result[first - start : last - start] = own[first - begin : last - begin]
             except SafetensorError as error:
-                raise _damaged(piece.file, error) from None
+                raise _damaged(file, error) from None
             found += last - first
         if found != end - start:
             raise CheckpointError(
@@ -190,12 +275,16 @@ class Tensors:
             )
         return result
 
-    def _parts(self, name: str, start: int, end: int) -> Iterator[tuple[_Piece, int, int]]:
-        """(piece, first, last) for each piece with elements `first` to before `last` of those from `start` to before `end`."""
-        for piece in self._pieces.get(name, []):
-            first, last = max(start, piece.start), min(end, piece.end)
+    def _parts(self, name: str, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+        """(index of the file, first element of its slice, first, last) for each slice with elements `first` to before `last` of
+        those from `start` to before `end`."""
+        slices = self._slices.get(name, np.empty((0, 3), np.int64))
+        begin = max(0, int(np.searchsorted(slices[:, 1], start, side="right")) - 1)
+        stop = int(np.searchsorted(slices[:, 1], end, side="left"))
+        for number, slice_start, slice_end in slices[begin:stop].tolist():
+            first, last = max(start, slice_start), min(end, slice_end)
             if first < last:
-                yield piece, first, last
+                yield number, slice_start, first, last
 
 
 def _damaged(file: Path, error: Exception) -> CheckpointError:

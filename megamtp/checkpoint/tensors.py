@@ -6,6 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+WEIGHT = "weight"  # the kind of tensors beside which an optimizer's have their own names
+
 
 class TensorSource(Protocol):
     """Tensors on disk, of which no more is in memory than what was asked for.

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megamtp.checkpoint import store
-from megamtp.checkpoint.shards import Snapshot, WrittenFile, shard_name, write_shard
+from megamtp.checkpoint.shards import SLICES, FileSlices, Snapshot, WrittenFile, file_slices, shard_name, write_shard, write_slices
 from megamtp.checkpoint.tensors import InMemory
 from megamtp.cluster.environment import of_all_ranks
 from megamtp.config import Config
@@ -32,6 +32,7 @@ class _Writing:
     """A checkpoint on its way. The thread sets `file` or `error`."""
 
     manifest: store.Manifest
+    slices: FileSlices
     copy_seconds: float
     thread: threading.Thread | None = None
     file: WrittenFile | None = None
@@ -77,7 +78,9 @@ class Saver:
             dataclasses.asdict(config.model),
             dataclasses.replace(state.run, data=data_position).saved(),
         )
-        writing = self._writing = _Writing(manifest, time.perf_counter() - start)
+        writing = self._writing = _Writing(
+            manifest, file_slices(InMemory(state.tensors), state.shapes), time.perf_counter() - start
+        )
         writing.thread = threading.Thread(target=self._write, args=(writing, tensors, state), name="megamtp-save")
         writing.thread.start()
 
@@ -95,7 +98,8 @@ class Saver:
             writing.thread.join()
             parts = of_all_ranks(_Part(writing.file, writing.error, writing.seconds))
             error = next((part.error for part in parts if part.error), None)
-            outcome = [error or (self._publish(writing.manifest, parts) if self._engine.rank == 0 else None)]
+            slices = None if error else self._on_rank_0(writing.slices)
+            outcome = [error or (self._publish(writing.manifest, parts, slices) if slices else None)]
             dist.broadcast_object_list(outcome, src=0)
         if outcome[0]:
             self._abandon(writing.manifest.step, outcome[0])
@@ -135,11 +139,19 @@ class Saver:
                 raise
         writing.seconds = time.perf_counter() - start
 
-    def _publish(self, manifest: store.Manifest, parts: list["_Part"]) -> str | None:
+    def _on_rank_0(self, own: FileSlices) -> list[FileSlices] | None:
+        """What each rank's file has, on rank 0; None on others. Collective."""
+        found = [own] * self._engine.world_size if self._engine.rank == 0 else None
+        dist.gather_object(own, found)
+        return found
+
+    def _publish(self, manifest: store.Manifest, parts: list["_Part"], slices: list[FileSlices]) -> str | None:
         """Rank 0's: what went wrong, or None."""
         checkpoint = store.folder_of(self._directory, manifest.step)
         try:
-            store.publish(checkpoint, manifest, {shard_name(rank): part.file for rank, part in enumerate(parts)})
+            index = write_slices(store.partial_of(checkpoint) / SLICES, {shard_name(rank): own for rank, own in enumerate(slices)})
+            files = {shard_name(rank): part.file for rank, part in enumerate(parts)}
+            store.publish(checkpoint, manifest, files | {SLICES: index})
         except CheckpointError as error:
             return str(error)
         except OSError as error:

@@ -10,7 +10,18 @@ import torch
 from safetensors.torch import load_file
 
 from megamtp.checkpoint import shards
-from megamtp.checkpoint.shards import Shards, Snapshot, Tensors, read_crc32, shard_name, slice_key, write_shard
+from megamtp.checkpoint.shards import (
+    SLICES,
+    Shards,
+    Snapshot,
+    Tensors,
+    file_slices,
+    read_crc32,
+    shard_name,
+    slice_key,
+    write_shard,
+    write_slices,
+)
 from megamtp.checkpoint.tensors import InMemory, whole
 from megamtp.errors import CheckpointError
 
@@ -111,6 +122,39 @@ def test_files_are_opened_once_for_all_kinds(tmp_path, monkeypatch):
     for kind in ("weight", "exp_avg", "exp_avg_sq"):
         assert torch.equal(whole(found.tensors(kind), "matrix"), MATRIX)
     assert paths == [tmp_path / shard_name(0), tmp_path / shard_name(1)]
+
+
+def test_a_rank_of_another_job_opens_the_files_it_needs_alone(tmp_path, monkeypatch):
+    """As slices.json says; the tensors are those that the headers of all files give."""
+    cuts = [{}, {}, {}]
+    for kind, factor in (("weight", 1), ("exp_avg", 2)):
+        for rank, (start, end) in enumerate([(0, 17), (17, 40), (40, 60)]):
+            cuts[rank] |= cut(MATRIX * factor, "matrix", start, end, kind)
+        cuts[1] |= cut(VECTOR, "vector", 0, 4, kind)
+    cuts[0]["random/cpu"] = torch.zeros(3, dtype=torch.uint8)
+    write(tmp_path, *cuts)
+    files = [shard_name(rank) for rank in range(3)]
+    headers = Shards(tmp_path, files)
+    held = {name: file_slices(InMemory(slices), SHAPES) for name, slices in zip(files, cuts, strict=True)}
+    written = write_slices(tmp_path / SLICES, held)
+    assert (written.bytes, written.crc32) == ((tmp_path / SLICES).stat().st_size, read_crc32(tmp_path / SLICES))
+    paths, safe_open = [], shards.safe_open
+    monkeypatch.setattr(shards, "safe_open", lambda path, **options: paths.append(path.name) or safe_open(path, **options))
+    found = Shards(tmp_path, [*files, SLICES])
+    weights, moments = found.tensors("weight"), found.tensors("exp_avg")
+    assert found.shapes == SHAPES and paths == []
+    assert torch.equal(weights.read("matrix", 20, 38), MATRIX.flatten()[20:38]) and paths == [files[1]]
+    assert torch.equal(moments.read("matrix", 38, 45), 2 * MATRIX.flatten()[38:45]) and paths == files[1:]
+    for kind in ("weight", "exp_avg"):
+        for name in SHAPES:
+            assert torch.equal(whole(found.tensors(kind), name), whole(headers.tensors(kind), name))
+    assert sorted(paths) == files
+    with pytest.raises(CheckpointError, match="is damaged"):
+        whole(found.tensors("exp_avg_sq"), "matrix")
+    for content in (b"", b"[]", b'{"shapes": {}, "files": [], "slices": {"matrix": [["a"]]}}'):
+        (tmp_path / SLICES).write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"slices\.json is damaged"):
+            Shards(tmp_path, [*files, SLICES])
 
 
 def test_damaged_and_foreign_files_are_named(tmp_path):
