@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megamtp.cluster import emulated
+from megamtp.cluster.ports import reserve_port
 from megamtp.config import ClusterConfig
 from megamtp.errors import InputError
 
@@ -122,7 +123,7 @@ def _announce(place: Place) -> None:
         "LOCAL_RANK": str(place.local_rank),
         "WORLD_SIZE": str(place.world_size),
         "MASTER_ADDR": os.environ.get("MASTER_ADDR", "127.0.0.1"),
-        "MASTER_PORT": os.environ.get("MASTER_PORT") or str(_free_port()),
+        "MASTER_PORT": os.environ.get("MASTER_PORT") or str(reserve_port()),
     }
 
 
@@ -152,7 +153,7 @@ def share_error(place: Place, error: InputError | None) -> None:
             "that sets them"
         )
     # By name, which each rank resolves for itself: on its own host a name may stand for 127.0.1.1, which is of no use on others.
-    address = (socket.gethostname(), _free_port()) if place.rank == 0 else None
+    address = (socket.gethostname(), reserve_port()) if place.rank == 0 else None
     told = MPI.COMM_WORLD.allgather((error and str(error), address))
     MPI.Finalize()
     errors = [message for message, _ in told if message]
@@ -169,9 +170,3 @@ def of_all_ranks(own: T) -> list[T]:
     found = [own] * dist.get_world_size()
     dist.all_gather_object(found, own)
     return found
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return listener.getsockname()[1]

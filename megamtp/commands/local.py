@@ -9,7 +9,6 @@ MEGAMTP_RANKS chooses the number of ranks: without, one per GPU, or two where th
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import uuid
 
 import psutil
 
+from megamtp.cluster.ports import reserve_port
 from megamtp.cluster.signals import LAUNCHER_VARIABLE
 from megamtp.commands.command_line import run
 from megamtp.config import print_help
@@ -34,7 +34,7 @@ class Job:
         self._module, self._name, self._received = module, uuid.uuid4().hex, 0
         for number in PASSED_ON:
             signal.signal(number, self._receive)
-        command = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(num_ranks), "--master_port", str(_free_port()), "--quiet"]
+        command = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(num_ranks), "--master_port", str(reserve_port()), "--quiet"]
         # A session of its own: Ctrl-C in the terminal then reaches this process alone, which passes it on in order.
         self._launcher = subprocess.Popen(
             [sys.executable, *command, "--module", module, *arguments],
@@ -99,12 +99,6 @@ def _end(processes: list[psutil.Process]) -> None:
     while any(process.is_running() for process in processes) and time.monotonic() < deadline:
         time.sleep(0.1)
     _send(processes, signal.SIGKILL)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return listener.getsockname()[1]
 
 
 def num_ranks() -> int:

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+
+from megamtp.cluster.ports import reserve_port
 
 ROOT = Path(__file__).parents[2]
 MODULE = "megamtp.pretrain"
@@ -25,13 +26,8 @@ def environment(**variables: str) -> dict[str, str]:
 
 def deepspeed(num_ranks: int, module: str = MODULE) -> list[str]:
     """The deepspeed launcher, ready for a job's arguments."""
-    return ["-m", "deepspeed.launcher.runner", "--num_gpus", str(num_ranks), "--master_port", str(free_port()), "--module", module]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return listener.getsockname()[1]
+    port = str(reserve_port())
+    return ["-m", "deepspeed.launcher.runner", "--num_gpus", str(num_ranks), "--master_port", port, "--module", module]
 
 
 def run(command: list[str], cwd: Path = ROOT, timeout: float = 240, **variables: str) -> subprocess.CompletedProcess:

@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 
 from megamtp.checkpoint.store import newest_checkpoint, verified
-from tests.end_to_end.jobs import MODULE, ROOT, environment, free_port, losses
+from megamtp.cluster.ports import reserve_port
+from tests.end_to_end.jobs import MODULE, ROOT, environment, losses
 
 SAVING_SECONDS = 0.03  # after a save has begun to be seen, within which it is hit
 SURVIVOR_SECONDS = 1.0  # that a rank whose peer was killed has to notice it
@@ -62,7 +63,7 @@ class Killer:
         return path.read_text().count('"kind": "train"') if path.exists() else 0
 
     def _start(self, captured: bool = False) -> list[subprocess.Popen]:
-        output, port = subprocess.PIPE if captured else subprocess.DEVNULL, str(free_port())
+        output, port = subprocess.PIPE if captured else subprocess.DEVNULL, str(reserve_port())
         places = [
             {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             for rank in range(2)

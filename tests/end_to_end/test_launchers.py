@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.end_to_end.jobs import MODULE, ROOT, deepspeed, environment, free_port, losses, run, wait_for
+from megamtp.cluster.ports import reserve_port
+from tests.end_to_end.jobs import MODULE, ROOT, deepspeed, environment, losses, run, wait_for
 
 STEPS = ["train.steps=4", "data.validation=null", "run.save_every_steps=100"]
 
@@ -30,7 +31,7 @@ def launcher(name: str) -> list[str]:
     if name == "deepspeed":
         return deepspeed(2)
     if name == "torchrun":
-        return ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}", "-m", MODULE]
+        return ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={reserve_port()}", "-m", MODULE]
     mpirun = Path(sys.executable).with_name("mpirun")
     return ["-c", "import os, sys; os.execv(sys.argv[1], sys.argv[1:])", str(mpirun), "-n", "2", sys.executable, "-m", MODULE]
 
@@ -83,7 +84,7 @@ def test_two_nodes_give_the_losses_of_one(arguments, expected, tmp_path, start):
     """Two launches on this machine, each a node with one rank, as `--no_ssh --node_rank` does it on two."""
     hosts = tmp_path / "hosts"
     hosts.write_text("node-a slots=1\nnode-b slots=1\n")
-    port = free_port()
+    port = reserve_port()
     nodes = [
         start([
             "-m", "deepspeed.launcher.runner", "--hostfile", str(hosts), "--no_ssh", "--node_rank", str(node),

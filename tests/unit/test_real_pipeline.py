@@ -7,8 +7,9 @@ import sys
 import pytest
 from benchmarks import real_pipeline
 
+from megamtp.cluster.ports import reserve_port
 from megamtp.errors import InputError
-from tests.end_to_end.jobs import ROOT, environment, free_port
+from tests.end_to_end.jobs import ROOT, environment
 from tests.unit.test_pipeline_benchmark import TINY
 
 PREDICT = ["--device", "cpu", "--sizes", "6.7b", "--stages", "2", "--pipelines", "1", "--vocabularies", "300", "--heads", "1", "2",
@@ -21,7 +22,7 @@ def test_every_plan_runs_on_its_ranks(tmp_path):
     benchmark, folder = "tools/benchmark.py", ["--output", str(tmp_path)]
     call = dict(cwd=ROOT, env=environment(), check=True, capture_output=True, text=True)
     subprocess.run([sys.executable, benchmark, "pipeline", *PREDICT, *folder, "--set", *TINY], **call)
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}", benchmark]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={reserve_port()}", benchmark]
     real = ["real_pipeline", "--predicted", str(tmp_path / "predicted.json"), "--device", "cpu", "--steps", "2", *folder]
     printed = subprocess.run([sys.executable, *launcher, *real], **call).stdout
     results = json.loads((tmp_path / "real_pipeline.json").read_text())["results"]
