@@ -174,6 +174,12 @@ class EngineConfig:
     offload_parameters: bool = option(False, "zero3: keep parameter shards in CPU memory")
     deepspeed: dict[str, Any] = option({}, "further DeepSpeed settings, passed through; a clash with ours is refused")
 
+    @property
+    def pipeline_stages(self) -> int:
+        """num_stages, which every pipeline has."""
+        assert self.num_stages is not None
+        return self.num_stages
+
 
 @dataclass(frozen=True)
 class ClusterConfig:

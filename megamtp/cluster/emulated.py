@@ -12,6 +12,8 @@ import functools
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, no_type_check
 
 import torch
 import torch.distributed as dist
@@ -41,7 +43,7 @@ class EmulatedWork(dist.Work):
         super().__init__()
         self._done, self._tensors = done, tensors
 
-    def wait(self, timeout=None) -> bool:
+    def wait(self, timeout: timedelta | None = None) -> bool:
         if self._done is not None:
             _current_stream().wait_event(self._done)
         self._tensors = []
@@ -62,20 +64,21 @@ class EmulatedGroup(dist.ProcessGroup):
     """
 
     def __init__(self, network: Network, transfers: deque[Transfer]):
-        super().__init__(0, network.world_size)
+        super().__init__(0, network.world_size)  # type: ignore[call-arg]  # the stub lacks this overload
         self._network, self._transfers = network, transfers
-        self._size, self._stream = network.world_size, None
+        self._size = network.world_size
+        self._stream: torch.cuda.Stream | None = None
         self._graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}  # last used last; None where a transfer has been seen once
 
     def getBackendName(self) -> str:
         return BACKEND
 
     @property
-    def pg_name(self) -> str:
+    def pg_name(self) -> "dist.distributed_c10d.GroupName":
         return dist.distributed_c10d._world.pg_names[self]
 
     @property
-    def group_name(self) -> str:
+    def group_name(self) -> "dist.distributed_c10d.GroupName":
         return self.pg_name
 
     def _run(self, kind: str, whole: list[Tensor], others: list[Tensor], move: Callable[[], None]) -> EmulatedWork:
@@ -120,21 +123,21 @@ class EmulatedGroup(dist.ProcessGroup):
         move()
         hold(self._start, transfer.seconds, self._network.cluster.communication_sms)
 
-    def allgather_into_tensor_coalesced(self, outputs, tensors, opts=None):
+    def allgather_into_tensor_coalesced(self, outputs: list[Tensor], tensors: list[Tensor], opts: object = None) -> EmulatedWork:
         def move() -> None:
             shards = [tensor.view(-1).expand(self._size, -1) for tensor in tensors]
             torch._foreach_copy_([output.view(self._size, -1) for output in outputs], shards)
 
         return self._run("all_gather", outputs, tensors, move)
 
-    def _allgather_base(self, output, tensor, opts=None):
-        if _lies_in(tensor, output):
-            tensor = tensor.clone()
-        return self.allgather_into_tensor_coalesced([output], [tensor])
+    def _allgather_base(self, output: Tensor, input: Tensor, opts: object = None) -> EmulatedWork:
+        if _lies_in(input, output):
+            input = input.clone()
+        return self.allgather_into_tensor_coalesced([output], [input])
 
     all_gather_single = _allgather_base
 
-    def allgather(self, outputs, tensors, opts=None):
+    def allgather(self, outputs: list[list[Tensor]], tensors: list[Tensor], opts: object = None) -> EmulatedWork:  # type: ignore[override]
         def move() -> None:
             for pieces, tensor in zip(outputs, tensors, strict=True):
                 for piece in pieces:
@@ -142,33 +145,33 @@ class EmulatedGroup(dist.ProcessGroup):
 
         return self._run("all_gather", [piece for pieces in outputs for piece in pieces], tensors, move)
 
-    def reduce_scatter_tensor_coalesced(self, outputs, tensors, opts=None):
+    def reduce_scatter_tensor_coalesced(self, outputs: list[Tensor], tensors: list[Tensor], opts: object = None) -> EmulatedWork:
         def move() -> None:
             for output, tensor in zip(outputs, tensors, strict=True):
                 torch.sum(tensor.view(self._size, -1), dim=0, out=output.view(-1))
 
         return self._run("reduce_scatter", tensors, outputs, move)
 
-    def _reduce_scatter_base(self, output, tensor, opts=None):
+    def _reduce_scatter_base(self, outputTensor: Tensor, inputTensor: Tensor, opts: object = None) -> EmulatedWork:
         def move() -> None:
-            if _lies_in(output, tensor):
-                output.view(-1).copy_(tensor.reshape(self._size, -1).sum(dim=0))
+            if _lies_in(outputTensor, inputTensor):
+                outputTensor.view(-1).copy_(inputTensor.reshape(self._size, -1).sum(dim=0))
             else:
-                torch.sum(tensor.reshape(self._size, -1), dim=0, out=output.view(-1))
+                torch.sum(inputTensor.reshape(self._size, -1), dim=0, out=outputTensor.view(-1))
 
-        return self._run("reduce_scatter", [tensor], [output], move)
+        return self._run("reduce_scatter", [inputTensor], [outputTensor], move)
 
     reduce_scatter_single = _reduce_scatter_base
 
-    def allreduce(self, tensors, opts=None):
+    def allreduce(self, tensors: list[Tensor], opts: object = None) -> EmulatedWork:  # type: ignore[override]
         return self._run("all_reduce", tensors, [], lambda: None)
 
     allreduce_coalesced = allreduce
 
-    def broadcast(self, tensors, opts=None):
+    def broadcast(self, tensors: list[Tensor], opts: object = None) -> EmulatedWork:  # type: ignore[override]
         return self._run("broadcast", tensors, [], lambda: None)
 
-    def barrier(self, opts=None):
+    def barrier(self, opts: object = None) -> EmulatedWork:
         return self._run("barrier", [], [], lambda: None)
 
 
@@ -180,7 +183,8 @@ def join(cluster: ClusterConfig) -> deque[Transfer]:
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    network, transfers = Network(cluster), deque(maxlen=LOGGED_TRANSFERS)
+    network = Network(cluster)
+    transfers: deque[Transfer] = deque(maxlen=LOGGED_TRANSFERS)
     if torch.cuda.is_available():
         # Transfers are copied by the whole card, faster than a network would; what computes goes before them, as it does beside the
         # few multiprocessors of NCCL's kernels.
@@ -215,20 +219,23 @@ def hold(start: Tensor, seconds: float, num_sms: int) -> None:
 
 
 @functools.cache
-def _kernels() -> tuple:
+def _kernels() -> tuple[Any, Any]:
     """By the card's clock of nanoseconds, not of its cycles, whose length changes with its load."""
     import triton
     import triton.language as tl
 
     @triton.jit
+    @no_type_check
     def now():
         return tl.inline_asm_elementwise("mov.u64 $0, %globaltimer;", "=l", [], dtype=tl.int64, is_pure=False, pack=1)
 
     @triton.jit
+    @no_type_check
     def mark(time):
         tl.store(time, now())
 
     @triton.jit
+    @no_type_check
     def hold(start, nanoseconds):
         end = tl.load(start) + nanoseconds
         while now() < end:

@@ -14,6 +14,7 @@ class Network:
     """
 
     def __init__(self, cluster: ClusterConfig):
+        assert cluster.emulate is not None
         self.cluster, self.world_size = cluster, cluster.emulate
 
     def seconds(self, kind: str, num_bytes: int) -> float:

@@ -15,6 +15,7 @@ Shapes: C rows of a chunk, D width, V vocabulary.
 
 import functools
 from dataclasses import dataclass
+from typing import Any, no_type_check
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ class Float8Weight:
     2 V D bytes: the fp8 products want their second factor with the summed dimension contiguous, which is D for logits and V for dH.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.rows_VD: Tensor | None = None
         self.columns_DV: Tensor | None = None
         self.scale: Tensor | None = None
@@ -63,8 +64,10 @@ class Float8Products:
         With the tensor cores' fast accumulation: it keeps some 14 bits of a sum, and D terms of like size, whose factors have 4,
         do not miss the others.
         """
+        rows_VD, scale = self.weight.rows_VD, self.weight.scale
+        assert rows_VD is not None and scale is not None
         return torch._scaled_mm(
-            self.hidden_ND[rows], self.weight.rows_VD.T, scale_a=self.hidden_scale, scale_b=self.weight.scale,
+            self.hidden_ND[rows], rows_VD.T, scale_a=self.hidden_scale, scale_b=scale,
             out_dtype=self.dtype, use_fast_accum=True,
         )  # fmt: skip
 
@@ -73,8 +76,10 @@ class Float8Products:
 
         Without fast accumulation: one or two of V terms are large, and 14 bits would cut off the many small ones, all to one side.
         """
+        columns_DV, scale = self.weight.columns_DV, self.weight.scale
+        assert columns_DV is not None and scale is not None
         torch._scaled_mm(
-            gradient_CV, self.weight.columns_DV.T, scale_a=self.gradient_scale, scale_b=self.weight.scale,
+            gradient_CV, columns_DV.T, scale_a=self.gradient_scale, scale_b=scale,
             out_dtype=self.dtype, use_fast_accum=False, out=out,
         )  # fmt: skip
 
@@ -107,12 +112,13 @@ def _triton(x_MN: Tensor, amax: Tensor, transposed: Tensor | None) -> tuple[Tens
 
 
 @functools.cache
-def _kernel():
+def _kernel() -> Any:
     """One program a tile: read once, written once or, transposed, twice."""
     import triton
     import triton.language as tl
 
     @triton.jit
+    @no_type_check
     def kernel(
         x, amax, quantised, transposed, scale, num_rows, num_columns,
         largest: tl.constexpr, smallest_amax: tl.constexpr, block: tl.constexpr,

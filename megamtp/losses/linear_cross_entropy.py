@@ -8,6 +8,7 @@ Shapes: N rows (positions), D width, V vocabulary, C rows of a chunk.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,7 +116,10 @@ class _Sinks:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, targets_N, options, sinks, float8_weight):
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, options: _Options, sinks: _Sinks,
+        float8_weight: Float8Weight | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         float8 = float8_weight.products(weight_VD, hidden_ND, options.factor) if float8_weight and len(hidden_ND) else None
         nothing = torch.empty(2, 0, dtype=wide(hidden_ND.dtype), device=hidden_ND.device)
         chunks = [
@@ -131,7 +135,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return options.scale * loss, nll_sum
 
     @staticmethod
-    def backward(ctx, d_loss, _):
+    def backward(ctx: Any, d_loss: Tensor, _: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         (d_hidden_ND,) = ctx.saved_tensors
         d_weight_VD = ctx.shared_gradient.take_if_last() if ctx.shared_gradient else None
         if not ctx.options.seed_is_certain:
@@ -173,6 +177,7 @@ def _chunk(
     gradient_CV = logits_CV.to(hidden_ND.dtype)
     del logits_CV
     if gradient8_CV is not None:
+        assert float8 is not None and sinks.hidden_ND is not None
         float8.hidden_gradient(gradient8_CV, out=sinks.hidden_ND[rows])
     elif sinks.hidden_ND is not None:
         torch.mm(gradient_CV, weight_VD, out=sinks.hidden_ND[rows])

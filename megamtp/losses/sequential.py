@@ -8,6 +8,7 @@ Source: Gloeckle et al. 2024, arXiv:2404.19737, section 2 and figure 2.
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ class SequentialHeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, z_BTD: Tensor, head_loss: HeadLoss, num_heads: int, phase: HeadPhase):
+    def forward(ctx: Any, z_BTD: Tensor, head_loss: HeadLoss, num_heads: int, phase: HeadPhase) -> tuple[Tensor, Tensor]:
         ctx.seed = phase.seed()
         dz_BTD, loss, nll_sums = _run_heads(z_BTD, head_loss, num_heads, phase, ctx.seed)
         ctx.save_for_backward(dz_BTD)
@@ -51,7 +52,7 @@ class SequentialHeadLoss(torch.autograd.Function):
         return loss, nll_sums
 
     @staticmethod
-    def backward(ctx, d_loss, _):
+    def backward(ctx: Any, d_loss: Tensor, _: Tensor | None) -> tuple[Tensor, None, None, None]:
         (dz_BTD,) = ctx.saved_tensors
         return (dz_BTD * (d_loss / ctx.seed)).to(dz_BTD.dtype), None, None, None
 
@@ -63,14 +64,14 @@ class PassingHeads(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, z_BTD: Tensor, head_loss: HeadLoss, num_heads: int, phase: HeadPhase):
+    def forward(ctx: Any, z_BTD: Tensor, head_loss: HeadLoss, num_heads: int, phase: HeadPhase) -> tuple[Tensor, Tensor]:
         dz_BTD, _, nll_sums = _run_heads(z_BTD, head_loss, num_heads, phase, phase.seed())
         ctx.save_for_backward(dz_BTD)
         ctx.mark_non_differentiable(nll_sums)
         return z_BTD.view_as(z_BTD), nll_sums
 
     @staticmethod
-    def backward(ctx, dz_of_others_BTD, _):
+    def backward(ctx: Any, dz_of_others_BTD: Tensor, _: Tensor | None) -> tuple[Tensor, None, None, None]:
         (dz_BTD,) = ctx.saved_tensors
         return dz_of_others_BTD + dz_BTD, None, None, None
 
@@ -84,7 +85,9 @@ def _run_heads(z_BTD: Tensor, head_loss: HeadLoss, num_heads: int, phase: HeadPh
             with phase.one_head(index), torch.enable_grad():
                 loss, nll_sum = head_loss(index, z_head_BTD)
                 torch.autograd.backward(loss, torch.full_like(loss, seed))
+            assert z_head_BTD.grad is not None
             dz_BTD = z_head_BTD.grad.to(wide(z_BTD.dtype)) if dz_BTD is None else dz_BTD.add_(z_head_BTD.grad)
             losses.append(loss.detach())
             nll_sums.append(nll_sum)
+    assert dz_BTD is not None
     return dz_BTD.to(z_BTD.dtype), torch.stack(losses).sum(), torch.stack(nll_sums)

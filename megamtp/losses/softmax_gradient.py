@@ -5,6 +5,7 @@ Shapes: C rows, V vocabulary.
 """
 
 import functools
+from typing import Any, no_type_check
 
 import torch
 from torch import Tensor
@@ -61,13 +62,14 @@ def _triton(
 
 
 @functools.cache
-def row_statistics():
+def row_statistics() -> Any:
     """Triton's function (logits of a row, number of columns, block) -> (largest logit, sum of exp(logit - largest)), for kernels of
     one program a row. Online: Milakov and Gimelshein 2018, arXiv:1805.02867, algorithm 3."""
     import triton
     import triton.language as tl
 
     @triton.jit
+    @no_type_check
     def statistics(logits, num_columns, block: tl.constexpr):
         columns = tl.arange(0, block)
         largest, partition = -float("inf"), 0.0
@@ -82,7 +84,7 @@ def row_statistics():
 
 
 @functools.cache
-def _kernel():
+def _kernel() -> Any:
     """One program a row: its statistics first; then a loop, whose reads come from the cache, writes the gradient and its copy as if
     no column were the target; then the target's.
     """
@@ -92,6 +94,7 @@ def _kernel():
     statistics = row_statistics()
 
     @triton.jit
+    @no_type_check
     def kernel(
         logits, targets, nll, squared, copy, num_columns, stride, factor, z_loss, copy_scale,
         ignored: tl.constexpr, block: tl.constexpr,

@@ -9,6 +9,7 @@ Shapes: N positions, D width, R rows of a slice, S slices.
 """
 
 import functools
+from typing import Any, no_type_check
 
 import torch
 from torch import Tensor
@@ -90,7 +91,7 @@ def _triton_gradient_(logits_NR: Tensor, own_targets_N: Tensor, log_partition_N:
 
 
 @functools.cache
-def kernels():
+def kernels() -> tuple[Any, Any]:
     """(statistics, gradient), one program a position each: the two halves of softmax_gradient.py's kernel."""
     import triton
     import triton.language as tl
@@ -98,6 +99,7 @@ def kernels():
     of_row = row_statistics()
 
     @triton.jit
+    @no_type_check
     def statistics(logits, targets, found, num_rows, num_columns, stride, block: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         logits += row * stride
@@ -109,6 +111,7 @@ def kernels():
         tl.store(found + 2 * num_rows + row, tl.where(target >= 0, target_logit, 0.0))
 
     @triton.jit
+    @no_type_check
     def gradient(logits, targets, log_partitions, scales, num_columns, stride, factor, block: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         logits += row * stride

@@ -77,7 +77,9 @@ class Unembedding(nn.Module):
 
     def normed(self, hidden_BTD: Tensor) -> Tensor:
         """The hidden state after the final norm."""
-        return rms_norm(hidden_BTD, self.norm, self.eps)
+        norm = self.norm
+        assert norm is not None
+        return rms_norm(hidden_BTD, norm, self.eps)
 
     def forward(
         self,
@@ -96,12 +98,13 @@ class Unembedding(nn.Module):
 
         The loss is computed in here, not outside, because a sharded engine has the weight only while this runs.
         """
-        normed_BTD = self.normed(hidden_BTD)
+        normed_BTD, weight = self.normed(hidden_BTD), self.weight
+        assert weight is not None
         if targets_BT is None:
-            return normed_BTD @ self.weight.T
+            return normed_BTD @ weight.T
         return linear_cross_entropy(
             normed_BTD.flatten(0, -2),
-            self.weight,
+            weight,
             targets_BT.flatten(),
             scale=scale,
             seed=seed,

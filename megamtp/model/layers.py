@@ -6,7 +6,7 @@ Source: Touvron et al. 2023, arXiv:2302.13971, section 2.2; grouped queries: Ain
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -71,12 +71,12 @@ def rotate(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         return x @ weight.T
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         return gradient @ weight, gradient.flatten(0, -2).T @ x.flatten(0, -2)
 
@@ -241,7 +241,8 @@ class TransformerLayer(nn.Module):
 
         Source: paper.md, table S5: norms are not counted.
         """
-        (key_value_dim, dim), (hidden_dim, _) = self.attention["key"].weight.shape, self.mlp["gate"].weight.shape
+        key_value_dim, dim = self.get_parameter("attention.key.weight").shape
+        hidden_dim = len(self.get_parameter("mlp.gate.weight"))
         matrices = 2 * dim * dim + 2 * dim * key_value_dim + 3 * dim * hidden_dim
         kept_elements = 6 * dim + 2 * key_value_dim + 3 * hidden_dim
         return LayerCost(2 * matrices, 2 * sequence_length * dim, kept_elements, dim)

@@ -12,16 +12,22 @@ Shape suffixes, here and everywhere: B batch, T positions, D width, V vocabulary
 K width of an attention head.
 """
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megamtp.config import HeadLossConfig, ModelConfig
-from megamtp.model.layers import KeyValueCache, Separation
+from megamtp.model.heads import Head, Unembedding
+from megamtp.model.layers import KeyValueCache, Separation, TransformerLayer
 from megamtp.model.part import Extent, ModelPart
 
 
 class MTPModel(ModelPart):
     """The whole model: trunk, heads and unembedding. `forward` is the training loss. For the arguments see ModelPart."""
+
+    embedding: nn.Embedding
+    unembedding: Unembedding
 
     def __init__(
         self,
@@ -68,9 +74,10 @@ class MTPModel(ModelPart):
             caches: what the previous call returned; None at the start.
         """
         hidden_BTD = self.embedding(inputs_BT)
-        layers = [*self.trunk, self.heads[0]]
-        extended = []
-        for layer, cache in zip(layers, caches or [None] * len(layers), strict=True):
-            hidden_BTD, cache = layer.extend(hidden_BTD, cache)
-            extended.append(cache)
+        layers: list[TransformerLayer | Head] = [*self.trunk, self.heads[0]]
+        past: Sequence[KeyValueCache | None] = caches or [None] * len(layers)
+        extended: list[KeyValueCache] = []
+        for layer, cache in zip(layers, past, strict=True):
+            hidden_BTD, longer = layer.extend(hidden_BTD, cache)
+            extended.append(longer)
         return self.unembedding(hidden_BTD[:, -1]), extended

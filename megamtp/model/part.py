@@ -5,6 +5,7 @@ MTPModel is the part that has everything; a pipeline's stages are parts that sha
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from megamtp.losses.vocabulary_slice import slice_gradients, slice_statistics
 from megamtp.model.documents import separate
 from megamtp.model.heads import Unembedding, head_class
 from megamtp.model.layers import Separation, TransformerLayer
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -42,18 +45,20 @@ class Extent:
         return 0 in self.trunk
 
 
-class Numbered(nn.Module):
+class Numbered(nn.Module, Generic[M]):
     """Modules under their numbers in the whole model: `modules[number]`, and an iteration over the modules."""
 
-    def __init__(self, modules: Mapping[int, nn.Module]):
+    _modules: dict[str, M]  # type: ignore[assignment]  # torch's may hold None
+
+    def __init__(self, modules: Mapping[int, M]):
         super().__init__()
         for number, module in modules.items():
             self.add_module(str(number), module)
 
-    def __getitem__(self, number: int) -> nn.Module:
+    def __getitem__(self, number: int) -> M:
         return self._modules[str(number)]
 
-    def __iter__(self) -> Iterator[nn.Module]:
+    def __iter__(self) -> Iterator[M]:
         return iter(self._modules.values())
 
     def __len__(self) -> int:
@@ -97,6 +102,12 @@ class ModelPart(nn.Module):
         """Whether z ends here: no later part has a head."""
         return self.config.num_future_tokens - 1 in self.extent.heads
 
+    @property
+    def unembedding_weight(self) -> nn.Parameter:
+        """[R, D]: the rows that are here, where there are some."""
+        assert self.unembedding is not None and self.unembedding.weight is not None
+        return self.unembedding.weight
+
     def separate(self, documents_BT: Tensor | None) -> Separation | None:
         """What the layers need to keep attention inside documents; None if it crosses them."""
         if documents_BT is None:
@@ -131,14 +142,15 @@ class ModelPart(nn.Module):
             (result, nll_sums): the loss in the part with the last head, in others z for the heads that follow; and the summed
             negative log-likelihood of each head that is here.
         """
-        own, settings = list(self.extent.heads), self.head_loss_config
+        own, settings, unembedding = list(self.extent.heads), self.head_loss_config, self.unembedding
+        assert unembedding is not None
         learning = torch.is_grad_enabled() and z_BTD.requires_grad
         sequential = learning and self.schedule == "sequential"
         shared_gradient, float8_weight, seed = SharedGradient(num_uses=len(own)), Float8Weight(), self.head_phase.seed()
 
         def head_loss(place: int, z_BTD: Tensor) -> tuple[Tensor, Tensor]:
             index = own[place]
-            return self.unembedding(
+            return unembedding(
                 self.heads[index](z_BTD, separation),
                 targets_NBT[index],
                 scale=loss_scales[index],
@@ -158,11 +170,13 @@ class ModelPart(nn.Module):
 
     def normed_heads(self, z_BTD: Tensor, separation: Separation | None = None) -> list[Tensor]:
         """What the heads that are here make of z, normed [B, T, D] each: for losses that are spread over slices."""
+        if self.unembedding is None:
+            return []
         return [self.unembedding.normed(head(z_BTD, separation)) for head in self.heads]
 
     def slice_statistics(self, hidden_ND: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
         """See losses/vocabulary_slice.py, for the rows that are here."""
-        return slice_statistics(hidden_ND, self.unembedding.weight.detach(), targets_N, self.extent.rows.start)
+        return slice_statistics(hidden_ND, self.unembedding_weight.detach(), targets_N, self.extent.rows.start)
 
     def slice_gradients(
         self,
@@ -177,7 +191,7 @@ class ModelPart(nn.Module):
         return slice_gradients(
             logits_NR,
             hidden_ND,
-            self.unembedding.weight.detach(),
+            self.unembedding_weight.detach(),
             targets_N,
             self.extent.rows.start,
             log_partition_N,

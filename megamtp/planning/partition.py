@@ -10,7 +10,7 @@ Time is counted in FLOPs unless measured costs are given; the optimizer and the 
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -18,7 +18,7 @@ from megamtp.config import Config
 from megamtp.errors import InputError
 from megamtp.planning.one_f_one_b import Work, play
 from megamtp.planning.pass_costs import PassCosts, flop_costs
-from megamtp.planning.spread_schedule import Exchange
+from megamtp.planning.spread_schedule import Exchange, SpreadWork
 from megamtp.planning.stage_memory import StageContents, stage_memory
 
 ENOUGH_MICRO_BATCHES = 4  # per stage
@@ -131,7 +131,7 @@ def imbalance(times: list[float]) -> float:
     return max(times) * len(times) / sum(times)
 
 
-def bubble(played: list[Work], num_stages: int) -> float:
+def bubble(played: Sequence[Work | SpreadWork], num_stages: int) -> float:
     """The share of a played step in which the average stage has nothing to do."""
     return 1 - sum(work.end - work.start for work in played) / (num_stages * max(work.end for work in played))
 
@@ -148,7 +148,7 @@ def partition(config: Config, data_parallel_size: int, costs: PassCosts | None =
         InputError: no cut fits into engine.stage_memory_bytes.
     """
     costs = costs or flop_costs(config)
-    num_stages, micro_batches = config.engine.num_stages, config.accumulation(data_parallel_size)
+    num_stages, micro_batches = config.engine.pipeline_stages, config.accumulation(data_parallel_size)
     if config.engine.stage_layers:
         bounds = [0, *accumulate(config.engine.stage_layers)]
     else:
@@ -167,7 +167,7 @@ def make_stage(
     contents = contents_between(config, first, end)
     forward = costs.trunk_forward(contents) + costs.heads_and_losses(contents.heads)
     backward = costs.trunk_backward(contents, config.train.activation_checkpointing)
-    alive = min(config.engine.num_stages - index, micro_batches)
+    alive = min(config.engine.pipeline_stages - index, micro_batches)
     memory = stage_memory(config, data_parallel_size, contents, alive)
     return Stage(first, end, heads_between(config, first, end), contents, forward, backward, memory)
 
@@ -187,7 +187,8 @@ def heads_between(config: Config, first: int, end: int) -> range:
 
 def _best_bounds(config: Config, data_parallel_size: int, micro_batches: int, prices: PassCosts) -> list[int]:
     """First layers of all stages, and the end: the slowest stage as fast as can be, and then the others as even as can be."""
-    num_layers, num_stages, limit = config.model.num_layers, config.engine.num_stages, config.engine.stage_memory_bytes or math.inf
+    num_layers, num_stages = config.model.num_layers, config.engine.pipeline_stages
+    limit = config.engine.stage_memory_bytes or math.inf
     costs: dict[tuple[int, int, int], float] = {}
     for index in range(num_stages):
         for first in range(num_layers):
@@ -201,8 +202,9 @@ def _best_bounds(config: Config, data_parallel_size: int, micro_batches: int, pr
             "raise engine.num_stages, lower train.micro_batch_size or set train.activation_checkpointing=true"
         )
 
-    def unevenness(*place: int) -> float:
-        return costs[place] ** 2 if costs[place] <= slowest else math.inf
+    def unevenness(stage: int, first: int, end: int) -> float:
+        cost = costs[stage, first, end]
+        return cost**2 if cost <= slowest else math.inf
 
     return cheapest_cut(num_layers, num_stages, unevenness, operator.add)[1]
 

@@ -6,8 +6,9 @@ predictions are tested against.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from megamtp.cluster.network import Network
 from megamtp.config import Config
@@ -68,8 +69,8 @@ class Plan:
         cut: of a pipeline.
     """
 
-    memory: dict[str, float]
-    host_memory: dict[str, float]
+    memory: Mapping[str, float]
+    host_memory: Mapping[str, float]
     checkpoint_bytes: int
     micro_batches: int
     compute: float
@@ -123,6 +124,7 @@ def _plan_pipeline(config: Config, world_size: int, card: Card) -> Plan:
     _, pipelines = data_parallel_place(config, 0, world_size)
     cluster, engine, costs = config.cluster, config.engine, _pass_costs(config, card)
     exchange = Link(cluster.flat_bandwidth or cluster.network_bandwidth, cluster.latency).exchange(config)
+    cut: Partition | SpreadPartition
     if engine.spread_losses:
         given = dataclasses.replace(engine, stage_layers=spread_layers(config, costs))
         cut = spread(dataclasses.replace(config, engine=given), pipelines).priced(config, costs, exchange)
@@ -302,5 +304,5 @@ def _alternatives(config: Config, world_size: int) -> Iterator[tuple[str, Config
         yield f"--gpus {ranks} {words}", recomputing, ranks
 
 
-def _with_train(config: Config, **changes) -> Config:
+def _with_train(config: Config, **changes: Any) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))

@@ -106,7 +106,7 @@ def spread(
     model, costs = config.model, costs or flop_costs(config)
     pairs = list(itertools.pairwise([0, *itertools.accumulate(spread_layers(config, costs))]))
     passes = [_passes(config, costs, *pair) for pair in pairs]
-    multiple = ROW_MULTIPLE if model.vocab_size >= LARGE_SLICE * config.engine.num_stages else 1
+    multiple = ROW_MULTIPLE if model.vocab_size >= LARGE_SLICE * config.engine.pipeline_stages else 1
     shares = share_rows([sum(both) for both in passes], _row_cost(config, costs), model.vocab_size, multiple)
     contents = [contents_between(config, *pair, rows) for pair, rows in zip(pairs, shares, strict=True)]
     times = [_times(held, both, costs) for held, both in zip(contents, passes, strict=True)]
@@ -131,7 +131,7 @@ def spread_layers(config: Config, costs: PassCosts) -> list[int]:
     """engine.stage_layers, or else layers as even, by `costs`, as can be where rows of the unembedding can fill the rest up."""
     if config.engine.stage_layers:
         return config.engine.stage_layers
-    num_layers, num_stages = config.model.num_layers, config.engine.num_stages
+    num_layers, num_stages = config.model.num_layers, config.engine.pipeline_stages
     losses = _row_cost(config, costs) * config.model.vocab_size
 
     def cost(_: int, first: int, end: int) -> float:

@@ -149,7 +149,8 @@ class SpreadSchedule:
     def play(self) -> list[SpreadWork]:
         """Every pass as soon as its stage is free and its data there."""
         ends: dict[Pass, float] = {}
-        free, places, played = [0.0] * len(self.times), [0] * len(self.times), []
+        played: list[SpreadWork] = []
+        free, places = [0.0] * len(self.times), [0] * len(self.times)
         total = sum(map(len, self.orders))
         while len(played) < total:
             for stage, order in enumerate(self.orders):
@@ -167,7 +168,8 @@ class SpreadSchedule:
         Whoever begins its own in this order, and runs its passes in theirs, has always begun what a pass needs: what comes before
         it here was made by passes that come before it there.
         """
-        played, found, ready = self.play(), [], collections.Counter()
+        played, found = self.play(), []
+        ready: collections.Counter[tuple[Carries, int, int]] = collections.Counter()
         for index in sorted(range(len(played)), key=lambda index: (played[index].end, index)):
             work = played[index].work
             carried: list[Carries] = []
@@ -194,7 +196,7 @@ class SpreadSchedule:
 
     def _kinds(self, stage: int, pattern: tuple[Kind, ...]) -> list[tuple[Kind, int]]:
         """(kind, host) of what a stage does for each micro-batch, in the pattern's order."""
-        found = []
+        found: list[tuple[Kind, int]] = []
         for kind in pattern:
             if kind in (Kind.FORWARD, Kind.BACKWARD):
                 found.append((kind, stage))
@@ -208,9 +210,9 @@ class SpreadSchedule:
         A stage's round begins with its forward pass; any other pass takes its place in the first round by which its data are there.
         """
         first: dict[Pass, float] = {}
-        begin, places = 0.0, []
+        places: list[dict[tuple[Kind, int], float]] = [{} for _ in self.times]
+        begin = 0.0
         for stage in range(len(self.times)):
-            places.append({})
             place = begin
             for kind, host in self._kinds(stage, pattern):
                 places[stage][kind, host] = place
@@ -224,6 +226,7 @@ class SpreadSchedule:
         for work in sequence:
             place = places[work.stage][work.kind, work.host]
             arrival = self._arrival(work, ends)
+            assert arrival is not None
             rounds = math.ceil((arrival - place) / period - 1e-9)
             first[work] = max(arrival, place + period * max(0, rounds))
             ends[work] = first[work] + self._duration(work.stage, work.kind, work.host)
@@ -237,8 +240,10 @@ class SpreadSchedule:
 
     def _arrival(self, work: Pass, ends: dict[Pass, float]) -> float | None:
         """When all that a pass needs is there; None while that is not known."""
-        times = [ends[need] + delay if need in ends else None for need, delay in self._needs(work)]
-        return None if None in times else max(times, default=0.0)
+        needs = self._needs(work)
+        if any(need not in ends for need, _ in needs):
+            return None
+        return max((ends[need] + delay for need, delay in needs), default=0.0)
 
     def _needs(self, work: Pass) -> list[tuple[Pass, float]]:
         """The passes whose results it works on, and how long those are under way."""
