@@ -97,6 +97,12 @@ class ModelPart(nn.Module):
         """Whether z ends here: no later part has a head."""
         return self.config.num_future_tokens - 1 in self.extent.heads
 
+    @property
+    def unembedding_weight(self) -> nn.Parameter:
+        """[R, D]: the rows that are here, where there are some."""
+        assert self.unembedding is not None and self.unembedding.weight is not None
+        return self.unembedding.weight
+
     def separate(self, documents_BT: Tensor | None) -> Separation | None:
         """What the layers need to keep attention inside documents; None if it crosses them."""
         if documents_BT is None:
