@@ -104,7 +104,7 @@ def count_targets(micro_batches: list[Batch], can_be_ignored: bool, data_paralle
     if not can_be_ignored:
         positions = sum(batch.targets[0].numel() for batch in micro_batches) * data_parallel_size
         return [positions] * len(micro_batches[0].targets)
-    counts = sum((batch.targets != IGNORED).sum(dim=(1, 2)) for batch in micro_batches).to(device)
+    counts = torch.stack([(batch.targets != IGNORED).sum(dim=(1, 2)) for batch in micro_batches]).sum(dim=0).to(device)
     dist.all_reduce(counts)
     readers = dist.get_world_size() // data_parallel_size  # of every micro-batch
     return [count // readers for count in counts.tolist()]

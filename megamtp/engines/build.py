@@ -17,4 +17,7 @@ def build_engine(config: Config, cut: Partition | SpreadPartition | None = None)
     """
     if config.engine.kind != "pipeline":
         return ZeroEngine(config)
-    return (SpreadPipelineEngine if config.engine.spread_losses else PipelineEngine)(config, cut)
+    if config.engine.spread_losses:
+        assert not isinstance(cut, Partition)
+        return SpreadPipelineEngine(config, cut)
+    return PipelineEngine(config, cut)

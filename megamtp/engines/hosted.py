@@ -1,7 +1,6 @@
 """What the engines that DeepSpeed hosts have in common."""
 
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 from megamtp.config import Config
 from megamtp.engines.base import EngineState, StepResult
 from megamtp.engines.deepspeed.host import current_device, host
-from megamtp.engines.deepspeed.members import full_shape
+from megamtp.engines.deepspeed.members import HostEngine, full_shape
 from megamtp.engines.deepspeed.saved_state import engine_state, load_state
 from megamtp.optimizers.kinds import optimizer_kind
 
@@ -22,7 +21,7 @@ class HostedEngine:
         model: the module that it hosts.
     """
 
-    engine: Any
+    engine: HostEngine
     model: nn.Module
 
     def __init__(self, config: Config, data_parallel_place: tuple[int, int]):

@@ -34,6 +34,7 @@ def without_initial_weights(config: Config) -> Config:
 
 def open_initial_weights(config: Config) -> Contents:
     """Raises: InputError if run.initial_weights is no canonical checkpoint of this model."""
+    assert config.run.initial_weights is not None
     directory = Path(config.run.initial_weights)
     try:
         contents = canonical.read(directory)

@@ -20,6 +20,7 @@ from megamtp.engines.base import StepResult, loss_scales, on_device
 from megamtp.engines.deepspeed import pipeline as hosting
 from megamtp.engines.deepspeed.head_phase import SeededHeads
 from megamtp.engines.deepspeed.host import set_learning_rate
+from megamtp.engines.deepspeed.members import HostPipelineEngine
 from megamtp.engines.hosted import HostedEngine
 from megamtp.planning.loss_choice import compared
 from megamtp.planning.partition import Partition, data_parallel_place, enough_micro_batches
@@ -36,6 +37,8 @@ class PipelineEngine(HostedEngine):
     Attributes:
         part: this rank's StagePart.
     """
+
+    engine: HostPipelineEngine
 
     def __init__(self, config: Config, cut: Partition | SpreadPartition | None = None):
         super().__init__(config, data_parallel_place(config, dist.get_rank(), dist.get_world_size()))

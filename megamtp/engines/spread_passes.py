@@ -86,7 +86,7 @@ class Traffic:
         """What a transfer brings, for the current stream. Raises KeyError: it comes before something not yet given."""
         self._begin_all()
         tensors, works, end = self.begun.pop(transfer)
-        if self.lane:
+        if end:
             torch.cuda.current_stream().wait_event(end)
             for tensor in tensors:
                 tensor.record_stream(torch.cuda.current_stream())
@@ -113,7 +113,7 @@ class Traffic:
             self.place += 1
             tensors, made = self.given.pop(transfer, (None, None))
             with torch.cuda.stream(self.lane) if self.lane else nullcontext():
-                if made:
+                if made and self.lane:
                     self.lane.wait_event(made)
                 brought, works = self._begin(transfer, tensors)
                 if self.lane:
@@ -230,7 +230,7 @@ class SpreadPasses:
             self.traffic.give(Transfer(Carries.HIDDEN_GRADIENT, work.host, work.micro_batch), d_hidden)
         own.open_hosts -= 1
         if self.learning and own.open_hosts == 0 and own.d_weight is not None:
-            weight, gradient = self.part.unembedding.weight, own.d_weight
+            weight, gradient = self.part.unembedding_weight, own.d_weight
             own.d_weight = None
             with torch.enable_grad():  # through autograd, so that the engine's optimizer sees it as any other
                 torch.autograd.backward(weight.view_as(weight), gradient.to(weight.dtype))
@@ -244,7 +244,7 @@ class SpreadPasses:
         if not self.part.extent.rows:
             return torch.zeros_like(hidden_ND)
         if own.d_weight is None:
-            weight = self.part.unembedding.weight
+            weight = self.part.unembedding_weight
             own.d_weight = torch.zeros_like(weight, dtype=wide(weight.dtype))
         factor = self.loss_scales[head] * self.seed()
         return self.part.slice_gradients(losses.logits[place], hidden_ND, targets_N, log_partition_N, own.d_weight, factor)
@@ -259,6 +259,7 @@ class SpreadPasses:
             gradients += self.traffic.take(Transfer(Carries.GRADIENT, self.stage + 1, index))
         torch.autograd.backward(outputs, gradients)
         if self.stage:
+            assert own.received.grad is not None
             self.traffic.give(Transfer(Carries.GRADIENT, self.stage, index), [own.received.grad])
 
     def _transfer(self, transfer: Transfer, given: list[Tensor] | None) -> tuple[list[Tensor], list[dist.Work]]:
@@ -267,14 +268,15 @@ class SpreadPasses:
         if carries in NEIGHBOUR:
             if given:
                 peer = self.ranks[transfer.stage + NEIGHBOUR[carries]]
-                return [], [dist.isend(tensor, peer, group=self.group) for tensor in given]
+                return [], list(filter(None, [dist.isend(tensor, peer, group=self.group) for tensor in given]))
             tensors = [self._boundary()]
-            return tensors, [dist.irecv(tensor, source, group=self.group) for tensor in tensors]
+            return tensors, list(filter(None, [dist.irecv(tensor, source, group=self.group) for tensor in tensors]))
         group = self.slices_group
         if carries == Carries.HIDDEN:
             tensors = given or [self._boundary() for _ in self._heads(transfer.stage)]
             works = [dist.broadcast(tensor, source, group=group, async_op=True) for tensor in tensors]
             return [] if given else tensors, works
+        assert given is not None
         if carries == Carries.STATISTICS:
             gathered = given[0].new_empty(len(self.slices), *given[0].shape)
             return [gathered], [dist.all_gather(list(gathered.unbind()), given[0], group=group, async_op=True)]

@@ -21,6 +21,8 @@ from megamtp.planning.spread_schedule import PATTERNS, Exchange, Kind, Pass, Spr
 class SpreadPipelineEngine(PipelineEngine):
     """The Engine of engine.kind pipeline with engine.spread_losses."""
 
+    cut: SpreadPartition
+
     def __init__(self, config: Config, cut: SpreadPartition | None = None):
         super().__init__(config, cut)
         self.transfers = self.cut.schedule.transfers()

@@ -1,6 +1,7 @@
 """One pipeline stage: its part of the model, and what it does with each micro-batch."""
 
 from collections.abc import Callable, Iterable
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -12,6 +13,13 @@ from megamtp.engines.initial_weights import initial_weights
 from megamtp.model.part import Extent, ModelPart
 from megamtp.planning.partition import Partition, Stage
 from megamtp.planning.spread import SpreadPartition
+
+
+class Rows(Protocol):
+    """A parameter that is some rows of a whole one: `first_element` is their first in it."""
+
+    whole_shape: tuple[int, ...]
+    first_element: int
 
 
 class StagePart(ModelPart):
@@ -37,7 +45,7 @@ class StagePart(ModelPart):
         self.run_config, self.own, self.device = config, own, device
         self.to(DTYPES[train.precision]).to_empty(device=device)
         if own.contents.spread and self.extent.rows:  # checkpoints hold tensors in slices
-            weight = self.unembedding.weight
+            weight = cast(Rows, self.unembedding_weight)
             weight.whole_shape = config.model.vocab_size, config.model.dim
             weight.first_element = first_row * config.model.dim
         self.initialise()
@@ -45,9 +53,9 @@ class StagePart(ModelPart):
     @property
     def copied_parameters(self) -> list[torch.nn.Parameter]:
         """The parameters that every stage with heads has a copy of."""
-        if not self.own.heads:
+        if self.unembedding is None or not self.own.heads:
             return []
-        return [self.unembedding.norm] if self.own.contents.spread else list(self.unembedding.parameters())
+        return [self.unembedding.get_parameter("norm")] if self.own.contents.spread else list(self.unembedding.parameters())
 
     def begin(self, batches: Iterable[Batch], loss_scales: list[float]) -> None:
         """Before a step or an evaluation: its micro-batches, on the device, and the factor of each head's loss."""

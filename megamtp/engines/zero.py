@@ -114,5 +114,5 @@ def _initialise(model: MTPModel, config: Config, sharded: bool) -> None:
             value = initial(name, full_shape(parameter))
         for owner, (_, parameter) in enumerate(group):
             with hosting.set_whole([parameter], owner) if sharded else contextlib.nullcontext(), torch.no_grad():
-                if owner == rank:
+                if owner == rank and value is not None:
                     parameter.copy_(value)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from torch.utils.data import Dataset
 
 from benchmarks import output
 from benchmarks.corpora import write_even, write_random, write_sparse
@@ -113,7 +114,7 @@ class NoTokenizer:
     unique_identifiers = {"class": "none"}  # noqa: RUF012 - an attribute that it serialises
 
 
-def open_megatron(prefix: str):
+def open_megatron(prefix: str) -> Dataset[object]:
     """One epoch of all documents, as Megatron-LM's training split."""
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.utils import Split
@@ -127,7 +128,7 @@ def open_megatron(prefix: str):
     return GPTDataset(dataset, prefix, documents, None, Split.train, config)
 
 
-def _opening(open_corpus: Callable[[str], object], prefix: str) -> tuple[float, float]:
+def _opening(open_corpus: Callable[[str], TrainLoader | Dataset[object]], prefix: str) -> tuple[float, float]:
     """(seconds, mebibytes) until the first batch or sample is there."""
     _import_all(open_corpus)
     with _peak_mebibytes() as peak:
@@ -140,6 +141,7 @@ def _opening(open_corpus: Callable[[str], object], prefix: str) -> tuple[float, 
 
 def _reading(prefix: str, documents: str | None) -> float:
     """Tokens per second of one core, whatever else the machine does, of a file in the page cache."""
+    read: Callable[[int], object]
     if documents is None:
         _import_all(open_megatron)
         dataset = open_megatron(prefix)

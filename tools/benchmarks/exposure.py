@@ -98,7 +98,8 @@ def read(events: list[Kernel]) -> Trace:
     heads = [event for event in events if event.name == HEAD_PHASE_RANGE]
     kernels = [event for event in events if event.name != HEAD_PHASE_RANGE and event.end > event.start]
     emulated = {kernel.stream for kernel in kernels if kernel.name == HOLD}
-    communication, others = [], []
+    communication: list[Kernel] = []
+    others: list[Kernel] = []
     for kernel in kernels:
         communicates = kernel.stream in emulated or kernel.name.startswith(REAL_TRANSFER)
         (communication if communicates else others).append(kernel)

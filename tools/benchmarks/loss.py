@@ -10,6 +10,7 @@ random weights; cut-cross-entropy, which skips what it can, also where the softm
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -70,7 +71,8 @@ def _measure_shape(rows: int, dim: int, vocabulary: int, rate: float, rounds: in
     peaked = (0.3 * hidden + weight[targets] * TARGET_LOGIT / (DEVIATION**2 * dim)).detach().requires_grad_()
     inputs, floor = [hidden, peaked, weight], 6 * rows * dim * vocabulary / rate * 1e3
     contestants = _contestants(hidden, peaked, weight, targets)
-    milliseconds, names = {name: [] for name in contestants}, list(contestants)
+    milliseconds: dict[str, list[float]] = {name: [] for name in contestants}
+    names = list(contestants)
     for turn in range(rounds):
         first = turn * len(names) // rounds  # what runs before leaves the card hot or cold: each time another
         for name in names[first:] + names[:first]:
@@ -132,9 +134,8 @@ def _contestants(hidden: Tensor, peaked: Tensor, weight: Tensor, targets: Tensor
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger
 
         for name, dtype in (("liger-kernel", None), ("liger-kernel, accum_dtype fp32", torch.float32)):
-            found[name] = learn(
-                lambda dtype=dtype: liger(hidden, weight, targets, reduction="sum", accum_dtype=dtype), dtype or weight.dtype
-            )
+            loss = partial(liger, hidden, weight, targets, reduction="sum", accum_dtype=dtype)
+            found[name] = learn(loss, dtype or weight.dtype)
     if find_spec("cut_cross_entropy"):
         from cut_cross_entropy import linear_cross_entropy as cut
 

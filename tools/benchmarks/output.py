@@ -90,10 +90,10 @@ def write(options: argparse.Namespace, settings: dict, results: list[dict], show
     print(text, flush=True)
 
 
-def figure(width: float, height: float, rows: int = 1, columns: int = 1, **shared: bool) -> tuple[Figure, list[Axes]]:
+def figure(width: float, height: float, rows: int = 1, columns: int = 1, sharex: bool = False) -> tuple[Figure, list[Axes]]:
     """A picture of some diagrams without lines above and to the right of them."""
     picture = Figure(figsize=(width, height), dpi=130, layout="constrained")
-    diagrams = picture.subplots(rows, columns, squeeze=False, **shared).flatten().tolist()
+    diagrams = picture.subplots(rows, columns, squeeze=False, sharex=sharex).flatten().tolist()
     for axes in diagrams:
         axes.spines[["top", "right"]].set_visible(False)
     return picture, diagrams

@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> None:
         "ranks": ranks, **emulation.settings(configs[options.sizes[0]][1], options),
         "steps": options.rounds * options.steps,
     }  # fmt: skip
-    results = []
+    results: list[dict] = []
     for size, by_heads in configs.items():
         job = size, by_heads, options
         measured = Fresh(_measure_size, *job).result() if launched == 1 else _measure_size(*job)

@@ -20,6 +20,7 @@ from megamtp.config import Config, read_config
 from megamtp.errors import InputError
 from megamtp.model.cost import flops_per_token
 from megamtp.planning.links import Link
+from megamtp.planning.partition import Stage
 
 MOST_IMBALANCE, MOST_OVER_FLOPS, MOST_MEMORY_ERROR = 1.05, 0.02, 0.1
 GIB = 2**30
@@ -104,7 +105,8 @@ def measure_size(size: str, options: argparse.Namespace) -> list[dict]:
     """A result for each configuration and plan. Stages are first measured with all numbers of micro-batches that plans ask for."""
     meter = plans.Meter(torch.device(options.device), options.measured)
     link = Link(options.link_bandwidth, options.latency)
-    cases, wanted = [], {}
+    cases = []
+    wanted: dict[tuple, tuple[Config, Stage, set[int]]] = {}
     for (vocabulary, num_stages, n), config in _configs(size, options).items():
         costs = plans.measured_costs(config, meter)
         for name, plan in plans.make_plans(config, options.pipelines, costs, link).items():

@@ -76,7 +76,7 @@ def measured_costs(config: Config, meter: Meter) -> PassCosts:
         two = sum(_passes(config, meter, model.num_layers - 2, model.num_layers).values())
         loss = two - one - head_forward - head_backward
         copy = one - head_forward - head_backward - loss
-    rows = max(1, model.vocab_size // config.engine.num_stages)
+    rows = max(1, model.vocab_size // (config.engine.num_stages or 1))
     part = meter.measure(config, _stage(StageContents(0, range(0), False, rows, spread=True))).seconds
     embedding = max(0.0, sum(first.values()) - sum(layers.values()))
     return PassCosts(
@@ -104,7 +104,7 @@ def _passes(config: Config, meter: Meter, first: int, end: int) -> dict[Kind, fl
 
 def naive_layers(config: Config) -> list[int]:
     """Equal numbers of layers, and all heads in the last stage."""
-    num_layers, num_stages, n = config.model.num_layers, config.engine.num_stages, config.model.num_future_tokens
+    num_layers, num_stages, n = config.model.num_layers, config.engine.num_stages or 1, config.model.num_future_tokens
     if num_layers // num_stages >= n:
         return _even(num_layers, num_stages)
     return [*_even(num_layers - n, num_stages - 1), n]

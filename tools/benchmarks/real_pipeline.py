@@ -26,6 +26,7 @@ from megamtp.cluster.environment import find_place, join_peers, of_all_ranks
 from megamtp.config import ClusterConfig, Config
 from megamtp.data.loader import Batch
 from megamtp.engines.build import build_engine
+from megamtp.engines.pipeline import PipelineEngine
 from megamtp.errors import InputError
 from megamtp.planning.partition import imbalance
 
@@ -111,7 +112,9 @@ class Run:
     """The engine with micro-batches of random tokens."""
 
     def __init__(self, config: Config):
-        self.engine, n, train = build_engine(config), config.model.num_future_tokens, config.train
+        engine, n, train = build_engine(config), config.model.num_future_tokens, config.train
+        assert isinstance(engine, PipelineEngine)
+        self.engine = engine
         self.device = self.engine.device
         tokens = torch.randint(config.model.vocab_size, (1, train.sequence_length + n), device=self.device)
         dist.broadcast(tokens, src=0)  # a pipeline's stages read the same batches

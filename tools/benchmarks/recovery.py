@@ -56,9 +56,9 @@ def main(arguments: list[str]) -> None:
         raise InputError(f"--run {options.run} exists; expected a new folder, for a training from its first step")
     output.make_folder(options)
     corpora.prepare(options)
-    settings = _settings(options)
-    kill = train_and_kill(settings, options.run, options.kill_at, options.rank)
-    recovery = train_to_the_end(settings, options.run)
+    overrides = _settings(options)
+    kill = train_and_kill(overrides, options.run, options.kill_at, options.rank)
+    recovery = train_to_the_end(overrides, options.run)
     records = [json.loads(line) for line in records_until(options.run / METRICS, options.steps)]
     result = {
         **dataclasses.asdict(kill), **dataclasses.asdict(recovery), "records": records, "prompt": options.prompt,

@@ -95,7 +95,8 @@ def steps_of(records: Iterable[dict], save_every: int) -> list[Step]:
 
 def _medians(steps: list[Step]) -> tuple[float, float]:
     """(no checkpoint on its way, one on its way)"""
-    return tuple(statistics.median(step.seconds for step in steps if step.saving is saving) for saving in (False, True))
+    other, saving = (statistics.median(step.seconds for step in steps if step.saving is saving) for saving in (False, True))
+    return other, saving
 
 
 def verdict(steps: list[Step]) -> str:

@@ -75,6 +75,7 @@ class MeasuredStage(StagePart):
         if kind == Kind.FORWARD:
             passed.output = self(passed.input.clone())  # as DeepSpeed does
         elif kind == Kind.BACKWARD:
+            assert passed.output is not None
             passed.output.backward(self.gradient if passed.output.dim() else None)
 
     @property
@@ -97,12 +98,14 @@ class MeasuredSpreadStage(MeasuredStage):
         elif kind == Kind.STATISTICS:
             passed.slices = [self._statistics(index) for index in range(len(self.micro_batch_targets))]
         elif kind == Kind.GRADIENTS:
-            weight = self.unembedding.weight
+            assert passed.slices is not None
+            weight = self.unembedding_weight
             d_weight = torch.zeros_like(weight, dtype=wide(weight.dtype))
             passed.gradients = [self._gradients(index, *found, d_weight) for index, found in enumerate(passed.slices)]
             torch.autograd.backward(weight.view_as(weight), d_weight.to(weight.dtype))
             passed.slices = None
         else:
+            assert passed.output is not None
             gradients = (passed.gradients or [self.gradient] * len(passed.hidden))[: len(passed.hidden)]
             sent = [(passed.output, self.gradient)] if self.own.end < self.config.num_layers else []
             sent += [(hidden, gradient.view_as(hidden)) for hidden, gradient in zip(passed.hidden, gradients, strict=True)]
@@ -196,6 +199,7 @@ def _times(stage: MeasuredStage, micro_batches: int) -> dict[Kind, list[float]]:
 
 def _check(stage: MeasuredStage, passed: Passed) -> None:
     """Waits for the device. Raises RuntimeError: what was measured computed nonsense."""
+    assert passed.output is not None
     totals = [total.abs().max() for total in stage.sums.values()]
     if not torch.isfinite(torch.stack(totals)).all() or not torch.isfinite(passed.output).all():
         raise RuntimeError(f"stage {stage.own.contents}: a gradient or an output is not finite")
@@ -237,4 +241,7 @@ def _mark(device: torch.device) -> torch.cuda.Event | float:
 
 
 def _seconds(start: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
-    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
+    if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+        return start.elapsed_time(end) / 1e3
+    assert isinstance(start, float) and isinstance(end, float)
+    return end - start

@@ -2,7 +2,7 @@
 
 import dataclasses
 import gc
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 
 import torch
 import torch.distributed as dist
@@ -144,7 +144,7 @@ class Shipped(Ours):
 class TrunkFirst(MTPModel):
     """Its forward pass ends at z, so that the heads can have their own backward passes."""
 
-    def forward(self, inputs_BT: Tensor) -> Tensor:
+    def forward(self, inputs_BT: Tensor) -> Tensor:  # type: ignore[override]  # other arguments than MTPModel's, as torch allows
         return self.z(inputs_BT)
 
 
@@ -211,7 +211,7 @@ class Measurement:
 WARM_UP = 3  # steps of a new variant: the first ones compile, and record the order of fetches
 
 
-def measure(makers: dict[str, Callable[[], Variant]], rounds: int, steps: int, keep: bool = True) -> dict[str, Measurement]:
+def measure(makers: Mapping[str, Callable[[], Variant]], rounds: int, steps: int, keep: bool = True) -> dict[str, Measurement]:
     """`rounds` times over all cells in turn, `steps` measured steps each.
 
     Plain models are made anew in each round, for no two fit beside each other; the sharded ones stay to the end, if `keep`.
@@ -248,7 +248,7 @@ def measure(makers: dict[str, Callable[[], Variant]], rounds: int, steps: int, k
     return found
 
 
-def traces(makers: dict[str, Callable[[], Variant]]) -> dict[str, exposure.Trace]:
+def traces(makers: Mapping[str, Callable[[], Variant]]) -> dict[str, exposure.Trace]:
     """Of each cell, made anew. Nothing that is measured may follow: once it has run, the profiler slows every later launch.
 
     Source: pytorch/pytorch issue 144455 (CUPTI stays attached).

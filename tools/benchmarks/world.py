@@ -58,7 +58,9 @@ def main(arguments: list[str]) -> None:
 
 def _measure(jobs: list[Job], options: argparse.Namespace) -> list[dict]:
     """The milliseconds of each variant's steps at each number of ranks, all rounds together."""
-    found = {(config.cluster.emulate, name): [] for config, names in jobs for name in names}
+    found: dict[tuple[int | None, str], list[float]] = {
+        (config.cluster.emulate, name): [] for config, names in jobs for name in names
+    }
     upwards_and_downwards = [job for turn in range(options.rounds) for job in jobs[:: -1 if turn % 2 else 1]]
     for config, steps in _in_turn(upwards_and_downwards, options.steps):
         for name, milliseconds in steps.items():
@@ -70,7 +72,9 @@ def _in_turn(jobs: list[Job], num_steps: int) -> Iterator[tuple[Config, dict[str
     """Each job in a process of its own, which gets ready while the one before it measures."""
     waiting = Fresh(_steps, *jobs[0], num_steps)
     for place, (config, _) in enumerate(jobs, start=1):
-        running, waiting = waiting, Fresh(_steps, *jobs[place], num_steps) if place < len(jobs) else None
+        running = waiting
+        if place < len(jobs):
+            waiting = Fresh(_steps, *jobs[place], num_steps)
         start = time.perf_counter()
         yield config, running.result()
         print(f"{config.cluster.emulate} ranks: {time.perf_counter() - start:.0f} s in all", flush=True)
@@ -117,7 +121,7 @@ def _draw(results: list[dict], size: str) -> Figure:
         ratios = _over_first(steps)
         last, ratio = list(ratios.items())[-1]
         label = f"{name}: {ratio:.3f} at {last} ranks"
-        axes.plot(ratios.keys(), ratios.values(), marker="o", markersize=4, label=label, zorder=3 - 0.1 * place)
+        axes.plot(list(ratios.keys()), list(ratios.values()), marker="o", markersize=4, label=label, zorder=3 - 0.1 * place)
     ranks = sorted({result["ranks"] for result in results})
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(ranks))

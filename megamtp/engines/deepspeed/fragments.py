@@ -11,12 +11,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.engine import DeepSpeedEngine
-from torch import Tensor
+from torch import Tensor, nn
 
 from megamtp.checkpoint.contents import WEIGHT
 from megamtp.checkpoint.state import OptimizerState
+from megamtp.engines.deepspeed.members import HostEngine, Zero3Optimizer, is_bf16, is_zero3, sharded, unsharded
 from megamtp.optimizers.base import OptimizerKind
 
 
@@ -39,15 +38,14 @@ class Fragment:
 class MasterState:
     """The fp32 weights and the optimizer's state of one DeepSpeed engine, on this rank."""
 
-    def __init__(self, engine: DeepSpeedEngine, kind: type[OptimizerKind]):
+    def __init__(self, engine: HostEngine, kind: type[OptimizerKind]):
         """State that the first step has not made yet is made here."""
-        self._engine, self._optimizer, self._kind = engine, engine.optimizer, kind
-        self._sharded = engine.zero_optimization_partition_weights()
-        names = {parameter: name for name, parameter in engine.module.named_parameters()}
+        self._optimizer, self._kind = engine.optimizer, kind
         self._states = {flat: self._optimizer.optimizer.state[flat] for flat in self._flat_weights()}
         for flat, state in self._states.items():
             kind.prepare(state, flat)
-        self.fragments = list(self._of_zero3(names) if self._sharded else self._of_zero1(names))
+        model, optimizer = engine.module, self._optimizer
+        self.fragments = list(self._of_zero3(model, optimizer) if is_zero3(optimizer) else self._of_zero1(model))
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -63,13 +61,15 @@ class MasterState:
 
     def _groups(self) -> list[int]:
         """The parameter group of each flat tensor of weights."""
-        count = len(self._states)
-        return [self._optimizer.sub_group_to_group_id[index] for index in range(count)] if self._sharded else list(range(count))
+        indices = range(len(self._states))
+        if is_zero3(self._optimizer):
+            return [self._optimizer.sub_group_to_group_id[index] for index in indices]
+        return list(indices)
 
     @torch.no_grad()
     def refresh_weights(self) -> None:
         """Gives the engine's weights, of whatever dtype, the values of the fp32 ones. Collective."""
-        if not self._sharded:
+        if not is_zero3(self._optimizer):
             self._optimizer.update_lp_params()
             return
         self._optimizer.checkpoint_event_prologue()
@@ -78,24 +78,24 @@ class MasterState:
         self._optimizer.checkpoint_event_epilogue()
 
     def _flat_weights(self) -> list[Tensor]:
-        if self._sharded:
+        if is_zero3(self._optimizer):
             return self._optimizer.fp32_partitioned_groups_flat
-        if isinstance(self._optimizer, BF16_Optimizer):
+        if is_bf16(self._optimizer):
             return self._optimizer.fp32_groups_flat_partition
         return self._optimizer.single_partition_of_fp32_groups
 
-    def _of_zero3(self, names: dict[Tensor, str]) -> Iterator[Fragment]:
-        flat_weights = self._flat_weights()
-        for parameter, name in names.items():
-            group, offset, size = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
+    def _of_zero3(self, model: nn.Module, optimizer: Zero3Optimizer) -> Iterator[Fragment]:
+        parameters, flat_weights = dict(model.named_parameters()), self._flat_weights()
+        for name, parameter in zip(parameters, sharded(parameters.values()), strict=True):
+            group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
             start = dist.get_rank(parameter.ds_process_group) * size
             size = min(size, parameter.ds_numel - start)  # the last rank's part is padded
             if size > 0:
                 yield Fragment(name, start, self._views(flat_weights[group], offset, size), is_copy=False)
 
-    def _of_zero1(self, names: dict[Tensor, str]) -> Iterator[Fragment]:
-        flat_weights = self._flat_weights()
-        for parameter, name in names.items():
+    def _of_zero1(self, model: nn.Module) -> Iterator[Fragment]:
+        parameters, flat_weights = dict(model.named_parameters()), self._flat_weights()
+        for name, parameter in zip(parameters, unsharded(parameters.values()), strict=True):
             mapping = parameter._hp_mapping
             if mapping:  # else the whole parameter is on other ranks
                 place, flat = mapping.hp_fragment_address, flat_weights[mapping.param_group_index]

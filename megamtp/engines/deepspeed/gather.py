@@ -19,6 +19,8 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
+from megamtp.engines.deepspeed.members import sharded
+
 
 class Streams:
     """The streams of one device, or their absence on a CPU, where every operation is over when it returns.
@@ -36,27 +38,32 @@ class Streams:
     @contextlib.contextmanager
     def on(self, stream: torch.cuda.Stream | None) -> Iterator[None]:
         """As torch.cuda.stream, without asking for the stream to come back to: it is known."""
-        if self.on_gpu:
+        if stream is not None:
             torch.cuda.set_stream(stream)
         try:
             yield
         finally:
-            if self.on_gpu:
+            if self.compute is not None:
                 torch.cuda.set_stream(self.compute)
 
     def mark(self, stream: torch.cuda.Stream | None) -> torch.cuda.Event | None:
         """A point in a stream's work."""
-        return stream.record_event() if self.on_gpu else None
+        return None if stream is None else stream.record_event()
 
     def wait_for(self, event: torch.cuda.Event | None, stream: torch.cuda.Stream | None) -> None:
         """Makes the stream wait, not the host."""
-        if event is not None:
+        if event is not None and stream is not None:
             stream.wait_event(event)
 
     def follow_compute(self, stream: torch.cuda.Stream | None) -> None:
         """Makes `stream` wait for all that the compute stream has been given."""
-        if self.on_gpu:
+        if stream is not None and self.compute is not None:
             stream.wait_stream(self.compute)
+
+    def keep_for_compute(self, tensor: Tensor) -> None:
+        """A tensor of another stream: its memory is not used again before the compute stream is done with it."""
+        if self.compute is not None:
+            tensor.record_stream(self.compute)
 
 
 @dataclass
@@ -85,10 +92,10 @@ class Unit:
 
     def __init__(self, module: nn.Module, world_size: int):
         self.module = module
-        self.parameters = sorted(module.parameters(), key=lambda parameter: parameter.ds_id)
+        self.parameters = sorted(sharded(module.parameters()), key=lambda parameter: parameter.ds_id)
         self.gathered = [parameter for parameter in self.parameters if not parameter.ds_persist]
         self.persistent = [parameter for parameter in self.parameters if parameter.ds_persist]
-        self.shard_sizes = [parameter.ds_tensor.ds_numel for parameter in self.parameters]
+        self.shard_sizes = [parameter.ds_tensor.numel() for parameter in self.parameters]
         self.padding = [
             size * world_size - parameter.ds_numel for size, parameter in zip(self.shard_sizes, self.parameters, strict=True)
         ]
@@ -234,7 +241,7 @@ class Gather:
                 weights = [shard.view(shape) for shard, shape in zip(shards, unit.shapes, strict=True)]
                 unit.buffer = Buffer(shards, weights)
                 for shard in shards if offloaded else ():
-                    shard.record_stream(self._streams.compute)  # or the next copies might get its memory too early
+                    self._streams.keep_for_compute(shard)  # or the next copies might get its memory too early
             else:
                 unit.buffer = self._take_buffer(unit, shards)
                 self._streams.wait_for(unit.buffer.last_use, self._streams.gather)

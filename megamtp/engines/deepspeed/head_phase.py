@@ -7,13 +7,21 @@ gradients, often silently. (a) to (e), of which (c) is in zero.py, are tested on
 
 import contextlib
 from collections.abc import Iterator
+from typing import cast
 
 import torch
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from torch import nn
 
+from megamtp.engines.deepspeed.members import (
+    HostEngine,
+    OffloadedModule,
+    ParameterCoordinator,
+    is_bf16,
+    is_zero3,
+    sharded,
+    trained,
+)
 from megamtp.engines.deepspeed.traffic import GroupedTraffic
 from megamtp.losses.sequential import HeadPhase
 from megamtp.model.mtp import MTPModel
@@ -28,9 +36,8 @@ class DeepSpeedHeadPhase(HeadPhase):
     `traffic` is None where DeepSpeed's own coordinator and buckets do the work.
     """
 
-    def __init__(self, engine: DeepSpeedEngine, model: MTPModel, traffic: GroupedTraffic | None):
+    def __init__(self, engine: HostEngine, model: MTPModel, traffic: GroupedTraffic | None):
         self.engine, self.model, self.traffic = engine, model, traffic
-        self.sharded = engine.zero_optimization_partition_weights()
 
     def seed(self) -> float:
         return backward_seed(self.engine)
@@ -38,16 +45,16 @@ class DeepSpeedHeadPhase(HeadPhase):
     @contextlib.contextmanager
     def all_heads(self) -> Iterator[None]:
         optimizer = self.engine.optimizer
-        if isinstance(optimizer, BF16_Optimizer):
+        if is_bf16(optimizer):
             optimizer.clear_lp_grads()  # (d) as its backward prologue would
         with self._pinned(self.model.unembedding), torch.profiler.record_function(HEAD_PHASE_RANGE):
             yield
-        if isinstance(optimizer, BF16_Optimizer):
+        if is_bf16(optimizer):
             optimizer.update_hp_grads(clear_lp_grads=True)  # (d) into fp32 now: the outer prologue zeroes what it finds
 
     @contextlib.contextmanager
     def one_head(self, index: int) -> Iterator[None]:
-        shared = list(self.model.unembedding.parameters())
+        shared = trained(self.model.unembedding.parameters())
         for parameter in shared:
             # (b) Its gradient is complete at the last head only; until then it must not enter a reduction bucket.
             parameter.ds_grad_is_ready = index == len(self.model.heads) - 1
@@ -65,10 +72,11 @@ class DeepSpeedHeadPhase(HeadPhase):
             with self.traffic.pinned(module):
                 yield
             return
-        if not self.sharded:
+        optimizer = self.engine.optimizer
+        if not is_zero3(optimizer):
             yield
             return
-        parameters = list(module.parameters())
+        parameters = sharded(module.parameters())
         for parameter in parameters:
             parameter.ds_active_sub_modules.add(PIN)
         try:
@@ -77,7 +85,7 @@ class DeepSpeedHeadPhase(HeadPhase):
             for parameter in parameters:
                 parameter.ds_active_sub_modules.discard(PIN)
             # forward=True: a release outside any backward hook, which would look for a module in backward.
-            self._coordinator().release_sub_module(module, forward=True)
+            optimizer.parameter_offload.get_param_coordinator().release_sub_module(module, forward=True)
 
     @contextlib.contextmanager
     def whole_or_nothing(self) -> Iterator[None]:
@@ -92,14 +100,16 @@ class DeepSpeedHeadPhase(HeadPhase):
         optimizer = self.engine.optimizer
         if self.traffic:
             self.traffic.scatter.end()  # (e) here, gradients that wait for others of their module
-        # (e) The heads' gradients wait in reduction buckets for an outer backward that will not come.
-        for bucket in getattr(optimizer, "ipg_buckets", {}).values():
-            (bucket.clear_params if self.sharded else bucket.clear)()
         for parameter in self.model.parameters():
             parameter.grad = None
-        if self.sharded:
-            self._coordinator().release_and_reset_all(self.model)
-        elif not isinstance(optimizer, BF16_Optimizer):
+        # (e) The heads' gradients wait in reduction buckets for an outer backward that will not come.
+        if is_zero3(optimizer):
+            for sharded_bucket in optimizer.ipg_buckets.values():
+                sharded_bucket.clear_params()
+            optimizer.parameter_offload.param_coordinator.release_and_reset_all(self.model)
+        elif not is_bf16(optimizer):
+            for bucket in optimizer.ipg_buckets.values():
+                bucket.clear()
             optimizer.extra_large_param_to_reduce.clear()
             optimizer.params_already_reduced = [False] * len(optimizer.params_already_reduced)
             optimizer.all_grad_tensors.clear()
@@ -114,30 +124,29 @@ class DeepSpeedHeadPhase(HeadPhase):
         DeepSpeed's coordinator records the order of fetches once and drops the record when a pass strays from it. An evaluation
         would be such a pass, so it runs under a second coordinator.
         """
-        if not self.sharded or self.traffic:  # Gather knows evaluation's order beside training's
+        optimizer = self.engine.optimizer
+        if not is_zero3(optimizer) or self.traffic:  # Gather knows evaluation's order beside training's
             yield
             return
-        offload = self.engine.optimizer.parameter_offload
+        offload = optimizer.parameter_offload
         training = offload.param_coordinator
-        offload.param_coordinator = PartitionedParameterCoordinator(
+        evaluation: ParameterCoordinator = PartitionedParameterCoordinator(
             prefetch_bucket_sz=offload._prefetch_bucket_sz,
             max_reuse_distance_in_numel=offload._max_reuse_distance_in_numel,
             max_available_parameters_in_numel=offload._max_available_parameters_in_numel,
             allgather_stream=offload._DeepSpeedZeRoOffload__allgather_stream,
-            inflight_param_registry=self.engine.module.ds_inflight_param_registry,
+            inflight_param_registry=cast("OffloadedModule", self.engine.module).ds_inflight_param_registry,
             prefetch_nvme=False,
         )
+        offload.param_coordinator = evaluation
         try:
             yield
         finally:
-            offload.param_coordinator.reset_step()
+            evaluation.reset_step()
             offload.param_coordinator = training
 
-    def _coordinator(self) -> PartitionedParameterCoordinator:
-        return self.engine.optimizer.parameter_offload.get_param_coordinator()
 
-
-def backward_seed(engine: DeepSpeedEngine) -> float:
+def backward_seed(engine: HostEngine) -> float:
     """(a) The outer backward will start with loss_scale / accumulation; the heads' own must too."""
     with torch.enable_grad():
         one = torch.ones((), requires_grad=True).clone()  # a leaf, having no grad_fn, would not count as a loss: not be scaled
@@ -147,7 +156,7 @@ def backward_seed(engine: DeepSpeedEngine) -> float:
 class SeededHeads(HeadPhase):
     """Of a pipeline: heads' backward passes start as the last stage's will. No gradient is reduced before the last pass."""
 
-    def __init__(self, engine: DeepSpeedEngine):
+    def __init__(self, engine: HostEngine):
         self.engine = engine
 
     def seed(self) -> float:

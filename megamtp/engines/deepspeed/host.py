@@ -7,12 +7,11 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import set_z3_leaf_modules
-from torch import Tensor, nn
+from torch import nn
 
 from megamtp.config import Config
-from megamtp.engines.deepspeed.members import full_shape
+from megamtp.engines.deepspeed.members import HostEngine, is_bf16, is_zero3, sharded
 from megamtp.engines.deepspeed.settings import deepspeed_config
 from megamtp.engines.deepspeed.version import check_version
 
@@ -22,7 +21,7 @@ def current_device() -> torch.device:
     return torch.device(get_accelerator().current_device_name())
 
 
-def host(config: Config, model: nn.Module, optimizer: torch.optim.Optimizer, data_parallel_size: int) -> DeepSpeedEngine:
+def host(config: Config, model: nn.Module, optimizer: torch.optim.Optimizer, data_parallel_size: int) -> HostEngine:
     """The engine that runs `model`. Collective. Raises InputError: this DeepSpeed is not supported."""
     check_version()
     settings = deepspeed_config(config, data_parallel_size)
@@ -30,7 +29,7 @@ def host(config: Config, model: nn.Module, optimizer: torch.optim.Optimizer, dat
     return engine
 
 
-def set_learning_rate(engine: DeepSpeedEngine, lr: float) -> None:
+def set_learning_rate(engine: HostEngine, lr: float) -> None:
     """Of the next step."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
@@ -54,20 +53,21 @@ def set_whole(parameters: list[nn.Parameter], owner: int) -> contextlib.Abstract
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=owner)
 
 
-def forget_skipped_gradients(engine: DeepSpeedEngine) -> None:
+def forget_skipped_gradients(engine: HostEngine) -> None:
     """After a skipped step of ZeRO-1 with an offloaded optimizer.
 
     DeepSpeed keeps its gradients and would add the next step's to them. Source: deepspeed/runtime/zero/stage_1_and_2.py, step.
     """
-    for group in engine.optimizer.averaged_gradients:
-        engine.optimizer.averaged_gradients[group] = None
+    optimizer = engine.optimizer
+    assert not is_zero3(optimizer) and not is_bf16(optimizer)
+    for group in optimizer.averaged_gradients:
+        optimizer.averaged_gradients[group] = None
 
 
 def fill_shards(model: nn.Module, standard_deviation: float) -> None:
     """Values for the one rank of an emulated cluster: of the right size, drawn without the peers, which do not exist."""
-    for parameter in model.parameters():
-        shard: Tensor = parameter.ds_tensor
-        if len(full_shape(parameter)) == 1:
-            shard.fill_(1.0)
+    for parameter in sharded(model.parameters()):
+        if len(parameter.ds_shape) == 1:
+            parameter.ds_tensor.fill_(1.0)
         else:
-            shard.normal_(0.0, standard_deviation)
+            parameter.ds_tensor.normal_(0.0, standard_deviation)

@@ -2,24 +2,30 @@
 
 import contextlib
 import io
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.pipe import schedule
-from deepspeed.runtime.pipe.engine import PipelineEngine as DeepSpeedPipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
 from torch import Tensor, nn
 
 from megamtp.config import Config
 from megamtp.data.loader import Batch
+from megamtp.engines.deepspeed.members import (
+    Bf16Optimizer,
+    HostPipelineEngine,
+    StageGrid,
+    UnshardedParameter,
+    is_bf16,
+    unsharded,
+)
 from megamtp.engines.stage import StagePart, stage_part
 from megamtp.planning.partition import Partition
 from megamtp.planning.spread import SpreadPartition
+from megamtp.planning.spread_schedule import Pass
 
 
 class PipelineStage(PipelineModule):
@@ -33,6 +39,7 @@ class PipelineStage(PipelineModule):
     """
 
     part: StagePart
+    _grid: StageGrid
 
     def __init__(self, config: Config, cut: Partition | SpreadPartition, device: torch.device):
         self.config, self.cut, self.device = config, cut, device  # before PipelineModule's own, which calls _build
@@ -66,9 +73,9 @@ class PipelineStage(PipelineModule):
         object.__setattr__(self, "part", part)  # not as a submodule, which would be part of the names
         for name, module in part.named_children():
             self.add_module(name, module)
-        for parameter in self.parameters():
+        for parameter in unsharded(self.parameters()):
             parameter.ds_pipe_replicated = False
-        for parameter in part.copied_parameters if part.own.heads.start > 0 else ():
+        for parameter in unsharded(part.copied_parameters) if part.own.heads.start > 0 else ():
             parameter.ds_pipe_replicated = True  # the gradient's norm counts the first copy alone
 
     def _copies(self) -> dist.ProcessGroup | None:
@@ -80,14 +87,15 @@ class PipelineStage(PipelineModule):
         return group if self.part.own.heads else None
 
 
-def sum_gradients_in_place(engine: DeepSpeedPipelineEngine) -> None:
+def sum_gradients_in_place(engine: HostPipelineEngine) -> None:
     """Makes the bf16 optimizer add gradients to their fp32 sums without a copy of them in fp32."""
-    if isinstance(engine.optimizer, BF16_Optimizer):
-        engine.optimizer._update_hp_grad = partial(_add_gradient, engine.optimizer)
+    optimizer = engine.optimizer
+    if is_bf16(optimizer):
+        optimizer._update_hp_grad = partial(_add_gradient, optimizer)
 
 
 @torch.no_grad()
-def _add_gradient(optimizer: BF16_Optimizer, parameter: nn.Parameter, group: int, index: int, clear_lp_grads: bool) -> None:
+def _add_gradient(optimizer: Bf16Optimizer, parameter: UnshardedParameter, group: int, index: int, clear_lp_grads: bool) -> None:
     """Adds a micro-batch's gradient to the sum in fp32: 10 bytes a parameter through memory, not 18.
 
     The same bits as DeepSpeed's. Source: deepspeed/runtime/bf16_optimizer.py, _update_hp_grad.
@@ -102,12 +110,15 @@ def _add_gradient(optimizer: BF16_Optimizer, parameter: nn.Parameter, group: int
         parameter.grad.zero_()
 
 
-def summed_gradient(engine: DeepSpeedPipelineEngine, parameter: nn.Parameter) -> Tensor:
+def summed_gradient(engine: HostPipelineEngine, parameter: nn.Parameter) -> Tensor:
     """A parameter's gradient over the micro-batches so far, in place."""
-    return parameter._hp_grad if isinstance(engine.optimizer, BF16_Optimizer) else parameter.grad
+    (own,) = unsharded([parameter])
+    gradient = own._hp_grad if is_bf16(engine.optimizer) else own.grad
+    assert gradient is not None
+    return gradient
 
 
-def replace_tied_reduction(engine: DeepSpeedPipelineEngine, reduce: Callable[[DeepSpeedPipelineEngine], None]) -> None:
+def replace_tied_reduction(engine: HostPipelineEngine, reduce: Callable[[HostPipelineEngine], None]) -> None:
     """`reduce` takes the place of DeepSpeed's reduction of tied weights, once a step when this stage has sent its last gradient.
 
     Source: deepspeed/runtime/pipe/engine.py, _exec_reduce_tied_grads; schedule.py, TrainSchedule.
@@ -115,19 +126,19 @@ def replace_tied_reduction(engine: DeepSpeedPipelineEngine, reduce: Callable[[De
     engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | {schedule.ReduceTiedGrads: reduce}
 
 
-def train_micro_batches(engine: DeepSpeedPipelineEngine, micro_batches: list[Batch]) -> None:
+def train_micro_batches(engine: HostPipelineEngine, micro_batches: list[Batch]) -> None:
     """One step."""
     engine.train_batch(_inputs(micro_batches))
 
 
-def evaluate_micro_batches(engine: DeepSpeedPipelineEngine, micro_batches: list[Batch]) -> None:
+def evaluate_micro_batches(engine: HostPipelineEngine, micro_batches: list[Batch]) -> None:
     """Forward passes alone; the losses are in the stages."""
     engine.eval_batch(
         _inputs(micro_batches), compute_loss=False, reduce_output=None, bcast_loss=False, num_micro_batches=len(micro_batches)
     )
 
 
-def _inputs(micro_batches: list[Batch]) -> Iterable[tuple[Tensor, tuple]]:
+def _inputs(micro_batches: list[Batch]) -> Iterator[tuple[Tensor, tuple]]:
     """(inputs, labels) as DeepSpeed's first and last stages load them; the heads have their targets from `begin`."""
     return iter([(batch.inputs, ()) for batch in micro_batches])
 
@@ -139,7 +150,7 @@ class RunPass(schedule.PipeInstruction):
 class Passes(schedule.PipeSchedule):
     """Passes in a given order, and what follows the last of them. `buffers` are DeepSpeed's, which are not used."""
 
-    def __init__(self, works: list[Any], last: list[schedule.PipeInstruction]):
+    def __init__(self, works: list[Pass], last: list[schedule.PipeInstruction]):
         self.works, self.last = works, last
 
     def steps(self) -> Iterator[list[schedule.PipeInstruction]]:
@@ -154,10 +165,10 @@ class Passes(schedule.PipeSchedule):
 
 
 def replace_schedules(
-    engine: DeepSpeedPipelineEngine,
-    train: Callable[[], list[Any]],
-    evaluate: Callable[[], list[Any]],
-    run: Callable[[Any], None],
+    engine: HostPipelineEngine,
+    train: Callable[[], list[Pass]],
+    evaluate: Callable[[], list[Pass]],
+    run: Callable[[Pass], None],
 ) -> None:
     """The engine runs passes of ours instead of 1F1B.
 
@@ -169,7 +180,7 @@ def replace_schedules(
     """
     after_step = [schedule.ReduceTiedGrads(), schedule.ReduceGrads(), schedule.OptimizerStep()]
 
-    def run_pass(engine: DeepSpeedPipelineEngine, work: Any) -> None:
+    def run_pass(engine: HostPipelineEngine, work: Pass) -> None:
         if engine.is_last_stage():
             engine.total_loss = torch.zeros((), device=engine.device)  # DeepSpeed reports one; ours are in nll_sums
         engine._running_engine_backward = True  # as DeepSpeed does around backward passes of its own

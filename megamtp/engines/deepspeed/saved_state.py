@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -16,7 +15,7 @@ from megamtp.checkpoint.store import Manifest, read_manifest
 from megamtp.config import Config, OptimizerConfig
 from megamtp.engines.base import EngineState
 from megamtp.engines.deepspeed.fragments import MasterState
-from megamtp.engines.deepspeed.members import full_shape
+from megamtp.engines.deepspeed.members import HostEngine, full_shape
 from megamtp.errors import CheckpointError
 from megamtp.optimizers.kinds import optimizer_kind
 
@@ -24,7 +23,7 @@ LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  
 RANDOM = "random"  # keys of a rank's random states in its shard: random/cpu, random/cuda
 
 
-def engine_state(engine: DeepSpeedEngine, optimizer: OptimizerConfig) -> EngineState:
+def engine_state(engine: HostEngine, optimizer: OptimizerConfig) -> EngineState:
     """See Engine.state."""
     kind = optimizer_kind(optimizer)
     master, scaler = MasterState(engine, kind), getattr(engine.optimizer, "loss_scaler", None)
@@ -43,7 +42,7 @@ def engine_state(engine: DeepSpeedEngine, optimizer: OptimizerConfig) -> EngineS
     return EngineState(tensors | _random_states(), shapes, run)
 
 
-def load_state(engine: DeepSpeedEngine, checkpoint: Path, config: Config, rank: int, world_size: int) -> None:
+def load_state(engine: HostEngine, checkpoint: Path, config: Config, rank: int, world_size: int) -> None:
     """See Engine.load. Random states are those of the checkpoint if engine.kind and the number of ranks are."""
     manifest, kind = read_manifest(checkpoint, check_files=False), optimizer_kind(config.optimizer)
     state = read_state(manifest.state, checkpoint)
@@ -85,7 +84,7 @@ def _own_file(checkpoint: Path, master: MasterState, rank: int, kinds: tuple[str
     return parts if all(parts[kind].has(name, start, end) for kind, name, start, end in needed) else None
 
 
-def _set_loss_scale(engine: DeepSpeedEngine, saved: dict[str, Any] | None) -> None:
+def _set_loss_scale(engine: HostEngine, saved: dict[str, Any] | None) -> None:
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if saved and isinstance(scaler, DynamicLossScaler):
         for name in LOSS_SCALE:

@@ -6,14 +6,14 @@ Source of what is replaced: deepspeed/runtime/zero/stage3.py (its `ipg` buckets)
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
 from megamtp.engines.deepspeed.gather import Streams, Unit
+from megamtp.engines.deepspeed.members import ShardedParameter, Zero3Optimizer
 
 MAX_LEAVING = 2  # modules whose gradients may wait for their reduction; the device, not the host, waits for older ones
 
@@ -27,11 +27,11 @@ class Scatter:
             divided before the sum, as DeepSpeed does it: dividing after it would give other last digits.
     """
 
-    def __init__(self, units: list[Unit], engine: DeepSpeedEngine, group: dist.ProcessGroup, streams: Streams):
-        self._optimizer, self._group, self._streams = engine.optimizer, group, streams
+    def __init__(self, units: list[Unit], optimizer: Zero3Optimizer, group: dist.ProcessGroup, streams: Streams):
+        self._optimizer, self._group, self._streams = optimizer, group, streams
         self._rank, self._world_size = dist.get_rank(group), dist.get_world_size(group)
         self.divides = self._world_size & (self._world_size - 1) != 0
-        self._dtype = engine.optimizer.communication_data_type
+        self._dtype = optimizer.communication_data_type
         self._unit_of = {parameter: unit for unit in units for parameter in unit.parameters}
         self._sums = {unit: self._shards_of_sums(unit) for unit in units}
         self._leaving: deque[tuple[torch.cuda.Event | None, list[Tensor]]] = deque()
@@ -46,7 +46,7 @@ class Scatter:
         ]
         return [sums[parameter.ds_id][:number] for number, parameter in zip(real, unit.parameters, strict=True)]
 
-    def add(self, parameter: nn.Parameter) -> Unit | None:
+    def add(self, parameter: ShardedParameter) -> Unit | None:
         """Called when backward has added to a gradient; the module, once all of its gradients have been sent."""
         unit = self._unit_of[parameter]
         if not getattr(parameter, "ds_grad_is_ready", True):
@@ -65,7 +65,7 @@ class Scatter:
 
     def _send(self, unit: Unit) -> None:
         unit.ready = 0
-        gradients = [parameter.grad for parameter in unit.parameters]
+        gradients = [gradient for parameter in unit.parameters if (gradient := parameter.grad) is not None]
         for parameter in unit.parameters:
             parameter.grad = None
         self._streams.follow_compute(self._streams.scatter)
@@ -81,9 +81,9 @@ class Scatter:
             sent, _ = self._leaving.popleft()
             self._streams.wait_for(sent, self._streams.compute)  # from here on the allocator may reuse that memory
 
-    def _add_to_sums(self, unit: Unit, shards: tuple[Tensor, ...]) -> None:
+    def _add_to_sums(self, unit: Unit, padded: Sequence[Tensor]) -> None:
         sums = self._sums[unit]
-        shards = [shard[: len(total)] for shard, total in zip(shards, sums, strict=True)]
+        shards = [shard[: len(total)] for shard, total in zip(padded, sums, strict=True)]
         if self._optimizer.offload_optimizer:  # sums in CPU memory, and what follows from that, are DeepSpeed's affair
             self._optimizer.partition_grads(unit.parameters, shards)
         elif self._optimizer.micro_step_id == 0:

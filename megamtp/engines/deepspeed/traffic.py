@@ -10,10 +10,10 @@ import contextlib
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
 from megamtp.engines.deepspeed.gather import Gather, Streams, Unit
+from megamtp.engines.deepspeed.members import HostEngine, ShardedParameter, is_zero3, sharded
 from megamtp.engines.deepspeed.scatter import DeviceOrderedStream, Scatter
 
 
@@ -33,7 +33,7 @@ class Coordinator:
     def release_and_reset_all(self, module: nn.Module) -> None:
         """Before the optimizer's step, and after an interrupted one: persistent weights go, too."""
         self._gather.release_all(pinned=True)
-        for parameter in module.parameters():
+        for parameter in sharded(module.parameters()):
             if parameter.ds_persist:
                 parameter.partition()
 
@@ -46,8 +46,10 @@ class GroupedTraffic:
         prefetch: modules whose weights are on their way before they are needed.
     """
 
-    def __init__(self, engine: DeepSpeedEngine, modules: list[nn.Module], prefetch: int):
-        self._engine, optimizer = engine, engine.optimizer
+    def __init__(self, engine: HostEngine, modules: list[nn.Module], prefetch: int):
+        assert is_zero3(engine.optimizer)
+        self._engine, self._optimizer = engine, engine.optimizer
+        optimizer = self._optimizer
         streams = Streams(torch.device(deepspeed.get_accelerator().current_device_name()))
         group = optimizer.dp_process_group
         self._units = {module: Unit(module, dist.get_world_size(group)) for module in modules}
@@ -60,7 +62,7 @@ class GroupedTraffic:
             streams.scatter = optimizer.reduce_and_partition_stream = DeviceOrderedStream(streams.device)
             streams.scatter.is_awaited = engine.is_gradient_accumulation_boundary
         self.gather = Gather(units, group, streams, prefetch)
-        self.scatter = Scatter(units, engine, group, streams)
+        self.scatter = Scatter(units, optimizer, group, streams)
         optimizer.parameter_offload.param_coordinator = Coordinator(self.gather)
         self._epilogue = optimizer.independent_gradient_partition_epilogue
         optimizer.independent_gradient_partition_epilogue = self._end_backward
@@ -74,7 +76,7 @@ class GroupedTraffic:
 
     def remove(self) -> None:
         """Gives the engine DeepSpeed's own parts back."""
-        optimizer = self._engine.optimizer
+        optimizer = self._optimizer
         self.gather.release_all(pinned=True)
         for hook in self._hooks:
             hook.remove()
@@ -84,7 +86,7 @@ class GroupedTraffic:
         optimizer.create_reduce_and_remove_grad_hooks()
 
     def _remove_deepspeeds_hooks(self) -> None:
-        optimizer = self._engine.optimizer
+        optimizer = self._optimizer
         optimizer.parameter_offload._remove_module_hooks()
         for hooks in (optimizer._grad_acc_hooks, optimizer._leaf_module_hooks):
             for hook in hooks:
@@ -107,7 +109,7 @@ class GroupedTraffic:
             *(parameter.register_post_accumulate_grad_hook(self._after_gradient) for parameter in unit.parameters),
         ]
 
-    def _after_gradient(self, parameter: nn.Parameter) -> None:
+    def _after_gradient(self, parameter: ShardedParameter) -> None:
         sent = self.scatter.add(parameter)
         if sent is not None:
             self.gather.release(sent)  # the last gradient of a module ends its backward pass
