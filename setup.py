@@ -37,6 +37,7 @@ setup(
             "megatron-core>=0.16",
             "mpi4py>=4",
             "mpich>=5",
+            "mypy>=2.4",
             "pyarrow>=16",
             "pytest>=8",
             "pytest-timeout>=2",

@@ -316,6 +316,7 @@ def read_config(arguments: list[str]) -> Config:
         raise InputError(f"{f'{key}: ' if key else ''}{_first_line(error)}; expected a value, or ${{section.key}}") from None
     if config is None:
         raise InputError(f"{missing[0]} is not set; give it in the YAML file or as {missing[0]}=VALUE")
+    assert isinstance(config, Config)
     _check(config)
     return config
 
@@ -331,13 +332,13 @@ def from_anywhere(config: Config) -> Config:
         run = dataclasses.replace(config.run, initial_weights=_absolute(config.run.initial_weights))
         config = dataclasses.replace(config, run=run)
     data = config.data
-    paths = {name: _absolute(value) for name in ("validation", "tokenizer") if (value := getattr(data, name))}
-    if data.tokenizer == BYTES:
-        paths["tokenizer"] = BYTES
+    validation = _absolute(data.validation) if data.validation else data.validation
+    tokenizer = _absolute(data.tokenizer) if data.tokenizer and data.tokenizer != BYTES else data.tokenizer
     corpora = [(weight, _absolute(prefix)) for weight, prefix in data.train_corpora]
     blend = " ".join(f"{weight!r} {shlex.quote(prefix)}" for weight, prefix in corpora)
     train = corpora[0][1] if len(corpora) == 1 else blend
-    return dataclasses.replace(config, data=dataclasses.replace(data, train=train, **paths))
+    data = dataclasses.replace(data, train=train, validation=validation, tokenizer=tokenizer)
+    return dataclasses.replace(config, data=data)
 
 
 def differences(old: Config, new: Config) -> list[str]:
@@ -408,10 +409,17 @@ def _parse(argument: str) -> tuple[str, DictConfig]:
     if not isinstance(settings, DictConfig):
         raise InputError(f"{argument} holds no mapping of keys; expected sections such as 'model: {{dim: 128}}'")
     sections = [item.name for item in dataclasses.fields(Config)]
-    for section, values in OmegaConf.to_container(settings).items():
+    for section, values in _items(settings):
         if values is None and section in sections:
             del settings[section]  # empty, as where each of its keys is commented out
     return argument, settings
+
+
+def _items(settings: DictConfig) -> list[tuple[Any, Any]]:
+    """(key, value) as YAML has them, of any type."""
+    found = OmegaConf.to_container(settings)
+    assert isinstance(found, dict)
+    return list(found.items())
 
 
 def _require_shallow(text: str, depth: int = 0) -> None:
@@ -434,7 +442,7 @@ def _yaml_problem(error: Exception) -> str:
 def _merge(settings: DictConfig, source: str, given: DictConfig) -> DictConfig:
     known = {key: key_type for key, key_type, _ in _keys(Config)}
     sections = [item.name for item in dataclasses.fields(Config)]
-    for section, values in OmegaConf.to_container(given).items():
+    for section, values in _items(given):
         named = {section: values}
         if isinstance(values, dict) and (values or section in sections):
             named = {f"{section}.{name}": value for name, value in values.items()}
@@ -445,12 +453,14 @@ def _merge(settings: DictConfig, source: str, given: DictConfig) -> DictConfig:
                 # OmegaConf takes any whole number but 0 for true.
                 raise InputError(f"{source}: {name}: {value} is neither true nor false{_expected(name)}")
     try:
-        return OmegaConf.merge(settings, given)
+        merged = OmegaConf.merge(settings, given)
     except (OmegaConfBaseException, TypeError, OverflowError) as error:
         key = getattr(error, "full_key", None)
         raise InputError(
             f"{source}: {f'{key}: ' if key else ''}{_first_line(error)}{_expected(key or source.partition('=')[0])}"
         ) from None
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def _expected(key: str | None) -> str:
@@ -653,6 +663,7 @@ def _check_pipeline(config: Config) -> None:
         engine.num_stages is not None and engine.num_stages >= 2, f"engine.num_stages={_shown(engine.num_stages)}",
         "at least 2 with engine.kind=pipeline (engine.kind=zero1 is a pipeline of one stage)",
     )  # fmt: skip
+    assert engine.num_stages is not None
     _require(
         engine.num_stages <= num_layers, f"engine.num_stages={engine.num_stages} with model.num_layers={num_layers}",
         "no more stages than layers",

@@ -23,6 +23,7 @@ from megamtp.checkpoint.hf_tokenizer import copied_tokenizer, copy_tokenizer
 from megamtp.checkpoint.safetensors_file import SafetensorsFiles
 from megamtp.checkpoint.special_ids import read_special_ids, write_special_ids
 from megamtp.checkpoint.state import read_state
+from megamtp.checkpoint.tensors import TensorSource
 from megamtp.config import ModelConfig
 from megamtp.errors import CheckpointError
 
@@ -69,7 +70,8 @@ def read(directory: Path) -> Contents:
     except OSError as error:
         raise CheckpointError(f"{directory} cannot be read: {error.strerror}; copy it again") from None
     saved = description.get("state")
-    state, sources = read_state(saved, directory / DESCRIPTION) if saved else None, {}
+    state = read_state(saved, directory / DESCRIPTION) if saved else None
+    sources: dict[str, TensorSource] = {}
     kinds = (WEIGHT, *(state.optimizer.tensors if state else ()))
     for kind in kinds:
         files = sorted(name for name in description["file_bytes"] if name.startswith(f"{_stem(kind)}-"))

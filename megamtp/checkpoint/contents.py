@@ -42,14 +42,14 @@ class Contents:
     special_ids: Mapping[str, int | list[int]] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Writes out what the model's configuration leaves to its defaults, so that equal models have equal ones."""
         object.__setattr__(self, "model", written_out(self.model))
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """WEIGHT and, if they are there, the optimizer's tensors."""
-        return (WEIGHT, *(self.state.optimizer.tensors if self.has_optimizer_state else ()))
+        return (WEIGHT, *(self.state.optimizer.tensors if self.state and self.has_optimizer_state else ()))
 
     @property
     def has_optimizer_state(self) -> bool:

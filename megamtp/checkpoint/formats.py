@@ -43,8 +43,8 @@ class Format:
     """
 
     meaning: str
-    mark: Callable[[Path], bool] | None = None
-    read: Callable[[Path, Options], Contents] | None = None
+    mark: Callable[[Path], bool]
+    read: Callable[[Path, Options], Contents]
     write: Write | None = None
 
 
@@ -61,7 +61,7 @@ def detect(source: Path) -> str:
     try:
         source.stat()
         for name, candidate in FORMATS.items():
-            if candidate.mark and candidate.mark(source):
+            if candidate.mark(source):
                 return name
     except OSError as error:
         reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
@@ -86,7 +86,7 @@ def read(source: Path, options: Options | None = None) -> Contents:
 
 
 def readable() -> list[str]:
-    return [name for name, candidate in FORMATS.items() if candidate.read]
+    return list(FORMATS)
 
 
 def writable() -> list[str]:

@@ -72,7 +72,8 @@ def read(directory: Path, num_future_tokens: int = 1) -> Contents:
     settings = read_settings(directory)
     model = model_config(settings, directory, num_future_tokens)
     found = open_weights(directory)
-    names, notes = names_of(model, copies=True), ()
+    names = names_of(model, copies=True)
+    notes: tuple[str, ...] = ()
     if settings.get("tie_word_embeddings") and OUTER_NAMES["unembedding.weight"] not in found.shapes:
         names["unembedding.weight"] = OUTER_NAMES["embedding.weight"]
         notes = (f"{directory} ties its unembedding to its embedding: from here on each has weights of its own",)

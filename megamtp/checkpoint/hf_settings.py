@@ -40,7 +40,8 @@ def write_settings(folder: Path, contents: Contents, dtype: torch.dtype, archite
     tokenizer = read_tokenizer(contents.tokenizer, model.vocab_size) if contents.tokenizer else None
     # Documents follow each other's end piece in training, so that piece, not <s>, is what a text begins with.
     end_id = tokenizer.end_of_document_id if tokenizer else BYTES_END if contents.tokens_are_bytes else None
-    ids = {"bos_token_id": end_id, "eos_token_id": end_id} | (contents.special_ids if end_id is None else {})
+    ids: dict[str, int | list[int] | None] = {"bos_token_id": end_id, "eos_token_id": end_id}
+    ids |= contents.special_ids if end_id is None else {}
     config = {
         "vocab_size": model.vocab_size,
         "hidden_size": model.dim,

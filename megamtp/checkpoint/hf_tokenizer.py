@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from sentencepiece.sentencepiece_model_pb2 import TrainerSpec
+from sentencepiece.sentencepiece_model_pb2 import TrainerSpec  # type: ignore[attr-defined]  # made at run time
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
@@ -152,7 +152,8 @@ def translate(tokenizer: SentencePieceTokenizer) -> Tokenizer:
     names = [pieces[token] for token in sorted(named)]
     if symbols:
         _isolate(translated, symbols, names)
-    steps, changes = [decoders.ByteFallback(), decoders.Fuse()], []
+    steps: list[decoders.Decoder] = [decoders.ByteFallback(), decoders.Fuse()]
+    changes: list[normalizers.Normalizer] = []
     if not tokenizer.keeps_space_marks:
         changes.append(normalizers.Replace(SPACE_MARK, " "))
     if tokenizer.proto.normalizer_spec.add_dummy_prefix:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from megamtp.checkpoint import safetensors_file, torch_file
 from megamtp.checkpoint.folder import write_json
@@ -68,7 +69,7 @@ def _read_index(index: Path) -> dict[str, str]:
 
 
 def _pickled(files: Iterable[Path]) -> InMemory:
-    found = {}
+    found: dict[str, Tensor] = {}
     for file in files:
         tensors = torch_file.tensors_of(file, torch_file.read(file))
         for name in tensors.keys() & found.keys():

@@ -8,7 +8,7 @@ gate and up matrices of SwiGLU. Source: Megatron-LM, tools/checkpoint/schema_cor
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -116,7 +116,7 @@ def _model(args: dict[str, Any], path: Path, num_future_tokens: int) -> ModelCon
         mlp_dim=mlp_dim,
         vocab_size=vocab_size,
         rope_theta=args.get("rotary_base", DEFAULT_ROTARY_BASE),
-        norm_eps=args.get("norm_epsilon", args.get("layernorm_epsilon")),  # the second is an older Megatron's name
+        norm_eps=cast("float", args.get("norm_epsilon", args.get("layernorm_epsilon"))),  # the second is an older Megatron's name
     )
     if args.get("kv_channels") not in (None, model.head_dim):
         raise CheckpointError(

@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -196,7 +196,7 @@ def _model(directory: Path, params: dict[str, Any], found: dict[str, torch.Tenso
         mlp_dim=_hidden_dim(params),
         vocab_size=vocab_size,
         rope_theta=params.get("rope_theta", DEFAULT_ROPE_THETA),
-        norm_eps=params.get("norm_eps"),
+        norm_eps=cast("float", params.get("norm_eps")),
     )
     if model.num_trunk_layers < 1:
         raise CheckpointError(f"{path}: n_layers is {num_layers}; expected more than n_future_tokens")

@@ -10,11 +10,16 @@ The last of `model.layers` is head 1; heads 2 to n are `extra_heads`. Source: Gl
 Stern et al. 2018, arXiv:1811.03115. Shapes: B batch, T new positions, S all positions, D width, H heads, K their width, V tokens.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+
+Extend = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # takes new keys and values [B, H, T, K], returns those of all positions
 
 
 class MegamtpConfig(PretrainedConfig):
@@ -24,9 +29,10 @@ class MegamtpConfig(PretrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - as transformers has it
 
     def __init__(
-        self, vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=29, num_attention_heads=32,
-        num_key_value_heads=None, head_dim=None, num_future_tokens=4, max_position_embeddings=4096, rms_norm_eps=1e-5,
-        rope_theta=10000.0, hidden_act="silu", tie_word_embeddings=False, **others,
+        self, vocab_size: int = 32000, hidden_size: int = 4096, intermediate_size: int = 11008, num_hidden_layers: int = 29,
+        num_attention_heads: int = 32, num_key_value_heads: int | None = None, head_dim: int | None = None,
+        num_future_tokens: int = 4, max_position_embeddings: int = 4096, rms_norm_eps: float = 1e-5, rope_theta: float = 10000.0,
+        hidden_act: str = "silu", tie_word_embeddings: bool = False, **others: Any,
     ):  # fmt: skip
         self.vocab_size, self.hidden_size, self.intermediate_size = vocab_size, hidden_size, intermediate_size
         self.num_hidden_layers, self.num_future_tokens = num_hidden_layers, num_future_tokens
@@ -34,7 +40,7 @@ class MegamtpConfig(PretrainedConfig):
         self.head_dim = head_dim or hidden_size // num_attention_heads
         self.max_position_embeddings, self.rms_norm_eps, self.rope_theta = max_position_embeddings, rms_norm_eps, rope_theta
         self.hidden_act = hidden_act
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **others)
+        super().__init__(**{"tie_word_embeddings": tie_word_embeddings, **others})
 
 
 class Norm(nn.Module):
@@ -56,8 +62,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, key_value_width, bias=False)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
 
-    def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, extend) -> Tensor:
-        """`extend`: takes new keys and values [B, H, T, K], returns those of all positions."""
+    def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, extend: Extend) -> Tensor:
         queries, keys, values = (
             projection(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -86,7 +91,7 @@ class Layer(nn.Module):
         self.input_layernorm, self.self_attn = Norm(config), Attention(config)
         self.post_attention_layernorm, self.mlp = Norm(config), SwiGLU(config)
 
-    def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, extend) -> Tensor:
+    def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, extend: Extend) -> Tensor:
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotary, mask, extend)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
@@ -124,9 +129,10 @@ class MegamtpForCausalLM(PreTrainedModel, GenerationMixin):
 
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
-        past_key_values=None, inputs_embeds: Tensor | None = None, labels: Tensor | None = None, use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0, num_items_in_batch: int | Tensor | None = None, return_dict: bool | None = None, **others,
-    ) -> CausalLMOutputWithPast:  # fmt: skip
+        past_key_values: Cache | None = None, inputs_embeds: Tensor | None = None, labels: Tensor | None = None,
+        use_cache: bool | None = None, logits_to_keep: int | Tensor = 0, num_items_in_batch: int | Tensor | None = None,
+        return_dict: bool | None = None, **others: Any,
+    ) -> tuple[Any, ...] | CausalLMOutputWithPast:  # fmt: skip
         """Head 1's logits [B, T, V], and with labels [B, T] the loss of the next token. Other arguments are not looked at.
 
         Args:
@@ -181,7 +187,8 @@ class MegamtpForCausalLM(PreTrainedModel, GenerationMixin):
         ends = self.generation_config.eos_token_id if eos_token_id is None else eos_token_id
         ends = set(ends if isinstance(ends, (list, tuple)) else [ends])
         drafting = _Drafting(self, len(self.extra_heads) + 1 if num_heads is None else num_heads)
-        known, drafts, length, passes = input_ids[0].tolist(), [], input_ids.shape[1] + max_new_tokens, 0
+        known, length, passes = input_ids[0].tolist(), input_ids.shape[1] + max_new_tokens, 0
+        drafts: list[int] = []
         while len(known) < length:
             accepted, drafts = drafting.step(known, drafts)
             passes += 1
@@ -227,11 +234,11 @@ class _Drafting:
             raise ValueError(f"num_heads is {num_heads}; expected 1 to {len(model.extra_heads) + 1}")
         self.model, self.trunk = model, model.model.layers[:-1]
         self.heads = [model.model.layers[-1], *model.extra_heads[: num_heads - 1]]
-        self.cache: list[tuple[Tensor, Tensor] | None] = [None] * (len(self.trunk) + num_heads)
+        self.cache: dict[int, tuple[Tensor, Tensor]] = {}  # by layer, trunk first
 
     def step(self, known: list[int], drafts: list[int]) -> tuple[list[int], list[int]]:
         """One pass over the tokens not yet in the cache, and the drafts behind them: (new tokens, new drafts)."""
-        past = 0 if self.cache[0] is None else self.cache[0][0].shape[2]
+        past = self.cache[0][0].shape[2] if self.cache else 0
         pending = torch.tensor([known[past:] + drafts], device=self.model.device)
         x_BTD = self.model.model.embed_tokens(pending)
         rotary, mask = self.model._positions(x_BTD, past, None, None)
@@ -247,11 +254,12 @@ class _Drafting:
         while num_right < len(drafts) and drafts[num_right] == greedy[num_right]:
             num_right += 1
         last = torch.stack([output[0, first + num_right] for output in outputs[1:]]) if outputs[1:] else None
-        self.cache = [(keys[:, :, : len(known) + num_right], values[:, :, : len(known) + num_right]) for keys, values in self.cache]
+        length = len(known) + num_right
+        self.cache = {index: (keys[:, :, :length], values[:, :, :length]) for index, (keys, values) in self.cache.items()}
         return greedy[: num_right + 1], [] if last is None else self.model._logits(last).argmax(-1).tolist()
 
     def _extend(self, index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        if self.cache[index] is not None:
+        if index in self.cache:
             keys, values = (torch.cat(pair, dim=2) for pair in zip(self.cache[index], (keys, values)))  # noqa: B905
         self.cache[index] = keys, values
         return keys, values
@@ -267,7 +275,7 @@ def _keep(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     return keys, values
 
 
-def _extend_with(cache, index: int):
+def _extend_with(cache: Cache | None, index: int) -> Extend:
     if cache is None:
         return _keep
     return lambda keys, values: cache.update(keys, values, index)

@@ -91,6 +91,7 @@ def write(contents: Contents, directory: Path, dtype: torch.dtype = torch.float3
             "the source has no optimizer state, which a run goes on with; expected a run's checkpoint, canonical or universal: "
             "convert it with --to canonical, and start from that with run.initial_weights"
         )
+    assert contents.step is not None and contents.state is not None
     check_contents(contents, "the checkpoint")
     manifest = store.Manifest(contents.step, 1, CONVERTED, "fp32", dataclasses.asdict(contents.model), contents.state.saved())
     shapes = contents.weights.shapes

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,7 +32,7 @@ def slices(num_elements: int) -> Iterable[tuple[int, int]]:
     return ((start, min(start + SLICE_ELEMENTS, num_elements)) for start in range(0, num_elements, SLICE_ELEMENTS))
 
 
-def content(source: TensorSource, name: str, dtype: torch.dtype) -> Iterable[np.ndarray]:
+def content(source: TensorSource, name: str, dtype: torch.dtype) -> Iterable[memoryview]:
     """A tensor's bytes as `dtype`, row-major, slice by slice. Raises: CheckpointError for what fp16 cannot hold."""
     for start, end in slices(math.prod(source.shapes[name])):
         numbers = source.read(name, start, end)
@@ -42,12 +41,13 @@ def content(source: TensorSource, name: str, dtype: torch.dtype) -> Iterable[np.
             raise CheckpointError(
                 f"{name} holds {numbers.abs().max():.3g}; expected at most 65504, as fp16 does: choose bf16 or fp32"
             )
-        yield narrow.contiguous().view(torch.uint8).numpy()
+        yield narrow.contiguous().view(torch.uint8).numpy().data
 
 
 def split(shapes: Mapping[str, tuple[int, ...]], itemsize: int) -> list[list[str]]:
     """The names of each file, in order, so that none is larger than LARGEST_FILE_BYTES unless one tensor alone is."""
-    files, size = [[]], 0
+    files: list[list[str]] = [[]]
+    size = 0
     for name, shape in shapes.items():
         num_bytes = math.prod(shape) * itemsize
         if files[-1] and size + num_bytes > LARGEST_FILE_BYTES:
@@ -60,7 +60,8 @@ def split(shapes: Mapping[str, tuple[int, ...]], itemsize: int) -> list[list[str
 
 def encode_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
     """A file's beginning, its length included, for tensors (dtype, shape) that follow each other."""
-    header, offset = {"__metadata__": metadata}, 0
+    header: dict[str, Mapping[str, object]] = {"__metadata__": metadata}
+    offset = 0
     for name, (dtype, shape) in tensors.items():
         end = offset + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
@@ -115,7 +116,7 @@ class SafetensorsFiles:
         try:
             with open(entry.file, "rb") as stream:
                 stream.seek(entry.offset + start * entry.dtype.itemsize)
-                missing = numbers.nbytes - stream.readinto(numbers.view(torch.uint8).numpy())
+                missing = numbers.nbytes - stream.readinto(numbers.view(torch.uint8).numpy().data)
         except OSError as error:
             raise CheckpointError(
                 f"{entry.file} cannot be read any more ({error.strerror}); start again from a whole copy"

@@ -128,7 +128,7 @@ def _parts(header: bytes, slices: TensorSource, sizes: dict[str, int]) -> Iterat
     for key, size in sizes.items():
         for start in range(0, size, CHUNK_BYTES // 4):
             chunk = slices.read(key, start, min(size, start + CHUNK_BYTES // 4))
-            yield memoryview(chunk.contiguous().view(torch.uint8).numpy())
+            yield chunk.contiguous().view(torch.uint8).numpy().data
 
 
 def read_crc32(path: Path) -> int:

@@ -15,7 +15,7 @@ FILE = "generation_config.json"
 KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def write_special_ids(folder: Path, special_ids: Mapping[str, int | list[int]]) -> None:
+def write_special_ids(folder: Path, special_ids: Mapping[str, int | list[int] | None]) -> None:
     """Writes the file, unless there are none. Raises OSError."""
     if special_ids:
         write_json(folder / FILE, dict(special_ids))

@@ -107,10 +107,10 @@ def read_manifest(checkpoint: Path, check_files: bool = True) -> Manifest:
         if crc != _crc32(content):
             raise ValueError(f"its checksum is {_crc32(content):08x}, expected {crc:08x}")
         manifest = Manifest(**content)
-        for field in dataclasses.fields(Manifest):
-            kind, value = typing.get_origin(field.type) or field.type, getattr(manifest, field.name)
+        for name, hint in typing.get_type_hints(Manifest).items():
+            kind, value = typing.get_origin(hint) or hint, getattr(manifest, name)
             if not isinstance(value, kind):
-                raise TypeError(f"{field.name} is {value!r}, not of type {kind.__name__}")
+                raise TypeError(f"{name} is {value!r}, not of type {kind.__name__}")
         sizes = {name: file["bytes"] for name, file in manifest.files.items()}
         if check_files:
             check_sizes(checkpoint, sizes, remedy=None)

@@ -16,7 +16,8 @@ class TensorSource(Protocol):
         shapes: of every tensor, by name.
     """
 
-    shapes: Mapping[str, tuple[int, ...]]
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> Tensor:
         """Elements start to end (without it, the last) of a tensor's row-major numbers, in a row: [end - start].

@@ -18,6 +18,7 @@ import pickle
 import struct
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ class Streamed:
     def num_elements(self) -> int:
         return math.prod(self.shape)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         strides = tuple(math.prod(self.shape[axis + 1 :]) for axis in range(len(self.shape)))
         return torch._utils._rebuild_tensor_v2, (_Storage(self), 0, self.shape, strides, False, collections.OrderedDict())
 
@@ -122,7 +123,7 @@ def read(path: Path, opaque: tuple[str, ...] = ()) -> Any:
     try:
         can_be_mapped = zipfile.is_zipfile(path)
         unknown = get_unsafe_globals_in_checkpoint(path) if opaque and can_be_mapped else []
-        allowed = [(_stand_in(name), name) for name in unknown if name.startswith(opaque)]
+        allowed: list[Callable | tuple[Callable, str]] = [(_stand_in(name), name) for name in unknown if name.startswith(opaque)]
         with safe_globals(allowed):
             found = torch.load(path, map_location="cpu", mmap=can_be_mapped, weights_only=True)
         num_bytes = path.stat().st_size

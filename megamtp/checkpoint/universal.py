@@ -62,6 +62,7 @@ def write(contents: Contents, directory: Path, dtype: torch.dtype = torch.float3
         raise CheckpointError(f"a universal checkpoint is in fp32, not {dtype}; leave --dtype out")
     if not contents.has_optimizer_state:
         raise CheckpointError("the source has no optimizer state, which a universal checkpoint needs; expected a run's checkpoint")
+    assert contents.state is not None
     check_contents(contents, "the checkpoint")
     num_bytes = sum(math.prod(shape) * 4 for source in contents.sources.values() for shape in source.shapes.values())
     step = torch.tensor(float(contents.state.optimizer.steps_of(0)))
@@ -93,9 +94,10 @@ def read(directory: Path, model: ModelConfig | None = None) -> Contents:
     folder = _step_folder(directory)
     states = _read_states(folder)
     own = states.get(OWN, {})
-    if model is None and "model" not in own:
+    if "model" in own:
+        model = described_model(own["model"], folder)
+    elif model is None:
         raise CheckpointError(f"{folder} says nothing of its model; expected --config with the run's config.yaml")
-    model = described_model(own["model"], folder) if "model" in own else model
     shapes = parameter_shapes(model)
     _check_names(folder / ZERO, shapes)
     counters = {name: states.get(name, 0) for name in COUNTERS}
@@ -141,7 +143,7 @@ class UniversalTensors:
 
 def _shared(step: Tensor, num_parameters: int) -> dict[str, Any]:
     """What the engines read from optimizer_state.pt. As many groups as any optimizer can have, none of which sets anything."""
-    groups = [{"params": []} for _ in range(num_parameters)]
+    groups: list[dict[str, list[Tensor]]] = [{"params": []} for _ in range(num_parameters)]
     return {
         "param_groups": groups,
         "ds_version": importlib.metadata.version("deepspeed"),
@@ -150,6 +152,7 @@ def _shared(step: Tensor, num_parameters: int) -> dict[str, Any]:
 
 
 def _model_states(contents: Contents) -> dict[str, Any]:
+    assert contents.state is not None
     shapes = {name: torch.Size(shape) for name, shape in contents.weights.shapes.items()}
     return {
         "module": {},

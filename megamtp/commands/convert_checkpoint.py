@@ -33,7 +33,9 @@ def main() -> None:
     if arguments.to in ("hf", "hf-mtp") and not contents.ends_texts:
         print(f"{arguments.source} does not say which token ends a text: generate() of the export stops at its longest length only")
     target = "run" if arguments.to in ENGINES else arguments.to
-    formats.FORMATS[target].write(contents, arguments.destination, DTYPES[arguments.dtype])
+    write = formats.FORMATS[target].write
+    assert write is not None  # of all that the parser lets through
+    write(contents, arguments.destination, DTYPES[arguments.dtype])
     print(f"{arguments.source} -> {arguments.destination}")
 
 

@@ -24,7 +24,7 @@ from megamtp.errors import InputError
 
 GRACE_SECONDS = 120.0
 JOB_VARIABLE = "MEGAMTP_JOB"  # marks the processes of one job, also after their parents have died
-PASSED_ON = {signal.SIGTERM: signal.SIGTERM, signal.SIGINT: signal.SIGTERM, signal.SIGUSR1: signal.SIGUSR1}
+PASSED_ON: dict[int, int] = {signal.SIGTERM: signal.SIGTERM, signal.SIGINT: signal.SIGTERM, signal.SIGUSR1: signal.SIGUSR1}
 
 
 class Job:

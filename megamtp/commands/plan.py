@@ -53,6 +53,7 @@ def _other_losses(found: Plan, config: Config, world_size: int, card: Card) -> s
         other = plan(changed, world_size, card)
     except InputError as error:
         return f"\nwith {setting}: {error}"
+    assert other.cut is not None
     ratio, memory = other.step_seconds / found.step_seconds, other.peak_bytes / GIB
     fits = "" if other.peak_bytes <= card.memory_bytes else ", which does not fit"
     return (

@@ -69,7 +69,7 @@ def main() -> None:
 
 def _read_metrics(path: Path, num_heads: int) -> tuple[Losses, Losses]:
     """The training and the validation losses."""
-    found = {"train": ([], []), "validation": ([], [])}
+    found: dict[str, tuple[list[int], list[list[float]]]] = {"train": ([], []), "validation": ([], [])}
     try:
         lines = path.read_text(errors="replace").splitlines(keepends=True)
     except OSError as error:

@@ -29,7 +29,7 @@ BLOCK_BYTES = 4096
 class ChecksumWriter:
     """Takes a .bin piece by piece; `file` is the .crc's content, the same whatever the pieces were."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._checksums, self._num_bytes = array("I"), 0
 
     def add(self, content: memoryview) -> None:
@@ -63,7 +63,7 @@ class Checksums:
                 header = stream.read(HEADER.size)
             found = np.asarray(np.memmap(path, np.uint8, mode="r")) if header else np.empty(0, np.uint8)
         except OSError as error:
-            raise self._bad_file(error.strerror) from error
+            raise self._bad_file(error.strerror or str(error)) from error
         if not header.startswith(MAGIC) or len(header) < HEADER.size:
             raise self._bad_file(f"it begins with {header[: len(MAGIC)]!r} and has {len(found)} bytes")
         _, version, self._block_bytes, num_bytes = HEADER.unpack(header)

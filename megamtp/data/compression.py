@@ -6,21 +6,37 @@ import io
 import lzma
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, Protocol
 
 from megamtp.data.optional import require
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 COMPRESSED_BLOCK_BYTES = 1 << 17
 CONTENT_BLOCK_BYTES = 1 << 20
 LARGEST_ZSTD_WINDOW = 1 << 31  # what `zstd --long=31` writes
 
 
-def _zstd_decompressor():
+class Decompressor(Protocol):
+    """Decompresses one frame; bzip2 and xz call it a stream."""
+
+    @property
+    def eof(self) -> bool: ...
+
+    @property
+    def unused_data(self) -> bytes: ...
+
+    def decompress(self, data: bytes, /) -> bytes: ...
+
+
+def _zstd_decompressor() -> Decompressor:
     return require("zstandard").ZstdDecompressor(max_window_size=LARGEST_ZSTD_WINDOW).decompressobj()
 
 
-# What decompresses one frame (bzip2 and xz call it a stream), with the attributes eof and unused_data.
-DECOMPRESSORS = {".bz2": bz2.BZ2Decompressor, ".xz": lzma.LZMADecompressor, ".zst": _zstd_decompressor}
+DECOMPRESSORS: dict[str, Callable[[], Decompressor]] = {
+    ".bz2": bz2.BZ2Decompressor, ".xz": lzma.LZMADecompressor, ".zst": _zstd_decompressor,
+}  # fmt: skip
 SUFFIXES = (".gz", *DECOMPRESSORS)
 
 
@@ -30,7 +46,7 @@ def suffix(path: Path) -> str | None:
     return found if found in SUFFIXES else None
 
 
-def open_binary(path: Path) -> BinaryIO:
+def open_binary(path: Path) -> io.BufferedIOBase:
     """The file's content.
 
     Reading raises the libraries' errors if it is damaged, EOFError if it is cut off, and InputError if a library is not installed.
@@ -50,24 +66,27 @@ class _FrameStream(io.RawIOBase):
     lzma.open would silently ignore anything else, such as a frame whose first bytes are damaged.
     """
 
-    def __init__(self, path: Path, decompressor: Callable):
+    def __init__(self, path: Path, decompressor: Callable[[], Decompressor]):
         self._decompressor = decompressor
         self._stream = open(path, "rb")  # noqa: SIM115 - closed with this stream
-        self._frame, self._compressed, self._content = None, b"", memoryview(b"")
+        self._frame: Decompressor | None = None
+        self._compressed, self._content = b"", memoryview(b"")
         self._is_behind_frame = False
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: "Buffer") -> int:
+        target = memoryview(buffer)
         while not self._content and self._has_compressed():
-            self._frame, self._is_behind_frame = self._frame or self._decompressor(), False
-            self._content = memoryview(self._frame.decompress(self._compressed))
-            self._compressed = self._frame.unused_data if self._frame.eof else b""
-            if self._frame.eof:
+            self._frame = frame = self._frame or self._decompressor()
+            self._is_behind_frame = False
+            self._content = memoryview(frame.decompress(self._compressed))
+            self._compressed = frame.unused_data if frame.eof else b""
+            if frame.eof:
                 self._frame, self._is_behind_frame = None, True
-        length = min(len(buffer), len(self._content))
-        buffer[:length] = self._content[:length]
+        length = min(len(target), len(self._content))
+        target[:length] = self._content[:length]
         self._content = self._content[length:]
         return length
 

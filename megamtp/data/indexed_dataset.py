@@ -18,6 +18,7 @@ import zlib
 from array import array
 from bisect import bisect_right
 from pathlib import Path
+from types import TracebackType
 from typing import BinaryIO
 
 import numpy as np
@@ -101,7 +102,9 @@ class IndexedDatasetWriter:
         self._stream.write(content)
         self._checksums.add(content)
 
-    def __exit__(self, error_type, error, traceback) -> None:
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         try:
             if error_type is None:
                 self._publish()
@@ -137,7 +140,7 @@ class IndexedDatasetWriter:
         index.write(np.array(self._documents, dtype="<i8").data)
 
 
-def _flush_to_disk(stream) -> None:
+def _flush_to_disk(stream: BinaryIO) -> None:
     stream.flush()
     os.fsync(stream.fileno())
 
@@ -217,7 +220,7 @@ class IndexedDataset:
             InputError: they are not those that were written, by their checksums.
         """
         if self._checksums:
-            self._check_content(start, min(stop, self.num_tokens))
+            self._check_content(self._checksums, start, min(stop, self.num_tokens))
         return self._tokens[start:stop]
 
     def crc32_of_ends(self) -> int:
@@ -226,9 +229,9 @@ class IndexedDataset:
         last = self.tokens(max(0, self.num_tokens - IDENTIFYING_TOKENS), self.num_tokens)
         return zlib.crc32(last.tobytes(), zlib.crc32(first.tobytes()))
 
-    def _check_content(self, start: int, stop: int) -> None:
+    def _check_content(self, checksums: Checksums, start: int, stop: int) -> None:
         size = self.dtype.itemsize
-        damaged = self._checksums.damaged(start * size, stop * size)
+        damaged = checksums.damaged(start * size, stop * size)
         if damaged:
             begin, end = damaged
             first, last = self.document_at(begin // size), self.document_at((end - 1) // size)

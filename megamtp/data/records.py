@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from megamtp.data import compression
 from megamtp.data.compression import open_binary
@@ -256,7 +257,7 @@ def _json_text(line: bytes, json_key: str) -> str:
     return text
 
 
-def _check_column(path: Path, schema, json_key: str) -> None:
+def _check_column(path: Path, schema: Any, json_key: str) -> None:
     pyarrow = require("pyarrow")
     if json_key not in schema.names:
         found = ", ".join(map(repr, schema.names))
@@ -269,7 +270,7 @@ def _check_column(path: Path, schema, json_key: str) -> None:
         raise InputError(f"{path}: column {json_key!r} holds {column}, expected strings; give the right one with --json-key")
 
 
-def _cell_text(value, json_key: str) -> str:
+def _cell_text(value: Any, json_key: str) -> str:
     try:
         text = value.as_py()
         text = text.decode() if isinstance(text, bytes) else text
@@ -281,7 +282,7 @@ def _cell_text(value, json_key: str) -> str:
     return text
 
 
-def _open_parquet(path: Path):
+def _open_parquet(path: Path) -> Any:
     return require("pyarrow.parquet").ParquetFile(path, pre_buffer=False)
 
 

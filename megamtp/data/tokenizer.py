@@ -5,10 +5,11 @@ import random
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
-from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
+from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec  # type: ignore[attr-defined]  # made at run time
 
 from megamtp.config import BYTES
 from megamtp.data.indexed_dataset import best_dtype
@@ -166,6 +167,7 @@ def train_sentencepiece(documents: Iterable[str], path: Path, vocab_size: int, s
     or the vocabulary cannot hold the text's characters.
     """
     model, sample = io.BytesIO(), _sample_chunks(documents, seed)
+    options: dict[str, Any] = {**TRAINER_OPTIONS, **NORMALIZER_OPTIONS}
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(sample),
@@ -174,8 +176,7 @@ def train_sentencepiece(documents: Iterable[str], path: Path, vocab_size: int, s
             vocab_size=vocab_size,
             normalization_rule_name=NO_NORMALIZATION,
             minloglevel=2,
-            **TRAINER_OPTIONS,
-            **NORMALIZER_OPTIONS,
+            **options,
         )
     except (RuntimeError, ValueError) as error:  # ValueError: vocab_size is no 32-bit integer
         raise InputError(_explain(str(error), vocab_size)) from error

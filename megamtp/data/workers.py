@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import cast
 
 from tqdm import tqdm
 
@@ -132,4 +133,4 @@ def mpi_ranks() -> Iterator[Executor | None]:
     except ImportError:
         raise InputError("started by mpirun, but mpi4py is not installed; run: pip install 'megamtp[mpi]'") from None
     with MPICommExecutor(MPI.COMM_WORLD, root=0) as executor:
-        yield executor
+        yield cast("Executor | None", executor)  # mpi4py's types have the context manager itself here

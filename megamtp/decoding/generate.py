@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from megamtp.errors import InputError
+from megamtp.model.layers import KeyValueCache
 from megamtp.model.mtp import MTPModel
 
 
@@ -31,9 +32,12 @@ def generate(
         InputError: a number out of its range, or the model computes infinities.
     """
     _check(model, prompt_ids, max_new_tokens, temperature, top_k, top_p, seed, end_id)
+    assert model.embedding is not None  # which a whole model has
     device = model.embedding.weight.device
     generator = torch.Generator().manual_seed(seed)
-    pending, caches, new_ids = prompt_ids or [end_id], None, []
+    pending = prompt_ids if end_id is None else prompt_ids or [end_id]
+    caches: list[KeyValueCache] | None = None
+    new_ids: list[int] = []
     while len(new_ids) < max_new_tokens:
         logits_BV, caches = model.next_token_logits(torch.tensor([pending], device=device), caches)
         logits_V = logits_BV[0].float().cpu()

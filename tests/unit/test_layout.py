@@ -1,4 +1,4 @@
-"""The house rules that a tool can check: imports run downward, style, and nothing unexpected at the top level."""
+"""The house rules that a tool can check: imports run downward, style, types, and nothing unexpected at the top level."""
 
 import subprocess
 import sys
@@ -13,7 +13,10 @@ TOP_LEVEL = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("command", [["lint-imports", "--no-cache"], ["ruff", "check", "."], ["ruff", "format", "--check", "."]])
+@pytest.mark.timeout(900)  # mypy without a cache takes minutes on a slow machine
+@pytest.mark.parametrize(
+    "command", [["lint-imports", "--no-cache"], ["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]]
+)
 def test_tool_is_content(command):
     finished = subprocess.run([str(BIN / command[0]), *command[1:]], cwd=ROOT, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stdout + finished.stderr
