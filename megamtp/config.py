@@ -592,7 +592,7 @@ def _check_text(key: str, value: str, found: str, may_be_empty: bool) -> None:
 
 def _check(config: Config) -> None:
     """Everything that can be known without data, devices and peers."""
-    check_model(config.model)
+    check_model_numbers(config.model)
     for section in dataclasses.fields(config):
         _check_values(section.name, getattr(config, section.name))
     train, head_loss, optimizer = config.train, config.head_loss, config.optimizer
@@ -720,7 +720,7 @@ def _check_float8(config: Config) -> None:
         _require(value % 16 == 0, f"head_loss.precision=fp8 with model.{name}={value}", "a multiple of 16, as fp8 products need")
 
 
-def check_model(model: ModelConfig) -> None:
+def check_model_numbers(model: ModelConfig) -> None:
     """Raises: InputError if no model has these numbers."""
     _check_values("model", model)
     for name in ("dim", "num_attention_heads", "vocab_size", "num_key_value_heads", "mlp_dim"):

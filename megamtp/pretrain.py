@@ -9,7 +9,6 @@ any engine on any number of ranks.
 """
 
 import atexit
-import errno
 import json
 import os
 import socket
@@ -30,8 +29,8 @@ import torch
 from megamtp.checkpoint.hf_tokenizer import translate
 from megamtp.checkpoint.special_ids import write_special_ids
 from megamtp.checkpoint.state import read_state
-from megamtp.checkpoint.store import Manifest, check_model, checkpoints, remove_leftovers
-from megamtp.cluster.environment import Place, emulated_place, find_place, join_peers, of_all_ranks, share_error
+from megamtp.checkpoint.store import Manifest, check_trained_model, checkpoints, remove_leftovers
+from megamtp.cluster.environment import Place, emulated_place, find_place, join_peers, of_all_ranks, raised_by_all, share_error
 from megamtp.commands.command_line import print_all_characters, print_error
 from megamtp.config import RESOLVED, Config, differences, from_anywhere, print_help, read_config, write_config
 from megamtp.data.corpus import SUMMARY
@@ -42,26 +41,28 @@ from megamtp.data.tokenizer import ByteTokenizer, open_tokenizer
 from megamtp.data.windows import Windows
 from megamtp.engines.check import check_engine
 from megamtp.engines.initial_weights import open_initial_weights, without_initial_weights
-from megamtp.errors import CheckpointError, InputError
+from megamtp.errors import CheckpointError, InputError, explained
 from megamtp.files import take_lock
+from megamtp.planning.partition import Partition
+from megamtp.planning.spread import SpreadPartition
 from megamtp.training.metrics import FILE as METRICS
 from megamtp.training.metrics import lacks_validation, records_until
 from megamtp.training.resuming import newest_readable, newest_verified
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 FLOAT8_CAPABILITY = (8, 9)  # the first GPUs with fp8 products
 RANK_0_SPEAKS_SECONDS = 10  # for it to say what is wrong; its launcher then ends the others, while they sleep
 PROBE_BYTES = 65536  # that must fit before a run begins: a configuration and some metrics
 
 
 @dataclass(frozen=True)
-class Job:
+class CheckedRun:
     """A configuration whose inputs have all been checked: the rest needs peers and devices."""
 
     config: Config
     train: list[Windows]
     validation: Windows | None
     readers: tuple[int, int]  # data-parallel rank and size
+    cut: Partition | SpreadPartition | None  # of a pipeline
     changes: list[str]  # of a resumed run's configuration, in words
     lock: TextIO | None  # held open by rank 0 as long as the job runs
 
@@ -70,30 +71,25 @@ def main(arguments: list[str]) -> int:
     """Trains and returns the exit status: 0, or run.requeue_exit_code after an early stop. Raises InputError."""
     if print_help(arguments, __doc__):
         return 0
-    place, job, error = find_place(), None, None
+    place, run, error = find_place(), None, None
     try:
         config = read_config([argument for argument in arguments if not argument.startswith("--local_rank")])
-        job = check(config, emulated_place(place, config.cluster))
-    except InputError as found:
-        error = found
+        run = check(config, emulated_place(place, config.cluster))
+    except Exception as caught:  # other ranks may wait to be told, whatever it is
+        error = caught
     share_error(place, error)
-    place = emulated_place(place, config.cluster)
-    try:
-        finished = _train(job, place)
-    except InputError:
-        _leave_peers()
-        raise
+    finished = _train(run, emulated_place(place, config.cluster))
     _leave_peers()
-    return 0 if finished else job.config.run.requeue_exit_code
+    return 0 if finished else config.run.requeue_exit_code
 
 
-def check(config: Config, place: Place) -> Job:
+def check(config: Config, place: Place) -> CheckedRun:
     """Looks at everything that can be wrong before peers are met; creates the run directory when nothing is.
 
     Raises:
         InputError: one line that says what is wrong.
     """
-    readers = check_engine(config, place.rank, place.world_size)
+    readers, cut = check_engine(config, place.rank, place.world_size)
     if config.train.precision == "fp16" and not torch.cuda.is_available():
         raise InputError("train.precision=fp16 without a GPU; expected fp32 or bf16: DeepSpeed's fp16 needs a GPU")
     if config.head_loss.precision == "fp8":
@@ -103,7 +99,7 @@ def check(config: Config, place: Place) -> Job:
     train = [_windows(config, prefix) for _, prefix in config.data.train_corpora]
     validation = _windows(config, config.data.validation) if config.data.validation else None
     if validation:
-        validation.check_first(config.run.evaluation_windows)
+        validation.check_first(config.run.evaluation_windows, place.rank, place.world_size)
     run_directory = Path(config.run.directory)
     if config.run.initial_weights and not checkpoints(run_directory):
         open_initial_weights(config)
@@ -113,59 +109,71 @@ def check(config: Config, place: Place) -> Job:
     lock = _lock(run_directory) if place.rank == 0 else None
     found = None if config.cluster.emulate else newest_readable(run_directory, check_files=place.rank == 0)
     if found:
-        check_model(*found, config.model)
+        check_trained_model(*found, config.model)
     find_position(config, train, found)  # for what it refuses
     changes = []
     if place.rank == 0:
         records_until(run_directory / METRICS, found[1].step if found else 0)
         if found and (run_directory / RESOLVED).exists():
             changes = _changes(run_directory / RESOLVED, config)
-    return Job(config, train, validation, readers, changes, lock)
+    return CheckedRun(config, train, validation, readers, cut, changes, lock)
 
 
-def _train(job: Job, place: Place) -> bool:
+def _train(run: CheckedRun, place: Place) -> bool:
     """False if it ended early, saved, because a rank was asked to stop. Collective."""
-    config, run_directory = job.config, Path(job.config.run.directory)
+    config, run_directory = run.config, Path(run.config.run.directory)
     stop = StopRequest(launched=place.world_size > 1 and not config.cluster.emulate)
     join_peers(place, config.cluster)
     stop.listen()
     if not config.cluster.emulate:
-        corpora = filter(None, (*job.train, job.validation))
+        corpora = filter(None, (*run.train, run.validation))
         _check_agreement(config, [corpus.dataset.num_tokens for corpus in corpora])
     from megamtp.engines.build import build_engine
     from megamtp.training.loop import Training, evaluation_due
 
     found = None if config.cluster.emulate else newest_verified(run_directory, place.rank, place.world_size)
     first_step = found[1].step if found else 0
-    owes_evaluation = evaluation_due(config, first_step) and any(
-        of_all_ranks(place.rank == 0 and lacks_validation(run_directory / METRICS, first_step))
-    )
+    owes_evaluation = False
+    if evaluation_due(config, first_step):
+        with raised_by_all():
+            owes_evaluation = place.rank == 0 and lacks_validation(run_directory / METRICS, first_step)
+        owes_evaluation = any(of_all_ranks(owes_evaluation))
     if first_step >= config.train.steps and not owes_evaluation:
         if place.rank == 0:
             print(f"{run_directory} has all its {config.train.steps} steps already; nothing to do")
         return True
-    position, notes = find_position(config, job.train, found)
-    blend = position.blend(job.train)
-    train = TrainLoader(
-        blend, config.global_batch_windows, config.train.micro_batch_size, *job.readers, first_step, position.windows
-    )
-    if place.rank == 0:
-        _report_vocabulary(config)
+    with raised_by_all():
+        position, notes = find_position(config, run.train, found)
+        blend = position.blend(run.train)
+        train = TrainLoader(
+            blend, config.global_batch_windows, config.train.micro_batch_size, *run.readers, first_step, position.windows
+        )
+        if place.rank == 0:
+            _report_vocabulary(config)
     # Every weight of a resumed run is in its checkpoint; what it once started from may be gone.
-    engine = build_engine(without_initial_weights(config) if found else config)
-    if place.rank == 0:
-        at_end = position.advanced(blend, train.windows_before(config.train.steps))
-        for line in (*job.changes, *notes, *at_end.passes(), *at_end.warnings()):
-            print(line, flush=True)
-        write_config(config, run_directory / RESOLVED)
-        if config.run.initial_weights and not found:
-            write_special_ids(run_directory, open_initial_weights(config).special_ids)
-        for leftover in remove_leftovers(run_directory):
-            print(f"megamtp: warning: {leftover} cannot be removed; it is of no use", file=sys.stderr, flush=True)
+    engine = build_engine(without_initial_weights(config) if found else config, run.cut)
+    with raised_by_all():
+        if place.rank == 0:
+            at_end = position.advanced(blend, train.windows_before(config.train.steps))
+            for line in (*run.changes, *notes, *at_end.passes(), *at_end.warnings()):
+                print(line, flush=True)
+            _prepare_directory(config, resumes=found is not None)
     torch.manual_seed((config.train.seed << 24) + place.rank)  # or checkpoints would differ in random states that nothing has used
     if found:
         engine.load(found[0])
-    return Training(config, engine, train, position, job.validation, stop, first_step, owes_evaluation).run()
+    with raised_by_all():  # rank 0 opens the run's metrics
+        training = Training(config, engine, train, position, run.validation, stop, first_step, owes_evaluation)
+    return training.run()
+
+
+def _prepare_directory(config: Config, resumes: bool) -> None:
+    """Writes what the run's directory says of the run, and removes what a job before left half-written. Raises OSError."""
+    run_directory = Path(config.run.directory)
+    write_config(config, run_directory / RESOLVED)
+    if config.run.initial_weights and not resumes:
+        write_special_ids(run_directory, open_initial_weights(config).special_ids)
+    for leftover in remove_leftovers(run_directory):
+        print(f"megamtp: warning: {leftover} cannot be removed; it is of no use", file=sys.stderr, flush=True)
 
 
 def find_position(config: Config, corpora: list[Windows], found: tuple[Path, Manifest] | None) -> tuple[DataPosition, list[str]]:
@@ -206,10 +214,7 @@ def _check_agreement(config: Config, num_tokens: list[int]) -> None:
 
 
 def _leave_peers() -> None:
-    """Closes the communicators of torch.distributed.
-
-    Not after other errors, which may be this rank's alone: it would wait for peers that wait for it.
-    """
+    """Closes the communicators of torch.distributed. Not after an error, which may be this rank's alone: peers may never come."""
     import torch.distributed as dist
 
     if dist.is_initialized():
@@ -344,7 +349,10 @@ def _lock(directory: Path) -> TextIO:
 
 
 def entry() -> None:
-    """The command line: an InputError becomes one line on stderr and exit status 2, once per node; Ctrl-C is status 130."""
+    """The command line: an InputError becomes one line on stderr and exit status 2, once per node; Ctrl-C is status 130.
+
+    So does an OSError that the user can remedy.
+    """
     outcome: list[int] = []
     atexit.register(_end, outcome)  # first of all, so that it is called last
     print_all_characters()
@@ -356,16 +364,14 @@ def entry() -> None:
             time.sleep(RANK_0_SPEAKS_SECONDS)
     except KeyboardInterrupt:
         status = 130
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
+    except (InputError, OSError) as caught:
+        error = explained(caught)
+        if not isinstance(error, InputError):
             raise
-        place = error.filename or "a file of the run"
-        print_error(f"{place} cannot be written: {error.strerror}; make room, and start again")
-        status = 2
-    except InputError as error:
         with suppress(InputError):  # of the launcher's variables, which may be what is wrong
-            if find_place().local_rank != 0:
-                time.sleep(RANK_0_SPEAKS_SECONDS)
+            local_rank = find_place().local_rank
+            if local_rank != 0:
+                time.sleep(RANK_0_SPEAKS_SECONDS + local_rank)
         print_error(error)
         status = 2
     outcome.append(status)

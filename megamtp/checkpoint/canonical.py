@@ -96,7 +96,7 @@ def read(directory: Path) -> Contents:
     return contents
 
 
-def check_model(directory: Path, found: ModelConfig, expected: ModelConfig) -> None:
+def check_same_model(directory: Path, found: ModelConfig, expected: ModelConfig) -> None:
     """Raises: CheckpointError if they differ, naming the first key; both written out."""
     for key, value in dataclasses.asdict(found).items():
         wanted = getattr(expected, key)

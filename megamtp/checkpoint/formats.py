@@ -81,7 +81,7 @@ def read(source: Path, options: Options | None = None) -> Contents:
     if asked not in (None, found):
         raise CheckpointError(f"{source} has {found} heads, --num-future-tokens says {asked}; leave it out")
     if options.model:
-        canonical.check_model(source, contents.model, written_out(options.model))
+        canonical.check_same_model(source, contents.model, written_out(options.model))
     return contents
 
 

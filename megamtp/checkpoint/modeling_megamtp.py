@@ -43,7 +43,7 @@ class MegamtpConfig(PretrainedConfig):
         super().__init__(**{"tie_word_embeddings": tie_word_embeddings, **others})
 
 
-class Norm(nn.Module):
+class RMSNorm(nn.Module):
     def __init__(self, config: MegamtpConfig):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(config.hidden_size)), config.rms_norm_eps
@@ -88,8 +88,8 @@ class SwiGLU(nn.Module):
 class Layer(nn.Module):
     def __init__(self, config: MegamtpConfig):
         super().__init__()
-        self.input_layernorm, self.self_attn = Norm(config), Attention(config)
-        self.post_attention_layernorm, self.mlp = Norm(config), SwiGLU(config)
+        self.input_layernorm, self.self_attn = RMSNorm(config), Attention(config)
+        self.post_attention_layernorm, self.mlp = RMSNorm(config), SwiGLU(config)
 
     def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, extend: Extend) -> Tensor:
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotary, mask, extend)
@@ -103,7 +103,7 @@ class Body(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.norm = Norm(config)
+        self.norm = RMSNorm(config)
 
 
 class MegamtpForCausalLM(PreTrainedModel, GenerationMixin):

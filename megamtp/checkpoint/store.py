@@ -158,7 +158,7 @@ def damage(checkpoint: Path, manifest: Manifest, share: int = 0, shares: int = 1
     return None
 
 
-def check_model(checkpoint: Path, manifest: Manifest, model: ModelConfig) -> None:
+def check_trained_model(checkpoint: Path, manifest: Manifest, model: ModelConfig) -> None:
     """Raises: CheckpointError if the checkpoint is of another model."""
     found = dataclasses.asdict(written_out(ModelConfig(**manifest.model)))
     for name, setting in dataclasses.asdict(written_out(model)).items():

@@ -28,7 +28,7 @@ MAX_GRAPHS = 2048  # of transfers between the same places of memory
 
 
 @dataclass(frozen=True)
-class Transfer:
+class EmulatedTransfer:
     """One collective: its kind, the bytes of the whole tensors (not of a shard), and the seconds that the network needs."""
 
     kind: str
@@ -63,7 +63,7 @@ class EmulatedGroup(dist.ProcessGroup):
     of memory: the host then launches it at once, as it does NCCL's.
     """
 
-    def __init__(self, network: Network, transfers: deque[Transfer]):
+    def __init__(self, network: Network, transfers: deque[EmulatedTransfer]):
         super().__init__(0, network.world_size)  # type: ignore[call-arg]  # the stub lacks this overload
         self._network, self._transfers = network, transfers
         self._size = network.world_size
@@ -84,7 +84,7 @@ class EmulatedGroup(dist.ProcessGroup):
     def _run(self, kind: str, whole: list[Tensor], others: list[Tensor], move: Callable[[], None]) -> EmulatedWork:
         """Moves the data on the communication stream, and holds that stream until the network would have done it."""
         num_bytes = sum(tensor.nbytes for tensor in whole)
-        transfer = Transfer(kind, num_bytes, self._network.seconds(kind, num_bytes))
+        transfer = EmulatedTransfer(kind, num_bytes, self._network.seconds(kind, num_bytes))
         self._transfers.append(transfer)
         if not whole or not whole[0].is_cuda:
             move()
@@ -100,7 +100,7 @@ class EmulatedGroup(dist.ProcessGroup):
             torch.cuda.set_stream(current)
         return EmulatedWork(self._stream.record_event(), [*whole, *others])
 
-    def _play(self, transfer: Transfer, places: tuple, move: Callable[[], None]) -> None:
+    def _play(self, transfer: EmulatedTransfer, places: tuple, move: Callable[[], None]) -> None:
         known = places in self._graphs
         graph = self._graphs.pop(places, None)
         if graph is None and known:
@@ -118,7 +118,7 @@ class EmulatedGroup(dist.ProcessGroup):
         if len(self._graphs) > MAX_GRAPHS:
             del self._graphs[next(iter(self._graphs))]  # what runs of it is freed when it has ended
 
-    def _launch(self, transfer: Transfer, move: Callable[[], None]) -> None:
+    def _launch(self, transfer: EmulatedTransfer, move: Callable[[], None]) -> None:
         mark(self._start)
         move()
         hold(self._start, transfer.seconds, self._network.cluster.communication_sms)
@@ -175,7 +175,7 @@ class EmulatedGroup(dist.ProcessGroup):
         return self._run("barrier", [], [], lambda: None)
 
 
-def join(cluster: ClusterConfig) -> deque[Transfer]:
+def join(cluster: ClusterConfig) -> deque[EmulatedTransfer]:
     """Initialises torch.distributed as rank 0 of `cluster.emulate` ranks; returns the log of transfers, latest last.
 
     On a GPU, makes a stream of high priority the current one, which no other code gets: torch hands out 32 streams of each priority
@@ -184,7 +184,7 @@ def join(cluster: ClusterConfig) -> deque[Transfer]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     network = Network(cluster)
-    transfers: deque[Transfer] = deque(maxlen=LOGGED_TRANSFERS)
+    transfers: deque[EmulatedTransfer] = deque(maxlen=LOGGED_TRANSFERS)
     if torch.cuda.is_available():
         # Transfers are copied by the whole card, faster than a network would; what computes goes before them, as it does beside the
         # few multiprocessors of NCCL's kernels.

@@ -3,6 +3,8 @@
 import os
 import re
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -12,7 +14,7 @@ import torch.distributed as dist
 from megamtp.cluster import emulated
 from megamtp.cluster.ports import reserve_port
 from megamtp.config import ClusterConfig
-from megamtp.errors import InputError
+from megamtp.errors import InputError, explained
 
 T = TypeVar("T")
 # (rank, local rank, world size) as torch-style launchers, Open MPI, MPICH/Intel MPI (Hydra) and Slurm's PMI spell them.
@@ -127,8 +129,8 @@ def _announce(place: Place) -> None:
     }
 
 
-def share_error(place: Place, error: InputError | None) -> None:
-    """Raises this rank's own error; under mpirun rank 0 raises the first of any rank's, and the others exit with status 2.
+def share_error(place: Place, error: Exception | None) -> None:
+    """Raises this rank's own error; under mpirun every rank ends if any has one: see _end_together.
 
     Other launchers end all ranks when one has failed. mpirun may let the others wait for it for ever, so there the ranks tell each
     other over MPI, and in the same message where to meet, which mpirun does not tell them. Then MPI is left for good: at its exit
@@ -154,15 +156,49 @@ def share_error(place: Place, error: InputError | None) -> None:
         )
     # By name, which each rank resolves for itself: on its own host a name may stand for 127.0.1.1, which is of no use on others.
     address = (socket.gethostname(), reserve_port()) if place.rank == 0 else None
-    told = MPI.COMM_WORLD.allgather((error and str(error), address))
+    told = MPI.COMM_WORLD.allgather((_told(error), address))
     MPI.Finalize()
-    errors = [message for message, _ in told if message]
-    if errors and place.rank == 0:
-        raise InputError(errors[0])
-    if errors:
-        raise SystemExit(2)
+    _end_together(place.rank, error, [message for message, _ in told])
     host, port = told[0][1]
     os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
+
+
+@contextmanager
+def raised_by_all() -> Iterator[None]:
+    """Ends every rank when the block raises an exception on any of them: see _end_together.
+
+    Collective at its end; the block must not be.
+    """
+    error = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    _end_together(dist.get_rank(), error, of_all_ranks(_told(error)))
+
+
+def _told(error: Exception | None) -> str | None:
+    """What a rank tells the others of its error: an InputError's message; nothing but that there is one of any other."""
+    if error is None:
+        return None
+    error = explained(error)
+    return str(error) if isinstance(error, InputError) else ""
+
+
+def _end_together(rank: int, error: Exception | None, told: list[str | None]) -> None:
+    """Returns if no rank has an error. Otherwise a defect is raised on its own rank, with its traceback, and the first InputError
+    on rank 0, so that it is printed once; the other ranks raise SystemExit(2).
+
+    Args:
+        told: what _told returns, by rank.
+    """
+    if all(message is None for message in told):
+        return
+    if error and (rank == 0 or told[rank] == ""):
+        raise error
+    if rank == 0 and any(told):
+        raise InputError(next(filter(None, told)))
+    raise SystemExit(2)
 
 
 def of_all_ranks(own: T) -> list[T]:

@@ -27,7 +27,7 @@ JOB_VARIABLE = "MEGAMTP_JOB"  # marks the processes of one job, also after their
 PASSED_ON: dict[int, int] = {signal.SIGTERM: signal.SIGTERM, signal.SIGINT: signal.SIGTERM, signal.SIGUSR1: signal.SIGUSR1}
 
 
-class Job:
+class Launch:
     """One launch of `module` on `num_ranks` ranks of this machine. Installs handlers of SIGTERM, SIGINT and SIGUSR1."""
 
     def __init__(self, module: str, arguments: list[str], num_ranks: int):
@@ -121,7 +121,7 @@ def main() -> None:
     if not torch.cuda.device_count():
         os.environ["DS_ACCELERATOR"] = "cpu"
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    sys.exit(Job("megamtp.pretrain", sys.argv[1:], ranks).wait())
+    sys.exit(Launch("megamtp.pretrain", sys.argv[1:], ranks).wait())
 
 
 if __name__ == "__main__":

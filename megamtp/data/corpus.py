@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from megamtp.data.documents import Source
-from megamtp.data.jobs import DEFAULT_VOCAB_SIZE, Job, make_job, place
+from megamtp.data.jobs import DEFAULT_VOCAB_SIZE, TokenisationJob, make_job, place
 from megamtp.data.length_report import draw_lengths
 from megamtp.data.merge import SPLITS, Parts, Totals, split_limit, write_splits
 from megamtp.data.records import FORMAT_OF_SUFFIX, TEXT, Span, content_suffix
@@ -154,7 +154,7 @@ def _work_folder(output: Path) -> Iterator[Path]:
     shutil.rmtree(work)
 
 
-def _remove_strangers(shards: list[Shard], job: Job) -> None:
+def _remove_strangers(shards: list[Shard], job: TokenisationJob) -> None:
     """Removes parts and tokenizers of an earlier preparation that had other settings or inputs."""
     wanted = {"lock", Path(job.tokenizer).name, *(job.key(shard) for shard in shards)}
     for path in job.folder.iterdir():
@@ -162,7 +162,7 @@ def _remove_strangers(shards: list[Shard], job: Job) -> None:
             path.unlink()
 
 
-def _publish(parts: Parts, limit: int, output: Path, job: Job) -> Totals:
+def _publish(parts: Parts, limit: int, output: Path, job: TokenisationJob) -> Totals:
     """Writes all files but the picture and corpus.json, which is removed first."""
     (output / SUMMARY).unlink(missing_ok=True)
     if job.tokenizer == BYTES:

@@ -22,7 +22,7 @@ TRAINING_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
-class Job:
+class TokenisationJob:
     """What is done with every shard.
 
     Attributes:
@@ -56,7 +56,7 @@ def make_job(
     tokenizer: Path | str | None,
     seed: int,
     deduplicate: bool,
-) -> Job:
+) -> TokenisationJob:
     """The job of preparing `shards` of `source` with parts in the folder `work`; the other arguments are corpus.prepare's.
 
     Raises:
@@ -67,7 +67,9 @@ def make_job(
         raise too_few(found, place(source), reader)
     path = _tokenizer(source, shards, work, vocab_size, tokenizer, seed)
     digest = BYTES if path == BYTES else hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    return Job(work, path, digest, source.json_key, seed, in_pieces, deduplicate and not in_pieces, source.skip_bad_records)
+    return TokenisationJob(
+        work, path, digest, source.json_key, seed, in_pieces, deduplicate and not in_pieces, source.skip_bad_records
+    )
 
 
 def _count_names(source: Source, reader: Reader) -> int:

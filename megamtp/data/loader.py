@@ -1,5 +1,6 @@
 """Which windows each rank reads at each step: the order of windows depends neither on the ranks nor on where a run resumes."""
 
+import itertools
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -129,14 +130,14 @@ def evaluation_batches(
         yield batch
 
 
-def evaluation_damage(windows: Windows, micro_batch_size: int, rank: int, world_size: int, max_windows: int | None) -> str | None:
-    """What is wrong with the records of this rank's evaluation batches, if anything is; reads them."""
+def read_group(batches: Iterator[Batch], size: int) -> tuple[list[Batch], str | None]:
+    """The next `size` batches, or those that are left, and what is wrong with a record that ends the group early, if one does."""
+    group: list[Batch] = []
     try:
-        for _ in evaluation_batches(windows, micro_batch_size, rank, world_size, max_windows):
-            pass
+        group.extend(itertools.islice(batches, size))
     except InputError as error:
-        return str(error)
-    return None
+        return group, str(error)
+    return group, None
 
 
 def _stack(windows: list[Window]) -> Batch:

@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from megamtp.data.indexed_dataset import IndexedDatasetWriter, best_dtype
-from megamtp.data.jobs import Job, too_few
+from megamtp.data.jobs import TokenisationJob, too_few
 from megamtp.data.parts import Part, open_part
 from megamtp.data.shards import Shard
 
@@ -43,7 +43,7 @@ class Totals:
 class Parts:
     """The finished parts of all shards in order, opened one at a time, without their duplicates once those are found."""
 
-    def __init__(self, shards: list[Shard], job: Job, vocab_size: int):
+    def __init__(self, shards: list[Shard], job: TokenisationJob, vocab_size: int):
         self._shards, self._job, self.vocab_size = shards, job, vocab_size
         self.dtype = best_dtype(vocab_size)
         self._kept: list[np.ndarray] | None = None

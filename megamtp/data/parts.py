@@ -14,7 +14,7 @@ import numpy as np
 
 from megamtp.data.documents import cut
 from megamtp.data.indexed_dataset import LONGEST_SEQUENCE
-from megamtp.data.jobs import Job
+from megamtp.data.jobs import TokenisationJob
 from megamtp.data.records import Reader
 from megamtp.data.shards import Shard
 from megamtp.data.tokenizer import SPACE_MARK, Tokenizer, open_tokenizer
@@ -46,13 +46,13 @@ class Part:
     bad_records: list[str]
 
 
-def is_finished(shard: Shard, job: Job) -> bool:
+def is_finished(shard: Shard, job: TokenisationJob) -> bool:
     """Whether an earlier preparation left this part, without bad records unless they are to be skipped."""
     summary = job.folder / f"{job.key(shard)}.json"
     return summary.is_file() and (job.skip_bad_records or not json.loads(summary.read_bytes())["bad_records"])
 
 
-def tokenise(shard: Shard, job: Job) -> int:
+def tokenise(shard: Shard, job: TokenisationJob) -> int:
     """Writes the shard's part; returns the bytes of input that it stands for.
 
     Raises:
@@ -75,7 +75,7 @@ def tokenise(shard: Shard, job: Job) -> int:
     return shard.num_bytes
 
 
-def open_part(shard: Shard, job: Job, dtype: np.dtype) -> Part:
+def open_part(shard: Shard, job: TokenisationJob, dtype: np.dtype) -> Part:
     """A finished part whose tokens are of type `dtype`."""
     stem = job.folder / job.key(shard)
     summary = json.loads(stem.with_suffix(".json").read_bytes())
@@ -86,7 +86,7 @@ def open_part(shard: Shard, job: Job, dtype: np.dtype) -> Part:
     return Part(tokens, np.load(stem.with_suffix(".npy"), mmap_mode="r"), *passed_over)
 
 
-def _documents(shard: Shard, job: Job, reader: Reader) -> Iterator[tuple[str, str]]:
+def _documents(shard: Shard, job: TokenisationJob, reader: Reader) -> Iterator[tuple[str, str]]:
     for span in shard.spans:
         for name, text in reader.documents(span):
             if name not in span.skipped:
@@ -110,7 +110,7 @@ def _batches(documents: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, s
         yield batch
 
 
-def _table(batch: list[tuple[str, str]], lengths: np.ndarray, job: Job, tokenizer: Tokenizer) -> np.ndarray:
+def _table(batch: list[tuple[str, str]], lengths: np.ndarray, job: TokenisationJob, tokenizer: Tokenizer) -> np.ndarray:
     table = np.zeros(len(batch), DOCUMENT)
     table["name"] = [split_hash(job.seed, name) for name, _ in batch]
     encoded = [text.encode() for _, text in batch]

@@ -113,11 +113,15 @@ class Windows:
         self._read(0, CHECKED_TOKENS)
         self._read(max(0, self.dataset.num_tokens - CHECKED_TOKENS), self.dataset.num_tokens)
 
-    def check_first(self, max_windows: int | None) -> None:
-        """Reads the first windows (None: all), as all ranks' evaluations will. Raises InputError: see check_ends."""
+    def check_first(self, max_windows: int | None, rank: int, world_size: int) -> None:
+        """Reads this rank's share of the tokens of the first windows (None: all), as all ranks' evaluations will.
+
+        Raises:
+            InputError: see check_ends.
+        """
         number = self.number if max_windows is None else min(max_windows, self.number)
         stop = min(number * self.sequence_length + self.num_future_tokens, self.dataset.num_tokens)
-        for start in range(0, stop, CHECKED_TOKENS):
+        for start in range(rank * CHECKED_TOKENS, stop, world_size * CHECKED_TOKENS):
             self._read(start, min(start + CHECKED_TOKENS, stop))
             if self.documents != "continue":
                 self.dataset.boundaries(start, min(start + CHECKED_TOKENS, stop))

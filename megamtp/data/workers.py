@@ -13,7 +13,7 @@ from typing import cast
 
 from tqdm import tqdm
 
-from megamtp.data.jobs import Job
+from megamtp.data.jobs import TokenisationJob
 from megamtp.data.parts import is_finished, tokenise
 from megamtp.data.shards import Shard
 from megamtp.errors import InputError
@@ -23,7 +23,7 @@ PR_SET_PDEATHSIG = 1  # Linux, sys/prctl.h
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
-def tokenise_all(shards: list[Shard], job: Job, workers: int | Executor) -> None:
+def tokenise_all(shards: list[Shard], job: TokenisationJob, workers: int | Executor) -> None:
     """Writes the parts that are missing, with a progress bar if stderr is a terminal.
 
     Args:

@@ -38,7 +38,7 @@ def open_initial_weights(config: Config) -> Contents:
     directory = Path(config.run.initial_weights)
     try:
         contents = canonical.read(directory)
-        canonical.check_model(directory, contents.model, written_out(config.model))
+        canonical.check_same_model(directory, contents.model, written_out(config.model))
     except InputError as error:
         raise InputError(f"run.initial_weights: {error}") from None
     return contents

@@ -3,13 +3,13 @@
 Source: Rajbhandari et al. 2020, arXiv:1910.02054.
 """
 
-import contextlib
 from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megamtp.cluster.environment import raised_by_all
 from megamtp.config import Config
 from megamtp.data.loader import Batch
 from megamtp.engines.base import DTYPES, StepResult, compiles_layers, loss_scales, on_device
@@ -96,23 +96,36 @@ def _build_model(config: Config, settings: dict, device: torch.device) -> MTPMod
         model = model.to(DTYPES[config.train.precision]).to_empty(device=device)
     if config.cluster.emulate and sharded:
         hosting.fill_shards(model, STANDARD_DEVIATION)
+    elif sharded:
+        _initialise_shards(model, config)
     else:
-        _initialise(model, config, sharded)
+        with raised_by_all():
+            _initialise(model, config)
     return model
 
 
-def _initialise(model: MTPModel, config: Config, sharded: bool) -> None:
-    """Gives every parameter its initial value. Of sharded ones, each rank draws or reads every D-th, all at the same time."""
+@torch.no_grad()
+def _initialise(model: MTPModel, config: Config) -> None:
+    """Gives every parameter its initial value."""
     initial = initial_weights(config)
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if sharded else (0, 1)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(initial(name, tuple(parameter.shape)))
+
+
+def _initialise_shards(model: MTPModel, config: Config) -> None:
+    """Gives every parameter its initial value: each rank draws or reads every D-th, all at the same time. Collective."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    with raised_by_all():
+        initial = initial_weights(config)
     parameters = list(model.named_parameters())
     for first in range(0, len(parameters), world_size):
         group = parameters[first : first + world_size]
         value = None
-        if rank < len(group):
-            name, parameter = group[rank]
-            value = initial(name, full_shape(parameter))
+        with raised_by_all():
+            if rank < len(group):
+                name, parameter = group[rank]
+                value = initial(name, full_shape(parameter))
         for owner, (_, parameter) in enumerate(group):
-            with hosting.set_whole([parameter], owner) if sharded else contextlib.nullcontext(), torch.no_grad():
+            with hosting.set_whole([parameter], owner), torch.no_grad():
                 if owner == rank and value is not None:
                     parameter.copy_(value)

@@ -5,6 +5,7 @@ import gc
 import math
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,7 +17,7 @@ from megamtp.checkpoint.store import checkpoints
 from megamtp.cluster.environment import find_place, of_all_ranks
 from megamtp.cluster.signals import StopRequest
 from megamtp.config import Config
-from megamtp.data.loader import Batch, TrainLoader, evaluation_batches, evaluation_damage
+from megamtp.data.loader import Batch, TrainLoader, evaluation_batches, read_group
 from megamtp.data.position import DataPosition
 from megamtp.data.windows import Windows
 from megamtp.engines.base import Engine, count_targets
@@ -26,7 +27,7 @@ from megamtp.training.metrics import Metrics
 from megamtp.training.saving import Saver
 
 MAX_SKIPPED = 10  # steps in a row whose gradients are not finite
-BATCHES_UNASKED = 8  # of an evaluation, after which the ranks ask each other whether to stop
+BATCHES_UNASKED = 8  # of an evaluation, which are read before the ranks agree to run them: whether to stop, and if any is damaged
 
 
 def evaluation_due(config: Config, step: int) -> bool:
@@ -82,15 +83,21 @@ class Training:
                 said once.
         """
         try:
-            return self._run()
+            finished = self._run()
+        except BaseException:
+            with suppress(OSError, InputError):  # a full disk, say, is what ends the run
+                self.metrics.close()
+            raise
         finally:
             faulthandler.cancel_dump_traceback_later()
             gc.unfreeze()
             self.train.close()
+        self.metrics.close()
+        return finished
 
     def _run(self) -> bool:
         run, steps = self.config.run, self.config.train.steps
-        due, stopped, damaged = False, False, self._anywhere(self._is_damaged())
+        due, stopped, (damaged,) = False, False, self._anywhere(self._is_damaged())
         first_step = self.step + 1
         if self.owes_evaluation and not damaged:
             stopped, damaged = self._evaluate()
@@ -114,7 +121,6 @@ class Training:
         if stopped:
             saved = "these steps, which are not finite, are not saved" if self.num_skipped else f"saved at step {self.step}"
             self.metrics.say(f"asked to stop: {saved}")
-        self.metrics.close()
         return not stopped
 
     def _must_end(self) -> None:
@@ -163,11 +169,11 @@ class Training:
         self._damage = self.train.damage(self.step) if self.step < self.config.train.steps else None
         return self._damage is not None
 
-    def _anywhere(self, found: bool) -> bool:
-        """Whether it was found on any rank. Collective."""
-        ranks = torch.tensor(float(found), device=self.engine.device)
+    def _anywhere(self, *found: bool) -> list[bool]:
+        """Whether each was found on any rank. Collective."""
+        ranks = torch.tensor(found, dtype=torch.float32, device=self.engine.device)
         dist.all_reduce(ranks)
-        return ranks.item() > 0
+        return [number > 0 for number in ranks.tolist()]
 
     def _note_not_finite(self, nll_sums: Tensor, skipped: bool) -> None:
         """Says whose losses are not finite: a bad card is as likely as a bad setting. Collective.
@@ -197,44 +203,39 @@ class Training:
 
     def _fail(self, error: str) -> NoReturn:
         """Ends every rank: with an InputError on rank 0, with SystemExit on the others."""
-        self.metrics.close()
         raise InputError(error) if self.engine.rank == 0 else SystemExit(2)
 
     def _evaluate(self) -> tuple[bool, bool]:
-        """Whether any rank was asked to stop, which ends it without a result, and whether some rank finds its data damaged.
-
-        One that met it amid its batches would leave the others waiting.
-        """
-        self._must_end()
+        """Whether any rank was asked to stop, and whether any rank's data is damaged: both end the evaluation without a result."""
         engine, config = self.engine, self.config
-        share = (
-            self.validation,
-            config.train.micro_batch_size,
-            engine.data_parallel_rank,
-            engine.data_parallel_size,
-            config.run.evaluation_windows,
-        )
-        error = evaluation_damage(*share)
-        if self._anywhere(error is not None):
-            self._damage = self._damage or error
-            return False, True
-        batches = evaluation_batches(*share)
-        asked = False
+        stopped = damaged = False
 
-        def until_asked() -> Iterator[Batch]:
-            """An evaluation may take longer than a job has from the signal to its end."""
-            nonlocal asked
-            for index, batch in enumerate(batches):
-                if index % BATCHES_UNASKED == 0:
-                    self._must_end()
-                    asked = self._anywhere(self.stop.asked)
-                if asked:
+        def agreed_batches() -> Iterator[Batch]:
+            """This rank's batches, each read once: a group is run when all ranks have read theirs.
+
+            A rank that met damage amid a group would leave the others waiting; and an evaluation may take longer than a job has
+            from the signal to its end.
+            """
+            nonlocal stopped, damaged
+            batches = evaluation_batches(
+                self.validation,
+                config.train.micro_batch_size,
+                engine.data_parallel_rank,
+                engine.data_parallel_size,
+                config.run.evaluation_windows,
+            )
+            while True:
+                self._must_end()
+                group, error = read_group(batches, BATCHES_UNASKED)
+                stopped, damaged = self._anywhere(self.stop.asked, error is not None)
+                self._damage = self._damage or error
+                if stopped or damaged or not group:
                     return
-                yield batch
+                yield from group
 
-        totals = engine.evaluate(until_asked())
-        if asked:
-            return True, False
+        totals = engine.evaluate(agreed_batches())
+        if stopped or damaged:
+            return stopped, damaged
         dist.all_reduce(totals)
         nll_sums, counts = totals.view(2, -1).tolist()
         self.metrics.validation(self.step, [nll / max(1, count) for nll, count in zip(nll_sums, counts, strict=True)])

@@ -23,7 +23,7 @@ from megamtp.checkpoint.tensors import InMemory
 from megamtp.cluster.environment import of_all_ranks
 from megamtp.config import Config
 from megamtp.engines.base import Engine, EngineState
-from megamtp.errors import CheckpointError
+from megamtp.errors import REMEDIES, CheckpointError
 from megamtp.training.metrics import Metrics
 
 
@@ -178,10 +178,14 @@ class Saver:
         return store.partial_of(store.folder_of(self._directory, step))
 
     def _failure(self, step: int, reason: Exception | str) -> str:
-        checkpoint, found = store.folder_of(self._directory, step), getattr(reason, "strerror", None) or reason
+        """A failed write in one line. `reason`: the exception; or, in words, what there is no room for."""
+        checkpoint, problem, remedy = store.folder_of(self._directory, step), reason, "make room"
+        if isinstance(reason, OSError):
+            problem, remedy = reason.strerror or reason, REMEDIES.get(reason.errno, "see to the disk")
+        elif isinstance(reason, Exception):
+            remedy = "see to the disk"
         return (
-            f"{checkpoint} cannot be written ({found}); make room, or see to the disk, and start the job again: it goes on from "
-            "the checkpoint before"
+            f"{checkpoint} cannot be written ({problem}); {remedy}, and start the job again: it goes on from the checkpoint before"
         )
 
 

@@ -4,15 +4,18 @@ Targets are always ignored unevenly over pipelines, micro-batches and heads; of 
 """
 
 import itertools
+import os
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
+from megamtp.data.indexed_dataset import IndexedDatasetWriter
 from tests.cases import global_batch, own_share, small_config
-from tests.end_to_end.jobs import wait_for
+from tests.end_to_end.jobs import free_port, wait_for
 from tests.engine_steps import largest_errors, step_with_gradients
 from tests.ranks import run_ranks
 from tests.reference import reference_model, reference_step, relative_error
@@ -358,3 +361,29 @@ def test_evaluation_before_and_after_training():
     for found in run_ranks(_evaluations, 4):
         for sums, expected in found:
             assert sums == pytest.approx(expected, rel=1e-5)
+
+
+def _cuts_of_a_start(arguments: list[str], port: int) -> int:
+    """How often this rank searches for the best cut with whole losses, from the command line to the end of the first step."""
+    from megamtp import pretrain
+    from megamtp.planning import spread
+
+    partition, calls = spread.partition, []
+    spread.partition = lambda *given: calls.append(given) or partition(*given)
+    pretrain._leave_peers = lambda: None
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    assert pretrain.main(arguments) == 0
+    return len(calls)
+
+
+def test_the_best_cut_is_searched_once_a_start(tmp_path):
+    with IndexedDatasetWriter(tmp_path / "train", np.uint16) as writer:
+        writer.add_document([5] * 200)
+    settings = [
+        "model.dim=32", "model.num_layers=4", "model.num_future_tokens=2", "model.num_attention_heads=2", "model.mlp_dim=48",
+        "model.vocab_size=64", "train.steps=1", "train.global_batch_tokens=64", "train.micro_batch_size=1", "train.precision=fp32",
+        "train.sequence_length=16", "data.tokenizer=null", f"data.train={tmp_path}/train", "data.validation=null",
+        "engine.kind=pipeline", "engine.num_stages=2", "run.tensorboard=false", f"run.directory={tmp_path}/run",
+    ]  # fmt: skip
+    configuration = str(Path(__file__).parents[2] / "configs/quickstart.yaml")
+    assert run_ranks(_cuts_of_a_start, 2, [configuration, *settings], free_port(), backend="none") == [1, 1]

@@ -16,7 +16,7 @@ from megamtp.config import Config
 from megamtp.data.blend import Blend
 from megamtp.data.loader import TrainLoader
 from megamtp.data.position import new_position
-from megamtp.data.windows import Windows
+from megamtp.data.windows import Window, Windows
 from megamtp.engines.base import Engine
 from megamtp.errors import InputError
 from megamtp.model.layers import TransformerLayer
@@ -227,6 +227,55 @@ def test_an_evaluation_stops_at_once_and_is_made_good(tmp_path):
     whole, stopped = ([record for line in lines if (record := json.loads(line))["kind"] == "validation"] for lines in read)
     assert [record["step"] for record in whole] == [3, 6] and stopped == whole
     assert [path.name for path in store.checkpoints(tmp_path / "stopped")] == ["step-0000003", "step-0000006"]
+
+
+class CountedWindows(Windows):
+    """Which windows were read; `damaged` cannot be."""
+
+    damaged = -1
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.read = []
+
+    def __getitem__(self, index: int) -> Window:
+        self.read.append(index)
+        if index == self.damaged:
+            raise InputError(f"window {index} is damaged")
+        return super().__getitem__(index)
+
+
+def _evaluated(directory: str, damaged: int) -> tuple[str | None, list[int]]:
+    """(how a run with an evaluation after each of two steps ended, the windows that this rank read for them)."""
+    from megamtp.engines.build import build_engine
+
+    config = _config(directory, "zero3", run__evaluate_every_steps=1, run__save_every_steps=100, train__steps=2)
+    training = _training(config, build_engine(config))
+    tokens = training.validation.dataset
+    training.validation = CountedWindows(tokens, POSITIONS, config.model.num_future_tokens, 0)
+    training.validation.damaged = damaged
+    try:
+        training.run()
+    except (InputError, SystemExit) as error:
+        return f"{type(error).__name__}: {error}", training.validation.read
+    return None, training.validation.read
+
+
+def test_an_evaluation_reads_each_window_once(tmp_path):
+    (error, first), (_, second) = run_ranks(_evaluated, 2, str(tmp_path), -1)
+    assert error is None and sorted({*first, *second}) == list(range(len(set(first)) + len(set(second))))
+    assert not set(first) & set(second)
+    assert first[: len(first) // 2] == first[len(first) // 2 :] == sorted(set(first))
+
+
+def test_damage_amid_an_evaluation_ends_both_ranks_with_the_step_saved(tmp_path):
+    """In a later group of batches than the first, so that both ranks have run some."""
+    damaged = 2 * WINDOWS * (BATCHES_UNASKED + 2) + WINDOWS
+    (error, first), (other, second) = run_ranks(_evaluated, 2, str(tmp_path), damaged)
+    assert (error, other) == (f"InputError: window {damaged} is damaged", "SystemExit: 2")
+    assert damaged in second and len(first) > WINDOWS * BATCHES_UNASKED
+    assert [path.name for path in store.checkpoints(tmp_path)] == ["step-0000001"]
+    assert {json.loads(line)["kind"] for line in (tmp_path / FILE).read_text().splitlines()} == {"train", "checkpoint"}
 
 
 def _disagreement(lrs: list[float], num_tokens: list[int]) -> str:

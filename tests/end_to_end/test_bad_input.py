@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megamtp.checkpoint import canonical
 from megamtp.checkpoint.shards import shard_name
@@ -16,7 +17,7 @@ from megamtp.config import read_config
 from megamtp.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from megamtp.data.windows import CHECKED_TOKENS, Windows
 from tests.checkpoints import SMALL, contents, random_model
-from tests.end_to_end.jobs import MODULE, damage, deepspeed, records, run, wait_for
+from tests.end_to_end.jobs import MODULE, damage, deepspeed, free_port, records, run, wait_for
 
 PLAIN = ["-m", MODULE]
 
@@ -293,6 +294,45 @@ def test_damage_of_the_validation_corpus_amid_a_run_ends_all_ranks_saved(argumen
     assert records(tmp_path / "run", "validation")[-1]["step"] < step
 
 
+FAILS = """
+import os
+from megamtp import pretrain
+from megamtp.checkpoint import shards
+from megamtp.engines import initial_weights
+from megamtp.errors import CheckpointError
+
+def fail(*_):
+    raise CheckpointError("damaged since the run began")
+
+pretrain.RANK_0_SPEAKS_SECONDS = 1
+if os.environ["RANK"] == "1":
+    {} = fail
+pretrain.entry()
+"""
+
+
+@pytest.mark.parametrize(
+    ("failing", "settings"),
+    [
+        ("shards.Tensors.read", []),  # of a resumed run
+        ("initial_weights.initial_value", []),
+        ("initial_weights.initial_value", pipeline(2)),
+    ],
+)
+def test_an_error_that_one_rank_alone_meets_ends_both(failing, settings, trained, arguments, tmp_path, start):
+    """Without a launcher, which would end the other. Rank 1 meets it, and rank 0 prints it."""
+    if failing == "shards.Tensors.read":
+        shutil.copytree(trained, tmp_path / "run")
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    command = ["-c", FAILS.format(failing), *arguments, *settings, "train.steps=2", f"run.directory={tmp_path}/run"]
+    ranks = [start(command, RANK=str(rank), LOCAL_RANK=str(rank), **address) for rank in range(2)]
+    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], outputs
+    assert "Traceback" not in "".join(outputs)
+    lines = [line for line in outputs[0].splitlines() if line.startswith("megamtp: error: ")]
+    assert lines == ["megamtp: error: damaged since the run began"] and "megamtp: error" not in outputs[1]
+
+
 @pytest.fixture(scope="module")
 def trained(arguments, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("trained") / "run"
@@ -379,16 +419,25 @@ def test_a_file_where_a_folder_should_be(arguments, tmp_path, name):
 
 
 def test_full_disk_while_saving(trained, arguments, tmp_path):
-    """A limit of 100 KiB a file stands in for it. The save of step 2 fails while training goes on, and ends it."""
+    """A limit of 100 KiB a file stands in for it. The save of step 2 fails while training goes on, and ends it.
+
+    TensorBoard's thread, slowed down here, has not written all events by then; none is lost.
+    """
     shutil.copytree(trained, tmp_path / "run")
     limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (102400, 102400)); "
-    program = limited + f"sys.argv[0] = '{MODULE}'; runpy.run_module('{MODULE}', run_name='__main__')"
-    finished = run(["-c", program, *arguments, "train.steps=1000000", "run.save_every_steps=2", f"run.directory={tmp_path}/run"])
+    slow = "from tensorboard.summary.writer.record_writer import RecordWriter; import time; write = RecordWriter.write; "
+    slow += "RecordWriter.write = lambda *data: (time.sleep(0.02), write(*data)); "
+    program = limited + slow + f"sys.argv[0] = '{MODULE}'; runpy.run_module('{MODULE}', run_name='__main__')"
+    settings = ["train.steps=1000000", "run.save_every_steps=2", "run.tensorboard=true", f"run.directory={tmp_path}/run"]
+    finished = run(["-c", program, *arguments, *settings])
     assert finished.returncode == 2, finished.stderr
     (line,) = [line for line in finished.stderr.splitlines() if "megamtp: error" in line]
-    assert "step-0000002 cannot be written" in line and "make room" in line
+    assert "step-0000002 cannot be written (File too large); allow larger files (ulimit -f), and start" in line
     assert "Traceback" not in finished.stderr
     assert_same_checkpoints(tmp_path / "run", trained)
+    events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    reported = [record["step"] for record in records(tmp_path / "run") if record["step"] > 1]
+    assert reported and [event.step for event in events.Scalars("train/lr")] == reported
     finished = run([*PLAIN, *arguments, "train.steps=2", f"run.directory={tmp_path}/run"])
     assert finished.returncode == 0, finished.stderr
 

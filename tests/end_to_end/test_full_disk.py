@@ -75,7 +75,8 @@ def test_a_checkpoint_that_does_not_fit_ends_the_run_and_spares_the_one_before(s
     before = verified(whole)
     small_disk.leave(before.file_bytes * 3 // 4)
     line = error_of(small_disk.run([*command, "train.steps=1000000"]))
-    assert f"{run}/checkpoints/step-0000004 cannot be written" in line and "make room" in line
+    assert f"{run}/checkpoints/step-0000004 cannot be written" in line
+    assert ("make room" if small_disk.is_mounted else "allow larger files") in line
     assert list((run / "checkpoints").iterdir()) == [whole]
     assert verified(whole) == before
     small_disk.make_room()

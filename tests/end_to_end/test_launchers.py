@@ -80,6 +80,19 @@ def test_an_error_of_one_rank_is_all_ranks_under_mpirun(arguments, tmp_path, sta
     assert "Traceback" not in finished.stderr
 
 
+def test_a_defect_of_one_rank_ends_all_ranks_under_mpirun(arguments, tmp_path):
+    """Met before the ranks know each other, while the other rank waits for MPI's message."""
+    program = (
+        "import os\nfrom megamtp import pretrain\ncheck = pretrain.check\n"
+        "def fail(config, place):\n    if place.rank:\n        raise OSError(5, 'Input/output error')\n"
+        "    return check(config, place)\npretrain.check = fail\npretrain.entry()"
+    )
+    *mpirun, _, _ = launcher("mpirun")
+    finished = run([*mpirun, "-c", program, *arguments, f"run.directory={tmp_path}/run"], timeout=60)
+    assert finished.returncode != 0
+    assert "OSError: [Errno 5] Input/output error" in finished.stderr and "megamtp: error" not in finished.stderr
+
+
 def test_two_nodes_give_the_losses_of_one(arguments, expected, tmp_path, start):
     """Two launches on this machine, each a node with one rank, as `--no_ssh --node_rank` does it on two."""
     hosts = tmp_path / "hosts"

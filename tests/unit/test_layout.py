@@ -1,7 +1,9 @@
 """The house rules that a tool can check: imports run downward, style, types, and nothing unexpected at the top level."""
 
+import ast
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -26,3 +28,10 @@ def test_top_level_holds_what_it_should():
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
     found = {name.split("/")[0] for name in listed if name and not name.startswith(".")}
     assert found == TOP_LEVEL
+
+
+def test_no_two_classes_share_a_name():
+    files = [path for folder in ("megamtp", "tools") for path in (ROOT / folder).rglob("*.py")]
+    names = [node.name for path in files for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)]
+    assert len(names) > 100
+    assert [name for name, count in Counter(names).items() if count > 1] == []

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megamtp.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
-from megamtp.data.loader import Batch, TrainLoader, evaluation_batches, evaluation_damage
+from megamtp.data.loader import Batch, TrainLoader, evaluation_batches, read_group
 from megamtp.data.windows import Window, Windows
 from megamtp.errors import InputError
 from megamtp.targets import IGNORED
@@ -221,13 +221,18 @@ def test_evaluation_has_each_window_once_and_equally_many_batches_a_rank(number,
     assert sorted(seen) == list(range(min(number, max_windows or number)))
 
 
-def test_evaluation_damage_is_found_by_the_rank_that_would_meet_it():
+def test_a_group_of_evaluation_batches_ends_at_damage():
     class Damaged(Windows):
         def __getitem__(self, index: int) -> Window:
-            if index == 7:
-                raise InputError("window 7")
+            if index == 6:
+                raise InputError("window 6")
             return super().__getitem__(index)
 
     windows = Damaged(Tokens(10 * T + N), T, N, seed=0)
-    for max_windows, expected in ((None, [None, "window 7"]), (8, [None, "window 7"]), (7, [None, None])):
-        assert [evaluation_damage(windows, 2, rank, 2, max_windows) for rank in range(2)] == expected
+    for rank, expected in enumerate([[(2, None), (1, None), (0, None)], [(1, "window 6"), (0, None)]]):
+        batches = evaluation_batches(windows, 2, rank, 2, 10)
+        found = []
+        while not found or found[-1][0]:
+            group, error = read_group(batches, 2)
+            found.append((len(group), error))
+        assert found == expected

@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from megamtp.cluster.environment import Place
 from megamtp.config import read_config, write_config
+from megamtp.data.indexed_dataset import IndexedDatasetWriter
 from megamtp.data.tokenizer import SentencePieceTokenizer
 from megamtp.errors import InputError
-from megamtp.pretrain import _check_tokenizer, _check_vocabulary, _report_vocabulary, _spare_real_run
+from megamtp.pretrain import _check_tokenizer, _check_vocabulary, _report_vocabulary, _spare_real_run, check
 from tests import tokenizer_kinds
 
 CONFIG = str(Path(__file__).parents[2] / "configs/quickstart.yaml")
@@ -64,3 +67,17 @@ def test_an_emulated_rank_spares_a_real_runs_folder(tmp_path):
     write_config(read_config(settings), tmp_path / "config.yaml")
     with pytest.raises(InputError, match="holds a real run"):
         _spare_real_run(tmp_path)
+
+
+def test_each_rank_checks_its_own_share_of_the_validation_windows(tmp_path, monkeypatch):
+    """A wrong token in the second rank's share, far from both ends."""
+    monkeypatch.setattr("megamtp.data.windows.CHECKED_TOKENS", 100)
+    with IndexedDatasetWriter(tmp_path / "validation", np.uint16) as writer:
+        for number in range(10):
+            writer.add_document([5] * 65 + [300 if number == 5 else 5] + [5] * 34)
+    settings = ["run.directory=" + str(tmp_path / "run"), f"data.train={tmp_path}/validation", "data.tokenizer=null"]
+    model = ["model.vocab_size=300", "train.sequence_length=16", "train.global_batch_tokens=64", "train.micro_batch_size=2"]
+    config = read_config([CONFIG, *settings, *model, f"data.validation={tmp_path}/validation"])
+    assert check(config, Place(0, 0, 2)).readers == (0, 2)
+    with pytest.raises(InputError, match=r"validation\.bin holds token 300 in document 5"):
+        check(config, Place(1, 1, 2))

@@ -302,6 +302,6 @@ def test_a_run_of_which_no_checkpoint_is_whole_has_no_older_one_to_go_on_from(ki
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     checkpoint = publish(tmp_path, 1)
     manifest = store.read_manifest(checkpoint)
-    store.check_model(checkpoint, manifest, MODEL)
+    store.check_trained_model(checkpoint, manifest, MODEL)
     with pytest.raises(CheckpointError, match=r"model\.dim=8, expected 16"):
-        store.check_model(checkpoint, manifest, dataclasses.replace(MODEL, dim=16))
+        store.check_trained_model(checkpoint, manifest, dataclasses.replace(MODEL, dim=16))

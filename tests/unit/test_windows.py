@@ -160,7 +160,7 @@ def test_token_outside_the_vocabulary(tmp_path, tokens, place):
     with pytest.raises(InputError, match=words):
         list(windows)
     with pytest.raises(InputError, match=words):
-        windows.check_first(None)
+        windows.check_first(None, 0, 1)
     if wrong == 100:
         Windows(windows.dataset, 2, 1, seed=0, vocab_size=101).check_ends()
 
@@ -169,10 +169,23 @@ def test_what_evaluations_read_is_checked_and_no_more(tmp_path, monkeypatch):
     monkeypatch.setattr("megamtp.data.windows.CHECKED_TOKENS", 4)
     windows = Windows(write(tmp_path / "late", [[5] * 19, [100] + [5] * 20]), 4, 3, seed=0, vocab_size=100)
     windows.check_ends()
-    windows.check_first(4)  # tokens 0 to 18
+    windows.check_first(4, 0, 1)  # tokens 0 to 18
     for more in (5, 99, None):
         with pytest.raises(InputError, match="holds token 100 in document 1"):
-            windows.check_first(more)
+            windows.check_first(more, 0, 1)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_all_ranks_together_check_each_token_once(tmp_path, monkeypatch, world_size):
+    monkeypatch.setattr("megamtp.data.windows.CHECKED_TOKENS", 4)
+    windows = Windows(write(tmp_path / "all", [[5] * 43]), 4, 3, seed=0)
+    read, read_tokens = [], windows._read
+    monkeypatch.setattr(windows, "_read", lambda start, stop: read.extend(range(start, stop)) or read_tokens(start, stop))
+    shares = []
+    for rank in range(world_size):
+        windows.check_first(9, rank, world_size)
+        shares.append(len(read) - sum(shares))
+    assert sorted(read) == list(range(39)) and max(shares) <= -(-10 // world_size) * 4
 
 
 def test_floats_are_no_tokens(tmp_path):
@@ -220,6 +233,6 @@ def test_boundaries_are_checked_where_they_matter():
         def boundaries(self, start: int, stop: int) -> np.ndarray:
             raise InputError("the index contradicts itself")
 
-    Windows(Damaged(40), 4, 1, 0).check_first(None)
+    Windows(Damaged(40), 4, 1, 0).check_first(None, 0, 1)
     with pytest.raises(InputError, match="the index contradicts itself"):
-        Windows(Damaged(40), 4, 1, 0, documents="mask").check_first(None)
+        Windows(Damaged(40), 4, 1, 0, documents="mask").check_first(None, 0, 1)

@@ -99,14 +99,14 @@ class Recovery:
     seconds_to_step: float
 
 
-class Job:
+class RecoveryJob:
     """A training by megamtp.commands.local, ended with this object's block. `where` says what happens, for errors."""
 
     def __init__(self, settings: list[str], run: Path, where: str):
         self.metrics, self.where = run / METRICS, where
         self.process = subprocess.Popen([sys.executable, "-m", "megamtp.commands.local", *settings])
 
-    def __enter__(self) -> "Job":
+    def __enter__(self) -> "RecoveryJob":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -136,7 +136,7 @@ class Job:
 
 def train_and_kill(settings: list[str], run: Path, step: int, rank: int) -> Kill:
     """Trains until a step is reported, kills a rank, and waits for the job's end."""
-    with Job(settings, run, f"before step {step}, at which a rank is killed") as job:
+    with RecoveryJob(settings, run, f"before step {step}, at which a rank is killed") as job:
         job.wait_until(lambda: job.last_step() >= step)
         job.rank(rank).kill()
         start, last = time.time(), job.last_step()
@@ -147,7 +147,7 @@ def train_and_kill(settings: list[str], run: Path, step: int, rank: int) -> Kill
 def train_to_the_end(settings: list[str], run: Path) -> Recovery:
     """Starts the job again. Raises InputError: it failed."""
     before = (run / METRICS).stat().st_ino
-    with Job(settings, run, "after a rank had been killed") as job:
+    with RecoveryJob(settings, run, "after a rank had been killed") as job:
         start = time.time()
         job.wait_until(lambda: (run / METRICS).stat().st_ino != before)  # a resumed run writes it anew, up to its checkpoint
         resumed = job.last_step()

@@ -21,7 +21,7 @@ from megamtp.config import Config
 from megamtp.errors import InputError
 
 SHIPPED = "deepspeed as shipped"
-Job = tuple[Config, list[str]]  # of one number of ranks, and the variants to measure there
+WorldJob = tuple[Config, list[str]]  # of one number of ranks, and the variants to measure there
 
 
 def main(arguments: list[str]) -> None:
@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> None:
     output.write(options, settings, results, _table(results), _draw(results, options.size))
 
 
-def _measure(jobs: list[Job], options: argparse.Namespace) -> list[dict]:
+def _measure(jobs: list[WorldJob], options: argparse.Namespace) -> list[dict]:
     """The milliseconds of each variant's steps at each number of ranks, all rounds together."""
     found: dict[tuple[int | None, str], list[float]] = {
         (config.cluster.emulate, name): [] for config, names in jobs for name in names
@@ -68,7 +68,7 @@ def _measure(jobs: list[Job], options: argparse.Namespace) -> list[dict]:
     return [{"ranks": ranks, "variant": name, "milliseconds": steps} for (ranks, name), steps in found.items()]
 
 
-def _in_turn(jobs: list[Job], num_steps: int) -> Iterator[tuple[Config, dict[str, list[float]]]]:
+def _in_turn(jobs: list[WorldJob], num_steps: int) -> Iterator[tuple[Config, dict[str, list[float]]]]:
     """Each job in a process of its own, which gets ready while the one before it measures."""
     waiting = Fresh(_steps, *jobs[0], num_steps)
     for place, (config, _) in enumerate(jobs, start=1):

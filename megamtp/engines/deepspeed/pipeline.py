@@ -12,6 +12,7 @@ from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.module import PipelineModule
 from torch import Tensor, nn
 
+from megamtp.cluster.environment import raised_by_all
 from megamtp.config import Config
 from megamtp.data.loader import Batch
 from megamtp.engines.deepspeed.members import (
@@ -69,7 +70,8 @@ class PipelineStage(PipelineModule):
 
     def _build(self) -> None:
         """PipelineModule's. The part's modules become this module's own, under their names."""
-        part = stage_part(self.config, self.cut, self._grid.get_stage_id(), self.device)
+        with raised_by_all():
+            part = stage_part(self.config, self.cut, self._grid.get_stage_id(), self.device)
         object.__setattr__(self, "part", part)  # not as a submodule, which would be part of the names
         for name, module in part.named_children():
             self.add_module(name, module)

@@ -12,6 +12,7 @@ from megamtp.checkpoint.contents import WEIGHT, check_tensors
 from megamtp.checkpoint.shards import Shards, Tensors, shard_name, slice_key
 from megamtp.checkpoint.state import COUNTERS, OptimizerState, RunState, read_state
 from megamtp.checkpoint.store import Manifest, read_manifest
+from megamtp.cluster.environment import raised_by_all
 from megamtp.config import Config, OptimizerConfig
 from megamtp.engines.base import EngineState
 from megamtp.engines.deepspeed.fragments import MasterState
@@ -43,7 +44,14 @@ def engine_state(engine: HostEngine, optimizer: OptimizerConfig) -> EngineState:
 
 
 def load_state(engine: HostEngine, checkpoint: Path, config: Config, rank: int, world_size: int) -> None:
-    """See Engine.load. Random states are those of the checkpoint if engine.kind and the number of ranks are."""
+    """See Engine.load."""
+    with raised_by_all():
+        master = _read_all(engine, checkpoint, config, rank, world_size)
+    master.refresh_weights()
+
+
+def _read_all(engine: HostEngine, checkpoint: Path, config: Config, rank: int, world_size: int) -> MasterState:
+    """Random states are those of the checkpoint if engine.kind and the number of ranks are. Not collective."""
     manifest, kind = read_manifest(checkpoint, check_files=False), optimizer_kind(config.optimizer)
     state = read_state(manifest.state, checkpoint)
     if state.optimizer.kind != config.optimizer.kind:
@@ -68,8 +76,8 @@ def load_state(engine: HostEngine, checkpoint: Path, config: Config, rank: int, 
     for name, count in state.counters.items():
         setattr(engine, name, count)
     _set_loss_scale(engine, state.loss_scale)
-    master.refresh_weights()
     _set_random_states(checkpoint / shard_name(rank) if same_layout else None, manifest, rank)
+    return master
 
 
 def _own_file(checkpoint: Path, master: MasterState, rank: int, kinds: tuple[str, ...]) -> dict[str, Tensors] | None:
