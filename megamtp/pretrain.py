@@ -30,7 +30,7 @@ from megamtp.checkpoint.hf_tokenizer import translate
 from megamtp.checkpoint.special_ids import write_special_ids
 from megamtp.checkpoint.state import read_state
 from megamtp.checkpoint.store import Manifest, check_trained_model, checkpoints, remove_leftovers
-from megamtp.cluster.environment import Place, emulated_place, find_place, join_peers, of_all_ranks, raised_by_all, share_error
+from megamtp.cluster.environment import Place, emulated_place, find_place, of_all_ranks, raised_by_all, share_error
 from megamtp.commands.command_line import print_all_characters, print_error
 from megamtp.config import RESOLVED, Config, differences, from_anywhere, print_help, read_config, write_config
 from megamtp.data.corpus import SUMMARY
@@ -40,6 +40,7 @@ from megamtp.data.position import DataPosition, find_changes, new_position, read
 from megamtp.data.tokenizer import ByteTokenizer, open_tokenizer
 from megamtp.data.windows import Windows
 from megamtp.engines.check import check_engine
+from megamtp.engines.deepspeed.join import join_peers
 from megamtp.engines.initial_weights import open_initial_weights, without_initial_weights
 from megamtp.errors import CheckpointError, InputError, explained
 from megamtp.files import take_lock

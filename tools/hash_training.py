@@ -149,7 +149,8 @@ def _run_rank(rank: int, ranks: int, store: str, corpus: str, names: list[str]) 
     import torch
     import torch.distributed as dist
 
-    from megamtp.cluster.environment import Place, join_peers
+    from megamtp.cluster.environment import Place
+    from megamtp.engines.deepspeed.join import join_peers
 
     lines = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the engines print goes to stderr

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from megamtp.cluster.emulated import hold, mark
-from megamtp.cluster.environment import Place, emulated_place, join_peers
+from megamtp.cluster.environment import Place, emulated_place
+from megamtp.engines.deepspeed.join import join_peers
 from tests.cases import small_config
 from tests.ranks import run_gpu_rank
 from tests.reference import relative_error

@@ -39,7 +39,7 @@ def test_nodes_are_as_fast_as_their_slower_part():
 
 def _transfers_of_a_step(world_size: int) -> list[tuple[str, int, float]]:
     from megamtp.cluster import emulated
-    from megamtp.cluster.environment import join_peers
+    from megamtp.engines.deepspeed.join import join_peers
     from megamtp.engines.zero import ZeroEngine
 
     config = small_config(

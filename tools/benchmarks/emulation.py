@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 
 from benchmarks import output
-from megamtp.cluster.environment import emulated_place, find_place, join_peers
+from megamtp.cluster.environment import emulated_place, find_place
 from megamtp.commands.command_line import Parser
 from megamtp.config import Config, read_config
+from megamtp.engines.deepspeed.join import join_peers
 from megamtp.errors import InputError
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -17,9 +17,10 @@ from matplotlib.figure import Figure
 
 from benchmarks import output
 from megamtp.cluster.emulated import hold, mark
-from megamtp.cluster.environment import find_place, join_peers
+from megamtp.cluster.environment import find_place
 from megamtp.cluster.network import PASSES, Network
 from megamtp.config import ClusterConfig
+from megamtp.engines.deepspeed.join import join_peers
 from megamtp.errors import InputError
 
 KINDS = ("all_gather", "reduce_scatter", "all_reduce")

@@ -22,10 +22,11 @@ import torch.distributed as dist
 from matplotlib.figure import Figure
 
 from benchmarks import exposure, output, pipeline, plans, variants
-from megamtp.cluster.environment import find_place, join_peers, of_all_ranks
+from megamtp.cluster.environment import find_place, of_all_ranks
 from megamtp.config import ClusterConfig, Config
 from megamtp.data.loader import Batch
 from megamtp.engines.build import build_engine
+from megamtp.engines.deepspeed.join import join_peers
 from megamtp.engines.pipeline import PipelineEngine
 from megamtp.errors import InputError
 from megamtp.planning.partition import imbalance
