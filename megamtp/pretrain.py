@@ -72,13 +72,16 @@ def main(arguments: list[str]) -> int:
     """Trains and returns the exit status: 0, or run.requeue_exit_code after an early stop. Raises InputError."""
     if print_help(arguments, __doc__):
         return 0
-    place, run, error = find_place(), None, None
+    place = find_place()
+    run: CheckedRun | None = None
+    error: Exception | None = None
     try:
         config = read_config([argument for argument in arguments if not argument.startswith("--local_rank")])
         run = check(config, emulated_place(place, config.cluster))
     except Exception as caught:  # other ranks may wait to be told, whatever it is
         error = caught
     share_error(place, error)
+    assert run  # or share_error would have raised the error
     finished = _train(run, emulated_place(place, config.cluster))
     _leave_peers()
     return 0 if finished else config.run.requeue_exit_code
@@ -263,7 +266,8 @@ def _report_vocabulary(config: Config) -> None:
         used = _num_pieces(tokenizer)
     else:
         prepared = [_prepared_vocabulary(Path(prefix).parent / SUMMARY) for _, prefix in config.data.train_corpora]
-        used = rows if None in prepared else max(prepared)
+        known = [pieces for pieces in prepared if pieces is not None]
+        used = max(known) if len(known) == len(prepared) else rows
     if used < rows:
         unused = rows - used
         print(f"model.vocab_size is {rows}, the tokenizer has {used} pieces: {unused} more rows, part of every softmax", flush=True)
@@ -359,8 +363,8 @@ def entry() -> None:
     print_all_characters()
     try:
         status = main(sys.argv[1:])
-    except SystemExit as error:
-        status = error.code or 0
+    except SystemExit as caught:
+        status = caught.code if isinstance(caught.code, int) else int(bool(caught.code))
         if status:
             time.sleep(RANK_0_SPEAKS_SECONDS)
     except KeyboardInterrupt:

@@ -36,7 +36,8 @@ class Batch:
 class WindowSequence(Protocol):
     """An endless sequence of windows: one corpus in shuffled epochs (Windows), or several (Blend)."""
 
-    targets_can_be_ignored: bool
+    @property
+    def targets_can_be_ignored(self) -> bool: ...
 
     def at(self, places: np.ndarray) -> list[Window]: ...
 

@@ -17,6 +17,7 @@ from megamtp.checkpoint.store import checkpoints
 from megamtp.cluster.environment import find_place, of_all_ranks
 from megamtp.cluster.signals import StopRequest
 from megamtp.config import Config
+from megamtp.data.blend import Blend
 from megamtp.data.loader import Batch, TrainLoader, evaluation_batches, read_group
 from megamtp.data.position import DataPosition
 from megamtp.data.windows import Windows
@@ -207,7 +208,8 @@ class Training:
 
     def _evaluate(self) -> tuple[bool, bool]:
         """Whether any rank was asked to stop, and whether any rank's data is damaged: both end the evaluation without a result."""
-        engine, config = self.engine, self.config
+        engine, config, validation = self.engine, self.config, self.validation
+        assert validation is not None  # as evaluation_due sees to it
         stopped = damaged = False
 
         def agreed_batches() -> Iterator[Batch]:
@@ -218,7 +220,7 @@ class Training:
             """
             nonlocal stopped, damaged
             batches = evaluation_batches(
-                self.validation,
+                validation,
                 config.train.micro_batch_size,
                 engine.data_parallel_rank,
                 engine.data_parallel_size,
@@ -246,5 +248,7 @@ class Training:
             self.metrics.say("an emulated cluster's weights are not trained ones: no checkpoint is written")
             return
         self._must_end()
-        position = self.position.advanced(self.train.windows, self.train.windows_before(self.step))
+        blend = self.train.windows
+        assert isinstance(blend, Blend)  # which pretraining makes of any number of corpora
+        position = self.position.advanced(blend, self.train.windows_before(self.step))
         self.saver.begin(self.step, position.saved())

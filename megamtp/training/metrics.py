@@ -4,9 +4,10 @@ import json
 import math
 import resource
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -15,6 +16,9 @@ from megamtp.config import Config
 from megamtp.errors import InputError
 from megamtp.files import write_atomically
 from megamtp.model.cost import flops_per_token, peak_flops
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter  # which takes long to import
 
 FILE = "metrics.jsonl"
 
@@ -40,7 +44,7 @@ class Metrics:
         self.bar = tqdm(total=config.train.steps, initial=resumed_step, unit="step", dynamic_ncols=True, smoothing=0.05)
 
     @contextmanager
-    def phase(self, name: str):
+    def phase(self, name: str) -> Iterator[None]:
         """Adds the time of the block to the step's record."""
         start = time.perf_counter()
         yield
@@ -184,7 +188,7 @@ def _keep_until(path: Path, step: int) -> None:
     write_atomically(path, "".join(records_until(path, step)).encode())
 
 
-def _tensorboard(directory: Path, resumed_step: int):
+def _tensorboard(directory: Path, resumed_step: int) -> "SummaryWriter":
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(directory / "tensorboard"), purge_step=resumed_step + 1)

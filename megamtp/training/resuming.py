@@ -45,6 +45,7 @@ def newest_verified(run_directory: Path, rank: int, world_size: int) -> tuple[Pa
         if isinstance(error, store.FormatError):
             raise error
         if not error:
+            assert manifest  # of this rank, since no rank has an error
             return checkpoint, manifest
         reasons.append(str(error))
         if rank == 0:

@@ -34,7 +34,7 @@ class _Writing:
     manifest: store.Manifest
     slices: FileSlices
     copy_seconds: float
-    thread: threading.Thread | None = None
+    thread: threading.Thread = dataclasses.field(init=False)
     file: WrittenFile | None = None
     error: str | None = None
     seconds: float = 0.0
@@ -46,7 +46,8 @@ class Saver:
     def __init__(self, config: Config, engine: Engine, metrics: Metrics):
         self._config, self._engine, self._metrics = config, engine, metrics
         self._directory = Path(config.run.directory)
-        self._snapshot, self._writing = Snapshot(), None
+        self._snapshot = Snapshot()
+        self._writing: _Writing | None = None
         self._removal: threading.Thread | None = None
 
     @property
@@ -104,7 +105,7 @@ class Saver:
         if outcome[0]:
             self._abandon(writing.manifest.step, outcome[0])
         waited = time.perf_counter() - start
-        total = sum(part.file.bytes for part in parts)
+        total = sum(part.file.bytes for part in parts if part.file)
         self._metrics.checkpoint(writing.manifest.step, total, max(part.seconds for part in parts), writing.copy_seconds, waited)
 
     def _make_folder(self, step: int, num_bytes: int) -> None:
@@ -150,7 +151,7 @@ class Saver:
         checkpoint = store.folder_of(self._directory, manifest.step)
         try:
             index = write_slices(store.partial_of(checkpoint) / SLICES, {shard_name(rank): own for rank, own in enumerate(slices)})
-            files = {shard_name(rank): part.file for rank, part in enumerate(parts)}
+            files = {shard_name(rank): part.file for rank, part in enumerate(parts) if part.file}
             store.publish(checkpoint, manifest, files | {SLICES: index})
         except CheckpointError as error:
             return str(error)
@@ -181,7 +182,7 @@ class Saver:
         """A failed write in one line. `reason`: the exception; or, in words, what there is no room for."""
         checkpoint, problem, remedy = store.folder_of(self._directory, step), reason, "make room"
         if isinstance(reason, OSError):
-            problem, remedy = reason.strerror or reason, REMEDIES.get(reason.errno, "see to the disk")
+            problem, remedy = reason.strerror or reason, REMEDIES.get(reason.errno or 0, "see to the disk")
         elif isinstance(reason, Exception):
             remedy = "see to the disk"
         return (
