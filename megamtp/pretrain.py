@@ -31,7 +31,7 @@ from megamtp.checkpoint.special_ids import write_special_ids
 from megamtp.checkpoint.state import read_state
 from megamtp.checkpoint.store import Manifest, check_trained_model, checkpoints, remove_leftovers
 from megamtp.cluster.environment import Place, emulated_place, find_place, of_all_ranks, raised_by_all, share_error
-from megamtp.commands.command_line import print_all_characters, print_error
+from megamtp.commands.command_line import ignore_deprecated_collectives, print_all_characters, print_error
 from megamtp.config import RESOLVED, Config, differences, from_anywhere, print_help, read_config, write_config
 from megamtp.data.corpus import SUMMARY
 from megamtp.data.indexed_dataset import IndexedDataset
@@ -361,6 +361,7 @@ def entry() -> None:
     outcome: list[int] = []
     atexit.register(_end, outcome)  # first of all, so that it is called last
     print_all_characters()
+    ignore_deprecated_collectives()
     try:
         status = main(sys.argv[1:])
     except SystemExit as caught:

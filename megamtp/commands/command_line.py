@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -53,6 +54,12 @@ def run(main: Callable[[], None]) -> None:
             status = 2
     if status:
         sys.exit(status)
+
+
+def ignore_deprecated_collectives() -> None:
+    """DeepSpeed calls collectives by names that torch 2.13 deprecates. No user can do anything about these warnings."""
+    names = "all_gather_into_tensor|reduce_scatter_tensor"
+    warnings.filterwarnings("ignore", rf"`torch\.distributed\.({names})` is deprecated", FutureWarning)
 
 
 def print_error(error: object) -> None:

@@ -1,5 +1,7 @@
 """Grouped gathers and reductions: DeepSpeed's own results bit for bit, memory that is used again, and nothing left when removed."""
 
+import warnings
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -152,6 +154,21 @@ def test_removal_leaves_deepspeed_as_it_was():
     for places, error in run_ranks(_removed, 2):
         assert all(places)
         assert error < 1e-5
+
+
+def _train_without_deprecated_calls() -> bool:
+    from megamtp.engines.zero import ZeroEngine
+
+    config = small_config(engine__kind="zero3")
+    engine = ZeroEngine(config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        result = engine.train_batch(own_share(global_batch(config, 0, 2), engine.rank, 2), [16] * len(config.head_weights), lr=1e-2)
+    return bool(result.nll_sums.isfinite().all())
+
+
+def test_gathers_are_called_by_names_that_torch_does_not_deprecate():
+    assert run_ranks(_train_without_deprecated_calls, 2) == [True, True]
 
 
 def test_another_deepspeed_is_refused_in_one_line():

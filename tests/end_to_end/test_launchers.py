@@ -43,6 +43,14 @@ def test_launchers_give_the_losses_of_one_rank(name, arguments, expected, tmp_pa
     assert_same(tmp_path / "run", expected)
 
 
+def test_no_warning_of_a_library_is_printed(arguments, tmp_path):
+    """Of DeepSpeed's own traffic, which calls what torch deprecates, and of all else from the start to the last checkpoint."""
+    settings = ["train.steps=2", "run.tensorboard=true", "engine.communication=deepspeed", f"run.directory={tmp_path}/run"]
+    finished = run([*launcher("torchrun"), *arguments, *settings], PYTHONWARNINGS="")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "Warning" not in finished.stderr, finished.stderr
+
+
 def test_local_script_takes_paths_from_where_it_is_called(tmp_path):
     (tmp_path / "mine.yaml").write_text("model: {dim: wide}\n")
     (tmp_path / "megamtp").mkdir()  # as of a clone; it is not the package

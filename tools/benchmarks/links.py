@@ -16,6 +16,7 @@ import torch.distributed as dist
 from matplotlib.figure import Figure
 
 from benchmarks import output
+from megamtp.cluster.collectives import all_gather_single, reduce_scatter_single
 from megamtp.cluster.emulated import hold, mark
 from megamtp.cluster.environment import find_place
 from megamtp.cluster.network import PASSES, Network
@@ -92,9 +93,9 @@ def _collective(kind: str, num_bytes: int) -> Callable[[], object]:
     whole = torch.zeros(num_bytes // 2, dtype=torch.bfloat16, device="cuda")
     own = torch.zeros(len(whole) // dist.get_world_size(), dtype=whole.dtype, device="cuda")
     if kind == "all_gather":
-        return lambda: dist.all_gather_into_tensor(whole[: len(own) * dist.get_world_size()], own)
+        return lambda: all_gather_single(whole[: len(own) * dist.get_world_size()], own)
     if kind == "reduce_scatter":
-        return lambda: dist.reduce_scatter_tensor(own, whole[: len(own) * dist.get_world_size()])
+        return lambda: reduce_scatter_single(own, whole[: len(own) * dist.get_world_size()])
     return lambda: dist.all_reduce(whole)
 
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
+from megamtp.cluster.collectives import all_gather_single
 from megamtp.engines.deepspeed.members import sharded
 
 
@@ -263,7 +264,7 @@ class Gather:
         if self._grouped:
             return [self._group.allgather_into_tensor_coalesced(whole, shards)]
         pairs = zip(whole, shards, strict=True)
-        return [dist.all_gather_into_tensor(target, shard, group=self._group, async_op=True) for target, shard in pairs]
+        return [all_gather_single(target, shard, group=self._group, async_op=True) for target, shard in pairs]
 
     def _take_buffer(self, unit: Unit, shards: list[Tensor]) -> Buffer:
         free = self._free.get(unit.shapes)
