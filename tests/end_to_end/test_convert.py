@@ -196,7 +196,7 @@ def sparse_canonical(folder: Path, model: ModelConfig, stems: tuple[str, ...] = 
         "format": canonical.FORMAT,
         "version": canonical.VERSION,
         "step": 9,
-        "state": STATE,
+        "state": STATE.saved(),
         "model": dataclasses.asdict(model),
         "file_bytes": dict.fromkeys(files, size),
     }
