@@ -152,16 +152,17 @@ def test_no_pass_runs_twice_and_the_norms_gradient_is_reduced_once():
 def _kept_in_evaluation() -> tuple[list[int], int]:
     """(stages with a part in losses, most micro-batches that this stage kept while it evaluated five)."""
     from megamtp.engines.build import build_engine
+    from megamtp.engines.spread_passes import SpreadPasses
 
+    run, kept = SpreadPasses.run, [0]
+
+    def counting(passes, work):
+        run(passes, work)
+        kept[0] = max(kept[0], len(passes.micro_batches))
+
+    SpreadPasses.run = counting  # before the engine takes it
     config = spread_config(3, 1, 5, model__num_future_tokens=1, engine__stage_layers=[2, 1, 2])
-    engine, kept = build_engine(config), [0]
-    run = engine.passes.run
-
-    def counting(work):
-        run(work)
-        kept[0] = max(kept[0], len(engine.passes.micro_batches))
-
-    engine.passes.run = counting
+    engine = build_engine(config)
     engine.evaluate(iter(global_batch(config, 0, 5)))
     return engine.passes.slices, kept[0]
 

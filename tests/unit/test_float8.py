@@ -10,7 +10,7 @@ from megamtp.losses import float8
 from megamtp.losses.float8 import Float8Weight, quantise
 from megamtp.losses.linear_cross_entropy import linear_cross_entropy
 from megamtp.losses.softmax_gradient import softmax_gradient_
-from megamtp.model import mtp
+from megamtp.model import part
 from megamtp.model.mtp import MTPModel
 from tests.float8_cases import Case, relative_error
 
@@ -134,7 +134,7 @@ def test_the_copies_are_gone_when_the_trunk_goes_back(model, monkeypatch):
             super().__init__()
             made.append(weakref.ref(self))
 
-    monkeypatch.setattr(mtp, "Float8Weight", Watched)
+    monkeypatch.setattr(part, "Float8Weight", Watched)
     loss, _ = model(precision="fp8")(*BATCH)
     assert loss.requires_grad
     assert [weight() for weight in made] == [None]
