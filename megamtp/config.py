@@ -595,7 +595,7 @@ def _check(config: Config) -> None:
     check_model_numbers(config.model)
     for section in dataclasses.fields(config):
         _check_values(section.name, getattr(config, section.name))
-    train, head_loss, optimizer = config.train, config.head_loss, config.optimizer
+    train, optimizer = config.train, config.optimizer
     _positive(
         config, "train.steps", "train.global_batch_tokens", "train.micro_batch_size", "train.sequence_length",
         "head_loss.chunk_rows", "run.save_every_steps", "run.keep_checkpoints", "run.keep_every_steps",
@@ -611,11 +611,7 @@ def _check(config: Config) -> None:
     for kind, share in config.cluster.efficiency.items():
         _one_of("a kind in cluster.efficiency", kind, COLLECTIVES)
         _require(1e-6 <= share <= 2, f"cluster.efficiency of {kind}={share}", "a share of the bandwidth: 1e-6 to 2")
-    data, run = config.data, config.run
-    corpora = data.train_corpora
-    _require(len(corpora) <= 1024, f"data.train with {len(corpora)} corpora", "at most 1024")
-    for path in filter(None, (run.directory, run.initial_weights, data.validation, data.tokenizer, *(name for _, name in corpora))):
-        _require(path.split("/")[0] != "~", path, "a path without ~, which no shell replaces here: write $HOME")
+    _check_paths(config)
     peak = config.run.peak_flops
     _require(peak is None or peak > 0, f"run.peak_flops={peak}", "a number above 0")
     for name in ("beta1", "beta2"):
@@ -627,7 +623,29 @@ def _check(config: Config) -> None:
     _one_of("engine.kind", config.engine.kind, ("zero3", "zero1", "pipeline"))
     _one_of("engine.communication", config.engine.communication, ("grouped", "deepspeed"))
     _one_of("engine.head_schedule", config.engine.head_schedule, ("sequential", "deferred"))
-    n = config.model.num_future_tokens
+    _check_head_loss(config)
+    _require(
+        not config.engine.offload_parameters or config.engine.kind == "zero3",
+        f"engine.offload_parameters with engine.kind={config.engine.kind}", "engine.kind=zero3",
+    )  # fmt: skip
+    _require(
+        not (config.cluster.emulate and config.run.initial_weights), "run.initial_weights with cluster.emulate",
+        "one of them: the weights of an emulated rank are no model's",
+    )  # fmt: skip
+    _check_pipeline(config)
+    config.accumulation(data_parallel_size=1)
+
+
+def _check_paths(config: Config) -> None:
+    data, run = config.data, config.run
+    corpora = data.train_corpora
+    _require(len(corpora) <= 1024, f"data.train with {len(corpora)} corpora", "at most 1024")
+    for path in filter(None, (run.directory, run.initial_weights, data.validation, data.tokenizer, *(name for _, name in corpora))):
+        _require(path.split("/")[0] != "~", path, "a path without ~, which no shell replaces here: write $HOME")
+
+
+def _check_head_loss(config: Config) -> None:
+    head_loss, n = config.head_loss, config.model.num_future_tokens
     _require(
         head_loss.weights is None or len(head_loss.weights) == n,
         f"head_loss.weights has {len(head_loss.weights or [])} numbers", f"{n}, one per head (model.num_future_tokens)",
@@ -635,19 +653,9 @@ def _check(config: Config) -> None:
     for weight in config.head_weights:
         _require(weight >= 0, f"head_loss.weights holds {weight}", "0 or more")
     _require(any(config.head_weights), f"head_loss.weights={config.head_weights}", "at least one above 0")
-    _require(
-        not config.engine.offload_parameters or config.engine.kind == "zero3",
-        f"engine.offload_parameters with engine.kind={config.engine.kind}", "engine.kind=zero3",
-    )  # fmt: skip
     _one_of("head_loss.precision", head_loss.precision, (None, "fp8"))
     if head_loss.precision == "fp8":
         _check_float8(config)
-    _require(
-        not (config.cluster.emulate and config.run.initial_weights), "run.initial_weights with cluster.emulate",
-        "one of them: the weights of an emulated rank are no model's",
-    )  # fmt: skip
-    _check_pipeline(config)
-    config.accumulation(data_parallel_size=1)
 
 
 def _check_pipeline(config: Config) -> None:

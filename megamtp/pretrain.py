@@ -9,63 +9,32 @@ any engine on any number of ranks.
 """
 
 import atexit
-import json
 import os
-import socket
 import sys
-import tempfile
 import time
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import TextIO
 
 from megamtp.cluster.signals import StopRequest  # first: it looks for the launcher, which may die while torch is imported
 
 # isort: split
 import torch
 
-from megamtp.checkpoint.hf_tokenizer import translate
 from megamtp.checkpoint.special_ids import write_special_ids
-from megamtp.checkpoint.state import read_state
-from megamtp.checkpoint.store import Manifest, check_trained_model, checkpoints, remove_leftovers
+from megamtp.checkpoint.store import remove_leftovers
 from megamtp.cluster.environment import Place, emulated_place, find_place, of_all_ranks, raised_by_all, share_error
 from megamtp.commands.command_line import ignore_deprecated_collectives, print_all_characters, print_error
-from megamtp.config import RESOLVED, Config, differences, from_anywhere, print_help, read_config, write_config
-from megamtp.data.corpus import SUMMARY
-from megamtp.data.indexed_dataset import IndexedDataset
+from megamtp.config import RESOLVED, Config, differences, print_help, read_config, write_config
 from megamtp.data.loader import TrainLoader
-from megamtp.data.position import DataPosition, find_changes, new_position, read_position, resumed_position
-from megamtp.data.tokenizer import ByteTokenizer, open_tokenizer
-from megamtp.data.windows import Windows
-from megamtp.engines.check import check_engine
 from megamtp.engines.deepspeed.join import join_peers
 from megamtp.engines.initial_weights import open_initial_weights, without_initial_weights
-from megamtp.errors import CheckpointError, InputError, explained
-from megamtp.files import take_lock
-from megamtp.planning.partition import Partition
-from megamtp.planning.spread import SpreadPartition
+from megamtp.errors import InputError, explained
 from megamtp.training.metrics import FILE as METRICS
-from megamtp.training.metrics import lacks_validation, records_until
-from megamtp.training.resuming import newest_readable, newest_verified
+from megamtp.training.metrics import lacks_validation
+from megamtp.training.preflight import CheckedRun, check, find_position, report_vocabulary
+from megamtp.training.resuming import newest_verified
 
-FLOAT8_CAPABILITY = (8, 9)  # the first GPUs with fp8 products
 RANK_0_SPEAKS_SECONDS = 10  # for it to say what is wrong; its launcher then ends the others, while they sleep
-PROBE_BYTES = 65536  # that must fit before a run begins: a configuration and some metrics
-
-
-@dataclass(frozen=True)
-class CheckedRun:
-    """A configuration whose inputs have all been checked: the rest needs peers and devices."""
-
-    config: Config
-    train: list[Windows]
-    validation: Windows | None
-    readers: tuple[int, int]  # data-parallel rank and size
-    cut: Partition | SpreadPartition | None  # of a pipeline
-    changes: list[str]  # of a resumed run's configuration, in words
-    lock: TextIO | None  # held open by rank 0 as long as the job runs
 
 
 def main(arguments: list[str]) -> int:
@@ -85,42 +54,6 @@ def main(arguments: list[str]) -> int:
     finished = _train(run, emulated_place(place, config.cluster))
     _leave_peers()
     return 0 if finished else config.run.requeue_exit_code
-
-
-def check(config: Config, place: Place) -> CheckedRun:
-    """Looks at everything that can be wrong before peers are met; creates the run directory when nothing is.
-
-    Raises:
-        InputError: one line that says what is wrong.
-    """
-    readers, cut = check_engine(config, place.rank, place.world_size)
-    if config.train.precision == "fp16" and not torch.cuda.is_available():
-        raise InputError("train.precision=fp16 without a GPU; expected fp32 or bf16: DeepSpeed's fp16 needs a GPU")
-    if config.head_loss.precision == "fp8":
-        _check_float8()
-    if config.data.tokenizer:
-        _check_tokenizer(config)
-    train = [_windows(config, prefix) for _, prefix in config.data.train_corpora]
-    validation = _windows(config, config.data.validation) if config.data.validation else None
-    if validation:
-        validation.check_first(config.run.evaluation_windows, place.rank, place.world_size)
-    run_directory = Path(config.run.directory)
-    if config.run.initial_weights and not checkpoints(run_directory):
-        open_initial_weights(config)
-    if config.cluster.emulate:
-        _spare_real_run(run_directory)
-    _make_writable(run_directory)
-    lock = _lock(run_directory) if place.rank == 0 else None
-    found = None if config.cluster.emulate else newest_readable(run_directory, check_files=place.rank == 0)
-    if found:
-        check_trained_model(*found, config.model)
-    find_position(config, train, found)  # for what it refuses
-    changes = []
-    if place.rank == 0:
-        records_until(run_directory / METRICS, found[1].step if found else 0)
-        if found and (run_directory / RESOLVED).exists():
-            changes = _changes(run_directory / RESOLVED, config)
-    return CheckedRun(config, train, validation, readers, cut, changes, lock)
 
 
 def _train(run: CheckedRun, place: Place) -> bool:
@@ -153,7 +86,7 @@ def _train(run: CheckedRun, place: Place) -> bool:
             blend, config.global_batch_windows, config.train.micro_batch_size, *run.readers, first_step, position.windows
         )
         if place.rank == 0:
-            _report_vocabulary(config)
+            report_vocabulary(config)
     # Every weight of a resumed run is in its checkpoint; what it once started from may be gone.
     engine = build_engine(without_initial_weights(config) if found else config, run.cut)
     with raised_by_all():
@@ -180,34 +113,6 @@ def _prepare_directory(config: Config, resumes: bool) -> None:
         print(f"megamtp: warning: {leftover} cannot be removed; it is of no use", file=sys.stderr, flush=True)
 
 
-def find_position(config: Config, corpora: list[Windows], found: tuple[Path, Manifest] | None) -> tuple[DataPosition, list[str]]:
-    """Where the run starts to read, or goes on after the checkpoint `found`, and lines that say so where it is not obvious.
-
-    Raises:
-        InputError: the windows differ from those of the run so far, and data.accept_changes is not set.
-    """
-    weights = [weight for weight, _ in config.data.train_corpora]
-    if not found:
-        return new_position(corpora, weights), []
-    checkpoint, manifest = found
-    data = read_state(manifest.state, checkpoint).data
-    if data is None:
-        windows = manifest.step * config.global_batch_windows
-        line = f"{checkpoint} does not say which windows it was trained on: {manifest.step} steps of the present size are assumed"
-        position = new_position(corpora, weights)
-        return position.advanced(position.blend(corpora), windows), [line]
-    saved = read_position(data, checkpoint)
-    changes = find_changes(saved, corpora, weights)
-    if not changes:
-        return saved, []
-    if not config.data.accept_changes:
-        raise InputError(
-            f"{checkpoint}: {'; '.join(changes)}; expected the windows of the run so far: change it back, or set "
-            "data.accept_changes=true to go on with new windows"
-        )
-    return resumed_position(saved, corpora, weights)
-
-
 def _check_agreement(config: Config, num_tokens: list[int]) -> None:
     """Raises: InputError on all ranks if one has other settings or corpora, as from another node's script. Collective."""
     first, *others = of_all_ranks((config, num_tokens))
@@ -223,134 +128,6 @@ def _leave_peers() -> None:
 
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _windows(config: Config, prefix: str) -> Windows:
-    _check_vocabulary(config, Path(prefix).parent / SUMMARY)
-    windows = Windows(
-        IndexedDataset(prefix), config.train.sequence_length, config.model.num_future_tokens, config.train.seed,
-        vocab_size=config.model.vocab_size, documents=config.data.documents,
-    )  # fmt: skip
-    windows.check_ends()
-    return windows
-
-
-def _check_vocabulary(config: Config, summary: Path) -> None:
-    """The tokenizer that a corpus was made with, as far as its summary, if there is one, tells."""
-    found, model, tokenizer = _prepared_vocabulary(summary), config.model.vocab_size, config.data.tokenizer
-    if found is None:
-        return
-    if found > model:
-        limit = f"model.vocab_size is {model}; expected no more"
-    elif tokenizer and found != _num_pieces(tokenizer):
-        limit = f"{tokenizer} has {_num_pieces(tokenizer)} pieces; expected the same"
-    else:
-        return
-    raise InputError(
-        f"{summary} tells of a vocabulary of {found}, {limit}: the corpus was made with another tokenizer than the model's"
-    )
-
-
-def _prepared_vocabulary(summary: Path) -> int | None:
-    """The vocabulary in a corpus's summary; None for a corpus of another program."""
-    try:
-        return int(json.loads(summary.read_text())["vocab_size"])
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-
-
-def _report_vocabulary(config: Config) -> None:
-    """Prints how many rows of the model no token uses, and warns of a tokenizer that cannot be exported."""
-    tokenizer, rows = config.data.tokenizer, config.model.vocab_size
-    if tokenizer:
-        used = _num_pieces(tokenizer)
-    else:
-        prepared = [_prepared_vocabulary(Path(prefix).parent / SUMMARY) for _, prefix in config.data.train_corpora]
-        known = [pieces for pieces in prepared if pieces is not None]
-        used = max(known) if len(known) == len(prepared) else rows
-    if used < rows:
-        unused = rows - used
-        print(f"model.vocab_size is {rows}, the tokenizer has {used} pieces: {unused} more rows, part of every softmax", flush=True)
-    if tokenizer and not isinstance(opened := open_tokenizer(tokenizer), ByteTokenizer):
-        try:
-            translate(opened)
-        except CheckpointError as error:
-            print(f"megamtp: warning: the model can be trained; {error}", file=sys.stderr, flush=True)
-
-
-def _check_float8() -> None:
-    if not torch.cuda.is_available():
-        found = "without a GPU"
-    elif torch.cuda.get_device_capability() < FLOAT8_CAPABILITY:
-        found = f"on {torch.cuda.get_device_name()}"
-    else:
-        return
-    raise InputError(f"head_loss.precision=fp8 {found}; expected one that multiplies fp8 (H100, H200 or later): leave it null")
-
-
-def _check_tokenizer(config: Config) -> None:
-    found = _num_pieces(config.data.tokenizer)
-    if found > config.model.vocab_size:
-        raise InputError(
-            f"{config.data.tokenizer} has {found} pieces, model.vocab_size is {config.model.vocab_size}; expected as many or more: "
-            f"set model.vocab_size={found} or choose the model's tokenizer"
-        )
-
-
-@lru_cache
-def _num_pieces(tokenizer: str) -> int:
-    return open_tokenizer(tokenizer).vocab_size
-
-
-def _make_writable(directory: Path) -> None:
-    try:
-        for name in ("checkpoints", "tensorboard"):
-            if (folder := directory / name).exists() and not folder.is_dir():
-                raise InputError(f"{folder} is a file; expected a folder: choose another run.directory, or move the file away")
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory) as probe:
-            probe.write(bytes(PROBE_BYTES))
-    except OSError as error:
-        raise InputError(f"{directory} cannot be written to: {error.strerror}; choose another run.directory") from None
-
-
-def _spare_real_run(directory: Path) -> None:
-    resolved = directory / RESOLVED
-    if checkpoints(directory) or (os.path.exists(resolved) and read_config([str(resolved)]).cluster.emulate is None):
-        raise InputError(
-            f"{directory} holds a real run, whose metrics those of cluster.emulate would replace; choose another run.directory"
-        )
-
-
-def _changes(path: Path, config: Config) -> list[str]:
-    try:
-        return [f"changed since the run began: {one}" for one in differences(read_config([str(path)]), from_anywhere(config))]
-    except InputError as error:  # it is about to be written anew
-        return [f"what has changed since the run began is not known: {error}"]
-
-
-def _lock(directory: Path) -> TextIO:
-    """Makes sure that no other job writes there; the system lets go of the lock when the process ends, however it ends.
-
-    Raises:
-        InputError: another job has it.
-    """
-    path = directory / "lock"
-    try:
-        owner = open(path, "a+")  # noqa: SIM115 - open as long as the job runs
-    except OSError as error:
-        raise InputError(
-            f"{path}: {error.strerror}; expected a file of your own: remove it, or choose another run.directory"
-        ) from None
-    if not take_lock(owner, path, "see to it that no other job uses it"):
-        owner.seek(0)
-        raise InputError(
-            f"{directory} belongs to a running job ({owner.read().strip()}); stop that one, or choose another run.directory"
-        )
-    owner.truncate(0)
-    owner.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    owner.flush()
-    return owner
 
 
 def entry() -> None:

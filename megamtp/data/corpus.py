@@ -102,15 +102,8 @@ def prepare(
     find_settings = partial(_settings, source, vocab_size, tokenizer, validation_fraction, seed, deduplicate)
     settings = find_settings()
     try:
-        existing = None if overwrite else _existing(output)
-        if existing and existing.settings != settings:
-            raise InputError(
-                f"{output} holds a corpus of other inputs or settings; expected the same: use --overwrite or another folder"
-            )
+        existing = None if overwrite else _reused(output, settings)
         if existing:
-            if (output / WORK).exists():
-                with _work_folder(output):
-                    pass  # left by a call that was killed at its very end
             return existing, True
         if not overwrite:
             _refuse_to_replace(output, tokenizer)
@@ -119,11 +112,7 @@ def prepare(
             skipped = source.duplicates() if in_pieces and deduplicate else None
             shards = plan(source.files, in_pieces, skipped)
             job = make_job(source, shards, in_pieces, work, vocab_size, tokenizer, seed, deduplicate)
-            _remove_strangers(shards, job)
-            tokenise_all(shards, job, workers)
-            parts = Parts(shards, job, open_tokenizer(job.tokenizer).vocab_size)
-            if job.with_text_hashes:
-                parts.drop_duplicates()
+            parts = _tokenised(shards, job, workers)
             limit = split_limit(parts, validation_fraction, place(source))
             if find_settings() != settings:
                 raise InputError("an input changed while it was read; expected all to stay as they are: wait, then call again")
@@ -152,6 +141,16 @@ def _work_folder(output: Path) -> Iterator[Path]:
                 shutil.rmtree(work, ignore_errors=True)
             raise
     shutil.rmtree(work)
+
+
+def _tokenised(shards: list[Shard], job: TokenisationJob, workers: int | Executor) -> Parts:
+    """All parts, without duplicates if the job drops them."""
+    _remove_strangers(shards, job)
+    tokenise_all(shards, job, workers)
+    parts = Parts(shards, job, open_tokenizer(job.tokenizer).vocab_size)
+    if job.with_text_hashes:
+        parts.drop_duplicates()
+    return parts
 
 
 def _remove_strangers(shards: list[Shard], job: TokenisationJob) -> None:
@@ -217,6 +216,19 @@ def _existing(output: Path) -> Corpus | None:
         return None
     corpus = read_corpus(output)
     return corpus if corpus.settings.get("tokenizer") == BYTES or (output / "tokenizer.model").is_file() else None
+
+
+def _reused(output: Path, settings: dict) -> Corpus | None:
+    """A whole earlier corpus with these settings, or None. Raises InputError: it has others."""
+    corpus = _existing(output)
+    if corpus and corpus.settings != settings:
+        raise InputError(
+            f"{output} holds a corpus of other inputs or settings; expected the same: use --overwrite or another folder"
+        )
+    if corpus and (output / WORK).exists():
+        with _work_folder(output):
+            pass  # removes what a call left that was killed at its very end
+    return corpus
 
 
 def _refuse_to_replace(output: Path, tokenizer: Path | str | None) -> None:

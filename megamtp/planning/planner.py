@@ -191,6 +191,7 @@ def _memory(config: Config, world_size: int) -> dict[str, float]:
     model, tokens = config.model, config.train.micro_batch_size * config.train.sequence_length
     share = parameters(model) / world_size
     layer, vocabulary = 2 * layer_parameters(model), 2 * model.vocab_size * model.dim
+    largest = max(layer, *(2 * head_parameters(model, index) for index in range(model.num_future_tokens)))
     saved = 2 * tokens * layer_cost(model, config.train.sequence_length).kept_elements
     costs = [head_cost(model, index, config.train.sequence_length) for index in range(model.num_future_tokens)]
     saved_by_head = 2 * tokens * max(cost.kept_elements for cost in costs)
@@ -207,8 +208,8 @@ def _memory(config: Config, world_size: int) -> dict[str, float]:
         "weights": 0 if config.engine.offload_parameters else 2 * share,
         "gradients": 4 * share * on_device,
         "optimizer": _state_bytes(config) * share * on_device,
-        "gathered weights": (1 + config.engine.prefetch_modules) * layer + 2 * vocabulary if gathers else 0,
-        "gradients on their way": sent * layer,
+        "gathered weights": (1 + config.engine.prefetch_modules) * largest + 2 * vocabulary if gathers else 0,
+        "gradients on their way": sent * largest,
         "activations": boundaries + max(saved, saved_by_head)
         if config.train.activation_checkpointing
         else trunk * saved + saved_by_head,
@@ -245,13 +246,19 @@ def _micro_batch_seconds(config: Config, world_size: int, card: Card) -> tuple[f
 
     network = Network(dataclasses.replace(config.cluster, emulate=world_size))
     layer, vocabulary = 2 * layer_parameters(model), 2 * model.vocab_size * model.dim
+    sizes = [2 * head_parameters(model, index) for index in range(model.num_future_tokens)]
     sent = _widening(config)
     gather, reduction = network.seconds("all_gather", layer), network.seconds("reduce_scatter", sent * layer)
+    head_gathers = [network.seconds("all_gather", size) for size in sizes]
+    head_reductions = [network.seconds("reduce_scatter", sent * size) for size in sizes]
     outer = network.seconds("all_gather", vocabulary) + network.seconds("reduce_scatter", sent * vocabulary)
     ends = outer + gather + reduction  # embedding and first layer: nothing runs before them, or after
     between = (model.num_trunk_layers - 1) * max(0.0, gather - forward)
-    between += (model.num_layers - 1) * max(0.0, gather + reduction - 2 * forward)
-    communicating = min(1.0, (2 * gather + reduction) * model.num_layers / compute)
+    between += (model.num_trunk_layers - 1) * max(0.0, gather + reduction - 2 * forward)
+    for head_gather, head_reduction, head in zip(head_gathers, head_reductions, heads, strict=True):
+        between += max(0.0, head_gather + head_reduction - 2 * head)
+    transfers = (2 * gather + reduction) * model.num_trunk_layers + 2 * sum(head_gathers) + sum(head_reductions)
+    communicating = min(1.0, transfers / compute)
     taken = compute * communicating * config.cluster.communication_sms / card.multiprocessors if world_size > 1 else 0.0
     return compute, ends + between + taken
 

@@ -14,7 +14,7 @@ from megamtp.losses.float8 import Float8Weight, quantise
 from megamtp.losses.linear_cross_entropy import linear_cross_entropy
 from megamtp.losses.softmax_gradient import softmax_gradient_
 from megamtp.model.mtp import MTPModel
-from megamtp.pretrain import FLOAT8_CAPABILITY
+from megamtp.training.preflight import FLOAT8_CAPABILITY
 from tests.cases import small_config
 from tests.engine_steps import largest_errors
 from tests.float8_cases import E4M3_ERROR, E5M2_ERROR, Case

@@ -35,3 +35,18 @@ def test_no_two_classes_share_a_name():
     names = [node.name for path in files for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)]
     assert len(names) > 100
     assert [name for name, count in Counter(names).items() if count > 1] == []
+
+
+def test_files_and_functions_are_short():
+    """config.py is longer until its schema and its reader are two files."""
+    files = {path: path.read_text() for path in (ROOT / "megamtp").rglob("*.py")}
+    long_files = [path.name for path, text in files.items() if len(text.splitlines()) > 350]
+    assert long_files == ["config.py"]
+    long_functions = [
+        f"{path.name}: {node.name}"
+        for path, text in files.items()
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= 50
+    ]
+    assert long_functions == []
+    assert len([path for path in files if path.parent == ROOT / "megamtp/engines"]) <= 14

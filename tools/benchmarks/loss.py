@@ -21,7 +21,7 @@ from torch import Tensor
 from benchmarks import output
 from megamtp.losses.float8 import Float8Weight
 from megamtp.losses.linear_cross_entropy import SharedGradient, default_chunk_rows, linear_cross_entropy
-from megamtp.pretrain import FLOAT8_CAPABILITY
+from megamtp.training.preflight import FLOAT8_CAPABILITY
 
 HEADS, OF_HEADS = 4, ", one of 4 heads"
 SHAPES = [(2048, 32000), (4096, 32000), (4096, 128256)]

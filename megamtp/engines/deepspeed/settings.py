@@ -4,7 +4,7 @@ from typing import Any
 
 from megamtp.config import Config
 from megamtp.errors import InputError
-from megamtp.model.cost import layer_parameters, unembedding_parameters
+from megamtp.model.cost import head_parameters, layer_parameters, unembedding_parameters
 
 # DeepSpeed settings that may be passed through: none of them changes what is trained, unless it is named below.
 PASSED_ON = ("zero_optimization", "fp16", "bf16", "data_types", "wall_clock_breakdown", "memory_breakdown", "comms_logger")
@@ -107,9 +107,10 @@ def _zero_settings(config: Config) -> dict[str, Any]:
         settings["offload_optimizer"] = {"device": "cpu"}
     if engine.kind == "zero3":
         layer, unembedding = layer_parameters(model), unembedding_parameters(model)
+        head = max(head_parameters(model, index) for index in range(model.num_future_tokens))
         settings |= {
-            "stage3_prefetch_bucket_size": layer,  # one layer ahead: head i + 1 arrives while head i computes
-            "stage3_max_live_parameters": 3 * layer + unembedding,  # a trunk layer, two heads and the unembedding
+            "stage3_prefetch_bucket_size": max(layer, head),  # one layer ahead: head i + 1 arrives while head i computes
+            "stage3_max_live_parameters": layer + 2 * head + unembedding,  # a trunk layer, two heads and the unembedding
             "stage3_max_reuse_distance": 0,  # a layer used again in backward is gathered again: that is ZeRO-3's bargain
             "stage3_param_persistence_threshold": engine.param_persistence_threshold,
             "memory_efficient_linear": False,  # it replaces torch's linear by one that torch.compile compiles anew for each layer

@@ -10,7 +10,7 @@ from megamtp.config import read_config, write_config
 from megamtp.data.indexed_dataset import IndexedDatasetWriter
 from megamtp.data.tokenizer import SentencePieceTokenizer
 from megamtp.errors import InputError
-from megamtp.pretrain import _check_tokenizer, _check_vocabulary, _report_vocabulary, _spare_real_run, check
+from megamtp.training.preflight import _check_tokenizer, _check_vocabulary, _spare_real_run, check, report_vocabulary
 from tests import tokenizer_kinds
 
 CONFIG = str(Path(__file__).parents[2] / "configs/quickstart.yaml")
@@ -35,11 +35,11 @@ def test_a_vocabulary_larger_than_the_tokenizers(tmp_path, capsys):
     for larger in ([*ours, "model.vocab_size=512"], [*settings, "data.tokenizer=null", "model.vocab_size=512"]):
         config = read_config(larger)
         _check_vocabulary(config, prepared)
-        _report_vocabulary(config)
+        report_vocabulary(config)
         words = "model.vocab_size is 512, the tokenizer has 500 pieces: 12 more rows, part of every softmax\n"
         assert tuple(capsys.readouterr()) == (words, "")
     _check_tokenizer(read_config([*ours, "model.vocab_size=512"]))
-    _report_vocabulary(read_config([*ours, "model.vocab_size=500"]))
+    report_vocabulary(read_config([*ours, "model.vocab_size=500"]))
     assert tuple(capsys.readouterr()) == ("", "")
     with pytest.raises(InputError, match=r"500 pieces, model\.vocab_size is 499; expected as many or more: set model"):
         _check_tokenizer(read_config([*ours, "model.vocab_size=499"]))
@@ -52,7 +52,7 @@ def test_a_tokenizer_that_cannot_be_exported_is_said_before_training(tmp_path, c
     model = tokenizer_kinds.train_kind("unigram", tmp_path / "tokenizer.model")
     pieces = SentencePieceTokenizer(model).vocab_size
     settings = [CONFIG, "run.directory=r", "data.train=a", f"model.vocab_size={pieces}"]
-    _report_vocabulary(read_config([*settings, f"data.tokenizer={model}"]))
+    report_vocabulary(read_config([*settings, f"data.tokenizer={model}"]))
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     words = f"the model can be trained; {model} cannot be exported to hf or hf-mtp: it is a unigram model; expected"
