@@ -102,11 +102,8 @@ def prepare(
     find_settings = partial(_settings, source, vocab_size, tokenizer, validation_fraction, seed, deduplicate)
     settings = find_settings()
     try:
-        existing = None if overwrite else _reused(output, settings)
-        if existing:
+        if not overwrite and (existing := _reused(output, settings, tokenizer)):
             return existing, True
-        if not overwrite:
-            _refuse_to_replace(output, tokenizer)
         with _work_folder(output) as work:
             in_pieces = source.is_small()
             skipped = source.duplicates() if in_pieces and deduplicate else None
@@ -118,8 +115,7 @@ def prepare(
                 raise InputError("an input changed while it was read; expected all to stay as they are: wait, then call again")
             totals = _publish(parts, limit, output, job)
             corpus = _summary(totals, source, settings, parts.vocab_size, sum(map(len, skipped or [])))
-            write_atomically(output / PICTURE, draw_lengths(totals.lengths))
-            write_atomically(output / SUMMARY, json.dumps(dataclasses.asdict(corpus), indent=1).encode())
+            _write_summary(output, corpus, totals)
     except OSError as error:
         raise InputError(f"{output} cannot be written to: {error.strerror}; choose another folder or make room") from None
     return corpus, False
@@ -218,14 +214,21 @@ def _existing(output: Path) -> Corpus | None:
     return corpus if corpus.settings.get("tokenizer") == BYTES or (output / "tokenizer.model").is_file() else None
 
 
-def _reused(output: Path, settings: dict) -> Corpus | None:
-    """A whole earlier corpus with these settings, or None. Raises InputError: it has others."""
+def _write_summary(output: Path, corpus: Corpus, totals: Totals) -> None:
+    write_atomically(output / PICTURE, draw_lengths(totals.lengths))
+    write_atomically(output / SUMMARY, json.dumps(dataclasses.asdict(corpus), indent=1).encode())
+
+
+def _reused(output: Path, settings: dict, tokenizer: Path | str | None) -> Corpus | None:
+    """A whole earlier corpus with these settings, or None. Raises InputError: it has others, or files would be replaced."""
     corpus = _existing(output)
-    if corpus and corpus.settings != settings:
+    if corpus is None:
+        _refuse_to_replace(output, tokenizer)
+    elif corpus.settings != settings:
         raise InputError(
             f"{output} holds a corpus of other inputs or settings; expected the same: use --overwrite or another folder"
         )
-    if corpus and (output / WORK).exists():
+    elif (output / WORK).exists():
         with _work_folder(output):
             pass  # removes what a call left that was killed at its very end
     return corpus

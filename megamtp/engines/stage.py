@@ -15,7 +15,7 @@ from megamtp.planning.partition import Partition, Stage
 from megamtp.planning.spread import SpreadPartition
 
 
-class Rows(Protocol):
+class RowsOfWeight(Protocol):
     """A parameter that is some rows of a whole one: `first_element` is their first in it."""
 
     whole_shape: tuple[int, ...]
@@ -45,7 +45,7 @@ class StagePart(ModelPart):
         self.run_config, self.own, self.device = config, own, device
         self.to(DTYPES[train.precision]).to_empty(device=device)
         if own.contents.spread and self.extent.rows:  # checkpoints hold tensors in slices
-            weight = cast(Rows, self.unembedding_weight)
+            weight = cast(RowsOfWeight, self.unembedding_weight)
             weight.whole_shape = config.model.vocab_size, config.model.dim
             weight.first_element = first_row * config.model.dim
         self.initialise()
