@@ -713,11 +713,6 @@ def _check_only_pipeline(config: Config) -> None:
     )  # fmt: skip
     _require(config.train.precision != "fp16", "train.precision=fp16 with engine.kind=pipeline", "bf16 or fp32")
     _require(config.cluster.emulate is None, "cluster.emulate with engine.kind=pipeline", "zero3: stages are not emulated")
-    _require(
-        config.head_loss.precision is None or not engine.spread_losses,
-        "head_loss.precision=fp8 with engine.spread_losses=true",
-        "null, or engine.spread_losses=false: slices of the unembedding are not multiplied in fp8",
-    )
 
 
 def _check_float8(config: Config) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from megamtp.data.loader import Batch
 from megamtp.engines.base import DTYPES
 from megamtp.engines.stage import StagePart
+from megamtp.losses.float8 import Float8Products, Float8Weight
 from megamtp.losses.linear_cross_entropy import wide
 from megamtp.losses.vocabulary_slice import combine
 from megamtp.planning.spread import SpreadPartition
@@ -34,10 +35,12 @@ class SharedLosses:
 
     Attributes:
         hidden: [N, D] of each head; logits: [N, R] of each, none without rows.
+        products: of each, where they are in fp8; none without rows.
     """
 
     hidden: list[Tensor]
     logits: list[Tensor]
+    products: list[Float8Products | None]
 
 
 @dataclass
@@ -158,6 +161,7 @@ class SpreadPasses:
         """Before a step or, without `learning`, an evaluation: its micro-batches, on the device, and each head's loss's factor."""
         self.batches, self.loss_scales, self.learning = batches, loss_scales, learning
         self.micro_batches: dict[int, MicroBatch] = {}
+        self.float8_weight = Float8Weight()  # weights do not change within a step
         self.ends: deque[torch.cuda.Event] = deque()  # of passes that the card may not have done yet
         schedule, stage = self.cut.schedule, self.stage
         order = [each for each in transfers if schedule.takes_part(stage, each) and (learning or each.carries not in BACKWARD)]
@@ -205,16 +209,26 @@ class SpreadPasses:
         if work.host != self.stage:
             hidden = self.traffic.take(Transfer(Carries.HIDDEN, work.host, work.micro_batch))
         hidden, logits, found = [each.detach().flatten(0, -2) for each in hidden], [], []
-        for each, targets_N in zip(hidden, self._targets(work), strict=True):
+        products: list[Float8Products | None] = []
+        for head, each, targets_N in zip(self._heads(work.host), hidden, self._targets(work), strict=True):
             if self.part.extent.rows:
-                logits_NR, statistics_3N = self.part.slice_statistics(each, targets_N)
+                if self.learning:  # evaluations stay in the model's dtype, so that they compare
+                    own_products = self.part.slice_products(head, each, self.float8_weight, self._factor(head))
+                else:
+                    own_products = None
+                logits_NR, statistics_3N = self.part.slice_statistics(each, targets_N, own_products)
                 logits.append(logits_NR)
+                products.append(own_products)
             else:
                 statistics_3N = torch.zeros(3, len(each), dtype=wide(each.dtype), device=each.device)
                 statistics_3N[0] = -torch.inf
             found.append(statistics_3N)
         self.traffic.give(Transfer(Carries.STATISTICS, work.host, work.micro_batch), [torch.stack(found)])
-        own.losses[work.host] = SharedLosses(hidden, logits)
+        own.losses[work.host] = SharedLosses(hidden, logits, products)
+
+    def _factor(self, head: int) -> float:
+        """Of the gradient with respect to a head's logits."""
+        return self.loss_scales[head] * self.seed()
 
     @torch.no_grad()
     def _gradients(self, own: MicroBatch, work: Pass) -> None:
@@ -246,8 +260,15 @@ class SpreadPasses:
         if own.d_weight is None:
             weight = self.part.unembedding_weight
             own.d_weight = torch.zeros_like(weight, dtype=wide(weight.dtype))
-        factor = self.loss_scales[head] * self.seed()
-        return self.part.slice_gradients(losses.logits[place], hidden_ND, targets_N, log_partition_N, own.d_weight, factor)
+        return self.part.slice_gradients(
+            losses.logits[place],
+            hidden_ND,
+            targets_N,
+            log_partition_N,
+            own.d_weight,
+            self._factor(head),
+            losses.products[place],
+        )
 
     def _backward(self, own: MicroBatch, index: int) -> None:
         outputs, gradients = list(own.normed), []

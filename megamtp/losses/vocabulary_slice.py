@@ -14,18 +14,24 @@ from typing import Any, no_type_check
 import torch
 from torch import Tensor
 
+from megamtp.losses.float8 import GRADIENT, GRADIENT_SCALE, Float8Products
 from megamtp.losses.linear_cross_entropy import wide, wide_product
 from megamtp.losses.softmax_gradient import BLOCK, row_statistics
 from megamtp.targets import IGNORED
 
 
-def slice_statistics(hidden_ND: Tensor, weight_RD: Tensor, targets_N: Tensor, first: int) -> tuple[Tensor, Tensor]:
+def slice_statistics(
+    hidden_ND: Tensor, weight_RD: Tensor, targets_N: Tensor, first: int, products: Float8Products | None = None
+) -> tuple[Tensor, Tensor]:
     """(logits [N, R], statistics [3, N]) of the slice whose first row is row `first` of the unembedding.
 
     Statistics, in fp32 (fp64 for fp64): the largest logit, the sum of exp(logit - largest), and the target's logit, or 0 if it lies
     in another slice or is IGNORED.
+
+    Args:
+        products: the products in fp8, of this slice and hidden; None: in hidden's dtype.
     """
-    logits_NR = hidden_ND @ weight_RD.T
+    logits_NR = products.logits(slice(None)) if products else hidden_ND @ weight_RD.T
     own_targets_N = _own_targets(targets_N, first, len(weight_RD))
     if logits_NR.is_cuda and logits_NR.dtype != torch.float64:
         return logits_NR, _triton_statistics(logits_NR, own_targets_N)
@@ -45,11 +51,14 @@ def combine(statistics_S3N: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
 
 def slice_gradients(
     logits_NR: Tensor, hidden_ND: Tensor, weight_RD: Tensor, targets_N: Tensor, first: int, log_partition_N: Tensor,
-    sum_RD: Tensor, factor: float = 1.0, z_loss: float = 0.0,
+    sum_RD: Tensor, factor: float = 1.0, z_loss: float = 0.0, products: Float8Products | None = None,
 ) -> Tensor:  # fmt: skip
     """This slice's part of dH [N, D], of the loss factor * sum over positions of (nll + z_loss * log_partition^2).
 
     Adds the gradient of the slice to `sum_RD`, in fp32 (fp64 for fp64), and overwrites the logits.
+
+    Args:
+        products: those that made the logits, of the same factor: dH is then a product in fp8, too. None: in hidden's dtype.
     """
     own_targets_N = _own_targets(targets_N, first, len(weight_RD))
     valid_N = targets_N != IGNORED
@@ -63,7 +72,12 @@ def slice_gradients(
         wide_NR.scatter_add_(1, own_targets_N.clamp(min=0)[:, None], -factor * here_N[:, None])
         gradient_NR = logits_NR.copy_(wide_NR)
     wide_product(gradient_NR.T, hidden_ND, add_to=sum_RD)
-    return gradient_NR @ weight_RD
+    if products is None:
+        return gradient_NR @ weight_RD
+    d_hidden_ND = torch.zeros_like(hidden_ND)
+    if factor:
+        products.hidden_gradient((gradient_NR * (GRADIENT_SCALE / factor)).to(GRADIENT), out=d_hidden_ND)
+    return d_hidden_ND
 
 
 def _own_targets(targets_N: Tensor, first: int, rows: int) -> Tensor:

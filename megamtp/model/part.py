@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megamtp.config import HeadLossConfig, ModelConfig
-from megamtp.losses.float8 import Float8Weight
+from megamtp.losses.float8 import Float8Products, Float8Weight
 from megamtp.losses.linear_cross_entropy import SharedGradient
 from megamtp.losses.sequential import HeadPhase, PassingHeads, SequentialHeadLoss
 from megamtp.losses.vocabulary_slice import slice_gradients, slice_statistics
@@ -174,9 +174,17 @@ class ModelPart(nn.Module):
             return []
         return [self.unembedding.normed(head(z_BTD, separation)) for head in self.heads]
 
-    def slice_statistics(self, hidden_ND: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    def slice_products(self, index: int, hidden_ND: Tensor, float8_weight: Float8Weight, factor: float) -> Float8Products | None:
+        """The products in fp8 of the rows that are here with a head's hidden states; None if its loss is in the model's dtype."""
+        if not self.head_loss_config.in_float8(index):
+            return None
+        return float8_weight.products(self.unembedding_weight.detach(), hidden_ND, factor)
+
+    def slice_statistics(
+        self, hidden_ND: Tensor, targets_N: Tensor, products: Float8Products | None = None
+    ) -> tuple[Tensor, Tensor]:
         """See losses/vocabulary_slice.py, for the rows that are here."""
-        return slice_statistics(hidden_ND, self.unembedding_weight.detach(), targets_N, self.extent.rows.start)
+        return slice_statistics(hidden_ND, self.unembedding_weight.detach(), targets_N, self.extent.rows.start, products)
 
     def slice_gradients(
         self,
@@ -186,6 +194,7 @@ class ModelPart(nn.Module):
         log_partition_N: Tensor,
         sum_RD: Tensor,
         factor: float,
+        products: Float8Products | None = None,
     ) -> Tensor:
         """See losses/vocabulary_slice.py, for the rows that are here."""
         return slice_gradients(
@@ -198,4 +207,5 @@ class ModelPart(nn.Module):
             sum_RD,
             factor,
             self.head_loss_config.z_loss,
+            products,
         )

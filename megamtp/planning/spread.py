@@ -31,6 +31,7 @@ from megamtp.planning.spread_schedule import Exchange, SpreadSchedule, StageTime
 from megamtp.planning.stage_memory import StageContents, stage_memory
 
 ROW_MULTIPLE, LARGE_SLICE = 128, 1024  # rows of large slices are a multiple: what matrix products like
+FLOAT8_MULTIPLE = 16  # rows of a slice, as fp8 products need
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ def spread(
     model, costs = config.model, costs or flop_costs(config)
     pairs = list(itertools.pairwise([0, *itertools.accumulate(spread_layers(config, costs))]))
     passes = [_passes(config, costs, *pair) for pair in pairs]
-    multiple = ROW_MULTIPLE if model.vocab_size >= LARGE_SLICE * config.engine.pipeline_stages else 1
+    small = FLOAT8_MULTIPLE if config.head_loss.precision == "fp8" else 1
+    multiple = ROW_MULTIPLE if model.vocab_size >= LARGE_SLICE * config.engine.pipeline_stages else small
     shares = share_rows([sum(both) for both in passes], _row_cost(config, costs), model.vocab_size, multiple)
     contents = [contents_between(config, *pair, rows) for pair, rows in zip(pairs, shares, strict=True)]
     times = [_times(held, both, costs) for held, both in zip(contents, passes, strict=True)]

@@ -120,7 +120,10 @@ def _slice_pass(config: Config, contents: StageContents, width: int) -> int:
         return 0
     model, tokens = config.model, config.train.micro_batch_size * config.train.sequence_length
     losses = model.num_future_tokens * (2 * _boundary(config, width) + tokens * contents.rows * width)
-    return losses + (4 + width) * contents.rows * model.dim
+    slices = contents.rows * model.dim
+    if config.head_loss.precision == "fp8":  # copies of the slice, of all hidden states and of one head's gradient
+        losses += 2 * slices + model.num_future_tokens * tokens * model.dim + (width + 1) * tokens * contents.rows
+    return losses + (4 + width) * slices
 
 
 def _embedding_gradient(config: Config, contents: StageContents, width: int) -> int:

@@ -1,15 +1,23 @@
 """fp8 losses under the engines, on two ranks: the unembedding is quantised where it is gathered, for all heads."""
 
+import contextlib
 import itertools
+from collections.abc import Iterator
 
 import pytest
+import torch.distributed as dist
 
+from megamtp.losses.float8 import Float8Weight
 from tests.cases import small_config
 from tests.engine_steps import largest_errors
 from tests.float8_cases import E4M3_ERROR, E5M2_ERROR
 from tests.ranks import run_ranks
 
-CUTS = {"pipeline, heads on one stage": [2, 3], "pipeline, heads on two stages": [3, 2]}
+CUTS = {
+    "pipeline, heads on one stage": [2, 3],
+    "pipeline, heads on two stages": [3, 2],
+    "pipeline, spread losses": [3, 2],
+}
 CASES = [*itertools.product(("zero1", "zero3"), ("sequential", "deferred")), *((cut, "sequential") for cut in CUTS)]
 # bf16's bound (test_gradients.py), and on the way back through the unembedding one rounding of the weight and one of the gradient.
 # A head missing or counted twice errs by 25 % at least.
@@ -23,6 +31,7 @@ def gradient_errors() -> list[tuple[float, float]]:
     errors = []
     for kind, schedule in CASES:
         cut = {"engine__num_stages": 2, "engine__stage_layers": CUTS[kind]} if kind in CUTS else {}
+        cut |= {"engine__spread_losses": True} if "spread" in kind else {}
         config = small_config(
             1 if cut else 2,
             accumulation=2,
@@ -35,8 +44,27 @@ def gradient_errors() -> list[tuple[float, float]]:
             head_loss__chunk_rows=16,
             **cut,
         )
-        errors.append(largest_errors(config, build_engine(config), num_steps=3))
+        with counted_products() as made:
+            errors.append(largest_errors(config, build_engine(config), num_steps=3))
+        ranks_with_losses = {"pipeline, heads on one stage": [1]}.get(kind, [0, 1])
+        assert (dist.get_rank() in ranks_with_losses) == bool(made), "no fp8 product was made, or one where no loss is"
     return errors
+
+
+@contextlib.contextmanager
+def counted_products() -> Iterator[list[float]]:
+    """The factors of all uses of an unembedding in fp8."""
+    made, products = [], Float8Weight.products
+
+    def counted(self: Float8Weight, weight, hidden, factor):
+        made.append(factor)
+        return products(self, weight, hidden, factor)
+
+    Float8Weight.products = counted
+    try:
+        yield made
+    finally:
+        Float8Weight.products = products
 
 
 @pytest.fixture(scope="module")

@@ -130,12 +130,6 @@ CASES = {
     "fp8 on a CPU": (
         lambda corpus, tmp: ["head_loss.precision=fp8", "train.precision=bf16"], ["head_loss.precision=fp8", "without a GPU"],
     ),
-    "fp8 with spread losses": (
-        lambda corpus, tmp: [
-            "head_loss.precision=fp8", "train.precision=bf16", "engine.spread_losses=true", *pipeline(2), "model.vocab_size=400",
-        ],
-        ["head_loss.precision=fp8 with engine.spread_losses=true", "expected null, or engine.spread_losses=false"],
-    ),
     "infinite learning rate": (lambda corpus, tmp: ["optimizer.lr=inf"], ["optimizer.lr=inf", "a finite number"]),
     "infinite z-loss": (lambda corpus, tmp: ["head_loss.z_loss=inf"], ["head_loss.z_loss=inf", "a finite number"]),
     "no head counts": (lambda corpus, tmp: ["head_loss.weights=[0,0]"], ["head_loss.weights=[0.0, 0.0]", "at least one above 0"]),
