@@ -1,13 +1,17 @@
 """launch/quickstart.sh, stopped in the middle of a stage: it says so, leaves no process, and goes on from there."""
 
+import os
 import signal
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
 
 from megamtp.checkpoint.store import newest_checkpoint, read_manifest
+from megamtp.data.corpus import prepare
+from megamtp.data.documents import find_source
 from tests.end_to_end.jobs import ROOT, environment, kill_tree, ranks, records, wait_for
 
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
@@ -60,6 +64,27 @@ def test_stopped_while_it_trains(number, quickstart, tmp_path):
     assert "Stopped and saved. The same command goes on from there." in output and "3. Loss curves" not in output
     assert not ranks(tmp_path / "run")
     assert read_manifest(newest_checkpoint(tmp_path / "run")).step == records(tmp_path / "run")[-1]["step"]
+
+
+def test_a_small_corpus_is_passed_over_four_times_at_most(tmp_path):
+    """As the script's own function says, which takes its settings from the corpus's size."""
+    (tmp_path / "text.txt").write_text("".join(f"line {number} of a small text\n" for number in range(900)))
+    corpus, _ = prepare(find_source([tmp_path / "text.txt"]), tmp_path / "small", tokenizer="bytes", validation_fraction=0.1)
+    function = "source <(sed -n '/^settings_for/,/^}/p' launch/quickstart.sh); settings_for"
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+
+    def settings_for(folder: Path) -> list[str]:
+        command = ["bash", "-c", f"{function} {folder}"]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout.split()
+
+    steps = 4 * corpus.tokens["train"] // 1024
+    assert 10 < steps < 700
+    assert settings_for(tmp_path / "small") == [
+        f"train.steps={steps}", f"run.evaluate_every_steps={-(-steps // 5)}", f"optimizer.warmup_steps={min(20, steps // 5)}",
+    ]  # fmt: skip
+    summary = tmp_path / "small/corpus.json"
+    summary.write_text(summary.read_text().replace(f'"train": {corpus.tokens["train"]}', '"train": 100000000'))
+    assert settings_for(tmp_path / "small") == []
 
 
 def test_wrong_arguments_are_one_line():
