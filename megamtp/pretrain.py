@@ -10,12 +10,13 @@ any engine on any number of ranks.
 
 import atexit
 import os
+import signal
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 
-from megamtp.cluster.signals import StopRequest  # first: it looks for the launcher, which may die while torch is imported
+from megamtp.cluster.signals import SIGNALS, StopRequest  # first: it looks for the launcher, which may die while torch is imported
 
 # isort: split
 import torch
@@ -144,7 +145,7 @@ def entry() -> None:
     except SystemExit as caught:
         status = caught.code if isinstance(caught.code, int) else int(bool(caught.code))
         if status:
-            time.sleep(RANK_0_SPEAKS_SECONDS)
+            _wait_for_rank_0(RANK_0_SPEAKS_SECONDS)
     except KeyboardInterrupt:
         status = 130
     except (InputError, OSError) as caught:
@@ -154,11 +155,18 @@ def entry() -> None:
         with suppress(InputError):  # of the launcher's variables, which may be what is wrong
             local_rank = find_place().local_rank
             if local_rank != 0:
-                time.sleep(RANK_0_SPEAKS_SECONDS + local_rank)
+                _wait_for_rank_0(RANK_0_SPEAKS_SECONDS + local_rank)
         print_error(error)
         status = 2
     outcome.append(status)
     sys.exit(status)
+
+
+def _wait_for_rank_0(seconds: float) -> None:
+    """Gives rank 0 time to print the error; its launcher's SIGTERM then ends this rank, which has nothing more to save."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    time.sleep(seconds)
 
 
 def _end(outcome: list[int]) -> None:
