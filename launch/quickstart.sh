@@ -51,7 +51,7 @@ from pathlib import Path
 from megamtp.config import read_config
 from megamtp.data.corpus import read_corpus
 from megamtp.data.position import MANY_EPOCHS
-config = read_config(["configs/quickstart.yaml", "data.train=", "run.directory="])
+config = read_config(["configs/quickstart.yaml", "data.train=none", "run.directory=none"])
 tokens = read_corpus(Path(sys.argv[1])).tokens["train"]
 steps = max(1, MANY_EPOCHS * tokens // config.train.global_batch_tokens)
 if steps < config.train.steps:
