@@ -7,7 +7,7 @@ the order of windows, is refused unless data.accept_changes is set.
 import copy
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ class DataPosition:
     Attributes:
         sequence_length, seed, documents: as in the configuration; with the corpora and their shares they define the windows.
         windows: of the present blend, that have been trained on.
+        left: corpora of earlier blends that the present one lacks; one that comes back goes on where it was.
     """
 
     sequence_length: int
@@ -62,6 +63,7 @@ class DataPosition:
     documents: str
     windows: int
     corpora: list[CorpusPosition]
+    left: list[CorpusPosition] = field(default_factory=list)
 
     def saved(self) -> dict[str, Any]:
         """What `read_position` reads, as JSON holds it."""
@@ -119,7 +121,8 @@ def new_position(corpora: list[Windows], weights: list[float]) -> DataPosition:
 def read_position(saved: dict[str, Any], checkpoint: Path) -> DataPosition:
     """What `DataPosition.saved` returned. Raises CheckpointError: it lacks a field or has an unknown one."""
     try:
-        return DataPosition(**{**saved, "corpora": [CorpusPosition(**corpus) for corpus in saved["corpora"]]})
+        corpora, left = ([CorpusPosition(**corpus) for corpus in part] for part in (saved["corpora"], saved.get("left", [])))
+        return DataPosition(**{**saved, "corpora": corpora, "left": left})
     except (KeyError, TypeError) as error:
         raise CheckpointError(
             f"{checkpoint}: its position in the data cannot be read ({error}); remove it to go on from an older one"
@@ -135,7 +138,7 @@ def find_changes(saved: DataPosition, corpora: list[Windows], weights: list[floa
         ("data.documents", saved.documents, windows.documents),
     )
     found = [f"{key} was {before}, is now {after}" for key, before, after in settings if before != after]
-    matches = list(_matches(saved, corpora))
+    matches = list(_matches(saved.corpora, corpora))
     kept = [match for match in matches if match]
     found += [f"data.train: {corpus.prefix} is missing or has other tokens" for corpus in saved.corpora if corpus not in kept]
     for windows, match, share in zip(corpora, matches, quantise(weights).tolist(), strict=True):
@@ -157,15 +160,16 @@ def resumed_position(saved: DataPosition, corpora: list[Windows], weights: list[
     """
     windows = corpora[0]
     same_order = (saved.sequence_length, saved.seed) == (windows.sequence_length, windows.seed)
-    next_stream = max(corpus.stream for corpus in saved.corpora) + 1
+    known = [*saved.corpora, *saved.left]
+    if not same_order:
+        known = [_at_next_epoch(corpus, saved.sequence_length, windows.sequence_length) for corpus in known]
+    next_stream = max(corpus.stream for corpus in known) + 1
+    matches = list(_matches(known, corpora))
     positions, lines = [], []
-    for windows, match, share in zip(corpora, _matches(saved, corpora), quantise(weights).tolist(), strict=True):
+    for windows, match, share in zip(corpora, matches, quantise(weights).tolist(), strict=True):
         corpus = _unread(windows, match.stream if match else next_stream, share)
         if match:
             window = match.next_window
-            if not same_order:
-                epoch_windows = (match.num_tokens - 1) // saved.sequence_length
-                window = -(-window // epoch_windows) * len(windows)
             corpus = dataclasses.replace(
                 corpus,
                 first_window=window,
@@ -180,7 +184,14 @@ def resumed_position(saved: DataPosition, corpora: list[Windows], weights: list[
             next_stream += 1
             lines.append(f"{corpus.prefix}: starts at its first window")
         positions.append(corpus)
-    return _position(positions, corpora), lines
+    left = [corpus for corpus in known if corpus not in matches]
+    return dataclasses.replace(_position(positions, corpora), left=left), lines
+
+
+def _at_next_epoch(corpus: CorpusPosition, old_length: int, new_length: int) -> CorpusPosition:
+    """The position at the start of the epoch after the present one, in windows of new_length tokens instead of old_length."""
+    old_windows, new_windows = (max(1, (corpus.num_tokens - 1) // length) for length in (old_length, new_length))
+    return dataclasses.replace(corpus, next_window=-(-corpus.next_window // old_windows) * new_windows)
 
 
 def _position(positions: list[CorpusPosition], corpora: list[Windows]) -> DataPosition:
@@ -193,9 +204,9 @@ def _unread(windows: Windows, stream: int, share: int) -> CorpusPosition:
     return CorpusPosition(dataset.name, dataset.num_tokens, dataset.crc32_of_ends(), stream, share)
 
 
-def _matches(saved: DataPosition, corpora: list[Windows]) -> Iterator[CorpusPosition | None]:
+def _matches(saved: list[CorpusPosition], corpora: list[Windows]) -> Iterator[CorpusPosition | None]:
     """For each corpus its saved position, found by its content; of equal corpora the first that is left."""
-    left = list(saved.corpora)
+    left = list(saved)
     for windows in corpora:
         content = (windows.dataset.num_tokens, windows.dataset.crc32_of_ends())
         match = next((corpus for corpus in left if (corpus.num_tokens, corpus.crc32) == content), None)

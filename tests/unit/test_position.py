@@ -94,8 +94,8 @@ def test_changes_of_the_batch_and_the_ranks_skip_and_repeat_nothing(datasets, jo
     )
 )
 def test_accepted_changes_of_corpora_weights_and_documents_go_on_in_each_corpus(datasets, jobs):
-    """Corpora come and go, in any order; one that stays goes on where it was. One that left and came back begins again."""
-    run, since = None, {}
+    """Corpora come and go, in any order; one that stays, or leaves and comes back, goes on where it was."""
+    run = None
     for numbers, weights, documents, num_steps, global_batch in jobs:
         corpora = [windows(datasets[number], documents=documents) for number in numbers]
         weights = weights[: len(numbers)]
@@ -104,11 +104,26 @@ def test_accepted_changes_of_corpora_weights_and_documents_go_on_in_each_corpus(
         elif find_changes(run.position, corpora, weights):
             run.position, lines = resumed_position(run.position, corpora, weights)
             assert len(lines) == len(corpora)
-        since = {number: since.get(number, len(run.seen)) for number in numbers}
         run.train(corpora, num_steps, global_batch, 2)
-        for number, first in since.items():
-            own = [token for token in run.seen[first:] if token // 1000 == number]
-            assert not own or expected_epochs(own, SIZES[number])
+        for number, size in enumerate(SIZES):
+            own = [token for token in run.seen if token // 1000 == number]
+            assert expected_epochs(own, size)
+
+
+@pytest.mark.parametrize("change", [{}, {"sequence_length": 2}, {"seed": 1}])
+def test_a_corpus_that_comes_back_remembers_what_it_was_trained_on(datasets, change):
+    run = Run([windows(dataset) for dataset in datasets[:2]], [1, 1])
+    run.train([windows(dataset) for dataset in datasets[:2]], 2, 8, 1)
+    alone = [windows(datasets[0], **change)]
+    run.position, _ = resumed_position(run.position, alone, [1])
+    run.train(alone, 1, 4, 1)
+    both = [windows(dataset, **change) for dataset in datasets[:2]]
+    run.position, lines = resumed_position(run.position, both, [1, 1])
+    epoch_windows = len(both[1])
+    window = 2 * epoch_windows if change else 8  # 8 windows of 5 an epoch were trained on; a new order begins with the third
+    where = f"goes on at window {window % epoch_windows} of its epoch {window // epoch_windows + 1}, after {8 * T} tokens"
+    assert where in lines[1] and run.position.left == []
+    assert [corpus.stream for corpus in run.position.corpora] == [0, 1]
 
 
 @pytest.mark.parametrize("change", [{"sequence_length": 2}, {"seed": 1}])
