@@ -13,9 +13,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megamtp.cluster.ports import reserve_port
 from megamtp.data.indexed_dataset import IndexedDatasetWriter
 from tests.cases import global_batch, own_share, small_config
-from tests.end_to_end.jobs import free_port, wait_for
+from tests.end_to_end.jobs import wait_for
 from tests.engine_steps import largest_errors, step_with_gradients
 from tests.ranks import run_ranks
 from tests.reference import reference_model, reference_step, relative_error
@@ -386,4 +387,4 @@ def test_the_best_cut_is_searched_once_a_start(tmp_path):
         "engine.kind=pipeline", "engine.num_stages=2", "run.tensorboard=false", f"run.directory={tmp_path}/run",
     ]  # fmt: skip
     configuration = str(Path(__file__).parents[2] / "configs/quickstart.yaml")
-    assert run_ranks(_cuts_of_a_start, 2, [configuration, *settings], free_port(), backend="none") == [1, 1]
+    assert run_ranks(_cuts_of_a_start, 2, [configuration, *settings], reserve_port(), backend="none") == [1, 1]

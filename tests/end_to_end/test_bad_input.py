@@ -13,11 +13,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megamtp.checkpoint import canonical
 from megamtp.checkpoint.shards import shard_name
 from megamtp.checkpoint.store import MANIFEST, newest_checkpoint, read_manifest
+from megamtp.cluster.ports import reserve_port
 from megamtp.config import read_config
 from megamtp.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from megamtp.data.windows import CHECKED_TOKENS, Windows
 from tests.checkpoints import SMALL, contents, random_model
-from tests.end_to_end.jobs import MODULE, damage, deepspeed, free_port, records, run, wait_for
+from tests.end_to_end.jobs import MODULE, damage, deepspeed, records, run, wait_for
 
 PLAIN = ["-m", MODULE]
 
@@ -317,7 +318,7 @@ def test_an_error_that_one_rank_alone_meets_ends_both(failing, settings, trained
     """Without a launcher, which would end the other. Rank 1 meets it, and rank 0 prints it."""
     if failing == "shards.Tensors.read":
         shutil.copytree(trained, tmp_path / "run")
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(reserve_port()), "WORLD_SIZE": "2"}
     command = ["-c", FAILS.format(failing), *arguments, *settings, "train.steps=2", f"run.directory={tmp_path}/run"]
     ranks = [start(command, RANK=str(rank), LOCAL_RANK=str(rank), **address) for rank in range(2)]
     outputs = [rank.communicate(timeout=120)[0] for rank in ranks]

@@ -24,6 +24,11 @@ TEXT = "".join(TEXTS)
 LINES = "".join(json.dumps({"text": text, "id": 1}, ensure_ascii=False) + "\n" for text in TEXTS).encode()
 
 
+def gz(content: bytes) -> bytes:
+    """The same bytes at any time, so that test ids are the same in every worker."""
+    return gzip.compress(content, mtime=0)
+
+
 def zst(content: bytes, frames: int = 1) -> bytes:
     compressor = zstandard.ZstdCompressor()
     bounds = [len(content) * frame // frames for frame in range(frames + 1)]
@@ -53,18 +58,18 @@ def refusal(path: Path, json_key: str = "text") -> str:
     [
         (".jsonl", LINES),
         (".jsonl", b"\xef\xbb\xbf" + LINES),
-        (".jsonl.gz", gzip.compress(LINES)),
-        (".jsonl.gz", gzip.compress(LINES[:999]) + gzip.compress(LINES[999:])),
+        (".jsonl.gz", gz(LINES)),
+        (".jsonl.gz", gz(LINES[:999]) + gz(LINES[999:])),
         (".jsonl.bz2", bz2.compress(LINES)),
         (".NDJSON.BZ2", bz2.compress(LINES[:999]) + bz2.compress(LINES[999:])),
         (".jsonl.xz", lzma.compress(LINES)),
         (".jsonl.xz", lzma.compress(LINES[:999]) + bytes(8) + lzma.compress(LINES[999:]) + bytes(4)),
         (".ndjson", LINES),
         (".json", LINES),
-        (".json.gz", gzip.compress(LINES)),
+        (".json.gz", gz(LINES)),
         (".part-00000", LINES),
         (".part-00000", b"\xef\xbb\xbf\n" + LINES),
-        (".part-00000.gz", gzip.compress(LINES)),
+        (".part-00000.gz", gz(LINES)),
         (".part-00000", parquet_bytes(pyarrow.array(TEXTS))),
         (".jsonl.zst", zst(LINES)),
         (".jsonl.zst", zst(LINES, frames=7)),
@@ -86,7 +91,7 @@ def test_the_same_documents_from_every_kind_of_file(tmp_path, suffix, content):
 
 @pytest.mark.parametrize(
     ("suffix", "compress"),
-    [(".txt.gz", gzip.compress), (".md.zst", zst), (".pm.bz2", bz2.compress), (".TXT.XZ", lzma.compress)],
+    [(".txt.gz", gz), (".md.zst", zst), (".pm.bz2", bz2.compress), (".TXT.XZ", lzma.compress)],
 )
 def test_compressed_text_is_one_document(tmp_path, suffix, compress):
     (tmp_path / f"a{suffix}").write_bytes(compress(TEXT.encode()))
@@ -114,11 +119,11 @@ def test_row_groups_in_shards(tmp_path, monkeypatch, size):
 
 
 DAMAGED = {
-    "gz cut off": (".jsonl.gz", gzip.compress(LINES)[:-20], "damaged"),
+    "gz cut off": (".jsonl.gz", gz(LINES)[:-20], "damaged"),
     "gz of no content": (".jsonl.gz", b"", None),
     "gz that is none": (".jsonl.gz", LINES, "Not a gzipped file"),
-    "gz with a wrong byte": (".txt.gz", gzip.compress(LINES)[:300] + b"?" + gzip.compress(LINES)[301:], "; expected"),
-    "gz with a wrong checksum": (".jsonl.gz", gzip.compress(LINES)[:-8] + bytes(8), "CRC"),
+    "gz with a wrong byte": (".txt.gz", gz(LINES)[:300] + b"?" + gz(LINES)[301:], "; expected"),
+    "gz with a wrong checksum": (".jsonl.gz", gz(LINES)[:-8] + bytes(8), "CRC"),
     "zst cut off": (".jsonl.zst", zst(LINES)[:-20], "damaged (it ends within a frame)"),
     "zst cut off early": (".jsonl.zst", zst(LINES)[:3], "damaged (it ends within a frame)"),
     "zst cut off in its last frame": (".txt.zst", zst(LINES, 3)[:-1], "damaged (it ends within a frame)"),
@@ -209,10 +214,10 @@ RECORD, SETTINGS = b'{"text": "a"}\n', b'{\n  "name": "a",\n  "text": 1\n}\n'
         ("latin", b"caf\xe9", TEXT_FORMAT),  # found when all of it is read
         ("archive.tar", b"name" + bytes(100), None),
         ("wide", "text".encode("utf-16"), None),
-        ("archive.tgz", gzip.compress(bytes(100)), None),
-        ("archive.tar.gz", gzip.compress(b"name" + bytes(100)), None),
+        ("archive.tgz", gz(bytes(100)), None),
+        ("archive.tar.gz", gz(b"name" + bytes(100)), None),
         ("rows", parquet_bytes(pyarrow.array(["a"])), PARQUET),
-        ("rows.gz", gzip.compress(parquet_bytes(pyarrow.array(["a"]))), None),
+        ("rows.gz", gz(parquet_bytes(pyarrow.array(["a"]))), None),
         ("lines.ndjson", b"not JSON", JSON_LINES),
         ("lines.jsonl.xz", lzma.compress(b"not JSON"), JSON_LINES),
         ("part", RECORD * 2, JSON_LINES),
