@@ -186,10 +186,6 @@ CASES = {
         lambda corpus, tmp: [*pipeline(2), "engine.head_schedule=deferred"], ["engine.head_schedule=deferred", "sequential"],
     ),
     "fp16 in a pipeline": (lambda corpus, tmp: [*pipeline(2), "train.precision=fp16"], ["train.precision=fp16", "bf16 or fp32"]),
-    "fp8 in a pipeline": (
-        lambda corpus, tmp: [*pipeline(2), "train.precision=bf16", "head_loss.precision=fp8"],
-        ["head_loss.precision=fp8", "engine.kind=pipeline", "engine.kind=zero3"],
-    ),
     "initial weights that are none": (
         lambda corpus, tmp: [f"run.initial_weights={corpus}"], ["run.initial_weights", "canonical.json", "cannot be read"],
     ),
