@@ -7,6 +7,7 @@ A head kind is a subclass of Head. `model.head_kind` names it: `parallel`, or MO
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,7 @@ from torch import Tensor, nn
 from megamtp.config import ModelConfig
 from megamtp.errors import InputError
 from megamtp.extensions import find_kind
-from megamtp.losses.float8 import Float8Weight
-from megamtp.losses.linear_cross_entropy import SharedGradient, linear_cross_entropy
+from megamtp.losses.linear_cross_entropy import linear_cross_entropy
 from megamtp.model.layers import KeyValueCache, LayerCost, Separation, TransformerLayer, rms_norm
 
 
@@ -55,7 +55,7 @@ HEAD_KINDS: Mapping[str, type[Head]] = {"parallel": ParallelHead}
 
 
 def head_class(model: ModelConfig) -> type[Head]:
-    """The class of `model.head_kind`. Raises InputError: there is none of that name."""
+    """The class of `model.head_kind`. Raises InputError: that name is not known."""
     return find_kind(model.head_kind, HEAD_KINDS, Head, "model.head_kind")
 
 
@@ -81,36 +81,16 @@ class Unembedding(nn.Module):
         assert norm is not None
         return rms_norm(hidden_BTD, norm, self.eps)
 
-    def forward(
-        self,
-        hidden_BTD: Tensor,
-        targets_BT: Tensor | None = None,
-        *,
-        scale: float = 1.0,
-        seed: float = 1.0,
-        seed_is_certain: bool = False,
-        z_loss: float = 0.0,
-        chunk_rows: int | None = None,
-        shared_gradient: SharedGradient | None = None,
-        float8_weight: Float8Weight | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Without targets: logits [B, T, V]. With: (loss, summed negative log-likelihood), see linear_cross_entropy.
+    def forward(self, hidden_BTD: Tensor, targets_BT: Tensor | None = None, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
+        """Without targets: logits [B, T, V]. With: (loss, summed negative log-likelihood).
 
         The loss is computed in here, not outside, because a sharded engine has the weight only while this runs.
+
+        Args:
+            options: of linear_cross_entropy.
         """
         normed_BTD, weight = self.normed(hidden_BTD), self.weight
         assert weight is not None
         if targets_BT is None:
             return normed_BTD @ weight.T
-        return linear_cross_entropy(
-            normed_BTD.flatten(0, -2),
-            weight,
-            targets_BT.flatten(),
-            scale=scale,
-            seed=seed,
-            seed_is_certain=seed_is_certain,
-            z_loss=z_loss,
-            chunk_rows=chunk_rows,
-            shared_gradient=shared_gradient,
-            float8_weight=float8_weight,
-        )
+        return linear_cross_entropy(normed_BTD.flatten(0, -2), weight, targets_BT.flatten(), **options)

@@ -11,5 +11,5 @@ OPTIMIZERS: Mapping[str, type[OptimizerKind]] = {"adamw": AdamW}
 
 
 def optimizer_kind(settings: OptimizerConfig) -> type[OptimizerKind]:
-    """The class of `optimizer.kind`. Raises InputError: there is none of that name."""
+    """The class of `optimizer.kind`. Raises InputError: that name is not known."""
     return find_kind(settings.kind, OPTIMIZERS, OptimizerKind, "optimizer.kind")
