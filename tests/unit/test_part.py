@@ -55,7 +55,7 @@ def test_parts_in_a_row_are_the_model(cut):
             found_sums.append(sums)
         results.append(x)
         received.append(x.detach().requires_grad_())
-    gradient = None  # of what a part returned; the last one returned the loss
+    gradient = None  # the last part returned the loss, whose backward pass takes no gradient
     for x, start in zip(results[::-1], received[-2::-1], strict=True):
         x.backward(gradient)
         gradient = start.grad

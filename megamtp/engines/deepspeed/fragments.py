@@ -68,7 +68,7 @@ class MasterState:
 
     @torch.no_grad()
     def refresh_weights(self) -> None:
-        """Gives the engine's weights, of whatever dtype, the values of the fp32 ones. Collective."""
+        """Copies the fp32 weights into the engine's weights, in their dtype. Collective."""
         if not is_zero3(self._optimizer):
             self._optimizer.update_lp_params()
             return
