@@ -4,11 +4,12 @@ import ctypes
 import errno
 import fcntl
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, BinaryIO
+
+from megamtp.console import print_warning
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux: fcntl.h, linux/fs.h
 
@@ -62,7 +63,7 @@ def take_lock(stream: IO, place: Path, advice: str) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        print(f"megamtp: warning: {place} cannot be locked ({error.strerror}): {advice}", file=sys.stderr)
+        print_warning(f"{place} cannot be locked ({error.strerror}): {advice}")
     return True
 
 

@@ -24,8 +24,9 @@ import torch
 from megamtp.checkpoint.special_ids import write_special_ids
 from megamtp.checkpoint.store import remove_leftovers
 from megamtp.cluster.environment import Place, emulated_place, find_place, of_all_ranks, raised_by_all, share_error
-from megamtp.commands.command_line import ignore_deprecated_collectives, print_all_characters, print_error
+from megamtp.commands.command_line import ignore_deprecated_collectives
 from megamtp.config import RESOLVED, Config, differences, print_help, read_config, write_config
+from megamtp.console import print_all_characters, print_error, print_line, print_warning
 from megamtp.data.loader import TrainLoader
 from megamtp.engines.deepspeed.join import join_peers
 from megamtp.engines.initial_weights import open_initial_weights, without_initial_weights
@@ -78,7 +79,7 @@ def _train(run: CheckedRun, place: Place) -> bool:
         owes_evaluation = any(of_all_ranks(owes_evaluation))
     if first_step >= config.train.steps and not owes_evaluation:
         if place.rank == 0:
-            print(f"{run_directory} has all its {config.train.steps} steps already; nothing to do")
+            print_line(f"{run_directory} has all its {config.train.steps} steps already; nothing to do")
         return True
     with raised_by_all():
         position, notes = find_position(config, run.train, found)
@@ -94,7 +95,7 @@ def _train(run: CheckedRun, place: Place) -> bool:
         if place.rank == 0:
             at_end = position.advanced(blend, train.windows_before(config.train.steps))
             for line in (*run.changes, *notes, *at_end.passes(), *at_end.warnings()):
-                print(line, flush=True)
+                print_line(line)
             _prepare_directory(config, resumes=found is not None)
     torch.manual_seed((config.train.seed << 24) + place.rank)  # or checkpoints would differ in random states that nothing has used
     if found:
@@ -111,7 +112,7 @@ def _prepare_directory(config: Config, resumes: bool) -> None:
     if config.run.initial_weights and not resumes:
         write_special_ids(run_directory, open_initial_weights(config).special_ids)
     for leftover in remove_leftovers(run_directory):
-        print(f"megamtp: warning: {leftover} cannot be removed; it is of no use", file=sys.stderr, flush=True)
+        print_warning(f"{leftover} cannot be removed; it is of no use")
 
 
 def _check_agreement(config: Config, num_tokens: list[int]) -> None:

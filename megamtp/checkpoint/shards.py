@@ -16,7 +16,6 @@ import contextlib
 import json
 import math
 import os
-import sys
 import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from megamtp.checkpoint.safetensors_file import encode_header
 from megamtp.checkpoint.tensors import WEIGHT, TensorSource
+from megamtp.console import print_warning
 from megamtp.errors import CheckpointError
 
 SLICES = "slices.json"
@@ -324,10 +324,7 @@ def _page_locked(size: int) -> Tensor:
     """Not torch's pin_memory, which rounds up to a power of two; pageable, after a warning, where the system refuses."""
     buffer = torch.empty(size, dtype=torch.uint8)
     if not page_lock(buffer):
-        print(
-            f"megamtp: warning: {size:,} bytes cannot be page-locked: copies for checkpoints take longer; raise ulimit -l",
-            file=sys.stderr,
-        )
+        print_warning(f"{size:,} bytes cannot be page-locked: copies for checkpoints take longer; raise ulimit -l")
     return buffer
 
 

@@ -16,7 +16,6 @@ import io
 import math
 import pickle
 import struct
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +27,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from megamtp.checkpoint.safetensors_file import content
 from megamtp.checkpoint.tensors import TensorSource
+from megamtp.console import print_warning
 from megamtp.errors import CheckpointError
 
 ALIGNMENT = 64  # bytes: a storage begins at a multiple, so that it can be mapped
@@ -131,8 +131,7 @@ def read(path: Path, opaque: tuple[str, ...] = ()) -> Any:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path} cannot be read ({reason}); expected a whole file of torch.save: copy it again") from None
     if not can_be_mapped:
-        warning = f"{path} is in torch's old format, which cannot be read in parts: it takes {num_bytes:,} bytes of memory"
-        print(f"megamtp: warning: {warning}", file=sys.stderr)
+        print_warning(f"{path} is in torch's old format, which cannot be read in parts: it takes {num_bytes:,} bytes of memory")
     return found
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import errno
-import io
 import os
 import signal
 import sys
@@ -10,9 +9,9 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from megamtp.console import print_all_characters, print_error
 from megamtp.errors import InputError
 
-MAX_MESSAGE = 2000  # characters of an error message; it may quote an argument of any length
 OUTPUT_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -60,20 +59,6 @@ def ignore_deprecated_collectives() -> None:
     """DeepSpeed calls collectives by names that torch 2.13 deprecates. No user can do anything about these warnings."""
     names = "all_gather_into_tensor|reduce_scatter_tensor"
     warnings.filterwarnings("ignore", rf"`torch\.distributed\.({names})` is deprecated", FutureWarning)
-
-
-def print_error(error: object) -> None:
-    """Prints one line on stderr: line breaks and control characters as escapes, and without the middle of a very long message."""
-    line = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in str(error))
-    if len(line) > MAX_MESSAGE:
-        line = f"{line[: MAX_MESSAGE // 2]} ... {line[-MAX_MESSAGE // 2 :]}"
-    print(f"megamtp: error: {line}", file=sys.stderr, flush=True)
-
-
-def print_all_characters() -> None:
-    """From here on, those that the terminal's encoding lacks are printed as escapes."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _status(main: Callable[[], None]) -> int | str | None:

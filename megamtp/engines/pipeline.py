@@ -7,7 +7,6 @@ back, so every stage runs one forward and one backward pass of each micro-batch,
 """
 
 import itertools
-import sys
 from collections.abc import Iterable
 
 import torch
@@ -15,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megamtp.config import Config
+from megamtp.console import print_line, print_warning
 from megamtp.data.loader import Batch
 from megamtp.engines.base import StepResult, loss_scales, on_device
 from megamtp.engines.deepspeed import pipeline as hosting
@@ -101,14 +101,12 @@ class PipelineEngine(HostedEngine):
         """After the last pass of a step or an evaluation."""
 
     def _report(self) -> None:
-        print(f"{self.cut.summary()}\n{compared(self.config, self.data_parallel_size, self.cut)}", flush=True)
+        print_line(f"{self.cut.summary()}\n{compared(self.config, self.data_parallel_size, self.cut)}")
         micro_batches = self.config.accumulation(self.data_parallel_size)
         enough = enough_micro_batches(len(self.cut.stages))
         if micro_batches < enough:
-            print(
-                f"megamtp: warning: {micro_batches} micro-batches a step are few for {len(self.cut.stages)} stages, which "
+            print_warning(
+                f"{micro_batches} micro-batches a step are few for {len(self.cut.stages)} stages, which "
                 f"have nothing to do for {self.cut.bubble:.0%} of it; expected {enough} or more: raise "
-                "train.global_batch_tokens, or lower train.micro_batch_size or engine.num_stages",
-                file=sys.stderr,
-                flush=True,
+                "train.global_batch_tokens, or lower train.micro_batch_size or engine.num_stages"
             )

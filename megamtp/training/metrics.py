@@ -104,7 +104,7 @@ class Metrics:
             )
 
     def say(self, line: str) -> None:
-        """One line above the progress bar, if anybody still reads it: the terminal, or a log's disk, may be gone before the run."""
+        """Prints one line above the progress bar; does nothing where stdout cannot be written."""
         if self.reporting:
             with suppress(OSError):
                 self.bar.write(line)

@@ -3,7 +3,6 @@
 import json
 import os
 import socket
-import sys
 import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,6 +16,7 @@ from megamtp.checkpoint.state import read_state
 from megamtp.checkpoint.store import Manifest, check_trained_model, checkpoints
 from megamtp.cluster.environment import Place
 from megamtp.config import RESOLVED, Config, differences, from_anywhere, read_config
+from megamtp.console import print_line, print_warning
 from megamtp.data.corpus import SUMMARY
 from megamtp.data.indexed_dataset import IndexedDataset
 from megamtp.data.position import DataPosition, find_changes, new_position, read_position, resumed_position
@@ -158,12 +158,12 @@ def report_vocabulary(config: Config) -> None:
         used = max(known) if len(known) == len(prepared) else rows
     if used < rows:
         unused = rows - used
-        print(f"model.vocab_size is {rows}, the tokenizer has {used} pieces: {unused} more rows, part of every softmax", flush=True)
+        print_line(f"model.vocab_size is {rows}, the tokenizer has {used} pieces: {unused} more rows, part of every softmax")
     if tokenizer and not isinstance(opened := open_tokenizer(tokenizer), ByteTokenizer):
         try:
             translate(opened)
         except CheckpointError as error:
-            print(f"megamtp: warning: the model can be trained; {error}", file=sys.stderr, flush=True)
+            print_warning(f"the model can be trained; {error}")
 
 
 def _check_float8() -> None:

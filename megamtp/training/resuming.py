@@ -6,6 +6,7 @@ import torch.distributed as dist
 
 from megamtp.checkpoint import store
 from megamtp.cluster.environment import of_all_ranks
+from megamtp.console import print_line
 from megamtp.errors import CheckpointError
 
 
@@ -49,7 +50,7 @@ def newest_verified(run_directory: Path, rank: int, world_size: int) -> tuple[Pa
             return checkpoint, manifest
         reasons.append(str(error))
         if rank == 0:
-            print(f"skipped {checkpoint.name}: {error}", flush=True)
+            print_line(f"skipped {checkpoint.name}: {error}")
     if reasons:
         raise _none_verifies(run_directory, reasons)
     return None

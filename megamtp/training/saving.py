@@ -7,7 +7,6 @@ Ranks learn from each step's report (loop.py) that all have written, so nothing 
 
 import dataclasses
 import shutil
-import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from megamtp.checkpoint.shards import SLICES, FileSlices, Snapshot, WrittenFile,
 from megamtp.checkpoint.tensors import InMemory
 from megamtp.cluster.environment import of_all_ranks
 from megamtp.config import Config
+from megamtp.console import print_warning
 from megamtp.engines.base import Engine, EngineState
 from megamtp.errors import REMEDIES, CheckpointError
 from megamtp.training.metrics import Metrics
@@ -168,7 +168,7 @@ class Saver:
             try:
                 store.remove(checkpoint)
             except OSError as error:
-                print(f"megamtp: warning: {checkpoint} cannot be removed: {error.strerror}", file=sys.stderr, flush=True)
+                print_warning(f"{checkpoint} cannot be removed: {error.strerror}")
 
     def _abandon(self, step: int, error: str) -> NoReturn:
         if self._engine.rank == 0:  # what is left of it fills the disk

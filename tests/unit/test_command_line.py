@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from megamtp.commands.command_line import Parser, print_error
+from megamtp.commands.command_line import Parser
+from megamtp.console import print_error
 from megamtp.errors import InputError
 
 START = "import sys; from megamtp.commands.command_line import run; from megamtp.errors import InputError\n"

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megamtp.commands.command_line import print_error
 from megamtp.config import Config, describe, from_anywhere, read_config, write_config
+from megamtp.console import print_error
 from megamtp.errors import InputError
 from megamtp.model import cost
 
