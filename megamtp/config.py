@@ -64,7 +64,9 @@ class ModelConfig:
     dim: int = option(REQUIRED, "width of the residual stream")
     num_layers: int = option(REQUIRED, "transformer layers, trunk and heads together (L); the trunk has L - n")
     num_future_tokens: int = option(4, "heads (n): head i predicts the i-th next token; 1 is the ordinary model")
-    head_kind: str = option("parallel", "parallel: a head is one layer that reads z; or MODULE:CLASS of your own (model/heads.py)")
+    head_kind: str = option(
+        "parallel", "parallel: a head is one layer that reads z; or MODULE:CLASS of your own (model/heads.py)"
+    )
     num_attention_heads: int = option(REQUIRED, "attention heads of a layer")
     num_key_value_heads: int | None = option(
         None, "key/value heads of a layer (grouped-query attention); null: one per attention head"
@@ -72,8 +74,8 @@ class ModelConfig:
     mlp_dim: int | None = option(None, "hidden width of SwiGLU; null: 8/3 of model.dim rounded up to a multiple of 256")
     vocab_size: int = option(
         REQUIRED,
-        "rows of embedding and unembedding; may exceed the tokenizer's ids: the further rows are part of every softmax, in losses, "
-        "decoding and exports, and training makes them improbable",
+        "rows of embedding and unembedding; may exceed the tokenizer's ids: the further rows are part of every "
+        "softmax, in losses, decoding and exports, and training makes them improbable",
     )
     rope_theta: float = option(10000.0, "base of the rotary embedding's wavelengths")
     norm_eps: float = option(1e-5, "epsilon of RMSNorm")
@@ -106,7 +108,9 @@ class HeadLossConfig:
     )
     z_loss: float = option(0.0, "coefficient of the mean squared log-partition function (0: none)")
     precision: str | None = option(
-        None, "fp8: products with the unembedding in 8 bits while training (bf16 models; Ada, Hopper and later); null: the model's"
+        None,
+        "fp8: products with the unembedding in 8 bits while training (bf16 models; Ada, Hopper and later); null: the "
+        "model's",
     )
     fp8_first_head: bool = option(True, "precision=fp8: head 1 too; false: heads 2 to n only")
 
@@ -142,7 +146,9 @@ class TrainConfig:
     sequence_length: int = option(4096, "positions of a window (T)")
     precision: str = option("bf16", "bf16, fp32 or fp16 (fp16 on GPUs only)")
     activation_checkpointing: bool = option(False, "recompute trunk layers in the backward pass to save memory")
-    compile: bool | None = option(None, "run the layers through torch.compile, one function for all of them; null: on GPUs")
+    compile: bool | None = option(
+        None, "run the layers through torch.compile, one function for all of them; null: on GPUs"
+    )
     seed: int = option(0, "seed of the initial weights and of the order of the data")
 
 
@@ -152,24 +158,35 @@ class EngineConfig:
 
     kind: str = option(
         "zero3",
-        "zero3: parameters, gradients and optimizer sharded; zero1: optimizer only; pipeline: layers cut into stages, and zero1",
+        "zero3: parameters, gradients and optimizer sharded; zero1: optimizer only; pipeline: layers cut into stages, "
+        "and zero1",
     )
     num_stages: int | None = option(None, "pipeline: stages, each on ranks of its own; a divisor of their number")
     stage_layers: list[int] | None = option(
         None, "pipeline: layers of each stage, trunk and then heads; null: the cut whose slowest stage is fastest"
     )
     spread_losses: bool = option(
-        False, "pipeline: each stage has some rows of the unembedding, and does their part of all heads' losses in one chunk"
+        False,
+        "pipeline: each stage has some rows of the unembedding, and does their part of all heads' losses in one chunk",
     )
-    stage_memory_bytes: float | None = option(None, "pipeline: memory of a rank that a chosen cut must fit into; null: any")
+    stage_memory_bytes: float | None = option(
+        None, "pipeline: memory of a rank that a chosen cut must fit into; null: any"
+    )
     communication: str = option(
-        "grouped", "zero3: grouped, one collective per module, straight to and from the weights; or deepspeed, as it is shipped"
+        "grouped",
+        "zero3: grouped, one collective per module, straight to and from the weights; or deepspeed, as it is shipped",
     )
     prefetch_modules: int = option(2, "zero3, grouped: modules whose weights are on their way before they are needed")
-    head_schedule: str = option("sequential", "sequential: heads forward and backward in turn; deferred: one backward through all")
-    reduce_bucket_size: int = option(500_000_000, "elements of a gradient reduction bucket; unused by grouped communication")
+    head_schedule: str = option(
+        "sequential", "sequential: heads forward and backward in turn; deferred: one backward through all"
+    )
+    reduce_bucket_size: int = option(
+        500_000_000, "elements of a gradient reduction bucket; unused by grouped communication"
+    )
     param_persistence_threshold: int = option(0, "zero3: parameters of fewer elements stay on every rank")
-    reduce_dtype: str | None = option(None, "precision in which gradients cross ranks: fp32, bf16 or fp16; null: train.precision")
+    reduce_dtype: str | None = option(
+        None, "precision in which gradients cross ranks: fp32, bf16 or fp16; null: train.precision"
+    )
     offload_optimizer: bool = option(False, "keep optimizer state in CPU memory")
     offload_parameters: bool = option(False, "zero3: keep parameter shards in CPU memory")
     deepspeed: dict[str, Any] = option({}, "further DeepSpeed settings, passed through; a clash with ours is refused")
@@ -183,14 +200,22 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """A cluster that is emulated on one GPU, to see what a job would cost on it. Defaults: H100, NVLink, 400 Gb/s per GPU."""
+    """A cluster that is emulated on one GPU, to see what a job would cost on it. Defaults: H100, NVLink, 400 Gb/s
+    per GPU.
+    """
 
-    emulate: int | None = option(None, "ranks of the emulated cluster, of which this process is one; null: no emulation")
+    emulate: int | None = option(
+        None, "ranks of the emulated cluster, of which this process is one; null: no emulation"
+    )
     latency: float = option(20e-6, "seconds before a collective's first byte")
-    flat_bandwidth: float | None = option(None, "bytes/s of each rank in a network without nodes; null: nodes, as follows")
+    flat_bandwidth: float | None = option(
+        None, "bytes/s of each rank in a network without nodes; null: nodes, as follows"
+    )
     ranks_per_node: int = option(8, "ranks of a node")
     node_bandwidth: float = option(360e9, "bytes/s of each rank inside its node")
-    network_bandwidth: float = option(50e9, "bytes/s of each rank to other nodes; collectives use all of a node's links at once")
+    network_bandwidth: float = option(
+        50e9, "bytes/s of each rank to other nodes; collectives use all of a node's links at once"
+    )
     efficiency: dict[str, float] = option(
         {}, "share of the bandwidth that a kind of collective reaches, such as {reduce_scatter: 0.9}; 1 where not given"
     )
@@ -201,17 +226,21 @@ class ClusterConfig:
 class DataConfig:
     """Prepared corpora: prefixes of Megatron .bin/.idx pairs (tools/prepare_data.py writes them)."""
 
-    train: str = option(REQUIRED, "prefix of the training corpus, or of several after their weights: '0.7 a/train 0.3 b/train'")
+    train: str = option(
+        REQUIRED, "prefix of the training corpus, or of several after their weights: '0.7 a/train 0.3 b/train'"
+    )
     validation: str | None = option(None, "prefix of the validation corpus; null: no evaluation")
     tokenizer: str | None = option(
         None, "SentencePiece model of at most model.vocab_size pieces, exported with the model; or bytes"
     )
     documents: str = option(
         "continue",
-        "continue: windows cross documents, as the paper's; mask: no target in another document; isolate: nor attention",
+        "continue: windows cross documents, as the paper's; mask: no target in another document; isolate: nor "
+        "attention",
     )
     accept_changes: bool = option(
-        False, "go on with a run although its windows change: other corpora, weights, sequence length, documents or seed"
+        False,
+        "go on with a run although its windows change: other corpora, weights, sequence length, documents or seed",
     )
 
     @property
@@ -230,7 +259,11 @@ class DataConfig:
         weights, prefixes = words[::2], words[1::2]
         for weight in weights:
             good = len(words) % 2 == 0 and _is_number(weight) and 0 < float(weight) < math.inf
-            _require(good, f"data.train={self.train}", "WEIGHT PREFIX WEIGHT PREFIX ..., weights above 0, names with spaces quoted")
+            _require(
+                good,
+                f"data.train={self.train}",
+                "WEIGHT PREFIX WEIGHT PREFIX ..., weights above 0, names with spaces quoted",
+            )
         finite = sum(map(float, weights)) < math.inf
         _require(finite, f"data.train={self.train}", "weights whose sum is a finite number")
         return list(zip(map(float, weights), prefixes, strict=True))
@@ -240,9 +273,12 @@ class DataConfig:
 class RunConfig:
     """Where a run writes, and how often."""
 
-    directory: str = option(REQUIRED, "folder of metrics, checkpoints and the resolved configuration; an existing run is resumed")
+    directory: str = option(
+        REQUIRED, "folder of metrics, checkpoints and the resolved configuration; an existing run is resumed"
+    )
     initial_weights: str | None = option(
-        None, "canonical checkpoint (tools/convert_checkpoint.py writes it) whose weights a new run starts from; null: drawn"
+        None,
+        "canonical checkpoint (tools/convert_checkpoint.py writes it) whose weights a new run starts from; null: drawn",
     )
     save_every_steps: int = option(1000, "steps between checkpoints; the last step is always saved")
     keep_checkpoints: int = option(2, "newest checkpoints kept")
@@ -256,7 +292,8 @@ class RunConfig:
     )
     stall_seconds: int | None = option(
         None,
-        "longest a step, a save or some batches of an evaluation may take; a rank that waits longer prints where, and ends the job",
+        "longest a step, a save or some batches of an evaluation may take; a rank that waits longer prints where, and "
+        "ends the job",
     )
     requeue_exit_code: int = option(0, "exit status after a save asked for by SIGTERM or SIGUSR1")
 
@@ -283,7 +320,8 @@ class Config:
         return self.train.global_batch_tokens // self.train.sequence_length
 
     def accumulation(self, data_parallel_size: int) -> int:
-        """Micro-batches of one rank in a step (A) when `data_parallel_size` ranks, or pipelines of ranks, share the global batch.
+        """Micro-batches of one rank in a step (A) when `data_parallel_size` ranks, or pipelines of ranks, share the
+        global batch.
 
         Raises:
             InputError: the global batch does not divide.
@@ -311,9 +349,12 @@ def read_config(arguments: list[str]) -> Config:
     try:
         missing = sorted(OmegaConf.missing_keys(settings))
         config = None if missing else OmegaConf.to_object(settings)
-    except (OmegaConfBaseException, RecursionError) as error:  # an interpolation, ${...}, of a missing key or of its own section
+    # an interpolation, ${...}, of a missing key or of its own section
+    except (OmegaConfBaseException, RecursionError) as error:
         key = getattr(error, "full_key", None)
-        raise InputError(f"{f'{key}: ' if key else ''}{_first_line(error)}; expected a value, or ${{section.key}}") from None
+        raise InputError(
+            f"{f'{key}: ' if key else ''}{_first_line(error)}; expected a value, or ${{section.key}}"
+        ) from None
     if config is None:
         raise InputError(f"{missing[0]} is not set; give it in the YAML file or as {missing[0]}=VALUE")
     assert isinstance(config, Config)
@@ -423,7 +464,9 @@ def _items(settings: DictConfig) -> list[tuple[Any, Any]]:
 
 
 def _require_shallow(text: str, depth: int = 0) -> None:
-    """Raises: yaml.YAMLError for YAML text nested so deeply, or with a number so long, that parsing or printing it could fail."""
+    """Raises: yaml.YAMLError for YAML text nested so deeply, or with a number so long, that parsing or printing it
+    could fail.
+    """
     for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH:
@@ -546,7 +589,9 @@ def _not_negative(config: Config, *keys: str) -> None:
 
 
 def _check_values(section: str, values: Any) -> None:
-    """The type and the size of each setting of a section; OmegaConf does not check the types inside lists and mappings."""
+    """The type and the size of each setting of a section; OmegaConf does not check the types inside lists and
+    mappings.
+    """
     for item in dataclasses.fields(values):
         _check_value(f"{section}.{item.name}", getattr(values, item.name), item.type)
 
@@ -561,7 +606,11 @@ def _check_value(key: str, value: Any, expected: Any, place: str = "") -> None:
             float in allowed and isinstance(value, int)
         )
     found = f"{key}{place}={value}"
-    _require(good, found, "null, true or false, a number, text, a list or a mapping" if expected is Any else _type_name(expected))
+    _require(
+        good,
+        found,
+        "null, true or false, a number, text, a list or a mapping" if expected is Any else _type_name(expected),
+    )
     inner = next((typing.get_args(one)[-1] for one in allowed if typing.get_origin(one) is type(value)), Any)
     if isinstance(value, dict):
         for name, element in value.items():
@@ -597,17 +646,42 @@ def _check(config: Config) -> None:
         _check_values(section.name, getattr(config, section.name))
     train, optimizer = config.train, config.optimizer
     _positive(
-        config, "train.steps", "train.global_batch_tokens", "train.micro_batch_size", "train.sequence_length",
-        "head_loss.chunk_rows", "run.save_every_steps", "run.keep_checkpoints", "run.keep_every_steps",
-        "run.evaluate_every_steps", "run.evaluation_windows", "run.log_every_steps", "run.stall_seconds",
-        "engine.reduce_bucket_size", "cluster.emulate", "cluster.ranks_per_node", "cluster.flat_bandwidth",
-        "cluster.node_bandwidth", "cluster.network_bandwidth", "cluster.communication_sms",
-    )  # fmt: skip
+        config,
+        "train.steps",
+        "train.global_batch_tokens",
+        "train.micro_batch_size",
+        "train.sequence_length",
+        "head_loss.chunk_rows",
+        "run.save_every_steps",
+        "run.keep_checkpoints",
+        "run.keep_every_steps",
+        "run.evaluate_every_steps",
+        "run.evaluation_windows",
+        "run.log_every_steps",
+        "run.stall_seconds",
+        "engine.reduce_bucket_size",
+        "cluster.emulate",
+        "cluster.ranks_per_node",
+        "cluster.flat_bandwidth",
+        "cluster.node_bandwidth",
+        "cluster.network_bandwidth",
+        "cluster.communication_sms",
+    )
     _not_negative(
-        config, "optimizer.lr", "optimizer.warmup_steps", "optimizer.final_lr_ratio", "optimizer.eps",
-        "optimizer.weight_decay", "optimizer.gradient_clipping", "head_loss.z_loss", "train.seed",
-        "engine.param_persistence_threshold", "engine.prefetch_modules", "cluster.latency", "run.requeue_exit_code",
-    )  # fmt: skip
+        config,
+        "optimizer.lr",
+        "optimizer.warmup_steps",
+        "optimizer.final_lr_ratio",
+        "optimizer.eps",
+        "optimizer.weight_decay",
+        "optimizer.gradient_clipping",
+        "head_loss.z_loss",
+        "train.seed",
+        "engine.param_persistence_threshold",
+        "engine.prefetch_modules",
+        "cluster.latency",
+        "run.requeue_exit_code",
+    )
     for kind, share in config.cluster.efficiency.items():
         _one_of("a kind in cluster.efficiency", kind, COLLECTIVES)
         _require(1e-6 <= share <= 2, f"cluster.efficiency of {kind}={share}", "a share of the bandwidth: 1e-6 to 2")
@@ -626,12 +700,14 @@ def _check(config: Config) -> None:
     _check_head_loss(config)
     _require(
         not config.engine.offload_parameters or config.engine.kind == "zero3",
-        f"engine.offload_parameters with engine.kind={config.engine.kind}", "engine.kind=zero3",
-    )  # fmt: skip
+        f"engine.offload_parameters with engine.kind={config.engine.kind}",
+        "engine.kind=zero3",
+    )
     _require(
-        not (config.cluster.emulate and config.run.initial_weights), "run.initial_weights with cluster.emulate",
+        not (config.cluster.emulate and config.run.initial_weights),
+        "run.initial_weights with cluster.emulate",
         "one of them: the weights of an emulated rank are no model's",
-    )  # fmt: skip
+    )
     _check_pipeline(config)
     config.accumulation(data_parallel_size=1)
 
@@ -640,7 +716,9 @@ def _check_paths(config: Config) -> None:
     data, run = config.data, config.run
     corpora = data.train_corpora
     _require(len(corpora) <= 1024, f"data.train with {len(corpora)} corpora", "at most 1024")
-    for path in filter(None, (run.directory, run.initial_weights, data.validation, data.tokenizer, *(name for _, name in corpora))):
+    for path in filter(
+        None, (run.directory, run.initial_weights, data.validation, data.tokenizer, *(name for _, name in corpora))
+    ):
         _require(path.split("/")[0] != "~", path, "a path without ~, which no shell replaces here: write $HOME")
 
 
@@ -648,8 +726,9 @@ def _check_head_loss(config: Config) -> None:
     head_loss, n = config.head_loss, config.model.num_future_tokens
     _require(
         head_loss.weights is None or len(head_loss.weights) == n,
-        f"head_loss.weights has {len(head_loss.weights or [])} numbers", f"{n}, one per head (model.num_future_tokens)",
-    )  # fmt: skip
+        f"head_loss.weights has {len(head_loss.weights or [])} numbers",
+        f"{n}, one per head (model.num_future_tokens)",
+    )
     for weight in config.head_weights:
         _require(weight >= 0, f"head_loss.weights holds {weight}", "0 or more")
     _require(any(config.head_weights), f"head_loss.weights={config.head_weights}", "at least one above 0")
@@ -665,28 +744,38 @@ def _check_pipeline(config: Config) -> None:
         for name in ("num_stages", "stage_layers", "stage_memory_bytes"):
             value = getattr(engine, name)
             _require(value is None, f"engine.{name}={value} with engine.kind={engine.kind}", "engine.kind=pipeline")
-        _require(not engine.spread_losses, f"engine.spread_losses=True with engine.kind={engine.kind}", "engine.kind=pipeline")
+        _require(
+            not engine.spread_losses,
+            f"engine.spread_losses=True with engine.kind={engine.kind}",
+            "engine.kind=pipeline",
+        )
         return
     _require(
-        engine.num_stages is not None and engine.num_stages >= 2, f"engine.num_stages={_shown(engine.num_stages)}",
+        engine.num_stages is not None and engine.num_stages >= 2,
+        f"engine.num_stages={_shown(engine.num_stages)}",
         "at least 2 with engine.kind=pipeline (engine.kind=zero1 is a pipeline of one stage)",
-    )  # fmt: skip
+    )
     assert engine.num_stages is not None
     _require(
-        engine.num_stages <= num_layers, f"engine.num_stages={engine.num_stages} with model.num_layers={num_layers}",
+        engine.num_stages <= num_layers,
+        f"engine.num_stages={engine.num_stages} with model.num_layers={num_layers}",
         "no more stages than layers",
-    )  # fmt: skip
+    )
     limit = engine.stage_memory_bytes
     _require(limit is None or limit > 0, f"engine.stage_memory_bytes={limit}", "a number above 0")
     if engine.stage_layers is not None:
         _require(
-            len(engine.stage_layers) == engine.num_stages and min(engine.stage_layers) >= 1
+            len(engine.stage_layers) == engine.num_stages
+            and min(engine.stage_layers) >= 1
             and sum(engine.stage_layers) == num_layers,
             f"engine.stage_layers={engine.stage_layers}",
-            f"{engine.num_stages} numbers (engine.num_stages), each at least 1, that sum to model.num_layers={num_layers}",
-        )  # fmt: skip
+            f"{engine.num_stages} numbers (engine.num_stages), each at least 1, that sum to "
+            f"model.num_layers={num_layers}",
+        )
         _require(
-            limit is None, "engine.stage_memory_bytes with engine.stage_layers", "one of them: a limit is for cuts that are chosen"
+            limit is None,
+            "engine.stage_memory_bytes with engine.stage_layers",
+            "one of them: a limit is for cuts that are chosen",
         )
     _check_only_pipeline(config)
 
@@ -695,24 +784,35 @@ def _check_only_pipeline(config: Config) -> None:
     """Nothing is asked for that the pipeline engine does not do."""
     engine = config.engine
     others = {
-        "offload_parameters": False, "offload_optimizer": False, "param_persistence_threshold": 0, "communication": "grouped",
+        "offload_parameters": False,
+        "offload_optimizer": False,
+        "param_persistence_threshold": 0,
+        "communication": "grouped",
         "head_schedule": "sequential",
-    }  # fmt: skip
+    }
     for name, only in others.items():
         value = getattr(engine, name)
-        _require(value == only, f"engine.{name}={value} with engine.kind=pipeline", f"{only}, for the pipeline does nothing else")
+        _require(
+            value == only,
+            f"engine.{name}={value} with engine.kind=pipeline",
+            f"{only}, for the pipeline does nothing else",
+        )
     zero = engine.deepspeed.get("zero_optimization")
     for name in zero if isinstance(zero, dict) else ():
         _require(
-            not str(name).startswith("stage"), f"engine.deepspeed.zero_optimization.{name} with engine.kind=pipeline",
+            not str(name).startswith("stage"),
+            f"engine.deepspeed.zero_optimization.{name} with engine.kind=pipeline",
             "engine.kind=zero3: a pipeline has ZeRO-1",
-        )  # fmt: skip
+        )
     _require(
-        not engine.deepspeed.get("wall_clock_breakdown"), "engine.deepspeed.wall_clock_breakdown with engine.kind=pipeline",
+        not engine.deepspeed.get("wall_clock_breakdown"),
+        "engine.deepspeed.wall_clock_breakdown with engine.kind=pipeline",
         "false: DeepSpeed's pipeline starts its timers twice",
-    )  # fmt: skip
+    )
     _require(config.train.precision != "fp16", "train.precision=fp16 with engine.kind=pipeline", "bf16 or fp32")
-    _require(config.cluster.emulate is None, "cluster.emulate with engine.kind=pipeline", "zero3: stages are not emulated")
+    _require(
+        config.cluster.emulate is None, "cluster.emulate with engine.kind=pipeline", "zero3: stages are not emulated"
+    )
 
 
 def _check_float8(config: Config) -> None:
@@ -720,7 +820,11 @@ def _check_float8(config: Config) -> None:
     _require(config.train.precision == "bf16", found, "train.precision=bf16")
     for name in ("dim", "vocab_size"):
         value = getattr(config.model, name)
-        _require(value % 16 == 0, f"head_loss.precision=fp8 with model.{name}={value}", "a multiple of 16, as fp8 products need")
+        _require(
+            value % 16 == 0,
+            f"head_loss.precision=fp8 with model.{name}={value}",
+            "a multiple of 16, as fp8 products need",
+        )
 
 
 def check_model_numbers(model: ModelConfig) -> None:
@@ -735,10 +839,13 @@ def check_model_numbers(model: ModelConfig) -> None:
     n = model.num_future_tokens
     _require(n >= 1, f"model.num_future_tokens={n}", "at least 1 (1 is the ordinary next-token model)")
     _require(
-        n < model.num_layers, f"model.num_future_tokens={n} with model.num_layers={model.num_layers}",
+        n < model.num_layers,
+        f"model.num_future_tokens={n} with model.num_layers={model.num_layers}",
         "fewer heads than layers: num_layers counts trunk and heads together, and the trunk needs one",
-    )  # fmt: skip
-    _require(model.num_layers <= MAX_LAYERS, f"model.num_layers={model.num_layers}", f"at most {MAX_LAYERS}, heads included")
+    )
+    _require(
+        model.num_layers <= MAX_LAYERS, f"model.num_layers={model.num_layers}", f"at most {MAX_LAYERS}, heads included"
+    )
     _require(
         model.dim % model.num_attention_heads == 0 and model.head_dim % 2 == 0,
         f"model.dim={model.dim} with model.num_attention_heads={model.num_attention_heads}",

@@ -20,7 +20,9 @@ def print_warning(warning: str) -> None:
 
 
 def print_error(error: object) -> None:
-    """Prints one line on stderr: line breaks and control characters as escapes, and without the middle of a very long message."""
+    """Prints one line on stderr: line breaks and control characters as escapes, and without the middle of a very
+    long message.
+    """
     line = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in str(error))
     if len(line) > MAX_MESSAGE:
         line = f"{line[: MAX_MESSAGE // 2]} ... {line[-MAX_MESSAGE // 2 :]}"

@@ -25,5 +25,9 @@ def explained(error: Exception) -> Exception:
     """An InputError in place of an OSError that the user can remedy; any other exception as it is."""
     if not isinstance(error, OSError) or error.errno not in REMEDIES or not (error.filename or error.errno in FULL):
         return error
-    problem = f"cannot be written: {error.strerror}" if error.errno in (*FULL, errno.EROFS) else f"cannot be used: {error.strerror}"
+    problem = (
+        f"cannot be written: {error.strerror}"
+        if error.errno in (*FULL, errno.EROFS)
+        else f"cannot be used: {error.strerror}"
+    )
     return InputError(f"{error.filename or 'a file of the run'} {problem}; {REMEDIES[error.errno]}, and start again")

@@ -25,10 +25,13 @@ def find_kind(name: str, known: Mapping[str, type], base: type, key: str) -> typ
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"{key}={name} cannot be imported ({error}); expected MODULE:CLASS that Python finds") from None
+        raise InputError(
+            f"{key}={name} cannot be imported ({error}); expected MODULE:CLASS that Python finds"
+        ) from None
     except (Exception, SystemExit) as error:  # the module is the user's and may raise anything
         raise InputError(
-            f"{key}={name} cannot be imported ({type(error).__name__}: {error}); expected a module that imports without errors"
+            f"{key}={name} cannot be imported ({type(error).__name__}: {error}); expected a module that imports "
+            "without errors"
         ) from None
     if not (isinstance(found, type) and issubclass(found, base)):
         raise InputError(f"{key}={name} is {found!r}; expected a subclass of {base.__module__}:{base.__name__}")

@@ -15,7 +15,9 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux: fcntl.h, linux/fs.h
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that a reader, or a run killed at any time, sees the old content, the new, or none. Raises OSError."""
+    """Writes a file so that a reader, or a run killed at any time, sees the old content, the new, or none. Raises
+    OSError.
+    """
     with open_atomically(path) as stream:
         stream.write(content)
 
@@ -32,7 +34,8 @@ def sync(path: Path) -> None:
 def exchange(one: Path, other: Path, aside: Path) -> None:
     """Gives two folders each other's name: at any time one of the two is found under either name.
 
-    Where the file system cannot do it at once (NFS), `other` is renamed to `aside` first, and its name is free for a moment.
+    Where the file system cannot do it at once (NFS), `other` is renamed to `aside` first, and its name is free for a
+    moment.
 
     Raises:
         OSError: one of them cannot be renamed.
@@ -57,7 +60,9 @@ def _exchange_at_once(one: Path, other: Path) -> bool:
 
 
 def take_lock(stream: IO, place: Path, advice: str) -> bool:
-    """Locks a file until it is closed; False if another process has it. A warning with `advice` where files cannot be locked."""
+    """Locks a file until it is closed; False if another process has it. A warning with `advice` where files cannot
+    be locked.
+    """
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

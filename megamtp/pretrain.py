@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 8 -m megamtp.pretrain configs/1.3b_n4.yaml data.train=corpus/train run.directory=runs/1.3b
     python -m megamtp.pretrain configs/quickstart.yaml          (one rank)
 
-Later arguments override earlier ones. A run directory that holds checkpoints is resumed, from the newest that is undamaged, with
-any engine on any number of ranks.
+Later arguments override earlier ones. A run directory that holds checkpoints is resumed, from the newest that is
+undamaged, with any engine on any number of ranks.
 """
 
 import atexit
@@ -16,7 +16,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from megamtp.cluster.signals import SIGNALS, StopRequest  # first: it looks for the launcher, which may die while torch is imported
+# first: it looks for the launcher, which may die while torch is imported
+from megamtp.cluster.signals import SIGNALS, StopRequest
 
 # isort: split
 import torch
@@ -84,9 +85,8 @@ def _train(run: CheckedRun, place: Place) -> bool:
     with raised_by_all():
         position, notes = find_position(config, run.train, found)
         blend = position.blend(run.train)
-        train = TrainLoader(
-            blend, config.global_batch_windows, config.train.micro_batch_size, *run.readers, first_step, position.windows
-        )
+        batch = config.global_batch_windows, config.train.micro_batch_size
+        train = TrainLoader(blend, *batch, *run.readers, first_step, position.windows)
         if place.rank == 0:
             report_vocabulary(config)
     # Every weight of a resumed run is in its checkpoint; what it once started from may be gone.
@@ -97,7 +97,8 @@ def _train(run: CheckedRun, place: Place) -> bool:
             for line in (*run.changes, *notes, *at_end.passes(), *at_end.warnings()):
                 print_line(line)
             _prepare_directory(config, resumes=found is not None)
-    torch.manual_seed((config.train.seed << 24) + place.rank)  # or checkpoints would differ in random states that nothing has used
+    # or checkpoints would differ in random states that nothing has used
+    torch.manual_seed((config.train.seed << 24) + place.rank)
     if found:
         engine.load(found[0])
     with raised_by_all():  # rank 0 opens the run's metrics
@@ -106,7 +107,9 @@ def _train(run: CheckedRun, place: Place) -> bool:
 
 
 def _prepare_directory(config: Config, resumes: bool) -> None:
-    """Writes what the run's directory says of the run, and removes what a job before left half-written. Raises OSError."""
+    """Writes what the run's directory says of the run, and removes what a job before left half-written. Raises
+    OSError.
+    """
     run_directory = Path(config.run.directory)
     write_config(config, run_directory / RESOLVED)
     if config.run.initial_weights and not resumes:
@@ -116,16 +119,22 @@ def _prepare_directory(config: Config, resumes: bool) -> None:
 
 
 def _check_agreement(config: Config, num_tokens: list[int]) -> None:
-    """Raises: InputError on all ranks if one has other settings or corpora, as from another node's script. Collective."""
+    """Raises: InputError on all ranks if one has other settings or corpora, as from another node's script.
+    Collective.
+    """
     first, *others = of_all_ranks((config, num_tokens))
     for rank, other in enumerate(others, start=1):
         if other != first:
             found = next(iter(differences(first[0], other[0])), f"corpora of {first[1]} -> {other[1]} tokens")
-            raise InputError(f"rank {rank} is not started as rank 0 is ({found}); expected the same arguments and corpora on all")
+            raise InputError(
+                f"rank {rank} is not started as rank 0 is ({found}); expected the same arguments and corpora on all"
+            )
 
 
 def _leave_peers() -> None:
-    """Closes the communicators of torch.distributed. Not after an error, which may be this rank's alone: peers may never come."""
+    """Closes the communicators of torch.distributed. Not after an error, which may be this rank's alone: peers may
+    never come.
+    """
     import torch.distributed as dist
 
     if dist.is_initialized():
@@ -133,7 +142,8 @@ def _leave_peers() -> None:
 
 
 def entry() -> None:
-    """The command line: an InputError becomes one line on stderr and exit status 2, once per node; Ctrl-C is status 130.
+    """The command line: an InputError becomes one line on stderr and exit status 2, once per node; Ctrl-C is status
+    130.
 
     So does an OSError that the user can remedy.
     """
@@ -164,7 +174,9 @@ def entry() -> None:
 
 
 def _wait_for_rank_0(seconds: float) -> None:
-    """Gives rank 0 time to print the error; its launcher's SIGTERM then ends this rank, which has nothing more to save."""
+    """Gives rank 0 time to print the error; its launcher's SIGTERM then ends this rank, which has nothing more to
+    save.
+    """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     time.sleep(seconds)
@@ -173,8 +185,9 @@ def _wait_for_rank_0(seconds: float) -> None:
 def _end(outcome: list[int]) -> None:
     """Ends the process with its exit status, if that is known, before Python takes itself apart.
 
-    DeepSpeed's globals keep gloo's threads alive after destroy_process_group, and one that lets go of a collective's last tensor
-    after that aborts the process (torch 2.11: ProcessGroupGloo::runLoop, decref_pyobject, PyEval_AcquireThread).
+    DeepSpeed's globals keep gloo's threads alive after destroy_process_group, and one that lets go of a collective's
+    last tensor after that aborts the process (torch 2.11: ProcessGroupGloo::runLoop, decref_pyobject,
+    PyEval_AcquireThread).
     """
     if outcome:
         for stream in filter(None, (sys.stdout, sys.stderr)):

@@ -10,20 +10,34 @@ VOCABULARY, POSITIONS, WINDOWS = 97, 12, 2
 
 
 def small_config(world_size: int = 2, accumulation: int = 1, **overrides) -> Config:
-    """A 5-layer model of width 16; override any key with `section__key=value`. `world_size`: ranks that share the data."""
+    """A 5-layer model of width 16; override any key with `section__key=value`. `world_size`: ranks that share the
+    data.
+    """
     settings = {
-        "model.dim": 16, "model.num_layers": 5, "model.num_future_tokens": 2, "model.num_attention_heads": 2,
-        "model.mlp_dim": 24, "model.vocab_size": VOCABULARY, "head_loss.chunk_rows": 7, "optimizer.lr": 1e-2,
-        "optimizer.warmup_steps": 0, "train.steps": 20, "train.micro_batch_size": WINDOWS,
-        "train.sequence_length": POSITIONS, "train.precision": "fp32",
+        "model.dim": 16,
+        "model.num_layers": 5,
+        "model.num_future_tokens": 2,
+        "model.num_attention_heads": 2,
+        "model.mlp_dim": 24,
+        "model.vocab_size": VOCABULARY,
+        "head_loss.chunk_rows": 7,
+        "optimizer.lr": 1e-2,
+        "optimizer.warmup_steps": 0,
+        "train.steps": 20,
+        "train.micro_batch_size": WINDOWS,
+        "train.sequence_length": POSITIONS,
+        "train.precision": "fp32",
         "train.global_batch_tokens": POSITIONS * WINDOWS * world_size * accumulation,
-        "data.train": "unused", "run.directory": "unused",
-    } | {key.replace("__", "."): value for key, value in overrides.items()}  # fmt: skip
+        "data.train": "unused",
+        "run.directory": "unused",
+    } | {key.replace("__", "."): value for key, value in overrides.items()}
     return read_config([f"{key}={value}" for key, value in settings.items()])
 
 
 def global_batch(config: Config, step: int, num_micro_batches: int) -> list[Batch]:
-    """The micro-batches of all ranks: targets ignored differently in each, per head, one micro-batch of several without any."""
+    """The micro-batches of all ranks: targets ignored differently in each, per head, one micro-batch of several
+    without any.
+    """
     n = config.model.num_future_tokens
     generator = torch.Generator().manual_seed(1000 + step)
     batches = []

@@ -14,9 +14,16 @@ from megamtp.model.mtp import MTPModel
 
 VOCABULARY = 300
 SMALL = ModelConfig(
-    dim=32, num_layers=5, num_future_tokens=3, num_attention_heads=4, num_key_value_heads=2, mlp_dim=48,
-    vocab_size=VOCABULARY, rope_theta=500.0, norm_eps=1e-3,
-)  # fmt: skip
+    dim=32,
+    num_layers=5,
+    num_future_tokens=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    mlp_dim=48,
+    vocab_size=VOCABULARY,
+    rope_theta=500.0,
+    norm_eps=1e-3,
+)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE = RunState(OptimizerState("adamw", MOMENTS, (7,)), {"global_steps": 9, "global_samples": 18, "skipped_steps": 2})
@@ -43,5 +50,7 @@ def with_moments(config: ModelConfig) -> Contents:
     generator = torch.Generator().manual_seed(5)
     sources = {WEIGHT: InMemory(weights)}
     for kind in MOMENTS:
-        sources[kind] = InMemory({name: torch.rand(weight.shape, generator=generator) for name, weight in weights.items()})
+        sources[kind] = InMemory(
+            {name: torch.rand(weight.shape, generator=generator) for name, weight in weights.items()}
+        )
     return Contents(config, sources, step=9, state=STATE, sequence_length=64)

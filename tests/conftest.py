@@ -1,4 +1,6 @@
-"""Options and marks: `--full` runs the whole product of the gradient cases and more; `gpu` tests skip where there is no GPU."""
+"""Options and marks: `--full` runs the whole product of the gradient cases and more; `gpu` tests skip where there is
+no GPU.
+"""
 
 import sys
 
@@ -8,7 +10,9 @@ import torch
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--full", action="store_true", help="the full product of gradient cases, 20 killed preparations, and more (long)"
+        "--full",
+        action="store_true",
+        help="the full product of gradient cases, 20 killed preparations, and more (long)",
     )
 
 

@@ -18,7 +18,9 @@ from tests.reference import Reference, reference_model, reference_step, relative
 def step_with_gradients(
     engine: ZeroEngine | PipelineEngine, batches: list[Batch], lr: float = 0.0
 ) -> tuple[StepResult, list[int], dict[str, Tensor]]:
-    """One train_batch over this rank's share of `batches`: its result, the target counts, the whole gradients of its parameters."""
+    """One train_batch over this rank's share of `batches`: its result, the target counts, the whole gradients of its
+    parameters.
+    """
     gradients: dict[str, Tensor] = {}
     own = own_share(batches, engine.data_parallel_rank, engine.data_parallel_size)
     counts = count_targets(own, True, engine.data_parallel_size, engine.device)
@@ -44,7 +46,9 @@ def names_on_all_ranks(gradients: dict[str, Tensor]) -> set[str]:
     return {name for of_rank in names for name in of_rank}
 
 
-def largest_gradient_error(engine: ZeroEngine | PipelineEngine, gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+def largest_gradient_error(
+    engine: ZeroEngine | PipelineEngine, gradients: dict[str, Tensor], expected: dict[str, Tensor]
+) -> float:
     """Of this rank's gradients; of a slice (engines/stage.py), against the same rows."""
     parameters, errors = dict(engine.model.named_parameters()), []
     for name, gradient in gradients.items():
@@ -59,7 +63,10 @@ def largest_errors(config: Config, engine: ZeroEngine | PipelineEngine, num_step
 
     The first steps record ZeRO-3's trace, the later ones prefetch by it; both must be right.
     """
-    model, num_micro_batches = reference_model(config), config.accumulation(engine.data_parallel_size) * engine.data_parallel_size
+    model, num_micro_batches = (
+        reference_model(config),
+        config.accumulation(engine.data_parallel_size) * engine.data_parallel_size,
+    )
     gradient_error = loss_error = 0.0
     for step in range(num_steps):
         batches = global_batch(config, step, num_micro_batches)
@@ -71,7 +78,9 @@ def largest_errors(config: Config, engine: ZeroEngine | PipelineEngine, num_step
 def errors_of_step(
     engine: ZeroEngine | PipelineEngine, batches: list[Batch], expected: Reference
 ) -> tuple[list[int], float, float]:
-    """One step at learning rate 0: the target counts, and the largest relative errors: of gradients and their norm; of losses."""
+    """One step at learning rate 0: the target counts, and the largest relative errors: of gradients and their norm;
+    of losses.
+    """
     result, counts, gradients = step_with_gradients(engine, batches)
     assert names_on_all_ranks(gradients) == expected.gradients.keys()
     nll_sums = result.nll_sums.double()

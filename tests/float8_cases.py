@@ -11,8 +11,8 @@ from megamtp.losses.float8 import Float8Weight
 from megamtp.losses.linear_cross_entropy import linear_cross_entropy
 from megamtp.targets import IGNORED
 
-# Rounding leaves at most half a spacing: 2^-4 of a number in e4m3, 2^-3 in e5m2. For numbers spread evenly over a binade (in their
-# logarithm) the root mean square is 0.42 of that.
+# Rounding leaves at most half a spacing: 2^-4 of a number in e4m3, 2^-3 in e5m2. For numbers spread evenly over a
+# binade (in their logarithm) the root mean square is 0.42 of that.
 E4M3_ERROR, E5M2_ERROR = 0.42 * 2**-4, 0.42 * 2**-3
 
 
@@ -45,9 +45,14 @@ class Case:
         expected = factor * (F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED) + self.z_loss * z)
         expected_gradients = torch.autograd.grad(expected, (hidden, weight))
         loss, _ = linear_cross_entropy(
-            hidden, weight, targets, scale=factor, z_loss=self.z_loss, chunk_rows=self.chunk_rows,
+            hidden,
+            weight,
+            targets,
+            scale=factor,
+            z_loss=self.z_loss,
+            chunk_rows=self.chunk_rows,
             float8_weight=Float8Weight() if float8 else None,
-        )  # fmt: skip
+        )
         gradients = torch.autograd.grad(loss, (hidden, weight))
         assert not gradients[0][::7].any()
         per_target = factor * int((targets != IGNORED).sum())
@@ -56,9 +61,10 @@ class Case:
     def bounds(self) -> tuple[float, float, float]:
         """What `errors` may be in fp8: root mean squares, a quarter added, of the loss three of them.
 
-        A logit is a sum of products of two numbers in e4m3, so its error is sqrt(2) times theirs. In the loss it averages out over
-        the targets' logits, and half its square stays, in the partition function. A probability's relative error is its logit's
-        absolute one, and e5m2's in dH; the target's -1 has none. To dH the rounding of W comes, whatever it is multiplied with.
+        A logit is a sum of products of two numbers in e4m3, so its error is sqrt(2) times theirs. In the loss it
+        averages out over the targets' logits, and half its square stays, in the partition function. A probability's
+        relative error is its logit's absolute one, and e5m2's in dH; the target's -1 has none. To dH the rounding of W
+        comes, whatever it is multiplied with.
         """
         hidden, weight, targets = self.inputs()
         probabilities = (hidden.double() @ weight.double().T)[targets != IGNORED].softmax(-1)

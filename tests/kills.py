@@ -6,10 +6,14 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 
-def killed_at_each_line(files: tuple[str, ...], prepare: Callable[[], None], action: Callable[[], None]) -> Iterator[int]:
-    """Yields after every kill: before the first line that `action` runs in one of `files`, before the second, and so on.
+def killed_at_each_line(
+    files: tuple[str, ...], prepare: Callable[[], None], action: Callable[[], None]
+) -> Iterator[int]:
+    """Yields after every kill: before the first line that `action` runs in one of `files`, before the second, and so
+    on.
 
-    Each time `prepare` is called first. The last process is not killed. Only for a process that has no threads: it is forked.
+    Each time `prepare` is called first. The last process is not killed. Only for a process that has no threads: it is
+    forked.
     """
     for number in range(1, 10_000):
         prepare()

@@ -1,7 +1,7 @@
 """A torch.distributed backend whose sums run over the ranks in their order, whatever the layout of the buffers.
 
-gloo and NCCL add in an order that depends on where an element lies, so two layouts of the same gradients may differ in the last
-bit. Under this backend they may not: what differs is a defect.
+gloo and NCCL add in an order that depends on where an element lies, so two layouts of the same gradients may differ in
+the last bit. Under this backend they may not: what differs is a defect.
 """
 
 import torch

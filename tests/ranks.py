@@ -29,7 +29,8 @@ def run_ranks(
     """Calls function(*arguments) on every CPU rank; function must be a module's top-level function.
 
     Args:
-        backend: gloo, ordered (see ordered_backend.py), or none for a function that initialises torch.distributed itself.
+        backend: gloo, ordered (see ordered_backend.py), or none for a function that initialises torch.distributed
+            itself.
 
     Raises:
         AssertionError: with the traceback of every rank that failed.
@@ -37,8 +38,12 @@ def run_ranks(
     return _run(_context, backend, function, world_size, arguments, timeout_seconds)
 
 
-def run_gpu_rank(function: Callable[..., Any], *arguments: Any, timeout_seconds: float = 250, backend: str = "nccl") -> Any:
-    """Calls function(*arguments) on one rank with one GPU, in a new process, and returns what it returned. `backend`: or none."""
+def run_gpu_rank(
+    function: Callable[..., Any], *arguments: Any, timeout_seconds: float = 250, backend: str = "nccl"
+) -> Any:
+    """Calls function(*arguments) on one rank with one GPU, in a new process, and returns what it returned.
+    `backend`: or none.
+    """
     (result,) = run_gpu_ranks(function, 1, *arguments, timeout_seconds=timeout_seconds, backend=backend)
     return result
 
@@ -109,7 +114,9 @@ def _wait(processes: list, folder: Path, timeout_seconds: float) -> list[str]:
     return failures
 
 
-def _rank_main(backend: str, function: Callable[..., Any], arguments: tuple, rank: int, world_size: int, folder: str) -> None:
+def _rank_main(
+    backend: str, function: Callable[..., Any], arguments: tuple, rank: int, world_size: int, folder: str
+) -> None:
     import torch
     import torch.distributed as dist
     from deepspeed.ops import __compatible_ops__

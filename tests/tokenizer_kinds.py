@@ -12,7 +12,10 @@ from megamtp.data.tokenizer import train_sentencepiece
 TEXT = Path(argparse.__file__).read_text()
 OURS = "ours"
 AS_IT_IS = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
-SYMBOLS = {"user_defined_symbols": ["<fim>", "<fim_x>", "self", "\u2581\u2581"], "control_symbols": ["[INST]", "[/INST]"]}
+SYMBOLS = {
+    "user_defined_symbols": ["<fim>", "<fim_x>", "self", "\u2581\u2581"],
+    "control_symbols": ["[INST]", "[/INST]"],
+}
 
 EXPORTED = {
     OURS: {},
@@ -21,7 +24,8 @@ EXPORTED = {
     "no bytes": AS_IT_IS,
     "characters": {"model_type": "char", **AS_IT_IS},
     "symbols": {"byte_fallback": True, **SYMBOLS, **AS_IT_IS},
-    "symbols, no dummy prefix": {"byte_fallback": True, "add_dummy_prefix": False, **SYMBOLS, **AS_IT_IS},  # Gemma's form
+    # Gemma's form
+    "symbols, no dummy prefix": {"byte_fallback": True, "add_dummy_prefix": False, **SYMBOLS, **AS_IT_IS},
     "symbols, no bytes": SYMBOLS | AS_IT_IS,
 }
 NOT_EXPORTED = {
@@ -35,9 +39,24 @@ NOT_EXPORTED = {
 KINDS = EXPORTED | NOT_EXPORTED
 
 PARTS = [
-    *"\u2581 \t\n\0ax12(_\u00e9\u4e2d\U0001f600\ufb01\uff21\u0301\u2047", "  ", "\r\n", "def ", "return", "ab", "self.", "selfself",
-    "<fim>", "<fim_x>", "<fim", "</s>", "<s>", "<unk>", "<0x0A>", "[INST]", "[/INST]",
-]  # fmt: skip
+    *"\u2581 \t\n\0ax12(_\u00e9\u4e2d\U0001f600\ufb01\uff21\u0301\u2047",
+    "  ",
+    "\r\n",
+    "def ",
+    "return",
+    "ab",
+    "self.",
+    "selfself",
+    "<fim>",
+    "<fim_x>",
+    "<fim",
+    "</s>",
+    "<s>",
+    "<unk>",
+    "<0x0A>",
+    "[INST]",
+    "[/INST]",
+]
 TEXTS = st.lists(st.one_of(st.sampled_from(PARTS), st.text(max_size=3)), max_size=8).map("".join)
 
 
@@ -48,8 +67,11 @@ def train_kind(kind: str, path: Path) -> Path:
         return path
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT.splitlines()), model_writer=model, hard_vocab_limit=False, minloglevel=2,
+        sentence_iterator=iter(TEXT.splitlines()),
+        model_writer=model,
+        hard_vocab_limit=False,
+        minloglevel=2,
         **{"model_type": "bpe", "vocab_size": 500} | KINDS[kind],
-    )  # fmt: skip
+    )
     path.write_bytes(model.getvalue())
     return path

@@ -1,4 +1,6 @@
-"""Measurements, most on one GPU: python tools/benchmark.py overhead --help. Prints a Markdown table, writes JSON and a picture."""
+"""Measurements, most on one GPU: python tools/benchmark.py overhead --help. Prints a Markdown table, writes JSON and
+a picture.
+"""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""Trains tiny models for 12 steps in fp32 on CPU ranks, with every engine and its options, and prints hashes of the results.
+"""Trains tiny models for 12 steps in fp32 on CPU ranks, with every engine and its options, and prints hashes of the
+results.
 
 Equal hashes before and after a change of the code show that it changes no result. Run both on the same machine:
 
@@ -7,9 +8,9 @@ Equal hashes before and after a change of the code show that it changes no resul
     python tools/hash_training.py > after.txt
     diff before.txt after.txt
 
-A line has the name of a case and three hashes: of every rank's losses, in each step and in an evaluation after the last one; of
-every rank's gradient norms; of the final weights and optimizer state, whole tensors whatever their slices. They also depend on
-the processor and on the versions of the libraries, so hashes from different machines are not comparable.
+A line has the name of a case and three hashes: of every rank's losses, in each step and in an evaluation after the last
+one; of every rank's gradient norms; of the final weights and optimizer state, whole tensors whatever their slices. They
+also depend on the processor and on the versions of the libraries, so hashes from different machines are not comparable.
 """
 
 import hashlib
@@ -29,9 +30,11 @@ from megamtp.errors import InputError
 
 STEPS, LEARNING_RATE = 12, 1e-2
 VOCABULARY, TOKENS, DOCUMENT_TOKENS = 97, 6000, 8
-# Three trunk layers and three heads. `accumulation` is not a key of the configuration; the global batch is derived from it.
-BASE = f"""model.dim=16 model.num_layers=6 model.num_future_tokens=3 model.num_attention_heads=4 model.num_key_value_heads=2
-    model.mlp_dim=24 model.vocab_size={VOCABULARY} head_loss.weights=[1,0.5,0.75] head_loss.chunk_rows=7 train.steps={STEPS}
+# Three trunk layers and three heads. `accumulation` is no key of the configuration:
+# the global batch follows from it.
+BASE = f"""model.dim=16 model.num_layers=6 model.num_future_tokens=3 model.num_attention_heads=4
+    model.num_key_value_heads=2 model.mlp_dim=24 model.vocab_size={VOCABULARY} head_loss.weights=[1,0.5,0.75]
+    head_loss.chunk_rows=7 train.steps={STEPS}
     train.micro_batch_size=2 train.sequence_length=12 train.precision=fp32 run.directory=unused accumulation=1"""
 EVERYTHING = """accumulation=2 data.documents=isolate train.activation_checkpointing=true head_loss.z_loss=1e-3
     engine.reduce_bucket_size=300 optimizer.gradient_clipping=0.3"""
@@ -63,9 +66,9 @@ PIPELINES = {  # name: (ranks, settings, options)
     "planned-cut": (2, "engine.num_stages=2", FEW_OPTIONS),
 }
 # By the plan its passes take longer than transfers, so that forward, loss and backward passes take turns.
-TAKING_TURNS = """engine.num_stages=2 engine.stage_layers=[2,1] accumulation=24 model.dim=128 model.num_layers=3 model.mlp_dim=256
-    model.num_future_tokens=2 model.vocab_size=1024 head_loss.weights=[1,0.5] head_loss.chunk_rows=512 train.micro_batch_size=4
-    train.sequence_length=256"""
+TAKING_TURNS = """engine.num_stages=2 engine.stage_layers=[2,1] accumulation=24 model.dim=128 model.num_layers=3
+    model.mlp_dim=256 model.num_future_tokens=2 model.vocab_size=1024 head_loss.weights=[1,0.5] head_loss.chunk_rows=512
+    train.micro_batch_size=4 train.sequence_length=256"""
 ENGINES = {
     "zero1": (2, "engine.kind=zero1", ZERO1_OPTIONS),
     "zero3-grouped": (2, "engine.kind=zero3 engine.communication=grouped", ZERO3_OPTIONS),
@@ -91,7 +94,9 @@ def config_of(ranks: int, settings: str, corpus: str) -> Config:
 
 
 def train(config: Config) -> tuple[str, str, str] | None:
-    """Hashes of the losses, gradient norms and final state of a training, on rank 0; None on other ranks. Collective."""
+    """Hashes of the losses, gradient norms and final state of a training, on rank 0; None on other ranks.
+    Collective.
+    """
     import torch.distributed as dist
 
     from megamtp.data.indexed_dataset import IndexedDataset
@@ -102,9 +107,14 @@ def train(config: Config) -> tuple[str, str, str] | None:
 
     engine, model, settings = build_engine(config), config.model, config.train
     windows = Windows(
-        IndexedDataset(config.data.train), settings.sequence_length, model.num_future_tokens, settings.seed, 0, model.vocab_size,
+        IndexedDataset(config.data.train),
+        settings.sequence_length,
+        model.num_future_tokens,
+        settings.seed,
+        0,
+        model.vocab_size,
         config.data.documents,
-    )  # fmt: skip
+    )
     share = (engine.data_parallel_rank, engine.data_parallel_size)
     loader = TrainLoader(windows, config.global_batch_windows, settings.micro_batch_size, *share)
     losses, norms = [], []
@@ -124,14 +134,17 @@ def train(config: Config) -> tuple[str, str, str] | None:
 def hashes(of_ranks: list[tuple[list[bytes], list[str], dict[str, bytes]]]) -> tuple[str, str, str]:
     """Of (losses, norms, state) of each rank.
 
-    A state's keys are KIND/NAME@START. Slices are joined into whole tensors first: how ranks share a tensor does not matter.
+    A state's keys are KIND/NAME@START. Slices are joined into whole tensors first: how ranks share a tensor does not
+    matter.
     """
     slices = []
     for _, _, state in of_ranks:
         for key, content in state.items():
             name, start = key.rsplit("@", 1)
             slices.append((name, int(start), content))
-    tensors = [(name, b"".join(content for *_, content in own)) for name, own in groupby(sorted(slices), key=itemgetter(0))]
+    tensors = [
+        (name, b"".join(content for *_, content in own)) for name, own in groupby(sorted(slices), key=itemgetter(0))
+    ]
     losses, norms, _ = zip(*of_ranks, strict=True)
     return _hash(losses), _hash(norms), _hash(tensors)
 
@@ -180,7 +193,12 @@ def main() -> None:
     import torch.multiprocessing
     from benchmarks.corpora import write_random
 
-    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "DS_IGNORE_CUDA_DETECTION": "TRUE", "OMP_NUM_THREADS": "1"}
+    os.environ |= {
+        "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": "cpu",
+        "DS_IGNORE_CUDA_DETECTION": "TRUE",
+        "OMP_NUM_THREADS": "1",
+    }
     with tempfile.TemporaryDirectory() as folder:
         write_random(Path(folder) / "corpus", TOKENS, DOCUMENT_TOKENS, VOCABULARY)
         for ranks, names in groupby(filter(options.cases.__contains__, CASES), key=lambda name: CASES[name][0]):

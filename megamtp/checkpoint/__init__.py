@@ -1,1 +1,3 @@
-"""Checkpoints: what is in them (shards.py), how they are published and found (store.py), and what they become (hf.py)."""
+"""Checkpoints: what is in them (shards.py), how they are published and found (store.py), and what they become
+(hf.py).
+"""

@@ -39,8 +39,8 @@ def write(contents: Contents, directory: Path, dtype: torch.dtype = torch.float3
         dtype: fp32, for nothing may be lost.
 
     Raises:
-        CheckpointError: the destination exists or cannot be written, there is no room, or a tensor is missing, misshaped or
-            unknown.
+        CheckpointError: the destination exists or cannot be written, there is no room, or a tensor is missing,
+            misshaped or unknown.
     """
     if dtype != torch.float32:
         raise CheckpointError(f"the canonical form is in fp32, not {dtype}; leave --dtype out")
@@ -61,8 +61,8 @@ def read(directory: Path) -> Contents:
     """Opens the folder.
 
     Raises:
-        CheckpointError: it is of another format or version, a file is missing or damaged, or a tensor is missing, misshaped
-            or unknown.
+        CheckpointError: it is of another format or version, a file is missing or damaged, or a tensor is missing,
+            misshaped or unknown.
     """
     description = _read_description(directory)
     try:
@@ -79,7 +79,8 @@ def read(directory: Path) -> Contents:
             sources[kind] = SafetensorsFiles(directory / name for name in files)
     if set(sources) not in ({WEIGHT}, set(kinds)):
         raise CheckpointError(
-            f"{directory} holds {', '.join(sources) or 'nothing'}; expected {kinds[0]}, and all of {', '.join(kinds[1:])} or none"
+            f"{directory} holds {', '.join(sources) or 'nothing'}; expected {kinds[0]}, and all of "
+            f"{', '.join(kinds[1:])} or none"
         )
     model = described_model(description["model"], directory / DESCRIPTION)
     contents = Contents(
@@ -101,7 +102,9 @@ def check_same_model(directory: Path, found: ModelConfig, expected: ModelConfig)
     for key, value in dataclasses.asdict(found).items():
         wanted = getattr(expected, key)
         if value != wanted:
-            raise CheckpointError(f"{directory} is of a model with model.{key}={value}, not {wanted}; set model.{key}={value}")
+            raise CheckpointError(
+                f"{directory} is of a model with model.{key}={value}, not {wanted}; set model.{key}={value}"
+            )
 
 
 def _stem(kind: str) -> str:
@@ -134,10 +137,12 @@ def _read_description(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is of format {found[0]} {found[1]}, expected {FORMAT} {VERSION}")
     if found[1] > VERSION:
         raise CheckpointError(
-            f"{path} is of version {found[1]}, written by megamtp {description.get('code_version')}; expected at most {VERSION}: "
-            "use a newer megamtp"
+            f"{path} is of version {found[1]}, written by megamtp {description.get('code_version')}; expected at most "
+            f"{VERSION}: use a newer megamtp"
         )
     for key, kind in NEEDED.items():
         if not isinstance(description.get(key), kind):
-            raise CheckpointError(f"{path}: {key} is {description.get(key)!r}; expected a mapping: convert the checkpoint again")
+            raise CheckpointError(
+                f"{path}: {key} is {description.get(key)!r}; expected a mapping: convert the checkpoint again"
+            )
     return description

@@ -27,8 +27,8 @@ class Contents:
         sequence_length: positions of a training window; None if unknown.
         tokenizer: a SentencePiece model.
         tokens_are_bytes: there is no such model, since data.tokenizer is bytes.
-        special_ids: what generation_config.json says of the tokens that begin and end a text, such as {"eos_token_id": 2}, of a
-            source with a tokenizer of another kind.
+        special_ids: what generation_config.json says of the tokens that begin and end a text, such as {"eos_token_id":
+            2}, of a source with a tokenizer of another kind.
         notes: what a user should know of how it was read, one line each.
     """
 
@@ -54,7 +54,9 @@ class Contents:
     @property
     def has_optimizer_state(self) -> bool:
         """Whether a run can go on with it."""
-        return self.state is not None and self.step is not None and set(self.state.optimizer.tensors) <= set(self.sources)
+        return (
+            self.state is not None and self.step is not None and set(self.state.optimizer.tensors) <= set(self.sources)
+        )
 
     @property
     def weights(self) -> TensorSource:
@@ -107,7 +109,9 @@ def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
         return {name: tuple(parameter.shape) for name, parameter in MTPModel(model).named_parameters()}
 
 
-def check_tensors(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: Path | str) -> None:
+def check_tensors(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: Path | str
+) -> None:
     """Raises: CheckpointError if a tensor is missing, misshaped or unknown."""
     for name, shape in expected.items():
         if name not in found:
@@ -116,7 +120,9 @@ def check_tensors(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, t
             raise CheckpointError(f"{where}: tensor {name} has shape {list(found[name])}, expected {list(shape)}")
     for name in found:
         if name not in expected:
-            raise CheckpointError(f"{where} has an unknown tensor {name}; expected only its configuration's {len(expected)}")
+            raise CheckpointError(
+                f"{where} has an unknown tensor {name}; expected only its configuration's {len(expected)}"
+            )
 
 
 def check_contents(contents: Contents, where: Path | str) -> None:
@@ -130,7 +136,9 @@ def require_parallel_heads(contents: Contents, form: str) -> None:
     """Raises: CheckpointError if the format `form`, whose heads are transformer layers, cannot hold this model's."""
     kind = contents.model.head_kind
     if kind != "parallel":
-        raise CheckpointError(f"{form} cannot hold heads of the kind {kind}; expected model.head_kind=parallel: use canonical")
+        raise CheckpointError(
+            f"{form} cannot hold heads of the kind {kind}; expected model.head_kind=parallel: use canonical"
+        )
 
 
 @dataclass(frozen=True)
@@ -164,7 +172,10 @@ class Rearranged:
             return self.source.read(taken.name, 0, 0)
         breaks = ((rows[1:] != rows[:-1] + 1).nonzero().flatten() + 1).tolist()
         runs = zip([0, *breaks], [*breaks, len(rows)], strict=True)
-        parts = [self.source.read(taken.name, int(rows[begin]) * width, (int(rows[stop - 1]) + 1) * width) for begin, stop in runs]
+        parts = [
+            self.source.read(taken.name, int(rows[begin]) * width, (int(rows[stop - 1]) + 1) * width)
+            for begin, stop in runs
+        ]
         return torch.cat(parts)[start - first * width : end - first * width]
 
 

@@ -74,7 +74,9 @@ def _made_alone(work: Path, directory: Path) -> Iterator[None]:
 
 
 def check_destination(directory: Path) -> None:
-    """Raises: CheckpointError if a folder cannot take that name, or would destroy something else than an earlier export."""
+    """Raises: CheckpointError if a folder cannot take that name, or would destroy something else than an earlier
+    export.
+    """
     try:
         status = directory.stat()
     except FileNotFoundError:
@@ -83,10 +85,13 @@ def check_destination(directory: Path) -> None:
         raise CheckpointError(f"{directory} cannot be written: {error.strerror}; choose another destination") from None
     if os.path.samestat(status, os.stat(".")):
         raise CheckpointError(
-            f"{directory} is the current folder, which would be replaced by a new one; expected another: choose a new folder in it"
+            f"{directory} is the current folder, which would be replaced by a new one; expected another: choose a new "
+            "folder in it"
         )
     if os.path.ismount(directory):
-        raise CheckpointError(f"{directory} is a mount point, which keeps its place; expected a folder: choose one in it")
+        raise CheckpointError(
+            f"{directory} is a mount point, which keeps its place; expected a folder: choose one in it"
+        )
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is a file; expected a new or empty folder: choose another destination")
     found = sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
@@ -118,13 +123,17 @@ def check_sizes(folder: Path, sizes: Mapping[str, int], remedy: str | None) -> N
 
 
 def name_in(file: Path) -> str:
-    """The name of a neighbour, which is all that a text file holds. Raises: CheckpointError if no file can have that name."""
+    """The name of a neighbour, which is all that a text file holds. Raises: CheckpointError if no file can have that
+    name.
+    """
     try:
         name = file.read_text().strip()
         if Path(name).name != name or "\0" in name or len(os.fsencode(name)) > LONGEST_NAME_BYTES:
             raise ValueError(f"{name[:50]!r} cannot be a file's name")
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error}); expected the name of a folder beside it: copy it again") from None
+        raise CheckpointError(
+            f"{file} cannot be read ({error}); expected the name of a folder beside it: copy it again"
+        ) from None
     return name
 
 

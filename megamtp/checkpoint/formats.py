@@ -65,8 +65,12 @@ def detect(source: Path) -> str:
                 return name
     except OSError as error:
         reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
-        raise CheckpointError(f"{source} {reason}; expected a checkpoint of one of these: {', '.join(readable())}") from None
-    raise CheckpointError(f"{source} is no checkpoint of a known format; expected one of these: {', '.join(readable())}")
+        raise CheckpointError(
+            f"{source} {reason}; expected a checkpoint of one of these: {', '.join(readable())}"
+        ) from None
+    raise CheckpointError(
+        f"{source} is no checkpoint of a known format; expected one of these: {', '.join(readable())}"
+    )
 
 
 def read(source: Path, options: Options | None = None) -> Contents:

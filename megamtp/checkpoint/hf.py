@@ -1,4 +1,5 @@
-"""Trunk and head 1 as a LlamaForCausalLM folder of transformers, and any such folder as the beginning of a multi-token model.
+"""Trunk and head 1 as a LlamaForCausalLM folder of transformers, and any such folder as the beginning of a multi-token
+model.
 
     export(contents, Path("exported"))
     contents = read(Path("exported"))                          # the ordinary next-token model
@@ -12,13 +13,21 @@ from pathlib import Path
 
 import torch
 
-from megamtp.checkpoint.contents import Contents, check_contents, check_tensors, parameter_shapes, renamed, require_parallel_heads
+from megamtp.checkpoint.contents import (
+    Contents,
+    check_contents,
+    check_tensors,
+    parameter_shapes,
+    renamed,
+    require_parallel_heads,
+)
 from megamtp.checkpoint.folder import published
 from megamtp.checkpoint.hf_settings import contents_of, model_config, read_settings, write_settings
 from megamtp.checkpoint.hf_weights import num_bytes, open_weights, write_weights
 from megamtp.config import ModelConfig
 
-DERIVED = ".self_attn.rotary_emb.inv_freq"  # in older files; computed from the settings, as transformers does, which leaves it out
+# in older files; computed from the settings, as transformers does, which leaves it out
+DERIVED = ".self_attn.rotary_emb.inv_freq"
 
 # MTPModel's names -> LlamaForCausalLM's. Both write rotary pairs as (k, k + K/2), so no row of a matrix moves.
 OUTER_NAMES = {
@@ -61,9 +70,9 @@ def export(contents: Contents, directory: Path, dtype: torch.dtype = torch.float
 def read(directory: Path, num_future_tokens: int = 1) -> Contents:
     """A LlamaForCausalLM folder without biases, as the beginning of a model of so many heads.
 
-    The trunk is all its layers but the last, which is head 1, and of which heads 2 to n are copies; so head 1 computes what the
-    whole model did. Norm and unembedding are its own. A copy, rather than new weights, puts every head where the unembedding can
-    read its output already.
+    The trunk is all its layers but the last, which is head 1, and of which heads 2 to n are copies; so head 1 computes
+    what the whole model did. Norm and unembedding are its own. A copy, rather than new weights, puts every head where
+    the unembedding can read its output already.
 
     Raises:
         CheckpointError: a file is missing or unreadable, the model is of another form, or a tensor is missing,
@@ -84,10 +93,14 @@ def read(directory: Path, num_future_tokens: int = 1) -> Contents:
 
 
 def names_of(model: ModelConfig, copies: bool = False) -> dict[str, str]:
-    """MTPModel's name -> LlamaForCausalLM's, of all that is exported; with `copies`, heads 2 to n have the names of head 1."""
+    """MTPModel's name -> LlamaForCausalLM's, of all that is exported; with `copies`, heads 2 to n have the names of
+    head 1.
+    """
     layers = [(f"trunk.{index}", index) for index in range(model.num_trunk_layers)]
     heads = range(model.num_future_tokens if copies else 1)
     layers += [(f"heads.{index}", model.num_trunk_layers) for index in heads]
     return OUTER_NAMES | {
-        f"{layer}.{ours}": f"model.layers.{number}.{theirs}" for layer, number in layers for ours, theirs in LAYER_NAMES.items()
+        f"{layer}.{ours}": f"model.layers.{number}.{theirs}"
+        for layer, number in layers
+        for ours, theirs in LAYER_NAMES.items()
     }

@@ -1,4 +1,5 @@
-"""All heads as a folder of transformers with a model of its own (modeling_megamtp.py, which lies in the folder), and back.
+"""All heads as a folder of transformers with a model of its own (modeling_megamtp.py, which lies in the folder), and
+back.
 
 write(contents, Path("exported"))      # AutoModelForCausalLM.from_pretrained("exported", trust_remote_code=True)
 contents = read(Path("exported"))
@@ -9,7 +10,14 @@ from pathlib import Path
 import torch
 
 from megamtp.checkpoint import hf
-from megamtp.checkpoint.contents import Contents, check_contents, check_tensors, parameter_shapes, renamed, require_parallel_heads
+from megamtp.checkpoint.contents import (
+    Contents,
+    check_contents,
+    check_tensors,
+    parameter_shapes,
+    renamed,
+    require_parallel_heads,
+)
 from megamtp.checkpoint.folder import published
 from megamtp.checkpoint.hf_settings import CONFIG, contents_of, model_config, read_settings, write_settings
 from megamtp.checkpoint.hf_weights import num_bytes, open_weights, write_weights
@@ -51,7 +59,9 @@ def read(directory: Path) -> Contents:
     """
     settings = read_settings(directory)
     if not isinstance(settings.get("num_future_tokens"), int):
-        raise CheckpointError(f"{directory / CONFIG} has no num_future_tokens; expected the number of heads: export it again")
+        raise CheckpointError(
+            f"{directory / CONFIG} has no num_future_tokens; expected the number of heads: export it again"
+        )
     model = model_config(settings, directory, settings["num_future_tokens"], MODEL_TYPE)
     names, shapes = _names(model), parameter_shapes(model)
     found = open_weights(directory)

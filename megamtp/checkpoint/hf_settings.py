@@ -1,4 +1,6 @@
-"""What a folder of transformers says beside its weights: config.json, generation_config.json and the tokenizer's files."""
+"""What a folder of transformers says beside its weights: config.json, generation_config.json and the tokenizer's
+files.
+"""
 
 import json
 from collections.abc import Mapping
@@ -73,29 +75,38 @@ def read_settings(directory: Path) -> dict[str, Any]:
             raise ValueError("no mapping")
         return settings
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{directory} is no model of transformers or a damaged one ({error}); copy it again") from None
+        raise CheckpointError(
+            f"{directory} is no model of transformers or a damaged one ({error}); copy it again"
+        ) from None
 
 
 def contents_of(
     directory: Path, settings: dict[str, Any], model: ModelConfig, weights: TensorSource, notes: tuple[str, ...] = ()
 ) -> Contents:
-    """What a folder of transformers with these `weights` holds, its tokenizer included; or the ids of special tokens without it.
+    """What a folder of transformers with these `weights` holds, its tokenizer included; or the ids of special tokens
+    without it.
 
     Raises:
         CheckpointError: generation_config.json, or a number of config.json, is damaged.
     """
-    positions, tokenizer, in_bytes = "max_position_embeddings", directory / TOKENIZER, are_bytes(directory, model.vocab_size)
+    positions, tokenizer, in_bytes = (
+        "max_position_embeddings",
+        directory / TOKENIZER,
+        are_bytes(directory, model.vocab_size),
+    )
     usable, special_ids = fits(tokenizer, model.vocab_size), {}
     if not usable and not in_bytes:
         special_ids = special_ids_of(settings, model.vocab_size) | read_special_ids(directory, model.vocab_size)
     if not usable and not in_bytes and (tokenizer.exists() or (directory / "tokenizer.json").exists()):
         kept = ", ".join(f"{key} {value}" for key, value in special_ids.items())
         notes += (
-            f"{directory} has a tokenizer, but no SentencePiece model of at most {model.vocab_size} pieces: it stays behind"
-            + (f", {kept} are kept" if kept else ""),
+            f"{directory} has a tokenizer, but no SentencePiece model of at most {model.vocab_size} pieces: it stays "
+            "behind" + (f", {kept} are kept" if kept else ""),
         )
     if usable and (pieces := SentencePieceTokenizer(tokenizer).vocab_size) < model.vocab_size:
-        notes += (f"{tokenizer} has {pieces} pieces, the model {model.vocab_size} rows: ids from {pieces} on have no text",)
+        notes += (
+            f"{tokenizer} has {pieces} pieces, the model {model.vocab_size} rows: ids from {pieces} on have no text",
+        )
     return Contents(
         model,
         {WEIGHT: weights},
@@ -107,7 +118,9 @@ def contents_of(
     )
 
 
-def model_config(settings: dict[str, Any], directory: Path, num_future_tokens: int, model_type: str = "llama") -> ModelConfig:
+def model_config(
+    settings: dict[str, Any], directory: Path, num_future_tokens: int, model_type: str = "llama"
+) -> ModelConfig:
     """The model that config.json tells of, with so many heads, head 1 being its last layer.
 
     Raises:
@@ -121,7 +134,9 @@ def model_config(settings: dict[str, Any], directory: Path, num_future_tokens: i
     if "rms_norm_eps" not in settings:
         raise CheckpointError(f"{path} has no rms_norm_eps; expected all settings of a Llama: mend it")
     if num_layers < 2:
-        raise CheckpointError(f"{directory} has one layer; expected two or more: the last becomes head 1, the others the trunk")
+        raise CheckpointError(
+            f"{directory} has one layer; expected two or more: the last becomes head 1, the others the trunk"
+        )
     model = ModelConfig(
         dim=dim,
         num_layers=num_layers - 1 + num_future_tokens,

@@ -19,9 +19,12 @@ BYTES_END = ByteTokenizer.end_of_document_id
 
 # What normalisation and whitespace rules of other tokenizers would change, and the character that stands for a space.
 PROBES = (
-    "\t x\r\n", "  two  spaces  ", "\ufb01 \uff21 \u00e9 e\u0301 \u200b \U0001f600\x01",
-    SPACE_MARK, f" {SPACE_MARK}a{SPACE_MARK} {SPACE_MARK}{SPACE_MARK}b{SPACE_MARK}",
-)  # fmt: skip
+    "\t x\r\n",
+    "  two  spaces  ",
+    "\ufb01 \uff21 \u00e9 e\u0301 \u200b \U0001f600\x01",
+    SPACE_MARK,
+    f" {SPACE_MARK}a{SPACE_MARK} {SPACE_MARK}{SPACE_MARK}b{SPACE_MARK}",
+)
 
 
 def read_tokenizer(path: Path, vocab_size: int) -> SentencePieceTokenizer:
@@ -49,7 +52,9 @@ def copy_tokenizer(contents: Contents, folder: Path) -> None:
     try:
         model = contents.tokenizer.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{contents.tokenizer} cannot be read ({error.strerror}); mend data.tokenizer of the run") from None
+        raise CheckpointError(
+            f"{contents.tokenizer} cannot be read ({error.strerror}); mend data.tokenizer of the run"
+        ) from None
     (folder / TOKENIZER).write_bytes(model)
 
 
@@ -90,8 +95,8 @@ def write_tokenizer(folder: Path, tokenizer: SentencePieceTokenizer, sequence_le
 def write_byte_tokenizer(folder: Path, sequence_length: int) -> None:
     """Bytes as tokens, and BYTES_END.
 
-    ByteLevel spells each byte as a character: those that can be printed as themselves, the others as those from U+0100 on.
-    Source: the byte-level BPE of GPT-2, which `tokenizers` calls ByteLevel.
+    ByteLevel spells each byte as a character: those that can be printed as themselves, the others as those from U+0100
+    on. Source: the byte-level BPE of GPT-2, which `tokenizers` calls ByteLevel.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
@@ -119,14 +124,17 @@ def are_bytes(folder: Path, vocab_size: int) -> bool:
     if vocab_size < ByteTokenizer.vocab_size or not path.exists() or path.stat().st_size > LARGEST_BYTE_TOKENIZER:
         return False
     tokenizer = Tokenizer.from_file(str(path))
-    return tokenizer.get_vocab_size() == ByteTokenizer.vocab_size and tokenizer.encode(probe).ids == list(probe.encode())
+    return tokenizer.get_vocab_size() == ByteTokenizer.vocab_size and tokenizer.encode(probe).ids == list(
+        probe.encode()
+    )
 
 
 def translate(tokenizer: SentencePieceTokenizer) -> Tokenizer:
     """SentencePiece's BPE in the `tokenizers` library.
 
     Its merges are all the ways to cut a piece into two pieces, those of the best piece first. Pieces are written with
-    real spaces, not with SentencePiece's mark U+2581. A mark in the text is first made a space where SentencePiece reads it as one.
+    real spaces, not with SentencePiece's mark U+2581. A mark in the text is first made a space where SentencePiece
+    reads it as one.
 
     Raises:
         CheckpointError: it is a tokenizer of another kind, or the translation does not give SentencePiece's ids.
@@ -174,10 +182,10 @@ def translate(tokenizer: SentencePieceTokenizer) -> Tokenizer:
 def _isolate(translated: Tokenizer, symbols: list[str], names: list[str]) -> None:
     """Makes each of the `symbols` in a text its own token, the longest where several begin.
 
-    Not as added tokens: those are taken out of a text before it gets its dummy prefix, so a text that begins with a symbol would
-    get none. Instead the text is cut around the symbols, and a part that equals a piece becomes that piece without any merge.
-    That must not happen to a part that reads like the name of a control or byte piece, such as "</s>": it is cut where its
-    first token ends.
+    Not as added tokens: those are taken out of a text before it gets its dummy prefix, so a text that begins with a
+    symbol would get none. Instead the text is cut around the symbols, and a part that equals a piece becomes that piece
+    without any merge. That must not happen to a part that reads like the name of a control or byte piece, such as
+    "</s>": it is cut where its first token ends.
     """
     longest_first = sorted(symbols, key=len, reverse=True)
     steps = [pre_tokenizers.Split(Regex(_any_of(map(re.escape, longest_first))), "isolated")]
@@ -193,7 +201,9 @@ def _any_of(patterns: Iterable[str]) -> str:
 
 
 def _check_kind(tokenizer: SentencePieceTokenizer) -> None:
-    """Raises: CheckpointError if this is no BPE model, or it changes texts in a way that `translate` does not translate."""
+    """Raises: CheckpointError if this is no BPE model, or it changes texts in a way that `translate` does not
+    translate.
+    """
     trainer, normalizer = tokenizer.proto.trainer_spec, tokenizer.proto.normalizer_spec
     if trainer.model_type not in (TrainerSpec.BPE, TrainerSpec.CHAR):
         raise _refusal(tokenizer, f"it is a {TrainerSpec.ModelType.Name(trainer.model_type).lower()} model")
@@ -208,7 +218,8 @@ def _check_kind(tokenizer: SentencePieceTokenizer) -> None:
 def _check_translation(tokenizer: SentencePieceTokenizer, translated: Tokenizer, texts: list[str]) -> None:
     """Raises: CheckpointError if any text becomes other ids than SentencePiece's."""
     for text, expected in zip(texts, tokenizer.encode_batch(texts), strict=True):
-        ids = translated.encode(text).ids  # encode_batch would start threads, and warn in every process forked afterwards
+        # encode_batch would start threads, and warn in every process forked afterwards
+        ids = translated.encode(text).ids
         if ids != expected:
             raise _refusal(tokenizer, f"{text!r} would become {ids}, expected {expected}")
 

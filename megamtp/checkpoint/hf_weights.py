@@ -32,7 +32,9 @@ def write_weights(folder: Path, weights: TensorSource, dtype: torch.dtype) -> No
         safetensors_file.write(folder / name, weights, tensors, dtype)
     if len(files) > 1:
         weight_map = {tensor: name for name, tensors in zip(names, files, strict=True) for tensor in tensors}
-        write_json(_index(folder / WEIGHTS), {"metadata": {"total_size": num_bytes(weights, dtype)}, "weight_map": weight_map})
+        write_json(
+            _index(folder / WEIGHTS), {"metadata": {"total_size": num_bytes(weights, dtype)}, "weight_map": weight_map}
+        )
 
 
 def open_weights(directory: Path) -> TensorSource:
@@ -49,7 +51,9 @@ def open_weights(directory: Path) -> TensorSource:
             found = open_files(directory / file for file in sorted(set(weight_map.values())))
             for tensor, file in weight_map.items():
                 if tensor not in found.shapes:
-                    raise CheckpointError(f"{directory / file} has no tensor {tensor}; expected it there by {name}.index.json")
+                    raise CheckpointError(
+                        f"{directory / file} has no tensor {tensor}; expected it there by {name}.index.json"
+                    )
             return found
     raise CheckpointError(f"{directory} has no {WEIGHTS}; expected it, its index, or {PICKLED}: copy the weights, too")
 

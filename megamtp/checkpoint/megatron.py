@@ -3,8 +3,9 @@
     FOLDER/latest_checkpointed_iteration.txt
     FOLDER/iter_0000100/mp_rank_00/model_optim_rng.pt    "model": weights by Megatron-Core's names, "args": settings
 
-Queries, keys and values are one matrix: for each group of attention heads its queries, then its key, then its value. So are the
-gate and up matrices of SwiGLU. Source: Megatron-LM, tools/checkpoint/schema_core.py and loader_llama_mistral.py.
+Queries, keys and values are one matrix: for each group of attention heads its queries, then its key, then its value. So
+are the gate and up matrices of SwiGLU. Source: Megatron-LM, tools/checkpoint/schema_core.py and
+loader_llama_mistral.py.
 """
 
 from pathlib import Path
@@ -26,17 +27,37 @@ EXTRA_STATE = "_extra_state"  # of Transformer Engine: scales of fp8 products
 
 # Of args: what the model must be, by what an older Megatron without the setting was.
 FORM = {
-    "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "position_embedding_type": "rope", "swiglu": True,
-    "normalization": "RMSNorm", "add_bias_linear": False, "add_qkv_bias": False, "num_experts": None, "rotary_percent": 1.0,
-    "rotary_interleaved": False, "use_rope_scaling": False, "rotary_seq_len_interpolation_factor": None, "qk_layernorm": False,
-    "apply_layernorm_1p": False, "apply_query_key_layer_scaling": False, "apply_residual_connection_post_layernorm": False,
-    "mtp_num_layers": None, "multi_latent_attention": False, "window_size": None, "no_rope_freq": None, "softmax_type": "vanilla",
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "position_embedding_type": "rope",
+    "swiglu": True,
+    "normalization": "RMSNorm",
+    "add_bias_linear": False,
+    "add_qkv_bias": False,
+    "num_experts": None,
+    "rotary_percent": 1.0,
+    "rotary_interleaved": False,
+    "use_rope_scaling": False,
+    "rotary_seq_len_interpolation_factor": None,
+    "qk_layernorm": False,
+    "apply_layernorm_1p": False,
+    "apply_query_key_layer_scaling": False,
+    "apply_residual_connection_post_layernorm": False,
+    "mtp_num_layers": None,
+    "multi_latent_attention": False,
+    "window_size": None,
+    "no_rope_freq": None,
+    "softmax_type": "vanilla",
     "glu_linear_offset": 0.0,
-}  # fmt: skip
+}
 DEFAULT_ROTARY_BASE = 10000  # of a Megatron without the argument
 MUST_BE_SAID = ("position_embedding_type", "swiglu", "normalization", "add_bias_linear")
 
-EMBEDDING, FINAL_NORM, OUTPUT = "embedding.word_embeddings.weight", "decoder.final_layernorm.weight", "output_layer.weight"
+EMBEDDING, FINAL_NORM, OUTPUT = (
+    "embedding.word_embeddings.weight",
+    "decoder.final_layernorm.weight",
+    "output_layer.weight",
+)
 QUERY_KEY_VALUE, GATE_UP = "self_attention.linear_qkv.weight", "mlp.linear_fc1.weight"
 NORMS = {  # of attention and SwiGLU, with Transformer Engine and without
     True: ("self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight"),
@@ -45,16 +66,19 @@ NORMS = {  # of attention and SwiGLU, with Transformer Engine and without
 
 
 def read(directory: Path, num_future_tokens: int = 1) -> Contents:
-    """Opens a checkpoint as a model of so many heads: its last layer is head 1, and heads 2 to n are copies of it, as hf.read's.
+    """Opens a checkpoint as a model of so many heads: its last layer is head 1, and heads 2 to n are copies of it, as
+    hf.read's.
 
     Raises:
-        CheckpointError: a file is missing or unreadable, the model is of another form, or a tensor is missing, misshaped
-            or unknown.
+        CheckpointError: a file is missing or unreadable, the model is of another form, or a tensor is missing,
+            misshaped or unknown.
     """
     path = _weights_file(directory)
     saved = torch_file.read(path, CLASSES_OF)
     if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict) or "args" not in saved:
-        raise CheckpointError(f"{path} has no model and args; expected Megatron-LM's, of one GPU's share and without stages")
+        raise CheckpointError(
+            f"{path} has no model and args; expected Megatron-LM's, of one GPU's share and without stages"
+        )
     args = getattr(saved["args"], "__dict__", {})
     _check_form(args, path)
     found = {name: tensor for name, tensor in saved["model"].items() if not name.endswith(EXTRA_STATE)}
@@ -66,7 +90,9 @@ def read(directory: Path, num_future_tokens: int = 1) -> Contents:
     check_tensors({name: tuple(tensor.shape) for name, tensor in found.items()}, expected, path)
     notes = [f"{path} ties its unembedding to its embedding: from here on each has weights of its own"] if tied else []
     if args.get("vocab_size") not in (None, model.vocab_size):
-        notes.append(f"{path} has a vocabulary of {args['vocab_size']}, padded to {model.vocab_size}: the padding is kept")
+        notes.append(
+            f"{path} has a vocabulary of {args['vocab_size']}, padded to {model.vocab_size}: the padding is kept"
+        )
     return Contents(
         model,
         {WEIGHT: Rearranged(InMemory(found), _rows(model, fused_norms, tied))},
@@ -87,10 +113,14 @@ def _weights_file(directory: Path) -> Path:
         iteration = name_in(directory / LATEST)
         folder = directory / (f"iter_{int(iteration):07d}" if iteration.isdecimal() else iteration)
     if (folder / DISTRIBUTED).exists():
-        raise CheckpointError(f"{folder} is in Megatron-LM's distributed format; expected --ckpt-format torch: convert it there")
+        raise CheckpointError(
+            f"{folder} is in Megatron-LM's distributed format; expected --ckpt-format torch: convert it there"
+        )
     ranks = sorted(path.name for path in folder.glob("mp_rank_*"))
     if ranks != ["mp_rank_00"]:
-        raise CheckpointError(f"{folder} has {ranks or 'no ranks'}; expected mp_rank_00 alone: convert it there to TP = PP = 1")
+        raise CheckpointError(
+            f"{folder} has {ranks or 'no ranks'}; expected mp_rank_00 alone: convert it there to TP = PP = 1"
+        )
     return folder / "mp_rank_00" / FILE
 
 
@@ -116,14 +146,17 @@ def _model(args: dict[str, Any], path: Path, num_future_tokens: int) -> ModelCon
         mlp_dim=mlp_dim,
         vocab_size=vocab_size,
         rope_theta=args.get("rotary_base", DEFAULT_ROTARY_BASE),
-        norm_eps=cast("float", args.get("norm_epsilon", args.get("layernorm_epsilon"))),  # the second is an older Megatron's name
+        # the second is an older Megatron's name
+        norm_eps=cast("float", args.get("norm_epsilon", args.get("layernorm_epsilon"))),
     )
     if args.get("kv_channels") not in (None, model.head_dim):
         raise CheckpointError(
             f"{path}: args.kv_channels is {args['kv_channels']}, expected {model.head_dim}: another form of model"
         )
     if model.num_trunk_layers < 1:
-        raise CheckpointError(f"{path} has one layer; expected two or more: the last becomes head 1, the others the trunk")
+        raise CheckpointError(
+            f"{path} has one layer; expected two or more: the last becomes head 1, the others the trunk"
+        )
     return checked_model(model, path)
 
 
@@ -178,4 +211,8 @@ def _attention_rows(model: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
     queries_of_group = model.num_attention_heads // model.key_value_heads
     rows = torch.arange((model.num_attention_heads + 2 * model.key_value_heads) * model.head_dim)
     rows = rows.view(model.key_value_heads, queries_of_group + 2, model.head_dim)
-    return rows[:, :queries_of_group].flatten(), rows[:, queries_of_group].flatten(), rows[:, queries_of_group + 1].flatten()
+    return (
+        rows[:, :queries_of_group].flatten(),
+        rows[:, queries_of_group].flatten(),
+        rows[:, queries_of_group + 1].flatten(),
+    )

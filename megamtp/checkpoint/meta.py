@@ -1,7 +1,7 @@
 """The form in which the paper's models were released: params.json and consolidated.pth, heads 2 to n as `extra_heads`.
 
-Source: arXiv:2404.19737's release; its names are those of Meta's Llama code. `layers` are the trunk and head 1, whatever n, so a
-file without `extra_heads` is a Llama of that code; `n_layers` counts trunk and heads together.
+Source: arXiv:2404.19737's release; its names are those of Meta's Llama code. `layers` are the trunk and head 1,
+whatever n, so a file without `extra_heads` is a Llama of that code; `n_layers` counts trunk and heads together.
 """
 
 import json
@@ -61,18 +61,21 @@ ROTATED = ("attention.query.weight", "attention.key.weight")
 
 
 def write(contents: Contents, directory: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Writes the folder, which appears whole, with the tokenizer if there is one; `dtype` as asked for (released: fp16).
+    """Writes the folder, which appears whole, with the tokenizer if there is one; `dtype` as asked for (released:
+    fp16).
 
     Raises:
-        CheckpointError: the destination exists or cannot be written, there is no room, or a tensor is missing, misshaped
-            or unknown.
+        CheckpointError: the destination exists or cannot be written, there is no room, or a tensor is missing,
+            misshaped or unknown.
     """
     require_parallel_heads(contents, "meta")
     check_contents(contents, "the checkpoint")
     model = contents.model
     names = _names(model, range(model.num_future_tokens))
     rows = _rows(model, interleave=True)
-    weights = Rearranged(contents.weights, {theirs: Rows(ours, rows.get(_kind(ours))) for ours, theirs in names.items()})
+    weights = Rearranged(
+        contents.weights, {theirs: Rows(ours, rows.get(_kind(ours))) for ours, theirs in names.items()}
+    )
     num_bytes = sum(map(math.prod, weights.shapes.values())) * dtype.itemsize
     with published(directory, num_bytes) as folder:
         write_json(folder / PARAMS, _params(model))
@@ -85,11 +88,12 @@ def read(directory: Path, num_future_tokens: int = 1) -> Contents:
     """Opens the folder.
 
     Args:
-        num_future_tokens: heads to make of a Llama, which has one: as hf.read. What has `extra_heads` has its own number.
+        num_future_tokens: heads to make of a Llama, which has one: as hf.read. What has `extra_heads` has its own
+            number.
 
     Raises:
-        CheckpointError: a file is missing or unreadable, the model is of another form, or a tensor is missing, misshaped
-            or unknown.
+        CheckpointError: a file is missing or unreadable, the model is of another form, or a tensor is missing,
+            misshaped or unknown.
     """
     params = _read_params(directory)
     file = _weights_file(directory)
@@ -179,7 +183,9 @@ def _hidden_dim(params: dict[str, Any]) -> int:
     return -(-hidden // params["multiple_of"]) * params["multiple_of"]
 
 
-def _model(directory: Path, params: dict[str, Any], found: dict[str, torch.Tensor], num_heads: int, copies: int) -> ModelConfig:
+def _model(
+    directory: Path, params: dict[str, Any], found: dict[str, torch.Tensor], num_heads: int, copies: int
+) -> ModelConfig:
     """`copies`: heads that the file does not have."""
     path, embedding = directory / PARAMS, found.get(OUTER_NAMES["embedding.weight"])
     if params.get("vocab_size") == -1 and embedding is not None:
@@ -223,5 +229,7 @@ def _read_params(directory: Path) -> dict[str, Any]:
 
 def _weights_file(directory: Path) -> Path:
     if (directory / ONE_OF_MANY).exists():
-        raise CheckpointError(f"{directory} has {ONE_OF_MANY}: weights cut for several GPUs; expected {WEIGHTS} alone: merge them")
+        raise CheckpointError(
+            f"{directory} has {ONE_OF_MANY}: weights cut for several GPUs; expected {WEIGHTS} alone: merge them"
+        )
     return directory / (ONE_OF_ONE if (directory / ONE_OF_ONE).exists() else WEIGHTS)

@@ -1,13 +1,14 @@
-"""A multi-token model for transformers: a Llama whose trunk feeds n heads, each one more layer. This file needs torch and
-transformers alone.
+"""A multi-token model for transformers: a Llama whose trunk feeds n heads, each one more layer. This file needs torch
+and transformers alone.
 
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     model.generate(ids, max_new_tokens=100)                  # head 1, as any causal language model
     model.generate_with_heads(ids, max_new_tokens=100)       # the same greedy text: heads 2 to n draft, head 1 verifies
     model.head_logits(ids)                                   # [n, B, T, V]: head i predicts the i-th next token
 
-The last of `model.layers` is head 1; heads 2 to n are `extra_heads`. Source: Gloeckle et al. 2024, arXiv:2404.19737; drafting:
-Stern et al. 2018, arXiv:1811.03115. Shapes: B batch, T new positions, S all positions, D width, H heads, K their width, V tokens.
+The last of `model.layers` is head 1; heads 2 to n are `extra_heads`. Source: Gloeckle et al. 2024, arXiv:2404.19737;
+drafting: Stern et al. 2018, arXiv:1811.03115. Shapes: B batch, T new positions, S all positions, D width, H heads, K
+their width, V tokens.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-Extend = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # takes new keys and values [B, H, T, K], returns those of all positions
+# takes new keys and values [B, H, T, K], returns those of all positions
+Extend = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class MegamtpConfig(PretrainedConfig):
@@ -29,16 +31,34 @@ class MegamtpConfig(PretrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - as transformers has it
 
     def __init__(
-        self, vocab_size: int = 32000, hidden_size: int = 4096, intermediate_size: int = 11008, num_hidden_layers: int = 29,
-        num_attention_heads: int = 32, num_key_value_heads: int | None = None, head_dim: int | None = None,
-        num_future_tokens: int = 4, max_position_embeddings: int = 4096, rms_norm_eps: float = 1e-5, rope_theta: float = 10000.0,
-        hidden_act: str = "silu", tie_word_embeddings: bool = False, **others: Any,
-    ):  # fmt: skip
+        self,
+        vocab_size: int = 32000,
+        hidden_size: int = 4096,
+        intermediate_size: int = 11008,
+        num_hidden_layers: int = 29,
+        num_attention_heads: int = 32,
+        num_key_value_heads: int | None = None,
+        head_dim: int | None = None,
+        num_future_tokens: int = 4,
+        max_position_embeddings: int = 4096,
+        rms_norm_eps: float = 1e-5,
+        rope_theta: float = 10000.0,
+        hidden_act: str = "silu",
+        tie_word_embeddings: bool = False,
+        **others: Any,
+    ):
         self.vocab_size, self.hidden_size, self.intermediate_size = vocab_size, hidden_size, intermediate_size
         self.num_hidden_layers, self.num_future_tokens = num_hidden_layers, num_future_tokens
-        self.num_attention_heads, self.num_key_value_heads = num_attention_heads, num_key_value_heads or num_attention_heads
+        self.num_attention_heads, self.num_key_value_heads = (
+            num_attention_heads,
+            num_key_value_heads or num_attention_heads,
+        )
         self.head_dim = head_dim or hidden_size // num_attention_heads
-        self.max_position_embeddings, self.rms_norm_eps, self.rope_theta = max_position_embeddings, rms_norm_eps, rope_theta
+        self.max_position_embeddings, self.rms_norm_eps, self.rope_theta = (
+            max_position_embeddings,
+            rms_norm_eps,
+            rope_theta,
+        )
         self.hidden_act = hidden_act
         super().__init__(**{"tie_word_embeddings": tie_word_embeddings, **others})
 
@@ -55,7 +75,10 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     def __init__(self, config: MegamtpConfig):
         super().__init__()
-        width, key_value_width = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        width, key_value_width = (
+            config.num_attention_heads * config.head_dim,
+            config.num_key_value_heads * config.head_dim,
+        )
         self.head_dim, self.groups = config.head_dim, config.num_attention_heads // config.num_key_value_heads
         self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, key_value_width, bias=False)
@@ -128,16 +151,26 @@ class MegamtpForCausalLM(PreTrainedModel, GenerationMixin):
         return self.lm_head
 
     def forward(
-        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None, inputs_embeds: Tensor | None = None, labels: Tensor | None = None,
-        use_cache: bool | None = None, logits_to_keep: int | Tensor = 0, num_items_in_batch: int | Tensor | None = None,
-        return_dict: bool | None = None, **others: Any,
-    ) -> tuple[Any, ...] | CausalLMOutputWithPast:  # fmt: skip
-        """Head 1's logits [B, T, V], and with labels [B, T] the loss of the next token. Other arguments are not looked at.
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: int | Tensor | None = None,
+        return_dict: bool | None = None,
+        **others: Any,
+    ) -> tuple[Any, ...] | CausalLMOutputWithPast:
+        """Head 1's logits [B, T, V], and with labels [B, T] the loss of the next token. Other arguments are not looked
+        at.
 
         Args:
             logits_to_keep: of the last positions alone, or of those with these indices; 0: of all.
-            num_items_in_batch: what the sum of losses is divided by, as Trainer asks for over several batches; None: the mean.
+            num_items_in_batch: what the sum of losses is divided by, as Trainer asks for over several batches; None:
+                the mean.
         """
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
@@ -171,8 +204,8 @@ class MegamtpForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> tuple[Tensor, int]:
         """Head 1's greedy text in fewer passes: what the other heads have drafted is verified all at once.
 
-        In fp32 it is generate()'s. In 16 bits, where several tokens at a time are rounded otherwise than one, near ties may fall
-        otherwise, as they may with and without a cache.
+        In fp32 it is generate()'s. In 16 bits, where several tokens at a time are rounded otherwise than one, near ties
+        may fall otherwise, as they may with and without a cache.
 
         Args:
             input_ids: [1, T].
@@ -222,12 +255,15 @@ class MegamtpForCausalLM(PreTrainedModel, GenerationMixin):
         mask = torch.ones(length, past + length, dtype=torch.bool, device=device).tril(past)[None, None]
         if attention_mask is not None:
             own = torch.eye(length, past + length, dtype=torch.bool, device=device).roll(past, dims=1)
-            mask = mask & attention_mask[:, None, None, : past + length].bool() | own  # padding looks at itself, or at nothing
+            # padding looks at itself, or at nothing
+            mask = mask & attention_mask[:, None, None, : past + length].bool() | own
         return rotary, mask
 
 
 class _Drafting:
-    """Steps of drafting and verifying, and the keys and values of every layer used: those of the verified tokens alone."""
+    """Steps of drafting and verifying, and the keys and values of every layer used: those of the verified tokens
+    alone.
+    """
 
     def __init__(self, model: MegamtpForCausalLM, num_heads: int):
         if not 1 <= num_heads <= len(model.extra_heads) + 1:
@@ -255,7 +291,9 @@ class _Drafting:
             num_right += 1
         last = torch.stack([output[0, first + num_right] for output in outputs[1:]]) if outputs[1:] else None
         length = len(known) + num_right
-        self.cache = {index: (keys[:, :, :length], values[:, :, :length]) for index, (keys, values) in self.cache.items()}
+        self.cache = {
+            index: (keys[:, :, :length], values[:, :, :length]) for index, (keys, values) in self.cache.items()
+        }
         return greedy[: num_right + 1], [] if last is None else self.model._logits(last).argmax(-1).tolist()
 
     def _extend(self, index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,6 @@
-"""A run's folder, or one of its checkpoints, as what it holds; and what was converted as a run that any engine goes on with."""
+"""A run's folder, or one of its checkpoints, as what it holds; and what was converted as a run that any engine goes
+on with.
+"""
 
 import dataclasses
 import math
@@ -14,7 +16,8 @@ from megamtp.checkpoint.contents import WEIGHT, Contents, check_contents
 from megamtp.checkpoint.folder import published
 from megamtp.checkpoint.hf_tokenizer import copied_tokenizer, copy_tokenizer
 from megamtp.checkpoint.safetensors_file import split
-from megamtp.checkpoint.shards import SLICES, Shards, file_slices, shard_name, slice_key, write_shard, write_slices
+from megamtp.checkpoint.shards import Shards, shard_name, slice_key, write_shard
+from megamtp.checkpoint.slices import SLICES, file_slices, write_slices
 from megamtp.checkpoint.special_ids import read_special_ids, write_special_ids
 from megamtp.checkpoint.state import read_state
 from megamtp.config import RESOLVED, ModelConfig, read_config
@@ -81,19 +84,21 @@ def write(contents: Contents, directory: Path, dtype: torch.dtype = torch.float3
     """A new run folder with one checkpoint, from which any engine goes on at any number of ranks.
 
     Raises:
-        CheckpointError: there is no optimizer state, the destination exists or cannot be written, there is no room, or a tensor is
-            missing, misshaped or unknown.
+        CheckpointError: there is no optimizer state, the destination exists or cannot be written, there is no room, or
+            a tensor is missing, misshaped or unknown.
     """
     if dtype != torch.float32:
         raise CheckpointError(f"a run's checkpoint is in fp32, not {dtype}; leave --dtype out")
     if not contents.has_optimizer_state:
         raise CheckpointError(
-            "the source has no optimizer state, which a run goes on with; expected a run's checkpoint, canonical or universal: "
-            "convert it with --to canonical, and start from that with run.initial_weights"
+            "the source has no optimizer state, which a run goes on with; expected a run's checkpoint, canonical or "
+            "universal: convert it with --to canonical, and start from that with run.initial_weights"
         )
     assert contents.step is not None and contents.state is not None
     check_contents(contents, "the checkpoint")
-    manifest = store.Manifest(contents.step, 1, CONVERTED, "fp32", dataclasses.asdict(contents.model), contents.state.saved())
+    manifest = store.Manifest(
+        contents.step, 1, CONVERTED, "fp32", dataclasses.asdict(contents.model), contents.state.saved()
+    )
     shapes = contents.weights.shapes
     num_kinds = len(contents.kinds)
     num_bytes = num_kinds * sum(map(math.prod, shapes.values())) * 4
@@ -116,7 +121,9 @@ class _Slices:
     """A TensorSource of all kinds of some parameters, each in one slice, under the names of a shard."""
 
     def __init__(self, contents: Contents, names: Iterable[str]):
-        self._places = {slice_key(kind, name, 0): (contents.sources[kind], name) for kind in contents.kinds for name in names}
+        self._places = {
+            slice_key(kind, name, 0): (contents.sources[kind], name) for kind in contents.kinds for name in names
+        }
         self.shapes = {key: (math.prod(source.shapes[name]),) for key, (source, name) in self._places.items()}
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> Tensor:

@@ -4,7 +4,8 @@
     write(Path("model.safetensors"), source, names, torch.float32)
     source = SafetensorsFiles([Path("model.safetensors")])
 
-Source: the format in the safetensors documentation: the header's length in 8 bytes, the header in JSON, the tensors' bytes.
+Source: the format in the safetensors documentation: the header's length in 8 bytes, the header in JSON, the tensors'
+bytes.
 """
 
 import json
@@ -94,7 +95,8 @@ class SafetensorsFiles:
     """A TensorSource over all tensors of the files, which are looked at when it is made and opened for each slice.
 
     Raises:
-        CheckpointError: a file is missing, damaged or of other types than fp32, fp16 and bf16, or a tensor is in two files.
+        CheckpointError: a file is missing, damaged or of other types than fp32, fp16 and bf16, or a tensor is in two
+            files.
     """
 
     def __init__(self, files: Iterable[Path]):
@@ -106,7 +108,9 @@ class SafetensorsFiles:
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 if isinstance(error, CheckpointError):
                     raise
-                raise CheckpointError(f"{file} is no whole safetensors file ({error}); expected one: copy it again") from None
+                raise CheckpointError(
+                    f"{file} is no whole safetensors file ({error}); expected one: copy it again"
+                ) from None
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> Tensor:
         """See TensorSource.read; in the file's type."""
@@ -137,7 +141,9 @@ class SafetensorsFiles:
             if name in self.shapes:
                 raise CheckpointError(f"{file} and {self.entries[name].file} both have tensor {name}; expected it once")
             if tensor["dtype"] not in DTYPES:
-                raise CheckpointError(f"{file}: tensor {name} is of type {tensor['dtype']}; expected {', '.join(DTYPES)}")
+                raise CheckpointError(
+                    f"{file}: tensor {name} is of type {tensor['dtype']}; expected {', '.join(DTYPES)}"
+                )
             shape, dtype, (start, end) = tuple(tensor["shape"]), DTYPES[tensor["dtype"]], tensor["data_offsets"]
             if end - start != math.prod(shape) * dtype.itemsize or 8 + length + end > size:
                 raise ValueError(f"tensor {name} has no room for its shape {list(shape)}")

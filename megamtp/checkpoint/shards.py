@@ -4,12 +4,10 @@
     exp_avg/trunk.0.mlp.up.weight@4096      of a tensor of the optimizer: AdamW's first moment
     exp_avg_sq/trunk.0.mlp.up.weight@4096   of its second
 
-Where a slice begins and ends is up to the engine that wrote it; together they are every element of every tensor, once. The metadata
-of a file have the whole shapes of its tensors. Nothing here reads or writes more than a slice at a time.
+Where a slice begins and ends is up to the engine that wrote it; together they are every element of every tensor, once.
+The metadata of a file have the whole shapes of its tensors. Nothing here reads or writes more than a slice at a time.
 
-slices.json beside them says which file has which elements, so that a rank of a job of another size opens the files it needs alone:
-
-    {"shapes": {NAME: [rows, columns]}, "files": [FILE, ...], "slices": {NAME: [[index of the file, first element, end], ...]}}
+slices.json beside them (slices.py) says which file has which elements.
 """
 
 import contextlib
@@ -19,7 +17,6 @@ import os
 import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,64 +25,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megamtp.checkpoint.safetensors_file import encode_header
-from megamtp.checkpoint.tensors import WEIGHT, TensorSource
+from megamtp.checkpoint.slices import SLICES, WrittenFile
+from megamtp.checkpoint.tensors import TensorSource
 from megamtp.console import print_warning
 from megamtp.errors import CheckpointError
 
-SLICES = "slices.json"
 SHAPES = "shapes"  # in the metadata: JSON of name -> whole shape
 CHUNK_BYTES = 32 * 2**20
 
-
 Slices = dict[str, np.ndarray]  # by name, as _sorted makes them
-
-
-@dataclass(frozen=True)
-class WrittenFile:
-    """What a manifest says of a file. `crc32`: zlib's."""
-
-    bytes: int
-    crc32: int
-
-
-@dataclass(frozen=True)
-class FileSlices:
-    """Which elements a file has.
-
-    Attributes:
-        shapes: of the whole tensors, by name.
-        bounds: (first element, end) of each slice of WEIGHT, by name; those of other kinds begin and end where these do.
-    """
-
-    shapes: dict[str, tuple[int, ...]]
-    bounds: dict[str, list[tuple[int, int]]]
-
-
-def file_slices(slices: TensorSource, shapes: Mapping[str, tuple[int, ...]]) -> FileSlices:
-    """Of the file that write_shard makes of the same."""
-    bounds: dict[str, list[tuple[int, int]]] = {}
-    for key, (size,) in slices.shapes.items():
-        kind, _, place = key.partition("/")
-        if kind == WEIGHT:
-            name, start = place.rsplit("@", 1)
-            bounds.setdefault(name, []).append((int(start), int(start) + size))
-    return FileSlices({name: tuple(shapes[name]) for name in bounds}, bounds)
-
-
-def write_slices(path: Path, files: Mapping[str, FileSlices]) -> WrittenFile:
-    """Writes slices.json, and waits until it is on disk. Raises OSError: as when the disk is full."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    slices: dict[str, list[list[int]]] = {}
-    for number, file in enumerate(files.values()):
-        shapes |= file.shapes
-        for name, bounds in file.bounds.items():
-            slices.setdefault(name, []).extend([number, start, end] for start, end in bounds)
-    content = json.dumps({"shapes": shapes, "files": list(files), "slices": slices}).encode()
-    with open(path, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    return WrittenFile(len(content), zlib.crc32(content))
 
 
 def shard_name(rank: int) -> str:
@@ -102,8 +50,8 @@ def write_shard(path: Path, slices: TensorSource, shapes: Mapping[str, tuple[int
     """Writes one file, and waits until it is on disk.
 
     Args:
-        slices: one-dimensional, fp32 or bytes, by slice_key (other keys are allowed, and left alone by Tensors); read in order, a
-            chunk at a time.
+        slices: one-dimensional, fp32 or bytes, by slice_key (other keys are allowed, and left alone by Tensors); read
+            in order, a chunk at a time.
         shapes: the whole tensors', by name; at least of those that `slices` are of.
 
     Raises:
@@ -224,7 +172,8 @@ def _sorted(slices: list[tuple[int, int, int]]) -> np.ndarray:
 
 
 class Tensors:
-    """One kind of a checkpoint's tensors, whole, whatever engine cut them into slices: a TensorSource, from Shards.tensors.
+    """One kind of a checkpoint's tensors, whole, whatever engine cut them into slices: a TensorSource, from
+    Shards.tensors.
 
     Attributes:
         shapes: of every tensor, by name.
@@ -238,7 +187,13 @@ class Tensors:
         slices: Slices,
         open_file: Callable[[int], tuple[Path, safe_open]],
     ):
-        self._checkpoint, self._kind, self.shapes, self._slices, self._open = checkpoint, kind, shapes, slices, open_file
+        self._checkpoint, self._kind, self.shapes, self._slices, self._open = (
+            checkpoint,
+            kind,
+            shapes,
+            slices,
+            open_file,
+        )
 
     def check_complete(self, name: str) -> None:
         """Raises CheckpointError: slices of the tensor are missing or overlap."""
@@ -247,8 +202,8 @@ class Tensors:
         if not np.array_equal(starts, ends[:-1]) or ends[-1] != size:
             bounds = [tuple(pair) for pair in slices[:, 1:].tolist()]
             raise CheckpointError(
-                f"{self._checkpoint}: {self._kind} of {name} is there in slices {bounds}, expected all of its {size} elements, "
-                "once; remove it to go on from an older one"
+                f"{self._checkpoint}: {self._kind} of {name} is there in slices {bounds}, expected all of its {size} "
+                "elements, once; remove it to go on from an older one"
             )
 
     def has(self, name: str, start: int, end: int) -> bool:
@@ -271,13 +226,14 @@ class Tensors:
             found += last - first
         if found != end - start:
             raise CheckpointError(
-                f"{self._checkpoint} lacks elements of {name} from {start} to {end}; remove it to go on from an older one"
+                f"{self._checkpoint} lacks elements of {name} from {start} to {end}; remove it to go on from an older "
+                "one"
             )
         return result
 
     def _parts(self, name: str, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-        """(index of the file, first element of its slice, first, last) for each slice with elements `first` to before `last` of
-        those from `start` to before `end`."""
+        """(index of the file, first element of its slice, first, last) for each slice with elements `first` to before
+        `last` of those from `start` to before `end`."""
         slices = self._slices.get(name, np.empty((0, 3), np.int64))
         begin = max(0, int(np.searchsorted(slices[:, 1], start, side="right")) - 1)
         stop = int(np.searchsorted(slices[:, 1], end, side="left"))
@@ -292,7 +248,8 @@ def _damaged(file: Path, error: Exception) -> CheckpointError:
 
 
 class Snapshot:
-    """A copy in CPU memory of tensors that training goes on changing, in one buffer that is used again by the next copy.
+    """A copy in CPU memory of tensors that training goes on changing, in one buffer that is used again by the next
+    copy.
 
     The buffer is page-locked where tensors come from a GPU, so that they come at the full speed of the bus.
     """
@@ -321,7 +278,9 @@ class Snapshot:
 
 
 def _page_locked(size: int) -> Tensor:
-    """Not torch's pin_memory, which rounds up to a power of two; pageable, after a warning, where the system refuses."""
+    """Not torch's pin_memory, which rounds up to a power of two; pageable, after a warning, where the system
+    refuses.
+    """
     buffer = torch.empty(size, dtype=torch.uint8)
     if not page_lock(buffer):
         print_warning(f"{size:,} bytes cannot be page-locked: copies for checkpoints take longer; raise ulimit -l")
@@ -337,6 +296,7 @@ def page_lock(buffer: Tensor) -> bool:
     if cudart.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0) == cudart.cudaError.success:
         weakref.finalize(buffer, cudart.cudaHostUnregister, buffer.data_ptr()).atexit = False
         return True
-    with contextlib.suppress(RuntimeError):  # the error stays with CUDA until somebody is told: better this kernel than a step's
+    # the error stays with CUDA until somebody is told: better this kernel than a step's
+    with contextlib.suppress(RuntimeError):
         torch.zeros(1, device="cuda")
     return False

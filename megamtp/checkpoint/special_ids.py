@@ -1,4 +1,5 @@
-"""The ids of the tokens that begin and end a text, where the tokenizer itself, being no SentencePiece model, stays behind.
+"""The ids of the tokens that begin and end a text, where the tokenizer itself, being no SentencePiece model, stays
+behind.
 
 They lie beside a checkpoint in generation_config.json, as transformers writes them; generate() stops at eos_token_id.
 """
@@ -36,7 +37,9 @@ def read_special_ids(folder: Path, vocab_size: int) -> dict[str, int | list[int]
 
 
 def special_ids_of(settings: Mapping[str, Any], vocab_size: int) -> dict[str, int | list[int]]:
-    """Those among settings of transformers that are tokens of the vocabulary: an id, or several for the end of a text."""
+    """Those among settings of transformers that are tokens of the vocabulary: an id, or several for the end of a
+    text.
+    """
     return {key: settings[key] for key in KEYS if _are_tokens(settings.get(key), vocab_size)}
 
 

@@ -1,4 +1,6 @@
-"""What a run's checkpoint holds beside tensors: the optimizer's kind and counts, DeepSpeed's counters, the position in the data."""
+"""What a run's checkpoint holds beside tensors: the optimizer's kind and counts, DeepSpeed's counters, the position
+in the data.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -58,11 +60,15 @@ def read_state(saved: Mapping[str, Any], where: Path) -> RunState:
     """
     try:
         optimizer = saved["optimizer"] if "optimizer" in saved else _adamw(saved["adam_steps"])
-        state = OptimizerState(str(optimizer["kind"]), tuple(map(str, optimizer["tensors"])), tuple(map(int, optimizer["steps"])))
+        state = OptimizerState(
+            str(optimizer["kind"]), tuple(map(str, optimizer["tensors"])), tuple(map(int, optimizer["steps"]))
+        )
         counters = {name: int(saved["counters"][name]) for name in COUNTERS}
         return RunState(state, counters, saved["loss_scale"], saved.get("data"))
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{where}: the state of the run cannot be read ({error!r}); use another checkpoint") from None
+        raise CheckpointError(
+            f"{where}: the state of the run cannot be read ({error!r}); use another checkpoint"
+        ) from None
 
 
 def _adamw(steps: int) -> dict[str, Any]:

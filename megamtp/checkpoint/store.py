@@ -1,7 +1,8 @@
 """Where checkpoints lie and when they count: RUN/checkpoints/step-0000100, with a manifest that is written last.
 
-A checkpoint is written as step-0000100.partial and renamed when all ranks have finished, so what bears the final name is whole. The
-manifest has the size and the checksum of every file, and of itself, so that what has been damaged since is noticed.
+A checkpoint is written as step-0000100.partial and renamed when all ranks have finished, so what bears the final name
+is whole. The manifest has the size and the checksum of every file, and of itself, so that what has been damaged since
+is noticed.
 """
 
 import dataclasses
@@ -92,12 +93,12 @@ def read_manifest(checkpoint: Path, check_files: bool = True) -> Manifest:
     """The manifest, after checking that every file is there in its full size.
 
     Args:
-        check_files: False leaves the files alone, for ranks of which others look at them: a thousand ranks that look at a thousand
-            files each are a burden to any file system.
+        check_files: False leaves the files alone, for ranks of which others look at them: a thousand ranks that look at
+            a thousand files each are a burden to any file system.
 
     Raises:
-        CheckpointError: something is missing, cut short, unreadable, or of another format. What to do about damage, which its
-            message leaves out, depends on whether there are other checkpoints.
+        CheckpointError: something is missing, cut short, unreadable, or of another format. What to do about damage,
+            which its message leaves out, depends on whether there are other checkpoints.
     """
     path = checkpoint / MANIFEST
     try:
@@ -181,7 +182,9 @@ def publish(checkpoint: Path, manifest: Manifest, files: dict[str, WrittenFile])
     """
     partial = partial_of(checkpoint)
     check_sizes(
-        partial, {name: file.bytes for name, file in files.items()}, remedy="let all nodes share run.directory, and no other job"
+        partial,
+        {name: file.bytes for name, file in files.items()},
+        remedy="let all nodes share run.directory, and no other job",
     )
     content = dataclasses.asdict(manifest) | {"files": {name: dataclasses.asdict(file) for name, file in files.items()}}
     (partial / MANIFEST).write_text(json.dumps(content | {"crc32": _crc32(content)}, indent=1))
@@ -198,7 +201,9 @@ def publish(checkpoint: Path, manifest: Manifest, files: dict[str, WrittenFile])
 
 
 def outdated(run_directory: Path, step: int, keep: int, keep_every_steps: int | None) -> list[Path]:
-    """The checkpoints to remove once that of `step` is there: older than the newest `keep`, and at no multiple of the period."""
+    """The checkpoints to remove once that of `step` is there: older than the newest `keep`, and at no multiple of
+    the period.
+    """
     older = [path for path in checkpoints(run_directory) if _step(path) <= step][:-keep]
     return [path for path in older if not keep_every_steps or _step(path) % keep_every_steps]
 
@@ -240,6 +245,10 @@ def verified(checkpoint: Path) -> Manifest:
         found = str(error)
     if found:
         has_older = any(_step(other) < _step(checkpoint) for other in checkpoints(checkpoint.parent.parent))
-        remedy = f"remove {checkpoint} to go on from an older one" if has_older else "restore it, or train in another run.directory"
+        remedy = (
+            f"remove {checkpoint} to go on from an older one"
+            if has_older
+            else "restore it, or train in another run.directory"
+        )
         raise CheckpointError(f"{found}; {remedy}")
     return manifest

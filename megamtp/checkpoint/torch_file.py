@@ -1,13 +1,13 @@
 """Files of torch.save, written as a stream and read by slice: of a tensor, no more than a slice is ever in memory.
 
-Files of torch's old format (before torch 1.6, or _use_new_zipfile_serialization=False) are only read, and as a whole: they take
-as much memory as disk for as long as they are in use.
+Files of torch's old format (before torch 1.6, or _use_new_zipfile_serialization=False) are only read, and as a whole:
+they take as much memory as disk for as long as they are in use.
 
     write(Path("model.pth"), {"weight": Streamed(source, "name", torch.float32), "step": 7})
     source = InMemory(read(Path("model.pth")))
 
-A file of today's format is an uncompressed zip archive: data.pkl, in which each tensor names a storage, and data/0, data/1, ...,
-the storages.
+A file of today's format is an uncompressed zip archive: data.pkl, in which each tensor names a storage, and data/0,
+data/1, ..., the storages.
 Source: torch/serialization.py, and caffe2/serialize/inline_container.cc for the padding.
 """
 
@@ -49,7 +49,14 @@ class Streamed:
 
     def __reduce__(self) -> tuple[Any, ...]:
         strides = tuple(math.prod(self.shape[axis + 1 :]) for axis in range(len(self.shape)))
-        return torch._utils._rebuild_tensor_v2, (_Storage(self), 0, self.shape, strides, False, collections.OrderedDict())
+        return torch._utils._rebuild_tensor_v2, (
+            _Storage(self),
+            0,
+            self.shape,
+            strides,
+            False,
+            collections.OrderedDict(),
+        )
 
 
 class _Storage:
@@ -109,34 +116,44 @@ class Opaque:
 
 
 def read(path: Path, opaque: tuple[str, ...] = ()) -> Any:
-    """What is in the file, its tensors mapped: they take no memory until they are read, and none that must be kept then.
+    """What is in the file, its tensors mapped: they take no memory until they are read, and none that must be kept
+    then.
 
     A file of the old format is read into memory, which a warning says.
 
     Args:
-        opaque: objects of classes whose full names begin so become Opaque; not in the old format, where they are refused.
+        opaque: objects of classes whose full names begin so become Opaque; not in the old format, where they are
+            refused.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or holds more than tensors, numbers and their containers, which might
-            run a program.
+        CheckpointError: the file is missing, damaged, or holds more than tensors, numbers and their containers, which
+            might run a program.
     """
     try:
         can_be_mapped = zipfile.is_zipfile(path)
         unknown = get_unsafe_globals_in_checkpoint(path) if opaque and can_be_mapped else []
-        allowed: list[Callable | tuple[Callable, str]] = [(_stand_in(name), name) for name in unknown if name.startswith(opaque)]
+        allowed: list[Callable | tuple[Callable, str]] = [
+            (_stand_in(name), name) for name in unknown if name.startswith(opaque)
+        ]
         with safe_globals(allowed):
             found = torch.load(path, map_location="cpu", mmap=can_be_mapped, weights_only=True)
         num_bytes = path.stat().st_size
     except Exception as error:  # damaged pickles raise errors of any kind
         reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{path} cannot be read ({reason}); expected a whole file of torch.save: copy it again") from None
+        raise CheckpointError(
+            f"{path} cannot be read ({reason}); expected a whole file of torch.save: copy it again"
+        ) from None
     if not can_be_mapped:
-        print_warning(f"{path} is in torch's old format, which cannot be read in parts: it takes {num_bytes:,} bytes of memory")
+        print_warning(
+            f"{path} is in torch's old format, which cannot be read in parts: it takes {num_bytes:,} bytes of memory"
+        )
     return found
 
 
 def tensors_of(path: Path, found: Any) -> dict[str, Tensor]:
-    """`found`, read from `path`, after checking that it is a mapping of names to floating-point tensors. Raises CheckpointError."""
+    """`found`, read from `path`, after checking that it is a mapping of names to floating-point tensors. Raises
+    CheckpointError.
+    """
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} holds a {type(found).__name__}, expected a mapping of names to tensors")
     for name, tensor in found.items():
@@ -144,8 +161,8 @@ def tensors_of(path: Path, found: Any) -> dict[str, Tensor]:
             raise CheckpointError(f"{path}: {name} is of type {type(tensor).__name__}, expected a tensor")
         if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
             raise CheckpointError(
-                f"{path}: {name} is a tensor of {tensor.dtype}, {tensor.layout} on {tensor.device}; expected a dense one of "
-                "floating-point numbers"
+                f"{path}: {name} is a tensor of {tensor.dtype}, {tensor.layout} on {tensor.device}; expected a dense "
+                "one of floating-point numbers"
             )
     return found
 

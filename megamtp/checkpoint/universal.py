@@ -1,10 +1,12 @@
-"""DeepSpeed's universal checkpoint, which its ZeRO-1, ZeRO-2, ZeRO-3, BF16 and pipeline engines load on any number of ranks.
+"""DeepSpeed's universal checkpoint, which its ZeRO-1, ZeRO-2, ZeRO-3, BF16 and pipeline engines load on any number of
+ranks.
 
     FOLDER/latest_universal                         the name of the next folder
     FOLDER/global_step7/zero/NAME/fp32.pt           each parameter; beside it exp_avg.pt, exp_avg_sq.pt and step.pt
     FOLDER/global_step7/zero/optimizer_state.pt     what all parameters share
     FOLDER/global_step7/mp_rank_00_model_states.pt  counters, and under another name the same for ZeRO-3
-    FOLDER/global_step7/tokenizer.model             if the source has one, which DeepSpeed passes over; or generation_config.json
+    FOLDER/global_step7/tokenizer.model             if the source has one, which DeepSpeed passes over; or
+    generation_config.json
 
     engine.load_checkpoint("FOLDER")      with {"checkpoint": {"load_universal": true}} in DeepSpeed's configuration
 
@@ -22,14 +24,7 @@ import torch
 from torch import Tensor
 
 from megamtp.checkpoint import torch_file
-from megamtp.checkpoint.contents import (
-    WEIGHT,
-    Contents,
-    check_contents,
-    described_model,
-    parameter_shapes,
-    written_out,
-)
+from megamtp.checkpoint.contents import WEIGHT, Contents, check_contents, described_model, parameter_shapes, written_out
 from megamtp.checkpoint.folder import name_in, published
 from megamtp.checkpoint.hf_tokenizer import copied_tokenizer, copy_tokenizer
 from megamtp.checkpoint.special_ids import read_special_ids, write_special_ids
@@ -41,7 +36,8 @@ from megamtp.errors import CheckpointError
 
 LATEST = "latest_universal"
 ZERO, SHARED, STEP = "zero", "optimizer_state.pt", "step.pt"
-MODEL_STATES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")  # ZeRO-3 looks for the second
+# ZeRO-3 looks for the second
+MODEL_STATES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
 WEIGHT_FILE = "fp32.pt"
 OWN = "megamtp"  # what DeepSpeed does not know of a model, in MODEL_STATES; it returns it as client state
 VERSION = 0.4  # of the format
@@ -55,13 +51,15 @@ def write(contents: Contents, directory: Path, dtype: torch.dtype = torch.float3
         dtype: fp32, for nothing may be lost.
 
     Raises:
-        CheckpointError: there is no optimizer state, the destination exists or cannot be written, there is no room, or a tensor
-            is missing, misshaped or unknown.
+        CheckpointError: there is no optimizer state, the destination exists or cannot be written, there is no room, or
+            a tensor is missing, misshaped or unknown.
     """
     if dtype != torch.float32:
         raise CheckpointError(f"a universal checkpoint is in fp32, not {dtype}; leave --dtype out")
     if not contents.has_optimizer_state:
-        raise CheckpointError("the source has no optimizer state, which a universal checkpoint needs; expected a run's checkpoint")
+        raise CheckpointError(
+            "the source has no optimizer state, which a universal checkpoint needs; expected a run's checkpoint"
+        )
     assert contents.state is not None
     check_contents(contents, "the checkpoint")
     num_bytes = sum(math.prod(shape) * 4 for source in contents.sources.values() for shape in source.shapes.values())
@@ -73,7 +71,9 @@ def write(contents: Contents, directory: Path, dtype: torch.dtype = torch.float3
             parameter = folder / tag / ZERO / name
             parameter.mkdir(parents=True)
             for kind in contents.kinds:
-                torch_file.write(parameter / _file(kind), {"param": Streamed(contents.sources[kind], name, dtype), "cat_dim": 0})
+                torch_file.write(
+                    parameter / _file(kind), {"param": Streamed(contents.sources[kind], name, dtype), "cat_dim": 0}
+                )
             torch_file.write_small(parameter / STEP, step)
         torch_file.write_small(folder / tag / ZERO / SHARED, _shared(step, len(contents.weights.shapes)))
         for file in MODEL_STATES:
@@ -101,7 +101,11 @@ def read(directory: Path, model: ModelConfig | None = None) -> Contents:
     shapes = parameter_shapes(model)
     _check_names(folder / ZERO, shapes)
     counters = {name: states.get(name, 0) for name in COUNTERS}
-    state = read_state(own["state"], folder) if own.get("state") else _adamw_state(folder / ZERO, next(iter(shapes)), counters)
+    state = (
+        read_state(own["state"], folder)
+        if own.get("state")
+        else _adamw_state(folder / ZERO, next(iter(shapes)), counters)
+    )
     return Contents(
         model,
         {kind: UniversalTensors(folder / ZERO, _file(kind), shapes) for kind in (WEIGHT, *state.optimizer.tensors)},
@@ -115,7 +119,8 @@ def read(directory: Path, model: ModelConfig | None = None) -> Contents:
 
 
 class UniversalTensors:
-    """A TensorSource over one file of each parameter's folder: tensors in their shape, or flat ones, as ZeRO-3 has them.
+    """A TensorSource over one file of each parameter's folder: tensors in their shape, or flat ones, as ZeRO-3 has
+    them.
 
     Raises:
         CheckpointError: a file is missing or damaged, or its tensor misshaped.
@@ -142,7 +147,9 @@ class UniversalTensors:
 
 
 def _shared(step: Tensor, num_parameters: int) -> dict[str, Any]:
-    """What the engines read from optimizer_state.pt. As many groups as any optimizer can have, none of which sets anything."""
+    """What the engines read from optimizer_state.pt. As many groups as any optimizer can have, none of which sets
+    anything.
+    """
     groups: list[dict[str, list[Tensor]]] = [{"params": []} for _ in range(num_parameters)]
     return {
         "param_groups": groups,
@@ -198,7 +205,9 @@ def _read_states(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{files[0]} holds a {type(states).__name__}, expected a mapping")
     own = states.get(OWN, {})
     if not isinstance(own, dict) or not isinstance(own.get("model", {}), dict):
-        raise CheckpointError(f"{files[0]}: {OWN} is {str(own)[:100]}, expected a mapping that describes the model; copy it again")
+        raise CheckpointError(
+            f"{files[0]}: {OWN} is {str(own)[:100]}, expected a mapping that describes the model; copy it again"
+        )
     return states
 
 

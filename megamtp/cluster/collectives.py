@@ -1,4 +1,6 @@
-"""Collectives of torch.distributed by the names that torch 2.13 gives them. Earlier versions have the older names alone."""
+"""Collectives of torch.distributed by the names that torch 2.13 gives them. Earlier versions have the older names
+alone.
+"""
 
 import torch.distributed as dist
 

@@ -1,11 +1,14 @@
-"""A cluster of W ranks on one GPU: this process is rank 0, the others are only the time that talking to them would take.
+"""A cluster of W ranks on one GPU: this process is rank 0, the others are only the time that talking to them would
+take.
 
-    python -m megamtp.pretrain configs/6.7b_n4.yaml cluster.emulate=64 cluster.flat_bandwidth=100e9 cluster.communication_sms=1 ...
+    python -m megamtp.pretrain configs/6.7b_n4.yaml cluster.emulate=64 cluster.flat_bandwidth=100e9
+    cluster.communication_sms=1 ...
 
-A torch.distributed backend: shards, memory, host work, streams and memory traffic are those of one true rank. A gather writes the
-whole output (W copies of the own shard), a reduction reads the whole input (and sums its W pieces); then the communication stream
-is held for as long as the network would need. What is computed from that is not training: no checkpoint is written from it.
-On a CPU nothing is held, but every transfer is written down with its bytes and predicted time.
+A torch.distributed backend: shards, memory, host work, streams and memory traffic are those of one true rank. A gather
+writes the whole output (W copies of the own shard), a reduction reads the whole input (and sums its W pieces); then the
+communication stream is held for as long as the network would need. What is computed from that is not training: no
+checkpoint is written from it. On a CPU nothing is held, but every transfer is written down with its bytes and predicted
+time.
 """
 
 import functools
@@ -29,7 +32,9 @@ MAX_GRAPHS = 2048  # of transfers between the same places of memory
 
 @dataclass(frozen=True)
 class EmulatedTransfer:
-    """One collective: its kind, the bytes of the whole tensors (not of a shard), and the seconds that the network needs."""
+    """One collective: its kind, the bytes of the whole tensors (not of a shard), and the seconds that the network
+    needs.
+    """
 
     kind: str
     num_bytes: int
@@ -59,8 +64,8 @@ class EmulatedWork(dist.Work):
 class EmulatedGroup(dist.ProcessGroup):
     """The process group of rank 0. Every collective is written down in `transfers`.
 
-    What a transfer does on a GPU, with kernels for each tensor, becomes a graph when it comes a second time between the same places
-    of memory: the host then launches it at once, as it does NCCL's.
+    What a transfer does on a GPU, with kernels for each tensor, becomes a graph when it comes a second time between the
+    same places of memory: the host then launches it at once, as it does NCCL's.
     """
 
     def __init__(self, network: Network, transfers: deque[EmulatedTransfer]):
@@ -68,7 +73,8 @@ class EmulatedGroup(dist.ProcessGroup):
         self._network, self._transfers = network, transfers
         self._size = network.world_size
         self._stream: torch.cuda.Stream | None = None
-        self._graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}  # last used last; None where a transfer has been seen once
+        # last used last; None where a transfer has been seen once
+        self._graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}
 
     def getBackendName(self) -> str:
         return BACKEND
@@ -95,7 +101,11 @@ class EmulatedGroup(dist.ProcessGroup):
         self._stream.wait_stream(current)
         torch.cuda.set_stream(self._stream)
         try:
-            self._play(transfer, (kind, *((tensor.data_ptr(), tensor.numel(), tensor.dtype) for tensor in (*whole, *others))), move)
+            self._play(
+                transfer,
+                (kind, *((tensor.data_ptr(), tensor.numel(), tensor.dtype) for tensor in (*whole, *others))),
+                move,
+            )
         finally:
             torch.cuda.set_stream(current)
         return EmulatedWork(self._stream.record_event(), [*whole, *others])
@@ -123,7 +133,9 @@ class EmulatedGroup(dist.ProcessGroup):
         move()
         hold(self._start, transfer.seconds, self._network.cluster.communication_sms)
 
-    def allgather_into_tensor_coalesced(self, outputs: list[Tensor], tensors: list[Tensor], opts: object = None) -> EmulatedWork:
+    def allgather_into_tensor_coalesced(
+        self, outputs: list[Tensor], tensors: list[Tensor], opts: object = None
+    ) -> EmulatedWork:
         def move() -> None:
             shards = [tensor.view(-1).expand(self._size, -1) for tensor in tensors]
             torch._foreach_copy_([output.view(self._size, -1) for output in outputs], shards)
@@ -145,7 +157,9 @@ class EmulatedGroup(dist.ProcessGroup):
 
         return self._run("all_gather", [piece for pieces in outputs for piece in pieces], tensors, move)
 
-    def reduce_scatter_tensor_coalesced(self, outputs: list[Tensor], tensors: list[Tensor], opts: object = None) -> EmulatedWork:
+    def reduce_scatter_tensor_coalesced(
+        self, outputs: list[Tensor], tensors: list[Tensor], opts: object = None
+    ) -> EmulatedWork:
         def move() -> None:
             for output, tensor in zip(outputs, tensors, strict=True):
                 torch.sum(tensor.view(self._size, -1), dim=0, out=output.view(-1))
@@ -178,16 +192,16 @@ class EmulatedGroup(dist.ProcessGroup):
 def join(cluster: ClusterConfig) -> deque[EmulatedTransfer]:
     """Initialises torch.distributed as rank 0 of `cluster.emulate` ranks; returns the log of transfers, latest last.
 
-    On a GPU, makes a stream of high priority the current one, which no other code gets: torch hands out 32 streams of each priority
-    in turn, and then the first one again.
+    On a GPU, makes a stream of high priority the current one, which no other code gets: torch hands out 32 streams of
+    each priority in turn, and then the first one again.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     network = Network(cluster)
     transfers: deque[EmulatedTransfer] = deque(maxlen=LOGGED_TRANSFERS)
     if torch.cuda.is_available():
-        # Transfers are copied by the whole card, faster than a network would; what computes goes before them, as it does beside the
-        # few multiprocessors of NCCL's kernels.
+        # Transfers are copied by the whole card, faster than a network would; what computes goes before them, as it
+        # does beside the few multiprocessors of NCCL's kernels.
         torch.cuda.set_stream(torch.cuda.Stream(priority=-2))
     dist.Backend.register_backend(BACKEND, lambda *_: EmulatedGroup(network, transfers), devices=["cpu", "cuda"])
     dist.init_process_group(BACKEND, store=FakeStore(), rank=0, world_size=network.world_size)
@@ -212,8 +226,8 @@ def mark(time: Tensor) -> Tensor:
 def hold(start: Tensor, seconds: float, num_sms: int) -> None:
     """Keeps the current stream, and some multiprocessors, busy until `seconds` after the time that `mark` noted.
 
-    One multiprocessor is held by a single waiting warp, which leaves room beside it; several by 16 warps each, which occupy a
-    multiprocessor's registers, as NCCL's do.
+    One multiprocessor is held by a single waiting warp, which leaves room beside it; several by 16 warps each, which
+    occupy a multiprocessor's registers, as NCCL's do.
     """
     _kernels()[1][(num_sms,)](start, round(seconds * 1e9), num_warps=1 if num_sms == 1 else 16)
 

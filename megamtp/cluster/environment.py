@@ -42,8 +42,11 @@ def find_place() -> Place:
         if os.environ.get(rank) and os.environ.get(world_size):  # one alone is some other program's
             own_rank, num_ranks = _number(rank), _number(world_size, 1)
             if own_rank >= num_ranks:
-                raise InputError(f"{rank}={own_rank} with {world_size}={num_ranks}; expected a rank below the number of ranks")
-            local = next((name for name in (local_rank, "SLURM_LOCALID") if os.environ.get(name)), rank)  # Slurm's PMI tells none
+                raise InputError(
+                    f"{rank}={own_rank} with {world_size}={num_ranks}; expected a rank below the number of ranks"
+                )
+            # Slurm's PMI tells none
+            local = next((name for name in (local_rank, "SLURM_LOCALID") if os.environ.get(name)), rank)
             if num_ranks > 1 and os.environ.get("MASTER_PORT"):
                 _number("MASTER_PORT", 1, 65535)
             return Place(own_rank, _number(local), num_ranks)
@@ -53,7 +56,9 @@ def find_place() -> Place:
 def _number(variable: str, smallest: int = 0, largest: int = 2**31 - 1) -> int:
     found = os.environ[variable]
     if not re.fullmatch("[0-9]{1,10}", found) or not smallest <= int(found) <= largest:
-        raise InputError(f"{variable}={found} in the environment; expected {smallest} to {largest}: let a launcher set it")
+        raise InputError(
+            f"{variable}={found} in the environment; expected {smallest} to {largest}: let a launcher set it"
+        )
     return int(found)
 
 
@@ -66,16 +71,19 @@ def emulated_place(place: Place, cluster: ClusterConfig) -> Place:
     if not cluster.emulate:
         return place
     if place.world_size > 1:
-        raise InputError(f"cluster.emulate={cluster.emulate} under a launcher of {place.world_size} ranks; expected one process")
+        raise InputError(
+            f"cluster.emulate={cluster.emulate} under a launcher of {place.world_size} ranks; expected one process"
+        )
     return Place(0, 0, cluster.emulate)
 
 
 def share_error(place: Place, error: Exception | None) -> None:
     """Raises this rank's own error; under mpirun every rank ends if any has one: see _end_together.
 
-    Other launchers end all ranks when one has failed. mpirun may let the others wait for it for ever, so there the ranks tell each
-    other over MPI, and in the same message where to meet, which mpirun does not tell them. Then MPI is left for good: at its exit
-    a rank would otherwise wait for all others to leave it, also for those that wait for this one.
+    Other launchers end all ranks when one has failed. mpirun may let the others wait for it for ever, so there the
+    ranks tell each other over MPI, and in the same message where to meet, which mpirun does not tell them. Then MPI is
+    left for good: at its exit a rank would otherwise wait for all others to leave it, also for those that wait for this
+    one.
     """
     if place.world_size == 1 or (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")):
         if error:
@@ -85,17 +93,19 @@ def share_error(place: Place, error: Exception | None) -> None:
         import mpi4py
     except ImportError:
         raise InputError(
-            f"{place.world_size} ranks but no MASTER_ADDR and MASTER_PORT, and no mpi4py to ask mpirun's ranks: pip install mpi4py"
+            f"{place.world_size} ranks but no MASTER_ADDR and MASTER_PORT, and no mpi4py to ask mpirun's ranks: pip "
+            "install mpi4py"
         ) from None
     mpi4py.rc.finalize = False
     from mpi4py import MPI
 
     if MPI.COMM_WORLD.size != place.world_size:
         raise InputError(
-            f"{place.world_size} ranks by the environment, but neither MASTER_ADDR and MASTER_PORT nor MPI; expected a launcher "
-            "that sets them"
+            f"{place.world_size} ranks by the environment, but neither MASTER_ADDR and MASTER_PORT nor MPI; expected a "
+            "launcher that sets them"
         )
-    # By name, which each rank resolves for itself: on its own host a name may stand for 127.0.1.1, which is of no use on others.
+    # By name, which each rank resolves for itself: on its own host a name may stand for 127.0.1.1, which is of no use
+    # on others.
     address = (socket.gethostname(), reserve_port()) if place.rank == 0 else None
     told = MPI.COMM_WORLD.allgather((_told(error), address))
     MPI.Finalize()
@@ -119,7 +129,9 @@ def raised_by_all() -> Iterator[None]:
 
 
 def _told(error: Exception | None) -> str | None:
-    """What a rank tells the others of its error: an InputError's message; nothing but that there is one of any other."""
+    """What a rank tells the others of its error: an InputError's message; nothing but that there is one of any
+    other.
+    """
     if error is None:
         return None
     error = explained(error)
@@ -127,8 +139,8 @@ def _told(error: Exception | None) -> str | None:
 
 
 def _end_together(rank: int, error: Exception | None, told: list[str | None]) -> None:
-    """Returns if no rank has an error. Otherwise a defect is raised on its own rank, with its traceback, and the first InputError
-    on rank 0, so that it is printed once; the other ranks raise SystemExit(2).
+    """Returns if no rank has an error. Otherwise a defect is raised on its own rank, with its traceback, and the first
+    InputError on rank 0, so that it is printed once; the other ranks raise SystemExit(2).
 
     Args:
         told: what _told returns, by rank.

@@ -2,14 +2,15 @@
 
 from megamtp.config import ClusterConfig
 
-PASSES = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "broadcast": 1, "barrier": 0}  # of the bytes over a link
+# of the bytes over a link
+PASSES = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "broadcast": 1, "barrier": 0}
 
 
 class Network:
     """How long a collective of all ranks takes.
 
-    Of a tensor of S bytes, gathered or reduced, S (W - 1) / W cross each rank's link; an all-reduce is both. Between nodes, whose
-    links all carry their part at once, S (N - 1) / N enter each of N nodes. The slower of the two decides.
+    Of a tensor of S bytes, gathered or reduced, S (W - 1) / W cross each rank's link; an all-reduce is both. Between
+    nodes, whose links all carry their part at once, S (N - 1) / N enter each of N nodes. The slower of the two decides.
     Source: Thakur, Rabenseifner, Gropp 2005, "Optimization of collective communication operations in MPICH", section 4.
     """
 

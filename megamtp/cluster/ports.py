@@ -8,8 +8,8 @@ _held: list[socket.socket] = []
 def reserve_port() -> int:
     """A port for the ranks of one job to meet at, reserved as long as this process lives.
 
-    A socket that is bound to it and does not listen holds it. The system then gives the port to no process that asks for any free
-    one. A socket that asks for it by number, with SO_REUSEADDR as torch's stores do, may listen there.
+    A socket that is bound to it and does not listen holds it. The system then gives the port to no process that asks
+    for any free one. A socket that asks for it by number, with SO_REUSEADDR as torch's stores do, may listen there.
     """
     ipv6 = socket.has_dualstack_ipv6()
     holder = socket.socket(socket.AF_INET6 if ipv6 else socket.AF_INET)

@@ -1,9 +1,9 @@
 """Being asked to stop: by SIGTERM, SIGUSR1 or Ctrl-C, or by the death of the launcher.
 
-DeepSpeed's launchers do not pass signals on well: SIGTERM to `deepspeed` ends it and leaves the ranks running; SIGTERM to its
-per-node process reaches one rank after the other. So a rank also watches its ancestors, and the ranks agree every step. It looks
-for them when this module is imported: who looks late may find them dead, and takes himself for one that nobody launched. (So does a
-rank whose launcher dies while Python itself still starts; nothing tells it.)
+DeepSpeed's launchers do not pass signals on well: SIGTERM to `deepspeed` ends it and leaves the ranks running; SIGTERM
+to its per-node process reaches one rank after the other. So a rank also watches its ancestors, and the ranks agree
+every step. It looks for them when this module is imported: who looks late may find them dead, and takes himself for one
+that nobody launched. (So does a rank whose launcher dies while Python itself still starts; nothing tells it.)
 """
 
 import os
@@ -16,7 +16,8 @@ import psutil
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed", "mpirun", "mpiexec", "hydra_pmi_proxy")
-LAUNCHER_VARIABLE = "MEGAMTP_LAUNCHER"  # the number of our own launch command, which may be gone before a rank could look for it
+# the number of our own launch command, which may be gone before a rank could look for it
+LAUNCHER_VARIABLE = "MEGAMTP_LAUNCHER"
 LOOK_SECONDS = 1.0  # between looks at the launcher, as long as there are no steps
 
 
@@ -24,7 +25,9 @@ class StopRequest:
     """Whether this rank was asked to stop."""
 
     def __init__(self, launched: bool):
-        """`launched`: a launcher stands above this process, and its death means stop. Until `listen`, it ends the process."""
+        """`launched`: a launcher stands above this process, and its death means stop. Until `listen`, it ends the
+        process.
+        """
         self._received = False
         self._listening = threading.Event()
         self._watched = list(_ABOVE) if launched else []

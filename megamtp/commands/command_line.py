@@ -16,7 +16,9 @@ OUTPUT_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that describes the command by its module's docstring and raises InputError for wrong arguments."""
+    """An argument parser that describes the command by its module's docstring and raises InputError for wrong
+    arguments.
+    """
 
     def __init__(self, description: str):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -25,7 +27,9 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see {self.prog} --help")
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
-        """The value of `--option=--` is `--`, as Python 3.13 reads it; earlier versions drop it and leave an empty list."""
+        """The value of `--option=--` is `--`, as Python 3.13 reads it; earlier versions drop it and leave an empty
+        list.
+        """
         if action.option_strings and action.nargs in (None, argparse.ONE_OR_MORE) and arg_strings == ["--"]:
             value = self._get_value(action, "--")
             self._check_value(action, value)
@@ -36,8 +40,8 @@ class Parser(argparse.ArgumentParser):
 def run(main: Callable[[], None]) -> None:
     """Calls `main`, and ends the process unless all went well.
 
-    An InputError, or output that there is no room for, is one line on stderr and exit status 2. As shells report it, the status
-    is 130 after Ctrl-C, and 141 where nobody reads the output any more.
+    An InputError, or output that there is no room for, is one line on stderr and exit status 2. As shells report it,
+    the status is 130 after Ctrl-C, and 141 where nobody reads the output any more.
     """
     print_all_characters()
     try:

@@ -1,9 +1,10 @@
 """Turns a checkpoint into one of another format; SOURCE's own is recognised.
 
     python -m megamtp.commands.convert_checkpoint runs/quickstart exported --to hf
-    python -m megamtp.commands.convert_checkpoint runs/quickstart/checkpoints/step-0000100 exported --to meta --dtype fp16
-    python -m megamtp.commands.convert_checkpoint Llama-2-7b-hf initial --to canonical --num-future-tokens 4
-    python -m megamtp.commands.convert_checkpoint universal runs/new --to zero3        (then pretrain with run.directory=runs/new)
+    python -m megamtp.commands.convert_checkpoint runs/quickstart/checkpoints/step-0000100 exported --to meta --dtype
+    fp16 python -m megamtp.commands.convert_checkpoint Llama-2-7b-hf initial --to canonical --num-future-tokens 4
+    python -m megamtp.commands.convert_checkpoint universal runs/new --to zero3        (then pretrain with
+    run.directory=runs/new)
 
 Adam's moments go along between run, canonical and universal; the other formats hold weights alone.
 """
@@ -31,7 +32,10 @@ def main() -> None:
     for note in contents.notes:
         print(note)
     if arguments.to in ("hf", "hf-mtp") and not contents.ends_texts:
-        print(f"{arguments.source} does not say which token ends a text: generate() of the export stops at its longest length only")
+        print(
+            f"{arguments.source} does not say which token ends a text: generate() of the export stops at its longest "
+            "length only"
+        )
     target = "run" if arguments.to in ENGINES else arguments.to
     write = formats.FORMATS[target].write
     assert write is not None  # of all that the parser lets through
@@ -42,15 +46,22 @@ def main() -> None:
 def _parser() -> Parser:
     described = "\n".join(f"  {name:12s}{entry.meaning}" for name, entry in formats.FORMATS.items())
     parser = Parser(f"{__doc__}\nFormats:\n{described}")
-    parser.add_argument("source", type=Path, help=f"a checkpoint of one of these formats: {', '.join(formats.readable())}")
+    parser.add_argument(
+        "source", type=Path, help=f"a checkpoint of one of these formats: {', '.join(formats.readable())}"
+    )
     parser.add_argument("destination", type=Path, help="a new or empty folder, or an earlier export, which is replaced")
-    parser.add_argument("--to", choices=[*formats.writable(), *ENGINES], default="hf",
-                        help="format of the destination (default: hf); an engine's is a run's")  # fmt: skip
+    parser.add_argument(
+        "--to",
+        choices=[*formats.writable(), *ENGINES],
+        default="hf",
+        help="format of the destination (default: hf); an engine's is a run's",
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="type of exported weights (default: fp32)")
     parser.add_argument(
-        "--num-future-tokens", type=_num_heads,
+        "--num-future-tokens",
+        type=_num_heads,
         help="heads to make of a source with one: its last layer, and copies of it (default: 1)",
-    )  # fmt: skip
+    )
     parser.add_argument("--config", type=Path, help="a run's config.yaml, for a source that says nothing of its model")
     return parser
 

@@ -31,30 +31,44 @@ def main() -> None:
     tokenizer = open_tokenizer(_required(arguments.tokenizer or tokenizer_path))
     if tokenizer.vocab_size > model.config.vocab_size:
         raise InputError(
-            f"{tokenizer.path} has {tokenizer.vocab_size} pieces, expected the model's {model.config.vocab_size} or fewer: "
-            "give the model's tokenizer with --tokenizer"
+            f"{tokenizer.path} has {tokenizer.vocab_size} pieces, expected the model's {model.config.vocab_size} or "
+            "fewer: give the model's tokenizer with --tokenizer"
         )
     prompt_ids = tokenizer.encode(prompt)
     new_ids = generate(
-        model, prompt_ids, arguments.max_new_tokens, arguments.temperature, arguments.top_k, arguments.top_p,
-        arguments.seed, tokenizer.end_of_document_id,
-    )  # fmt: skip
+        model,
+        prompt_ids,
+        arguments.max_new_tokens,
+        arguments.temperature,
+        arguments.top_k,
+        arguments.top_p,
+        arguments.seed,
+        tokenizer.end_of_document_id,
+    )
     print(tokenizer.decode(prompt_ids + new_ids))
 
 
 def _parser() -> Parser:
     parser = Parser(__doc__)
-    parser.add_argument("model", type=Path, help="an exported folder, a run directory (its newest checkpoint), or a checkpoint")
+    parser.add_argument(
+        "model", type=Path, help="an exported folder, a run directory (its newest checkpoint), or a checkpoint"
+    )
     parser.add_argument("--prompt", help="text to continue; without it, what is piped in; without either, from scratch")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="fewer if the model ends the text (default: 64)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
     parser.add_argument("--top-k", type=int, help="sample among the k likeliest tokens")
-    parser.add_argument("--top-p", type=float, help="sample among the likeliest tokens that together reach this probability")
+    parser.add_argument(
+        "--top-p", type=float, help="sample among the likeliest tokens that together reach this probability"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
     parser.add_argument(
-        "--tokenizer", type=Path, help="SentencePiece model, or bytes (default: the export's, or the run's data.tokenizer)"
+        "--tokenizer",
+        type=Path,
+        help="SentencePiece model, or bytes (default: the export's, or the run's data.tokenizer)",
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one"
+    )
     return parser
 
 
@@ -73,12 +87,16 @@ def _device(name: str) -> torch.device:
         tensor.cpu()  # where nothing comes back from, as from meta, no text does
         return tensor.device
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        raise InputError(f"--device {name}: {str(error).splitlines()[0]}; expected cpu, or cuda on a machine with a GPU") from None
+        raise InputError(
+            f"--device {name}: {str(error).splitlines()[0]}; expected cpu, or cuda on a machine with a GPU"
+        ) from None
 
 
 def _required(path: Path | None) -> Path:
     if path is None:
-        raise InputError("the model has no tokenizer; expected --tokenizer PATH, a SentencePiece model, or --tokenizer bytes")
+        raise InputError(
+            "the model has no tokenizer; expected --tokenizer PATH, a SentencePiece model, or --tokenizer bytes"
+        )
     return path
 
 

@@ -24,7 +24,11 @@ from megamtp.errors import InputError
 
 GRACE_SECONDS = 120.0
 JOB_VARIABLE = "MEGAMTP_JOB"  # marks the processes of one job, also after their parents have died
-PASSED_ON: dict[int, int] = {signal.SIGTERM: signal.SIGTERM, signal.SIGINT: signal.SIGTERM, signal.SIGUSR1: signal.SIGUSR1}
+PASSED_ON: dict[int, int] = {
+    signal.SIGTERM: signal.SIGTERM,
+    signal.SIGINT: signal.SIGTERM,
+    signal.SIGUSR1: signal.SIGUSR1,
+}
 
 
 class Launch:
@@ -34,7 +38,15 @@ class Launch:
         self._module, self._name, self._received = module, uuid.uuid4().hex, 0
         for number in PASSED_ON:
             signal.signal(number, self._receive)
-        command = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(num_ranks), "--master_port", str(reserve_port()), "--quiet"]
+        command = [
+            "-m",
+            "deepspeed.launcher.runner",
+            "--num_gpus",
+            str(num_ranks),
+            "--master_port",
+            str(reserve_port()),
+            "--quiet",
+        ]
         # A session of its own: Ctrl-C in the terminal then reaches this process alone, which passes it on in order.
         self._launcher = subprocess.Popen(
             [sys.executable, *command, "--module", module, *arguments],
@@ -47,14 +59,16 @@ class Launch:
     def wait(self) -> int:
         """The exit status of the job, or 128 + the number of the signal that ended it before it could save.
 
-        Should the launcher die first, its ranks get SIGTERM, and after GRACE_SECONDS SIGKILL; the status is then 1 at least.
+        Should the launcher die first, its ranks get SIGTERM, and after GRACE_SECONDS SIGKILL; the status is then 1 at
+        least.
         """
         status = self._launcher.wait()
         orphans = self._ranks()
         if orphans:
             _end(orphans)
         number = PASSED_ON.get(self._received)
-        if number and status in (-number, -number & 0xFF):  # as Python says it, and as DeepSpeed's launcher passes it on
+        # as Python says it, and as DeepSpeed's launcher passes it on
+        if number and status in (-number, -number & 0xFF):
             return 128 + number
         return max(1, status) if orphans or status < 0 else status
 
@@ -112,7 +126,9 @@ def num_ranks() -> int:
 
 
 def main() -> None:
-    """Counts GPUs, shares out the CPU's cores, launches megamtp.pretrain and exits with its status. Raises InputError."""
+    """Counts GPUs, shares out the CPU's cores, launches megamtp.pretrain and exits with its status. Raises
+    InputError.
+    """
     if print_help(sys.argv, __doc__):
         return
     import torch

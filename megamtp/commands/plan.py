@@ -84,9 +84,14 @@ def _stage_table(cut: Partition | SpreadPartition, card: Card) -> str:
 
 def _host_table(found: Plan, config: Config, world_size: int) -> str:
     """Memory of the CPU, and the disk."""
-    ranks, sizes = min(world_size, config.cluster.ranks_per_node), {kind: size for kind, size in found.host_memory.items() if size}
+    ranks, sizes = (
+        min(world_size, config.cluster.ranks_per_node),
+        {kind: size for kind, size in found.host_memory.items() if size},
+    )
     sizes[f"**together, of the {ranks} ranks of a node**"] = ranks * sum(sizes.values())
-    sizes[f"a checkpoint on disk ({config.run.keep_checkpoints} are kept, while another is written)"] = found.checkpoint_bytes
+    sizes[f"a checkpoint on disk ({config.run.keep_checkpoints} are kept, while another is written)"] = (
+        found.checkpoint_bytes
+    )
     rows = [f"| {kind} | {size / GIB:.2f} |" for kind, size in sizes.items()]
     return "\n".join(["", "| host memory of a rank, and disk | GiB |", "|---|---|", *rows])
 
@@ -115,7 +120,11 @@ def _explain(found: Plan, config: Config, world_size: int, card: Card) -> None:
         f"most of them for {largest} ({found.memory[largest] / GIB:.1f})"
     )
     nearest = fitting(config, world_size, card)
-    print(f"the nearest that fits: {nearest[0]}" if nearest else "nothing nearby fits: take more cards, or a smaller model")
+    print(
+        f"the nearest that fits: {nearest[0]}"
+        if nearest
+        else "nothing nearby fits: take more cards, or a smaller model"
+    )
 
 
 def entry() -> None:

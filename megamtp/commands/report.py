@@ -4,8 +4,9 @@
     python -m megamtp.commands.report runs/quickstart --min-margin 1.0
 
 The unigram entropy is the loss of a model that knows how often each token occurs, and nothing else. With --min-margin
-the exit status is 1 unless head 1 has learned that much more. A warning names each head whose last validation loss lies above
-the unigram entropy, or more than 0.02 nats above its lowest: from there on the model has learned its training text by heart.
+the exit status is 1 unless head 1 has learned that much more. A warning names each head whose last validation loss lies
+above the unigram entropy, or more than 0.02 nats above its lowest: from there on the model has learned its training
+text by heart.
 """
 
 import json
@@ -48,10 +49,12 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("run_directory", type=Path)
     parser.add_argument(
-        "--min-margin", type=float, metavar="NATS",
+        "--min-margin",
+        type=float,
+        metavar="NATS",
         help="check that head 1's last validation loss is at least this far below the unigram entropy, and that each "
         "further head's is above the one before it",
-    )  # fmt: skip
+    )
     arguments = parser.parse_args()
     run_directory = arguments.run_directory
     if not os.path.isfile(run_directory / RESOLVED):  # unlike Path's, False where the name is too long
@@ -84,10 +87,14 @@ def _read_metrics(path: Path, num_heads: int) -> tuple[Losses, Losses]:
         except ValueError as error:
             if number == len(lines) and not line.endswith("\n"):
                 break  # being written, or cut short when the run was killed
-            raise InputError(f"{path}, line {number} is damaged ({error!r}); expected a run's metrics: remove the line") from None
+            raise InputError(
+                f"{path}, line {number} is damaged ({error!r}); expected a run's metrics: remove the line"
+            ) from None
     if not found["train"][0]:
         raise InputError(f"{path} holds no training step; expected at least one: train longer")
-    training, validation = (Losses(np.array(steps), np.array(losses).reshape(-1, num_heads)) for steps, losses in found.values())
+    training, validation = (
+        Losses(np.array(steps), np.array(losses).reshape(-1, num_heads)) for steps, losses in found.values()
+    )
     return training, validation
 
 
@@ -193,13 +200,12 @@ def _check(validation: Losses, entropy: float | None, min_margin: float) -> bool
     losses = validation.losses[-1]
     margin = entropy - losses[0]
     good = bool(margin >= min_margin)  # False for a loss that is no number
-    _say(
-        good,
-        f"head 1's loss {losses[0]:.4f} is {margin:.4f} nats below the unigram entropy, expected {min_margin:g}",
-    )
+    _say(good, f"head 1's loss {losses[0]:.4f} is {margin:.4f} nats below the unigram entropy, expected {min_margin:g}")
     for index in range(1, len(losses)):
         above = bool(losses[index] > losses[index - 1])
-        _say(above, f"head {index + 1}'s loss {losses[index]:.4f}, expected above head {index}'s {losses[index - 1]:.4f}")
+        _say(
+            above, f"head {index + 1}'s loss {losses[index]:.4f}, expected above head {index}'s {losses[index - 1]:.4f}"
+        )
         good = good and above
     return good
 

@@ -1,7 +1,8 @@
 """Several corpora as one endless sequence of windows, each with its share of every stretch of it.
 
-Weights are rounded to 1/65536. One period of 65,536 windows is laid out when the blend is made, such that up to any place every
-corpus has had its share to within one window; the periods follow one another, and each corpus goes through its own epochs.
+Weights are rounded to 1/65536. One period of 65,536 windows is laid out when the blend is made, such that up to any
+place every corpus has had its share to within one window; the periods follow one another, and each corpus goes through
+its own epochs.
 """
 
 import heapq
@@ -19,7 +20,8 @@ class Blend:
 
     Args:
         weights: of each, above 0; they are divided by their sum.
-        first_windows: place in each corpus's own endless sequence at which the blend begins; None: at the beginning of all.
+        first_windows: place in each corpus's own endless sequence at which the blend begins; None: at the beginning of
+            all.
 
     Attributes:
         shares: int64, the windows of each corpus in a period.
@@ -69,8 +71,8 @@ def quantise(weights: list[float]) -> np.ndarray:
 def layout(shares: np.ndarray) -> np.ndarray:
     """The corpus of each window of a period, int64 [PERIOD]: of the first k, each has within one of k * share / PERIOD.
 
-    A corpus's j-th window may come once its due share exceeds j by 1 / (2 m - 2), of m corpora, and must before it exceeds j by
-    1 - 1 / (2 m - 2); of those that may come, the one that must come first does.
+    A corpus's j-th window may come once its due share exceeds j by 1 / (2 m - 2), of m corpora, and must before it
+    exceeds j by 1 - 1 / (2 m - 2); of those that may come, the one that must come first does.
     Source: Tijdeman 1980, "The chairman assignment problem", Discrete Mathematics 32, theorem 1.
     """
     if len(shares) == 1:

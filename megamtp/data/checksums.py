@@ -2,13 +2,14 @@
 
 Megatron's programs neither write nor need it. Little-endian:
 
-    8 bytes  magic "MEGAMTPC"                     uint32 [blocks]      zlib's CRC-32 of each block; the last may be shorter
+    8 bytes  magic "MEGAMTPC"                     uint32 [blocks]      zlib's CRC-32 of each block; the last may be
+    shorter
     uint32   version, 1
     uint32   bytes of a block
     uint64   bytes of PREFIX.bin
 
-A block is a page of memory, so that checking what is read takes no more of the .bin from the disk than reading it. It takes some
-microseconds a window: blocks are checked whenever they are read, and no list of checked ones is kept.
+A block is a page of memory, so that checking what is read takes no more of the .bin from the disk than reading it. It
+takes some microseconds a window: blocks are checked whenever they are read, and no list of checked ones is kept.
 """
 
 import struct
@@ -46,7 +47,9 @@ class ChecksumWriter:
 
     def file(self) -> bytes:
         """Header and checksums."""
-        return HEADER.pack(MAGIC, VERSION, BLOCK_BYTES, self._num_bytes) + np.array(self._checksums, dtype="<u4").tobytes()
+        return (
+            HEADER.pack(MAGIC, VERSION, BLOCK_BYTES, self._num_bytes) + np.array(self._checksums, dtype="<u4").tobytes()
+        )
 
 
 class Checksums:
@@ -87,6 +90,6 @@ class Checksums:
     def _bad_file(self, found: str) -> InputError:
         name = self._path.with_suffix(".bin").name
         return InputError(
-            f"{self._path}: {found}; expected the checksums of {name}: make both again (prepare_data --overwrite), or remove it if "
-            f"{name} is another program's"
+            f"{self._path}: {found}; expected the checksums of {name}: make both again (prepare_data --overwrite), or "
+            f"remove it if {name} is another program's"
         )

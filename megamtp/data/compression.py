@@ -35,8 +35,10 @@ def _zstd_decompressor() -> Decompressor:
 
 
 DECOMPRESSORS: dict[str, Callable[[], Decompressor]] = {
-    ".bz2": bz2.BZ2Decompressor, ".xz": lzma.LZMADecompressor, ".zst": _zstd_decompressor,
-}  # fmt: skip
+    ".bz2": bz2.BZ2Decompressor,
+    ".xz": lzma.LZMADecompressor,
+    ".zst": _zstd_decompressor,
+}
 SUFFIXES = (".gz", *DECOMPRESSORS)
 
 
@@ -49,7 +51,8 @@ def suffix(path: Path) -> str | None:
 def open_binary(path: Path) -> io.BufferedIOBase:
     """The file's content.
 
-    Reading raises the libraries' errors if it is damaged, EOFError if it is cut off, and InputError if a library is not installed.
+    Reading raises the libraries' errors if it is damaged, EOFError if it is cut off, and InputError if a library is not
+    installed.
     """
     found = suffix(path)
     if found == ".gz":
@@ -62,8 +65,8 @@ def open_binary(path: Path) -> io.BufferedIOBase:
 class _FrameStream(io.RawIOBase):
     """The content of a compressed file of any number of frames.
 
-    Raises EOFError if the last frame is cut off. What follows a frame must be another frame or zeros (padding): bz2.open and
-    lzma.open would silently ignore anything else, such as a frame whose first bytes are damaged.
+    Raises EOFError if the last frame is cut off. What follows a frame must be another frame or zeros (padding):
+    bz2.open and lzma.open would silently ignore anything else, such as a frame whose first bytes are damaged.
     """
 
     def __init__(self, path: Path, decompressor: Callable[[], Decompressor]):

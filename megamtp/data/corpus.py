@@ -1,7 +1,8 @@
-"""Text -> a prepared corpus: tokenizer.model, train and validation .bin/.idx/.crc, lengths.png, and corpus.json, which is last.
+"""Text -> a prepared corpus: tokenizer.model, train and validation .bin/.idx/.crc, lengths.png, and corpus.json, which
+is last.
 
-A folder without corpus.json is not a corpus, whatever else lies in it. Until then finished parts are kept in .preparation, from
-which the next call goes on.
+A folder without corpus.json is not a corpus, whatever else lies in it. Until then finished parts are kept in
+.preparation, from which the next call goes on.
 """
 
 import dataclasses
@@ -42,10 +43,11 @@ class Corpus:
     """What corpus.json says. `settings` decides whether a second preparation would make the same corpus.
 
     Attributes:
-        unigram_entropy: of the validation split's own token frequencies, in nats per token: the loss of the best model that
-            knows no context.
+        unigram_entropy: of the validation split's own token frequencies, in nats per token: the loss of the best model
+            that knows no context.
         duplicates: documents that were dropped because an earlier one has the same text.
-        document_lengths: how many documents have at least so many tokens, their ends included, and fewer than twice as many.
+        document_lengths: how many documents have at least so many tokens, their ends included, and fewer than twice as
+            many.
         space_marks: documents with U+2581, if the tokenizer reads that as a space.
         end_markers: documents in which an end-of-text marker is written, which is tokenised as ordinary characters.
         unreadable_files: names of files that were read as text and are not UTF-8.
@@ -83,11 +85,12 @@ def prepare(
 ) -> tuple[Corpus, bool]:
     """Tokenises all documents into `output`, each ended by the tokenizer's end-of-document id.
 
-    Documents go to the validation split by a hash of (seed, name), so the split does not depend on their order. Whatever else is
-    wrong than the disk is found before an earlier corpus is touched. The files' bytes do not depend on the workers.
+    Documents go to the validation split by a hash of (seed, name), so the split does not depend on their order.
+    Every error but a full disk is found before an earlier corpus is touched. The files do not depend on `workers`.
 
     Args:
-        vocab_size: of the SentencePiece model that is trained on the documents [4096], or that a given tokenizer must have.
+        vocab_size: of the SentencePiece model that is trained on the documents [4096], or that a given tokenizer must
+            have.
         tokenizer: an existing SentencePiece model, or `bytes`.
         deduplicate: drop documents whose text an earlier one has.
         workers: processes that tokenise, or an executor.
@@ -96,8 +99,8 @@ def prepare(
         (the corpus, whether an earlier preparation with the same settings and inputs was found and reused).
 
     Raises:
-        InputError: nothing to read or nowhere to write, an input changed meanwhile, or `output` holds another corpus, perhaps of
-            another program, and `overwrite` is not set.
+        InputError: nothing to read or nowhere to write, an input changed meanwhile, or `output` holds another corpus,
+            perhaps of another program, and `overwrite` is not set.
     """
     find_settings = partial(_settings, source, vocab_size, tokenizer, validation_fraction, seed, deduplicate)
     settings = find_settings()
@@ -111,25 +114,35 @@ def prepare(
             job = make_job(source, shards, in_pieces, work, vocab_size, tokenizer, seed, deduplicate)
             parts = _tokenised(shards, job, workers)
             limit = split_limit(parts, validation_fraction, place(source))
-            if find_settings() != settings:
-                raise InputError("an input changed while it was read; expected all to stay as they are: wait, then call again")
+            _require_unchanged(settings, find_settings())
             totals = _publish(parts, limit, output, job)
             corpus = _summary(totals, source, settings, parts.vocab_size, sum(map(len, skipped or [])))
             _write_summary(output, corpus, totals)
     except OSError as error:
-        raise InputError(f"{output} cannot be written to: {error.strerror}; choose another folder or make room") from None
+        raise InputError(
+            f"{output} cannot be written to: {error.strerror}; choose another folder or make room"
+        ) from None
     return corpus, False
+
+
+def _require_unchanged(before: object, after: object) -> None:
+    if before != after:
+        raise InputError("an input changed while it was read; expected all to stay as they are: wait, then call again")
 
 
 @contextmanager
 def _work_folder(output: Path) -> Iterator[Path]:
-    """Where parts are kept; only one preparation at a time has it. Removed in the end, but for finished parts after a mistake."""
+    """Where parts are kept; only one preparation at a time has it. Removed in the end, but for finished parts after
+    a mistake.
+    """
     work = output / WORK
     output.mkdir(parents=True, exist_ok=True)
     work.mkdir(exist_ok=True)
     with open(work / "lock", "wb") as stream:
         if not take_lock(stream, output, "see to it that no other process prepares it"):
-            raise InputError(f"{output} is being prepared by another process; expected one at a time: wait for it or end it")
+            raise InputError(
+                f"{output} is being prepared by another process; expected one at a time: wait for it or end it"
+            )
         try:
             yield work
         except (InputError, OSError):
@@ -202,7 +215,9 @@ def read_corpus(folder: Path) -> Corpus:
     try:
         return Corpus(**json.loads((folder / SUMMARY).read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{folder / SUMMARY} cannot be read ({error}); prepare the corpus again, with --overwrite") from None
+        raise InputError(
+            f"{folder / SUMMARY} cannot be read ({error}); prepare the corpus again, with --overwrite"
+        ) from None
 
 
 def _existing(output: Path) -> Corpus | None:
@@ -220,7 +235,9 @@ def _write_summary(output: Path, corpus: Corpus, totals: Totals) -> None:
 
 
 def _reused(output: Path, settings: dict, tokenizer: Path | str | None) -> Corpus | None:
-    """A whole earlier corpus with these settings, or None. Raises InputError: it has others, or files would be replaced."""
+    """A whole earlier corpus with these settings, or None. Raises InputError: it has others, or files would be
+    replaced.
+    """
     corpus = _existing(output)
     if corpus is None:
         _refuse_to_replace(output, tokenizer)
@@ -241,14 +258,22 @@ def _refuse_to_replace(output: Path, tokenizer: Path | str | None) -> None:
     for name in CONTENT:
         if (output / name).exists() and str(output / name) != str(tokenizer):
             raise InputError(
-                f"{output / name} is there without a {SUMMARY}; expected a folder without it: use another or --overwrite"
+                f"{output / name} is there without a {SUMMARY}; expected a folder without it: use another or "
+                "--overwrite"
             )
 
 
 def _settings(
-    source: Source, vocab_size: int | None, tokenizer: Path | str | None, validation_fraction: float, seed: int, deduplicate: bool
+    source: Source,
+    vocab_size: int | None,
+    tokenizer: Path | str | None,
+    validation_fraction: float,
+    seed: int,
+    deduplicate: bool,
 ) -> dict:
-    """Raises InputError: an input or the tokenizer cannot be read, or the tokenizer's vocabulary is another than vocab_size."""
+    """Raises InputError: an input or the tokenizer cannot be read, or the tokenizer's vocabulary is another than
+    vocab_size.
+    """
     inputs = hashlib.sha256(source.json_key.encode(errors="backslashreplace"))
     try:
         for file in source.files:
@@ -261,10 +286,16 @@ def _settings(
         found = open_tokenizer(tokenizer).vocab_size
         if vocab_size not in (None, found):
             raise InputError(
-                f"{tokenizer} has {found} pieces, expected {vocab_size}: leave --vocab-size out or give another tokenizer"
+                f"{tokenizer} has {found} pieces, expected {vocab_size}: leave --vocab-size out or give another "
+                "tokenizer"
             )
         model = BYTES if str(tokenizer) == BYTES else hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest()
-    settings = {"inputs": inputs.hexdigest(), "tokenizer": model, "validation_fraction": validation_fraction, "seed": seed}
+    settings = {
+        "inputs": inputs.hexdigest(),
+        "tokenizer": model,
+        "validation_fraction": validation_fraction,
+        "seed": seed,
+    }
     chosen = {"deduplicate": deduplicate, "skip_bad_records": source.skip_bad_records}
     return settings | {name: True for name, is_chosen in chosen.items() if is_chosen}
 

@@ -1,4 +1,6 @@
-"""Raw text -> documents: text files, source trees, JSON lines and Parquet, in an order that does not depend on the file system."""
+"""Raw text -> documents: text files, source trees, JSON lines and Parquet, in an order that does not depend on the
+file system.
+"""
 
 import os
 import stat
@@ -19,7 +21,11 @@ STANDARD_LIBRARY_EXCLUDED = ("test", "tests", "idle_test", "site-packages", "dis
 FEW_DOCUMENTS = 40
 PIECE_CHARACTERS = 16 * 1024
 # What is passed over in folders.
-BINARY, HIDDEN, EXCLUDED = "binary or UTF-16 files", "hidden files and folders", "files and folders that --exclude names"
+BINARY, HIDDEN, EXCLUDED = (
+    "binary or UTF-16 files",
+    "hidden files and folders",
+    "files and folders that --exclude names",
+)
 LINKS, SPECIAL = "links to folders", "sockets, pipes and devices"
 
 
@@ -50,11 +56,15 @@ class Source:
             yield from reader.documents(file)
 
     def is_small(self) -> bool:
-        """Whether documents are to be cut in pieces: there are fewer than FEW_DOCUMENTS. Reads no more than that number."""
+        """Whether documents are to be cut in pieces: there are fewer than FEW_DOCUMENTS. Reads no more than that
+        number.
+        """
         return sum(1 for _ in islice(self.documents(), FEW_DOCUMENTS)) < FEW_DOCUMENTS
 
     def duplicates(self) -> list[tuple[str, ...]]:
-        """For each file the names of the documents whose text an earlier one has. All texts are in memory: for few documents."""
+        """For each file the names of the documents whose text an earlier one has. All texts are in memory: for few
+        documents.
+        """
         seen: set[str] = set()
         found, reader = [], self.reader()
         for file in self.files:
@@ -103,18 +113,13 @@ def find_source(
         own_files: of the output, which may lie in an input folder.
 
     Raises:
-        InputError: an input does not exist or is binary, a folder has a link that points nowhere or cannot be read, a file holds
-            JSON records in another form than JSON lines, or there is no file at all.
+        InputError: an input does not exist or is binary, a folder has a link that points nowhere or cannot be read, a
+            file holds JSON records in another form than JSON lines, or there is no file at all.
     """
     assert file_format in (None, *FORMATS)
     passed_over: dict[str, list[str]] = defaultdict(list)
-    own, found, files = {os.path.realpath(path) for path in own_files}, [], []
-    try:
-        for given in inputs:
-            found += [(_name(relative), path, path == given) for relative, path in _find(given, exclude, own, passed_over)]
-    except OSError as error:
-        raise InputError(f"{error.filename}: {error.strerror}; expected files that can be read: mend it or leave it out") from None
-    for name, path, is_named in sorted(found):
+    own, files = {os.path.realpath(path) for path in own_files}, []
+    for name, path, is_named in _find_all(inputs, exclude, own, passed_over):
         recognised = file_format or recognise(path, json_key, is_named)
         if recognised:
             files.append(Span(name, path, recognised))
@@ -129,11 +134,31 @@ def find_source(
     if not files:
         where = ", ".join(map(str, inputs))
         skipped = "".join(f", passed over {len(names)} {reason}" for reason, names in passed_over.items())
-        raise InputError(f"no text files in {where}{skipped}; expected UTF-8 text, JSON lines or Parquet: check --input")
+        raise InputError(
+            f"no text files in {where}{skipped}; expected UTF-8 text, JSON lines or Parquet: check --input"
+        )
     return Source(files, json_key, skip_bad_records, passed_over)
 
 
-def _find(given: Path, exclude: tuple[str, ...], own: set[str], passed_over: dict[str, list[str]]) -> Iterator[tuple[Path, Path]]:
+def _find_all(
+    inputs: list[Path], exclude: tuple[str, ...], own: set[str], passed_over: dict[str, list[str]]
+) -> list[tuple[str, Path, bool]]:
+    """(name, path, whether the user named this file) of each file of the inputs, sorted by name."""
+    files = []
+    try:
+        for given in inputs:
+            found = _find(given, exclude, own, passed_over)
+            files += [(_name(relative), path, path == given) for relative, path in found]
+    except OSError as error:
+        raise InputError(
+            f"{error.filename}: {error.strerror}; expected files that can be read: mend it or leave it out"
+        ) from None
+    return sorted(files)
+
+
+def _find(
+    given: Path, exclude: tuple[str, ...], own: set[str], passed_over: dict[str, list[str]]
+) -> Iterator[tuple[Path, Path]]:
     """(path below the folder `given`, path) of each file; for a file `given`, its name and itself."""
     if given.is_dir():
         for path in _walk(given, exclude, own, passed_over):
@@ -151,7 +176,9 @@ def _find(given: Path, exclude: tuple[str, ...], own: set[str], passed_over: dic
 
 
 def _walk(given: Path, exclude: tuple[str, ...], own: set[str], passed_over: dict[str, list[str]]) -> Iterator[Path]:
-    """Whatever lies below a folder and is no folder, without what is the output's own, excluded or hidden; fills passed_over."""
+    """Whatever lies below a folder and is no folder, without what is the output's own, excluded or hidden; fills
+    passed_over.
+    """
     own_names = {os.path.basename(path) for path in own}
     for folder, subfolders, names in os.walk(given, onerror=_refuse):
         kept = []
@@ -183,8 +210,8 @@ def _is_regular(path: Path) -> bool:
         return stat.S_ISREG(path.stat().st_mode)
     except FileNotFoundError:
         raise InputError(
-            f"{path} is a link to {os.readlink(path)}, which does not exist; expected whole inputs: fetch what is missing, "
-            "remove the link, or leave it out with --exclude"
+            f"{path} is a link to {os.readlink(path)}, which does not exist; expected whole inputs: fetch what is "
+            "missing, remove the link, or leave it out with --exclude"
         ) from None
 
 
@@ -200,7 +227,9 @@ def standard_library() -> Source:
     """The Python sources of the running interpreter's standard library, without its tests and installed packages."""
     folder = Path(sysconfig.get_paths()["stdlib"])
     found = _walk(folder, STANDARD_LIBRARY_EXCLUDED, set(), defaultdict(list))
-    files = [Span(_name(path.relative_to(folder)), path, TEXT) for path in found if path.suffix == ".py" and path.is_file()]
+    files = [
+        Span(_name(path.relative_to(folder)), path, TEXT) for path in found if path.suffix == ".py" and path.is_file()
+    ]
     return Source(sorted(files, key=lambda file: file.name))
 
 

@@ -30,7 +30,8 @@ MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {
-    code: np.dtype(name).newbyteorder("<") for code, name in enumerate(["u1", "i1", "i2", "i4", "i8", "f8", "f4", "u2"], start=1)
+    code: np.dtype(name).newbyteorder("<")
+    for code, name in enumerate(["u1", "i1", "i2", "i4", "i8", "f8", "f4", "u2"], start=1)
 }
 LONGEST_SEQUENCE = 2**31 - 1  # tokens that the index's int32 lengths can say
 WRITTEN_SEQUENCES = 1 << 20  # of the index that are in memory at a time while it is written
@@ -50,7 +51,8 @@ def _paths(prefix: Path | str) -> tuple[Path, Path, Path]:
 
 
 class IndexedDatasetWriter:
-    """Context manager that writes PREFIX.bin, .idx and .crc under temporary names and publishes them only on a clean exit.
+    """Context manager that writes PREFIX.bin, .idx and .crc under temporary names and publishes them only on a clean
+    exit.
 
     The .idx comes last and an old one goes first, so a run killed at any time leaves no pair that looks whole.
     """
@@ -91,7 +93,9 @@ class IndexedDatasetWriter:
             raise InputError(f"found a document of {max(lengths)} tokens, expected at most {LONGEST_SEQUENCE}: cut it")
 
     def add_documents(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Appends documents of one sequence each: `tokens` of the file's type [sum of lengths], int32 `lengths` [documents]."""
+        """Appends documents of one sequence each: `tokens` of the file's type [sum of lengths], int32 `lengths`
+        [documents].
+        """
         self._write(tokens)
         first = len(self._lengths) + 1
         self._lengths.frombytes(lengths.astype(np.int32, copy=False).tobytes())
@@ -148,9 +152,9 @@ def _flush_to_disk(stream: BinaryIO) -> None:
 class IndexedDataset:
     """Memory-mapped documents of PREFIX.bin and .idx: `len` documents, `dataset[i]` the tokens [length] of one.
 
-    Opening reads the ends of the index alone, whatever its size; what lies between is checked where it is read, and so are tokens
-    if there is a .crc. `num_tokens` counts tokens; `name` is the prefix, for messages. Raises InputError for files that are
-    missing, truncated, of another format, or that contradict each other.
+    Opening reads the ends of the index alone, whatever its size; what lies between is checked where it is read, and so
+    are tokens if there is a .crc. `num_tokens` counts tokens; `name` is the prefix, for messages. Raises InputError for
+    files that are missing, truncated, of another format, or that contradict each other.
     """
 
     def __init__(self, prefix: Path | str):
@@ -199,7 +203,8 @@ class IndexedDataset:
                 raise _bad_file(self._bin_path, f"{found_bytes} bytes, but its index says {expected_bytes}")
             if self.num_tokens == 0:  # an empty file cannot be mapped
                 return np.empty(0, self.dtype)
-            return np.asarray(np.memmap(self._bin_path, self.dtype, mode="r"))  # a plain view of it, whose slices cost less
+            # a plain view of it, whose slices cost less
+            return np.asarray(np.memmap(self._bin_path, self.dtype, mode="r"))
         except OSError as error:
             raise _unreadable(self._bin_path, error) from None
 
@@ -224,7 +229,9 @@ class IndexedDataset:
         return self._tokens[start:stop]
 
     def crc32_of_ends(self) -> int:
-        """The CRC-32 of the first and the last 16 Ki tokens, by which a corpus is recognised. Raises InputError: see tokens."""
+        """The CRC-32 of the first and the last 16 Ki tokens, by which a corpus is recognised. Raises InputError: see
+        tokens.
+        """
         first = self.tokens(0, IDENTIFYING_TOKENS)
         last = self.tokens(max(0, self.num_tokens - IDENTIFYING_TOKENS), self.num_tokens)
         return zlib.crc32(last.tobytes(), zlib.crc32(first.tobytes()))
@@ -237,15 +244,18 @@ class IndexedDataset:
             first, last = self.document_at(begin // size), self.document_at((end - 1) // size)
             documents = f"document {first}" if first == last else f"documents {first} to {last}"
             raise InputError(
-                f"{self._bin_path}: bytes {begin} to {end}, in {documents}, have another checksum than in {self.name}.crc; "
-                "expected them as they were written: copy the corpus again, or make it again (prepare_data --overwrite)"
+                f"{self._bin_path}: bytes {begin} to {end}, in {documents}, have another checksum than in "
+                f"{self.name}.crc; expected them as they were written: copy the corpus again, or make it again "
+                "(prepare_data --overwrite)"
             )
 
     def document_start(self, document: int) -> int:
         """Tokens before a document; before the end, if it is the number of documents."""
         sequence = int(self._documents[document])
         if not 0 <= sequence <= len(self._lengths):
-            raise _bad_file(self._idx_path, f"document {document} begins at sequence {sequence} of {len(self._lengths)}")
+            raise _bad_file(
+                self._idx_path, f"document {document} begins at sequence {sequence} of {len(self._lengths)}"
+            )
         return self._sequence_start(sequence)
 
     def document_at(self, token: int) -> int:
@@ -261,7 +271,8 @@ class IndexedDataset:
         first_sequence, last_sequence = self._sequence_at(start), self._sequence_at(stop - 1)
         self._check_sequences(first_sequence, last_sequence + 1)
         first, last = (bisect_right(self._documents, sequence) for sequence in (first_sequence, last_sequence))
-        self._check_documents(max(0, first - 2), last + 2)  # one more to either side, since a wrong one can mislead bisection
+        # one more to either side, since a wrong one can mislead bisection
+        self._check_documents(max(0, first - 2), last + 2)
         return np.unique(self._pointers[self._documents[first:last]] // self.dtype.itemsize)
 
     def _sequence_at(self, token: int) -> int:
@@ -313,8 +324,12 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarra
 
 
 def _unreadable(path: Path, error: OSError) -> InputError:
-    return InputError(f"{path}: {error.strerror}; expected readable .bin and .idx files: restore the file or its permissions")
+    return InputError(
+        f"{path}: {error.strerror}; expected readable .bin and .idx files: restore the file or its permissions"
+    )
 
 
 def _bad_file(path: Path, found: str) -> InputError:
-    return InputError(f"{path}: {found}; expected whole .bin and .idx files of tokens: make them again (prepare_data --overwrite)")
+    return InputError(
+        f"{path}: {found}; expected whole .bin and .idx files of tokens: make them again (prepare_data --overwrite)"
+    )

@@ -42,7 +42,9 @@ class TokenisationJob:
     skip_bad_records: bool = False
 
     def key(self, shard: Shard) -> str:
-        """Changes with all that a part depends on; those without bad records are the same whether these are skipped or not."""
+        """Changes with all that a part depends on; those without bad records are the same whether these are skipped
+        or not.
+        """
         settings = dataclasses.asdict(self) | {"folder": PART_FORMAT, "tokenizer": "", "skip_bad_records": ""}
         return hashlib.sha256(f"{json.dumps(settings)}\n{shard.fingerprint}".encode()).hexdigest()[:32]
 
@@ -57,7 +59,8 @@ def make_job(
     seed: int,
     deduplicate: bool,
 ) -> TokenisationJob:
-    """The job of preparing `shards` of `source` with parts in the folder `work`; the other arguments are corpus.prepare's.
+    """The job of preparing `shards` of `source` with parts in the folder `work`; the other arguments are
+    corpus.prepare's.
 
     Raises:
         InputError: there is too little text, or the tokenizer cannot be trained or read.
@@ -85,14 +88,18 @@ def _count_names(source: Source, reader: Reader) -> int:
 def _tokenizer(
     source: Source, shards: list[Shard], work: Path, vocab_size: int | None, tokenizer: Path | str | None, seed: int
 ) -> str:
-    """`bytes`, or a model in the work folder: a copy of the given one, or one that is trained, if not an earlier call did that."""
+    """`bytes`, or a model in the work folder: a copy of the given one, or one that is trained, if not an earlier
+    call did that.
+    """
     if str(tokenizer) == BYTES:
         return BYTES
     if tokenizer:
         write_atomically(work / "given.model", Path(tokenizer).read_bytes())
         return str(work / "given.model")
     size = DEFAULT_VOCAB_SIZE if vocab_size is None else vocab_size
-    key = hashlib.sha256(json.dumps([size, seed, source.json_key, *(shard.fingerprint for shard in shards)]).encode()).hexdigest()
+    key = hashlib.sha256(
+        json.dumps([size, seed, source.json_key, *(shard.fingerprint for shard in shards)]).encode()
+    ).hexdigest()
     path = work / f"trained-{key[:32]}.model"
     if not path.is_file():
         train_sentencepiece(_training_texts(source, shards, seed), path, size, seed)
@@ -121,7 +128,9 @@ def too_few(found: int, place: str, reader: Reader | None = None) -> InputError:
     if reader and reader.bad_records:
         skipped += f", skipped {len(reader.bad_records)} bad records, the first: {reader.bad_records[0]}"
     if reader and reader.not_utf8:
-        skipped += f", and passed over {len(reader.not_utf8)} files that are not UTF-8 text, the first: {reader.not_utf8[0]}"
+        skipped += (
+            f", and passed over {len(reader.not_utf8)} files that are not UTF-8 text, the first: {reader.not_utf8[0]}"
+        )
         remedy = "convert files to UTF-8, or add text"
     return InputError(
         f"found {found} documents that differ in name in {place}{skipped}; "

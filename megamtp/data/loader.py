@@ -1,4 +1,6 @@
-"""Which windows each rank reads at each step: the order of windows depends neither on the ranks nor on where a run resumes."""
+"""Which windows each rank reads at each step: the order of windows depends neither on the ranks nor on where a run
+resumes.
+"""
 
 import itertools
 from collections.abc import Iterator
@@ -21,7 +23,8 @@ STEPS_AHEAD = 2  # that are read while the engine is at work
 class Batch:
     """A micro-batch: int64 inputs [B, T] and targets [n, B, T], some of which may be IGNORED.
 
-    documents: int64 [B, T], rising in each row: attention stays among the positions of equal ones. None: it does not stop.
+    documents: int64 [B, T], rising in each row: attention stays among the positions of equal ones. None: it does not
+    stop.
     """
 
     inputs: Tensor
@@ -45,25 +48,31 @@ class WindowSequence(Protocol):
 class TrainLoader:
     """The micro-batches of one rank.
 
-    Steps take windows of the endless sequence in a row, G each; step `first_step` begins at window `first_window`. Of a global
-    batch, micro-batch a of rank r (of D, with B windows each) takes B windows from place (a * D + r) * B. A thread reads the steps
-    that come next; `close` ends it.
+    Steps take windows of the endless sequence in a row, G each; step `first_step` begins at window `first_window`. Of a
+    global batch, micro-batch a of rank r (of D, with B windows each) takes B windows from place (a * D + r) * B. A
+    thread reads the steps that come next; `close` ends it.
 
     Raises:
         InputError: the global batch G is not a multiple of D * B.
     """
 
     def __init__(
-        self, windows: WindowSequence, global_batch_windows: int, micro_batch_size: int, rank: int, world_size: int,
-        first_step: int = 0, first_window: int = 0,
-    ):  # fmt: skip
+        self,
+        windows: WindowSequence,
+        global_batch_windows: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        first_step: int = 0,
+        first_window: int = 0,
+    ):
         self.windows, self.global_batch_windows, self.micro_batch_size = windows, global_batch_windows, micro_batch_size
         self.rank, self.world_size = rank, world_size
         self._window_of_step_0 = first_window - first_step * global_batch_windows
         if global_batch_windows % (micro_batch_size * world_size):
             raise InputError(
-                f"a global batch of {global_batch_windows} windows is not a multiple of {micro_batch_size} windows x {world_size} "
-                "ranks; change train.global_batch_tokens, train.micro_batch_size or the number of ranks"
+                f"a global batch of {global_batch_windows} windows is not a multiple of {micro_batch_size} windows x "
+                f"{world_size} ranks; change train.global_batch_tokens, train.micro_batch_size or the number of ranks"
             )
         self.accumulation = global_batch_windows // (micro_batch_size * world_size)
         self._reader: ThreadPoolExecutor | None = None
@@ -106,7 +115,10 @@ class TrainLoader:
         first = self.windows_before(step) + self.rank * self.micro_batch_size
         starts = first + np.arange(self.accumulation) * self.world_size * self.micro_batch_size
         windows = self.windows.at((starts[:, None] + np.arange(self.micro_batch_size)).flatten())
-        return [_stack(windows[first : first + self.micro_batch_size]) for first in range(0, len(windows), self.micro_batch_size)]
+        return [
+            _stack(windows[first : first + self.micro_batch_size])
+            for first in range(0, len(windows), self.micro_batch_size)
+        ]
 
     def close(self) -> None:
         """Ends the thread when it has read the step it is at."""
@@ -132,7 +144,9 @@ def evaluation_batches(
 
 
 def read_group(batches: Iterator[Batch], size: int) -> tuple[list[Batch], str | None]:
-    """The next `size` batches, or those that are left, and what is wrong with a record that ends the group early, if one does."""
+    """The next `size` batches, or those that are left, and what is wrong with a record that ends the group early, if
+    one does.
+    """
     group: list[Batch] = []
     try:
         group.extend(itertools.islice(batches, size))
@@ -143,4 +157,6 @@ def read_group(batches: Iterator[Batch], size: int) -> tuple[list[Batch], str | 
 
 def _stack(windows: list[Window]) -> Batch:
     inputs, targets, documents = zip(*windows, strict=True)
-    return Batch(torch.stack(inputs), torch.stack(targets, dim=1), None if documents[0] is None else torch.stack(documents))
+    return Batch(
+        torch.stack(inputs), torch.stack(targets, dim=1), None if documents[0] is None else torch.stack(documents)
+    )

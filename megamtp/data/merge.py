@@ -1,4 +1,6 @@
-"""Finished parts -> train and validation files: which documents are duplicates, which are held out, and everything in order."""
+"""Finished parts -> train and validation files: which documents are duplicates, which are held out, and everything
+in order.
+"""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -41,7 +43,9 @@ class Totals:
 
 
 class Parts:
-    """The finished parts of all shards in order, opened one at a time, without their duplicates once those are found."""
+    """The finished parts of all shards in order, opened one at a time, without their duplicates once those are
+    found.
+    """
 
     def __init__(self, shards: list[Shard], job: TokenisationJob, vocab_size: int):
         self._shards, self._job, self.vocab_size = shards, job, vocab_size
@@ -58,7 +62,9 @@ class Parts:
             yield part, np.ones(len(part.documents), dtype=bool) if self._kept is None else self._kept[index]
 
     def drop_duplicates(self) -> None:
-        """Keeps the first of the documents whose texts have the same hash. Needs 17 bytes a document and some more for a while."""
+        """Keeps the first of the documents whose texts have the same hash. Needs 17 bytes a document and some more
+        for a while.
+        """
         sizes = [len(part.documents) for part, _ in self]
         high, low = np.empty(sum(sizes), dtype=np.uint64), np.empty(sum(sizes), dtype=np.uint64)
         start = 0
@@ -87,7 +93,8 @@ def _is_first(high: np.ndarray, low: np.ndarray) -> np.ndarray:
 
 
 def split_limit(parts: Parts, validation_fraction: float, place: str) -> int:
-    """Documents whose split hash is below this are held out: at least one, and never all. Memory: a 65536th of the hashes.
+    """Documents whose split hash is below this are held out: at least one, and never all. Memory: a 65536th of the
+    hashes.
 
     Documents of one name, from several inputs, stay together.
 
@@ -122,7 +129,9 @@ def write_splits(parts: Parts, limit: int, output: Path) -> Totals:
             held_out = part.documents["name"] < np.uint64(limit)
             for documents, tokens in _chunks(part):
                 for split, wanted in (("train", ~held_out), ("validation", held_out)):
-                    _append(split, writers[split], part.documents[documents], tokens, (wanted & kept)[documents], totals)
+                    _append(
+                        split, writers[split], part.documents[documents], tokens, (wanted & kept)[documents], totals
+                    )
     return totals
 
 
@@ -138,7 +147,12 @@ def _chunks(part: Part) -> Iterator[tuple[slice, np.ndarray]]:
 
 
 def _append(
-    split: str, writer: IndexedDatasetWriter, documents: np.ndarray, tokens: np.ndarray, wanted: np.ndarray, totals: Totals
+    split: str,
+    writer: IndexedDatasetWriter,
+    documents: np.ndarray,
+    tokens: np.ndarray,
+    wanted: np.ndarray,
+    totals: Totals,
 ) -> None:
     lengths = documents["length"]
     selected = tokens if wanted.all() else tokens[np.repeat(wanted, lengths)]

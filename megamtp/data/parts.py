@@ -1,7 +1,8 @@
-"""Parts of a corpus: one shard's tokens and a table of its documents, written by whoever works on it and merged at the end.
+"""Parts of a corpus: one shard's tokens and a table of its documents, written by whoever works on it and merged at the
+end.
 
-A part's files are named by what they depend on, KEY.bin, KEY.npy and last KEY.json: one that is there is whole and right, so a
-preparation that was killed goes on from the parts it finds.
+A part's files are named by what they depend on, KEY.bin, KEY.npy and last KEY.json: one that is there is whole and
+right, so a preparation that was killed goes on from the parts it finds.
 """
 
 import hashlib
@@ -24,13 +25,19 @@ from megamtp.files import open_atomically, write_atomically
 BATCH_DOCUMENTS = 1024
 BATCH_CHARACTERS = 1 << 20
 # name: what decides the split; text: what decides whether two documents are the same, zeros unless asked for;
-# space_mark: whether it holds U+2581, and the tokenizer reads that as a space; end_marker: whether it holds one as characters.
+# space_mark: whether it holds U+2581, and the tokenizer reads that as a space; end_marker: whether it holds one as
+# characters.
 DOCUMENT = np.dtype(
     [
-        ("name", "<u8"), ("text_high", "<u8"), ("text_low", "<u8"), ("bytes", "<u8"), ("length", "<i4"),
-        ("space_mark", "?"), ("end_marker", "?"),
+        ("name", "<u8"),
+        ("text_high", "<u8"),
+        ("text_low", "<u8"),
+        ("bytes", "<u8"),
+        ("length", "<i4"),
+        ("space_mark", "?"),
+        ("end_marker", "?"),
     ]
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""Which windows a run has trained on. Checkpoints save it, so that a resumed run starts at the first window it has not seen.
+"""Which windows a run has trained on. Checkpoints save it, so that a resumed run starts at the first window it has not
+seen.
 
-The position counts windows, not steps, so a resumed run may change train.global_batch_tokens. A change of what a window is, or of
-the order of windows, is refused unless data.accept_changes is set.
+The position counts windows, not steps, so a resumed run may change train.global_batch_tokens. A change of what a window
+is, or of the order of windows, is refused unless data.accept_changes is set.
 """
 
 import copy
@@ -15,7 +16,8 @@ from megamtp.data.blend import PERIOD, Blend, quantise
 from megamtp.data.windows import Windows
 from megamtp.errors import CheckpointError
 
-MANY_EPOCHS = 4  # beyond which repeated text is worth clearly less than new text: Muennighoff et al. 2023, arXiv:2305.16264
+# beyond which repeated text is worth clearly less than new text: Muennighoff et al. 2023, arXiv:2305.16264
+MANY_EPOCHS = 4
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,13 @@ class CorpusPosition:
 
     Attributes:
         prefix: of its files.
-        num_tokens, crc32: its size and the checksum of its first and last tokens; they identify it wherever its files lie.
+        num_tokens, crc32: its size and the checksum of its first and last tokens; they identify it wherever its files
+            lie.
         stream: part of the key of its shuffles.
         share: its windows among 65,536 of the blend.
         first_window, first_tokens: next_window and trained_tokens when the present blend began.
-        next_window: place in the endless sequence of its shuffled epochs of the first window that has not been trained on.
+        next_window: place in the endless sequence of its shuffled epochs of the first window that has not been trained
+            on.
         trained_tokens: tokens of all its windows that have been trained on.
     """
 
@@ -53,7 +57,8 @@ class DataPosition:
     """How far a run has read its data.
 
     Attributes:
-        sequence_length, seed, documents: as in the configuration; with the corpora and their shares they define the windows.
+        sequence_length, seed, documents: as in the configuration; with the corpora and their shares they define the
+            windows.
         windows: of the present blend, that have been trained on.
         left: corpora of earlier blends that the present one lacks; one that comes back goes on where it was.
     """
@@ -94,7 +99,9 @@ class DataPosition:
         return dataclasses.replace(self, windows=windows, corpora=corpora)
 
     def passes(self) -> list[str]:
-        """If it is the position at the end of a run: a line for each corpus that says how often the run passes over it."""
+        """If it is the position at the end of a run: a line for each corpus that says how often the run passes over
+        it.
+        """
         weighted = len(self.corpora) > 1
         return [
             f"{corpus.prefix}: {f'{corpus.share / PERIOD:.5f} of the windows, ' if weighted else ''}"
@@ -105,8 +112,8 @@ class DataPosition:
     def warnings(self) -> list[str]:
         """If it is the position at the end of a run: a line for each corpus that is repeated too often."""
         return [
-            f"megamtp: warning: {corpus.prefix} is repeated {corpus.epochs:.3g} times; expected at most {MANY_EPOCHS} epochs: "
-            "beyond that a model memorises its text; add text or lower train.steps"
+            f"megamtp: warning: {corpus.prefix} is repeated {corpus.epochs:.3g} times; expected at most {MANY_EPOCHS} "
+            "epochs: beyond that a model memorises its text; add text or lower train.steps"
             for corpus in self.corpora
             if corpus.epochs > MANY_EPOCHS
         ]
@@ -115,13 +122,17 @@ class DataPosition:
 def new_position(corpora: list[Windows], weights: list[float]) -> DataPosition:
     """The position of a new run."""
     shares = quantise(weights).tolist()
-    return _position([_unread(windows, *own) for windows, *own in zip(corpora, range(len(corpora)), shares, strict=True)], corpora)
+    return _position(
+        [_unread(windows, *own) for windows, *own in zip(corpora, range(len(corpora)), shares, strict=True)], corpora
+    )
 
 
 def read_position(saved: dict[str, Any], checkpoint: Path) -> DataPosition:
     """What `DataPosition.saved` returned. Raises CheckpointError: it lacks a field or has an unknown one."""
     try:
-        corpora, left = ([CorpusPosition(**corpus) for corpus in part] for part in (saved["corpora"], saved.get("left", [])))
+        corpora, left = (
+            [CorpusPosition(**corpus) for corpus in part] for part in (saved["corpora"], saved.get("left", []))
+        )
         return DataPosition(**{**saved, "corpora": corpora, "left": left})
     except (KeyError, TypeError) as error:
         raise CheckpointError(
@@ -130,7 +141,9 @@ def read_position(saved: dict[str, Any], checkpoint: Path) -> DataPosition:
 
 
 def find_changes(saved: DataPosition, corpora: list[Windows], weights: list[float]) -> list[str]:
-    """`name was ..., is now ...` of everything by which the windows, or their order, differ from those of a saved position."""
+    """`name was ..., is now ...` of everything by which the windows, or their order, differ from those of a saved
+    position.
+    """
     windows = corpora[0]
     settings = (
         ("train.sequence_length", saved.sequence_length, windows.sequence_length),
@@ -140,7 +153,9 @@ def find_changes(saved: DataPosition, corpora: list[Windows], weights: list[floa
     found = [f"{key} was {before}, is now {after}" for key, before, after in settings if before != after]
     matches = list(_matches(saved.corpora, corpora))
     kept = [match for match in matches if match]
-    found += [f"data.train: {corpus.prefix} is missing or has other tokens" for corpus in saved.corpora if corpus not in kept]
+    found += [
+        f"data.train: {corpus.prefix} is missing or has other tokens" for corpus in saved.corpora if corpus not in kept
+    ]
     for windows, match, share in zip(corpora, matches, quantise(weights).tolist(), strict=True):
         if match is None:
             found.append(f"data.train: {windows.dataset.name} is new")
@@ -152,11 +167,13 @@ def find_changes(saved: DataPosition, corpora: list[Windows], weights: list[floa
     return found
 
 
-def resumed_position(saved: DataPosition, corpora: list[Windows], weights: list[float]) -> tuple[DataPosition, list[str]]:
+def resumed_position(
+    saved: DataPosition, corpora: list[Windows], weights: list[float]
+) -> tuple[DataPosition, list[str]]:
     """Where a run goes on although its windows change, and a line for each corpus that says so.
 
-    A new blend begins. A corpus whose windows and their order are as before goes on at its next window. Otherwise its new windows
-    start with the next epoch, whose order no earlier step has used.
+    A new blend begins. A corpus whose windows and their order are as before goes on at its next window. Otherwise its
+    new windows start with the next epoch, whose order no earlier step has used.
     """
     windows = corpora[0]
     same_order = (saved.sequence_length, saved.seed) == (windows.sequence_length, windows.seed)
@@ -189,7 +206,9 @@ def resumed_position(saved: DataPosition, corpora: list[Windows], weights: list[
 
 
 def _at_next_epoch(corpus: CorpusPosition, old_length: int, new_length: int) -> CorpusPosition:
-    """The position at the start of the epoch after the present one, in windows of new_length tokens instead of old_length."""
+    """The position at the start of the epoch after the present one, in windows of new_length tokens instead of
+    old_length.
+    """
     old_windows, new_windows = (max(1, (corpus.num_tokens - 1) // length) for length in (old_length, new_length))
     return dataclasses.replace(corpus, next_window=-(-corpus.next_window // old_windows) * new_windows)
 

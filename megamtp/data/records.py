@@ -1,7 +1,7 @@
 """Reads documents out of files: text, JSON lines (either also compressed) and Parquet, whole files or spans of them.
 
-A document's name is its file's, for JSON lines with the byte and for Parquet with the row where it begins: what a shard's
-worker can know without reading the shards before.
+A document's name is its file's, for JSON lines with the byte and for Parquet with the row where it begins: what a
+shard's worker can know without reading the shards before.
 """
 
 import codecs
@@ -42,8 +42,8 @@ class Span:
     Attributes:
         name: identifies the file whatever folder it lies in.
         format: one of FORMATS.
-        start, stop: JSON lines that begin in these bytes, these row groups of Parquet, or these bytes of a text that is cut in
-            pieces; stop None: all of the file.
+        start, stop: JSON lines that begin in these bytes, these row groups of Parquet, or these bytes of a text that is
+            cut in pieces; stop None: all of the file.
         first_piece: number of the first piece of such a text.
         skipped: names of documents that are left out.
     """
@@ -85,7 +85,8 @@ class Reader:
         """(name, text) of every document that is not empty.
 
         Raises:
-            InputError: the file cannot be read or is damaged, or a record has no text under json_key and may not be skipped.
+            InputError: the file cannot be read or is damaged, or a record has no text under json_key and may not be
+                skipped.
         """
         read = {TEXT: self._text, JSON_LINES: self._json_lines, PARQUET: self._parquet}[span.format]
         with _readable(span.path):
@@ -145,7 +146,9 @@ class Reader:
     def _pass_over(self, bad: _BadRecord, span: Span, place: str) -> None:
         """Raises InputError: bad records may not be skipped."""
         if not self.skip_bad_records:
-            raise InputError(f"{span.path}:{place}: {bad.found}; {bad.expected}, or skip bad records with --on-bad-record skip")
+            raise InputError(
+                f"{span.path}:{place}: {bad.found}; {bad.expected}, or skip bad records with --on-bad-record skip"
+            )
         self.bad_records.append(f"{span.name}:{place}: {bad.found}")
 
 
@@ -157,8 +160,8 @@ def content_suffix(path: Path) -> str:
 def recognise(path: Path, json_key: str, is_named: bool) -> str | None:
     """The format of a file, one of FORMATS, by its name or else by its first bytes; None: it is binary.
 
-    A file is JSON lines if most of its first ten lines are JSON objects. If it has but one line, a JSON object, it may as well
-    be a program's settings, and has to have json_key.
+    A file is JSON lines if most of its first ten lines are JSON objects. If it has but one line, a JSON object, it may
+    as well be a program's settings, and has to have json_key.
 
     Args:
         is_named: the file is named as an input, instead of found in a folder: .json then means JSON lines.
@@ -181,8 +184,8 @@ def recognise(path: Path, json_key: str, is_named: bool) -> str | None:
     lines = start.split(b"\n")
     if not is_whole and len(lines) == 1 and start.lstrip().startswith(b"{"):
         raise InputError(
-            f"{path}: begins as JSON, with a line of more than {JSON_START_BYTES >> 20} MiB; expected JSON lines or text: "
-            "say which with --format, or leave the file out with --exclude"
+            f"{path}: begins as JSON, with a line of more than {JSON_START_BYTES >> 20} MiB; expected JSON lines or "
+            "text: say which with --format, or leave the file out with --exclude"
         )
     objects = [_object(line) for line in islice(filter(bytes.strip, lines if is_whole else lines[:-1]), START_LINES)]
     if len(objects) == 1 and is_whole and objects[0] is not None:
@@ -205,7 +208,9 @@ def _object(line: bytes) -> dict | None:
 
 
 def _refuse_other_records(path: Path, start: bytes, json_key: str) -> None:
-    """Raises InputError: the first JSON value at the start of a file, or in an array there, is an object with a text."""
+    """Raises InputError: the first JSON value at the start of a file, or in an array there, is an object with a
+    text.
+    """
     text = start.decode(errors="replace").lstrip().removeprefix("[").lstrip()
     try:
         record, _ = DECODER.raw_decode(text)
@@ -213,8 +218,8 @@ def _refuse_other_records(path: Path, start: bytes, json_key: str) -> None:
         return
     if isinstance(record, dict) and isinstance(record.get(json_key), str):
         raise InputError(
-            f"{path}: JSON with {json_key!r}, but most of its first lines are not JSON objects; expected one object a line: "
-            "convert it, as with `jq -c`, read it as it is with --format text, or leave it out with --exclude"
+            f"{path}: JSON with {json_key!r}, but most of its first lines are not JSON objects; expected one object a "
+            "line: convert it, as with `jq -c`, read it as it is with --format text, or leave it out with --exclude"
         )
 
 
@@ -267,7 +272,9 @@ def _check_column(path: Path, schema: Any, json_key: str) -> None:
         values = column.value_type
     texts = (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view())
     if values not in (*texts, pyarrow.binary(), pyarrow.large_binary(), pyarrow.binary_view()):
-        raise InputError(f"{path}: column {json_key!r} holds {column}, expected strings; give the right one with --json-key")
+        raise InputError(
+            f"{path}: column {json_key!r} holds {column}, expected strings; give the right one with --json-key"
+        )
 
 
 def _cell_text(value: Any, json_key: str) -> str:
@@ -293,7 +300,8 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(
-            f"{path}: {error.strerror or ' '.join(str(error).split())}; expected a readable file: mend it or leave it out"
+            f"{path}: {error.strerror or ' '.join(str(error).split())}; expected a readable file: mend it or leave it "
+            "out"
         ) from None
     except (EOFError, zlib.error, lzma.LZMAError) as error:
         raise _damaged(path, error) from None
@@ -304,4 +312,6 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _damaged(path: Path, error: Exception) -> InputError:
-    return InputError(f"{path}: damaged ({' '.join(str(error).split())}); expected a whole file: fetch it again or leave it out")
+    return InputError(
+        f"{path}: damaged ({' '.join(str(error).split())}); expected a whole file: fetch it again or leave it out"
+    )

@@ -1,4 +1,6 @@
-"""Cuts inputs into shards: the same ones whoever works on them, so the corpus does not depend on the number of workers."""
+"""Cuts inputs into shards: the same ones whoever works on them, so the corpus does not depend on the number of
+workers.
+"""
 
 import codecs
 import hashlib
@@ -50,7 +52,9 @@ def plan(files: list[Span], in_pieces: bool, skipped: list[tuple[str, ...]] | No
     try:
         found = [(file, file.path.stat()) for file in files]
     except OSError as error:
-        raise InputError(f"{error.filename}: {error.strerror}; expected a readable file: mend it or leave it out") from None
+        raise InputError(
+            f"{error.filename}: {error.strerror}; expected a readable file: mend it or leave it out"
+        ) from None
     total = sum(status.st_size for _, status in found)
     wanted = min(MAX_SHARD_BYTES, max(MIN_SHARD_BYTES, total // SHARDS))
     shards, spans, size, digest = [], [], 0, hashlib.sha256()
@@ -67,7 +71,9 @@ def plan(files: list[Span], in_pieces: bool, skipped: list[tuple[str, ...]] | No
 
 
 def _spans(file: Span, size: int, wanted: int, in_pieces: bool) -> Iterator[tuple[Span, int]]:
-    """(span, its share of the file's bytes) of a file: several of about `wanted` bytes if it is large and can be cut."""
+    """(span, its share of the file's bytes) of a file: several of about `wanted` bytes if it is large and can be
+    cut.
+    """
     number, units = max(1, size // wanted), size
     if number > 1 and file.format == PARQUET:
         number = min(number, units := num_row_groups(file.path))

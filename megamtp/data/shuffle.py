@@ -1,9 +1,12 @@
-"""A permutation that is computed where it is looked at, instead of kept: the order of an epoch of any size, in no memory.
+"""A permutation that is computed where it is looked at, instead of kept: the order of an epoch of any size, in no
+memory.
 
-A Feistel network over pairs (left, right) with left < a, right < b and a * b >= number: each round adds a keyed hash of one to
-the other, which can be undone whatever the hash is. Values from `number` up are sent through again until they fall below it.
+A Feistel network over pairs (left, right) with left < a, right < b and a * b >= number: each round adds a keyed hash of
+one to the other, which can be undone whatever the hash is. Values from `number` up are sent through again until they
+fall below it.
 
-Source: Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains", sections 3 and 4 (cycle walking; generalised Feistel).
+Source: Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains", sections 3 and 4 (cycle walking; generalised
+Feistel).
 """
 
 import hashlib
@@ -15,7 +18,9 @@ ROUNDS = 8  # half of them for either side
 
 
 class Shuffle:
-    """A permutation of 0 .. number - 1 that is drawn by `key`, some integers: `shuffle(places)` looks it up, array by array."""
+    """A permutation of 0 .. number - 1 that is drawn by `key`, some integers: `shuffle(places)` looks it up, array
+    by array.
+    """
 
     def __init__(self, number: int, *key: int):
         self.number = number
@@ -42,7 +47,9 @@ class Shuffle:
 
 
 def _hash(values: np.ndarray, key: np.uint64) -> np.ndarray:
-    """64 bits each. Source: Steele et al. 2014, "Fast Splittable Pseudorandom Number Generators", the mix of SplitMix64."""
+    """64 bits each. Source: Steele et al. 2014, "Fast Splittable Pseudorandom Number Generators", the mix of
+    SplitMix64.
+    """
     values = np.atleast_1d(values) + key  # arrays wrap around in silence
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -18,9 +18,11 @@ from megamtp.files import write_atomically
 
 # SentencePiece writes spaces as this character, so it reads one in a text as a space.
 SPACE_MARK = "\u2581"
-# How many texts write the end of a text. No tokenizer here reads it, or the name of its own end piece, as anything but characters.
+# How many texts write the end of a text. No tokenizer here reads it, or the name of its own end piece, as anything but
+# characters.
 END_MARKER = "<|endoftext|>"
-# Training reads at most 5000 chunks of 4096 characters, about 20 MB: seconds of work, and merges hardly change beyond it.
+# Training reads at most 5000 chunks of 4096 characters, about 20 MB: seconds of work, and merges hardly change beyond
+# it.
 CHUNK_CHARACTERS = 4096
 MAX_CHUNKS = 5000
 # How train_sentencepiece trains. Every model records how it was trained, so these also tell our models from others.
@@ -35,7 +37,9 @@ NO_NORMALIZATION = "identity"
 
 
 class ByteTokenizer:
-    """Tokens are the bytes of the text's UTF-8, and 256 ends a document. Source: the paper's byte-level models, section 3.3."""
+    """Tokens are the bytes of the text's UTF-8, and 256 ends a document. Source: the paper's byte-level models,
+    section 3.3.
+    """
 
     path = BYTES
     vocab_size = 257
@@ -62,11 +66,12 @@ class ByteTokenizer:
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model file. Raises InputError if it is missing, is no such model, or has no end-of-sequence piece.
+    """A SentencePiece model file. Raises InputError if it is missing, is no such model, or has no end-of-sequence
+    piece.
 
-    The ids are those of the SentencePiece library. There is one exception: a model of `train_sentencepiece` encodes U+2581 as
-    the three bytes of its UTF-8, where the library would read a space. With such a model decode(encode(text)) == text for every
-    text without lone surrogates.
+    The ids are those of the SentencePiece library. There is one exception: a model of `train_sentencepiece` encodes
+    U+2581 as the three bytes of its UTF-8, where the library would read a space. With such a model decode(encode(text))
+    == text for every text without lone surrogates.
 
     Attributes:
         processor: the library's tokenizer.
@@ -121,7 +126,9 @@ class SentencePieceTokenizer:
         return first + [token for part in others for token in mark_ids + part]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; control pieces such as the end of a document, and ids beyond the vocabulary, decode to nothing."""
+        """The text of `ids`; control pieces such as the end of a document, and ids beyond the vocabulary, decode to
+        nothing.
+        """
         return self.processor.decode([int(token) for token in ids if token < self.vocab_size])
 
 

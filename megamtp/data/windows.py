@@ -17,7 +17,8 @@ CHECKED_TOKENS = 1 << 20  # of either end of a corpus, before a run begins
 class Window(NamedTuple):
     """int64 inputs [T] and targets [n, T]; targets[i - 1, t] is the token i positions after inputs[t], or IGNORED.
 
-    documents: int64 [T], the number of the document of each input, from 0 in each window; None if attention may cross them.
+    documents: int64 [T], the number of the document of each input, from 0 in each window; None if attention may cross
+    them.
     """
 
     inputs: Tensor
@@ -28,25 +29,31 @@ class Window(NamedTuple):
 class Windows:
     """Windows of T + n tokens that advance by T through all documents in a row.
 
-    Their number and order do not depend on n, and every token after the first is head 1's target exactly once an epoch (but for
-    a rest shorter than T). Only in the last windows may targets lie beyond the end: they are IGNORED.
+    Their number and order do not depend on n, and every token after the first is head 1's target exactly once an epoch
+    (but for a rest shorter than T). Only in the last windows may targets lie beyond the end: they are IGNORED.
 
     Args:
         sequence_length: T.
         num_future_tokens: n.
         seed, stream: of the order of epochs; `stream` tells corpora of one blend apart.
         vocab_size: tokens are below it.
-        documents: "continue" crosses their boundaries as the paper does; "mask" ignores targets in another document than their
-            input's; "isolate" tells documents apart besides, so that attention does not cross them either.
+        documents: "continue" crosses their boundaries as the paper does; "mask" ignores targets in another document
+            than their input's; "isolate" tells documents apart besides, so that attention does not cross them either.
 
     Raises:
         InputError: the corpus has no window, or no token ids.
     """
 
     def __init__(
-        self, dataset: IndexedDataset, sequence_length: int, num_future_tokens: int, seed: int, stream: int = 0,
-        vocab_size: int = 2**63, documents: str = "continue",
-    ):  # fmt: skip
+        self,
+        dataset: IndexedDataset,
+        sequence_length: int,
+        num_future_tokens: int,
+        seed: int,
+        stream: int = 0,
+        vocab_size: int = 2**63,
+        documents: str = "continue",
+    ):
         self.dataset, self.sequence_length, self.num_future_tokens = dataset, sequence_length, num_future_tokens
         self.seed, self.stream, self.vocab_size, self.documents = seed, stream, vocab_size, documents
         self._reach = 1 + np.stack(np.tril_indices(num_future_tokens))  # all (i, distance) with 1 <= distance <= i <= n
@@ -55,8 +62,8 @@ class Windows:
             raise InputError(f"{dataset.name} holds {dataset.dtype.name}; expected token ids, which are whole numbers")
         if self.number < 1:
             raise InputError(
-                f"{dataset.name} has {dataset.num_tokens} tokens; expected at least {sequence_length + 1} for windows of "
-                f"train.sequence_length={sequence_length}: shorten them or add text"
+                f"{dataset.name} has {dataset.num_tokens} tokens; expected at least {sequence_length + 1} for windows "
+                f"of train.sequence_length={sequence_length}: shorten them or add text"
             )
 
     def __len__(self) -> int:
@@ -84,7 +91,9 @@ class Windows:
         return Window(inputs, targets, torch.from_numpy(begins.cumsum()))
 
     def _crossing(self, boundaries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(i - 1, t) of all targets i positions after t that have a boundary between: those of the i positions before each."""
+        """(i - 1, t) of all targets i positions after t that have a boundary between: those of the i positions
+        before each.
+        """
         ahead, before = self._reach
         heads = np.broadcast_to(ahead - 1, (len(boundaries), len(ahead)))
         places = boundaries[:, None] - before
@@ -102,7 +111,10 @@ class Windows:
     @property
     def targets_can_be_ignored(self) -> bool:
         """Whether a window may lack targets, so that heads' counts of targets differ."""
-        return self.documents != "continue" or self.number * self.sequence_length + self.num_future_tokens > self.dataset.num_tokens
+        return (
+            self.documents != "continue"
+            or self.number * self.sequence_length + self.num_future_tokens > self.dataset.num_tokens
+        )
 
     def shuffled(self, epoch: int) -> Shuffle:
         """The order of the windows in an epoch."""
@@ -132,8 +144,8 @@ class Windows:
         if wrong.any():
             first = int(wrong.argmax())
             raise InputError(
-                f"{self.dataset.name}.bin holds token {tokens[first]} in document {self.dataset.document_at(start + first)}, "
-                f"model.vocab_size is {self.vocab_size}; expected ids from 0 to below it: the file is damaged, or made with "
-                "another tokenizer than the model's"
+                f"{self.dataset.name}.bin holds token {tokens[first]} in document "
+                f"{self.dataset.document_at(start + first)}, model.vocab_size is {self.vocab_size}; expected ids from "
+                "0 to below it: the file is damaged, or made with another tokenizer than the model's"
             )
         return tokens

@@ -30,14 +30,23 @@ def tokenise_all(shards: list[Shard], job: TokenisationJob, workers: int | Execu
         workers: number of processes; one works here. Or an executor with workers of its own.
 
     Raises:
-        InputError: of the first shard that has a mistake, or a worker was killed. Parts that were begun are finished first.
+        InputError: of the first shard that has a mistake, or a worker was killed. Parts that were begun are finished
+            first.
         OSError: a part cannot be written.
     """
     missing = [shard for shard in shards if not is_finished(shard, job)]
     total = sum(shard.num_bytes for shard in shards)
     done = total - sum(shard.num_bytes for shard in missing)
-    shown = {"total": total, "initial": done, "unit": "B", "unit_scale": True, "desc": "tokenising", "dynamic_ncols": True}
-    # Processes are forked before the bar starts its thread: a fork copies the locks that a thread holds, but not the thread.
+    shown = {
+        "total": total,
+        "initial": done,
+        "unit": "B",
+        "unit_scale": True,
+        "desc": "tokenising",
+        "dynamic_ncols": True,
+    }
+    # Processes are forked before the bar starts its thread: a fork copies the locks that a thread holds, but not the
+    # thread.
     with _executor(workers, len(missing)) as executor, tqdm(**shown, disable=None) as bar:
         if executor:
             _collect([executor.submit(tokenise, shard, job) for shard in missing], bar)
@@ -52,8 +61,8 @@ def _collect(futures: list[Future], bar: tqdm) -> None:
             bar.update(future.result())
     except BrokenProcessPool:
         raise InputError(
-            "a worker process was killed, perhaps for want of memory; expected all to finish: call again, it goes on from there, "
-            "and fewer --workers need less memory"
+            "a worker process was killed, perhaps for want of memory; expected all to finish: call again, it goes on "
+            "from there, and fewer --workers need less memory"
         ) from None
     except (InputError, OSError):
         for future in futures:
@@ -122,7 +131,8 @@ def num_mpi_ranks() -> int:
 
 @contextmanager
 def mpi_ranks() -> Iterator[Executor | None]:
-    """On rank 0 an executor of the other ranks' work; on those, which have then worked until rank 0 left this block, None.
+    """On rank 0 an executor of the other ranks' work; on those, which have then worked until rank 0 left this block,
+    None.
 
     Raises:
         InputError: mpi4py is not installed.

@@ -43,7 +43,8 @@ def generate(
         logits_V = logits_BV[0].float().cpu()
         if not torch.isfinite(logits_V).all():
             raise InputError(
-                f"the model's logits after {len(prompt_ids) + len(new_ids)} tokens are not finite; expected other weights"
+                f"the model's logits after {len(prompt_ids) + len(new_ids)} tokens are not finite; expected other "
+                "weights"
             )
         token = _choose(logits_V, temperature, top_k, top_p, generator)
         if token == end_id:
@@ -53,7 +54,9 @@ def generate(
     return new_ids
 
 
-def _choose(logits_V: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator) -> int:
+def _choose(
+    logits_V: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
+) -> int:
     if temperature == 0:
         return int(logits_V.argmax())
     logits_V, tokens_V = ((logits_V - logits_V.max()).double() / temperature).sort(descending=True, stable=True)
@@ -65,9 +68,15 @@ def _choose(logits_V: Tensor, temperature: float, top_k: int | None, top_p: floa
 
 
 def _check(
-    model: MTPModel, prompt_ids: list[int], max_new_tokens: int, temperature: float,
-    top_k: int | None, top_p: float | None, seed: int, end_id: int | None,
-) -> None:  # fmt: skip
+    model: MTPModel,
+    prompt_ids: list[int],
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
+    end_id: int | None,
+) -> None:
     vocab_size = model.config.vocab_size
     if max_new_tokens < 0:
         raise InputError(f"{max_new_tokens} new tokens; expected 0 or more")
@@ -82,4 +91,6 @@ def _check(
     if not prompt_ids and end_id is None:
         raise InputError("an empty prompt, and no end-of-document id to begin from; expected a prompt")
     if not all(0 <= token < vocab_size for token in prompt_ids):
-        raise InputError(f"the prompt holds token ids outside the model's {vocab_size}; expected the model's own tokenizer")
+        raise InputError(
+            f"the prompt holds token ids outside the model's {vocab_size}; expected the model's own tokenizer"
+        )

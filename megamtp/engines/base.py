@@ -22,8 +22,8 @@ class StepResult:
     """One optimizer step, as this rank saw it.
 
     Attributes:
-        nll_sums: [n] on the device: each head's negative log-likelihood summed over this rank's valid targets; 0 where another
-            rank computes that head.
+        nll_sums: [n] on the device: each head's negative log-likelihood summed over this rank's valid targets; 0 where
+            another rank computes that head.
         gradient_norm: norm of the whole gradient before clipping; not finite in a skipped step.
         skipped: the gradient was not finite, and DeepSpeed has left the weights as they were.
     """
@@ -38,8 +38,8 @@ class EngineState:
     """What must be saved to go on as if nothing had happened.
 
     Attributes:
-        tensors: this rank's slices of weights and optimizer tensors by slice_key (checkpoint/shards.py), and its random states;
-            in place.
+        tensors: this rank's slices of weights and optimizer tensors by slice_key (checkpoint/shards.py), and its random
+            states; in place.
         shapes: of the whole parameters that they are slices of, by name.
         run: the rest, the same on all ranks, for the manifest.
     """
@@ -50,9 +50,11 @@ class EngineState:
 
 
 class Engine(Protocol):
-    """A model, its optimizer and its ranks. Every method but `state` is collective: all ranks call it, in the same order.
+    """A model, its optimizer and its ranks. Every method but `state` is collective: all ranks call it, in the same
+    order.
 
-    Ranks of the same data_parallel_rank (of data_parallel_size) read the same micro-batches: the stages of one pipeline.
+    Ranks of the same data_parallel_rank (of data_parallel_size) read the same micro-batches: the stages of one
+    pipeline.
     """
 
     rank: int
@@ -69,17 +71,20 @@ class Engine(Protocol):
         """
 
     def evaluate(self, batches: Iterable[Batch]) -> Tensor:
-        """[n + n] on the device: each head's summed negative log-likelihood, then its number of valid targets, of this rank.
+        """[n + n] on the device: each head's summed negative log-likelihood, then its number of valid targets, of this
+        rank.
 
         Both are 0 where another rank computes that head.
         """
 
     def state(self) -> EngineState:
-        """This rank's part of weights, optimizer and random states, in place: copy it before the next step. Not collective."""
+        """This rank's part of weights, optimizer and random states, in place: copy it before the next step. Not
+        collective.
+        """
 
     def load(self, checkpoint: Path) -> None:
-        """Restores `state` from a checkpoint of any engine at any world size, bit for bit. (Random states only of the same engine
-        at the same world size; others start anew.) Collective.
+        """Restores `state` from a checkpoint of any engine at any world size, bit for bit. (Random states only of the
+        same engine at the same world size; others start anew.) Collective.
 
         Raises:
             CheckpointError: files are damaged, or of another model.
@@ -96,7 +101,9 @@ def on_device(micro_batches: Iterable[Batch], device: torch.device) -> list[Batc
     return [batch.to(device) for batch in micro_batches]
 
 
-def count_targets(micro_batches: list[Batch], can_be_ignored: bool, data_parallel_size: int, device: torch.device) -> list[int]:
+def count_targets(
+    micro_batches: list[Batch], can_be_ignored: bool, data_parallel_size: int, device: torch.device
+) -> list[int]:
     """Each head's number of valid targets in a step, over all ranks and micro-batches (N_i).
 
     Collective (one all-reduce of n integers), except when no target can be ignored: then it is a constant.
@@ -113,8 +120,8 @@ def count_targets(micro_batches: list[Batch], can_be_ignored: bool, data_paralle
 def loss_scales(weights: list[float], target_counts: list[int], averaged_ranks: int, accumulation: int) -> list[float]:
     """The factor of each head's summed cross-entropy: weight_i * D * A / N_i, and 0 where a head has no target.
 
-    D and A undo the averages over ranks and micro-batches that the engine takes, so that what remains is the mean over all valid
-    targets of the step, however they are spread. D is 1 where gradients are summed over the ranks.
+    D and A undo the averages over ranks and micro-batches that the engine takes, so that what remains is the mean over
+    all valid targets of the step, however they are spread. D is 1 where gradients are summed over the ranks.
     """
     return [
         weight * averaged_ranks * accumulation / count if count else 0.0

@@ -8,7 +8,9 @@ from megamtp.planning.partition import Partition, data_parallel_place
 from megamtp.planning.spread import SpreadPartition, best_cut
 
 
-def check_engine(config: Config, rank: int, world_size: int) -> tuple[tuple[int, int], Partition | SpreadPartition | None]:
+def check_engine(
+    config: Config, rank: int, world_size: int
+) -> tuple[tuple[int, int], Partition | SpreadPartition | None]:
     """(data_parallel_rank, data_parallel_size) that the engine will have, and a pipeline's best cut.
 
     Raises:

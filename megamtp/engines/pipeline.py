@@ -1,9 +1,10 @@
-"""Pipeline and data parallelism with ZeRO-1 through DeepSpeed's 1F1B engine, with sequential heads on any of the last stages.
+"""Pipeline and data parallelism with ZeRO-1 through DeepSpeed's 1F1B engine, with sequential heads on any of the last
+stages.
 
     stage 0: embedding, trunk ...   |   stage 1: ... trunk, head 1   |   stage 2: head 2 ... head n        x D pipelines
 
-A stage runs its heads forward and backward when z passes (losses/sequential.py) and adds their dz when the gradient of z comes
-back, so every stage runs one forward and one backward pass of each micro-batch, and sends one tensor each way.
+A stage runs its heads forward and backward when z passes (losses/sequential.py) and adds their dz when the gradient of
+z comes back, so every stage runs one forward and one backward pass of each micro-batch, and sends one tensor each way.
 """
 
 import itertools
@@ -78,13 +79,14 @@ class PipelineEngine(HostedEngine):
         return totals.flatten()
 
     def _reduce_unembedding(self, engine: object) -> None:
-        """Sums the gradients of all copies of the unembedding, once a step: when this stage has sent its last gradient upstream.
+        """Sums the gradients of all copies of the unembedding, once a step: when this stage has sent its last gradient
+        upstream.
 
-        The stages before it still have backward passes to run then, which hide the transfer. Over the stages of all pipelines in
-        one, and the reduction over pipelines that follows adds zeros to it: so all copies get the same bits, and stay equal
-        (on CPUs but for rounding at the ends of shards: see optimizers/adamw.py).
-        DeepSpeed's own, over the stages of one pipeline, leaves the sum over pipelines to each stage's reduction, which may add in
-        another order on another stage.
+        The stages before it still have backward passes to run then, which hide the transfer. Over the stages of all
+        pipelines in one, and the reduction over pipelines that follows adds zeros to it: so all copies get the same
+        bits, and stay equal (on CPUs but for rounding at the ends of shards: see optimizers/adamw.py).
+        DeepSpeed's own, over the stages of one pipeline, leaves the sum over pipelines to each stage's reduction, which
+        may add in another order on another stage.
         """
         if not self.stage.copies:
             return

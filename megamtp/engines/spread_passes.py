@@ -1,9 +1,9 @@
 """What a stage does in each pass of the schedule with spread losses, and what it exchanges with the others.
 
-All transfers run beside the computation: a pass waits only for what it needs. All ranks begin theirs in one order, the schedule's,
-and on a GPU in one stream, each after the one before: NCCL may stop for ever where ranks begin transfers in different orders, in
-different groups and streams too (https://github.com/NVIDIA/nccl/issues/783), and a transfer that waits for its peers keeps some
-multiprocessors from computing.
+All transfers run beside the computation: a pass waits only for what it needs. All ranks begin theirs in one order, the
+schedule's, and on a GPU in one stream, each after the one before: NCCL may stop for ever where ranks begin transfers in
+different orders, in different groups and streams too (https://github.com/NVIDIA/nccl/issues/783), and a transfer that
+waits for its peers keeps some multiprocessors from computing.
 """
 
 from collections import deque
@@ -48,7 +48,8 @@ class MicroBatch:
     """What a stage keeps of one between its passes.
 
     Attributes:
-        received: what its layers work on, a leaf; sent, normed: what they returned, for other stages and for the slices.
+        received: what its layers work on, a leaf; sent, normed: what they returned, for other stages and for the
+            slices.
         losses: by host.
         d_weight: of this stage's rows, in fp32, from `open_hosts` fewer hosts than there are.
     """
@@ -62,7 +63,8 @@ class MicroBatch:
 
 
 class Traffic:
-    """This rank's part in a step's transfers, begun in their order from the first pass on, when this stage has made what it gives.
+    """This rank's part in a step's transfers, begun in their order from the first pass on, when this stage has made
+    what it gives.
 
     Args:
         lane: the stream of all transfers, on a GPU.
@@ -71,9 +73,12 @@ class Traffic:
     """
 
     def __init__(
-        self, lane: torch.cuda.Stream | None, order: list[Transfer], gives: Callable[[Transfer], bool],
+        self,
+        lane: torch.cuda.Stream | None,
+        order: list[Transfer],
+        gives: Callable[[Transfer], bool],
         begin: Callable[[Transfer, list[Tensor] | None], tuple[list[Tensor], list[dist.Work]]],
-    ):  # fmt: skip
+    ):
         self.lane, self.order, self.gives, self._begin = lane, order, gives, begin
         self.given: dict[Transfer, tuple[list[Tensor], torch.cuda.Event | None]] = {}
         self.begun: dict[Transfer, tuple[list[Tensor], list[dist.Work], torch.cuda.Event | None]] = {}
@@ -158,19 +163,26 @@ class SpreadPasses:
                 self.group, self.slices_group = everyone, slices
 
     def begin(self, batches: list[Batch], loss_scales: list[float], transfers: list[Transfer], learning: bool) -> None:
-        """Before a step or, without `learning`, an evaluation: its micro-batches, on the device, and each head's loss's factor."""
+        """Before a step or, without `learning`, an evaluation: its micro-batches, on the device, and each head's
+        loss's factor.
+        """
         self.batches, self.loss_scales, self.learning = batches, loss_scales, learning
         self.micro_batches: dict[int, MicroBatch] = {}
         self.float8_weight = Float8Weight()  # weights do not change within a step
         self.ends: deque[torch.cuda.Event] = deque()  # of passes that the card may not have done yet
         schedule, stage = self.cut.schedule, self.stage
-        order = [each for each in transfers if schedule.takes_part(stage, each) and (learning or each.carries not in BACKWARD)]
+        order = [
+            each
+            for each in transfers
+            if schedule.takes_part(stage, each) and (learning or each.carries not in BACKWARD)
+        ]
         self.traffic = Traffic(self.lane, order, lambda each: schedule.gives(stage, each), self._transfer)
 
     def run(self, work: Pass) -> None:
         """One pass; those of a step in the schedule's order.
 
-        On a GPU, Python goes ahead of the card only so far: what it asks for early must be kept until the card comes to it.
+        On a GPU, Python goes ahead of the card only so far: what it asks for early must be kept until the card comes to
+        it.
         """
         if self.lane and len(self.ends) == AHEAD:
             self.ends.popleft().synchronize()
@@ -194,7 +206,9 @@ class SpreadPasses:
         batch = self.batches[index]
         received = batch.inputs
         if self.stage:
-            received = self.traffic.take(Transfer(Carries.ACTIVATIONS, self.stage - 1, index))[0].requires_grad_(self.learning)
+            received = self.traffic.take(Transfer(Carries.ACTIVATIONS, self.stage - 1, index))[0].requires_grad_(
+                self.learning
+            )
         sent, normed = self.part.run_layers(received, batch)
         if self.learning or self.stage in self.slices:
             self.micro_batches[index] = MicroBatch(received, sent, normed, len(self.hosts))

@@ -1,7 +1,8 @@
-"""The pipeline engine with losses spread by vocabulary: DeepSpeed's executor, optimizer and reductions, but our own schedule.
+"""The pipeline engine with losses spread by vocabulary: DeepSpeed's executor, optimizer and reductions, but our own
+schedule.
 
-DeepSpeed's 1F1B has no place for a loss whose answer comes later, from all stages; its pipeline engine takes any schedule, though,
-and instructions that it did not know.
+DeepSpeed's 1F1B has no place for a loss whose answer comes later, from all stages; its pipeline engine takes any
+schedule, though, and instructions that it did not know.
 """
 
 from functools import partial

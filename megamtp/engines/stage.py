@@ -55,7 +55,11 @@ class StagePart(ModelPart):
         """The parameters that every stage with heads has a copy of."""
         if self.unembedding is None or not self.own.heads:
             return []
-        return [self.unembedding.get_parameter("norm")] if self.own.contents.spread else list(self.unembedding.parameters())
+        return (
+            [self.unembedding.get_parameter("norm")]
+            if self.own.contents.spread
+            else list(self.unembedding.parameters())
+        )
 
     def begin(self, batches: Iterable[Batch], loss_scales: list[float]) -> None:
         """Before a step or an evaluation: its micro-batches, on the device, and the factor of each head's loss."""
@@ -81,7 +85,9 @@ class StagePart(ModelPart):
         return x
 
     def run_layers(self, x: Tensor, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-        """One micro-batch, of which other stages make the losses: (the trunk's output here, the heads' normed: [B, T, D] each)."""
+        """One micro-batch, of which other stages make the losses: (the trunk's output here, the heads' normed: [B,
+        T, D] each).
+        """
         separation = self.separate(batch.documents)
         x = self.run_trunk(x, separation)
         return x, self.normed_heads(x, separation)

@@ -55,7 +55,8 @@ class ZeroEngine(HostedEngine):
         nll_sums = torch.zeros(self.config.model.num_future_tokens, device=self.device)
         with self.head_phase.whole_or_nothing():
             for index, batch in enumerate(on_device(micro_batches, self.device)):
-                # (c) DeepSpeed tells its optimizer only when the outer backward starts; the heads' reductions come before it.
+                # (c) DeepSpeed tells its optimizer only when the outer backward starts; the heads' reductions come
+                # before it.
                 self.engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
                 loss, micro_nll_sums = self.engine(batch.inputs, batch.targets, scales, batch.documents)
                 self.engine.backward(loss)
@@ -113,7 +114,9 @@ def _initialise(model: MTPModel, config: Config) -> None:
 
 
 def _initialise_shards(model: MTPModel, config: Config) -> None:
-    """Gives every parameter its initial value: each rank draws or reads every D-th, all at the same time. Collective."""
+    """Gives every parameter its initial value: each rank draws or reads every D-th, all at the same time.
+    Collective.
+    """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     with raised_by_all():
         initial = initial_weights(config)

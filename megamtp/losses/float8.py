@@ -1,21 +1,21 @@
 """Two of the loss's three products in 8-bit floating point: logits = H W^T in e4m3 x e4m3, dH = G W in e5m2 x e4m3.
 
-H and W are scaled by one number each, which makes their largest element e4m3's; G, which lies in [-1, 1] before the loss's factor
-comes in, by a constant. Finer scales would gain nothing: floating-point numbers keep their relative precision over all of e4m3's 15
-binades (2^-6 to 448 without subnormal numbers), and what is smaller than a 28,000th of the largest element hardly counts.
+H and W are scaled by one number each, which makes their largest element e4m3's; G, which lies in [-1, 1] before the
+loss's factor comes in, by a constant. Finer scales would gain nothing: floating-point numbers keep their relative
+precision over all of e4m3's 15 binades (2^-6 to 448 without subnormal numbers), and what is smaller than a 28,000th of
+the largest element hardly counts.
 
-G is in e5m2, of 2 bits but 30 binades, because much of a softmax is a tail of tiny probabilities. e4m3 rounds those below 2^-18 to
-zero, which bends the mean of dH over positions, at V = 32000 by a fifth and more where the unembedding has a direction for how
-frequent a token is; e5m2's errors, larger for a single position, go to both sides (tests/unit/test_float8.py compares them).
+G is in e5m2, of 2 bits but 30 binades, because much of a softmax is a tail of tiny probabilities. e4m3 rounds those
+below 2^-18 to zero, which bends the mean of dH over positions, at V = 32000 by a fifth and more where the unembedding
+has a direction for how frequent a token is; e5m2's errors, larger for a single position, go to both sides
+(tests/unit/test_float8.py compares them).
 
-Source: the formats and their use: Micikevicius et al. 2022, arXiv:2209.05433; the 14 bits of Hopper's sums: DeepSeek-V3,
-arXiv:2412.19437, section 3.3.2.
+Source: the formats and their use: Micikevicius et al. 2022, arXiv:2209.05433; the 14 bits of Hopper's sums:
+DeepSeek-V3, arXiv:2412.19437, section 3.3.2.
 Shapes: C rows of a chunk, D width, V vocabulary.
 """
 
-import functools
 from dataclasses import dataclass
-from typing import Any, no_type_check
 
 import torch
 from torch import Tensor
@@ -30,7 +30,8 @@ BLOCK = 128  # rows and columns of a kernel program's tile
 class Float8Weight:
     """The unembedding in e4m3, shared by the uses of one micro-batch: made at the first, gone with this object.
 
-    2 V D bytes: the fp8 products want their second factor with the summed dimension contiguous, which is D for logits and V for dH.
+    2 V D bytes: the fp8 products want their second factor with the summed dimension contiguous, which is D for logits
+    and V for dH.
     """
 
     def __init__(self) -> None:
@@ -61,27 +62,37 @@ class Float8Products:
     def logits(self, rows: slice) -> Tensor:
         """[C, V] of some rows, in the dtype that hidden had.
 
-        With the tensor cores' fast accumulation: it keeps some 14 bits of a sum, and D terms of like size, whose factors have 4,
-        do not miss the others.
+        With the tensor cores' fast accumulation: it keeps some 14 bits of a sum, and D terms of like size, whose
+        factors have 4, do not miss the others.
         """
         rows_VD, scale = self.weight.rows_VD, self.weight.scale
         assert rows_VD is not None and scale is not None
         return torch._scaled_mm(
-            self.hidden_ND[rows], rows_VD.T, scale_a=self.hidden_scale, scale_b=scale,
-            out_dtype=self.dtype, use_fast_accum=True,
-        )  # fmt: skip
+            self.hidden_ND[rows],
+            rows_VD.T,
+            scale_a=self.hidden_scale,
+            scale_b=scale,
+            out_dtype=self.dtype,
+            use_fast_accum=True,
+        )
 
     def hidden_gradient(self, gradient_CV: Tensor, out: Tensor) -> None:
         """out [C, D] = factor * gradient_CV / GRADIENT_SCALE @ weight.
 
-        Without fast accumulation: one or two of V terms are large, and 14 bits would cut off the many small ones, all to one side.
+        Without fast accumulation: one or two of V terms are large, and 14 bits would cut off the many small ones, all
+        to one side.
         """
         columns_DV, scale = self.weight.columns_DV, self.weight.scale
         assert columns_DV is not None and scale is not None
         torch._scaled_mm(
-            gradient_CV, columns_DV.T, scale_a=self.gradient_scale, scale_b=scale,
-            out_dtype=self.dtype, use_fast_accum=False, out=out,
-        )  # fmt: skip
+            gradient_CV,
+            columns_DV.T,
+            scale_a=self.gradient_scale,
+            scale_b=scale,
+            out_dtype=self.dtype,
+            use_fast_accum=False,
+            out=out,
+        )
 
 
 def quantise(x_MN: Tensor, transposed: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -101,38 +112,22 @@ def quantise(x_MN: Tensor, transposed: Tensor | None = None) -> tuple[Tensor, Te
 
 
 def _triton(x_MN: Tensor, amax: Tensor, transposed: Tensor | None) -> tuple[Tensor, Tensor]:
+    from megamtp.losses import kernels
+
     quantised_MN = torch.empty_like(x_MN, dtype=WEIGHT)
     scale = torch.empty((), dtype=torch.float32, device=x_MN.device)
     rows, columns = x_MN.shape
-    _kernel()[(-(-rows // BLOCK), -(-columns // BLOCK))](
-        x_MN, amax, quantised_MN, transposed, scale, rows, columns,
-        largest=LARGEST, smallest_amax=SMALLEST_AMAX, block=BLOCK, num_warps=8,
-    )  # fmt: skip
+    kernels.quantise[(-(-rows // BLOCK), -(-columns // BLOCK))](
+        x_MN,
+        amax,
+        quantised_MN,
+        transposed,
+        scale,
+        rows,
+        columns,
+        largest=LARGEST,
+        smallest_amax=SMALLEST_AMAX,
+        block=BLOCK,
+        num_warps=8,
+    )
     return quantised_MN, scale
-
-
-@functools.cache
-def _kernel() -> Any:
-    """One program a tile: read once, written once or, transposed, twice."""
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    @no_type_check
-    def kernel(
-        x, amax, quantised, transposed, scale, num_rows, num_columns,
-        largest: tl.constexpr, smallest_amax: tl.constexpr, block: tl.constexpr,
-    ):  # fmt: skip
-        rows = (tl.program_id(0).to(tl.int64) * block + tl.arange(0, block))[:, None]
-        columns = (tl.program_id(1).to(tl.int64) * block + tl.arange(0, block))[None, :]
-        inside = (rows < num_rows) & (columns < num_columns)
-        unit = tl.maximum(tl.load(amax).to(tl.float32), smallest_amax)
-        if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-            tl.store(scale, unit / largest)
-        values = tl.load(x + rows * num_columns + columns, mask=inside).to(tl.float32) * (largest / unit)
-        narrow = values.to(quantised.dtype.element_ty)
-        tl.store(quantised + rows * num_columns + columns, narrow, mask=inside)
-        if transposed is not None:
-            tl.store(transposed + columns * num_rows + rows, narrow, mask=inside)
-
-    return kernel

@@ -1,7 +1,7 @@
 """Head after head: forward, loss and backward of one head before the next begins, all inside one autograd function.
 
-To the trunk it looks like a loss whose gradient with respect to z is known at once. To an engine it looks like part of the forward
-pass, which it is not: the heads' parameters get their gradients here. A `HeadPhase` tells the engine.
+To the trunk it looks like a loss whose gradient with respect to z is known at once. To an engine it looks like part of
+the forward pass, which it is not: the heads' parameters get their gradients here. A `HeadPhase` tells the engine.
 
 Source: Gloeckle et al. 2024, arXiv:2404.19737, section 2 and figure 2.
 """
@@ -39,12 +39,15 @@ class HeadPhase:
 class SequentialHeadLoss(torch.autograd.Function):
     """(z, head_loss, num_heads, phase) -> (sum of the heads' losses, their summed negative log-likelihoods [n]).
 
-    `head_loss(index, z)` is one head's (loss, nll_sum). Parameters' gradients are accumulated during the forward call, seeded with
-    `phase.seed()`; backward only returns dz, which was summed over the heads in fp32, so it must follow with that same seed.
+    `head_loss(index, z)` is one head's (loss, nll_sum). Parameters' gradients are accumulated during the forward call,
+    seeded with `phase.seed()`; backward only returns dz, which was summed over the heads in fp32, so it must follow
+    with that same seed.
     """
 
     @staticmethod
-    def forward(ctx: Any, z_BTD: Tensor, head_loss: HeadLoss, num_heads: int, phase: HeadPhase) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, z_BTD: Tensor, head_loss: HeadLoss, num_heads: int, phase: HeadPhase
+    ) -> tuple[Tensor, Tensor]:
         ctx.seed = phase.seed()
         dz_BTD, loss, nll_sums = _run_heads(z_BTD, head_loss, num_heads, phase, ctx.seed)
         ctx.save_for_backward(dz_BTD)
@@ -58,13 +61,17 @@ class SequentialHeadLoss(torch.autograd.Function):
 
 
 class PassingHeads(torch.autograd.Function):
-    """(z, head_loss, num_heads, phase) -> (z, summed negative log-likelihoods [n]): heads that z passes on its way to others.
+    """(z, head_loss, num_heads, phase) -> (z, summed negative log-likelihoods [n]): heads that z passes on its way to
+    others.
 
-    As SequentialHeadLoss, but the gradient that comes back is that of z, seeded already; backward adds these heads' dz to it.
+    As SequentialHeadLoss, but the gradient that comes back is that of z, seeded already; backward adds these heads' dz
+    to it.
     """
 
     @staticmethod
-    def forward(ctx: Any, z_BTD: Tensor, head_loss: HeadLoss, num_heads: int, phase: HeadPhase) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, z_BTD: Tensor, head_loss: HeadLoss, num_heads: int, phase: HeadPhase
+    ) -> tuple[Tensor, Tensor]:
         dz_BTD, _, nll_sums = _run_heads(z_BTD, head_loss, num_heads, phase, phase.seed())
         ctx.save_for_backward(dz_BTD)
         ctx.mark_non_differentiable(nll_sums)
@@ -76,7 +83,9 @@ class PassingHeads(torch.autograd.Function):
         return dz_of_others_BTD + dz_BTD, None, None, None
 
 
-def _run_heads(z_BTD: Tensor, head_loss: HeadLoss, num_heads: int, phase: HeadPhase, seed: float) -> tuple[Tensor, Tensor, Tensor]:
+def _run_heads(
+    z_BTD: Tensor, head_loss: HeadLoss, num_heads: int, phase: HeadPhase, seed: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """(dz, sum of the losses, summed negative log-likelihoods), after forward and backward of each head in turn."""
     dz_BTD, losses, nll_sums = None, [], []
     with phase.all_heads():

@@ -1,22 +1,20 @@
-"""A loss spread by vocabulary: each of several ranks holds some rows of the unembedding and computes those columns of the logits.
+"""A loss spread by vocabulary: each of several ranks holds some rows of the unembedding and computes those columns of
+the logits.
 
     each slice: logits, and their largest, partition and target's logit    -> exchange: log-partition, loss
     each slice: the gradient of its logits, its dW, its part of dH          -> exchange: the sum of dH
 
-Three fp32 numbers per position and slice cross ranks between the two halves, and dH after them. This file computes; who calls it
-exchanges. Source: Yeung et al. 2024, arXiv:2411.05288, section 4, algorithm 1.
+Three fp32 numbers per position and slice cross ranks between the two halves, and dH after them. This file computes; who
+calls it exchanges. Source: Yeung et al. 2024, arXiv:2411.05288, section 4, algorithm 1.
 Shapes: N positions, D width, R rows of a slice, S slices.
 """
-
-import functools
-from typing import Any, no_type_check
 
 import torch
 from torch import Tensor
 
 from megamtp.losses.float8 import GRADIENT, GRADIENT_SCALE, Float8Products
 from megamtp.losses.linear_cross_entropy import wide, wide_product
-from megamtp.losses.softmax_gradient import BLOCK, row_statistics
+from megamtp.losses.softmax_gradient import BLOCK
 from megamtp.targets import IGNORED
 
 
@@ -25,8 +23,8 @@ def slice_statistics(
 ) -> tuple[Tensor, Tensor]:
     """(logits [N, R], statistics [3, N]) of the slice whose first row is row `first` of the unembedding.
 
-    Statistics, in fp32 (fp64 for fp64): the largest logit, the sum of exp(logit - largest), and the target's logit, or 0 if it lies
-    in another slice or is IGNORED.
+    Statistics, in fp32 (fp64 for fp64): the largest logit, the sum of exp(logit - largest), and the target's logit, or
+    0 if it lies in another slice or is IGNORED.
 
     Args:
         products: the products in fp8, of this slice and hidden; None: in hidden's dtype.
@@ -43,22 +41,33 @@ def slice_statistics(
 
 
 def combine(statistics_S3N: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-    """(negative log-likelihoods [N], 0 where the target is IGNORED; log-partitions [N]) from the statistics of all slices."""
+    """(negative log-likelihoods [N], 0 where the target is IGNORED; log-partitions [N]) from the statistics of all
+    slices.
+    """
     largest_SN, partition_SN, target_SN = statistics_S3N.unbind(1)
     log_partition_N = torch.logsumexp(largest_SN + partition_SN.log(), 0)
     return (log_partition_N - target_SN.sum(0)).where(targets_N != IGNORED, 0.0), log_partition_N
 
 
 def slice_gradients(
-    logits_NR: Tensor, hidden_ND: Tensor, weight_RD: Tensor, targets_N: Tensor, first: int, log_partition_N: Tensor,
-    sum_RD: Tensor, factor: float = 1.0, z_loss: float = 0.0, products: Float8Products | None = None,
-) -> Tensor:  # fmt: skip
+    logits_NR: Tensor,
+    hidden_ND: Tensor,
+    weight_RD: Tensor,
+    targets_N: Tensor,
+    first: int,
+    log_partition_N: Tensor,
+    sum_RD: Tensor,
+    factor: float = 1.0,
+    z_loss: float = 0.0,
+    products: Float8Products | None = None,
+) -> Tensor:
     """This slice's part of dH [N, D], of the loss factor * sum over positions of (nll + z_loss * log_partition^2).
 
     Adds the gradient of the slice to `sum_RD`, in fp32 (fp64 for fp64), and overwrites the logits.
 
     Args:
-        products: those that made the logits, of the same factor: dH is then a product in fp8, too. None: in hidden's dtype.
+        products: those that made the logits, of the same factor: dH is then a product in fp8, too. None: in hidden's
+            dtype.
     """
     own_targets_N = _own_targets(targets_N, first, len(weight_RD))
     valid_N = targets_N != IGNORED
@@ -87,55 +96,30 @@ def _own_targets(targets_N: Tensor, first: int, rows: int) -> Tensor:
 
 
 def _triton_statistics(logits_NR: Tensor, own_targets_N: Tensor) -> Tensor:
+    from megamtp.losses import kernels
+
     statistics_3N = torch.empty(3, len(logits_NR), dtype=torch.float32, device=logits_NR.device)
-    statistics, _ = kernels()
     num_rows, num_columns = logits_NR.shape
-    statistics[(num_rows,)](
+    kernels.slice_statistics[(num_rows,)](
         logits_NR, own_targets_N, statistics_3N, num_rows, num_columns, logits_NR.stride(0), block=BLOCK, num_warps=16
     )
     return statistics_3N
 
 
-def _triton_gradient_(logits_NR: Tensor, own_targets_N: Tensor, log_partition_N: Tensor, scale_N: Tensor, factor: float) -> None:
-    _, gradient = kernels()
+def _triton_gradient_(
+    logits_NR: Tensor, own_targets_N: Tensor, log_partition_N: Tensor, scale_N: Tensor, factor: float
+) -> None:
+    from megamtp.losses import kernels
+
     num_columns = logits_NR.shape[1]
-    gradient[(len(logits_NR),)](
-        logits_NR, own_targets_N, log_partition_N, scale_N, num_columns, logits_NR.stride(0), factor, block=BLOCK, num_warps=16
+    kernels.slice_gradient[(len(logits_NR),)](
+        logits_NR,
+        own_targets_N,
+        log_partition_N,
+        scale_N,
+        num_columns,
+        logits_NR.stride(0),
+        factor,
+        block=BLOCK,
+        num_warps=16,
     )
-
-
-@functools.cache
-def kernels() -> tuple[Any, Any]:
-    """(statistics, gradient), one program a position each: the two halves of softmax_gradient.py's kernel."""
-    import triton
-    import triton.language as tl
-
-    of_row = row_statistics()
-
-    @triton.jit
-    @no_type_check
-    def statistics(logits, targets, found, num_rows, num_columns, stride, block: tl.constexpr):
-        row = tl.program_id(0).to(tl.int64)
-        logits += row * stride
-        target = tl.load(targets + row)
-        largest, partition = of_row(logits, num_columns, block)
-        target_logit = tl.load(logits + tl.maximum(target, 0)).to(tl.float32)
-        tl.store(found + row, largest)
-        tl.store(found + num_rows + row, partition)
-        tl.store(found + 2 * num_rows + row, tl.where(target >= 0, target_logit, 0.0))
-
-    @triton.jit
-    @no_type_check
-    def gradient(logits, targets, log_partitions, scales, num_columns, stride, factor, block: tl.constexpr):
-        row = tl.program_id(0).to(tl.int64)
-        logits += row * stride
-        target = tl.load(targets + row)
-        log_partition, scale = tl.load(log_partitions + row), tl.load(scales + row)
-        columns = tl.arange(0, block)
-        for start in range(0, num_columns, block):
-            inside = start + columns < num_columns
-            values = tl.load(logits + start + columns, mask=inside, other=-float("inf")).to(tl.float32)
-            found = scale * tl.exp(values - log_partition) - tl.where(start + columns == target, factor, 0.0)
-            tl.store(logits + start + columns, found.to(logits.dtype.element_ty), mask=inside)
-
-    return statistics, gradient

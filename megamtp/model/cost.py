@@ -15,7 +15,8 @@ from megamtp.config import ModelConfig
 from megamtp.model.layers import LayerCost
 from megamtp.model.mtp import MTPModel
 
-# Dense matrix-product peaks by (part of the device's name, precision), in FLOP/s, without sparsity. Source: NVIDIA data sheets.
+# Dense matrix-product peaks by (part of the device's name, precision), in FLOP/s, without sparsity. Source: NVIDIA data
+# sheets.
 PEAK_FLOPS = {
     ("H200", "bf16"): 989.4e12,
     ("H100 PCIe", "bf16"): 756e12,

@@ -1,4 +1,6 @@
-"""Several documents in one window, each as if it were alone: attention stays inside them, and positions start at 0 in each."""
+"""Several documents in one window, each as if it were alone: attention stays inside them, and positions start at 0
+in each.
+"""
 
 import torch
 from torch import Tensor
@@ -15,7 +17,8 @@ def separate(documents_BT: Tensor, model: ModelConfig, dtype: torch.dtype, in_bl
     Args:
         documents_BT: int64, rising in each row; positions of equal numbers are one document.
         dtype: of the layers' inputs.
-        in_blocks: make a mask for FlexAttention, which skips blocks that no query sees but must be compiled to be of use.
+        in_blocks: make a mask for FlexAttention, which skips blocks that no query sees but must be compiled to be of
+            use.
     """
     batch, length = documents_BT.shape
     places_T = torch.arange(length, device=documents_BT.device)

@@ -1,7 +1,7 @@
 """What follows the trunk: n heads, and the unembedding they share.
 
-Head i, counted from 1 as in the paper, predicts the i-th next token; head 1 is the ordinary next-token head. In lists and
-tensors head i sits at index i - 1.
+Head i, counted from 1 as in the paper, predicts the i-th next token; head 1 is the ordinary next-token head. In lists
+and tensors head i sits at index i - 1.
 
 A head kind is a subclass of Head. `model.head_kind` names it: `parallel`, or MODULE:CLASS of a module of your own.
 """
@@ -22,9 +22,9 @@ from megamtp.model.layers import KeyValueCache, LayerCost, Separation, Transform
 class Head(nn.Module):
     """One head: it turns z into the hidden state whose unembedding predicts a token.
 
-    An engine gathers a head's parameters together, before `forward`. They are initialised by their names: see initial.py.
-    A subclass is made as `Kind(model, index, compiled)`: a ModelConfig, the head's index from 0, and whether to run through
-    torch.compile what can be.
+    An engine gathers a head's parameters together, before `forward`. They are initialised by their names: see
+    initial.py. A subclass is made as `Kind(model, index, compiled)`: a ModelConfig, the head's index from 0, and
+    whether to run through torch.compile what can be.
     """
 
     def forward(self, z_BTD: Tensor, separation: Separation | None = None) -> Tensor:
@@ -81,7 +81,9 @@ class Unembedding(nn.Module):
         assert norm is not None
         return rms_norm(hidden_BTD, norm, self.eps)
 
-    def forward(self, hidden_BTD: Tensor, targets_BT: Tensor | None = None, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, hidden_BTD: Tensor, targets_BT: Tensor | None = None, **options: Any
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Without targets: logits [B, T, V]. With: (loss, summed negative log-likelihood).
 
         The loss is computed in here, not outside, because a sharded engine has the weight only while this runs.

@@ -1,8 +1,9 @@
 """Initial weights, each drawn from (seed, its own name) alone: every engine, world size and cut starts bitwise alike.
 
-Matrices: normal with standard deviation 0.02; the two projections that write to the residual stream (attention output, SwiGLU
-down) are divided by sqrt(2 L) with L counting trunk and heads. Norms: 1. Source: Radford et al. 2019 (GPT-2), section 2.3, in
-the form Megatron-LM uses (init_method_std 0.02, scaled_init_method_normal); the multi-token paper prints no initialisation.
+Matrices: normal with standard deviation 0.02; the two projections that write to the residual stream (attention output,
+SwiGLU down) are divided by sqrt(2 L) with L counting trunk and heads. Norms: 1. Source: Radford et al. 2019 (GPT-2),
+section 2.3, in the form Megatron-LM uses (init_method_std 0.02, scaled_init_method_normal); the multi-token paper
+prints no initialisation.
 """
 
 import hashlib

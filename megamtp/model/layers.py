@@ -53,8 +53,8 @@ def rotary_tables(
 ) -> tuple[Tensor, Tensor]:
     """(cos, sin), each [num_positions, head_dim], of the two-halves form that transformers' Llama uses.
 
-    Computed in fp32 (positions lose precision in 16 bits); cached, because every layer of every micro-batch asks for the same.
-    Source: Su et al. 2021, arXiv:2104.09864, equation 34.
+    Computed in fp32 (positions lose precision in 16 bits); cached, because every layer of every micro-batch asks for
+    the same. Source: Su et al. 2021, arXiv:2104.09864, equation 34.
     """
     with torch.inference_mode(False), torch.no_grad():
         frequencies = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
@@ -82,19 +82,27 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T. Unlike torch's it keeps the parameter itself for backward, not a transposed view of what it held in forward.
+    """x W^T. Unlike torch's it keeps the parameter itself for backward, not a transposed view of what it held in
+    forward.
 
-    A sharded engine takes a parameter's memory away between forward and backward, and gives it other memory then; a view would
-    keep the old memory alive, or, where memory is used again, read another layer's weights. tests/distributed/test_gather.py
-    and tests/gpu/test_emulated.py notice.
+    A sharded engine takes a parameter's memory away between forward and backward, and gives it other memory then; a
+    view would keep the old memory alive, or, where memory is used again, read another layer's weights.
+    tests/distributed/test_gather.py and tests/gpu/test_emulated.py notice.
     """
     return _Linear.apply(x, weight)
 
 
 def attention(
-    x_BTD: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, rotary: tuple[Tensor, Tensor], head_dim: int,
-    cache: KeyValueCache | None = None, mask: Tensor | BlockMask | None = None,
-) -> tuple[Tensor, KeyValueCache]:  # fmt: skip
+    x_BTD: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    head_dim: int,
+    cache: KeyValueCache | None = None,
+    mask: Tensor | BlockMask | None = None,
+) -> tuple[Tensor, KeyValueCache]:
     """Causal self-attention; fewer key/value heads than query heads if the weights say so.
 
     Args:
@@ -136,9 +144,14 @@ def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 
 def transformer_layer(
-    x_BTD: Tensor, weights: tuple[Tensor, ...], rotary: tuple[Tensor, Tensor], head_dim: int, eps: float,
-    cache: KeyValueCache | None = None, mask: Tensor | BlockMask | None = None,
-) -> tuple[Tensor, KeyValueCache]:  # fmt: skip
+    x_BTD: Tensor,
+    weights: tuple[Tensor, ...],
+    rotary: tuple[Tensor, Tensor],
+    head_dim: int,
+    eps: float,
+    cache: KeyValueCache | None = None,
+    mask: Tensor | BlockMask | None = None,
+) -> tuple[Tensor, KeyValueCache]:
     """x + attention(norm(x)), then + mlp(norm(.)), and the keys and values of all positions.
 
     `weights` in the order of WEIGHTS. They are arguments, so that one compiled function serves all layers.
@@ -151,22 +164,29 @@ def transformer_layer(
 
 
 def layer_output(
-    x_BTD: Tensor, weights: tuple[Tensor, ...], rotary: tuple[Tensor, Tensor], head_dim: int, eps: float,
+    x_BTD: Tensor,
+    weights: tuple[Tensor, ...],
+    rotary: tuple[Tensor, Tensor],
+    head_dim: int,
+    eps: float,
     mask: Tensor | BlockMask | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """transformer_layer without its keys and values, which training does not need: this is what is compiled."""
     return transformer_layer(x_BTD, weights, rotary, head_dim, eps, mask=mask)[0]
 
 
 @functools.cache
 def compiled_layer_output() -> Callable[..., Tensor]:
-    """layer_output, compiled at its first call for each shape; an error, never a silent return to eager, if it cannot be."""
+    """layer_output, compiled at its first call for each shape; an error, never a silent return to eager, if it
+    cannot be.
+    """
     return torch.compile(layer_output, dynamic=False, fullgraph=True)
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """What one position of a window costs in the forward pass of a layer or a head; the backward pass takes twice the operations.
+    """What one position of a window costs in the forward pass of a layer or a head; the backward pass takes twice the
+    operations.
 
     Attributes:
         matrix_flops: floating-point operations of products with weights.
@@ -197,8 +217,9 @@ class TransformerLayer(nn.Module):
     """The weights of one layer, a trunk layer or the body of one head, and their use.
 
     Args:
-        recompute: drop the activations and compute them again in backward. It is done inside `forward`, so that an engine's
-            module hooks see one forward and one backward: one gather for both the recomputation and the gradient.
+        recompute: drop the activations and compute them again in backward. It is done inside `forward`, so that an
+            engine's module hooks see one forward and one backward: one gather for both the recomputation and the
+            gradient.
         compiled: run through torch.compile; all layers share one compiled function.
     """
 
@@ -230,7 +251,8 @@ class TransformerLayer(nn.Module):
     def weights(self) -> tuple[Tensor, ...]:
         """In the order in which transformer_layer takes them.
 
-        Kept, because looking them up takes longer than a launch. An engine that replaces parameters replaces all of a layer's.
+        Kept, because looking them up takes longer than a launch. An engine that replaces parameters replaces all of a
+        layer's.
         """
         if self._weights is None or self._weights[0] is not self.attention_norm.weight:
             self._weights = tuple(self.get_parameter(name) for name in WEIGHTS)

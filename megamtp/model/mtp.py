@@ -5,11 +5,12 @@
                                                              |            ...
                                                              +--------> head n -> unembedding -> n tokens ahead
 
-Each head is one transformer layer on the same z; the unembedding (final norm and projection) is one for all of them. With n = 1
-this is the ordinary decoder-only model. part.py has the modules and how they run; heads.py the kinds of heads.
+Each head is one transformer layer on the same z; the unembedding (final norm and projection) is one for all of them.
+With n = 1 this is the ordinary decoder-only model. part.py has the modules and how they run; heads.py the kinds of
+heads.
 
-Shape suffixes, here and everywhere: B batch, T positions, D width, V vocabulary, N heads (in losses/: rows), H attention heads,
-K width of an attention head.
+Shape suffixes, here and everywhere: B batch, T positions, D width, V vocabulary, N heads (in losses/: rows), H
+attention heads, K width of an attention head.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,9 @@ from megamtp.model.part import Extent, ModelPart
 
 
 class MTPModel(ModelPart):
-    """The whole model: trunk, heads and unembedding. `forward` is the training loss. For the arguments see ModelPart."""
+    """The whole model: trunk, heads and unembedding. `forward` is the training loss. For the arguments see
+    ModelPart.
+    """
 
     embedding: nn.Embedding
     unembedding: Unembedding
@@ -47,12 +50,14 @@ class MTPModel(ModelPart):
         Args:
             inputs_BT: int64 token ids.
             targets_NBT: int64; [i - 1, b, t] is the token i positions after inputs[b, t], or IGNORED.
-            loss_scales: factor of each head's summed cross-entropy; it holds the head's weight and the global count of targets.
-            documents_BT: int64, rising in each row; attention, of trunk and heads, stays among positions of equal ones. None: it
-                does not stop.
+            loss_scales: factor of each head's summed cross-entropy; it holds the head's weight and the global count of
+                targets.
+            documents_BT: int64, rising in each row; attention, of trunk and heads, stays among positions of equal ones.
+                None: it does not stop.
 
         Returns:
-            (loss, nll_sums [n]): the sum over heads of scale * cross-entropy, and each head's bare summed negative log-likelihood.
+            (loss, nll_sums [n]): the sum over heads of scale * cross-entropy, and each head's bare summed negative
+            log-likelihood.
         """
         separation = self.separate(documents_BT)
         return self.losses(self.z(inputs_BT, separation), targets_NBT, loss_scales, separation)
@@ -66,7 +71,9 @@ class MTPModel(ModelPart):
         z_BTD = self.z(inputs_BT)
         return torch.stack([self.unembedding(head(z_BTD)) for head in self.heads])
 
-    def next_token_logits(self, inputs_BT: Tensor, caches: list[KeyValueCache] | None) -> tuple[Tensor, list[KeyValueCache]]:
+    def next_token_logits(
+        self, inputs_BT: Tensor, caches: list[KeyValueCache] | None
+    ) -> tuple[Tensor, list[KeyValueCache]]:
         """Head 1's logits at the last position [B, V], and the key/value caches of the trunk layers and head 1.
 
         Args:

@@ -1,4 +1,5 @@
-"""Part of a multi-token model: some of its trunk layers, heads and rows of the unembedding. It runs them and makes their losses.
+"""Part of a multi-token model: some of its trunk layers, heads and rows of the unembedding. It runs them and makes
+their losses.
 
 MTPModel is the part that has everything; a pipeline's stages are parts that share a model out.
 """
@@ -28,7 +29,8 @@ class Extent:
 
     Attributes:
         trunk, heads: indices, from 0. The embedding goes with trunk layer 0, a copy of the final norm with every head.
-        rows: of the unembedding: all of them where heads have their losses, a slice where losses are spread by vocabulary.
+        rows: of the unembedding: all of them where heads have their losses, a slice where losses are spread by
+            vocabulary.
     """
 
     trunk: range
@@ -69,8 +71,8 @@ class ModelPart(nn.Module):
     """Modules of a model, with the names they have in the whole one. Parameters are uninitialised: see initial.py.
 
     Args:
-        schedule: "sequential" runs each head's backward right behind its forward (losses/sequential.py); "deferred" leaves all of
-            them to the ordinary backward pass. The gradients are the same.
+        schedule: "sequential" runs each head's backward right behind its forward (losses/sequential.py); "deferred"
+            leaves all of them to the ordinary backward pass. The gradients are the same.
         recompute_trunk: activation checkpointing of each trunk layer. Heads are never recomputed.
         compile_layers: run all layers, trunk and heads, through one compiled function.
 
@@ -88,14 +90,23 @@ class ModelPart(nn.Module):
         compile_layers: bool = False,
     ):
         super().__init__()
-        self.config, self.extent, self.head_loss_config, self.schedule = model, extent, head_loss or HeadLossConfig(), schedule
+        self.config, self.extent, self.head_loss_config, self.schedule = (
+            model,
+            extent,
+            head_loss or HeadLossConfig(),
+            schedule,
+        )
         self.compile_layers = compile_layers
         self.head_phase = HeadPhase()
         make_head = head_class(model)
         self.embedding = nn.Embedding(model.vocab_size, model.dim) if extent.has_embedding else None
-        self.trunk = Numbered({index: TransformerLayer(model, recompute_trunk, compile_layers) for index in extent.trunk})
+        self.trunk = Numbered(
+            {index: TransformerLayer(model, recompute_trunk, compile_layers) for index in extent.trunk}
+        )
         self.heads = Numbered({index: make_head(model, index, compile_layers) for index in extent.heads})
-        self.unembedding = Unembedding(model, len(extent.rows), bool(extent.heads)) if extent.heads or extent.rows else None
+        self.unembedding = (
+            Unembedding(model, len(extent.rows), bool(extent.heads)) if extent.heads or extent.rows else None
+        )
 
     @property
     def has_last_head(self) -> bool:
@@ -139,8 +150,8 @@ class ModelPart(nn.Module):
             targets_NBT, loss_scales: of all the model's heads; see MTPModel.forward.
 
         Returns:
-            (result, nll_sums): the loss in the part with the last head, in others z for the heads that follow; and the summed
-            negative log-likelihood of each head that is here.
+            (result, nll_sums): the loss in the part with the last head, in others z for the heads that follow; and the
+            summed negative log-likelihood of each head that is here.
         """
         own, settings, unembedding = list(self.extent.heads), self.head_loss_config, self.unembedding
         assert unembedding is not None
@@ -174,8 +185,12 @@ class ModelPart(nn.Module):
             return []
         return [self.unembedding.normed(head(z_BTD, separation)) for head in self.heads]
 
-    def slice_products(self, index: int, hidden_ND: Tensor, float8_weight: Float8Weight, factor: float) -> Float8Products | None:
-        """The products in fp8 of the rows that are here with a head's hidden states; None if its loss is in the model's dtype."""
+    def slice_products(
+        self, index: int, hidden_ND: Tensor, float8_weight: Float8Weight, factor: float
+    ) -> Float8Products | None:
+        """The products in fp8 of the rows that are here with a head's hidden states; None if its loss is in the
+        model's dtype.
+        """
         if not self.head_loss_config.in_float8(index):
             return None
         return float8_weight.products(self.unembedding_weight.detach(), hidden_ND, factor)
@@ -184,7 +199,9 @@ class ModelPart(nn.Module):
         self, hidden_ND: Tensor, targets_N: Tensor, products: Float8Products | None = None
     ) -> tuple[Tensor, Tensor]:
         """See losses/vocabulary_slice.py, for the rows that are here."""
-        return slice_statistics(hidden_ND, self.unembedding_weight.detach(), targets_N, self.extent.rows.start, products)
+        return slice_statistics(
+            hidden_ND, self.unembedding_weight.detach(), targets_N, self.extent.rows.start, products
+        )
 
     def slice_gradients(
         self,

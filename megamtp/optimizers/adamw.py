@@ -12,8 +12,8 @@ from megamtp.optimizers.base import OptimizerKind
 class AdamW(OptimizerKind):
     """torch's fused AdamW; weight decay for matrices, none for norms.
 
-    On a CPU torch's kernel rounds the last elements of a tensor, those that fill no vector register (16 floats at most), in
-    another way than the rest: where shards end decides about last bits.
+    On a CPU torch's kernel rounds the last elements of a tensor, those that fill no vector register (16 floats at
+    most), in another way than the rest: where shards end decides about last bits.
     """
 
     tensors = ("exp_avg", "exp_avg_sq")

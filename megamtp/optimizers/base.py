@@ -17,8 +17,8 @@ class OptimizerKind:
     `optimizer.kind` names it: `adamw`, or MODULE:CLASS of a module of your own.
 
     Attributes:
-        tensors: names, in torch's optimizer state, of its tensors: fp32, of the parameter's shape, 0 before the first step. Beside
-            them it counts its steps under "step".
+        tensors: names, in torch's optimizer state, of its tensors: fp32, of the parameter's shape, 0 before the first
+            step. Beside them it counts its steps under "step".
     """
 
     tensors: ClassVar[tuple[str, ...]]

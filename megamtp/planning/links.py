@@ -18,7 +18,9 @@ class Link:
         return hops * self.latency + size / self.bandwidth
 
     def exchange(self, config: Config) -> Exchange:
-        """Broadcasts and sums go from stage to stage in a chain, piece by piece; each slice's statistics to all others."""
+        """Broadcasts and sums go from stage to stage in a chain, piece by piece; each slice's statistics to all
+        others.
+        """
         train, hops = config.train, config.engine.pipeline_stages - 1
         positions = train.micro_batch_size * train.sequence_length
         hidden = positions * config.model.dim * (4 if train.precision == "fp32" else 2)

@@ -2,8 +2,9 @@
 
     [embedding] trunk layer 1 | trunk layer 2 ... | ... head 1 | head 2 ... head n        "|": a stage ends
 
-What is cut is the row of L layers, trunk and then heads, from 0. The embedding goes with the first layer; every head brings a use
-of the unembedding, and every stage with a head a copy of its weights. Losses can also be spread: planning/spread.py.
+What is cut is the row of L layers, trunk and then heads, from 0. The embedding goes with the first layer; every head
+brings a use of the unembedding, and every stage with a head a copy of its weights. Losses can also be spread:
+planning/spread.py.
 
 Time is counted in FLOPs unless measured costs are given; the optimizer and the reduction over pipelines are not in it.
 """
@@ -78,7 +79,12 @@ class Partition:
 
     def play(self, link: float = 0.0) -> list[Work]:
         """The step, if handing a micro-batch to the next stage takes `link`, in the unit of the costs."""
-        return play([stage.forward for stage in self.stages], [stage.backward for stage in self.stages], self.micro_batches, link)
+        return play(
+            [stage.forward for stage in self.stages],
+            [stage.backward for stage in self.stages],
+            self.micro_batches,
+            link,
+        )
 
     def step(self, exchange: Exchange) -> float:
         """Of all micro-batches, in the unit of the costs."""
@@ -91,7 +97,10 @@ class Partition:
     @property
     def outcome(self) -> str:
         """The summary's last line. Transfers are not in it."""
-        return f"slowest stage / mean {self.imbalance:.3f}; {self.micro_batches} micro-batches: predicted bubble {self.bubble:.1%}"
+        return (
+            f"slowest stage / mean {self.imbalance:.3f}; {self.micro_batches} micro-batches: predicted bubble "
+            f"{self.bubble:.1%}"
+        )
 
 
 def stage_lines(stages: list[Stage], costs: list[float]) -> list[str]:
@@ -109,7 +118,8 @@ def stage_lines(stages: list[Stage], costs: list[float]) -> list[str]:
 
 
 def data_parallel_place(config: Config, rank: int, world_size: int) -> tuple[int, int]:
-    """(data_parallel_rank, data_parallel_size): which share of every step's micro-batches a rank reads, of how many shares.
+    """(data_parallel_rank, data_parallel_size): which share of every step's micro-batches a rank reads, of how many
+    shares.
 
     Neighbouring ranks hold the same stage of different pipelines, so that within a node gradients are reduced. Source:
     deepspeed/runtime/pipe/topology.py, PipeDataParallelTopology.
@@ -120,8 +130,8 @@ def data_parallel_place(config: Config, rank: int, world_size: int) -> tuple[int
     num_stages = config.engine.num_stages or 1
     if world_size % num_stages:
         raise InputError(
-            f"{world_size} ranks do not divide among engine.num_stages={num_stages}; expected a multiple of it: start as many, or "
-            "change the stages"
+            f"{world_size} ranks do not divide among engine.num_stages={num_stages}; expected a multiple of it: start "
+            "as many, or change the stages"
         )
     return rank % (world_size // num_stages), world_size // num_stages
 
@@ -173,7 +183,9 @@ def make_stage(
 
 
 def contents_between(config: Config, first: int, end: int, spread_rows: int | None = None) -> StageContents:
-    """Of the layers first, ..., end - 1; with so many rows of the unembedding if losses are spread, else with all beside a head."""
+    """Of the layers first, ..., end - 1; with so many rows of the unembedding if losses are spread, else with all
+    beside a head.
+    """
     heads = heads_between(config, first, end)
     rows = (config.model.vocab_size if heads else 0) if spread_rows is None else spread_rows
     return StageContents(end - first - len(heads), heads, first == 0, rows, spread=spread_rows is not None)
@@ -186,7 +198,9 @@ def heads_between(config: Config, first: int, end: int) -> range:
 
 
 def _best_bounds(config: Config, data_parallel_size: int, micro_batches: int, prices: PassCosts) -> list[int]:
-    """First layers of all stages, and the end: the slowest stage as fast as can be, and then the others as even as can be."""
+    """First layers of all stages, and the end: the slowest stage as fast as can be, and then the others as even as
+    can be.
+    """
     num_layers, num_stages = config.model.num_layers, config.engine.pipeline_stages
     limit = config.engine.stage_memory_bytes or math.inf
     costs: dict[tuple[int, int, int], float] = {}
@@ -198,8 +212,9 @@ def _best_bounds(config: Config, data_parallel_size: int, micro_batches: int, pr
     slowest, _ = cheapest_cut(num_layers, num_stages, lambda *place: costs[place], max)
     if slowest == math.inf:
         raise InputError(
-            f"no cut of {num_layers} layers into {num_stages} stages fits engine.stage_memory_bytes={limit:.3g} of each rank; "
-            "raise engine.num_stages, lower train.micro_batch_size or set train.activation_checkpointing=true"
+            f"no cut of {num_layers} layers into {num_stages} stages fits engine.stage_memory_bytes={limit:.3g} of "
+            "each rank; raise engine.num_stages, lower train.micro_batch_size or set "
+            "train.activation_checkpointing=true"
         )
 
     def unevenness(stage: int, first: int, end: int) -> float:
@@ -210,20 +225,23 @@ def _best_bounds(config: Config, data_parallel_size: int, micro_batches: int, pr
 
 
 def cheapest_cut(
-    num_layers: int,
-    num_stages: int,
-    cost: Callable[[int, int, int], float],
-    merge: Callable[[float, float], float],
+    num_layers: int, num_stages: int, cost: Callable[[int, int, int], float], merge: Callable[[float, float], float]
 ) -> tuple[float, list[int]]:
-    """(merged cost of all stages, their bounds) of the cheapest cut, by dynamic programming over (stages, layers) so far.
+    """(merged cost of all stages, their bounds) of the cheapest cut, by dynamic programming over (stages, layers) so
+    far.
 
     `cost(stage, first, end)` is one stage's; `merge` must not fall when an argument grows.
     """
-    best: list[tuple[float, list[int]]] = [(cost(0, 0, end), [0, end]) if end else (math.inf, []) for end in range(num_layers + 1)]
+    best: list[tuple[float, list[int]]] = [
+        (cost(0, 0, end), [0, end]) if end else (math.inf, []) for end in range(num_layers + 1)
+    ]
     for stage in range(1, num_stages):
         best = [
             min(
-                ((merge(best[first][0], cost(stage, first, end)), [*best[first][1], end]) for first in range(stage, end)),
+                (
+                    (merge(best[first][0], cost(stage, first, end)), [*best[first][1], end])
+                    for first in range(stage, end)
+                ),
                 key=operator.itemgetter(0),
                 default=(math.inf, []),
             )

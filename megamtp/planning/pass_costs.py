@@ -1,4 +1,6 @@
-"""What the parts of a stage's passes cost for one micro-batch: what the partition weighs. In FLOPs, or in seconds once measured."""
+"""What the parts of a stage's passes cost for one micro-batch: what the partition weighs. In FLOPs, or in seconds
+once measured.
+"""
 
 from dataclasses import dataclass
 
@@ -17,7 +19,8 @@ class PassCosts:
         loss: a head's unembedding and cross-entropy, forward and backward.
         copy: what a stage with heads pays once for its copy of the unembedding, such as adding its gradient to the sum.
         embedding: lookup and gradient, of the first stage.
-        slice_statistics: per row of the unembedding, of a loss spread by vocabulary: logits, and what the slices exchange.
+        slice_statistics: per row of the unembedding, of a loss spread by vocabulary: logits, and what the slices
+            exchange.
         slice_gradients: the same, with that known: the gradients of the hidden states and of the slice.
     """
 
@@ -59,7 +62,9 @@ def flop_costs(config: Config) -> PassCosts:
     model, train = config.model, config.train
     positions = train.micro_batch_size * train.sequence_length
     layer = positions * layer_cost(model, train.sequence_length).flops
-    heads = [positions * head_cost(model, index, train.sequence_length).flops for index in range(model.num_future_tokens)]
+    heads = [
+        positions * head_cost(model, index, train.sequence_length).flops for index in range(model.num_future_tokens)
+    ]
     product = positions * 2 * model.dim
     return PassCosts(
         layer_forward=layer,

@@ -1,8 +1,8 @@
 """What a configuration needs on a cluster, before renting it: memory of a rank by kind, and the time of a step.
 
 Sources: bytes from what the engines keep (engines/deepspeed/gather.py and scatter.py, stage_memory.py,
-losses/linear_cross_entropy.py); rates, and what a layer saves for its backward pass, from the steps in tools/results, which
-predictions are tested against.
+losses/linear_cross_entropy.py); rates, and what a layer saves for its backward pass, from the steps in tools/results,
+which predictions are tested against.
 """
 
 import dataclasses
@@ -13,7 +13,14 @@ from typing import Any
 from megamtp.cluster.network import Network
 from megamtp.config import Config
 from megamtp.errors import InputError
-from megamtp.model.cost import head_cost, head_parameters, layer_cost, layer_parameters, parameters, unembedding_parameters
+from megamtp.model.cost import (
+    head_cost,
+    head_parameters,
+    layer_cost,
+    layer_parameters,
+    parameters,
+    unembedding_parameters,
+)
 from megamtp.model.layers import LayerCost
 from megamtp.optimizers.kinds import optimizer_kind
 from megamtp.planning.links import Link
@@ -45,13 +52,11 @@ class Card:
     float8_speedup: float
 
 
-# Rates, and the bytes, are fitted to the "plain" steps of tools/results/overhead*.json, of both cards (2026-11-28 and -29).
-# They compute alike; what moves memory tells them apart.
-CARDS = {
-    "h100": Card(79e9, 712e12, 246e12, 2.8e12, 132, 1.8),
-    "h200": Card(140e9, 712e12, 246e12, 4.0e12, 132, 1.8),
-}
-# That a layer's norms, rotation, activation and sums read and write for an element of the residual stream, forward and backward.
+# Rates, and the bytes, are fitted to the "plain" steps of tools/results/overhead*.json, of both cards (2026-11-28 and
+# -29). They compute alike; what moves memory tells them apart.
+CARDS = {"h100": Card(79e9, 712e12, 246e12, 2.8e12, 132, 1.8), "h200": Card(140e9, 712e12, 246e12, 4.0e12, 132, 1.8)}
+# That a layer's norms, rotation, activation and sums read and write for an element of the residual stream, forward and
+# backward.
 ELEMENT_BYTES = 102
 
 
@@ -63,8 +68,10 @@ class Plan:
         memory: of a pipeline, those of its largest stage.
         host_memory: on the CPU, beside the process's own; of a pipeline, those of the stage with the most parameters.
         checkpoint_bytes: on disk, all ranks' together.
-        compute: forward and backward passes of all micro-batches, as if nothing were communicated; of a pipeline's average stage.
-        exposed: communication that nothing hides, and what communication takes from computation; of a pipeline, waiting for others.
+        compute: forward and backward passes of all micro-batches, as if nothing were communicated; of a pipeline's
+            average stage.
+        exposed: communication that nothing hides, and what communication takes from computation; of a pipeline, waiting
+            for others.
         update: the optimizer; None on the host, whose speed is not known.
         cut: of a pipeline.
     """
@@ -95,21 +102,31 @@ def plan(config: Config, world_size: int, card: Card) -> Plan:
         InputError: another engine, precision or schedule, or a batch that does not divide.
     """
     engine = config.engine
-    found = f"engine.kind={engine.kind}, engine.communication={engine.communication}, train.precision={config.train.precision}"
+    found = (
+        f"engine.kind={engine.kind}, engine.communication={engine.communication}, "
+        f"train.precision={config.train.precision}"
+    )
     if found == "engine.kind=pipeline, engine.communication=grouped, train.precision=bf16":
         return _plan_pipeline(config, world_size, card)
     if found != "engine.kind=zero3, engine.communication=grouped, train.precision=bf16":
         raise InputError(f"{found}: not measured, so not planned; expected zero3 or pipeline, grouped and bf16")
     if engine.head_schedule != "sequential":
-        raise InputError(f"engine.head_schedule={engine.head_schedule}: not measured, so not planned; expected sequential")
+        raise InputError(
+            f"engine.head_schedule={engine.head_schedule}: not measured, so not planned; expected sequential"
+        )
     micro_batches = config.accumulation(world_size)
     compute, exposed = _micro_batch_seconds(config, world_size, card)
     share = parameters(config.model) / world_size
     update = None if engine.offload_optimizer else _update_seconds(share, card)
     return Plan(
-        _memory(config, world_size), _host_memory(config, share), _checkpoint_bytes(config),
-        micro_batches, micro_batches * compute, micro_batches * exposed, update,
-    )  # fmt: skip
+        _memory(config, world_size),
+        _host_memory(config, share),
+        _checkpoint_bytes(config),
+        micro_batches,
+        micro_batches * compute,
+        micro_batches * exposed,
+        update,
+    )
 
 
 def _update_seconds(parameters: float, card: Card) -> float:
@@ -117,7 +134,8 @@ def _update_seconds(parameters: float, card: Card) -> float:
 
 
 def _plan_pipeline(config: Config, world_size: int, card: Card) -> Plan:
-    """The cut that is fastest by the card's rates, and its schedule as it is played; pipelines' gradients are reduced after it.
+    """The cut that is fastest by the card's rates, and its schedule as it is played; pipelines' gradients are reduced
+    after it.
 
     Where losses are spread, rows and orders are those that a run gives to the cut's layers.
     """
@@ -140,9 +158,15 @@ def _plan_pipeline(config: Config, world_size: int, card: Card) -> Plan:
     exposed = cut.step(exchange) - compute + reduction
     share = max(stage.memory_bytes[OPTIMIZER] for stage in cut.stages) / _state_bytes(config)
     return Plan(
-        largest.memory_bytes, _host_memory(config, share), _checkpoint_bytes(config),
-        micro_batches, compute, exposed, _update_seconds(weights / 2 / pipelines, card), cut,
-    )  # fmt: skip
+        largest.memory_bytes,
+        _host_memory(config, share),
+        _checkpoint_bytes(config),
+        micro_batches,
+        compute,
+        exposed,
+        _update_seconds(weights / 2 / pipelines, card),
+        cut,
+    )
 
 
 def _pass_costs(config: Config, card: Card) -> PassCosts:
@@ -172,7 +196,9 @@ def _layer_seconds(config: Config, card: Card) -> float:
 
 def _head_seconds(config: Config, card: Card) -> list[float]:
     """Of each head's forward pass of one micro-batch, without its loss."""
-    costs = [head_cost(config.model, index, config.train.sequence_length) for index in range(config.model.num_future_tokens)]
+    costs = [
+        head_cost(config.model, index, config.train.sequence_length) for index in range(config.model.num_future_tokens)
+    ]
     return [_tokens(config) * _position_seconds(cost, card) for cost in costs]
 
 
@@ -199,8 +225,8 @@ def _memory(config: Config, world_size: int) -> dict[str, float]:
     trunk = model.num_trunk_layers
     boundaries = 2 * tokens * model.dim * trunk
     chunk = chunk_bytes(config, width=2)
-    # dW in fp32 and as it is sent, and a chunk of logits; in fp8 also two copies of the weight, one of hidden, and one of the
-    # chunk's gradient.
+    # dW in fp32 and as it is sent, and a chunk of logits; in fp8 also two copies of the weight, one of hidden, and one
+    # of the chunk's gradient.
     sent = _widening(config)
     head_loss = (2 + sent) * vocabulary + chunk
     head_loss += vocabulary + tokens * model.dim + chunk // 2 if _float8_heads(config) else 0
@@ -220,7 +246,9 @@ def _memory(config: Config, world_size: int) -> dict[str, float]:
 
 
 def _host_memory(config: Config, share: float) -> dict[str, float]:
-    """`share`: parameters of which the rank keeps the optimizer's state. It is copied for a checkpoint wherever it is kept."""
+    """`share`: parameters of which the rank keeps the optimizer's state. It is copied for a checkpoint wherever it
+    is kept.
+    """
     engine = config.engine
     return {
         "copy that a checkpoint is written from": _state_bytes(config) * share,
@@ -279,7 +307,9 @@ def _float8_heads(config: Config) -> int:
 
 
 def fitting(config: Config, world_size: int, card: Card) -> tuple[str, Config, int] | None:
-    """The nearest changes that fit, in words, with the configuration and number of ranks they lead to; None if none does."""
+    """The nearest changes that fit, in words, with the configuration and number of ranks they lead to; None if none
+    does.
+    """
     for words, changed, ranks in _alternatives(config, world_size):
         try:
             if plan(changed, ranks, card).peak_bytes <= card.memory_bytes:
@@ -299,7 +329,11 @@ def _alternatives(config: Config, world_size: int) -> Iterator[tuple[str, Config
     words = "train.micro_batch_size=1 train.activation_checkpointing=true"
     yield words, recomputing, world_size
     num_stages = config.engine.num_stages or 0
-    while config.engine.kind == "pipeline" and not config.engine.stage_layers and 2 * num_stages <= config.model.num_layers:
+    while (
+        config.engine.kind == "pipeline"
+        and not config.engine.stage_layers
+        and 2 * num_stages <= config.model.num_layers
+    ):
         num_stages *= 2
         engine = dataclasses.replace(config.engine, num_stages=num_stages)
         yield f"{words} engine.num_stages={num_stages}", dataclasses.replace(recomputing, engine=engine), world_size

@@ -1,8 +1,9 @@
-"""The best plan whose losses are spread by vocabulary: layers stay whole, and the unembedding's rows fill the stages up.
+"""The best plan whose losses are spread by vocabulary: layers stay whole, and the unembedding's rows fill the stages
+up.
 
 Every stage holds some rows of the unembedding, perhaps none, and computes those columns of all heads' logits
-(losses/vocabulary_slice.py); there is one copy of the unembedding in all, cut, and none is tied. Rows are shared out so that the
-slowest stage is as fast as can be; where layers leave room for it, all stages are then alike.
+(losses/vocabulary_slice.py); there is one copy of the unembedding in all, cut, and none is tied. Rows are shared out so
+that the slowest stage is as fast as can be; where layers leave room for it, all stages are then alike.
 
 This plans; engines/spread_pipeline.py runs it, and tools/benchmark.py pipeline plays it with measured times.
 """
@@ -82,7 +83,10 @@ class SpreadPartition:
     def outcome(self) -> str:
         """The summary's last line. Transfers are not in it."""
         micro_batches = self.schedule.micro_batches
-        return f"slowest stage / mean {self.imbalance:.3f}; {micro_batches} micro-batches: predicted bubble {self.bubble:.1%}"
+        return (
+            f"slowest stage / mean {self.imbalance:.3f}; {micro_batches} micro-batches: predicted bubble "
+            f"{self.bubble:.1%}"
+        )
 
 
 def best_cut(config: Config, data_parallel_size: int) -> Partition | SpreadPartition:
@@ -99,7 +103,8 @@ def best_cut(config: Config, data_parallel_size: int) -> Partition | SpreadParti
 def spread(
     config: Config, data_parallel_size: int, costs: PassCosts | None = None, exchange: Exchange | None = None
 ) -> SpreadPartition:
-    """The one with engine.stage_layers, or else the best one, by `costs` and `exchange`, in one unit: FLOPs unless given.
+    """The one with engine.stage_layers, or else the best one, by `costs` and `exchange`, in one unit: FLOPs unless
+    given.
 
     Raises:
         InputError: it does not fit into engine.stage_memory_bytes.
@@ -115,22 +120,27 @@ def spread(
     schedule = fastest_schedule(times, config.accumulation(data_parallel_size), exchange or NOMINAL.exchange(config))
     stages = [
         Stage(
-            *pair, heads_between(config, *pair), held, *both,
+            *pair,
+            heads_between(config, *pair),
+            held,
+            *both,
             stage_memory(config, data_parallel_size, held, schedule.alive(index)),
         )
         for index, (pair, held, both) in enumerate(zip(pairs, contents, passes, strict=True))
-    ]  # fmt: skip
+    ]
     found, limit = SpreadPartition(stages, schedule), config.engine.stage_memory_bytes or math.inf
     if max(sum(stage.memory_bytes.values()) for stage in stages) > limit:
         raise InputError(
-            f"spread losses do not fit engine.stage_memory_bytes={limit:.3g} of each rank; raise engine.num_stages, lower "
-            "train.micro_batch_size or set train.activation_checkpointing=true"
+            f"spread losses do not fit engine.stage_memory_bytes={limit:.3g} of each rank; raise engine.num_stages, "
+            "lower train.micro_batch_size or set train.activation_checkpointing=true"
         )
     return found
 
 
 def spread_layers(config: Config, costs: PassCosts) -> list[int]:
-    """engine.stage_layers, or else layers as even, by `costs`, as can be where rows of the unembedding can fill the rest up."""
+    """engine.stage_layers, or else layers as even, by `costs`, as can be where rows of the unembedding can fill the
+    rest up.
+    """
     if config.engine.stage_layers:
         return config.engine.stage_layers
     num_layers, num_stages = config.model.num_layers, config.engine.pipeline_stages
@@ -148,7 +158,9 @@ def spread_layers(config: Config, costs: PassCosts) -> list[int]:
 
 
 def share_rows(levels: list[float], row_cost: float, num_rows: int, multiple: int) -> list[int]:
-    """Rows of each stage that make the highest of level + rows * row_cost lowest: multiples of `multiple` but for a remainder."""
+    """Rows of each stage that make the highest of level + rows * row_cost lowest: multiples of `multiple` but for a
+    remainder.
+    """
     lowest = sorted(levels)
     for count in range(len(levels), 0, -1):
         level = (sum(lowest[:count]) + num_rows * row_cost) / count

@@ -5,8 +5,8 @@
     GRADIENTS   the same, with the exchange done: the slice's gradient, and its part of dH
     BACKWARD    once the next stage's gradient is here and, in a stage with heads, the sum of dH: heads and trunk layers
 
-Every stage repeats the four in one order, each for the micro-batch whose data are there by then. The answer to a forward pass comes
-up to two rounds later, for which stages hold more micro-batches than in plain 1F1B.
+Every stage repeats the four in one order, each for the micro-batch whose data are there by then. The answer to a
+forward pass comes up to two rounds later, for which stages hold more micro-batches than in plain 1F1B.
 
 Source: Yeung et al. 2024, arXiv:2411.05288, section 5.
 """
@@ -29,7 +29,9 @@ class Kind(enum.IntEnum):
 
 
 class Carries(enum.Enum):
-    """What a transfer does: STATISTICS and HIDDEN_GRADIENT are exchanges of all slices about the losses of one stage's heads."""
+    """What a transfer does: STATISTICS and HIDDEN_GRADIENT are exchanges of all slices about the losses of one
+    stage's heads.
+    """
 
     ACTIVATIONS = "to the next stage"
     HIDDEN = "from a stage with heads to all slices"
@@ -39,12 +41,16 @@ class Carries(enum.Enum):
 
 
 NEIGHBOUR = {Carries.ACTIVATIONS: 1, Carries.GRADIENT: -1}  # from a transfer's stage to the one that it goes to
-PATTERNS = [(Kind.FORWARD, *others) for others in itertools.permutations((Kind.BACKWARD, Kind.STATISTICS, Kind.GRADIENTS))]
+PATTERNS = [
+    (Kind.FORWARD, *others) for others in itertools.permutations((Kind.BACKWARD, Kind.STATISTICS, Kind.GRADIENTS))
+]
 
 
 @dataclass(frozen=True)
 class StageTimes:
-    """Of one micro-batch in one stage; `statistics` and `gradients` of one head's loss. `num_heads`: heads with layers here."""
+    """Of one micro-batch in one stage; `statistics` and `gradients` of one head's loss. `num_heads`: heads with
+    layers here.
+    """
 
     forward: float
     backward: float
@@ -74,7 +80,9 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Pass:
-    """Of one micro-batch through one stage; in STATISTICS and GRADIENTS for the heads of stage `host`, else host is the stage."""
+    """Of one micro-batch through one stage; in STATISTICS and GRADIENTS for the heads of stage `host`, else host is
+    the stage.
+    """
 
     stage: int
     kind: Kind
@@ -101,9 +109,11 @@ class SpreadWork:
 
 
 class SpreadSchedule:
-    """The passes of all stages of `times`, in the order of a pattern that is repeated every period, or with `slack` seconds more.
+    """The passes of all stages of `times`, in the order of a pattern that is repeated every period, or with `slack`
+    seconds more.
 
-    Slack may save rounds: a gradient that just misses its place in the round of the stage before waits for the next one.
+    Slack may save rounds: a gradient that just misses its place in the round of the stage before waits for the next
+    one.
 
     Attributes:
         hosts: the stages that have heads.
@@ -112,16 +122,25 @@ class SpreadSchedule:
     """
 
     def __init__(
-        self, times: list[StageTimes], micro_batches: int, exchange: Exchange, pattern: tuple[Kind, ...], slack: float = 0.0
+        self,
+        times: list[StageTimes],
+        micro_batches: int,
+        exchange: Exchange,
+        pattern: tuple[Kind, ...],
+        slack: float = 0.0,
     ):
         self.times, self.micro_batches, self.exchange = times, micro_batches, exchange
         self.hosts = [index for index, stage in enumerate(times) if stage.num_heads]
-        self.slices = [index for index, stage in enumerate(times) if stage.statistics or stage.gradients or stage.num_heads]
+        self.slices = [
+            index for index, stage in enumerate(times) if stage.statistics or stage.gradients or stage.num_heads
+        ]
         period = self.period + slack
         first = self._first_starts(pattern, period)
 
         def start(work: Pass) -> tuple[float, Kind, int]:
-            """A pass comes after those it needs, on all stages: they start earlier or, taking no time, are of an earlier kind."""
+            """A pass comes after those it needs, on all stages: they start earlier or, taking no time, are of an
+            earlier kind.
+            """
             return first[work.stage, work.kind, work.host] + work.micro_batch * period, work.kind, work.micro_batch
 
         self.orders = []
@@ -165,8 +184,8 @@ class SpreadSchedule:
     def transfers(self) -> list[Transfer]:
         """All of a step, as their data are there when the schedule is played.
 
-        Whoever begins its own in this order, and runs its passes in theirs, has always begun what a pass needs: what comes before
-        it here was made by passes that come before it there.
+        Whoever begins its own in this order, and runs its passes in theirs, has always begun what a pass needs: what
+        comes before it here was made by passes that come before it there.
         """
         played, found = self.play(), []
         ready: collections.Counter[tuple[Carries, int, int]] = collections.Counter()
@@ -205,9 +224,11 @@ class SpreadSchedule:
         return found
 
     def _first_starts(self, pattern: tuple[Kind, ...], period: float) -> dict[tuple[int, Kind, int], float]:
-        """When (stage, kind, host) would start for micro-batch 0 if each stage repeated the pattern, once a period, without end.
+        """When (stage, kind, host) would start for micro-batch 0 if each stage repeated the pattern, once a period,
+        without end.
 
-        A stage's round begins with its forward pass; any other pass takes its place in the first round by which its data are there.
+        A stage's round begins with its forward pass; any other pass takes its place in the first round by which its
+        data are there.
         """
         first: dict[Pass, float] = {}
         places: list[dict[tuple[Kind, int], float]] = [{} for _ in self.times]

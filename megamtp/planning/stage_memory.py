@@ -1,7 +1,8 @@
 """Bytes of one rank of a pipeline at its peak, by kind.
 
-Weights in the model's dtype; gradients summed in fp32, whole; AdamW's three fp32 numbers per parameter sharded over the pipelines
-(ZeRO-1); what the micro-batches between their forward and backward pass keep; and what comes and goes within one pass, at its most.
+Weights in the model's dtype; gradients summed in fp32, whole; AdamW's three fp32 numbers per parameter sharded over the
+pipelines (ZeRO-1); what the micro-batches between their forward and backward pass keep; and what comes and goes within
+one pass, at its most.
 """
 
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ class StageContents:
 
     Attributes:
         heads: indices, from 0.
-        rows: of the unembedding: all in a stage whose heads have their losses there, a slice of them where losses are spread.
+        rows: of the unembedding: all in a stage whose heads have their losses there, a slice of them where losses are
+            spread.
         spread: losses are spread by vocabulary, over all stages with rows.
     """
 
@@ -41,21 +43,29 @@ def stage_memory(config: Config, data_parallel_size: int, contents: StageContent
     width = 4 if train.precision == "fp32" else 2
     parameters = contents.num_trunk * layer_parameters(model)
     parameters += sum(head_parameters(model, index) for index in contents.heads)
-    parameters += (contents.has_embedding * model.vocab_size + contents.rows) * model.dim + bool(contents.rows) * model.dim
+    parameters += (contents.has_embedding * model.vocab_size + contents.rows) * model.dim + bool(
+        contents.rows
+    ) * model.dim
     kept = _kept(config, contents, width)
     return {
         "weights": width * parameters,
         "gradients": 4 * parameters,
         OPTIMIZER: optimizer_kind(config.optimizer).state_bytes() * parameters // data_parallel_size,
         "activations": alive * kept,
-        "within a pass": max(_largest_pass(config, contents, width), _embedding_gradient(config, contents, width) - kept),
+        "within a pass": max(
+            _largest_pass(config, contents, width), _embedding_gradient(config, contents, width) - kept
+        ),
     }
 
 
 def chunk_bytes(config: Config, width: int) -> int:
     """The logits of a head that live at once, `width` bytes each."""
     tokens, vocabulary = config.train.micro_batch_size * config.train.sequence_length, config.model.vocab_size
-    return width * vocabulary * min(tokens, config.head_loss.chunk_rows or default_chunk_rows(vocabulary, bytes_per_logit=width))
+    return (
+        width
+        * vocabulary
+        * min(tokens, config.head_loss.chunk_rows or default_chunk_rows(vocabulary, bytes_per_logit=width))
+    )
 
 
 def _boundary(config: Config, width: int) -> int:
@@ -77,14 +87,18 @@ def _saved_by_heads(config: Config, heads: range, width: int) -> list[int]:
 
 
 def _kept(config: Config, contents: StageContents, width: int) -> int:
-    """Of each micro-batch: what the stage receives and sends, its heads' dz, and what its layers keep for their backward pass.
+    """Of each micro-batch: what the stage receives and sends, its heads' dz, and what its layers keep for their
+    backward pass.
 
-    Heads whose losses are spread keep as the trunk does, and with them what they sent away; others are done with when z passes.
+    Heads whose losses are spread keep as the trunk does, and with them what they sent away; others are done with when z
+    passes.
     """
     boundary = _boundary(config, width)
     trunk = contents.num_trunk * (boundary if config.train.activation_checkpointing else _saved_by_layer(config, width))
     if contents.spread:
-        return 2 * boundary + trunk + sum(saved + 2 * boundary for saved in _saved_by_heads(config, contents.heads, width))
+        return (
+            2 * boundary + trunk + sum(saved + 2 * boundary for saved in _saved_by_heads(config, contents.heads, width))
+        )
     return (2 + bool(contents.num_heads)) * boundary + trunk
 
 
@@ -104,7 +118,8 @@ def _largest_pass(config: Config, contents: StageContents, width: int) -> int:
     chunk = 4 * vocabulary + chunk_bytes(config, width)
     if config.head_loss.precision == "fp8":  # two copies of the weight, one of hidden and one of the chunk's gradient
         chunk += 2 * vocabulary + boundary // width + chunk_bytes(config, 1)
-    waiting = 4 * vocabulary if contents.num_heads > 1 else 0  # the sum, while a head that is not the last runs its layer backward
+    # the sum, while a head that is not the last runs its layer backward
+    waiting = 4 * vocabulary if contents.num_heads > 1 else 0
     # dz in fp32, the gradient of the running head's z, what its layer returned, that normed, and its gradient.
     saved = max(_saved_by_heads(config, contents.heads, width))
     head = 4 * boundary // width + 4 * boundary + saved + max(rounding, chunk, waiting + layer)

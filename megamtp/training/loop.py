@@ -28,7 +28,8 @@ from megamtp.training.metrics import Metrics
 from megamtp.training.saving import Saver
 
 MAX_SKIPPED = 10  # steps in a row whose gradients are not finite
-BATCHES_UNASKED = 8  # of an evaluation, which are read before the ranks agree to run them: whether to stop, and if any is damaged
+# of an evaluation, which are read before the ranks agree to run them: whether to stop, and if any is damaged
+BATCHES_UNASKED = 8
 
 
 def evaluation_due(config: Config, step: int) -> bool:
@@ -40,8 +41,8 @@ def evaluation_due(config: Config, step: int) -> bool:
 def leave_to_collections_what_is_to_come() -> None:
     """Python's garbage collections look no more at what exists by now.
 
-    There are hundreds of thousands of objects, libraries' most of them; looking through them takes a rank a tenth of a second, at a
-    time of its own, and all others wait for it: the more ranks, the more steps are lengthened.
+    There are hundreds of thousands of objects, libraries' most of them; looking through them takes a rank a tenth of a
+    second, at a time of its own, and all others wait for it: the more ranks, the more steps are lengthened.
     """
     gc.collect()
     gc.freeze()
@@ -79,9 +80,9 @@ class Training:
         """Trains. False if it ended early, saved, because a rank was asked to stop. Collective.
 
         Raises:
-            InputError: some rank's data of the next step, or of an evaluation, is damaged; the steps before it are saved. Or, step
-                after step, gradients are not finite; these are not saved. On ranks other than 0 a SystemExit instead, so that it is
-                said once.
+            InputError: some rank's data of the next step, or of an evaluation, is damaged; the steps before it are
+                saved. Or, step after step, gradients are not finite; these are not saved. On ranks other than 0 a
+                SystemExit instead, so that it is said once.
         """
         try:
             finished = self._run()
@@ -120,21 +121,26 @@ class Training:
         if damaged:
             self._fail(next(error for error in of_all_ranks(self._damage) if error))
         if stopped:
-            saved = "these steps, which are not finite, are not saved" if self.num_skipped else f"saved at step {self.step}"
+            saved = (
+                "these steps, which are not finite, are not saved" if self.num_skipped else f"saved at step {self.step}"
+            )
             self.metrics.say(f"asked to stop: {saved}")
         return not stopped
 
     def _must_end(self) -> None:
-        """From here on this rank has run.stall_seconds until the next call: a peer that hangs, not dies, would keep it for ever.
+        """From here on this rank has run.stall_seconds until the next call: a peer that hangs, not dies, would keep it
+        for ever.
 
-        The watch is a thread of faulthandler's, which needs nothing of Python to print all tracebacks and to end the process; the
-        launcher then ends the others.
+        The watch is a thread of faulthandler's, which needs nothing of Python to print all tracebacks and to end the
+        process; the launcher then ends the others.
         """
         if self.config.run.stall_seconds:
             faulthandler.dump_traceback_later(self.config.run.stall_seconds, exit=True)
 
     def _train_step(self) -> tuple[bool, bool]:
-        """One optimizer step and its report: whether any rank was asked to stop, and cannot read the next step's data."""
+        """One optimizer step and its report: whether any rank was asked to stop, and cannot read the next step's
+        data.
+        """
         engine, n = self.engine, self.config.model.num_future_tokens
         with self.metrics.phase("data"):
             micro_batches = self.train.micro_batches(self.step - 1)
@@ -150,8 +156,8 @@ class Training:
             totals[:n] = result.nll_sums
             others = (result.gradient_norm, self.stop.asked, damaged, self.saver.has_written)
             totals[n:] = torch.tensor(others, dtype=torch.float64)
-            # of the losses and, with them, of the gradient's norm, of the wish to stop, of damage ahead and of the ranks that have
-            # written
+            # of the losses and, with them, of the gradient's norm, of the wish to stop, of damage ahead and of the
+            # ranks that have written
             dist.all_reduce(totals)
             *nll_sums, norms, wishes, damaged_ranks, written = totals.tolist()
         by_loss_scale = result.skipped and self.config.train.precision == "fp16"  # which is found so
@@ -166,7 +172,9 @@ class Training:
         return wishes > 0, damaged_ranks > 0
 
     def _is_damaged(self) -> bool:
-        """Whether this rank's data of the next step is, if there is a next step; waits until it is read, as that step would."""
+        """Whether this rank's data of the next step is, if there is a next step; waits until it is read, as that
+        step would.
+        """
         self._damage = self.train.damage(self.step) if self.step < self.config.train.steps else None
         return self._damage is not None
 
@@ -180,7 +188,8 @@ class Training:
         """Says whose losses are not finite: a bad card is as likely as a bad setting. Collective.
 
         Raises:
-            InputError: there are too many in a row, this is the run's last, or it has changed the weights; as `run` raises it.
+            InputError: there are too many in a row, this is the run's last, or it has changed the weights; as `run`
+                raises it.
         """
         self.num_skipped += 1
         finite = bool(nll_sums.isfinite().all())
@@ -190,7 +199,9 @@ class Training:
         # In a pipeline, stages that have no losses may be where it began.
         first = ", ".join(place for reader, _, place in told if readers and reader == readers[0])
         others = f" and of {len(readers) - 1} others" if len(readers) > 1 else ""
-        found = f"step {self.step}: not finite: " + (f"the losses of {first}{others}" if first else "the gradient; all losses are")
+        found = f"step {self.step}: not finite: " + (
+            f"the losses of {first}{others}" if first else "the gradient; all losses are"
+        )
         if skipped and self.num_skipped < MAX_SKIPPED and self.step < self.config.train.steps:
             self.metrics.say(f"megamtp: warning: {found}; the weights stay as they were")
             return
@@ -198,8 +209,8 @@ class Training:
         saved = checkpoints(Path(self.config.run.directory))
         self._fail(
             f"{found}; such steps in a row: {self.num_skipped}. Started again, the run goes on from "
-            f"{saved[-1].name if saved else 'its beginning'}: if that fails at the same step, lower optimizer.lr or remove the "
-            "newest checkpoint; else have that machine looked at"
+            f"{saved[-1].name if saved else 'its beginning'}: if that fails at the same step, lower optimizer.lr or "
+            "remove the newest checkpoint; else have that machine looked at"
         )
 
     def _fail(self, error: str) -> NoReturn:
@@ -207,7 +218,9 @@ class Training:
         raise InputError(error) if self.engine.rank == 0 else SystemExit(2)
 
     def _evaluate(self) -> tuple[bool, bool]:
-        """Whether any rank was asked to stop, and whether any rank's data is damaged: both end the evaluation without a result."""
+        """Whether any rank was asked to stop, and whether any rank's data is damaged: both end the evaluation
+        without a result.
+        """
         engine, config, validation = self.engine, self.config, self.validation
         assert validation is not None  # as evaluation_due sees to it
         stopped = damaged = False
@@ -215,8 +228,8 @@ class Training:
         def agreed_batches() -> Iterator[Batch]:
             """This rank's batches, each read once: a group is run when all ranks have read theirs.
 
-            A rank that met damage amid a group would leave the others waiting; and an evaluation may take longer than a job has
-            from the signal to its end.
+            A rank that met damage amid a group would leave the others waiting; and an evaluation may take longer than a
+            job has from the signal to its end.
             """
             nonlocal stopped, damaged
             batches = evaluation_batches(

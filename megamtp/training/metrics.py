@@ -79,14 +79,16 @@ class Metrics:
             self._write("validation", step, {"losses": list(map(_finite, losses))})
             self.say(f"step {step}: validation loss {_shown(losses)}")
 
-    def checkpoint(self, step: int, stored_bytes: int, write_seconds: float, copy_seconds: float, wait_seconds: float) -> None:
+    def checkpoint(
+        self, step: int, stored_bytes: int, write_seconds: float, copy_seconds: float, wait_seconds: float
+    ) -> None:
         """Reports a checkpoint that is visible now.
 
         Args:
             write_seconds: that the slowest rank wrote, while training went on.
             copy_seconds: that training stood still for the copy of the state.
-            wait_seconds: that training stood still for the end of the writing: much where checkpoints come faster than the disk
-                takes them, or training ends.
+            wait_seconds: that training stood still for the end of the writing: much where checkpoints come faster than
+                the disk takes them, or training ends.
         """
         bandwidth = stored_bytes / write_seconds
         record = {
@@ -133,7 +135,9 @@ def _finite(number: float) -> float | None:
 
 
 def _scalars(record: dict[str, Any]) -> list[tuple[str, float]]:
-    scalars = [(f"loss/head{index}", loss) for index, loss in enumerate(record.get("losses", []), start=1) if loss is not None]
+    scalars = [
+        (f"loss/head{index}", loss) for index, loss in enumerate(record.get("losses", []), start=1) if loss is not None
+    ]
     scalars += [(f"seconds/{name}", value) for name, value in record.get("seconds", {}).items()]
     return scalars + [(name, value) for name, value in record.items() if isinstance(value, (int, float))]
 
@@ -163,7 +167,9 @@ def records_until(path: Path, step: int) -> list[str]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error}); expected a run's metrics: choose another run.directory") from None
+        raise InputError(
+            f"{path} cannot be read ({error}); expected a run's metrics: choose another run.directory"
+        ) from None
     kept = []
     for number, line in enumerate(lines, start=1):
         if line.endswith("\n"):
@@ -171,7 +177,9 @@ def records_until(path: Path, step: int) -> list[str]:
                 if read_record(line)["step"] <= step:
                     kept.append(line)
             except ValueError as error:
-                raise InputError(f"{path}, line {number} is damaged ({error!r}); expected a record: remove the line") from None
+                raise InputError(
+                    f"{path}, line {number} is damaged ({error!r}); expected a record: remove the line"
+                ) from None
     return kept
 
 

@@ -85,8 +85,11 @@ def check(config: Config, place: Place) -> CheckedRun:
     return CheckedRun(config, train, validation, readers, cut, changes, lock)
 
 
-def find_position(config: Config, corpora: list[Windows], found: tuple[Path, Manifest] | None) -> tuple[DataPosition, list[str]]:
-    """Where the run starts to read, or goes on after the checkpoint `found`, and lines that say so where it is not obvious.
+def find_position(
+    config: Config, corpora: list[Windows], found: tuple[Path, Manifest] | None
+) -> tuple[DataPosition, list[str]]:
+    """Where the run starts to read, or goes on after the checkpoint `found`, and lines that say so where it is not
+    obvious.
 
     Raises:
         InputError: the windows differ from those of the run so far, and data.accept_changes is not set.
@@ -98,7 +101,10 @@ def find_position(config: Config, corpora: list[Windows], found: tuple[Path, Man
     data = read_state(manifest.state, checkpoint).data
     if data is None:
         windows = manifest.step * config.global_batch_windows
-        line = f"{checkpoint} does not say which windows it was trained on: {manifest.step} steps of the present size are assumed"
+        line = (
+            f"{checkpoint} does not say which windows it was trained on: {manifest.step} steps of the present size are "
+            "assumed"
+        )
         position = new_position(corpora, weights)
         return position.advanced(position.blend(corpora), windows), [line]
     saved = read_position(data, checkpoint)
@@ -116,9 +122,13 @@ def find_position(config: Config, corpora: list[Windows], found: tuple[Path, Man
 def _windows(config: Config, prefix: str) -> Windows:
     _check_vocabulary(config, Path(prefix).parent / SUMMARY)
     windows = Windows(
-        IndexedDataset(prefix), config.train.sequence_length, config.model.num_future_tokens, config.train.seed,
-        vocab_size=config.model.vocab_size, documents=config.data.documents,
-    )  # fmt: skip
+        IndexedDataset(prefix),
+        config.train.sequence_length,
+        config.model.num_future_tokens,
+        config.train.seed,
+        vocab_size=config.model.vocab_size,
+        documents=config.data.documents,
+    )
     windows.check_ends()
     return windows
 
@@ -135,7 +145,8 @@ def _check_vocabulary(config: Config, summary: Path) -> None:
     else:
         return
     raise InputError(
-        f"{summary} tells of a vocabulary of {found}, {limit}: the corpus was made with another tokenizer than the model's"
+        f"{summary} tells of a vocabulary of {found}, {limit}: the corpus was made with another tokenizer than the "
+        "model's"
     )
 
 
@@ -158,7 +169,9 @@ def report_vocabulary(config: Config) -> None:
         used = max(known) if len(known) == len(prepared) else rows
     if used < rows:
         unused = rows - used
-        print_line(f"model.vocab_size is {rows}, the tokenizer has {used} pieces: {unused} more rows, part of every softmax")
+        print_line(
+            f"model.vocab_size is {rows}, the tokenizer has {used} pieces: {unused} more rows, part of every softmax"
+        )
     if tokenizer and not isinstance(opened := open_tokenizer(tokenizer), ByteTokenizer):
         try:
             translate(opened)
@@ -173,15 +186,17 @@ def _check_float8() -> None:
         found = f"on {torch.cuda.get_device_name()}"
     else:
         return
-    raise InputError(f"head_loss.precision=fp8 {found}; expected one that multiplies fp8 (H100, H200 or later): leave it null")
+    raise InputError(
+        f"head_loss.precision=fp8 {found}; expected one that multiplies fp8 (H100, H200 or later): leave it null"
+    )
 
 
 def _check_tokenizer(config: Config) -> None:
     found = _num_pieces(config.data.tokenizer)
     if found > config.model.vocab_size:
         raise InputError(
-            f"{config.data.tokenizer} has {found} pieces, model.vocab_size is {config.model.vocab_size}; expected as many or more: "
-            f"set model.vocab_size={found} or choose the model's tokenizer"
+            f"{config.data.tokenizer} has {found} pieces, model.vocab_size is {config.model.vocab_size}; expected as "
+            f"many or more: set model.vocab_size={found} or choose the model's tokenizer"
         )
 
 
@@ -194,7 +209,9 @@ def _make_writable(directory: Path) -> None:
     try:
         for name in ("checkpoints", "tensorboard"):
             if (folder := directory / name).exists() and not folder.is_dir():
-                raise InputError(f"{folder} is a file; expected a folder: choose another run.directory, or move the file away")
+                raise InputError(
+                    f"{folder} is a file; expected a folder: choose another run.directory, or move the file away"
+                )
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory) as probe:
             probe.write(bytes(PROBE_BYTES))
@@ -206,13 +223,17 @@ def _spare_real_run(directory: Path) -> None:
     resolved = directory / RESOLVED
     if checkpoints(directory) or (os.path.exists(resolved) and read_config([str(resolved)]).cluster.emulate is None):
         raise InputError(
-            f"{directory} holds a real run, whose metrics those of cluster.emulate would replace; choose another run.directory"
+            f"{directory} holds a real run, whose metrics those of cluster.emulate would replace; choose another "
+            "run.directory"
         )
 
 
 def _changes(path: Path, config: Config) -> list[str]:
     try:
-        return [f"changed since the run began: {one}" for one in differences(read_config([str(path)]), from_anywhere(config))]
+        return [
+            f"changed since the run began: {one}"
+            for one in differences(read_config([str(path)]), from_anywhere(config))
+        ]
     except InputError as error:  # it is about to be written anew
         return [f"what has changed since the run began is not known: {error}"]
 
@@ -233,7 +254,8 @@ def _lock(directory: Path) -> TextIO:
     if not take_lock(owner, path, "see to it that no other job uses it"):
         owner.seek(0)
         raise InputError(
-            f"{directory} belongs to a running job ({owner.read().strip()}); stop that one, or choose another run.directory"
+            f"{directory} belongs to a running job ({owner.read().strip()}); stop that one, or choose another "
+            "run.directory"
         )
     owner.truncate(0)
     owner.write(f"process {os.getpid()} on {socket.gethostname()}\n")

@@ -11,7 +11,8 @@ from megamtp.errors import CheckpointError
 
 
 def newest_readable(run_directory: Path, check_files: bool) -> tuple[Path, store.Manifest] | None:
-    """The newest checkpoint whose manifest can be read and, if asked for, whose files have their sizes; None if the run has none.
+    """The newest checkpoint whose manifest can be read and, if asked for, whose files have their sizes; None if the run
+    has none.
 
     Raises:
         CheckpointError: the run has checkpoints, but none of these; or one of another version of this program is newer.
@@ -30,7 +31,8 @@ def newest_readable(run_directory: Path, check_files: bool) -> tuple[Path, store
 
 
 def newest_verified(run_directory: Path, rank: int, world_size: int) -> tuple[Path, store.Manifest] | None:
-    """The newest checkpoint that verifies, every file read by one of the ranks; None if the run has none at all. Collective.
+    """The newest checkpoint that verifies, every file read by one of the ranks; None if the run has none at all.
+    Collective.
 
     Rank 0 says which it skips and why.
 

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megamtp.checkpoint import store
-from megamtp.checkpoint.shards import SLICES, FileSlices, Snapshot, WrittenFile, file_slices, shard_name, write_shard, write_slices
+from megamtp.checkpoint.shards import Snapshot, shard_name, write_shard
+from megamtp.checkpoint.slices import SLICES, FileSlices, WrittenFile, file_slices, write_slices
 from megamtp.checkpoint.tensors import InMemory
 from megamtp.cluster.environment import of_all_ranks
 from megamtp.config import Config
@@ -106,10 +107,13 @@ class Saver:
             self._abandon(writing.manifest.step, outcome[0])
         waited = time.perf_counter() - start
         total = sum(part.file.bytes for part in parts if part.file)
-        self._metrics.checkpoint(writing.manifest.step, total, max(part.seconds for part in parts), writing.copy_seconds, waited)
+        self._metrics.checkpoint(
+            writing.manifest.step, total, max(part.seconds for part in parts), writing.copy_seconds, waited
+        )
 
     def _make_folder(self, step: int, num_bytes: int) -> None:
-        """Sees to it that all ranks' parts fit together, before any is written: a full disk is in the way of everything else, too.
+        """Sees to it that all ranks' parts fit together, before any is written: a full disk is in the way of everything
+        else, too.
 
         All ranks raise, or none. Collective.
         """
@@ -133,7 +137,9 @@ class Saver:
         """The thread's work: this rank's file."""
         start, step = time.perf_counter(), writing.manifest.step
         try:
-            writing.file = write_shard(self._partial(step) / shard_name(self._engine.rank), InMemory(tensors), state.shapes)
+            writing.file = write_shard(
+                self._partial(step) / shard_name(self._engine.rank), InMemory(tensors), state.shapes
+            )
         except Exception as error:
             writing.error = self._failure(step, error)  # whatever it is, the other ranks must not wait for this one
             if not isinstance(error, OSError):
@@ -150,7 +156,9 @@ class Saver:
         """Rank 0's: what went wrong, or None."""
         checkpoint = store.folder_of(self._directory, manifest.step)
         try:
-            index = write_slices(store.partial_of(checkpoint) / SLICES, {shard_name(rank): own for rank, own in enumerate(slices)})
+            index = write_slices(
+                store.partial_of(checkpoint) / SLICES, {shard_name(rank): own for rank, own in enumerate(slices)}
+            )
             files = {shard_name(rank): part.file for rank, part in enumerate(parts) if part.file}
             store.publish(checkpoint, manifest, files | {SLICES: index})
         except CheckpointError as error:
@@ -186,7 +194,8 @@ class Saver:
         elif isinstance(reason, Exception):
             remedy = "see to the disk"
         return (
-            f"{checkpoint} cannot be written ({problem}); {remedy}, and start the job again: it goes on from the checkpoint before"
+            f"{checkpoint} cannot be written ({problem}); {remedy}, and start the job again: it goes on from the "
+            "checkpoint before"
         )
 
 

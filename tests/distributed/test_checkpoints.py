@@ -1,4 +1,5 @@
-"""Every layout's checkpoint in every other layout: weights, both moments and counters are the same, and training goes on the same.
+"""Every layout's checkpoint in every other layout: weights, both moments and counters are the same, and training goes
+on the same.
 
 What the engines hold is read by DeepSpeed's own safe_get_full_*, which knows nothing of checkpoints.
 """
@@ -24,12 +25,17 @@ PIPELINE = {"engine__kind": "pipeline", "engine__num_stages": 2}
 BF16 = {"train__precision": "bf16"}
 SUB_GROUPS = {"engine__deepspeed": "{zero_optimization: {sub_group_size: 3000}}"}
 
-# name -> (ranks, ranks that share the data, settings). n = 3 of 5 layers: [3, 2] has heads, and so the unembedding, on both stages.
+# name -> (ranks, ranks that share the data, settings). n = 3 of 5 layers: [3, 2] has heads, and so the unembedding, on
+# both stages.
 LAYOUTS = {
     "ZeRO-3 x1": (1, 1, ZERO3),
     "ZeRO-3 x2": (2, 2, ZERO3 | SUB_GROUPS),
     "ZeRO-3 x3": (3, 3, ZERO3),
-    "ZeRO-3 x2, offload, bf16": (2, 2, ZERO3 | BF16 | {"engine__offload_optimizer": True, "engine__communication": "deepspeed"}),
+    "ZeRO-3 x2, offload, bf16": (
+        2,
+        2,
+        ZERO3 | BF16 | {"engine__offload_optimizer": True, "engine__communication": "deepspeed"},
+    ),
     "ZeRO-1 x2": (2, 2, ZERO1),
     "ZeRO-1 x2, bf16": (2, 2, ZERO1 | BF16),
     "pipeline 2": (2, 1, PIPELINE | {"engine__stage_layers": [4, 1]}),
@@ -88,7 +94,9 @@ def _saved(name: str, directory: Path) -> tuple[dict[str, Tensor], list[list[flo
 
 
 def _loaded(name: str, directory: Path) -> dict[str, tuple[dict[str, Tensor], list[list[float]], set[str]]]:
-    """Of every saved layout: (what is held when it has been loaded, the losses of further steps, the files that were read)."""
+    """Of every saved layout: (what is held when it has been loaded, the losses of further steps, the files that were
+    read).
+    """
     from megamtp.checkpoint import shards
     from megamtp.engines.build import build_engine
 
@@ -126,7 +134,8 @@ def test_every_layout_is_loaded(name, saved):
         assert not different, (source, different)
         for result in results:  # copies, too
             assert all(torch.equal(value, expected[key]) for key, value in result[source][0].items())
-        if source == name and name.startswith("ZeRO"):  # in a pipeline, copies of the unembedding are in another stage's file
+        # in a pipeline, copies of the unembedding are in another stage's file
+        if source == name and name.startswith("ZeRO"):
             assert [result[source][2] for result in results] == [{shard_name(rank)} for rank in range(len(results))]
         losses = results[0][source][1]
         if source == name:
@@ -139,6 +148,8 @@ def test_weights_are_read_whole_from_every_layout(saved):
     for name in LAYOUTS:
         model, weights = load_weights(store.newest_checkpoint(saved["directory"] / name))
         assert model.num_future_tokens == 3
-        expected = {key.removeprefix("weight/"): value for key, value in saved[name][0].items() if key.startswith("weight/")}
+        expected = {
+            key.removeprefix("weight/"): value for key, value in saved[name][0].items() if key.startswith("weight/")
+        }
         assert weights.keys() == expected.keys()
         assert all(torch.equal(weights[key], expected[key]) for key in expected)

@@ -1,4 +1,6 @@
-"""One compiled layer function serves trunk and heads under ZeRO-3, without graph breaks, recompilations or a return to eager."""
+"""One compiled layer function serves trunk and heads under ZeRO-3, without graph breaks, recompilations or a return
+to eager.
+"""
 
 import functools
 
@@ -27,9 +29,12 @@ def _graphs_and_error(checkpointing: bool) -> tuple[int, int, float]:
         lambda: torch.compile(layers.layer_output, dynamic=False, fullgraph=True, backend="aot_eager")
     )
     config = small_config(
-        engine__kind="zero3", train__compile=True, model__num_layers=8, model__num_future_tokens=N,
+        engine__kind="zero3",
+        train__compile=True,
+        model__num_layers=8,
+        model__num_future_tokens=N,
         train__activation_checkpointing=checkpointing,
-    )  # fmt: skip
+    )
     engine = ZeroEngine(config)
     error, _ = largest_errors(config, engine, num_steps=3)
     training = counters["stats"]["unique_graphs"]

@@ -1,4 +1,5 @@
-"""data.documents=isolate: windows that hold several documents train as each piece of a document alone would, on any engine.
+"""data.documents=isolate: windows that hold several documents train as each piece of a document alone would, on any
+engine.
 
 The reference knows documents alone, as lists of tokens, and nothing of windows' boundaries, masks or positions.
 """
@@ -30,11 +31,13 @@ ENGINES = {  # pipelines last: DeepSpeed makes no other engine after one
     "zero1": {"engine__kind": "zero1"},
     "pipeline": {"engine__kind": "pipeline", "engine__num_stages": 2, "engine__stage_layers": [4, 1]},
     "pipeline, no head before the last": {
-        "engine__kind": "pipeline", "engine__num_stages": 2, "engine__stage_layers": [2, 3],
+        "engine__kind": "pipeline",
+        "engine__num_stages": 2,
+        "engine__stage_layers": [2, 3],
         "train__activation_checkpointing": True,
     },
     "pipeline, spread losses": {"engine__kind": "pipeline", "engine__num_stages": 2, "engine__spread_losses": True},
-}  # fmt: skip
+}
 
 
 def make_documents() -> list[list[int]]:
@@ -56,7 +59,9 @@ def pieces(documents: list[list[int]], window: int, n: int) -> list[Batch]:
 
 
 def _errors(prefix: str, settings: dict) -> tuple[float, float, int]:
-    """Largest relative error of any gradient and of any loss over two steps, and the number of layer graphs compiled."""
+    """Largest relative error of any gradient and of any loss over two steps, and the number of layer graphs
+    compiled.
+    """
     from torch._dynamo.utils import counters
 
     from megamtp.engines.build import build_engine
@@ -84,7 +89,9 @@ def _largest_errors(config: Config, engine, loader: TrainLoader) -> tuple[float,
         alone = [piece for window in order for piece in pieces(documents, window, config.model.num_future_tokens)]
         expected = reference_step(config, model, alone)
         counts, *errors = errors_of_step(engine, loader.read(step), expected)
-        assert counts == [sum(int((piece.targets[head] != IGNORED).sum()) for piece in alone) for head in range(len(counts))]
+        assert counts == [
+            sum(int((piece.targets[head] != IGNORED).sum()) for piece in alone) for head in range(len(counts))
+        ]
         gradient_error, loss_error = max(gradient_error, errors[0]), max(loss_error, errors[1])
     return gradient_error, loss_error
 

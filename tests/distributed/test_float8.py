@@ -19,8 +19,8 @@ CUTS = {
     "pipeline, spread losses": [3, 2],
 }
 CASES = [*itertools.product(("zero1", "zero3"), ("sequential", "deferred")), *((cut, "sequential") for cut in CUTS)]
-# bf16's bound (test_gradients.py), and on the way back through the unembedding one rounding of the weight and one of the gradient.
-# A head missing or counted twice errs by 25 % at least.
+# bf16's bound (test_gradients.py), and on the way back through the unembedding one rounding of the weight and one of
+# the gradient. A head missing or counted twice errs by 25 % at least.
 BOUND = 0.04 + (E4M3_ERROR**2 + E5M2_ERROR**2) ** 0.5
 LOSS_BOUND = 2e-3  # bf16's: initial logits are of size 0.1, and 4 % of that is little to a loss of 4.7 nats
 
@@ -72,7 +72,8 @@ def errors_of_all() -> dict[tuple, tuple[float, float]]:
     """The largest of either rank."""
     by_rank = run_ranks(gradient_errors, 2)
     return {
-        case: tuple(map(max, zip(*errors, strict=True))) for case, errors in zip(CASES, zip(*by_rank, strict=True), strict=True)
+        case: tuple(map(max, zip(*errors, strict=True)))
+        for case, errors in zip(CASES, zip(*by_rank, strict=True), strict=True)
     }
 
 

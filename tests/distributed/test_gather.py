@@ -1,4 +1,6 @@
-"""Grouped gathers and reductions: DeepSpeed's own results bit for bit, memory that is used again, and nothing left when removed."""
+"""Grouped gathers and reductions: DeepSpeed's own results bit for bit, memory that is used again, and nothing left
+when removed.
+"""
 
 import warnings
 
@@ -41,7 +43,8 @@ def _three_steps(communication: str, world_size: int, settings: dict) -> dict[st
     return found
 
 
-# 97 x 16 weights and norms of 16 elements: padded at 3 ranks; at 4, shards of 4 elements. With 29 columns nothing divides.
+# 97 x 16 weights and norms of 16 elements: padded at 3 ranks; at 4, shards of 4 elements. With 29 columns nothing
+# divides.
 SETTINGS = {
     "fp32": {},
     "bf16": {"train__precision": "bf16"},
@@ -54,7 +57,9 @@ def _differences(world_size: int) -> dict[str, list[str]]:
     """For each of SETTINGS, what the two ways of communication disagree on; raises if there was little to compare."""
     differing = {}
     for name, settings in SETTINGS.items():
-        grouped, shipped = (_three_steps(communication, world_size, settings) for communication in ("grouped", "deepspeed"))
+        grouped, shipped = (
+            _three_steps(communication, world_size, settings) for communication in ("grouped", "deepspeed")
+        )
         assert grouped.keys() == shipped.keys() and len(grouped) > 2 * 40
         differing[name] = [key for key in shipped if not torch.equal(grouped[key], shipped[key])]
     return differing
@@ -67,7 +72,9 @@ def test_equals_deepspeeds_own_bit_for_bit(world_size):
 
 
 def _offloaded_equals_resident() -> list[str]:
-    """Names of what differs by more than the rounding of the gradient's norm, which AdamW enlarges where a gradient is near 0."""
+    """Names of what differs by more than the rounding of the gradient's norm, which AdamW enlarges where a gradient
+    is near 0.
+    """
     resident = _three_steps("grouped", 2, {})
     offloaded = _three_steps("grouped", 2, {"engine__offload_optimizer": True, "engine__offload_parameters": True})
     return [name for name in resident if relative_error(offloaded[name], resident[name]) > 1e-4]
@@ -163,7 +170,9 @@ def _train_without_deprecated_calls() -> bool:
     engine = ZeroEngine(config)
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
-        result = engine.train_batch(own_share(global_batch(config, 0, 2), engine.rank, 2), [16] * len(config.head_weights), lr=1e-2)
+        result = engine.train_batch(
+            own_share(global_batch(config, 0, 2), engine.rank, 2), [16] * len(config.head_weights), lr=1e-2
+        )
     return bool(result.nll_sums.isfinite().all())
 
 

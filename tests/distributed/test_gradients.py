@@ -1,4 +1,5 @@
-"""Every parameter's gradient on two ranks equals the float64 single-process reference, whatever the engine and its settings.
+"""Every parameter's gradient on two ranks equals the float64 single-process reference, whatever the engine and its
+settings.
 
 Targets are always ignored unevenly over ranks, micro-batches and heads, and one micro-batch has none valid.
 """
@@ -22,14 +23,17 @@ FACTORS = {
 OFFLOAD = {"engine__offload_optimizer": True, "engine__offload_parameters": True}
 # fp32: measured 5e-7, of which the sums over 24 to 96 positions are the most.
 FP32_BOUND = 1e-5
-# bf16: one rounding errs by up to 2^-9 = 0.2 %; some fifty of them, independent, lie on the path to the deepest gradient:
-# sqrt(50) * 0.2 % = 1.4 %, and 1.5 % is the most that was measured. A head missing or counted twice errs by 25 % at least.
+# bf16: one rounding errs by up to 2^-9 = 0.2 %; some fifty of them, independent, lie on the path to the deepest
+# gradient: sqrt(50) * 0.2 % = 1.4 %, and 1.5 % is the most that was measured. A head missing or counted twice errs by
+# 25 % at least.
 BF16_BOUND = 0.04
 BF16_LOSS_BOUND = 2e-3
 
 
 def pairwise(factors: dict[str, tuple]) -> list[tuple]:
-    """Few cases in which every pair of two factors' values occurs (greedy: the case with the most new pairs, again and again)."""
+    """Few cases in which every pair of two factors' values occurs (greedy: the case with the most new pairs, again
+    and again).
+    """
     positions = list(itertools.combinations(range(len(factors)), 2))
     product = list(itertools.product(*factors.values()))
     missing = {(i, case[i], j, case[j]) for case in product for i, j in positions}
@@ -74,7 +78,9 @@ def pytest_generate_tests(metafunc):
 def errors_of_all(request) -> dict[tuple, tuple[float, float]]:
     """All selected cases, run in one group of ranks."""
     cases = [
-        item.callspec.params["case"] for item in request.session.items if item.path == request.path and hasattr(item, "callspec")
+        item.callspec.params["case"]
+        for item in request.session.items
+        if item.path == request.path and hasattr(item, "callspec")
     ]
     first_rank, _ = run_ranks(gradient_errors, 2, cases, timeout_seconds=20 * len(cases) + 60)
     return dict(zip(cases, first_rank, strict=True))

@@ -14,7 +14,10 @@ ROOT = Path(__file__).parents[2]
 
 def _trained(corpus: str) -> list[tuple[str, str, str] | None]:
     _, settings = hash_training.CASES["zero1/ignored-targets"]
-    return [hash_training.train(hash_training.config_of(2, f"{settings} {more}", corpus)) for more in ("", "", "train.seed=1")]
+    return [
+        hash_training.train(hash_training.config_of(2, f"{settings} {more}", corpus))
+        for more in ("", "", "train.seed=1")
+    ]
 
 
 def test_equal_trainings_have_equal_hashes_and_another_seed_changes_all_three(tmp_path):
@@ -30,7 +33,10 @@ def test_the_hash_of_a_state_does_not_depend_on_how_ranks_share_it():
         return hash_training.hashes([([b"loss"], ["0x1p0"], state) for state in states])[2]
 
     whole = state_hash({"weight/a@0": b"abcdefghijkl", "weight/b@0": b"mn"}, {})
-    assert state_hash({"weight/b@0": b"mn", "weight/a@0": b"ab"}, {"weight/a@10": b"kl", "weight/a@2": b"cdefghij"}) == whole
+    assert (
+        state_hash({"weight/b@0": b"mn", "weight/a@0": b"ab"}, {"weight/a@10": b"kl", "weight/a@2": b"cdefghij"})
+        == whole
+    )
     assert state_hash({"weight/a@0": b"abcdefghijklmn", "weight/b@0": b""}, {}) != whole
     assert state_hash({"weight/a@0": b"abcdefghijkx", "weight/b@0": b"mn"}, {}) != whole
 

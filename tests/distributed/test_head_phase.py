@@ -1,4 +1,6 @@
-"""What DeepSpeed is told around the heads: each of (a) to (e), how often parameters travel, and evaluation's own trace."""
+"""What DeepSpeed is told around the heads: each of (a) to (e), how often parameters travel, and evaluation's own
+trace.
+"""
 
 from collections import Counter
 
@@ -15,7 +17,9 @@ COMMUNICATIONS = ("grouped", "deepspeed")
 
 
 def zero3(communication: str, **settings) -> Config:
-    return small_config(engine__kind="zero3", engine__communication=communication, model__num_future_tokens=N, **settings)
+    return small_config(
+        engine__kind="zero3", engine__communication=communication, model__num_future_tokens=N, **settings
+    )
 
 
 def _errors(settings: dict, loss_scale: float | None = None) -> float:
@@ -48,7 +52,9 @@ def test_b_shared_gradients_wait_for_the_last_head(communication, bucket):
     assert error_of(engine__kind="zero3", engine__communication=communication, engine__reduce_bucket_size=bucket) < 1e-5
 
 
-@pytest.mark.parametrize("settings", [{"engine__kind": "zero1"}, {"engine__kind": "zero3", "engine__offload_optimizer": True}])
+@pytest.mark.parametrize(
+    "settings", [{"engine__kind": "zero1"}, {"engine__kind": "zero3", "engine__offload_optimizer": True}]
+)
 def test_c_heads_know_the_last_micro_batch(settings):
     assert error_of(accumulation=2, engine__reduce_bucket_size=300, **settings) < 1e-5
 
@@ -58,7 +64,9 @@ def test_d_bf16_optimizer_keeps_the_heads_gradients():
 
 
 def _errors_after_interruptions(settings: dict) -> list[float]:
-    """Interrupts steps between two heads, within a layer's backward, or before the trunk's; gradients' errors in later steps."""
+    """Interrupts steps between two heads, within a layer's backward, or before the trunk's; gradients' errors in
+    later steps.
+    """
     from megamtp.engines.zero import ZeroEngine
 
     config = small_config(accumulation=2, engine__reduce_bucket_size=300, model__num_future_tokens=N, **settings)
@@ -182,7 +190,9 @@ class Traffic:
 
 
 def _traffic_of_steps(communication: str, checkpointing: bool) -> list[tuple[bool, Counter, Counter]]:
-    """(prefetch trace complete, gathers, reductions) of each of five one-micro-batch steps; the first records the trace."""
+    """(prefetch trace complete, gathers, reductions) of each of five one-micro-batch steps; the first records the
+    trace.
+    """
     from megamtp.engines.zero import ZeroEngine
 
     config = zero3(communication, train__activation_checkpointing=checkpointing)
@@ -240,14 +250,18 @@ MICRO_BATCHES = 3
 
 
 def _traffic_of_an_accumulating_step() -> tuple[list[tuple[str, str]], list[str]]:
-    """(events of a step of several micro-batches with a complete trace, modules whose weights are still there after it)."""
+    """(events of a step of several micro-batches with a complete trace, modules whose weights are still there after
+    it).
+    """
     from megamtp.engines.zero import ZeroEngine
 
     config = zero3("grouped", accumulation=MICRO_BATCHES)
     engine = ZeroEngine(config)
     traffic = Traffic(engine)
     first_layer = engine.model.trunk[0].attention_norm.weight
-    first_layer.register_post_accumulate_grad_hook(lambda _: traffic.log.append(("gradient", "trunk.0.attention_norm.weight")))
+    first_layer.register_post_accumulate_grad_hook(
+        lambda _: traffic.log.append(("gradient", "trunk.0.attention_norm.weight"))
+    )
     for step in range(2):
         traffic.clear()
         step_with_gradients(engine, global_batch(config, step, 2 * MICRO_BATCHES))
@@ -265,7 +279,8 @@ def test_a_micro_batch_begins_with_weights_that_the_last_one_left_or_sent_for():
     ends = [place for place, event in enumerate(log) if event == ("gradient", first_layer)]
     arrivals = [place for place, event in enumerate(log) if event == ("gather", embedding)]
     assert len(ends) == MICRO_BATCHES
-    assert all(arrival < end for arrival, end in zip(arrivals[1:], ends, strict=False))  # during the backward pass before
+    # during the backward pass before
+    assert all(arrival < end for arrival, end in zip(arrivals[1:], ends, strict=False))
     assert left == []
 
 

@@ -1,4 +1,6 @@
-"""The members of DeepSpeed's objects that engines/deepspeed/members.py names: they are there, and no other file names more."""
+"""The members of DeepSpeed's objects that engines/deepspeed/members.py names: they are there, and no other file
+names more.
+"""
 
 import ast
 import importlib
@@ -50,12 +52,19 @@ def _objects(engine) -> list[tuple[type, object]]:
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
     host, optimizer = engine.engine, engine.engine.optimizer
-    found = [(members.HostEngine, host), *((members.TrainedParameter, parameter) for parameter in engine.model.parameters())]
+    found = [
+        (members.HostEngine, host),
+        *((members.TrainedParameter, parameter) for parameter in engine.model.parameters()),
+    ]
     if members.is_zero3(optimizer):
         offload = optimizer.parameter_offload
         coordinator = [members.ReplaceableCoordinator, members.ParameterCoordinator]
         found += [(protocol, offload.get_param_coordinator()) for protocol in coordinator]
-        found += [(members.Zero3Optimizer, optimizer), (members.Zero3Offload, offload), (members.OffloadedModule, host.module)]
+        found += [
+            (members.Zero3Optimizer, optimizer),
+            (members.Zero3Offload, offload),
+            (members.OffloadedModule, host.module),
+        ]
         found += [(members.Zero3Bucket, bucket) for bucket in optimizer.ipg_buckets.values()]
         return found + [(members.ShardedParameter, parameter) for parameter in engine.model.parameters()]
     found += [(members.UnshardedParameter, parameter) for parameter in engine.model.parameters()]
@@ -69,7 +78,11 @@ def _objects(engine) -> list[tuple[type, object]]:
         found += [(members.Zero1Optimizer, optimizer), (members.LossScaler, scaler)]
         found += [(members.Zero1Bucket, bucket) for bucket in optimizer.ipg_buckets.values()]
     if engine.config.engine.kind == "pipeline":
-        found += [(members.HostPipelineEngine, host), (members.StageModule, host.module), (members.StageGrid, host.module._grid)]
+        found += [
+            (members.HostPipelineEngine, host),
+            (members.StageModule, host.module),
+            (members.StageGrid, host.module._grid),
+        ]
     return found
 
 

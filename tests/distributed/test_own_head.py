@@ -116,7 +116,10 @@ def test_costs_are_asked_of_the_head():
     ("kind", "words"),
     [
         ("paralel", "model.head_kind=paralel; expected parallel, or MODULE:CLASS of your own"),
-        ("nowhere.at_all:Head", "cannot be imported (No module named 'nowhere'); expected MODULE:CLASS that Python finds"),
+        (
+            "nowhere.at_all:Head",
+            "cannot be imported (No module named 'nowhere'); expected MODULE:CLASS that Python finds",
+        ),
         (f"{__name__}:Missing", "cannot be imported"),
         ("pathlib:Path", "expected a subclass of megamtp.model.heads:Head"),
     ],

@@ -87,7 +87,11 @@ def expected_weights() -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("ranks", "sharers", "settings"),
-    [(2, 2, {"engine__kind": "zero3"}), (2, 1, PIPELINE), (2, 2, {"engine__kind": "zero1", "train__precision": "fp32"})],
+    [
+        (2, 2, {"engine__kind": "zero3"}),
+        (2, 1, PIPELINE),
+        (2, 2, {"engine__kind": "zero1", "train__precision": "fp32"}),
+    ],
 )
 def test_trains_resumes_elsewhere_and_converts(ranks, sharers, settings, tmp_path):
     expected = torch.tensor(run_ranks(_saved, ranks, str(tmp_path / "run"), sharers, settings)[0])

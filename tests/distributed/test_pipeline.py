@@ -1,6 +1,8 @@
-"""The pipeline engine: gradients, losses, weights and updates equal the float64 reference and the other engines, at every cut.
+"""The pipeline engine: gradients, losses, weights and updates equal the float64 reference and the other engines, at
+every cut.
 
-Targets are always ignored unevenly over pipelines, micro-batches and heads; of several micro-batches one has none valid.
+Targets are always ignored unevenly over pipelines, micro-batches and heads; of several micro-batches one has none
+valid.
 """
 
 import itertools
@@ -21,12 +23,12 @@ from tests.engine_steps import largest_errors, step_with_gradients
 from tests.ranks import run_ranks
 from tests.reference import reference_model, reference_step, relative_error
 
-# fp32: measured 7e-7. bf16: measured 1.6 %; the reason of the bound is that in test_gradients.py. A pipeline rounds dz once more
-# in each stage that has heads and passes z on: P - 1 roundings beside some fifty.
+# fp32: measured 7e-7. bf16: measured 1.6 %; the reason of the bound is that in test_gradients.py. A pipeline rounds dz
+# once more in each stage that has heads and passes z on: P - 1 roundings beside some fifty.
 FP32_BOUND, BF16_BOUND, BF16_LOSS_BOUND = 1e-5, 0.04, 2e-3
 
-# Cuts of five layers, trunk and heads, by (stages, heads): heads on the last stage alone, or on several; with n = 4 and three
-# stages the one in the middle has heads only.
+# Cuts of five layers, trunk and heads, by (stages, heads): heads on the last stage alone, or on several; with n = 4 and
+# three stages the one in the middle has heads only.
 CUTS = {
     (2, 1): ([2, 3], [4, 1]),
     (2, 2): ([3, 2], [4, 1]),
@@ -57,9 +59,14 @@ def pipeline_config(stages: int, pipelines: int, accumulation: int = 2, **settin
 def case_config(ranks: int, case: tuple):
     accumulation, n, cut, precision, recompute = case
     return pipeline_config(
-        *SHAPES[ranks], accumulation, model__num_future_tokens=n, engine__stage_layers=cut, train__precision=precision,
-        train__activation_checkpointing=recompute, head_loss__weights=[1.0, 0.5, 0.75, 0.25][:n],
-    )  # fmt: skip
+        *SHAPES[ranks],
+        accumulation,
+        model__num_future_tokens=n,
+        engine__stage_layers=cut,
+        train__precision=precision,
+        train__activation_checkpointing=recompute,
+        head_loss__weights=[1.0, 0.5, 0.75, 0.25][:n],
+    )
 
 
 def _gradient_errors(ranks: int) -> list[tuple[float, float]]:
@@ -74,7 +81,9 @@ def _gradient_errors(ranks: int) -> list[tuple[float, float]]:
 
 @pytest.fixture(scope="module")
 def errors_by_ranks() -> dict:
-    """Filled on demand: ranks -> case -> the largest (gradient error, loss error) of any rank. One group of ranks for all cases."""
+    """Filled on demand: ranks -> case -> the largest (gradient error, loss error) of any rank. One group of ranks
+    for all cases.
+    """
     return {}
 
 
@@ -151,7 +160,9 @@ def test_initial_weights_are_every_engines():
 
 
 def _counts(recompute: bool, settings: dict) -> tuple[Counter, Counter, int, list[int]]:
-    """Of a step: (forward runs of each layer, gradients of each layer's output, DeepSpeed's autograd calls, copies' reductions)."""
+    """Of a step: (forward runs of each layer, gradients of each layer's output, DeepSpeed's autograd calls, copies'
+    reductions).
+    """
     from megamtp.engines.build import build_engine
     from megamtp.model import layers
 
@@ -203,7 +214,9 @@ def test_each_stage_runs_one_backward_pass_of_each_micro_batch_and_no_head_twice
 
 
 def _reduction_while_others_work(folder: str) -> bool:
-    """Whether this stage has copies; the first stage, without, ends its last backward pass only when the others' are summed."""
+    """Whether this stage has copies; the first stage, without, ends its last backward pass only when the others' are
+    summed.
+    """
     from deepspeed.runtime.pipe import schedule
 
     from megamtp.engines.pipeline import PipelineEngine
@@ -222,7 +235,10 @@ def _reduction_while_others_work(folder: str) -> bool:
         if engine.stage.copies:
             (Path(folder) / str(engine.rank)).touch()
 
-    engine.engine._INSTRUCTION_MAP = instructions | {schedule.BackwardPass: backward, schedule.ReduceTiedGrads: reduce_and_tell}
+    engine.engine._INSTRUCTION_MAP = instructions | {
+        schedule.BackwardPass: backward,
+        schedule.ReduceTiedGrads: reduce_and_tell,
+    }
     _train(engine.config, engine, [0])
     return engine.stage.copies is not None
 
@@ -243,7 +259,9 @@ def _reduced_gradients() -> torch.Tensor:
 
 
 def test_the_reduction_over_pipelines_has_nothing_to_add_to_a_copys_gradient():
-    """Or stages might add it in different orders, as NCCL does for buffers of different sizes, and copies drift apart."""
+    """Or stages might add it in different orders, as NCCL does for buffers of different sizes, and copies drift
+    apart.
+    """
     first, second, *of_last_stage = run_ranks(_reduced_gradients, 4)
     own = [torch.randn(first.shape, generator=torch.Generator().manual_seed(rank)) for rank in range(4)]
     torch.testing.assert_close(first, sum(own))
@@ -254,7 +272,8 @@ def test_the_reduction_over_pipelines_has_nothing_to_add_to_a_copys_gradient():
 def _copies_after_training(stages: int, pipelines: int, cut: list[int], precision: str) -> torch.Tensor:
     from megamtp.engines.pipeline import PipelineEngine
 
-    shape = {"model__dim": 24, "model__mlp_dim": 32, "model__vocab_size": 144}  # partitions of multiples of 16 elements: see adamw
+    # partitions of multiples of 16 elements: see adamw
+    shape = {"model__dim": 24, "model__mlp_dim": 32, "model__vocab_size": 144}
     config = pipeline_config(
         stages, pipelines, model__num_future_tokens=3, engine__stage_layers=cut, train__precision=precision, **shape
     )
@@ -266,7 +285,8 @@ def _copies_after_training(stages: int, pipelines: int, cut: list[int], precisio
 
 
 @pytest.mark.parametrize(
-    ("stages", "pipelines", "cut", "precision"), [(2, 2, [3, 2], "bf16"), (3, 1, [3, 1, 1], "fp32"), (2, 3, [4, 1], "fp32")]
+    ("stages", "pipelines", "cut", "precision"),
+    [(2, 2, [3, 2], "bf16"), (3, 1, [3, 1, 1], "fp32"), (2, 3, [4, 1], "fp32")],
 )
 def test_copies_of_the_unembedding_stay_equal(stages, pipelines, cut, precision):
     """Also over three pipelines, whose sums depend on their order."""
@@ -276,16 +296,25 @@ def test_copies_of_the_unembedding_stay_equal(stages, pipelines, cut, precision)
 
 
 def _updates() -> dict[str, float]:
-    """Of every parameter here, the relative error of its change over four steps, against plain float64 AdamW with clipping."""
+    """Of every parameter here, the relative error of its change over four steps, against plain float64 AdamW with
+    clipping.
+    """
     from deepspeed.utils import safe_get_full_fp32_param
 
     from megamtp.engines.base import count_targets
     from megamtp.engines.pipeline import PipelineEngine
 
     config = pipeline_config(
-        2, 2, 2, engine__stage_layers=[4, 1], optimizer__beta1=0.8, optimizer__beta2=0.9, optimizer__eps=1e-3,
-        optimizer__weight_decay=0.3, optimizer__gradient_clipping=0.4,
-    )  # fmt: skip
+        2,
+        2,
+        2,
+        engine__stage_layers=[4, 1],
+        optimizer__beta1=0.8,
+        optimizer__beta2=0.9,
+        optimizer__eps=1e-3,
+        optimizer__weight_decay=0.3,
+        optimizer__gradient_clipping=0.4,
+    )
     engine, model = PipelineEngine(config), reference_model(config)
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     groups = [
@@ -306,7 +335,9 @@ def _updates() -> dict[str, float]:
         adamw.step()
     whole = dict(model.named_parameters())
     return {
-        name: relative_error(safe_get_full_fp32_param(parameter) - start[name].float(), whole[name].detach() - start[name])
+        name: relative_error(
+            safe_get_full_fp32_param(parameter) - start[name].float(), whole[name].detach() - start[name]
+        )
         for name, parameter in engine.model.named_parameters()
     }
 
@@ -319,7 +350,9 @@ def test_steps_are_clipped_adamw_over_all_stages():
 def _losses_of_ten_steps(kind: str, data_parallel_size: int, settings: dict) -> list[list[float]]:
     from megamtp.engines.build import build_engine
 
-    config = small_config(data_parallel_size, 4 // data_parallel_size, engine__kind=kind, model__num_future_tokens=3, **settings)
+    config = small_config(
+        data_parallel_size, 4 // data_parallel_size, engine__kind=kind, model__num_future_tokens=3, **settings
+    )
     return _train(config, build_engine(config), [step % 2 for step in range(10)])
 
 
@@ -336,7 +369,9 @@ def test_losses_of_ten_steps_are_zero3s():
 
 
 def _evaluations() -> list[tuple[list[float], list[float]]]:
-    """(found, expected) sums before and after a step of training: of 3, 8 and 5 batches in pipelines of 4 micro-batches a step."""
+    """(found, expected) sums before and after a step of training: of 3, 8 and 5 batches in pipelines of 4
+    micro-batches a step.
+    """
     from megamtp.engines.pipeline import PipelineEngine
 
     config = pipeline_config(2, 2, 4, engine__stage_layers=[3, 2], model__num_future_tokens=3)
@@ -365,7 +400,9 @@ def test_evaluation_before_and_after_training():
 
 
 def _cuts_of_a_start(arguments: list[str], port: int) -> int:
-    """How often this rank searches for the best cut with whole losses, from the command line to the end of the first step."""
+    """How often this rank searches for the best cut with whole losses, from the command line to the end of the first
+    step.
+    """
     from megamtp import pretrain
     from megamtp.planning import spread
 
@@ -381,10 +418,24 @@ def test_the_best_cut_is_searched_once_a_start(tmp_path):
     with IndexedDatasetWriter(tmp_path / "train", np.uint16) as writer:
         writer.add_document([5] * 200)
     settings = [
-        "model.dim=32", "model.num_layers=4", "model.num_future_tokens=2", "model.num_attention_heads=2", "model.mlp_dim=48",
-        "model.vocab_size=64", "train.steps=1", "train.global_batch_tokens=64", "train.micro_batch_size=1", "train.precision=fp32",
-        "train.sequence_length=16", "data.tokenizer=null", f"data.train={tmp_path}/train", "data.validation=null",
-        "engine.kind=pipeline", "engine.num_stages=2", "run.tensorboard=false", f"run.directory={tmp_path}/run",
-    ]  # fmt: skip
+        "model.dim=32",
+        "model.num_layers=4",
+        "model.num_future_tokens=2",
+        "model.num_attention_heads=2",
+        "model.mlp_dim=48",
+        "model.vocab_size=64",
+        "train.steps=1",
+        "train.global_batch_tokens=64",
+        "train.micro_batch_size=1",
+        "train.precision=fp32",
+        "train.sequence_length=16",
+        "data.tokenizer=null",
+        f"data.train={tmp_path}/train",
+        "data.validation=null",
+        "engine.kind=pipeline",
+        "engine.num_stages=2",
+        "run.tensorboard=false",
+        f"run.directory={tmp_path}/run",
+    ]
     configuration = str(Path(__file__).parents[2] / "configs/quickstart.yaml")
     assert run_ranks(_cuts_of_a_start, 2, [configuration, *settings], reserve_port(), backend="none") == [1, 1]

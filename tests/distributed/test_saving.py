@@ -1,4 +1,6 @@
-"""Saving in the background: what is saved is the state at its beginning, and one rank's full disk is every rank's error."""
+"""Saving in the background: what is saved is the state at its beginning, and one rank's full disk is every rank's
+error.
+"""
 
 import errno
 import os
@@ -101,7 +103,10 @@ def _failure_of_rank_1(directory: str, error: Exception) -> str:
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "(No space left on device); make room on its disk, and start"),
+        (
+            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+            "(No space left on device); make room on its disk, and start",
+        ),
         (OSError(errno.EACCES, os.strerror(errno.EACCES)), "(Permission denied); change its permissions"),
         (RuntimeError("a defect"), "(a defect); see to the disk, and start"),
     ],
@@ -116,7 +121,9 @@ def test_whatever_befalls_one_rank_is_every_ranks_error(error, words, tmp_path):
 
 
 def _small_disk(directory: str) -> tuple[str, bool]:
-    """(the error of this rank, whether anything was written) on a disk with room for either rank's part, but not for both."""
+    """(the error of this rank, whether anything was written) on a disk with room for either rank's part, but not for
+    both.
+    """
     from megamtp.engines.zero import ZeroEngine
     from megamtp.training import saving
 
@@ -150,7 +157,10 @@ def _folder_of_each_rank(directory: str) -> str:
 def test_a_run_directory_that_nodes_do_not_share_is_noticed(tmp_path):
     first, second = run_ranks(_folder_of_each_rank, 2, str(tmp_path))
     assert first == second
-    assert "0/checkpoints/step-0000001.partial/shard-00001.safetensors is missing" in first and "let all nodes share" in first
+    assert (
+        "0/checkpoints/step-0000001.partial/shard-00001.safetensors is missing" in first
+        and "let all nodes share" in first
+    )
     assert list((tmp_path / "0/checkpoints").iterdir()) == []
 
 

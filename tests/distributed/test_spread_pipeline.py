@@ -1,6 +1,8 @@
-"""The pipeline engine with losses spread by vocabulary: gradients, losses, resumption and weights as those of the other engines.
+"""The pipeline engine with losses spread by vocabulary: gradients, losses, resumption and weights as those of the other
+engines.
 
-Targets are ignored unevenly, as in test_pipeline.py. Cuts give heads to one stage or to several, and one stage heads alone.
+Targets are ignored unevenly, as in test_pipeline.py. Cuts give heads to one stage or to several, and one stage heads
+alone.
 """
 
 import math
@@ -21,8 +23,9 @@ from tests.ranks import run_ranks
 from tests.saved import load_weights, save
 
 SHAPES = {2: (2, 1), 3: (3, 1), 4: (2, 2)}  # ranks: (stages, pipelines)
-# ranks: (accumulation, heads, cut, precision, recompute trunk, free links). Over links as fast as those that are planned with, a
-# schedule of so small a model runs all forward passes first; with free ones, and eight micro-batches, all kinds take turns.
+# ranks: (accumulation, heads, cut, precision, recompute trunk, free links). Over links as fast as those that are
+# planned with, a schedule of so small a model runs all forward passes first; with free ones, and eight micro-batches,
+# all kinds take turns.
 CASES = {
     2: [
         (1, 1, [4, 1], "fp32", True, False),
@@ -48,7 +51,12 @@ CASES = {
 
 def spread_config(stages: int, pipelines: int, accumulation: int = 2, **settings):
     return small_config(
-        pipelines, accumulation, engine__kind="pipeline", engine__num_stages=stages, engine__spread_losses=True, **settings
+        pipelines,
+        accumulation,
+        engine__kind="pipeline",
+        engine__num_stages=stages,
+        engine__spread_losses=True,
+        **settings,
     )
 
 
@@ -57,7 +65,9 @@ def _rows(engine) -> slice:
 
 
 def _errors(ranks: int) -> list[tuple[float, float, int, bool]]:
-    """Of each case: largest relative error of a gradient, that of a loss, rows of this stage, and whether passes take turns."""
+    """Of each case: largest relative error of a gradient, that of a loss, rows of this stage, and whether passes
+    take turns.
+    """
     from megamtp.engines.build import build_engine
     from megamtp.planning import spread
 
@@ -65,9 +75,14 @@ def _errors(ranks: int) -> list[tuple[float, float, int, bool]]:
     for accumulation, n, cut, precision, recompute, free_links in CASES[ranks]:
         spread.NOMINAL = Link(bandwidth=math.inf, latency=0.0) if free_links else nominal
         config = spread_config(
-            *SHAPES[ranks], accumulation, model__num_future_tokens=n, engine__stage_layers=cut, train__precision=precision,
-            train__activation_checkpointing=recompute, head_loss__weights=[1.0, 0.5, 0.75, 0.25][:n],
-        )  # fmt: skip
+            *SHAPES[ranks],
+            accumulation,
+            model__num_future_tokens=n,
+            engine__stage_layers=cut,
+            train__precision=precision,
+            train__activation_checkpointing=recompute,
+            head_loss__weights=[1.0, 0.5, 0.75, 0.25][:n],
+        )
         engine = build_engine(config)
         takes_turns = engine.cut.schedule.alive(engine.stage.stage_id) < accumulation
         found.append((*largest_errors(config, engine, num_steps=2), engine.part.own.contents.rows, takes_turns))
@@ -86,13 +101,16 @@ def test_gradients_and_losses_equal_the_reference(ranks):
 
 
 def _resumed(folder: str, precision: str) -> dict:
-    """Losses of further steps and weights after them, without and with a resumption, and on an engine whose losses are whole.
+    """Losses of further steps and weights after them, without and with a resumption, and on an engine whose losses are
+    whole.
 
     Also an evaluation before and after loading.
     """
     from megamtp.engines.build import build_engine
 
-    settings = dict(model__num_future_tokens=3, engine__stage_layers=[3, 2], train__precision=precision, run__directory=folder)
+    settings = dict(
+        model__num_future_tokens=3, engine__stage_layers=[3, 2], train__precision=precision, run__directory=folder
+    )
     config = spread_config(2, 2, 2, **settings)
     engine = build_engine(config)
     _train(config, engine, range(2))
@@ -144,7 +162,11 @@ def test_no_pass_runs_twice_and_the_norms_gradient_is_reduced_once():
     """The one parameter with copies is the final norm, where several stages have heads."""
     results = run_ranks(_counts, 3, False, {"engine__spread_losses": True, "engine__stage_layers": [2, 1, 2]})
     forwards, backwards = (sum((result[index] for result in results), Counter()) for index in (0, 1))
-    assert forwards == backwards == {f"{kind}.{index}": 4 for kind, count in (("trunk", 2), ("heads", 3)) for index in range(count)}
+    assert (
+        forwards
+        == backwards
+        == {f"{kind}.{index}": 4 for kind, count in (("trunk", 2), ("heads", 3)) for index in range(count)}
+    )
     assert [outer for _, _, outer, _ in results] == [0, 0, 0]  # DeepSpeed runs none itself
     assert [reduced for _, _, _, reduced in results] == [[], [16], [16]]
 

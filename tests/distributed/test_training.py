@@ -40,7 +40,12 @@ def _training(config: Config, engine: Engine, **job) -> Training:
 
 
 def _config(directory: str, kind: str, **settings) -> Config:
-    run = {"run__save_every_steps": 2, "run__keep_checkpoints": 9, "run__tensorboard": False, "run__directory": directory}
+    run = {
+        "run__save_every_steps": 2,
+        "run__keep_checkpoints": 9,
+        "run__tensorboard": False,
+        "run__directory": directory,
+    }
     return small_config(engine__kind=kind, **{"train__steps": STEPS, "data__validation": "unused"} | run | settings)
 
 
@@ -79,20 +84,28 @@ def _same(before: dict[str, Tensor], after: dict[str, Tensor]) -> bool:
     return all(torch.equal(before[name], after[name]) for name in before)
 
 
-OFFLOADED = {"train__precision": "bf16", "engine__offload_optimizer": True}  # where DeepSpeed keeps a skipped step's gradients
+# where DeepSpeed keeps a skipped step's gradients
+OFFLOADED = {"train__precision": "bf16", "engine__offload_optimizer": True}
 
 
-@pytest.mark.parametrize(("kind", "settings"), [("zero1", {}), ("zero3", {}), ("zero1", OFFLOADED), ("zero3", OFFLOADED)])
+@pytest.mark.parametrize(
+    ("kind", "settings"), [("zero1", {}), ("zero3", {}), ("zero1", OFFLOADED), ("zero3", OFFLOADED)]
+)
 def test_a_bad_step_changes_nothing_and_names_the_rank(kind, settings, tmp_path):
     (error, said, weights), (other, _, _) = run_ranks(_train, 2, str(tmp_path), kind, [3, 4], settings)
     assert error is other is None
     warnings = [line for line in said if line.startswith("megamtp: warning")]
-    assert [line.split(": not finite")[0] for line in warnings] == ["megamtp: warning: step 3", "megamtp: warning: step 4"]
+    assert [line.split(": not finite")[0] for line in warnings] == [
+        "megamtp: warning: step 3",
+        "megamtp: warning: step 4",
+    ]
     assert all("the losses of rank 1 (" in line and "rank 0" not in line and "others" not in line for line in warnings)
     changed = [not _same(before, after) for before, after in itertools.pairwise(weights)]
     assert changed == [step not in (3, 4) for step in range(2, STEPS + 1)]
     assert all(value.isfinite().all() for value in weights[-1].values())
-    records = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
     trained = {record["step"]: record for record in records if record["kind"] == "train"}
     assert [step for step, record in trained.items() if record["skipped"]] == [3, 4]
     for step, record in trained.items():
@@ -142,7 +155,9 @@ def test_a_checkpoint_due_in_a_bad_step_follows(tmp_path):
 
 def test_a_run_does_not_end_in_a_bad_step(tmp_path):
     (error, _, _), (other, _, _) = run_ranks(_train, 2, str(tmp_path), "zero3", [STEPS], {"run__save_every_steps": 10})
-    assert error.startswith(f"InputError: step {STEPS}: not finite: the losses of rank 1 (") and other == "SystemExit: 2"
+    assert (
+        error.startswith(f"InputError: step {STEPS}: not finite: the losses of rank 1 (") and other == "SystemExit: 2"
+    )
     assert [path.name for path in store.checkpoints(tmp_path)] == ["step-0000010"]
 
 
@@ -156,7 +171,9 @@ def test_a_run_of_nothing_but_bad_steps_ends(tmp_path):
 
 
 def _looked_at(directory: str) -> tuple[list[int], list[int]]:
-    """How many objects a garbage collection had to look at, and how many it had not, before each step and after the last."""
+    """How many objects a garbage collection had to look at, and how many it had not, before each step and after the
+    last.
+    """
     from megamtp.engines.build import build_engine
 
     config = _config(directory, "zero3", train__steps=4)
@@ -214,7 +231,9 @@ def _stopped_and_resumed(directory: str) -> tuple[int, bool, list[bool]]:
     (checkpoint,) = store.checkpoints(Path(config.run.directory))
     engine = build_engine(config)
     engine.load(checkpoint)
-    ended.append(_training(config, engine, first_step=store.read_manifest(checkpoint).step, owes_evaluation=lacks).run())
+    ended.append(
+        _training(config, engine, first_step=store.read_manifest(checkpoint).step, owes_evaluation=lacks).run()
+    )
     return stop.read, lacks, ended
 
 
@@ -224,7 +243,9 @@ def test_an_evaluation_stops_at_once_and_is_made_good(tmp_path):
     results = run_ranks(_stopped_and_resumed, 2, str(tmp_path))
     assert results == 2 * [(2 * BATCHES_UNASKED, True, [True, False, True])]  # of 25 batches
     read = [(tmp_path / folder / FILE).read_text().splitlines() for folder in ("whole", "stopped")]
-    whole, stopped = ([record for line in lines if (record := json.loads(line))["kind"] == "validation"] for lines in read)
+    whole, stopped = (
+        [record for line in lines if (record := json.loads(line))["kind"] == "validation"] for lines in read
+    )
     assert [record["step"] for record in whole] == [3, 6] and stopped == whole
     assert [path.name for path in store.checkpoints(tmp_path / "stopped")] == ["step-0000003", "step-0000006"]
 

@@ -1,4 +1,6 @@
-"""DeepSpeed's universal form: its engines load what we write, and we read what its converter makes of its engines' checkpoints."""
+"""DeepSpeed's universal form: its engines load what we write, and we read what its converter makes of its engines'
+checkpoints.
+"""
 
 import argparse
 import shutil
@@ -95,7 +97,10 @@ def test_what_deepspeeds_converter_makes_is_read(tmp_path):
         options = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
         main(
             argparse.Namespace(
-                input_folder=str(folder / "engine"), output_folder=str(folder / "converted"), inject_missing_state=True, **options
+                input_folder=str(folder / "engine"),
+                output_folder=str(folder / "converted"),
+                inject_missing_state=True,
+                **options,
             )
         )
         with pytest.raises(CheckpointError, match="says nothing of its model; expected --config"):
@@ -106,7 +111,9 @@ def test_what_deepspeeds_converter_makes_is_read(tmp_path):
             assert found.sources[kind].shapes.keys() == tensors.keys()
             for parameter, tensor in tensors.items():
                 assert tensor.any()
-                torch.testing.assert_close(whole(found.sources[kind], parameter), tensor, rtol=tolerance, atol=tolerance)
+                torch.testing.assert_close(
+                    whole(found.sources[kind], parameter), tensor, rtol=tolerance, atol=tolerance
+                )
 
 
 @pytest.fixture
@@ -129,7 +136,9 @@ def test_back_bit_for_bit(written):
 def test_a_wrong_tensor_is_named(written):
     zero = written / "global_step9/zero"
     torch.save({"param": torch.zeros(47, 32)}, zero / "trunk.1.mlp.up.weight/exp_avg.pt")
-    with pytest.raises(CheckpointError, match=r"tensor trunk.1.mlp.up.weight has shape \[47, 32\], expected \[48, 32\]"):
+    with pytest.raises(
+        CheckpointError, match=r"tensor trunk.1.mlp.up.weight has shape \[47, 32\], expected \[48, 32\]"
+    ):
         universal.read(written)
     (zero / "heads.0.mlp_norm.weight").rename(zero / "heads.7.mlp_norm.weight")
     with pytest.raises(CheckpointError, match=r"no tensor heads.0.mlp_norm.weight"):
@@ -159,8 +168,14 @@ def share_step(step_folder: Path, shared: object) -> None:
 
 
 DAMAGE = {
-    "no tensors": (lambda folder: shutil.rmtree(folder / "zero"), "global_step9 has no folder zero with its tensors; copy it"),
-    "a file": (lambda folder: (shutil.rmtree(folder / "zero"), (folder / "zero").touch()), "has no folder zero with its tensors"),
+    "no tensors": (
+        lambda folder: shutil.rmtree(folder / "zero"),
+        "global_step9 has no folder zero with its tensors; copy it",
+    ),
+    "a file": (
+        lambda folder: (shutil.rmtree(folder / "zero"), (folder / "zero").touch()),
+        "has no folder zero with its tensors",
+    ),
     "a number": (
         lambda folder: change_states(folder, lambda states: states.update(megamtp=3)),
         "megamtp is 3, expected a mapping that describes the model",
@@ -169,7 +184,10 @@ DAMAGE = {
         lambda folder: change_states(folder, lambda states: states["megamtp"].update(model=3)),
         "expected a mapping that describes the model; copy it again",
     ),
-    "a word": (lambda folder: save_step(folder, "x"), r"weight/step\.pt has no step of the optimizer \(invalid literal"),
+    "a word": (
+        lambda folder: save_step(folder, "x"),
+        r"weight/step\.pt has no step of the optimizer \(invalid literal",
+    ),
     "a vector": (lambda folder: save_step(folder, torch.zeros(3)), r"weight/step\.pt has no step of the optimizer"),
     "no list": (lambda folder: share_step(folder, 3), r"optimizer_state\.pt has no step of the optimizer"),
     "no state": (

@@ -9,16 +9,22 @@ from tests.reference import reference_model, reference_step, relative_error
 
 
 def _updates(kind: str) -> dict[str, float]:
-    """Of every parameter, the relative error of its change over four steps, against plain float64 AdamW with clipping."""
+    """Of every parameter, the relative error of its change over four steps, against plain float64 AdamW with
+    clipping.
+    """
     from deepspeed.utils import safe_get_full_fp32_param
 
     from megamtp.engines.base import count_targets
     from megamtp.engines.zero import ZeroEngine
 
     config = small_config(
-        engine__kind=kind, optimizer__beta1=0.8, optimizer__beta2=0.9, optimizer__eps=1e-3, optimizer__weight_decay=0.3,
+        engine__kind=kind,
+        optimizer__beta1=0.8,
+        optimizer__beta2=0.9,
+        optimizer__eps=1e-3,
+        optimizer__weight_decay=0.3,
         optimizer__gradient_clipping=0.4,
-    )  # fmt: skip
+    )
     engine, model = ZeroEngine(config), reference_model(config)
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     groups = [

@@ -26,12 +26,27 @@ def corpus(tmp_path_factory) -> Path:
 def arguments(corpus) -> list[str]:
     """Settings of a model that takes some milliseconds a step; run.directory is left to the test."""
     return [
-        "model.dim=32", "model.num_layers=4", "model.num_future_tokens=2", "model.num_attention_heads=2",
-        "model.mlp_dim=48", "model.vocab_size=400", "optimizer.lr=1e-2", "optimizer.warmup_steps=2", "train.steps=20",
-        "train.global_batch_tokens=256", "train.micro_batch_size=2", "train.sequence_length=32", "train.precision=fp32",
-        "run.save_every_steps=10", "run.evaluate_every_steps=10", "run.evaluation_windows=12", "run.tensorboard=false",
-        f"data.train={corpus}/train", f"data.validation={corpus}/validation", f"data.tokenizer={corpus}/tokenizer.model",
-    ]  # fmt: skip
+        "model.dim=32",
+        "model.num_layers=4",
+        "model.num_future_tokens=2",
+        "model.num_attention_heads=2",
+        "model.mlp_dim=48",
+        "model.vocab_size=400",
+        "optimizer.lr=1e-2",
+        "optimizer.warmup_steps=2",
+        "train.steps=20",
+        "train.global_batch_tokens=256",
+        "train.micro_batch_size=2",
+        "train.sequence_length=32",
+        "train.precision=fp32",
+        "run.save_every_steps=10",
+        "run.evaluate_every_steps=10",
+        "run.evaluation_windows=12",
+        "run.tensorboard=false",
+        f"data.train={corpus}/train",
+        f"data.validation={corpus}/validation",
+        f"data.tokenizer={corpus}/tokenizer.model",
+    ]
 
 
 @pytest.fixture
@@ -43,9 +58,13 @@ def start(request):
 
     def start_process(command: list[str], **variables: str) -> subprocess.Popen:
         process = subprocess.Popen(
-            [sys.executable, *command], env=environment(**variables), cwd=ROOT,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+            [sys.executable, *command],
+            env=environment(**variables),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         started.append(process)
         return process
 

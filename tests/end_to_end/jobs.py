@@ -33,7 +33,12 @@ def deepspeed(num_ranks: int, module: str = MODULE) -> list[str]:
 def run(command: list[str], cwd: Path = ROOT, timeout: float = 240, **variables: str) -> subprocess.CompletedProcess:
     """Runs `python command...` to its end."""
     return subprocess.run(
-        [sys.executable, *command], env=environment(**variables), cwd=cwd, timeout=timeout, capture_output=True, text=True
+        [sys.executable, *command],
+        env=environment(**variables),
+        cwd=cwd,
+        timeout=timeout,
+        capture_output=True,
+        text=True,
     )
 
 

@@ -1,8 +1,11 @@
-"""Runs of two ranks killed with SIGKILL at random moments, while they save too, and started again until they are finished.
+"""Runs of two ranks killed with SIGKILL at random moments, while they save too, and started again until they are
+finished.
 
-    python -m tests.end_to_end.kill_campaign /tmp/campaign --runs 50 configs/quickstart.yaml train.steps=24 data.train=...
+    python -m tests.end_to_end.kill_campaign /tmp/campaign --runs 50 configs/quickstart.yaml train.steps=24
+    data.train=...
 
-Every final state must be, bit for bit, that of a run that nobody killed. The test suite has a short form in test_killed.py.
+Every final state must be, bit for bit, that of a run that nobody killed. The test suite has a short form in
+test_killed.py.
 """
 
 import argparse
@@ -31,7 +34,9 @@ class Killer:
         )
 
     def run_killed(self, ranks: tuple[int, ...], saving: bool, after_steps: int) -> str:
-        """Starts it, kills `ranks` when it has taken some steps (while it saves, or at any time), and says what has happened."""
+        """Starts it, kills `ranks` when it has taken some steps (while it saves, or at any time), and says what has
+        happened.
+        """
         before = self._num_steps()
         processes = self._start()
         try:
@@ -65,16 +70,26 @@ class Killer:
     def _start(self, captured: bool = False) -> list[subprocess.Popen]:
         output, port = subprocess.PIPE if captured else subprocess.DEVNULL, str(reserve_port())
         places = [
-            {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
             for rank in range(2)
         ]
         return [
             subprocess.Popen(
-                [sys.executable, "-m", MODULE, *self.arguments], env=environment(**place), cwd=ROOT, stdout=output,
-                stderr=subprocess.STDOUT, text=True,
+                [sys.executable, "-m", MODULE, *self.arguments],
+                env=environment(**place),
+                cwd=ROOT,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                text=True,
             )
             for place in places
-        ]  # fmt: skip
+        ]
 
     def _wait(self, processes: list[subprocess.Popen], condition) -> None:
         """Until it is true, or a rank has ended."""
@@ -115,7 +130,10 @@ def main() -> None:
         print(f"run {index}: {told}; {'bitwise equal' if same else 'DIFFERENT'}", flush=True)
         if not same:
             sys.exit(1)
-    print(f"{options.runs} runs killed, {during_saves} with a checkpoint half-written or half-removed; all ends bitwise equal")
+    print(
+        f"{options.runs} runs killed, {during_saves} with a checkpoint half-written or half-removed; all ends bitwise "
+        "equal"
+    )
 
 
 if __name__ == "__main__":

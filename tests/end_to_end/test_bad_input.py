@@ -80,22 +80,29 @@ CASES = {
     "wrong type": (lambda corpus, tmp: ["model.dim=wide"], ["model.dim", "wide", "expected int"]),
     "no head": (lambda corpus, tmp: ["model.num_future_tokens=0"], ["model.num_future_tokens=0", "at least 1"]),
     "as many heads as layers": (
-        lambda corpus, tmp: ["model.num_future_tokens=4"], ["model.num_future_tokens=4", "model.num_layers=4"],
+        lambda corpus, tmp: ["model.num_future_tokens=4"],
+        ["model.num_future_tokens=4", "model.num_layers=4"],
     ),
     "sequence longer than corpus": (
         lambda corpus, tmp: ["train.sequence_length=10000000", "train.global_batch_tokens=20000000"],
         ["tokens", "10000001", "sequence_length"],
     ),
     "empty corpus": (lambda corpus, tmp: [f"data.train={tiny(tmp, [])}"], ["0 tokens", "expected at least 33"]),
-    "vocabulary of tokenizer": (lambda corpus, tmp: ["model.vocab_size=300"], ["400 pieces", "model.vocab_size is 300"]),
+    "vocabulary of tokenizer": (
+        lambda corpus, tmp: ["model.vocab_size=300"],
+        ["400 pieces", "model.vocab_size is 300"],
+    ),
     "vocabulary of corpus": (
-        lambda corpus, tmp: [f"data.train={tiny(tmp, [1, 400] * 50)}"], ["token 400", "model.vocab_size is 400"],
+        lambda corpus, tmp: [f"data.train={tiny(tmp, [1, 400] * 50)}"],
+        ["token 400", "model.vocab_size is 400"],
     ),
     "vocabulary of corpus's summary": (
-        lambda corpus, tmp: [f"data.train={summarised(tmp, 300)}"], ["corpus.json", "vocabulary of 300", "has 400 pieces"],
+        lambda corpus, tmp: [f"data.train={summarised(tmp, 300)}"],
+        ["corpus.json", "vocabulary of 300", "has 400 pieces"],
     ),
     "blend with a missing corpus": (
-        lambda corpus, tmp: [f"data.train=0.5 {corpus}/train 0.5 /nowhere/train"], ["/nowhere/train", "No such file"],
+        lambda corpus, tmp: [f"data.train=0.5 {corpus}/train 0.5 /nowhere/train"],
+        ["/nowhere/train", "No such file"],
     ),
     "truncated bin": (lambda corpus, tmp: [f"data.train={truncated(corpus, tmp, '.bin')}"], ["train.bin", "bytes"]),
     "truncated idx": (lambda corpus, tmp: [f"data.train={truncated(corpus, tmp, '.idx')}"], ["train.idx", "bytes"]),
@@ -104,7 +111,8 @@ CASES = {
         ["train.crc: it is of", "train.bin has", "remove it"],
     ),
     "flipped bit that an evaluation would read": (
-        lambda corpus, tmp: [f"data.validation={flipped(corpus, tmp)}"], ["validation.bin: bytes 0", "another checksum"],
+        lambda corpus, tmp: [f"data.validation={flipped(corpus, tmp)}"],
+        ["validation.bin: bytes 0", "another checksum"],
     ),
     "foreign idx": (lambda corpus, tmp: [f"data.train={foreign(tmp)}"], ["foreign.idx", "MMIDIDX"]),
     "missing corpus": (lambda corpus, tmp: ["data.train=/nowhere/train"], ["/nowhere/train", "No such file"]),
@@ -113,62 +121,95 @@ CASES = {
         ["is a folder; expected the prefix of a corpus's .bin and .idx files, such as", "/train or", "/validation"],
     ),
     "corpora without weights": (
-        lambda corpus, tmp: [f"data.train={corpus}/train {corpus}/validation"], ["No such file", "WEIGHT PREFIX WEIGHT PREFIX"],
+        lambda corpus, tmp: [f"data.train={corpus}/train {corpus}/validation"],
+        ["No such file", "WEIGHT PREFIX WEIGHT PREFIX"],
     ),
-    "line break in a name": (lambda corpus, tmp: ["data.train=\"a\\nb\""], ["a\\nb.bin and .idx: No such file"]),
+    "line break in a name": (lambda corpus, tmp: ['data.train="a\\nb"'], ["a\\nb.bin and .idx: No such file"]),
     "missing tokenizer": (lambda corpus, tmp: ["data.tokenizer=/nowhere/model"], ["/nowhere/model", "No such file"]),
-    "batch not divisible": (lambda corpus, tmp: ["train.micro_batch_size=3"], ["train.global_batch_tokens=256", "multiple of 96"]),
+    "batch not divisible": (
+        lambda corpus, tmp: ["train.micro_batch_size=3"],
+        ["train.global_batch_tokens=256", "multiple of 96"],
+    ),
     "a home that no shell has put in": (lambda corpus, tmp: ["run.directory=~/run"], ["~/run", "$HOME"]),
-    "output is a file": (lambda corpus, tmp: [f"run.directory={foreign(tmp)}.bin"], ["foreign.bin", "cannot be written"]),
+    "output is a file": (
+        lambda corpus, tmp: [f"run.directory={foreign(tmp)}.bin"],
+        ["foreign.bin", "cannot be written"],
+    ),
     "output whose name is too long": (
-        lambda corpus, tmp: [f"run.directory={tmp}/{'x' * 300}"], ["cannot be written to: File name too long"],
+        lambda corpus, tmp: [f"run.directory={tmp}/{'x' * 300}"],
+        ["cannot be written to: File name too long"],
     ),
     "output cannot be made": (lambda corpus, tmp: ["run.directory=/proc/run"], ["/proc/run", "cannot be written"]),
     "DeepSpeed setting of ours": (
-        lambda corpus, tmp: ["engine.deepspeed.zero_optimization.stage=2"], ["zero_optimization.stage", "clashes"],
+        lambda corpus, tmp: ["engine.deepspeed.zero_optimization.stage=2"],
+        ["zero_optimization.stage", "clashes"],
     ),
     "fp16 on a CPU": (lambda corpus, tmp: ["train.precision=fp16"], ["fp16", "without a GPU"]),
     "fp8 on a CPU": (
-        lambda corpus, tmp: ["head_loss.precision=fp8", "train.precision=bf16"], ["head_loss.precision=fp8", "without a GPU"],
+        lambda corpus, tmp: ["head_loss.precision=fp8", "train.precision=bf16"],
+        ["head_loss.precision=fp8", "without a GPU"],
     ),
     "infinite learning rate": (lambda corpus, tmp: ["optimizer.lr=inf"], ["optimizer.lr=inf", "a finite number"]),
     "infinite z-loss": (lambda corpus, tmp: ["head_loss.z_loss=inf"], ["head_loss.z_loss=inf", "a finite number"]),
-    "no head counts": (lambda corpus, tmp: ["head_loss.weights=[0,0]"], ["head_loss.weights=[0.0, 0.0]", "at least one above 0"]),
-    "list of DeepSpeed settings": (lambda corpus, tmp: ["engine.deepspeed=[1,2]"], ["engine.deepspeed", "expected mapping"]),
+    "no head counts": (
+        lambda corpus, tmp: ["head_loss.weights=[0,0]"],
+        ["head_loss.weights=[0.0, 0.0]", "at least one above 0"],
+    ),
+    "list of DeepSpeed settings": (
+        lambda corpus, tmp: ["engine.deepspeed=[1,2]"],
+        ["engine.deepspeed", "expected mapping"],
+    ),
     "DeepSpeed section that is none": (
-        lambda corpus, tmp: ["engine.deepspeed.zero_optimization=3"], ["zero_optimization is 3", "expected a mapping"],
+        lambda corpus, tmp: ["engine.deepspeed.zero_optimization=3"],
+        ["zero_optimization is 3", "expected a mapping"],
     ),
     "DeepSpeed value of any kind": (lambda corpus, tmp: ["engine.deepspeed.comms_logger=5"], ["refused by DeepSpeed"]),
     "no wavelength": (lambda corpus, tmp: ["model.rope_theta=0"], ["model.rope_theta=0", "above 0"]),
     "interpolation of nothing": (lambda corpus, tmp: ["run.directory=${nothing}"], ["nothing", "expected a value"]),
-    "unknown DeepSpeed section": (lambda corpus, tmp: ["engine.deepspeed.amp2.enabled=true"], ["amp2", "not known to work"]),
+    "unknown DeepSpeed section": (
+        lambda corpus, tmp: ["engine.deepspeed.amp2.enabled=true"],
+        ["amp2", "not known to work"],
+    ),
     "unknown DeepSpeed key": (
-        lambda corpus, tmp: ["engine.deepspeed.zero_optimization.no_such_key=1"], ["no_such_key", "not permitted"],
+        lambda corpus, tmp: ["engine.deepspeed.zero_optimization.no_such_key=1"],
+        ["no_such_key", "not permitted"],
     ),
     "DeepSpeed value of a wrong type": (
         lambda corpus, tmp: ["engine.deepspeed.zero_optimization.allgather_partitions=perhaps"],
         ["allgather_partitions", "perhaps", "boolean"],
     ),
-    "stages without a pipeline": (lambda corpus, tmp: ["engine.num_stages=2"], ["engine.num_stages=2", "engine.kind=pipeline"]),
+    "stages without a pipeline": (
+        lambda corpus, tmp: ["engine.num_stages=2"],
+        ["engine.num_stages=2", "engine.kind=pipeline"],
+    ),
     "pipeline without stages": (lambda corpus, tmp: ["engine.kind=pipeline"], ["engine.num_stages=null", "at least 2"]),
     "more stages than layers": (
-        lambda corpus, tmp: [*pipeline(5)], ["engine.num_stages=5", "model.num_layers=4", "no more stages than layers"],
+        lambda corpus, tmp: [*pipeline(5)],
+        ["engine.num_stages=5", "model.num_layers=4", "no more stages than layers"],
     ),
-    "ranks that do not divide among stages": (lambda corpus, tmp: [*pipeline(2)], ["1 ranks", "engine.num_stages=2", "a multiple"]),
+    "ranks that do not divide among stages": (
+        lambda corpus, tmp: [*pipeline(2)],
+        ["1 ranks", "engine.num_stages=2", "a multiple"],
+    ),
     "cut that does not cover the layers": (
-        lambda corpus, tmp: [*pipeline(2), "engine.stage_layers=[2,1]"], ["[2, 1]", "sum to model.num_layers=4"],
+        lambda corpus, tmp: [*pipeline(2), "engine.stage_layers=[2,1]"],
+        ["[2, 1]", "sum to model.num_layers=4"],
     ),
     "cut of too few stages": (
-        lambda corpus, tmp: [*pipeline(2), "engine.stage_layers=[4]"], ["engine.stage_layers=[4]", "2 numbers"],
+        lambda corpus, tmp: [*pipeline(2), "engine.stage_layers=[4]"],
+        ["engine.stage_layers=[4]", "2 numbers"],
     ),
     "cut with an empty stage": (
-        lambda corpus, tmp: [*pipeline(2), "engine.stage_layers=[4,0]"], ["engine.stage_layers=[4, 0]", "at least 1"],
+        lambda corpus, tmp: [*pipeline(2), "engine.stage_layers=[4,0]"],
+        ["engine.stage_layers=[4, 0]", "at least 1"],
     ),
     "ZeRO-3's offload with a pipeline": (
-        lambda corpus, tmp: [*pipeline(2), "engine.offload_parameters=true"], ["engine.offload_parameters", "engine.kind=zero3"],
+        lambda corpus, tmp: [*pipeline(2), "engine.offload_parameters=true"],
+        ["engine.offload_parameters", "engine.kind=zero3"],
     ),
     "offload with a pipeline": (
-        lambda corpus, tmp: [*pipeline(2), "engine.offload_optimizer=true"], ["engine.offload_optimizer", "engine.kind=pipeline"],
+        lambda corpus, tmp: [*pipeline(2), "engine.offload_optimizer=true"],
+        ["engine.offload_optimizer", "engine.kind=pipeline"],
     ),
     "ZeRO-3's settings with a pipeline": (
         lambda corpus, tmp: [*pipeline(2), "engine.deepspeed.zero_optimization.stage3_prefetch_bucket_size=9"],
@@ -183,18 +224,23 @@ CASES = {
         ["engine.deepspeed.wall_clock_breakdown", "engine.kind=pipeline", "expected false"],
     ),
     "deferred heads in a pipeline": (
-        lambda corpus, tmp: [*pipeline(2), "engine.head_schedule=deferred"], ["engine.head_schedule=deferred", "sequential"],
+        lambda corpus, tmp: [*pipeline(2), "engine.head_schedule=deferred"],
+        ["engine.head_schedule=deferred", "sequential"],
     ),
-    "fp16 in a pipeline": (lambda corpus, tmp: [*pipeline(2), "train.precision=fp16"], ["train.precision=fp16", "bf16 or fp32"]),
+    "fp16 in a pipeline": (
+        lambda corpus, tmp: [*pipeline(2), "train.precision=fp16"],
+        ["train.precision=fp16", "bf16 or fp32"],
+    ),
     "initial weights that are none": (
-        lambda corpus, tmp: [f"run.initial_weights={corpus}"], ["run.initial_weights", "canonical.json", "cannot be read"],
+        lambda corpus, tmp: [f"run.initial_weights={corpus}"],
+        ["run.initial_weights", "canonical.json", "cannot be read"],
     ),
     "initial weights of another model": (
         lambda corpus, tmp: [f"run.initial_weights={initial_weights(tmp)}"],
         ["run.initial_weights", "model.num_layers=5", "not 4", "set model.num_layers=5"],
     ),
     "DeepCompile": (lambda corpus, tmp: ["engine.deepspeed.compile.deepcompile=true"], ["compile", "DeepCompile"]),
-}  # fmt: skip
+}
 
 
 def assert_one_line(finished, words: list[str]) -> None:
@@ -220,7 +266,10 @@ def test_launcher_says_it_once(case, arguments, corpus, tmp_path):
     if case == "batch not divisible":  # by the number of ranks, which only a launcher knows
         make, words = (lambda *_: ["train.micro_batch_size=8"]), ["multiple of 512", "2 ranks"]
     elif case == "no cut that fits":
-        make, words = (lambda *_: [*pipeline(2), "engine.stage_memory_bytes=1000"]), ["no cut of 4 layers into 2 stages fits"]
+        make, words = (
+            (lambda *_: [*pipeline(2), "engine.stage_memory_bytes=1000"]),
+            ["no cut of 4 layers into 2 stages fits"],
+        )
     else:
         make, words = CASES[case]
     finished = run([*deepspeed(2), *arguments, f"run.directory={tmp_path}/run", *make(corpus, tmp_path)])
@@ -243,7 +292,9 @@ def test_damage_amid_a_corpus_ends_all_ranks_before_they_train_on_it(found_by, a
             writer.add_document(document)
     windows = Windows(IndexedDataset(tmp_path / "train"), 32, 2, seed=0)
     places = windows.shuffled(0)(np.array([26, 27, 30, 31]))  # of step 4's windows, those of the second rank
-    (place, *_) = (int(place) * 32 + 7 for place in places if CHECKED_TOKENS < place * 32 < 3_000_000 - CHECKED_TOKENS - 32)
+    (place, *_) = (
+        int(place) * 32 + 7 for place in places if CHECKED_TOKENS < place * 32 < 3_000_000 - CHECKED_TOKENS - 32
+    )
     wrong = 65535 if found_by == "bounds" else tokens[place] ^ 1
     with open(tmp_path / "train.bin", "r+b") as stream:
         stream.seek(2 * place)
@@ -254,7 +305,10 @@ def test_damage_amid_a_corpus_ends_all_ranks_before_they_train_on_it(found_by, a
     else:
         first = 2 * place // 4096 * 4096
         documents = f"documents {first // 2000} to {(first + 4095) // 2000}"
-        words = f"train.bin: bytes {first} to {first + 4096}, in {documents}, have another checksum than in {tmp_path}/train.crc"
+        words = (
+            f"train.bin: bytes {first} to {first + 4096}, in {documents}, have another checksum than in "
+            f"{tmp_path}/train.crc"
+        )
     finished = run([*deepspeed(2), *arguments, f"data.train={tmp_path}/train", f"run.directory={tmp_path}/run"])
     output = finished.stdout + finished.stderr
     assert finished.returncode == 2, output
@@ -367,7 +421,9 @@ def test_a_model_whose_name_is_too_long(tmp_path):
     assert_one_line(finished, ["cannot be read: File name too long"])
 
 
-@pytest.mark.parametrize("command", [["megamtp.commands.convert_checkpoint", "{}", "{}/hf"], ["megamtp.commands.generate", "{}"]])
+@pytest.mark.parametrize(
+    "command", [["megamtp.commands.convert_checkpoint", "{}", "{}/hf"], ["megamtp.commands.generate", "{}"]]
+)
 def test_missing_checkpoint(command, tmp_path):
     module, *rest = (word.format(tmp_path) for word in command)
     assert_one_line(run(["-m", module, *rest]), ["no checkpoint", str(tmp_path)])
@@ -384,12 +440,17 @@ def test_resumed_run_that_is_finished_does_nothing(trained, arguments, tmp_path)
 
 def test_a_job_ends_before_python_takes_itself_apart(trained, arguments):
     """When a thread of gloo can abort it. Here an object that Python would let go of then would."""
-    program = "import os\nfrom megamtp import pretrain\nclass Late:\n    def __del__(self, abort=os.abort):\n        abort()\n"
+    program = (
+        "import os\nfrom megamtp import pretrain\nclass Late:\n    def __del__(self, abort=os.abort):\n        "
+        "abort()\n"
+    )
     arguments = [*arguments, "train.steps=1", f"run.directory={trained}"]
     finished = run(["-c", f"{program}late = Late()\npretrain.entry()", *arguments])
     assert finished.returncode == 0, finished.stderr
     assert "nothing to do" in finished.stdout
-    assert_one_line(run(["-c", f"{program}late = Late()\npretrain.entry()", *arguments, "model.dim=wide"]), ["expected int"])
+    assert_one_line(
+        run(["-c", f"{program}late = Late()\npretrain.entry()", *arguments, "model.dim=wide"]), ["expected int"]
+    )
 
 
 def test_damaged_metrics(trained, arguments, tmp_path):
@@ -416,10 +477,17 @@ def test_full_disk_while_saving(trained, arguments, tmp_path):
     """
     shutil.copytree(trained, tmp_path / "run")
     limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (102400, 102400)); "
-    slow = "from tensorboard.summary.writer.record_writer import RecordWriter; import time; write = RecordWriter.write; "
+    slow = (
+        "from tensorboard.summary.writer.record_writer import RecordWriter; import time; write = RecordWriter.write; "
+    )
     slow += "RecordWriter.write = lambda *data: (time.sleep(0.02), write(*data)); "
     program = limited + slow + f"sys.argv[0] = '{MODULE}'; runpy.run_module('{MODULE}', run_name='__main__')"
-    settings = ["train.steps=1000000", "run.save_every_steps=2", "run.tensorboard=true", f"run.directory={tmp_path}/run"]
+    settings = [
+        "train.steps=1000000",
+        "run.save_every_steps=2",
+        "run.tensorboard=true",
+        f"run.directory={tmp_path}/run",
+    ]
     finished = run(["-c", program, *arguments, *settings])
     assert finished.returncode == 2, finished.stderr
     (line,) = [line for line in finished.stderr.splitlines() if "megamtp: error" in line]
@@ -455,9 +523,17 @@ def test_lock_that_cannot_be_opened(arguments, tmp_path):
 
 
 def test_disk_that_is_full_from_the_start(arguments, tmp_path):
-    limited = f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); sys.argv[0] = '{MODULE}'; "
+    limited = (
+        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); sys.argv[0] = "
+        f"'{MODULE}'; "
+    )
     finished = run(
-        ["-c", limited + f"runpy.run_module('{MODULE}', run_name='__main__')", *arguments, f"run.directory={tmp_path}/run"]
+        [
+            "-c",
+            limited + f"runpy.run_module('{MODULE}', run_name='__main__')",
+            *arguments,
+            f"run.directory={tmp_path}/run",
+        ]
     )
     assert_one_line(finished, [f"{tmp_path}/run", "cannot be written to"])
 
@@ -471,7 +547,8 @@ def test_second_job_ends_soon_under_a_launcher(arguments, tmp_path, start):
     assert finished.returncode == 2
     assert (finished.stdout + finished.stderr).count("belongs to a running job") == 1
     assert "Traceback" not in finished.stdout + finished.stderr
-    assert time.monotonic() - beginning < 25  # not the 30 s after which the launcher gives up on a rank that will not go
+    # not the 30 s after which the launcher gives up on a rank that will not go
+    assert time.monotonic() - beginning < 25
 
 
 def test_second_job_in_one_folder(arguments, tmp_path, start):
@@ -491,7 +568,9 @@ def test_resumed_run_says_what_has_changed(trained, arguments, tmp_path):
     finished = run([*PLAIN, *arguments, "train.steps=2", "optimizer.lr=0.5", f"run.directory={tmp_path}/run"])
     assert finished.returncode == 0, finished.stderr
     changes = [line for line in finished.stdout.splitlines() if line.startswith("changed since the run began: ")]
-    assert any("optimizer.lr: 0.01 -> 0.5" in line for line in changes) and any("train.steps: 1 -> 2" in line for line in changes)
+    assert any("optimizer.lr: 0.01 -> 0.5" in line for line in changes) and any(
+        "train.steps: 1 -> 2" in line for line in changes
+    )
     assert len(changes) == 3  # and run.directory, being a copy
 
 

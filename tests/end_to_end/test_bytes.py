@@ -1,4 +1,6 @@
-"""A byte-level run: text to a corpus of bytes, to a model, to text, to transformers; and where bytes need be named again."""
+"""A byte-level run: text to a corpus of bytes, to a model, to text, to transformers; and where bytes need be named
+again.
+"""
 
 from transformers import AutoTokenizer
 
@@ -7,15 +9,24 @@ from megamtp.data.tokenizer import ByteTokenizer
 from tests.end_to_end.jobs import ROOT, run
 
 MODEL = [
-    "model.dim=32", "model.num_layers=3", "model.num_future_tokens=2", "model.num_attention_heads=2", "train.steps=2",
-    "train.global_batch_tokens=128", "train.micro_batch_size=2", "train.sequence_length=32", "train.precision=fp32",
+    "model.dim=32",
+    "model.num_layers=3",
+    "model.num_future_tokens=2",
+    "model.num_attention_heads=2",
+    "train.steps=2",
+    "train.global_batch_tokens=128",
+    "train.micro_batch_size=2",
+    "train.sequence_length=32",
+    "train.precision=fp32",
     "run.tensorboard=false",
-]  # fmt: skip
+]
 
 
 def test_prepared_trained_generated_and_exported(call_command, tmp_path):
     corpus, directory, exported = tmp_path / "corpus", tmp_path / "run", tmp_path / "hf"
-    status, out, err = call_command(prepare_data, "--input", ROOT / "configs", "--tokenizer", "bytes", "--output", corpus)
+    status, out, err = call_command(
+        prepare_data, "--input", ROOT / "configs", "--tokenizer", "bytes", "--output", corpus
+    )
     assert (status, err) == (0, "")
     assert "257 pieces, 1.00 bytes per token" in out
     assert not (corpus / "tokenizer.model").exists()
@@ -24,9 +35,12 @@ def test_prepared_trained_generated_and_exported(call_command, tmp_path):
     refused = run(["-m", "megamtp.pretrain", *arguments, "model.vocab_size=256"])
     assert refused.returncode == 2
     assert "bytes has 257 pieces, model.vocab_size is 256" in refused.stderr
-    trained = run(["-m", "megamtp.pretrain", *arguments, "model.vocab_size=272"])  # a multiple of 16, as fp8 products need
+    # a multiple of 16, as fp8 products need
+    trained = run(["-m", "megamtp.pretrain", *arguments, "model.vocab_size=272"])
     assert trained.returncode == 0, trained.stderr
-    assert "model.vocab_size is 272, the tokenizer has 257 pieces: 15 more rows, part of every softmax" in trained.stdout
+    assert (
+        "model.vocab_size is 272, the tokenizer has 257 pieces: 15 more rows, part of every softmax" in trained.stdout
+    )
 
     prompted = ["--prompt", "caf\u00e9", "--max-new-tokens", "4", "--device", "cpu"]
     status, text, err = call_command(generate, directory, *prompted)

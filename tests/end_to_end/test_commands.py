@@ -18,15 +18,24 @@ from tests.end_to_end.jobs import ROOT, environment, run
 from tests.saved import load_weights
 
 MODEL = [
-    "model.dim=32", "model.num_layers=4", "model.num_future_tokens=2", "model.num_attention_heads=2", "model.vocab_size=400",
-    "train.steps=3", "train.global_batch_tokens=256", "train.micro_batch_size=2", "train.sequence_length=32",
+    "model.dim=32",
+    "model.num_layers=4",
+    "model.num_future_tokens=2",
+    "model.num_attention_heads=2",
+    "model.vocab_size=400",
+    "train.steps=3",
+    "train.global_batch_tokens=256",
+    "train.micro_batch_size=2",
+    "train.sequence_length=32",
     "train.precision=fp32",
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
-    """The bin folder of a new environment with megamtp installed from a copy of its sources, beside this one's libraries."""
+    """The bin folder of a new environment with megamtp installed from a copy of its sources, beside this one's
+    libraries.
+    """
     folder = tmp_path_factory.mktemp("installed")
     sources = folder / "sources"
     shutil.copytree(ROOT / "megamtp", sources / "megamtp", ignore=shutil.ignore_patterns("__pycache__"))
@@ -93,7 +102,9 @@ def test_help_of_pretraining_that_nobody_reads():
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "megamtp.pretrain", "--help"]
-    finished = subprocess.run(command, env=environment(), cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=100)
+    finished = subprocess.run(
+        command, env=environment(), cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=100
+    )
     os.close(writer)
     assert (finished.returncode, finished.stderr) == (0, "")
 

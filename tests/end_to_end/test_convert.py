@@ -42,7 +42,8 @@ def convert(monkeypatch, *arguments) -> None:
 @pytest.fixture
 def sources(tmp_path, monkeypatch) -> dict[str, Path]:
     """One checkpoint in each format, of the same model; hf has head 1 alone."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # for a universal checkpoint of a small model has 200 small files
+    # for a universal checkpoint of a small model has 200 small files
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     found = {name: tmp_path / "sources/checkpoints" / name for name in formats.writable()}  # a usual name
     for name, folder in found.items():
         formats.FORMATS[name].write(with_moments(SMALL), folder, torch.float32)
@@ -69,7 +70,9 @@ def test_every_format_to_every_other(sources, tmp_path, monkeypatch):
             assert found.model == written_out(model)
             for kind, tensors in found.sources.items():
                 assert tensors.shapes == parameter_shapes(model)
-                assert all(torch.equal(whole(tensors, name), whole(expected.sources[kind], name)) for name in tensors.shapes)
+                assert all(
+                    torch.equal(whole(tensors, name), whole(expected.sources[kind], name)) for name in tensors.shapes
+                )
             keeps_state = {source, target} <= set(WITH_STATE)
             assert (set(MOMENTS) <= set(found.sources)) == keeps_state
             assert (found.state == STATE) == keeps_state
@@ -150,7 +153,12 @@ def head_losses(checkpoint: Path, windows: Windows) -> list[float]:
 def test_training_goes_on_from_a_converted_llama(arguments, tmp_path, monkeypatch):
     """Head 1's loss before the first step is the original's; every head improves in a short fine-tune."""
     shape = {"dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "mlp_dim": 176}
-    common = [*arguments, *(f"model.{key}={value}" for key, value in shape.items()), "train.steps=80", "optimizer.lr=3e-3"]
+    common = [
+        *arguments,
+        *(f"model.{key}={value}" for key, value in shape.items()),
+        "train.steps=80",
+        "optimizer.lr=3e-3",
+    ]
 
     def train(name: str, *settings: str) -> None:
         finished = run(["-m", "megamtp.pretrain", *common, f"run.directory={tmp_path}/{name}", *settings])
@@ -161,9 +169,14 @@ def test_training_goes_on_from_a_converted_llama(arguments, tmp_path, monkeypatc
     convert(monkeypatch, tmp_path / "llama", tmp_path / "initial", "--to", "canonical", "--num-future-tokens", 4)
     train("run", "model.num_layers=7", "model.num_future_tokens=4", f"run.initial_weights={tmp_path}/initial")
     prefixes = dict(word.split("=", 1) for word in arguments)
-    training, validation = (Windows(IndexedDataset(prefixes[f"data.{name}"]), 32, 4, seed=0) for name in ("train", "validation"))
+    training, validation = (
+        Windows(IndexedDataset(prefixes[f"data.{name}"]), 32, 4, seed=0) for name in ("train", "validation")
+    )
     batch = training.at(np.arange(8))  # of the first step
-    inputs, targets = torch.stack([window.inputs for window in batch]), torch.stack([window.targets[0] for window in batch])
+    inputs, targets = (
+        torch.stack([window.inputs for window in batch]),
+        torch.stack([window.targets[0] for window in batch]),
+    )
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(tmp_path / "llama")(inputs).logits
     expected = cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -205,7 +218,12 @@ def sparse_canonical(folder: Path, model: ModelConfig, stems: tuple[str, ...] = 
 
 def peak_anonymous_bytes(command: list[str]) -> int:
     process = subprocess.Popen(
-        [sys.executable, *command], env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, *command],
+        env=environment(),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     peak = 0
     while process.poll() is None:
@@ -218,7 +236,9 @@ def peak_anonymous_bytes(command: list[str]) -> int:
 
 def test_a_tensor_larger_than_the_limit_is_converted(tmp_path):
     """The embedding takes 600 MB in fp32; what a process has without converting anything counts, too."""
-    model = ModelConfig(dim=64, num_layers=2, num_future_tokens=1, num_attention_heads=2, mlp_dim=64, vocab_size=2_350_000)
+    model = ModelConfig(
+        dim=64, num_layers=2, num_future_tokens=1, num_attention_heads=2, mlp_dim=64, vocab_size=2_350_000
+    )
     sparse_canonical(tmp_path / "canonical", model)
     assert torch.Size(parameter_shapes(model)["embedding.weight"]).numel() * 4 > 600_000_000
     source = str(tmp_path / "canonical")

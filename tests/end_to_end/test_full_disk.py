@@ -1,4 +1,6 @@
-"""A full disk: one line, exit status 2; what was whole stays whole, nothing is left of the rest, and with room all goes on."""
+"""A full disk: one line, exit status 2; what was whole stays whole, nothing is left of the rest, and with room all
+goes on.
+"""
 
 import os
 import resource
@@ -18,7 +20,9 @@ RANKS = 2
 
 
 class SmallDisk:
-    """A folder on a disk of its own, a tmpfs; or, where this process may not mount one, any folder and a limit of files' sizes."""
+    """A folder on a disk of its own, a tmpfs; or, where this process may not mount one, any folder and a limit of
+    files' sizes.
+    """
 
     def __init__(self, folder: Path):
         self.folder, self._filler, self._limit = folder, folder / "filler", resource.RLIM_INFINITY
@@ -26,7 +30,9 @@ class SmallDisk:
         self.is_mounted = subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
 
     def leave(self, num_bytes: int) -> None:
-        """Fills the disk up to `num_bytes`; without a disk of its own, no rank's file may have more than its share of them."""
+        """Fills the disk up to `num_bytes`; without a disk of its own, no rank's file may have more than its share
+        of them.
+        """
         if self.is_mounted:
             with open(self._filler, "wb") as stream:
                 os.posix_fallocate(stream.fileno(), 0, shutil.disk_usage(self.folder).free - num_bytes)
@@ -40,9 +46,14 @@ class SmallDisk:
     def run(self, command: list[str]) -> subprocess.CompletedProcess:
         """Runs `python command...` to its end."""
         return subprocess.run(
-            [sys.executable, *command], env=environment(), cwd=ROOT, timeout=240, capture_output=True, text=True,
+            [sys.executable, *command],
+            env=environment(),
+            cwd=ROOT,
+            timeout=240,
+            capture_output=True,
+            text=True,
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (self._limit, self._limit)),
-        )  # fmt: skip
+        )
 
 
 @pytest.fixture
@@ -89,7 +100,15 @@ def test_a_checkpoint_that_does_not_fit_ends_the_run_and_spares_the_one_before(s
 def test_a_corpus_that_does_not_fit_is_none_and_is_made_later(small_disk, tmp_path):
     (tmp_path / "text.txt").write_text("some words of it\n" * 100_000)  # 3.4 MB of tokens
     corpus = small_disk.folder / "corpus"
-    command = ["tools/prepare_data.py", "--input", str(tmp_path / "text.txt"), "--tokenizer", "bytes", "--output", str(corpus)]
+    command = [
+        "tools/prepare_data.py",
+        "--input",
+        str(tmp_path / "text.txt"),
+        "--tokenizer",
+        "bytes",
+        "--output",
+        str(corpus),
+    ]
     small_disk.leave(2 * 2**20)
     line = error_of(small_disk.run(command))
     assert f"{corpus} cannot be written to: " in line and "make room" in line

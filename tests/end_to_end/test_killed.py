@@ -7,7 +7,13 @@ from tests.end_to_end.kill_campaign import Killer, final_state
 
 @pytest.mark.timeout(600)
 def test_a_run_killed_four_times_ends_as_one_that_was_not(arguments, tmp_path):
-    arguments = [*arguments, "train.steps=24", "run.save_every_steps=2", "run.evaluate_every_steps=100", "data.validation=null"]
+    arguments = [
+        *arguments,
+        "train.steps=24",
+        "run.save_every_steps=2",
+        "run.evaluate_every_steps=100",
+        "data.validation=null",
+    ]
     Killer(arguments, tmp_path / "whole", 0).run_to_the_end()
     killer = Killer(arguments, tmp_path / "killed", 1)
     told = [

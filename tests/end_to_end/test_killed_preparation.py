@@ -1,4 +1,6 @@
-"""prepare_data killed with SIGKILL at random moments and called again: byte for byte what an uninterrupted one makes."""
+"""prepare_data killed with SIGKILL at random moments and called again: byte for byte what an uninterrupted one
+makes.
+"""
 
 import json
 import random
@@ -28,7 +30,9 @@ def texts(tmp_path) -> Path:
     folder.mkdir()
     generator = random.Random(0)
     # Each with its number, or two of one word each may be the same.
-    documents = [" ".join([str(number), *generator.choices(words, k=generator.randrange(1, 600))]) for number in range(700)]
+    documents = [
+        " ".join([str(number), *generator.choices(words, k=generator.randrange(1, 600))]) for number in range(700)
+    ]
     for number, text in enumerate(documents[:300]):
         (folder / f"{number:03}.txt").write_text(text)
     (folder / "lines.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents[250:]))
@@ -37,7 +41,18 @@ def texts(tmp_path) -> Path:
 
 def start(texts: Path, output: Path) -> subprocess.Popen:
     """A preparation with two workers, about to begin."""
-    command = [sys.executable, "-c", PREPARE, "--input", texts, "--output", output, "--vocab-size", "500", "--deduplicate"]
+    command = [
+        sys.executable,
+        "-c",
+        PREPARE,
+        "--input",
+        texts,
+        "--output",
+        output,
+        "--vocab-size",
+        "500",
+        "--deduplicate",
+    ]
     process = subprocess.Popen(
         [*command, "--workers", "2"], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -33,7 +33,16 @@ def launcher(name: str) -> list[str]:
     if name == "torchrun":
         return ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={reserve_port()}", "-m", MODULE]
     mpirun = Path(sys.executable).with_name("mpirun")
-    return ["-c", "import os, sys; os.execv(sys.argv[1], sys.argv[1:])", str(mpirun), "-n", "2", sys.executable, "-m", MODULE]
+    return [
+        "-c",
+        "import os, sys; os.execv(sys.argv[1], sys.argv[1:])",
+        str(mpirun),
+        "-n",
+        "2",
+        sys.executable,
+        "-m",
+        MODULE,
+    ]
 
 
 @pytest.mark.parametrize("name", ["deepspeed", "torchrun", "mpirun"])
@@ -44,8 +53,15 @@ def test_launchers_give_the_losses_of_one_rank(name, arguments, expected, tmp_pa
 
 
 def test_no_warning_of_a_library_is_printed(arguments, tmp_path):
-    """Of DeepSpeed's own traffic, which calls what torch deprecates, and of all else from the start to the last checkpoint."""
-    settings = ["train.steps=2", "run.tensorboard=true", "engine.communication=deepspeed", f"run.directory={tmp_path}/run"]
+    """Of DeepSpeed's own traffic, which calls what torch deprecates, and of all else from the start to the last
+    checkpoint.
+    """
+    settings = [
+        "train.steps=2",
+        "run.tensorboard=true",
+        "engine.communication=deepspeed",
+        f"run.directory={tmp_path}/run",
+    ]
     finished = run([*launcher("torchrun"), *arguments, *settings], PYTHONWARNINGS="")
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert "Warning" not in finished.stderr, finished.stderr
@@ -108,13 +124,28 @@ def test_two_nodes_give_the_losses_of_one(arguments, expected, tmp_path, start):
     hosts.write_text("node-a slots=1\nnode-b slots=1\n")
     port = reserve_port()
     nodes = [
-        start([
-            "-m", "deepspeed.launcher.runner", "--hostfile", str(hosts), "--no_ssh", "--node_rank", str(node),
-            "--master_addr", "127.0.0.1", "--master_port", str(port), "--module", MODULE,
-            *arguments, *STEPS, f"run.directory={tmp_path}/run",
-        ])
+        start(
+            [
+                "-m",
+                "deepspeed.launcher.runner",
+                "--hostfile",
+                str(hosts),
+                "--no_ssh",
+                "--node_rank",
+                str(node),
+                "--master_addr",
+                "127.0.0.1",
+                "--master_port",
+                str(port),
+                "--module",
+                MODULE,
+                *arguments,
+                *STEPS,
+                f"run.directory={tmp_path}/run",
+            ]
+        )
         for node in (0, 1)
-    ]  # fmt: skip
+    ]
     for node in nodes:
         output, _ = node.communicate(timeout=200)
         assert node.returncode == 0, output

@@ -16,7 +16,8 @@ from tests.end_to_end.jobs import ROOT, environment, kill_tree, ranks, records, 
 
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 CORPUS = [
-    str(LIBRARY / name) for name in ("asyncio", "email", "http", "logging", "multiprocessing", "unittest", "xml", "argparse.py")
+    str(LIBRARY / name)
+    for name in ("asyncio", "email", "http", "logging", "multiprocessing", "unittest", "xml", "argparse.py")
 ]
 
 
@@ -34,7 +35,8 @@ def quickstart(tmp_path):
                 env=environment(),
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which tests in the background have ignored
+                # which tests in the background have ignored
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
         started.append(process)
         return started[-1]
@@ -69,19 +71,25 @@ def test_stopped_while_it_trains(number, quickstart, tmp_path):
 def test_a_small_corpus_is_passed_over_four_times_at_most(tmp_path):
     """As the script's own function says, which takes its settings from the corpus's size."""
     (tmp_path / "text.txt").write_text("".join(f"line {number} of a small text\n" for number in range(900)))
-    corpus, _ = prepare(find_source([tmp_path / "text.txt"]), tmp_path / "small", tokenizer="bytes", validation_fraction=0.1)
+    corpus, _ = prepare(
+        find_source([tmp_path / "text.txt"]), tmp_path / "small", tokenizer="bytes", validation_fraction=0.1
+    )
     function = "source <(sed -n '/^settings_for/,/^}/p' launch/quickstart.sh); settings_for"
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
 
     def settings_for(folder: Path) -> list[str]:
         command = ["bash", "-c", f"{function} {folder}"]
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout.split()
+        return subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+        ).stdout.split()
 
     steps = 4 * corpus.tokens["train"] // 1024
     assert 10 < steps < 700
     assert settings_for(tmp_path / "small") == [
-        f"train.steps={steps}", f"run.evaluate_every_steps={-(-steps // 5)}", f"optimizer.warmup_steps={min(20, steps // 5)}",
-    ]  # fmt: skip
+        f"train.steps={steps}",
+        f"run.evaluate_every_steps={-(-steps // 5)}",
+        f"optimizer.warmup_steps={min(20, steps // 5)}",
+    ]
     summary = tmp_path / "small/corpus.json"
     summary.write_text(summary.read_text().replace(f'"train": {corpus.tokens["train"]}', '"train": 100000000'))
     assert settings_for(tmp_path / "small") == []

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megamtp.checkpoint.shards import SLICES, shard_name
+from megamtp.checkpoint.shards import shard_name
+from megamtp.checkpoint.slices import SLICES
 from megamtp.checkpoint.store import checkpoints, read_manifest, verified
 from tests.cases import global_batch, own_share, small_config
 from tests.end_to_end.jobs import MODULE, damage, deepspeed, losses, records, run
@@ -21,7 +22,8 @@ PIPELINE = ["engine.kind=pipeline", "engine.num_stages=2", "engine.stage_layers=
 SPREAD = "engine.spread_losses=true"
 
 
-# The last one, two pipelines of whole losses, with --full only: 2 x 2 ranks and whole losses come before it, though not together.
+# The last one, two pipelines of whole losses, with --full only: 2 x 2 ranks and whole losses come before it, though not
+# together.
 KILLED = [(2, []), (2, [*PIPELINE, "train.precision=bf16"]), (4, [*PIPELINE, SPREAD]), (4, PIPELINE)]
 
 
@@ -39,7 +41,8 @@ def test_killed_and_resumed_equals_uninterrupted(num_ranks, settings, arguments,
     if settings:
         output = finished.stdout + finished.stderr
         assert "embedding, trunk 1-2, head 1" in output and "slowest stage / mean" in output
-        assert f"engine.spread_losses={str(SPREAD not in settings).lower()} is " in output  # predicted to be faster, or not
+        # predicted to be faster, or not
+        assert f"engine.spread_losses={str(SPREAD not in settings).lower()} is " in output
         assert "megamtp: warning:" in output and "few for 2 stages" in output
     run([*deepspeed(num_ranks, "tests.end_to_end.killed_pretrain"), *arguments, f"run.directory={killed}"])
     assert [record["step"] for record in records(killed)] == list(range(1, KILLED_STEP))
@@ -113,7 +116,10 @@ def test_another_global_batch_goes_on_at_the_next_window(arguments, tmp_path):
     refused = job(run_directory, "train.steps=9", "train.sequence_length=64")
     assert refused.returncode == 2
     (line,) = refused.stderr.splitlines()
-    assert "train.sequence_length was 32, is now 64; expected the windows of the run so far" in line and "accept_changes" in line
+    assert (
+        "train.sequence_length was 32, is now 64; expected the windows of the run so far" in line
+        and "accept_changes" in line
+    )
     accepted = job(run_directory, "train.steps=9", "train.sequence_length=64", "data.accept_changes=true")
     assert accepted.returncode == 0, accepted.stderr
     assert "after 3,072 tokens of training, in a new order" in accepted.stdout
@@ -122,7 +128,9 @@ def test_another_global_batch_goes_on_at_the_next_window(arguments, tmp_path):
 
 @pytest.mark.timeout(600)
 def test_goes_on_with_another_engine_and_number_of_ranks(twice_saved, arguments, tmp_path):
-    """From step 10 of two ranks under ZeRO-3 in two pipelines of two stages: the same loss curve, but for the order of sums."""
+    """From step 10 of two ranks under ZeRO-3 in two pipelines of two stages: the same loss curve, but for the order
+    of sums.
+    """
     shutil.copytree(twice_saved, tmp_path / "run")
     shutil.rmtree(checkpoints(tmp_path / "run")[-1])
     finished = run([*deepspeed(4), *arguments, *PIPELINE, f"run.directory={tmp_path}/run"])
@@ -135,7 +143,9 @@ def test_goes_on_with_another_engine_and_number_of_ranks(twice_saved, arguments,
 
 @pytest.mark.timeout(600)
 def test_pipeline_reads_and_reports_what_zero3_does(arguments, tmp_path):
-    """One rank under ZeRO-3, two stages of two pipelines, two with spread losses: the same windows, losses, norms, evaluation."""
+    """One rank under ZeRO-3, two stages of two pipelines, two with spread losses: the same windows, losses, norms,
+    evaluation.
+    """
     arguments = [*arguments, "train.steps=5", "run.evaluate_every_steps=5"]
     for name, ranks, settings in (("zero3", 1, []), ("pipeline", 4, PIPELINE), ("spread", 2, [*PIPELINE, SPREAD])):
         finished = run([*deepspeed(ranks), *arguments, *settings, f"run.directory={tmp_path}/{name}"])
@@ -150,7 +160,9 @@ def test_pipeline_reads_and_reports_what_zero3_does(arguments, tmp_path):
 
 
 def losses_of_ten_steps(world_size: int, kind: str) -> list[list[float]]:
-    """Ten steps' mean losses per head, on two global batches in turn: four micro-batches each, unevenly ignored targets."""
+    """Ten steps' mean losses per head, on two global batches in turn: four micro-batches each, unevenly ignored
+    targets.
+    """
     from megamtp.engines.base import count_targets
     from megamtp.engines.zero import ZeroEngine
 

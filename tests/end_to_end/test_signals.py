@@ -144,14 +144,26 @@ def test_a_signal_amid_a_long_evaluation(arguments, corpus, tmp_path, start):
 def test_a_run_outlives_what_reads_its_output(arguments, tmp_path):
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-m", MODULE, *arguments, f"run.directory={tmp_path}/run"]
-        finished = subprocess.run(command, env=environment(), cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=90)
+        finished = subprocess.run(
+            command, env=environment(), cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=90
+        )
     assert finished.returncode == 0, finished.stderr
     assert read_manifest(newest_checkpoint(tmp_path / "run")).step == 20
 
 
 def test_torchrun_starts_killed_ranks_again(arguments, tmp_path, start):
     """And they go on from the newest checkpoint."""
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "--max-restarts", "1", "-m", MODULE]
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--standalone",
+        "--max-restarts",
+        "1",
+        "-m",
+        MODULE,
+    ]
     process = start([*torchrun, *arguments, "train.steps=60", "data.validation=null", f"run.directory={tmp_path}/run"])
     wait_for(lambda: len(records(tmp_path / "run")) >= 12 or process.poll() is not None)
     ranks(tmp_path / "run")[1].kill()

@@ -12,12 +12,15 @@ from tests.reference import relative_error
 
 pytestmark = pytest.mark.gpu
 
-# fp32 without TF32: roundings at 2^-24 over sums of some hundred terms, and FlexAttention's exp2. bf16: as in test_gradients.py.
+# fp32 without TF32: roundings at 2^-24 over sums of some hundred terms, and FlexAttention's exp2. bf16: as in
+# test_gradients.py.
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.04}
 
 
 def _errors_and_graphs() -> tuple[dict[torch.dtype, float], int]:
-    """Largest error of the output and of any gradient against float64 with the exact mask; graphs compiled for each dtype."""
+    """Largest error of the output and of any gradient against float64 with the exact mask; graphs compiled for each
+    dtype.
+    """
     from torch._dynamo.utils import counters
 
     from megamtp.model.documents import separate
@@ -42,7 +45,9 @@ def _errors_and_graphs() -> tuple[dict[torch.dtype, float], int]:
                 output = layer(own, separate(documents, model, own.dtype, in_blocks))
                 output.square().mean().backward()
                 results.append([output.detach(), own.grad, *(parameter.grad for parameter in layer.parameters())])
-            errors[dtype] = max(errors[dtype], *(relative_error(found, expected) for expected, found in zip(*results, strict=True)))
+            errors[dtype] = max(
+                errors[dtype], *(relative_error(found, expected) for expected, found in zip(*results, strict=True))
+            )
     return errors, counters["stats"]["unique_graphs"]
 
 

@@ -1,7 +1,7 @@
 """Grouped traffic on a GPU, with its streams, its used-again memory and compiled layers, against plain autograd.
 
-On the emulated cluster every weight is W copies of the own shard, and every reduction the sum of W pieces of the own gradient: both
-can be computed without any engine, so a race or a stale weight shows as a wrong gradient.
+On the emulated cluster every weight is W copies of the own shard, and every reduction the sum of W pieces of the own
+gradient: both can be computed without any engine, so a race or a stale weight shows as a wrong gradient.
 """
 
 import pytest
@@ -34,12 +34,21 @@ def _errors() -> dict[tuple[bool, int, int], list[float]]:
     found = {}
     for checkpointing, prefetch, accumulation in CASES:
         config = small_config(
-            WORLD_SIZE, model__dim=256, model__mlp_dim=512, model__num_layers=9, model__num_future_tokens=3,
-            model__vocab_size=4096, model__num_attention_heads=4, train__sequence_length=512,
-            train__global_batch_tokens=2 * 512 * WORLD_SIZE * accumulation, train__activation_checkpointing=checkpointing,
-            engine__prefetch_modules=prefetch, cluster__emulate=WORLD_SIZE, cluster__flat_bandwidth=20e9,
+            WORLD_SIZE,
+            model__dim=256,
+            model__mlp_dim=512,
+            model__num_layers=9,
+            model__num_future_tokens=3,
+            model__vocab_size=4096,
+            model__num_attention_heads=4,
+            train__sequence_length=512,
+            train__global_batch_tokens=2 * 512 * WORLD_SIZE * accumulation,
+            train__activation_checkpointing=checkpointing,
+            engine__prefetch_modules=prefetch,
+            cluster__emulate=WORLD_SIZE,
+            cluster__flat_bandwidth=20e9,
             head_loss__chunk_rows=256,
-        )  # fmt: skip
+        )
         if not found:
             join_peers(emulated_place(Place(0, 0, 1), config.cluster), config.cluster)
         engine = ZeroEngine(config)

@@ -23,7 +23,8 @@ from tests.ranks import run_gpu_rank
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        torch.cuda.is_available() and torch.cuda.get_device_capability() < FLOAT8_CAPABILITY, reason="no fp8 products on this GPU"
+        torch.cuda.is_available() and torch.cuda.get_device_capability() < FLOAT8_CAPABILITY,
+        reason="no fp8 products on this GPU",
     ),
 ]
 
@@ -31,7 +32,8 @@ pytestmark = [
 CASES = [
     Case(rows, dim, vocabulary, chunk_rows, spread, z_loss, "cuda")
     for (rows, dim, vocabulary, chunk_rows), (spread, z_loss) in itertools.product(
-        [(3001, 512, 8000, 704), (3001, 512, 8000, 701), (2050, 1024, 128256, 2048)], [(1.0, 0.0), (3.0, 0.0), (3.0, 1e-2)]
+        [(3001, 512, 8000, 704), (3001, 512, 8000, 701), (2050, 1024, 128256, 2048)],
+        [(1.0, 0.0), (3.0, 0.0), (3.0, 1e-2)],
     )
 ]
 
@@ -67,7 +69,8 @@ def test_quantised_as_torch_does_it():
 def test_the_kernels_copy_is_its_gradient(z_loss):
     """The copy and the gradient in place, divided by their factors, differ by their roundings.
 
-    With and without a copy the gradient is another compilation's, whose fused operations may round to the other neighbour in bf16.
+    With and without a copy the gradient is another compilation's, whose fused operations may round to the other
+    neighbour in bf16.
     """
     generator = torch.Generator().manual_seed(0)
     logits = (3 * torch.randn(300, 40000, generator=generator)).to("cuda", torch.bfloat16)
@@ -137,9 +140,17 @@ def _engine_errors() -> dict[tuple, tuple[float, float]]:
     errors = {}
     for kind, schedule in ENGINES:
         config = small_config(
-            world_size=1, accumulation=2, engine__kind=kind, engine__head_schedule=schedule, model__num_future_tokens=4,
-            model__dim=64, model__mlp_dim=64, model__vocab_size=112, train__precision="bf16", head_loss__precision="fp8",
-        )  # fmt: skip
+            world_size=1,
+            accumulation=2,
+            engine__kind=kind,
+            engine__head_schedule=schedule,
+            model__num_future_tokens=4,
+            model__dim=64,
+            model__mlp_dim=64,
+            model__vocab_size=112,
+            train__precision="bf16",
+            head_loss__precision="fp8",
+        )
         errors[kind, schedule] = largest_errors(config, ZeroEngine(config), num_steps=3)
     return errors
 

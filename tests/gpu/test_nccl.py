@@ -64,7 +64,9 @@ def test_gradients_equal_the_reference(case, errors_of_all):
 
 
 def _evaluation_errors(kinds: list[str]) -> list[float]:
-    """Of engines that have not trained yet: the largest relative error of a head's loss over two steps' micro-batches."""
+    """Of engines that have not trained yet: the largest relative error of a head's loss over two steps'
+    micro-batches.
+    """
     from megamtp.engines.build import build_engine
 
     errors = []

@@ -1,4 +1,6 @@
-"""A loss spread over slices of the unembedding on a GPU, whose kernels a CPU does not run: values and gradients against float64."""
+"""A loss spread over slices of the unembedding on a GPU, whose kernels a CPU does not run: values and gradients
+against float64.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""The engines on a GPU: gradients in every precision, fp16's loss scale, and memory that does not grow with the number of heads.
+"""The engines on a GPU: gradients in every precision, fp16's loss scale, and memory that does not grow with the number
+of heads.
 
 Run with: bash launch/test.sh tests/gpu
 """
@@ -14,8 +15,9 @@ from tests.ranks import run_gpu_rank
 
 pytestmark = pytest.mark.gpu
 
-# (gradients', losses') bounds. fp32: TF32 is off, so rounding at 2^-24 as on a CPU. bf16: as in test_gradients.py. fp16 keeps three
-# bits more than bf16, so an eighth of its error; a gradient below fp16's range would show as an error of the order of 1.
+# (gradients', losses') bounds. fp32: TF32 is off, so rounding at 2^-24 as on a CPU. bf16: as in test_gradients.py. fp16
+# keeps three bits more than bf16, so an eighth of its error; a gradient below fp16's range would show as an error of
+# the order of 1.
 BOUNDS = {"fp32": (1e-5, 1e-5), "bf16": (0.04, 2e-3), "fp16": (0.005, 2.5e-4)}
 
 
@@ -30,10 +32,18 @@ def _errors() -> dict[tuple, tuple[float, float]]:
     for case in CASES:
         kind, precision, schedule, n, offloaded = case
         config = small_config(
-            world_size=1, accumulation=2, engine__kind=kind, train__precision=precision, engine__head_schedule=schedule,
-            model__num_future_tokens=n, model__mlp_dim=32, model__vocab_size=104, train__activation_checkpointing=True,
-            engine__offload_optimizer=offloaded, engine__offload_parameters=offloaded and kind == "zero3",
-        )  # fmt: skip
+            world_size=1,
+            accumulation=2,
+            engine__kind=kind,
+            train__precision=precision,
+            engine__head_schedule=schedule,
+            model__num_future_tokens=n,
+            model__mlp_dim=32,
+            model__vocab_size=104,
+            train__activation_checkpointing=True,
+            engine__offload_optimizer=offloaded,
+            engine__offload_parameters=offloaded and kind == "zero3",
+        )
         errors[case] = largest_errors(config, ZeroEngine(config), num_steps=3)
     return errors
 
@@ -59,10 +69,19 @@ def _peak_bytes() -> dict[tuple[str, int], int]:
     vocabulary, positions, peaks = 32000, 2048, {}
     for kind, n in itertools.product(("zero1", "zero3"), (1, 4)):
         config = small_config(
-            world_size=1, engine__kind=kind, model__num_future_tokens=n, model__dim=256, model__mlp_dim=512,
-            model__num_layers=8, model__vocab_size=vocabulary, head_loss__chunk_rows=512, train__precision="bf16",
-            train__sequence_length=positions, train__micro_batch_size=4, train__global_batch_tokens=4 * positions,
-        )  # fmt: skip
+            world_size=1,
+            engine__kind=kind,
+            model__num_future_tokens=n,
+            model__dim=256,
+            model__mlp_dim=512,
+            model__num_layers=8,
+            model__vocab_size=vocabulary,
+            head_loss__chunk_rows=512,
+            train__precision="bf16",
+            train__sequence_length=positions,
+            train__micro_batch_size=4,
+            train__global_batch_tokens=4 * positions,
+        )
         engine = ZeroEngine(config)
         tokens = torch.randint(vocabulary, (4, positions + n))
         batch = Batch(tokens[:, :positions].contiguous(), tokens[:, 1:].unfold(1, positions, 1).permute(1, 0, 2))
@@ -77,7 +96,9 @@ def _peak_bytes() -> dict[tuple[str, int], int]:
 
 
 def test_three_more_heads_need_less_than_one_heads_logits():
-    """All logits of one head in bf16 are 4 x 2048 x 32000 x 2 bytes = 500 MiB; three heads' gradients and dz are some 40 MiB."""
+    """All logits of one head in bf16 are 4 x 2048 x 32000 x 2 bytes = 500 MiB; three heads' gradients and dz are
+    some 40 MiB.
+    """
     peaks = run_gpu_rank(_peak_bytes)
     for kind in ("zero1", "zero3"):
         assert peaks[kind, 4] - peaks[kind, 1] < 64 * 2**20
@@ -85,7 +106,9 @@ def test_three_more_heads_need_less_than_one_heads_logits():
 
 
 def _steps_with_overflow() -> tuple[list[bool], list[float], bool]:
-    """fp16 with a first loss scale that must overflow: (skipped, loss scale) of each step, and whether a skip changed weights."""
+    """fp16 with a first loss scale that must overflow: (skipped, loss scale) of each step, and whether a skip
+    changed weights.
+    """
     from megamtp.engines.base import count_targets
     from megamtp.engines.zero import ZeroEngine
     from tests.cases import global_batch
@@ -101,8 +124,12 @@ def _steps_with_overflow() -> tuple[list[bool], list[float], bool]:
         skipped.append(result.skipped)
         scales.append(float(engine.engine.optimizer.loss_scale))
         if all(skipped):
-            unchanged &= all(torch.equal(start[name], parameter.ds_tensor) for name, parameter in engine.model.named_parameters())
-    moved = any(not torch.equal(start[name], parameter.ds_tensor) for name, parameter in engine.model.named_parameters())
+            unchanged &= all(
+                torch.equal(start[name], parameter.ds_tensor) for name, parameter in engine.model.named_parameters()
+            )
+    moved = any(
+        not torch.equal(start[name], parameter.ds_tensor) for name, parameter in engine.model.named_parameters()
+    )
     return skipped, scales, unchanged and moved
 
 

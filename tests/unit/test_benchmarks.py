@@ -27,7 +27,7 @@ from benchmarks import (
     trace,
     variants,
     world,
-)  # fmt: skip
+)
 
 from megamtp.cluster.network import Network
 from megamtp.config import ClusterConfig
@@ -45,7 +45,9 @@ def options(folder: Path, *arguments: str) -> argparse.Namespace:
 
 def rows(table: str) -> list[list[str]]:
     """A Markdown table's cells, header first, without the line below it."""
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")]
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")
+    ]
     return [cells[0], *cells[2:]]
 
 
@@ -68,7 +70,11 @@ def test_without_a_gpu_every_benchmark_is_one_line_and_status_2(name, tmp_path):
         (overhead, ["--set", "engine.head_schedule=deferred"], "head_schedule=deferred; expected sequential"),
         (world, ["--world-sizes", "8", "0"], "--world-sizes: 0; expected a whole number, 1 or more"),
         (world, ["--world-sizes", "8", "many"], "--world-sizes: many; expected a whole number"),
-        (world, ["--variants", "deepspeed as shipped", "--shipped-at", "8"], "nothing to measure at 16 ranks; expected"),
+        (
+            world,
+            ["--variants", "deepspeed as shipped", "--shipped-at", "8"],
+            "nothing to measure at 16 ranks; expected",
+        ),
         (world, ["--bandwidth", "fast"], "flat_bandwidth=fast"),
         (trace, ["--world-size", "-4"], "--world-size: -4; expected"),
         (trace, ["--sms", "0"], "communication_sms=0; expected at least 1"),
@@ -98,7 +104,9 @@ def test_a_launchers_ranks_are_real(tmp_path, monkeypatch):
     output.write(given, {}, [], "table", output.figure(2, 2)[0])
     assert not list(tmp_path.iterdir())  # rank 0 writes
     for module, arguments in ((world, []), (overhead, ["--sizes", "0.3b", "--cold"]), (overhead, [])):
-        with pytest.raises(InputError, match=r"under a launcher of 4 ranks; expected one (process: |size, or one process$)"):
+        with pytest.raises(
+            InputError, match=r"under a launcher of 4 ranks; expected one (process: |size, or one process$)"
+        ):
             module.main(arguments)
 
 
@@ -138,12 +146,21 @@ def test_emulated_steps_beside_real_ones(tmp_path, monkeypatch):
         results = [{"size": "1.3b", "heads": 1, "variant": "ours", "milliseconds": [each]} for each in milliseconds]
         results = [result | {"heads": heads} for heads, result in enumerate(results, start=1)]
         circumstances = {"card": "some card", "date": "2026-11-25"}
-        (tmp_path / name).write_text(json.dumps({"settings": {"ranks": ranks}, "circumstances": circumstances, "results": results}))
+        (tmp_path / name).write_text(
+            json.dumps({"settings": {"ranks": ranks}, "circumstances": circumstances, "results": results})
+        )
         return str(tmp_path / name)
 
-    real, near, far = written("real", 2, [100.0, 200.0]), written("near", 2, [109.0, 190.0]), written("far", 2, [111.0, 190.0])
+    real, near, far = (
+        written("real", 2, [100.0, 200.0]),
+        written("near", 2, [109.0, 190.0]),
+        written("far", 2, [111.0, 190.0]),
+    )
     monkeypatch.setattr("sys.argv", ["benchmark.py", "prediction"])
-    for emulated, verdict in ((near, "in 2 of 2 rows, 9.0% at most: holds"), (far, "in 1 of 2 rows, 11.0% at most: FAILS")):
+    for emulated, verdict in (
+        (near, "in 2 of 2 rows, 9.0% at most: holds"),
+        (far, "in 1 of 2 rows, 11.0% at most: FAILS"),
+    ):
         prediction.main(["--measured", real, "--emulated", emulated, "--output", str(tmp_path)])
         assert verdict in (tmp_path / "prediction.md").read_text()
     with pytest.raises(InputError, match="has other sizes, heads, variants or ranks than"):
@@ -163,15 +180,27 @@ def test_settings_tell_the_network(tmp_path):
     """What test_plan.py gives back to the planner, and nothing that was not set."""
     flat = options(tmp_path)
     assert emulation.settings(emulation.config("1.3b", 4, 512, flat), flat) == {
-        "bandwidth": "1e+11", "latency": "2e-05", "SMs held": 1, "T": 4096, "micro-batches": 1,
-    }  # fmt: skip
-    nodes = options(tmp_path, "--bandwidth", "null", "--sms", "16", "--micro-batches", "3", "--set", "cluster.latency=0")
+        "bandwidth": "1e+11",
+        "latency": "2e-05",
+        "SMs held": 1,
+        "T": 4096,
+        "micro-batches": 1,
+    }
+    nodes = options(
+        tmp_path, "--bandwidth", "null", "--sms", "16", "--micro-batches", "3", "--set", "cluster.latency=0"
+    )
     config = emulation.config("0.3b", 1, 64, nodes)
     assert (config.cluster.emulate, config.global_batch_windows, config.cluster.latency) == (64, 64 * 4 * 3, 0.0)
     assert emulation.settings(config, nodes) == {
-        "bandwidth": "null", "in nodes": "3.6e+11", "between nodes": "5e+10", "latency": "0", "SMs held": 16, "T": 4096,
-        "micro-batches": 3, "set": "cluster.latency=0",
-    }  # fmt: skip
+        "bandwidth": "null",
+        "in nodes": "3.6e+11",
+        "between nodes": "5e+10",
+        "latency": "0",
+        "SMs held": 16,
+        "T": 4096,
+        "micro-batches": 3,
+        "set": "cluster.latency=0",
+    }
 
 
 def test_all_three_files_are_called_as_asked(tmp_path, capsys):
@@ -274,19 +303,28 @@ def test_trace_tells_whether_the_head_phase_is_exposed(tmp_path, monkeypatch, ex
 
 def overhead_result(variant: str, heads: int, milliseconds: float, **further) -> dict:
     return {
-        "size": "6.7b", "variant": variant, "heads": heads, "micro_batch": 2, "flops": 3.5e14 * (1 + 0.018 * (heads - 1)),
-        "milliseconds": [milliseconds - 1, milliseconds, milliseconds + 2], "kept_bytes": 0, "peak_bytes": 2**35,
-        "allocation_retries": 0, **further,
-    }  # fmt: skip
+        "size": "6.7b",
+        "variant": variant,
+        "heads": heads,
+        "micro_batch": 2,
+        "flops": 3.5e14 * (1 + 0.018 * (heads - 1)),
+        "milliseconds": [milliseconds - 1, milliseconds, milliseconds + 2],
+        "kept_bytes": 0,
+        "peak_bytes": 2**35,
+        "allocation_retries": 0,
+        **further,
+    }
 
 
 def test_overhead_shows_ratios_and_first_steps(tmp_path):
     exposed = {"heads": {"total": 100.0, "transferring": 30.0, "exposed": 1.5, "idle": 1.0}}
     results = [
-        overhead_result("plain", 1, 600), overhead_result("plain", 4, 633, allocation_retries=3),
+        overhead_result("plain", 1, 600),
+        overhead_result("plain", 4, 633, allocation_retries=3),
         overhead_result("ours", 1, 620, exposure=exposed, first_step_seconds=30.0),
-        overhead_result("ours", 4, 645, exposure=exposed, first_step_seconds=31.5), overhead_result("fsdp2 per head", 4, 900),
-    ]  # fmt: skip
+        overhead_result("ours", 4, 645, exposure=exposed, first_step_seconds=31.5),
+        overhead_result("fsdp2 per head", 4, 900),
+    ]
     header, plain, ours, per_head = rows(overhead._table(results, [1, 4]))
     assert header[-1] == "first step, s"
     assert plain[2:6] == ["600.0 [599.0, 602.0]", "633.0 [632.0, 635.0], 3 times without memory", "1.055", "1.054"]
@@ -342,7 +380,9 @@ def test_overhead_has_a_process_for_each_size_and_traces_last_in_it(tmp_path, mo
 
 def test_large_tensors_lose_their_memory(monkeypatch):
     monkeypatch.setattr(variants.torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(variants, "storages", lambda: {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors})
+    monkeypatch.setattr(
+        variants, "storages", lambda: {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
+    )
     small, large, other = tensors = [torch.ones(size) for size in (10, variants.LARGE // 4, variants.LARGE // 4)]
     variants.free(others={other.data_ptr()})
     assert [tensor.untyped_storage().nbytes() for tensor in tensors] == [40, 0, variants.LARGE]
@@ -353,12 +393,17 @@ def test_loss_says_in_what_dtype_gradients_are_summed(tmp_path):
     names = ["ours", "liger-kernel", "cut-cross-entropy", loss.PRODUCTS]
     results = [
         {
-            "dim": dim, "vocabulary": vocabulary, "name": name, "sum_dtype": "float32" if name == "ours" else "bfloat16",
-            "milliseconds": [4.0, 5.0, 6.0 + index], "over_floor": 1.2 + index, "extra_bytes": None if index == 3 else 2**29,
+            "dim": dim,
+            "vocabulary": vocabulary,
+            "name": name,
+            "sum_dtype": "float32" if name == "ours" else "bfloat16",
+            "milliseconds": [4.0, 5.0, 6.0 + index],
+            "over_floor": 1.2 + index,
+            "extra_bytes": None if index == 3 else 2**29,
         }
         for dim, vocabulary in loss.SHAPES
         for index, name in enumerate(names)
-    ]  # fmt: skip
+    ]
     _, *found = rows(loss._table(results))
     assert len(found) == 12
     assert found[0] == ["2048", "32000", "ours", "float32", "5.00 [4.00, 6.00]", "1.20", "0.50"]
@@ -369,7 +414,9 @@ def test_loss_says_in_what_dtype_gradients_are_summed(tmp_path):
 
 def test_data_opens_and_reads_what_it_invents(tmp_path, monkeypatch):
     """Both sides, in this process and on small files; the numbers are of no interest."""
-    monkeypatch.setattr(data, "Fresh", lambda function, *arguments: SimpleNamespace(result=lambda: function(*arguments)))
+    monkeypatch.setattr(
+        data, "Fresh", lambda function, *arguments: SimpleNamespace(result=lambda: function(*arguments))
+    )
     monkeypatch.setattr(data, "READ_STEPS", 2)
     monkeypatch.setattr(data, "LARGEST_INDEX", 500_000)
     sizes = ["--sizes", "1e5", "1e6", "--megatron-limit", "1e5", "--read-tokens", "1e5"]

@@ -96,7 +96,9 @@ def test_bad_blend_is_named(train):
 
 def test_blend_whose_weights_have_no_sum():
     assert DataConfig(train="8e307 a 8e307 b").train_corpora == [(8e307, "a"), (8e307, "b")]
-    with pytest.raises(InputError, match=r"^data\.train=1e308 a 1e308 b; expected weights whose sum is a finite number$"):
+    with pytest.raises(
+        InputError, match=r"^data\.train=1e308 a 1e308 b; expected weights whose sum is a finite number$"
+    ):
         _ = DataConfig(train="1e308 a 1e308 b").train_corpora
 
 

@@ -1,4 +1,6 @@
-"""The canonical form: back bit for bit, what is refused, and a transformers model as the beginning of a multi-token one."""
+"""The canonical form: back bit for bit, what is refused, and a transformers model as the beginning of a multi-token
+one.
+"""
 
 import dataclasses
 import json
@@ -48,9 +50,18 @@ def test_everything_comes_back_bit_for_bit_from_several_files(written):
         ({"file_bytes": {"x" * 300: 1}}, "canonical cannot be read: File name too long; copy it again"),
         ({"model": {"dim": 3}}, "model.mlp_dim is missing or unknown"),
         ({"model": dataclasses.asdict(SMALL) | {"dim": "32"}}, "canonical.json: model.dim is '32'; expected a number"),
-        ({"model": dataclasses.asdict(SMALL) | {"num_attention_heads": 5}}, "model.dim=32 with model.num_attention_heads=5"),
-        ({"model": dataclasses.asdict(SMALL) | {"num_layers": 10**6}}, "model.num_layers=1000000; expected at most 1000"),
-        ({"model": dataclasses.asdict(SMALL) | {"mlp_dim": 64}}, r"tensor trunk.0.mlp.gate.weight has shape \[48, 32\], expected"),
+        (
+            {"model": dataclasses.asdict(SMALL) | {"num_attention_heads": 5}},
+            "model.dim=32 with model.num_attention_heads=5",
+        ),
+        (
+            {"model": dataclasses.asdict(SMALL) | {"num_layers": 10**6}},
+            "model.num_layers=1000000; expected at most 1000",
+        ),
+        (
+            {"model": dataclasses.asdict(SMALL) | {"mlp_dim": 64}},
+            r"tensor trunk.0.mlp.gate.weight has shape \[48, 32\], expected",
+        ),
         ({"model": dataclasses.asdict(SMALL) | {"num_layers": 6}}, r"no tensor trunk.2.attention_norm.weight"),
         ({"model": dataclasses.asdict(SMALL) | {"num_layers": 4}}, r"unknown tensor trunk.1"),
     ],
@@ -85,9 +96,17 @@ def test_an_existing_destination_and_a_full_disk_are_refused_before_anything_is_
 def llama(folder: Path, tied: bool = False, **settings) -> LlamaForCausalLM:
     """Of 4 layers, saved in several files."""
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied, initializer_range=0.2, **settings,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,
+        **settings,
+    )
     torch.manual_seed(3)
     model = LlamaForCausalLM(config).float().eval()
     model.save_pretrained(folder, max_shard_size="40KB")
@@ -153,7 +172,11 @@ def test_weights_of_older_folders_are_read(tmp_path, num_files):
     expected = {name: whole(opened, name) for name in opened.shapes}
     for file in (tmp_path / "llama").glob("model*"):
         file.unlink()
-    files = {f"pytorch_model-{number}.bin": {} for number in range(num_files)} if num_files > 1 else {"pytorch_model.bin": {}}
+    files = (
+        {f"pytorch_model-{number}.bin": {} for number in range(num_files)}
+        if num_files > 1
+        else {"pytorch_model.bin": {}}
+    )
     weight_map = {name: list(files)[index % num_files] for index, name in enumerate(theirs.state_dict())}
     for name, tensor in theirs.state_dict().items():
         files[weight_map[name]][name] = tensor
@@ -190,7 +213,9 @@ def test_a_folder_without_weights_and_a_damaged_index_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"index.json cannot be read \(weight_map has values that are no names\)"):
         hf.read(tmp_path / "llama")
     index.unlink()
-    with pytest.raises(CheckpointError, match=r"has no model.safetensors; expected it, its index, or pytorch_model.bin"):
+    with pytest.raises(
+        CheckpointError, match=r"has no model.safetensors; expected it, its index, or pytorch_model.bin"
+    ):
         hf.read(tmp_path / "llama")
 
 
@@ -201,7 +226,10 @@ def test_rotary_frequencies_of_older_files_are_left_out(tmp_path):
     save_file({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, tmp_path / "llama/old.safetensors")
     content["weight_map"]["model.layers.0.self_attn.rotary_emb.inv_freq"] = "old.safetensors"
     index.write_text(json.dumps(content))
-    assert hf.read(tmp_path / "llama").weights.shapes.keys() == MTPModel(hf.read(tmp_path / "llama").model).state_dict().keys()
+    assert (
+        hf.read(tmp_path / "llama").weights.shapes.keys()
+        == MTPModel(hf.read(tmp_path / "llama").model).state_dict().keys()
+    )
 
 
 def test_weights_in_16_bits_become_fp32_and_come_back(tmp_path):
@@ -221,7 +249,10 @@ def test_weights_in_16_bits_become_fp32_and_come_back(tmp_path):
         ({"mlp_bias": True}, "mlp_bias is True, expected False"),
         ({"model_type": "qwen2"}, "model_type is qwen2, expected llama"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type is llama3, expected default"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is linear, expected default"),
+        (
+            {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_type is linear, expected default",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act is gelu, expected silu"),
         ({"head_dim": 16}, "head_dim is 16, expected 8"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is"),
@@ -261,6 +292,8 @@ def test_rows_of_a_tensor_are_read_by_slice():
 
 def test_a_tokenizer_that_is_gone_is_named(tmp_path):
     source = dataclasses.replace(with_moments(SMALL), tokenizer=tmp_path / "tokenizer.model")
-    with pytest.raises(CheckpointError, match=r"tokenizer.model cannot be read \(No such file or directory\); mend data.tokenizer"):
+    with pytest.raises(
+        CheckpointError, match=r"tokenizer.model cannot be read \(No such file or directory\); mend data.tokenizer"
+    ):
         canonical.write(source, tmp_path / "canonical")
     assert not list(tmp_path.iterdir())

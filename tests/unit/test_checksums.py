@@ -42,7 +42,9 @@ def test_literal_bytes(tmp_path):
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.binary(max_size=40), st.integers(0, 2 * BLOCK_BYTES), st.lists(st.integers(0, 2 * BLOCK_BYTES + 40), max_size=6))
+@given(
+    st.binary(max_size=40), st.integers(0, 2 * BLOCK_BYTES), st.lists(st.integers(0, 2 * BLOCK_BYTES + 40), max_size=6)
+)
 def test_pieces_change_nothing(start, more, cuts):
     content = start + bytes(more)
     whole, pieces = ChecksumWriter(), ChecksumWriter()
@@ -69,7 +71,10 @@ def test_flipped_bit_is_found_where_it_is_read(tmp_path, byte, block, documents)
     prefix = write(tmp_path / "flipped", [TOKENS[:3000], TOKENS[:0], TOKENS[3000:]])
     flip(tmp_path / "flipped.bin", byte)
     dataset = IndexedDataset(prefix)
-    words = rf"^{prefix}\.bin: bytes {block[0]} to {block[1]}, in {documents}, have another checksum .*; expected .*: copy .*$"
+    words = (
+        rf"^{prefix}\.bin: bytes {block[0]} to {block[1]}, in {documents}, have another checksum .*; expected .*: "
+        rf"copy .*$"
+    )
     first, stop = block[0] // 2, block[1] // 2
     for start, end in ((byte // 2, byte // 2 + 1), (first, first + 1), (stop - 1, stop), (0, 5000)):
         with pytest.raises(InputError, match=words):
@@ -110,7 +115,10 @@ BAD = {
     "no block": (struct.pack("<8sIIQ", b"MEGAMTPC", 1, 0, 10_000), ["blocks of 0 bytes"]),
     "cut": (WHOLE[:-1], ["35 bytes, but its header says 36"]),
     "too long": (WHOLE + b"\0", ["37 bytes, but its header says 36"]),
-    "of another .bin": (struct.pack("<8sIIQ3I", b"MEGAMTPC", 1, 4096, 10_002, 1, 2, 3), ["of 10002 bytes", "of.bin has 10000"]),
+    "of another .bin": (
+        struct.pack("<8sIIQ3I", b"MEGAMTPC", 1, 4096, 10_002, 1, 2, 3),
+        ["of 10002 bytes", "of.bin has 10000"],
+    ),
 }
 
 

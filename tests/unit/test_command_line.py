@@ -42,22 +42,29 @@ def test_output_that_nobody_reads(closed_pipe, body, unbuffered):
 def test_output_without_room(body, unbuffered):
     with open("/dev/full", "w") as full:
         status, error = call(body, full, PYTHONUNBUFFERED=unbuffered)
-    assert (status, error) == (2, "megamtp: error: the output cannot be written: No space left on device; make room for it\n")
+    assert (status, error) == (
+        2,
+        "megamtp: error: the output cannot be written: No space left on device; make room for it\n",
+    )
 
 
 @pytest.mark.parametrize(
     ("body", "status", "error"),
     [
-        ("pass", 0, ""), ("sys.exit(1)", 1, ""), ("raise KeyboardInterrupt", 130, ""),
+        ("pass", 0, ""),
+        ("sys.exit(1)", 1, ""),
+        ("raise KeyboardInterrupt", 130, ""),
         ("raise InputError('found this')", 2, "megamtp: error: found this\n"),
     ],
-)  # fmt: skip
+)
 def test_other_ends_are_what_they_were(closed_pipe, body, status, error):
     for stdout in (closed_pipe, subprocess.DEVNULL):
         assert call(body, stdout) == (status, error)
 
 
-@pytest.mark.parametrize("error", ["OSError(28, 'No space left', 'file')", "OSError(21, 'Is a directory')", "RuntimeError()"])
+@pytest.mark.parametrize(
+    "error", ["OSError(28, 'No space left', 'file')", "OSError(21, 'Is a directory')", "RuntimeError()"]
+)
 def test_a_defect_keeps_its_traceback(error):
     status, shown = call(f"raise {error}", subprocess.DEVNULL)
     assert status == 1 and shown.startswith("Traceback")
@@ -66,18 +73,25 @@ def test_a_defect_keeps_its_traceback(error):
 @pytest.mark.parametrize(
     ("message", "line"),
     [
-        ("a\nb", "a\\nb"), ("a\r\x1b[2Jb", "a\\r\\x1b[2Jb"), ("a\u2028b\x85\udcff", "a\\u2028b\\x85\\udcff"),
-        ("caf\u00e9 \\n", "caf\u00e9 \\n"), ("a" * 5000, f"{'a' * 1000} ... {'a' * 1000}"),
+        ("a\nb", "a\\nb"),
+        ("a\r\x1b[2Jb", "a\\r\\x1b[2Jb"),
+        ("a\u2028b\x85\udcff", "a\\u2028b\\x85\\udcff"),
+        ("caf\u00e9 \\n", "caf\u00e9 \\n"),
+        ("a" * 5000, f"{'a' * 1000} ... {'a' * 1000}"),
     ],
-)  # fmt: skip
+)
 def test_an_error_is_one_line_that_a_terminal_can_show(message, line, capsys):
     print_error(InputError(message))
     assert capsys.readouterr().err == f"megamtp: error: {line}\n"
 
 
-@pytest.mark.parametrize("end", ["InputError('a' + chr(10) + 'b')", "FileNotFoundError(28, 'No space left', 'a' + chr(10) + 'b')"])
+@pytest.mark.parametrize(
+    "end", ["InputError('a' + chr(10) + 'b')", "FileNotFoundError(28, 'No space left', 'a' + chr(10) + 'b')"]
+)
 def test_line_breaks_in_an_error_of_training(end):
-    program = "from megamtp import pretrain\nfrom megamtp.errors import InputError\ndef main(arguments):\n    raise {}\n"
+    program = (
+        "from megamtp import pretrain\nfrom megamtp.errors import InputError\ndef main(arguments):\n    raise {}\n"
+    )
     program = f"{program.format(end)}pretrain.main = main\npretrain.entry()"
     finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert finished.returncode == 2

@@ -16,16 +16,28 @@ from megamtp.model import cost
 
 ROOT = Path(__file__).parents[2]
 GOOD = [
-    "model.dim=128", "model.num_layers=6", "model.num_attention_heads=4", "model.vocab_size=100", "train.steps=1",
-    "train.global_batch_tokens=1024", "train.micro_batch_size=1", "train.sequence_length=128", "data.train=x", "run.directory=y",
-]  # fmt: skip
+    "model.dim=128",
+    "model.num_layers=6",
+    "model.num_attention_heads=4",
+    "model.vocab_size=100",
+    "train.steps=1",
+    "train.global_batch_tokens=1024",
+    "train.micro_batch_size=1",
+    "train.sequence_length=128",
+    "data.train=x",
+    "run.directory=y",
+]
 
 # Source: paper.md, table S5.
 PARAMETERS = {"0.3b": 296.8e6, "0.6b": 630.5e6, "1.3b": 1364.3e6, "3b": 3018.8e6, "6.7b": 6738.4e6, "13b": 13015.9e6}
 FLOP_RATIOS = {
-    "0.3b": (1.097, 1.290), "0.6b": (1.056, 1.168), "1.3b": (1.044, 1.131),
-    "3b": (1.025, 1.074), "6.7b": (1.018, 1.055), "13b": (1.012, 1.036),
-}  # fmt: skip
+    "0.3b": (1.097, 1.290),
+    "0.6b": (1.056, 1.168),
+    "1.3b": (1.044, 1.131),
+    "3b": (1.025, 1.074),
+    "6.7b": (1.018, 1.055),
+    "13b": (1.012, 1.036),
+}
 WIDTHS = {
     "0.3b": (1024, 18, 16),
     "0.6b": (1280, 27, 20),
@@ -71,10 +83,16 @@ def paper_config(size: str, n: int) -> Config:
         ("train.seed=549755813888", ["train.seed=549755813888; expected at most 549755813887"]),
         ("run.stall_seconds=0", ["run.stall_seconds=0; expected at least 1"]),
         ("run.requeue_exit_code=256", ["run.requeue_exit_code=256; expected at most 255"]),
-        ("engine.deepspeed.a=[1, {b: 9223372036854775808}]", ["engine.deepspeed.a[1].b=9223372036854775808; expected at most"]),
+        (
+            "engine.deepspeed.a=[1, {b: 9223372036854775808}]",
+            ["engine.deepspeed.a[1].b=9223372036854775808; expected at most"],
+        ),
         ("cluster.efficiency.all_gather=[1]", ["cluster.efficiency.all_gather=[1]; expected float"]),
         ("cluster.efficiency.all_gather={a: 1}", ["cluster.efficiency.all_gather={'a': 1}; expected float"]),
-        ("cluster.efficiency={all_gather: 0}", ["cluster.efficiency of all_gather=0.0; expected a share of the bandwidth"]),
+        (
+            "cluster.efficiency={all_gather: 0}",
+            ["cluster.efficiency of all_gather=0.0; expected a share of the bandwidth"],
+        ),
         ("cluster.efficiency={gather: 0.5}", ["cluster.efficiency=gather; expected all_gather or reduce_scatter"]),
         ("cluster.efficiency.all_gather=1e-300", ["all_gather=1e-300; expected a share", "1e-6 to 2"]),
         ("head_loss.weights=[1,[2],3,4]", ["head_loss.weights[1]=[2]; expected float"]),
@@ -95,7 +113,8 @@ def paper_config(size: str, n: int) -> Config:
         ("data.validation=''", ["data.validation=; expected a name"]),
         (f"run.directory={'a' * 4097}", ["run.directory has 4097 bytes; expected at most 4096"]),
         (f"engine.deepspeed={'[' * 80}{']' * 80}", ["nested more than 16 levels deep"]),
-        (f"engine.deepspeed={'[' * 200_000}{']' * 200_000}", ["nested more than 16 levels deep"]),  # would end the interpreter
+        # would end the interpreter
+        (f"engine.deepspeed={'[' * 200_000}{']' * 200_000}", ["nested more than 16 levels deep"]),
         (f"engine.deepspeed{'.a' * 3000}=1", ["nested more than 16 levels deep"]),
         ("train.micro_batch_size=3", ["train.global_batch_tokens=1024", "multiple of 384"]),
         ("engine.kind=zero2", ["engine.kind=zero2", "zero3 or zero1"]),
@@ -166,15 +185,18 @@ def test_broken_yaml_is_named_with_its_line(text, words, tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"3\n", " holds no mapping of keys; expected sections"), (b"true", " holds no mapping of keys"),
-        (b"'3'\n", " holds no mapping of keys"), (b"train: {steps: !!int abc}", " is not valid YAML, invalid literal"),
-        (b"- 3\n", " holds no mapping of keys"), (b"model: {dim: caf\xe9}", ": not UTF-8 text"),
+        (b"3\n", " holds no mapping of keys; expected sections"),
+        (b"true", " holds no mapping of keys"),
+        (b"'3'\n", " holds no mapping of keys"),
+        (b"train: {steps: !!int abc}", " is not valid YAML, invalid literal"),
+        (b"- 3\n", " holds no mapping of keys"),
+        (b"model: {dim: caf\xe9}", ": not UTF-8 text"),
         (b"modle:\n", ": unknown key modle; did you mean model."),
         (b"train: {steps: !!bool 3}", " is not valid YAML, no valid key or value (KeyError: '3'); correct the file"),
         (b"a: " + b"[" * 80 + b"]" * 80, " is not valid YAML, nested more than 16 levels deep"),
         (b"train: {seed: " + b"9" * 5000 + b"}", " is not valid YAML, a number of 5000 characters"),
     ],
-)  # fmt: skip
+)
 def test_a_file_that_is_no_configuration_is_named(content, words, tmp_path):
     path = tmp_path / "other.yaml"
     path.write_bytes(content)
@@ -199,7 +221,13 @@ def test_words_for_true_and_false(word, expected):
 
 def test_written_configuration_reads_back(tmp_path):
     config = read_config(
-        [*GOOD, "optimizer.lr=3e-4", "data.train=/corpus/train", "engine.deepspeed.a.b=1", "head_loss.weights=[1,0.5,0.5,0.5]"]
+        [
+            *GOOD,
+            "optimizer.lr=3e-4",
+            "data.train=/corpus/train",
+            "engine.deepspeed.a.b=1",
+            "head_loss.weights=[1,0.5,0.5,0.5]",
+        ]
     )
     write_config(config, tmp_path / "config.yaml")
     assert read_config([str(tmp_path / "config.yaml")]) == config
@@ -207,7 +235,9 @@ def test_written_configuration_reads_back(tmp_path):
     assert config.engine.deepspeed == {"a": {"b": 1}}
 
 
-@pytest.mark.parametrize("train", ["a" * 1_000_000, "a " * 500_000, "1 " + "a" * 1_000_000, "1 '" + "a " * 500_000 + "'"])
+@pytest.mark.parametrize(
+    "train", ["a" * 1_000_000, "a " * 500_000, "1 " + "a" * 1_000_000, "1 '" + "a " * 500_000 + "'"]
+)
 def test_a_megabyte_of_data_train_is_refused_at_once(train):
     start = time.monotonic()
     with pytest.raises(InputError, match=r"data\.train has .* bytes; expected at most 131072"):
@@ -221,8 +251,10 @@ def test_the_longest_blend():
 
 
 WORDS = st.sampled_from(
-    '0 1 -1 3 128 1e400 -.inf .nan 0x7fffffffffffffff 9223372036854775808 1:30 true null ~ ??? x \'\' "\\0" "\\n" 2020-01-01 '
-    "${model.dim} ${nothing} ${oc.env:HOME} ${ !!bool !!int !!float !!str !!binary !!timestamp !!set !!omap !!python/name:os &a *a "
+    '0 1 -1 3 128 1e400 -.inf .nan 0x7fffffffffffffff 9223372036854775808 1:30 true null ~ ??? x \'\' "\\0" "\\n" '
+    "2020-01-01 "
+    "${model.dim} ${nothing} ${oc.env:HOME} ${ !!bool !!int !!float !!str !!binary !!timestamp !!set !!omap "
+    "!!python/name:os &a *a "
     "<< = % @ ` | > - ? : , [ ] { } # \n \t \\ \x00 \x85 \u2028 \ud800 é".split(" ")
 )
 FRAGMENTS = st.lists(WORDS | st.text(max_size=4), max_size=6).map(" ".join) | st.recursive(

@@ -92,7 +92,9 @@ def test_same_preparation_is_reused(source, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
 
 
-@pytest.mark.parametrize("change", ["vocab_size", "validation_fraction", "seed", "tokenizer", "json_key", "text", "file"])
+@pytest.mark.parametrize(
+    "change", ["vocab_size", "validation_fraction", "seed", "tokenizer", "json_key", "text", "file"]
+)
 def test_another_preparation_is_refused_unless_it_may_overwrite(source, tmp_path, change):
     out, options = tmp_path / "out", {"vocab_size": VOCAB_SIZE, "validation_fraction": 0.02, "seed": 0}
     prepare(source, out, **options)
@@ -148,7 +150,9 @@ def test_corpus_of_an_earlier_version_is_read_and_reused(source, tmp_path):
 def test_another_reading_of_the_same_files_is_another_corpus(tmp_path, change):
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "line {number}"}}\n' for number in range(50)))
     prepare(find_source([tmp_path / "a.jsonl"]), tmp_path / "out", tokenizer="bytes")
-    assert "other inputs or settings" in refusal(find_source([tmp_path / "a.jsonl"], **change), tmp_path / "out", tokenizer="bytes")
+    assert "other inputs or settings" in refusal(
+        find_source([tmp_path / "a.jsonl"], **change), tmp_path / "out", tokenizer="bytes"
+    )
 
 
 def test_interrupted_preparation_is_no_corpus_and_can_be_restarted(source, tmp_path, monkeypatch):
@@ -215,7 +219,9 @@ def test_too_little_text_leaves_nothing(tmp_path, content):
     assert contents(tmp_path / "out") == {}
 
 
-@pytest.mark.parametrize("name", ["tokenizer.model", "train.bin", "validation.idx", "train.crc", "lengths.png", "corpus.json"])
+@pytest.mark.parametrize(
+    "name", ["tokenizer.model", "train.bin", "validation.idx", "train.crc", "lengths.png", "corpus.json"]
+)
 def test_full_disk(source, tmp_path, name):
     out = tmp_path / "out"
     out.mkdir()
@@ -229,7 +235,9 @@ def test_full_disk(source, tmp_path, name):
     assert not (out / ".preparation").exists()
 
 
-@pytest.mark.parametrize("wrong", [{"vocab_size": 3}, {"vocab_size": 10**6}, {"tokenizer": "texts/00.py"}, {"tokenizer": "none"}])
+@pytest.mark.parametrize(
+    "wrong", [{"vocab_size": 3}, {"vocab_size": 10**6}, {"tokenizer": "texts/00.py"}, {"tokenizer": "none"}]
+)
 def test_mistake_leaves_nothing_new_and_the_old_corpus_whole(source, tmp_path, wrong):
     options = {name: tmp_path / value if name == "tokenizer" else value for name, value in wrong.items()}
     (tmp_path / "out").mkdir()
@@ -274,7 +282,8 @@ def test_files_of_another_program_are_not_replaced_unasked(source, tmp_path, nam
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_bytes(b"precious")
     assert refusal(source, tmp_path / "out", VOCAB_SIZE) == (
-        f"{tmp_path}/out/{name} is there without a corpus.json; expected a folder without it: use another or --overwrite"
+        f"{tmp_path}/out/{name} is there without a corpus.json; expected a folder without it: use another or "
+        "--overwrite"
     )
     assert contents(tmp_path / "out") == {name: b"precious"}
     prepare(source, tmp_path / "out", VOCAB_SIZE, overwrite=True)
@@ -296,7 +305,9 @@ def test_reuse_leaves_a_preparation_that_is_under_way_alone(source, tmp_path):
     (tmp_path / "out/.preparation").mkdir()
     with open(tmp_path / "out/.preparation/lock", "wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert refusal(source, tmp_path / "out", VOCAB_SIZE).startswith(f"{tmp_path}/out is being prepared by another process")
+        assert refusal(source, tmp_path / "out", VOCAB_SIZE).startswith(
+            f"{tmp_path}/out is being prepared by another process"
+        )
         assert (tmp_path / "out/.preparation/lock").exists()
     _, reused = prepare(source, tmp_path / "out", VOCAB_SIZE)
     assert reused

@@ -45,14 +45,18 @@ def test_offload_is_passed_on():
 
 
 def test_other_settings_pass_through_at_every_depth():
-    config = small_config(engine__deepspeed__wall_clock_breakdown=True, engine__deepspeed__zero_optimization__sub_group_size=1000)
+    config = small_config(
+        engine__deepspeed__wall_clock_breakdown=True, engine__deepspeed__zero_optimization__sub_group_size=1000
+    )
     settings = deepspeed_config(config, 2)
     assert settings["wall_clock_breakdown"] is True
     assert settings["zero_optimization"]["sub_group_size"] == 1000
     assert settings["zero_optimization"]["stage"] == 3
 
 
-@pytest.mark.parametrize("name", ["gradient_clipping", "zero_optimization.stage", "bf16.enabled", "data_types.grad_accum_dtype"])
+@pytest.mark.parametrize(
+    "name", ["gradient_clipping", "zero_optimization.stage", "bf16.enabled", "data_types.grad_accum_dtype"]
+)
 def test_clashes_are_refused_by_name(name):
     config = small_config(**{f"engine__deepspeed__{name.replace('.', '__')}": 1})
     with pytest.raises(InputError, match=rf"engine\.deepspeed\.{name} clashes"):

@@ -45,7 +45,9 @@ def test_order_and_names_do_not_depend_on_the_file_system(tmp_path, monkeypatch)
     for seed in range(5):
 
         def shuffled(folder, onerror, seed=seed):
-            for place, folders, names in random.Random(seed).sample(found := list(walk(folder, onerror=onerror)), len(found)):
+            for place, folders, names in random.Random(seed).sample(
+                found := list(walk(folder, onerror=onerror)), len(found)
+            ):
                 yield place, folders, random.Random(seed).sample(names, len(names))
 
         monkeypatch.setattr(os, "walk", shuffled)
@@ -56,7 +58,13 @@ def test_order_and_names_do_not_depend_on_the_file_system(tmp_path, monkeypatch)
 
 
 def test_whatever_is_utf8_text_is_text(tmp_path):
-    files = {**TREE, "LICENSE": "free", "Makefile": "all:\n", "lib/A.PM": "package A;", "package.json": '{\n "name": "a"\n}\n'}
+    files = {
+        **TREE,
+        "LICENSE": "free",
+        "Makefile": "all:\n",
+        "lib/A.PM": "package A;",
+        "package.json": '{\n "name": "a"\n}\n',
+    }
     write(tmp_path, {**files, "picture.png": b"\x89PNG", "zip": b"PK\3\4\0", "empty.py": ""})
     (tmp_path / "folder.py").mkdir()
     source = find_source([tmp_path])
@@ -75,7 +83,10 @@ def test_a_folder_of_json_lines_by_any_name(tmp_path):
 
 
 def test_what_is_passed_over_in_folders_is_told(tmp_path):
-    write(tmp_path, {**TREE, ".git/config": "x", ".editorconfig": "x", "build/a.py": "x", "a/build/b.py": "x", "z.lock": "x"})
+    write(
+        tmp_path,
+        {**TREE, ".git/config": "x", ".editorconfig": "x", "build/a.py": "x", "a/build/b.py": "x", "z.lock": "x"},
+    )
     (tmp_path / "link").symlink_to(tmp_path / "a", target_is_directory=True)
     os.mkfifo(tmp_path / "pipe")
     source = find_source([tmp_path], exclude=("build", "*.lock"))
@@ -86,7 +97,9 @@ def test_what_is_passed_over_in_folders_is_told(tmp_path):
         documents.LINKS: ["link"],
         documents.SPECIAL: ["pipe"],
     }
-    assert found(tmp_path / ".git") == [("config", "x")] and found(tmp_path / ".editorconfig") == [(".editorconfig", "x")]
+    assert found(tmp_path / ".git") == [("config", "x")] and found(tmp_path / ".editorconfig") == [
+        (".editorconfig", "x")
+    ]
 
 
 @pytest.mark.parametrize("name", ["a/broken.py", "broken.jsonl", "broken", "broken.bin"])
@@ -100,7 +113,9 @@ def test_link_that_points_nowhere_is_named_unless_it_is_left_out(tmp_path, name)
     assert found(tmp_path, exclude=("broken*",)) == sorted(TREE.items())
     (tmp_path / name).unlink()
     (tmp_path / name).symlink_to(tmp_path / name)
-    assert refusal(partial(find_source, **own), [tmp_path]).startswith(f"{tmp_path}/{name}: Too many levels of symbolic links; ")
+    assert refusal(partial(find_source, **own), [tmp_path]).startswith(
+        f"{tmp_path}/{name}: Too many levels of symbolic links; "
+    )
 
 
 def test_binary_file_that_is_named_is_refused(tmp_path):
@@ -123,8 +138,16 @@ def test_format_of_all_inputs_can_be_given(tmp_path, file_format, expected):
 
 def test_json_files_hold_json_lines_but_are_settings_in_a_source_tree(tmp_path):
     line = '{"text": "two words"}'
-    write(tmp_path, {"loose.json": line, "x/LARGE.JSONL": line, "x/Mod.PY": "x = 1", "y.json.GZ": gzip.compress(line.encode())})
-    records = [("loose.json/0", "two words"), ("x/LARGE.JSONL/0", "two words"), ("x/Mod.PY", "x = 1"), ("y.json.GZ/0", "two words")]
+    write(
+        tmp_path,
+        {"loose.json": line, "x/LARGE.JSONL": line, "x/Mod.PY": "x = 1", "y.json.GZ": gzip.compress(line.encode())},
+    )
+    records = [
+        ("loose.json/0", "two words"),
+        ("x/LARGE.JSONL/0", "two words"),
+        ("x/Mod.PY", "x = 1"),
+        ("y.json.GZ/0", "two words"),
+    ]
     assert found(tmp_path) == records
     assert found(tmp_path / "loose.json") == records[:1]
     settings = '{\n  "key": 1\n}\n'
@@ -134,7 +157,10 @@ def test_json_files_hold_json_lines_but_are_settings_in_a_source_tree(tmp_path):
 
 
 def test_files_that_are_not_utf8_are_passed_over_and_reported(tmp_path):
-    write(tmp_path, {"latin.txt": "caf\u00e9".encode("latin-1"), "good.txt": "caf\u00e9", "x/wide.py": "x = 1".encode("utf-16")})
+    write(
+        tmp_path,
+        {"latin.txt": "caf\u00e9".encode("latin-1"), "good.txt": "caf\u00e9", "x/wide.py": "x = 1".encode("utf-16")},
+    )
     source = find_source([tmp_path])
     reader = source.reader()
     assert list(source.documents(reader)) == [("good.txt", "caf\u00e9")]

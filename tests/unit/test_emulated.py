@@ -43,9 +43,14 @@ def _transfers_of_a_step(world_size: int) -> list[tuple[str, int, float]]:
     from megamtp.engines.zero import ZeroEngine
 
     config = small_config(
-        world_size, engine__kind="zero3", cluster__emulate=world_size, cluster__flat_bandwidth=1e9, cluster__latency=0,
-        model__num_future_tokens=2, train__precision="bf16",
-    )  # fmt: skip
+        world_size,
+        engine__kind="zero3",
+        cluster__emulate=world_size,
+        cluster__flat_bandwidth=1e9,
+        cluster__latency=0,
+        model__num_future_tokens=2,
+        train__precision="bf16",
+    )
     logs = []
     join = emulated.join
     emulated.join = lambda cluster: logs.append(join(cluster))
@@ -59,7 +64,9 @@ def _transfers_of_a_step(world_size: int) -> list[tuple[str, int, float]]:
 
 @pytest.mark.parametrize("world_size", [2, 64])
 def test_bytes_counts_and_times_of_a_step(world_size):
-    """3 trunk layers, 2 heads, embedding and unembedding, in bf16: each shard of a parameter is padded to whole elements."""
+    """3 trunk layers, 2 heads, embedding and unembedding, in bf16: each shard of a parameter is padded to whole
+    elements.
+    """
     (found,) = run_ranks(_transfers_of_a_step, 1, world_size, backend="none")
 
     def padded(*sizes: int) -> int:

@@ -13,10 +13,7 @@ NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_LOCALID", "MASTER_PORT")
     [
         ({}, Place(0, 0, 1)),
         ({"RANK": "9", "LOCAL_RANK": "1", "WORLD_SIZE": "16"}, Place(9, 1, 16)),
-        (
-            {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"},
-            Place(3, 1, 4),
-        ),
+        ({"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"}, Place(3, 1, 4)),
         ({"PMI_RANK": "5", "MPI_LOCALRANKID": "2", "PMI_SIZE": "6"}, Place(5, 2, 6)),
         ({"PMI_RANK": "1", "PMI_SIZE": "2"}, Place(1, 1, 2)),
         ({"WORLD_SIZE": "8"}, Place(0, 0, 1)),
@@ -39,7 +36,10 @@ def test_place_under_each_launcher(variables, expected, monkeypatch):
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 with WORLD_SIZE=2; expected a rank below"),
         ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1.0"}, "LOCAL_RANK=1.0 in the environment; expected 0 to"),
         ({"PMI_RANK": "1", "PMI_SIZE": "2", "SLURM_LOCALID": "0(x2)"}, "SLURM_LOCALID=0"),
-        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "tcp"}, "MASTER_PORT=tcp in the environment; expected 1 to 65535"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "tcp"},
+            "MASTER_PORT=tcp in the environment; expected 1 to 65535",
+        ),
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "65536"}, "MASTER_PORT=65536"),
     ],
 )

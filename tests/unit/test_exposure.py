@@ -70,7 +70,9 @@ def test_a_part_counts_only_what_lies_in_it():
 
 
 def test_every_micro_batch_has_a_head_phase():
-    """Exposed of the transfer 7-17 are 10-14 and a piece in the second head phase, 16-18, too short to count as long."""
+    """Exposed of the transfer 7-17 are 10-14 and a piece in the second head phase, 16-18, too short to count as
+    long.
+    """
     ranges = [Kernel(HEAD_PHASE_RANGE, COMPUTE, start, start + 2) for start in (6, 16)]
     trace = read([computing(0, 10), computing(14, 16.6), computing(17, 20), *emulated(7, 17), *ranges])
     assert trace.parts["heads"] == [(6, 8), (16, 18)]
@@ -85,7 +87,13 @@ def test_a_transfer_ends_with_its_own_hold():
     trace = read([computing(0, 1), *emulated(2, 8, copy_end=5), *emulated(10, 13), computing(20, 21)])
     assert trace.transfers == [(2, 8), (10, 13)]
     assert trace.exposure("step") == Exposure(
-        total=21, computing=2, transferring=9, exposed=9, exposed_long=9, exposed_moving=pytest.approx(2.8 + 0.8), idle=10
+        total=21,
+        computing=2,
+        transferring=9,
+        exposed=9,
+        exposed_long=9,
+        exposed_moving=pytest.approx(2.8 + 0.8),
+        idle=10,
     )
 
 
@@ -99,7 +107,9 @@ def test_each_stream_has_its_own_transfers():
 
 def test_what_runs_beside_transfers_on_other_streams_computes():
     """Also on a second stream; and no kernel is a transfer because its name contains one's."""
-    trace = read([computing(0, 2), Kernel("threshold_backward", COMPUTE, 2, 3), computing(3, 6, stream=8), *emulated(0, 8)])
+    trace = read(
+        [computing(0, 2), Kernel("threshold_backward", COMPUTE, 2, 3), computing(3, 6, stream=8), *emulated(0, 8)]
+    )
     assert trace.computing == [(0, 6)]
     assert trace.exposure("step") == Exposure(
         total=8, computing=6, transferring=8, exposed=2, exposed_long=2, exposed_moving=0, idle=0
@@ -115,6 +125,8 @@ def test_real_collectives_are_transfers_of_their_own():
 
 
 def test_a_real_transfer_on_the_computing_stream_is_no_computing():
-    trace = read([computing(0, 4), Kernel("ncclDevKernel_SendRecv(ncclDevKernelArgsStorage)", COMPUTE, 4, 6), computing(6, 8)])
+    trace = read(
+        [computing(0, 4), Kernel("ncclDevKernel_SendRecv(ncclDevKernelArgsStorage)", COMPUTE, 4, 6), computing(6, 8)]
+    )
     assert trace.computing == [(0, 4), (6, 8)]
     assert trace.exposed == [(4, 6)]

@@ -1,4 +1,6 @@
-"""The fp8 loss on a CPU, where the same casts and products run slowly: rounding, gradients, sharing of the weight's copies."""
+"""The fp8 loss on a CPU, where the same casts and products run slowly: rounding, gradients, sharing of the weight's
+copies.
+"""
 
 import weakref
 
@@ -15,7 +17,9 @@ from megamtp.model.mtp import MTPModel
 from tests.float8_cases import Case, relative_error
 
 CASES = [
-    Case(131, 64, 512, chunk_rows, spread, z_loss) for chunk_rows in (48, 1000) for spread, z_loss in ((1.0, 0.0), (3.0, 1e-2))
+    Case(131, 64, 512, chunk_rows, spread, z_loss)
+    for chunk_rows in (48, 1000)
+    for spread, z_loss in ((1.0, 0.0), (3.0, 1e-2))
 ]
 
 
@@ -61,7 +65,10 @@ def test_the_tail_of_a_softmax_survives_in_e5m2_not_in_e4m3():
     """Zipf's law: the unembedding knows how frequent a token is, so rare tokens' parts of dH are small but add up."""
     generator = torch.Generator().manual_seed(0)
     rows, dim, vocabulary = 256, 64, 32000
-    hidden, weight = torch.randn(rows, dim, generator=generator), torch.randn(vocabulary, dim, generator=generator) * 0.2
+    hidden, weight = (
+        torch.randn(rows, dim, generator=generator),
+        torch.randn(vocabulary, dim, generator=generator) * 0.2,
+    )
     hidden[:, 0], weight[:, 0] = 4.0, -torch.arange(1, vocabulary + 1).log() / 4
     logits = hidden @ weight.T
     targets = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
@@ -150,7 +157,9 @@ def test_evaluation_stays_in_the_models_precision(model, weights_made):
 @pytest.mark.parametrize("wanted", ["hidden", "weight"])
 def test_only_one_gradient_wanted(wanted):
     hidden, weight, targets = CASES[0].inputs()
-    expected = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets, float8_weight=Float8Weight())[0], (hidden, weight))
+    expected = torch.autograd.grad(
+        linear_cross_entropy(hidden, weight, targets, float8_weight=Float8Weight())[0], (hidden, weight)
+    )
     other = weight if wanted == "hidden" else hidden
     other.requires_grad_(False)
     loss, _ = linear_cross_entropy(hidden, weight, targets, float8_weight=Float8Weight())

@@ -46,7 +46,9 @@ def test_its_room_counts_as_free(left_by_a_killed_one, tmp_path, monkeypatch):
 def test_two_conversions_to_one_place_are_refused(left_by_a_killed_one, tmp_path):
     with open(left_by_a_killed_one / "lock", "wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(CheckpointError, match=r"another process writes to .*exported\.partial; expected one at a time"):
+        with pytest.raises(
+            CheckpointError, match=r"another process writes to .*exported\.partial; expected one at a time"
+        ):
             write(tmp_path / "exported")
     assert (left_by_a_killed_one / "new/deep/file").exists()
     write(tmp_path / "exported")
@@ -78,7 +80,8 @@ def export(content):
             (new / name).write_text(content)
 
 found = []
-for kill in killed_at_each_line(("megamtp/checkpoint/folder.py", "megamtp/files.py"), lambda: export("old"), lambda: export("new")):
+files = ("megamtp/checkpoint/folder.py", "megamtp/files.py")
+    for kill in killed_at_each_line(files, lambda: export("old"), lambda: export("new")):
     if not at_once:  # the name may be free now, until the next conversion begins
         with contextlib.suppress(KeyboardInterrupt), folder.published(exported, 0, replaceable=True):
             raise KeyboardInterrupt
@@ -107,7 +110,9 @@ def test_the_current_folder_is_refused(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     for name in (".", "../here", str(tmp_path / "here")):
-        with pytest.raises(CheckpointError, match=r"is the current folder, .*; expected another: choose a new folder in it"):
+        with pytest.raises(
+            CheckpointError, match=r"is the current folder, .*; expected another: choose a new folder in it"
+        ):
             write(Path(name))
     write(Path("new"))
     assert (tmp_path / "here/new/file").read_text() == "content"
@@ -125,10 +130,14 @@ def test_a_mount_point_is_refused_at_once():
         folder.check_destination(Path("/proc"))
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe", b"x" * 300, "\u00e9".encode() * 150, b"a\0b", b"../step", b"a/b", b"/step"])
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe", b"x" * 300, "\u00e9".encode() * 150, b"a\0b", b"../step", b"a/b", b"/step"]
+)
 def test_a_file_that_names_no_neighbour_is_refused(tmp_path, content):
     (tmp_path / "latest").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"^[^\n]*latest cannot be read \([^\n]*\); expected the name of a folder beside it"):
+    with pytest.raises(
+        CheckpointError, match=r"^[^\n]*latest cannot be read \([^\n]*\); expected the name of a folder beside it"
+    ):
         folder.name_in(tmp_path / "latest")
 
 

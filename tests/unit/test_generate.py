@@ -132,11 +132,19 @@ def test_an_empty_prompt_begins_from_the_end_id(model):
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"max_new_tokens": -1}, {"temperature": -0.1}, {"temperature": float("nan")}, {"top_k": 0},
-        {"top_p": 0.0}, {"top_p": 1.1}, {"seed": -1}, {"seed": 2**64}, {"prompt_ids": []}, {"prompt_ids": [500]},
+        {"max_new_tokens": -1},
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"seed": -1},
+        {"seed": 2**64},
+        {"prompt_ids": []},
+        {"prompt_ids": [500]},
         {"prompt_ids": [-1]},
     ],
-)  # fmt: skip
+)
 def test_bad_values_are_refused(model, wrong):
     with pytest.raises(InputError, match="expected"):
         generate(**{"model": model, "prompt_ids": PROMPT, "max_new_tokens": 3} | wrong)
@@ -196,7 +204,17 @@ def test_a_model_of_more_rows_than_its_tokenizer_has_pieces(model, tmp_path, mon
     ids = tokenizer.encode("def main(")
     drawn = generate(model, ids, 30, temperature=1.0, end_id=tokenizer.end_of_document_id)
     assert max(drawn) >= 400 > min(drawn)
-    call(monkeypatch, command, tmp_path / "exported", "--prompt", "def main(", "--max-new-tokens", 30, "--temperature", 1.0)
+    call(
+        monkeypatch,
+        command,
+        tmp_path / "exported",
+        "--prompt",
+        "def main(",
+        "--max-new-tokens",
+        30,
+        "--temperature",
+        1.0,
+    )
     assert capsys.readouterr().out == tokenizer.decode([token for token in ids + drawn if token < 400]) + "\n"
     if target == "hf":
         theirs = AutoTokenizer.from_pretrained(tmp_path / "exported")
@@ -238,7 +256,9 @@ def test_text_that_the_terminal_cannot_show_or_the_disk_not_hold(run_directory):
     with open("/dev/full", "w") as full:
         finished = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, text=True)
     assert finished.returncode == 2
-    assert finished.stderr == "megamtp: error: the output cannot be written: No space left on device; make room for it\n"
+    assert (
+        finished.stderr == "megamtp: error: the output cannot be written: No space left on device; make room for it\n"
+    )
 
 
 @pytest.mark.parametrize("tool", [convert_checkpoint, command])

@@ -23,10 +23,27 @@ from tests import tokenizer_kinds
 from tests.checkpoints import SMALL, VOCABULARY, contents, random_model
 
 AWKWARD = [
-    "", " ", "  ", "\n", "\t", "\tx = 1\n", "    return  x\n", "a\r\nb\r", "x\n\n\n  y ", "trailing   ",
-    "</s>", "<s>a</s>", "<unk>", "<0x0A>", "é e\u0301 \ufb01 \uff21 中文 😀",
-    "a\u00a0b\u200bc\u2028d\x00\x01", "\u2581", "a \u2581 b\u2581", "12345 1.5e-10", "====------",
-]  # fmt: skip
+    "",
+    " ",
+    "  ",
+    "\n",
+    "\t",
+    "\tx = 1\n",
+    "    return  x\n",
+    "a\r\nb\r",
+    "x\n\n\n  y ",
+    "trailing   ",
+    "</s>",
+    "<s>a</s>",
+    "<unk>",
+    "<0x0A>",
+    "é e\u0301 \ufb01 \uff21 中文 😀",
+    "a\u00a0b\u200bc\u2028d\x00\x01",
+    "\u2581",
+    "a \u2581 b\u2581",
+    "12345 1.5e-10",
+    "====------",
+]
 
 
 def read_back(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
@@ -294,4 +311,6 @@ def test_a_tokenizer_that_stays_behind_is_said_so(exported):
     (exported / "tokenizer.json").write_text(json.dumps({"long": "x" * hf_tokenizer.LARGEST_BYTE_TOKENIZER}))
     found = hf.read(exported)
     assert found.tokenizer is None
-    assert ["has a tokenizer, but no SentencePiece model of at most 300 pieces" in note for note in found.notes] == [True]
+    assert ["has a tokenizer, but no SentencePiece model of at most 300 pieces" in note for note in found.notes] == [
+        True
+    ]

@@ -1,4 +1,6 @@
-"""The export of all heads: transformers computes and generates what we do; drafting changes nothing but the number of passes."""
+"""The export of all heads: transformers computes and generates what we do; drafting changes nothing but the number
+of passes.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -58,7 +60,9 @@ def test_losses_of_several_batches_add_up_as_trainer_asks(exported):
     labels[0, :7] = -100
     with torch.no_grad():
         whole_loss = exported(tokens, labels=labels).loss
-        parts = [exported(tokens[row, None], labels=labels[row, None], num_items_in_batch=5 + 11).loss for row in range(2)]
+        parts = [
+            exported(tokens[row, None], labels=labels[row, None], num_items_in_batch=5 + 11).loss for row in range(2)
+        ]
     torch.testing.assert_close(sum(parts), whole_loss)
 
 

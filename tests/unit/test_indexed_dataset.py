@@ -91,7 +91,9 @@ def test_round_trip_keeps_the_extremes(tmp_path, code):
     documents = [[limits.min, limits.max], [], [0]]
     write_ours(tmp_path / "ours", documents, INTEGERS[code])
     assert read(tmp_path / "ours") == documents
-    assert ((tmp_path / "ours.bin").read_bytes(), (tmp_path / "ours.idx").read_bytes()) == encode(code, documents, [0, 1, 2, 3])
+    assert ((tmp_path / "ours.bin").read_bytes(), (tmp_path / "ours.idx").read_bytes()) == encode(
+        code, documents, [0, 1, 2, 3]
+    )
 
 
 @settings(max_examples=25, deadline=None)
@@ -195,7 +197,12 @@ def test_damage_between_the_ends_is_found_when_it_is_read(tmp_path, monkeypatch)
     monkeypatch.setattr("megamtp.data.indexed_dataset.CHECKED_SEQUENCES", 2)
     content, index = encode(8, [[1, 2]] * 9, list(range(10)))
     pointers, documents = HEADER.size + 9 * 4, HEADER.size + 9 * 12
-    for place, value in ((pointers + 8 * 4, 3), (pointers + 8 * 4, 2**40), (documents + 8 * 4, 77), (documents + 8 * 4, -1)):
+    for place, value in (
+        (pointers + 8 * 4, 3),
+        (pointers + 8 * 4, 2**40),
+        (documents + 8 * 4, 77),
+        (documents + 8 * 4, -1),
+    ):
         damaged = index[:place] + struct.pack("<q", value) + index[place + 8 :]
         dataset = IndexedDataset(write_pair(tmp_path / "damaged", content, damaged))
         for read_it in (lambda dataset=dataset: dataset[4], lambda dataset=dataset: dataset.boundaries(6, 12)):
@@ -204,7 +211,9 @@ def test_damage_between_the_ends_is_found_when_it_is_read(tmp_path, monkeypatch)
 
 
 def test_flipped_bits_of_an_index_do_not_mislead(tmp_path, monkeypatch):
-    """Of every fifth bit: boundaries are as they were, or the index is refused; but for document numbers that still rise."""
+    """Of every fifth bit: boundaries are as they were, or the index is refused; but for document numbers that still
+    rise.
+    """
     monkeypatch.setattr("megamtp.data.indexed_dataset.CHECKED_SEQUENCES", 1)
     lengths = [2, 3, 0, 1, 4, 2, 2, 5, 1, 3, 2]
     content, index = encode(8, [[7] * length for length in lengths], list(range(12)))
@@ -260,7 +269,9 @@ def megatron():
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.int32, np.int64, np.float64, np.float32, np.uint16])
 def test_files_of_every_type_are_megatrons_byte_for_byte(tmp_path, megatron, dtype):
-    low, high = (np.finfo(dtype).min, 0.5) if np.dtype(dtype).kind == "f" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
+    low, high = (
+        (np.finfo(dtype).min, 0.5) if np.dtype(dtype).kind == "f" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
+    )
     documents = [[[1, 2, 3]], [[]], [], [[4], [], [5, 6]], [[float(low), 0.5] if dtype == np.float64 else [low, high]]]
     theirs = megatron.write(tmp_path / "theirs", documents, dtype)
     with IndexedDatasetWriter(tmp_path / "ours", dtype) as writer:
@@ -269,7 +280,9 @@ def test_files_of_every_type_are_megatrons_byte_for_byte(tmp_path, megatron, dty
             writer.add_document(tokens, [len(sequence) for sequence in sequences])
     assert ((tmp_path / "ours.bin").read_bytes(), (tmp_path / "ours.idx").read_bytes()) == theirs
     assert megatron.read(tmp_path / "ours") == documents
-    assert read(tmp_path / "theirs") == [[token for sequence in sequences for token in sequence] for sequences in documents]
+    assert read(tmp_path / "theirs") == [
+        [token for sequence in sequences for token in sequence] for sequences in documents
+    ]
     assert IndexedDataset(tmp_path / "theirs").dtype == dtype
 
 
@@ -280,11 +293,15 @@ def test_any_documents_are_megatrons_byte_for_byte(tmp_path_factory, megatron, d
     theirs = megatron.write(folder / "their_property", documents, np.uint16)
     with IndexedDatasetWriter(folder / "our_property", np.uint16) as writer:
         for sequences in documents:
-            writer.add_document([token for sequence in sequences for token in sequence], [len(part) for part in sequences])
+            writer.add_document(
+                [token for sequence in sequences for token in sequence], [len(part) for part in sequences]
+            )
     assert (Path(f"{folder}/our_property.bin").read_bytes(), Path(f"{folder}/our_property.idx").read_bytes()) == theirs
     if theirs[0]:  # megatron-core cannot map an empty .bin
         assert megatron.read(folder / "our_property") == documents
-    assert read(folder / "their_property") == [[token for part in sequences for token in part] for sequences in documents]
+    assert read(folder / "their_property") == [
+        [token for part in sequences for token in part] for sequences in documents
+    ]
 
 
 def test_sequence_longer_than_the_index_can_say(tmp_path, monkeypatch):

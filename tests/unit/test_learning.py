@@ -25,7 +25,10 @@ def write_metrics(path: Path, factor: float, steps: int = STEPS) -> Path:
 
 
 def test_the_table_compares_with_the_first(tmp_path):
-    learned = {name: learning.read(write_metrics(tmp_path / name, factor), STEPS) for name, factor in (("bf16", 1), ("fp8", 1.002))}
+    learned = {
+        name: learning.read(write_metrics(tmp_path / name, factor), STEPS)
+        for name, factor in (("bf16", 1), ("fp8", 1.002))
+    }
     *_, one, two = learning.table(learned).splitlines()
     assert one == "| fp8 | 1 | 4.0080 | +0.20% | 4.5080 | +0.18% |"
     assert two == "| fp8 | 2 | 5.0100 | +0.20% | 5.5100 | +0.18% |"
@@ -36,7 +39,10 @@ def test_the_table_compares_with_the_first(tmp_path):
 
 
 def test_the_picture(tmp_path):
-    learned = {name: learning.read(write_metrics(tmp_path / name, 1 + i / 500), STEPS) for i, name in enumerate(learning.VARIANTS)}
+    learned = {
+        name: learning.read(write_metrics(tmp_path / name, 1 + i / 500), STEPS)
+        for i, name in enumerate(learning.VARIANTS)
+    }
     learning.draw(learned).savefig(tmp_path / "learning.png")
     content = (tmp_path / "learning.png").read_bytes()
     assert content.startswith(b"\x89PNG\r\n\x1a\n") and len(content) > 20_000

@@ -94,7 +94,10 @@ def test_all_ignored_gives_zero_loss_and_gradients():
 
 @pytest.mark.parametrize("float8_weight", [None, Float8Weight()])
 def test_no_rows_have_no_loss(float8_weight):
-    hidden, weight = torch.empty(0, 16, dtype=torch.bfloat16, requires_grad=True), torch.ones(32, 16, dtype=torch.bfloat16)
+    hidden, weight = (
+        torch.empty(0, 16, dtype=torch.bfloat16, requires_grad=True),
+        torch.ones(32, 16, dtype=torch.bfloat16),
+    )
     loss, nll = linear_cross_entropy(hidden, weight, torch.empty(0, dtype=torch.long), float8_weight=float8_weight)
     assert loss == nll == 0
     assert torch.autograd.grad(loss, hidden)[0].shape == (0, 16)
@@ -107,7 +110,9 @@ def test_large_logits_do_not_overflow():
 
 
 def test_bf16_gradients():
-    """bf16 keeps 8 bits: an operand rounded at 2^-9 in the softmax gradient, another in the result, gives about 0.4 %."""
+    """bf16 keeps 8 bits: an operand rounded at 2^-9 in the softmax gradient, another in the result, gives about 0.4
+    %.
+    """
     hidden, weight, targets = inputs(torch.bfloat16)
     expected = torch.autograd.grad(plain(hidden, weight, targets, 1.0, 0.0)[0], (hidden, weight))
     loss, _ = linear_cross_entropy(hidden, weight, targets, chunk_rows=5)

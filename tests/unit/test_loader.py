@@ -155,7 +155,9 @@ def test_damage_is_reported_at_its_step(tmp_path):
         writer.add_document([5] * 100)
         writer.add_document([5] * 37 + [400] + [5] * 100)
     windows = Windows(IndexedDataset(tmp_path / "damaged"), T, N, seed=0, vocab_size=300)
-    wrong = next(step for step in range(10) if any(place in order(windows, 0)[step * 8 : step * 8 + 8] for place in (45, 44)))
+    wrong = next(
+        step for step in range(10) if any(place in order(windows, 0)[step * 8 : step * 8 + 8] for place in (45, 44))
+    )
     loader = TrainLoader(windows, GLOBAL_BATCH, 2, 0, 1)
     for step in range(wrong):
         assert loader.damage(step) is None
@@ -196,16 +198,23 @@ def test_batch_larger_than_the_corpus():
 
 @pytest.mark.parametrize(("micro_batch_size", "world_size"), [(3, 1), (1, 3), (4, 4), (16, 1)])
 def test_global_batch_that_cannot_be_divided(micro_batch_size, world_size):
-    words = rf"^a global batch of 8 windows is not a multiple of {micro_batch_size} windows x {world_size} ranks; change .*$"
+    words = (
+        rf"^a global batch of 8 windows is not a multiple of {micro_batch_size} windows x {world_size} ranks; "
+        rf"change .*$"
+    )
     with pytest.raises(InputError, match=words):
         TrainLoader(make_windows(10), GLOBAL_BATCH, micro_batch_size, 0, world_size)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 20), st.integers(1, 4), st.sampled_from([1, 2, 3, 4]), st.one_of(st.none(), st.integers(1, 25)))
-def test_evaluation_has_each_window_once_and_equally_many_batches_a_rank(number, micro_batch_size, world_size, max_windows):
+def test_evaluation_has_each_window_once_and_equally_many_batches_a_rank(
+    number, micro_batch_size, world_size, max_windows
+):
     windows = Windows(Tokens(number * T + 1), T, N, seed=0)  # the last window lacks a target of head 2
-    ranks = [list(evaluation_batches(windows, micro_batch_size, rank, world_size, max_windows)) for rank in range(world_size)]
+    ranks = [
+        list(evaluation_batches(windows, micro_batch_size, rank, world_size, max_windows)) for rank in range(world_size)
+    ]
     assert len({len(batches) for batches in ranks}) == 1
     seen = []
     for batch in (batch for batches in ranks for batch in batches):

@@ -25,7 +25,10 @@ def test_the_faster_kind_is_named_whichever_a_run_has(spread_losses):
     own = paper_config("6.7b", f"engine.spread_losses={str(spread_losses).lower()}")
     other = dataclasses.replace(own, engine=dataclasses.replace(own.engine, spread_losses=not spread_losses))
     found, alternative = best_cut(own, 1), best_cut(other, 1)
-    assert isinstance(found, SpreadPartition) == spread_losses and isinstance(alternative, SpreadPartition) != spread_losses
+    assert (
+        isinstance(found, SpreadPartition) == spread_losses
+        and isinstance(alternative, SpreadPartition) != spread_losses
+    )
     ratio = step(alternative, other) / step(found, own)
     assert (ratio > 1) == spread_losses  # whole layers of this model are far from even
     setting = f"engine.spread_losses={str(not spread_losses).lower()}"

@@ -1,4 +1,6 @@
-"""Megatron-LM's checkpoints: weights fused as its own loader fuses them come back bit for bit; other forms are refused."""
+"""Megatron-LM's checkpoints: weights fused as its own loader fuses them come back bit for bit; other forms are
+refused.
+"""
 
 import argparse
 import dataclasses
@@ -24,12 +26,29 @@ LAYERS = ["trunk.0", "trunk.1", "heads.0"]
 
 def settings(**changes) -> argparse.Namespace:
     known = {
-        "hidden_size": 32, "num_layers": 3, "num_attention_heads": 4, "group_query_attention": True, "num_query_groups": 2,
-        "kv_channels": 8, "ffn_hidden_size": 48, "padded_vocab_size": 300, "vocab_size": 290, "rotary_base": 500,
-        "norm_epsilon": 1e-3, "position_embedding_type": "rope", "swiglu": True, "normalization": "RMSNorm",
-        "add_bias_linear": False, "add_qkv_bias": False, "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1,
-        "untie_embeddings_and_output_weights": True, "seq_length": 64, "params_dtype": torch.bfloat16, "num_experts": None,
-    }  # fmt: skip
+        "hidden_size": 32,
+        "num_layers": 3,
+        "num_attention_heads": 4,
+        "group_query_attention": True,
+        "num_query_groups": 2,
+        "kv_channels": 8,
+        "ffn_hidden_size": 48,
+        "padded_vocab_size": 300,
+        "vocab_size": 290,
+        "rotary_base": 500,
+        "norm_epsilon": 1e-3,
+        "position_embedding_type": "rope",
+        "swiglu": True,
+        "normalization": "RMSNorm",
+        "add_bias_linear": False,
+        "add_qkv_bias": False,
+        "tensor_model_parallel_size": 1,
+        "pipeline_model_parallel_size": 1,
+        "untie_embeddings_and_output_weights": True,
+        "seq_length": 64,
+        "params_dtype": torch.bfloat16,
+        "num_experts": None,
+    }
     return argparse.Namespace(**known | changes)
 
 
@@ -83,7 +102,12 @@ def foreign_enum(monkeypatch) -> enum.Enum:
 def test_fused_weights_come_back_bit_for_bit(tmp_path, monkeypatch, foreign_enum, with_engine):
     model = random_model(CONFIG)
     random_states = [{"np_rng_state": np.random.get_state(), "torch_rng_state": torch.get_rng_state()}]
-    save(tmp_path / "megatron", fused(model, with_engine), settings(attention_backend=foreign_enum), rng_state=random_states)
+    save(
+        tmp_path / "megatron",
+        fused(model, with_engine),
+        settings(attention_backend=foreign_enum),
+        rng_state=random_states,
+    )
     monkeypatch.delitem(sys.modules, "megatron.enums")
     monkeypatch.delitem(sys.modules, "megatron")
     found = megatron.read(tmp_path / "megatron", num_future_tokens=3)
@@ -93,7 +117,9 @@ def test_fused_weights_come_back_bit_for_bit(tmp_path, monkeypatch, foreign_enum
     for name in found.weights.shapes:
         source = name.replace("heads.1.", "heads.0.").replace("heads.2.", "heads.0.")
         assert torch.equal(whole(found.weights, name), expected[source]), name
-    MTPModel(found.model).load_state_dict({name: whole(found.weights, name) for name in found.weights.shapes}, strict=True)
+    MTPModel(found.model).load_state_dict(
+        {name: whole(found.weights, name) for name in found.weights.shapes}, strict=True
+    )
 
 
 def test_a_tied_unembedding_is_untied_and_said_so(tmp_path):
@@ -118,7 +144,9 @@ def test_a_latest_iteration_that_names_no_folder_is_one_line(tmp_path):
     save(tmp_path / "megatron", {}, settings())
     for content in ("²".encode(), b"\xff\xfe", b"x" * 300, b"9" * 5000, b"../\0", b""):
         (tmp_path / "megatron/latest_checkpointed_iteration.txt").write_bytes(content)
-        with pytest.raises(CheckpointError, match=r"^[^\n]*(latest_checkpointed_iteration.txt cannot be read|has no ranks)[^\n]*$"):
+        with pytest.raises(
+            CheckpointError, match=r"^[^\n]*(latest_checkpointed_iteration.txt cannot be read|has no ranks)[^\n]*$"
+        ):
             megatron.read(tmp_path / "megatron")
 
 

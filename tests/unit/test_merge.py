@@ -15,7 +15,9 @@ from megamtp.data.indexed_dataset import IndexedDataset
 from megamtp.errors import InputError
 
 # Some equal, some in one bin of the highest 16 bits, the smallest and the largest.
-HASHES = st.one_of(st.integers(0, 2**64 - 1), st.integers(2**60, 2**60 + 5), st.sampled_from([0, 1, 2**48, 2**64 - 1, 2**64 - 2]))
+HASHES = st.one_of(
+    st.integers(0, 2**64 - 1), st.integers(2**60, 2**60 + 5), st.sampled_from([0, 1, 2**48, 2**64 - 1, 2**64 - 2])
+)
 
 
 class Names:

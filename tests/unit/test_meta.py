@@ -16,7 +16,9 @@ from tests.checkpoints import SMALL, VOCABULARY, contents, random_model
 
 
 def released_logits(params: dict, weights: dict[str, Tensor], tokens_BT: Tensor) -> list[Tensor]:
-    """Every head's logits from the released weights, with rotations as products of complex numbers of neighbouring pairs."""
+    """Every head's logits from the released weights, with rotations as products of complex numbers of neighbouring
+    pairs.
+    """
     num_heads, theta, eps, n = params["n_heads"], params["rope_theta"], params["norm_eps"], params["n_future_tokens"]
     width = params["dim"] // num_heads
     frequencies = theta ** (-torch.arange(0, width, 2) / width)
@@ -39,7 +41,9 @@ def released_logits(params: dict, weights: dict[str, Tensor], tokens_BT: Tensor)
         scores += torch.full(scores.shape[-2:], float("-inf")).triu(1)
         x = x + torch.einsum("bhts,bshk->bthk", scores.softmax(-1), v).flatten(-2) @ w["attention.wo.weight"].T
         normed = norm(x, w["ffn_norm.weight"])
-        gated = torch.nn.functional.silu(normed @ w["feed_forward.w1.weight"].T) * (normed @ w["feed_forward.w3.weight"].T)
+        gated = torch.nn.functional.silu(normed @ w["feed_forward.w1.weight"].T) * (
+            normed @ w["feed_forward.w3.weight"].T
+        )
         return x + gated @ w["feed_forward.w2.weight"].T
 
     z = weights["tok_embeddings.weight"][tokens_BT]
@@ -87,7 +91,9 @@ def test_a_llama_without_heads_becomes_a_multi_token_model(tmp_path):
     weights = torch.load(tmp_path / "meta/consolidated.pth")
     torch.save(weights | {"rope.freqs": torch.zeros(4)}, tmp_path / "meta/consolidated.00.pth")
     found = meta.read(tmp_path / "meta", num_future_tokens=4)
-    assert found.model == dataclasses.replace(written_out(config), num_layers=6, num_future_tokens=4, rope_theta=10000.0)
+    assert found.model == dataclasses.replace(
+        written_out(config), num_layers=6, num_future_tokens=4, rope_theta=10000.0
+    )
     ours = MTPModel(found.model)
     ours.load_state_dict({name: whole(found.weights, name) for name in found.weights.shapes}, strict=True)
     for head in ours.heads:

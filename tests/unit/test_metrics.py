@@ -48,7 +48,9 @@ def test_what_is_no_number_is_null(tmp_path):
     metrics.training(1, [math.nan, 2.0], gradient_norm=math.inf, lr=1e-3, skipped=True)
     metrics.validation(1, [math.inf, 2.0])
     metrics.close()
-    training, validation = (json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "metrics.jsonl").open())
+    training, validation = (
+        json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "metrics.jsonl").open()
+    )
     assert training["losses"] == validation["losses"] == [None, 2.0] and training["gradient_norm"] is None
 
 
@@ -73,7 +75,14 @@ def test_a_damaged_line_is_named_though_it_is_no_text(tmp_path):
 
 @pytest.mark.parametrize(
     "line",
-    ['{"kind": "train", "step": 1e400}', '{"step": 1}', "[" * 100_000, '{"kind": "train", "step": true}', '{"kind": "train"}', "3"],
+    [
+        '{"kind": "train", "step": 1e400}',
+        '{"step": 1}',
+        "[" * 100_000,
+        '{"kind": "train", "step": true}',
+        '{"kind": "train"}',
+        "3",
+    ],
 )
 def test_a_damaged_record_is_named_whatever_its_damage(tmp_path, line):
     (tmp_path / "metrics.jsonl").write_text(line + "\n")

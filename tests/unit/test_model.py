@@ -1,4 +1,6 @@
-"""The model: parameter counts, initial weights, n = 1 as the ordinary model, recomputation, and decoding with a cache."""
+"""The model: parameter counts, initial weights, n = 1 as the ordinary model, recomputation, and decoding with a
+cache.
+"""
 
 import math
 
@@ -16,7 +18,13 @@ from megamtp.model.mtp import MTPModel
 
 
 def small(**overrides) -> ModelConfig:
-    settings = {"dim": 32, "num_layers": 5, "num_future_tokens": 2, "num_attention_heads": 4, "vocab_size": 50} | overrides
+    settings = {
+        "dim": 32,
+        "num_layers": 5,
+        "num_future_tokens": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 50,
+    } | overrides
     return ModelConfig(**settings)
 
 
@@ -51,7 +59,9 @@ def test_rotation_depends_on_distance_alone():
     cos, sin = rotary_tables(20, 8, 10000.0, torch.device("cpu"), torch.float64)
     query, key = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
     products = [
-        (rotate(query, cos[at : at + 1], sin[at : at + 1]) * rotate(key, cos[at + 3 : at + 4], sin[at + 3 : at + 4])).sum()
+        (
+            rotate(query, cos[at : at + 1], sin[at : at + 1]) * rotate(key, cos[at + 3 : at + 4], sin[at + 3 : at + 4])
+        ).sum()
         for at in (0, 7, 16)
     ]
     torch.testing.assert_close(torch.stack(products), products[0].expand(3), rtol=1e-6, atol=1e-7)

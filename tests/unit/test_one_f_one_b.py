@@ -29,7 +29,9 @@ def test_equal_stages_take_m_plus_p_minus_1(num_stages, micro_batches):
 
 
 def test_a_slow_first_stage_hides_the_others():
-    """It works from the start to the end but for the last micro-batch's way through the others; by hand, forward 3 2 1."""
+    """It works from the start to the end but for the last micro-batch's way through the others; by hand, forward 3 2
+    1.
+    """
     played = play([3.0, 2.0, 1.0], [6.0, 4.0, 2.0], 6)
     assert max(work.end for work in played) == 6 * 9 + 3
 
@@ -37,8 +39,11 @@ def test_a_slow_first_stage_hides_the_others():
 def test_a_link_delays_what_waits_for_it():
     played = play([1.0, 1.0], [1.0, 1.0], 1, link=0.25)
     assert [(work.stage, work.forward, work.start, work.end) for work in played] == [
-        (0, True, 0.0, 1.0), (1, True, 1.25, 2.25), (1, False, 2.25, 3.25), (0, False, 3.5, 4.5),
-    ]  # fmt: skip
+        (0, True, 0.0, 1.0),
+        (1, True, 1.25, 2.25),
+        (1, False, 2.25, 3.25),
+        (0, False, 3.5, 4.5),
+    ]
 
 
 def test_nothing_starts_before_what_it_needs_and_no_stage_does_two_things():

@@ -77,7 +77,10 @@ def test_slices_of_the_unembedding_are_the_whole():
     model = initialised(MTPModel(MODEL).double())
     z = model.z(inputs)
     rows = [range(0, 20), range(20, 53)]
-    slices = [initialised_rows(ModelPart(MODEL, Extent(range(0), range(0), own), HeadLossConfig()).double(), model) for own in rows]
+    slices = [
+        initialised_rows(ModelPart(MODEL, Extent(range(0), range(0), own), HeadLossConfig()).double(), model)
+        for own in rows
+    ]
     host = initialised(ModelPart(MODEL, Extent(range(0), range(3), range(0))).double())
     assert host.unembedding.weight is None and all(part.unembedding.norm is None for part in slices)
     (hidden, *_) = host.normed_heads(z)
@@ -94,9 +97,9 @@ def initialised_rows(part: ModelPart, model: MTPModel) -> ModelPart:
 
 def test_numbers_are_those_of_the_whole_model():
     part = ModelPart(MODEL, extent(1, 4))
-    assert [name.split(".")[:2] for name in ("trunk.1.mlp.up.weight", "heads.0.mlp.up.weight", "heads.1.mlp.up.weight")] == [
-        name.split(".")[:2] for name, _ in part.named_parameters() if name.endswith("mlp.up.weight")
-    ]
+    assert [
+        name.split(".")[:2] for name in ("trunk.1.mlp.up.weight", "heads.0.mlp.up.weight", "heads.1.mlp.up.weight")
+    ] == [name.split(".")[:2] for name, _ in part.named_parameters() if name.endswith("mlp.up.weight")]
     assert part.embedding is None and len(part.trunk) == 1 and len(part.heads) == 2
     assert isinstance(part.trunk, Numbered) and part.trunk[1] is next(iter(part.trunk))
     with pytest.raises(KeyError):

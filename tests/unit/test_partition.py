@@ -1,4 +1,6 @@
-"""The best contiguous cut against every cut there is, and against the best ones that are known for the paper's sizes."""
+"""The best contiguous cut against every cut there is, and against the best ones that are known for the paper's
+sizes.
+"""
 
 import itertools
 from itertools import accumulate
@@ -20,10 +22,16 @@ def paper_config(size: str, *settings: str) -> Config:
     """n = 4 in eight stages, 32 micro-batches."""
     return read_config(
         [
-            str(ROOT / f"configs/{size}_n4.yaml"), "data.train=none", "run.directory=none", "engine.kind=pipeline",
-            "engine.num_stages=8", "train.micro_batch_size=1", f"train.global_batch_tokens={32 * 4096}", *settings,
+            str(ROOT / f"configs/{size}_n4.yaml"),
+            "data.train=none",
+            "run.directory=none",
+            "engine.kind=pipeline",
+            "engine.num_stages=8",
+            "train.micro_batch_size=1",
+            f"train.global_batch_tokens={32 * 4096}",
+            *settings,
         ]
-    )  # fmt: skip
+    )
 
 
 def all_cuts(config: Config) -> list[Partition]:
@@ -59,15 +67,23 @@ SHAPES = list(itertools.product((4, 7, 9), (1, 2, 3), (2, 3, 4), (50, 400, 3000)
 @pytest.mark.parametrize(("layers", "heads", "stages", "vocabulary", "recompute"), SHAPES)
 def test_no_cut_has_a_faster_slowest_stage(layers, heads, stages, vocabulary, recompute):
     config = small_config(
-        world_size=1, accumulation=6, engine__kind="pipeline", engine__num_stages=stages, model__num_layers=layers,
-        model__num_future_tokens=heads, model__vocab_size=vocabulary, train__activation_checkpointing=recompute,
-    )  # fmt: skip
+        world_size=1,
+        accumulation=6,
+        engine__kind="pipeline",
+        engine__num_stages=stages,
+        model__num_layers=layers,
+        model__num_future_tokens=heads,
+        model__vocab_size=vocabulary,
+        train__activation_checkpointing=recompute,
+    )
     found = partition(config, 1)
     assert slowest(found) == min(map(slowest, all_cuts(config)))
 
 
 def test_the_other_stages_are_as_even_as_can_be():
-    config = small_config(world_size=1, engine__kind="pipeline", engine__num_stages=4, model__num_layers=9, model__vocab_size=400)
+    config = small_config(
+        world_size=1, engine__kind="pipeline", engine__num_stages=4, model__num_layers=9, model__vocab_size=400
+    )
     best = min(map(slowest, all_cuts(config)))
     unevenness = lambda found: sum(stage.cost**2 for stage in found.stages)  # noqa: E731
     assert unevenness(partition(config, 1)) == min(unevenness(cut) for cut in all_cuts(config) if slowest(cut) == best)
@@ -75,9 +91,15 @@ def test_the_other_stages_are_as_even_as_can_be():
 
 def test_a_memory_limit_excludes_cuts_and_only_those():
     settings = dict(
-        world_size=1, accumulation=6, engine__kind="pipeline", engine__num_stages=3, model__num_layers=9, model__vocab_size=600,
-        train__sequence_length=256, train__global_batch_tokens=2 * 256 * 6,
-    )  # fmt: skip
+        world_size=1,
+        accumulation=6,
+        engine__kind="pipeline",
+        engine__num_stages=3,
+        model__num_layers=9,
+        model__vocab_size=600,
+        train__sequence_length=256,
+        train__global_batch_tokens=2 * 256 * 6,
+    )
     cuts = all_cuts(small_config(**settings))
     limits = sorted({largest(cut) for cut in cuts})
     free = partition(small_config(**settings), 1)
@@ -92,16 +114,24 @@ def test_a_memory_limit_excludes_cuts_and_only_those():
 
 def test_a_given_cut_is_taken_and_stages_add_up():
     config = small_config(
-        world_size=1, accumulation=8, engine__kind="pipeline", engine__num_stages=3, engine__stage_layers=[1, 2, 3],
-        model__num_layers=6, model__num_future_tokens=4,
-    )  # fmt: skip
+        world_size=1,
+        accumulation=8,
+        engine__kind="pipeline",
+        engine__num_stages=3,
+        engine__stage_layers=[1, 2, 3],
+        model__num_layers=6,
+        model__num_future_tokens=4,
+    )
     found = partition(config, 1)
     assert [(stage.first, stage.end) for stage in found.stages] == [(0, 1), (1, 3), (3, 6)]
     assert [list(stage.heads) for stage in found.stages] == [[], [0], [1, 2, 3]]
     positions = config.train.micro_batch_size * config.train.sequence_length
-    assert sum(stage.cost for stage in found.stages) == positions * flops_per_token(config.model, config.train.sequence_length)
+    assert sum(stage.cost for stage in found.stages) == positions * flops_per_token(
+        config.model, config.train.sequence_length
+    )
     weights = sum(stage.memory_bytes["weights"] for stage in found.stages)
-    copy = (config.model.vocab_size + 1) * config.model.dim  # two stages have heads, so the unembedding lies there twice
+    # two stages have heads, so the unembedding lies there twice
+    copy = (config.model.vocab_size + 1) * config.model.dim
     assert weights == 4 * (parameters(config.model) + copy)
 
 
@@ -109,15 +139,23 @@ def test_fewer_micro_batches_are_alive_in_later_stages():
     config = paper_config("6.7b", "engine.stage_layers=[4,4,4,4,4,4,4,4]")
     alive = [stage.memory_bytes["activations"] for stage in partition(config, 1).stages[:7]]
     assert [activations * 8 / alive[0] for activations in alive] == pytest.approx([8, 7, 6, 5, 4, 3, 2])
-    more_micro_batches = paper_config("6.7b", "engine.stage_layers=[4,4,4,4,4,4,4,4]", f"train.global_batch_tokens={2 * 4096}")
+    more_micro_batches = paper_config(
+        "6.7b", "engine.stage_layers=[4,4,4,4,4,4,4,4]", f"train.global_batch_tokens={2 * 4096}"
+    )
     assert partition(more_micro_batches, 1).stages[0].memory_bytes["activations"] * 8 == alive[0] * 2
 
 
 def test_bubble_of_equal_stages():
     config = small_config(
-        world_size=1, accumulation=6, engine__kind="pipeline", engine__num_stages=3, engine__stage_layers=[2, 2, 2],
-        model__num_layers=6, model__num_future_tokens=1, model__vocab_size=1,
-    )  # fmt: skip
+        world_size=1,
+        accumulation=6,
+        engine__kind="pipeline",
+        engine__num_stages=3,
+        engine__stage_layers=[2, 2, 2],
+        model__num_layers=6,
+        model__num_future_tokens=1,
+        model__vocab_size=1,
+    )
     found = partition(config, 1)
     assert found.bubble == pytest.approx(2 / (6 + 2), rel=1e-2)
     assert found.micro_batches < enough_micro_batches(3) == 12

@@ -17,8 +17,27 @@ from tests.cases import small_config
 from tests.unit.test_partition import paper_config
 
 TINY = ["model.dim=16", "model.mlp_dim=24", "model.num_attention_heads=2", "model.num_layers=6", "train.precision=fp32"]
-ARGUMENTS = ["--device", "cpu", "--sizes", "6.7b", "--stages", "2", "--vocabularies", "300", "--heads", "1", "2",
-             "--micro-batches", "4", "--sequence-length", "8", "--measured", "1", "--set", *TINY]  # fmt: skip
+ARGUMENTS = [
+    "--device",
+    "cpu",
+    "--sizes",
+    "6.7b",
+    "--stages",
+    "2",
+    "--vocabularies",
+    "300",
+    "--heads",
+    "1",
+    "2",
+    "--micro-batches",
+    "4",
+    "--sequence-length",
+    "8",
+    "--measured",
+    "1",
+    "--set",
+    *TINY,
+]
 PIPELINE = dict(engine__kind="pipeline", engine__num_stages=2, model__num_layers=6, model__vocab_size=300)
 
 
@@ -30,12 +49,16 @@ class InventedMeter(plans.Meter):
         forward, backward = float(contents.num_trunk), 2.0 * contents.num_trunk
         if contents.spread:
             seconds = {
-                Kind.FORWARD: forward + contents.num_heads, Kind.STATISTICS: contents.rows / 300,
-                Kind.GRADIENTS: 2 * contents.rows / 300, Kind.BACKWARD: backward + 2 * contents.num_heads,
-            }  # fmt: skip
+                Kind.FORWARD: forward + contents.num_heads,
+                Kind.STATISTICS: contents.rows / 300,
+                Kind.GRADIENTS: 2 * contents.rows / 300,
+                Kind.BACKWARD: backward + 2 * contents.num_heads,
+            }
         else:
             seconds = {Kind.FORWARD: forward + 6 * contents.num_heads, Kind.BACKWARD: backward}
-        return Measured(seconds, {kind: (time, time) for kind, time in seconds.items()}, {count: 2**30 for count in alive})
+        return Measured(
+            seconds, {kind: (time, time) for kind, time in seconds.items()}, {count: 2**30 for count in alive}
+        )
 
 
 def test_runs_on_a_cpu_and_writes_all_three_files(tmp_path, monkeypatch, capsys):
@@ -82,7 +105,8 @@ def test_a_size_that_does_not_fit_is_named_and_others_are_measured(tmp_path, mon
     arguments = ["--device", "cpu", "--vocabularies", "300", "--stages", "4", "--output", str(tmp_path)]
     pipeline.main([*arguments, "--sizes", "13b", "6.7b"])
     assert (
-        "13b: StageContents(num_trunk=4, " in (shown := capsys.readouterr().out) and "does not fit on this card; expected" in shown
+        "13b: StageContents(num_trunk=4, " in (shown := capsys.readouterr().out)
+        and "does not fit on this card; expected" in shown
     )
     assert {result["size"] for result in json.loads((tmp_path / "pipeline.json").read_text())["results"]} == {"6.7b"}
     with pytest.raises(InputError, match="width 5120 does not fit"):
@@ -156,18 +180,30 @@ def test_a_measured_stage_sums_the_gradients_of_its_micro_batches(plan):
 def test_verdicts_name_what_holds_and_what_fails():
     def result(plan: str, heads: int, step: float, slowest: float, peak: int | None) -> dict:
         return {
-            "size": "6.7b", "vocabulary": 32000, "stages": 8, "heads": heads, "plan": plan, "flops": 100 + 5 * (heads > 1),
-            "step_seconds": step, "imbalance": slowest, "peak_bytes": [peak], "planned_bytes": [100],
-        }  # fmt: skip
+            "size": "6.7b",
+            "vocabulary": 32000,
+            "stages": 8,
+            "heads": heads,
+            "plan": plan,
+            "flops": 100 + 5 * (heads > 1),
+            "step_seconds": step,
+            "imbalance": slowest,
+            "peak_bytes": [peak],
+            "planned_bytes": [100],
+        }
 
     results = [
-        result("naive", 1, 0.9, 1.2, 105), result("whole layers", 1, 1.0, 1.1, 104), result("spread losses", 1, 1.1, 1.0, None),
-        result("naive", 4, 1.0, 1.5, 111), result("whole layers", 4, 1.5, 1.3, 100), result("spread losses", 4, 1.06, 1.04, 98),
-    ]  # fmt: skip
+        result("naive", 1, 0.9, 1.2, 105),
+        result("whole layers", 1, 1.0, 1.1, 104),
+        result("spread losses", 1, 1.1, 1.0, None),
+        result("naive", 4, 1.0, 1.5, 111),
+        result("whole layers", 4, 1.5, 1.3, 100),
+        result("spread losses", 4, 1.06, 1.04, 98),
+    ]
     verdict, memory = pipeline._verdicts(results).splitlines()
     assert verdict == (
-        "- 6.7b, V=32000, 8 stages, n=4, spread losses: slowest / mean 1.040 <= 1.05: holds; n=4 / n=1 1.060 <= FLOP ratio 1.050 + "
-        "0.02: holds; memory off by 11.0% at most: FAILS"
+        "- 6.7b, V=32000, 8 stages, n=4, spread losses: slowest / mean 1.040 <= 1.05: holds; n=4 / n=1 1.060 <= FLOP "
+        "ratio 1.050 + 0.02: holds; memory off by 11.0% at most: FAILS"
     )
     assert memory == "- memory, measured over planned, 5 stages of all plans: 0.980 to 1.110, median 1.040"
 
@@ -178,4 +214,6 @@ def test_options_are_the_issues():
     )
     ((key, config),) = pipeline._configs("13b", parsed).items()
     assert key == (32000, 8, 4)
-    assert config.accumulation(8) == 32 and config.train.precision == "bf16" and not config.train.activation_checkpointing
+    assert (
+        config.accumulation(8) == 32 and config.train.precision == "bf16" and not config.train.activation_checkpointing
+    )

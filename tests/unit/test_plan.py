@@ -36,12 +36,17 @@ RECORDED = recorded()
 
 
 def config_of(size: str, heads: int, *settings: str) -> Config:
-    return read_config([str(ROOT / f"configs/{size}_n{heads}.yaml"), "data.train=none", "run.directory=none", *settings])
+    return read_config(
+        [str(ROOT / f"configs/{size}_n{heads}.yaml"), "data.train=none", "run.directory=none", *settings]
+    )
 
 
 def test_the_six_sizes_were_recorded():
     assert {(result["size"], result["heads"], card) for result, _, card in RECORDED.values()} == {
-        (size, heads, card) for size in ("0.3b", "0.6b", "1.3b", "3b", "6.7b", "13b") for heads in (1, 4) for card in CARDS
+        (size, heads, card)
+        for size in ("0.3b", "0.6b", "1.3b", "3b", "6.7b", "13b")
+        for heads in (1, 4)
+        for card in CARDS
     }
 
 
@@ -50,10 +55,13 @@ def test_prediction_is_within_a_tenth_of_the_recorded_step(name):
     result, settings, card = RECORDED[name]
     ranks, micro_batch = settings["ranks"], result["micro_batch"]
     config = config_of(
-        result["size"], result["heads"], f"cluster.flat_bandwidth={settings['bandwidth']}",
-        f"cluster.communication_sms={settings['SMs held']}", f"train.micro_batch_size={micro_batch}",
+        result["size"],
+        result["heads"],
+        f"cluster.flat_bandwidth={settings['bandwidth']}",
+        f"cluster.communication_sms={settings['SMs held']}",
+        f"train.micro_batch_size={micro_batch}",
         f"train.global_batch_tokens={ranks * micro_batch * settings['T']}",
-    )  # fmt: skip
+    )
     found = plan(config, ranks, CARDS[card])
     assert found.micro_batches == 1
     assert found.peak_bytes == pytest.approx(result["peak_bytes"], rel=0.1)
@@ -68,15 +76,22 @@ def recorded_pipelines() -> list[tuple[dict, dict]]:
 
 
 def test_memory_of_recorded_stages_is_predicted():
-    """All stages of all sizes, vocabularies and numbers of stages, of whole layers and with spread losses: within 5 %."""
+    """All stages of all sizes, vocabularies and numbers of stages, of whole layers and with spread losses: within 5
+    %.
+    """
     num_stages = 0
     for result, settings in recorded_pipelines():
         batch = f"train.global_batch_tokens={settings['T'] * settings['micro-batches'] * settings['pipelines']}"
         config = config_of(
-            result["size"], result["heads"], "engine.kind=pipeline", f"engine.num_stages={result['stages']}",
-            f"model.vocab_size={result['vocabulary']}", "train.micro_batch_size=1", batch,
+            result["size"],
+            result["heads"],
+            "engine.kind=pipeline",
+            f"engine.num_stages={result['stages']}",
+            f"model.vocab_size={result['vocabulary']}",
+            "train.micro_batch_size=1",
+            batch,
             "head_loss.chunk_rows=4096",  # the default when these were measured
-        )  # fmt: skip
+        )
         spread = result["plan"] == "spread losses"
         for stage, peak in enumerate(result["peak_bytes"]):
             heads = result["heads_of_stages"][stage]
@@ -120,7 +135,9 @@ def test_what_is_offloaded_moves_to_the_host_and_is_copied_all_the_same():
 
 
 def test_slower_networks_are_exposed():
-    fast, slow = (plan(config_of("6.7b", 4, f"cluster.flat_bandwidth={rate}"), 64, CARDS["h100"]) for rate in (400e9, 20e9))
+    fast, slow = (
+        plan(config_of("6.7b", 4, f"cluster.flat_bandwidth={rate}"), 64, CARDS["h100"]) for rate in (400e9, 20e9)
+    )
     assert slow.compute == fast.compute
     assert slow.exposed > 5 * fast.exposed
 
@@ -144,7 +161,9 @@ def test_the_nearest_configuration_that_fits_does_fit():
 
 
 def pipeline_of(size: str, stages: int, *settings: str) -> Config:
-    return config_of(size, 4, "engine.kind=pipeline", f"engine.num_stages={stages}", "train.micro_batch_size=1", *settings)
+    return config_of(
+        size, 4, "engine.kind=pipeline", f"engine.num_stages={stages}", "train.micro_batch_size=1", *settings
+    )
 
 
 def test_a_pipelines_stages_add_up():
@@ -203,7 +222,8 @@ def test_a_pipeline_that_does_not_fit_gets_more_stages_not_offloading():
 
 
 @pytest.mark.parametrize(
-    "setting", ["engine.kind=zero1", "engine.communication=deepspeed", "train.precision=fp32", "engine.head_schedule=deferred"]
+    "setting",
+    ["engine.kind=zero1", "engine.communication=deepspeed", "train.precision=fp32", "engine.head_schedule=deferred"],
 )
 def test_what_was_not_measured_is_not_planned(setting):
     with pytest.raises(InputError, match=f"{setting}.*not planned; expected"):
@@ -220,22 +240,37 @@ def test_command_says_what_fits_and_what_does_not():
     assert "**together**" in fits.stdout and "days for 10 steps" in fits.stdout
     assert "\n| **together, of the 8 ranks of a node** | 9.41 |\n| a checkpoint on disk (2 are kept, " in fits.stdout
     assert "\n| optimizer, s a step | 0.00" in fits.stdout
-    offloaded = run("configs/6.7b_n4.yaml", "--gpus", "64", "engine.offload_optimizer=true", "engine.offload_parameters=true")
+    offloaded = run(
+        "configs/6.7b_n4.yaml", "--gpus", "64", "engine.offload_optimizer=true", "engine.offload_parameters=true"
+    )
     assert "\n| optimizer, s a step | on the host: not planned |" in offloaded.stdout
     assert "\n| exposed communication, weights from the host not planned, s a step |" in offloaded.stdout
     large = run("configs/13b_n4.yaml", "--gpus", "8")
     assert large.returncode == 1
     assert "does not fit, because" in large.stdout and "the nearest that fits: train.micro_batch_size=1" in large.stdout
-    pipeline = run("configs/13b_n4.yaml", "--gpus", "64", "engine.kind=pipeline", "engine.num_stages=4", "train.micro_batch_size=1")
+    pipeline = run(
+        "configs/13b_n4.yaml", "--gpus", "64", "engine.kind=pipeline", "engine.num_stages=4", "train.micro_batch_size=1"
+    )
     assert pipeline.returncode == 0, pipeline.stderr
     assert pipeline.stdout.count("| stage ") == 4 and "heads 1-4" in pipeline.stdout
-    assert "waiting for other stages" in pipeline.stdout and "\nwith engine.spread_losses=true: step " in pipeline.stdout
+    assert (
+        "waiting for other stages" in pipeline.stdout and "\nwith engine.spread_losses=true: step " in pipeline.stdout
+    )
     assert "\nengine.spread_losses=true is predicted to be faster: a step in 0.9" in pipeline.stdout
-    (layers,) = (line.split()[-1] for line in pipeline.stdout.splitlines() if line.startswith("a run makes this cut with "))
+    (layers,) = (
+        line.split()[-1] for line in pipeline.stdout.splitlines() if line.startswith("a run makes this cut with ")
+    )
     given = partition(pipeline_of("13b", 4, layers), 16)
-    assert [stage.end - stage.first for stage in given.stages] == list(map(int, layers.partition("[")[2].strip("]").split(",")))
+    assert [stage.end - stage.first for stage in given.stages] == list(
+        map(int, layers.partition("[")[2].strip("]").split(","))
+    )
     limit = plan(pipeline_of("13b", 4), 64, CARDS["h100"]).peak_bytes + 1  # spread losses need more
-    settings = ["engine.kind=pipeline", "engine.num_stages=4", "train.micro_batch_size=1", f"engine.stage_memory_bytes={limit}"]
+    settings = [
+        "engine.kind=pipeline",
+        "engine.num_stages=4",
+        "train.micro_batch_size=1",
+        f"engine.stage_memory_bytes={limit}",
+    ]
     limited = run("configs/13b_n4.yaml", "--gpus", "64", *settings)
     assert limited.returncode == 0, limited.stderr
     assert "\nwith engine.spread_losses=true: spread losses do not fit engine.stage_memory_bytes=" in limited.stdout

@@ -1,4 +1,6 @@
-"""The position in the data: every window once an epoch, through changes of the batch, the ranks, the corpora and their weights."""
+"""The position in the data: every window once an epoch, through changes of the batch, the ranks, the corpora and
+their weights.
+"""
 
 import dataclasses
 import json
@@ -37,7 +39,9 @@ def windows(dataset: IndexedDataset, sequence_length: int = T, seed: int = 0, do
 
 
 class Run:
-    """What pretraining does with its position, for windows alone: `train` reads steps, and is stopped and resumed between calls."""
+    """What pretraining does with its position, for windows alone: `train` reads steps, and is stopped and resumed
+    between calls.
+    """
 
     def __init__(self, corpora: list[Windows], weights: list[float]):
         self.position, self.step = new_position(corpora, weights), 0
@@ -46,7 +50,8 @@ class Run:
     def train(self, corpora: list[Windows], num_steps: int, global_batch: int, world_size: int) -> None:
         blend = self.position.blend(corpora)
         loaders = [
-            TrainLoader(blend, global_batch, 1, rank, world_size, self.step, self.position.windows) for rank in range(world_size)
+            TrainLoader(blend, global_batch, 1, rank, world_size, self.step, self.position.windows)
+            for rank in range(world_size)
         ]
         for step in range(self.step, self.step + num_steps):
             for batches in zip(*(loader.read(step) for loader in loaders), strict=True):
@@ -63,7 +68,11 @@ def expected_epochs(seen: list[int], size: int) -> bool:
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 4), st.sampled_from([4, 8, 16]), st.sampled_from([1, 2, 4])), min_size=1, max_size=6))
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 4), st.sampled_from([4, 8, 16]), st.sampled_from([1, 2, 4])), min_size=1, max_size=6
+    )
+)
 def test_changes_of_the_batch_and_the_ranks_skip_and_repeat_nothing(datasets, jobs):
     corpora = [windows(dataset) for dataset in datasets]
     run = Run(corpora, [3, 1, 2])
@@ -120,8 +129,11 @@ def test_a_corpus_that_comes_back_remembers_what_it_was_trained_on(datasets, cha
     both = [windows(dataset, **change) for dataset in datasets[:2]]
     run.position, lines = resumed_position(run.position, both, [1, 1])
     epoch_windows = len(both[1])
-    window = 2 * epoch_windows if change else 8  # 8 windows of 5 an epoch were trained on; a new order begins with the third
-    where = f"goes on at window {window % epoch_windows} of its epoch {window // epoch_windows + 1}, after {8 * T} tokens"
+    # 8 windows of 5 an epoch were trained on; a new order begins with the third
+    window = 2 * epoch_windows if change else 8
+    where = (
+        f"goes on at window {window % epoch_windows} of its epoch {window // epoch_windows + 1}, after {8 * T} tokens"
+    )
     assert where in lines[1] and run.position.left == []
     assert [corpus.stream for corpus in run.position.corpora] == [0, 1]
 

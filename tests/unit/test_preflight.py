@@ -23,7 +23,9 @@ def test_vocabulary_of_a_corpus(tmp_path):
         summary.write_text(another_programs)
         assert _check_vocabulary(config, summary) is None
     summary.write_text('{"vocab_size": 401}')
-    with pytest.raises(InputError, match=r"corpus\.json tells of a vocabulary of 401, model\.vocab_size is 400; expected no more"):
+    with pytest.raises(
+        InputError, match=r"corpus\.json tells of a vocabulary of 401, model\.vocab_size is 400; expected no more"
+    ):
         _check_vocabulary(config, summary)
 
 
@@ -76,7 +78,12 @@ def test_each_rank_checks_its_own_share_of_the_validation_windows(tmp_path, monk
         for number in range(10):
             writer.add_document([5] * 65 + [300 if number == 5 else 5] + [5] * 34)
     settings = ["run.directory=" + str(tmp_path / "run"), f"data.train={tmp_path}/validation", "data.tokenizer=null"]
-    model = ["model.vocab_size=300", "train.sequence_length=16", "train.global_batch_tokens=64", "train.micro_batch_size=2"]
+    model = [
+        "model.vocab_size=300",
+        "train.sequence_length=16",
+        "train.global_batch_tokens=64",
+        "train.micro_batch_size=2",
+    ]
     config = read_config([CONFIG, *settings, *model, f"data.validation={tmp_path}/validation"])
     assert check(config, Place(0, 0, 2)).readers == (0, 2)
     with pytest.raises(InputError, match=r"validation\.bin holds token 300 in document 5"):

@@ -59,7 +59,10 @@ CASES = {
     "empty output": (["--input", "text.txt", "--output", ""], ["--output", "found an empty name"]),
     "empty tokenizer": (["--input", "text.txt", "--tokenizer", ""], ["--tokenizer", "found an empty name"]),
     "name too long": (["--input", "x" * 300], ["File name too long"]),
-    "too little text": (["--input", "short.txt"], ["found 1 documents", "short.txt; expected", "cut in pieces: add text"]),
+    "too little text": (
+        ["--input", "short.txt"],
+        ["found 1 documents", "short.txt; expected", "cut in pieces: add text"],
+    ),
     "nothing readable": (
         ["--input", "latin.txt"],
         ["found 0 documents", "passed over 1 files that are not UTF-8 text, the first: latin.txt", "convert"],
@@ -85,7 +88,10 @@ CASES = {
         ["bytes has 257 pieces, expected 300"],
     ),
     "no worker": (["--input", "text.txt", "--workers", "0"], ["--workers 0"]),
-    "no validation": (["--input", "text.txt", "--validation-fraction", "0"], ["--validation-fraction 0.0", "between 0 and 1"]),
+    "no validation": (
+        ["--input", "text.txt", "--validation-fraction", "0"],
+        ["--validation-fraction 0.0", "between 0 and 1"],
+    ),
     "all validation": (["--input", "text.txt", "--validation-fraction", "1"], ["--validation-fraction 1.0"]),
     "not a fraction": (["--input", "text.txt", "--validation-fraction", "nan"], ["--validation-fraction nan"]),
     "vocabulary too small": (["--input", "text.txt", "--vocab-size", "100"], ["100 pieces", "expected at least"]),
@@ -96,8 +102,14 @@ CASES = {
     "tokenizer is a folder": (["--input", "text.txt", "--tokenizer", "empty"], ["empty", "Is a directory"]),
     "no tokenizer": (["--input", "text.txt", "--tokenizer", "text.txt"], ["text.txt", "not a SentencePiece model"]),
     "output is a file": (["--input", "text.txt", *SMALL, "--output", "short.txt"], ["short.txt", "File exists"]),
-    "output below a file": (["--input", "text.txt", *SMALL, "--output", "short.txt/out"], ["short.txt/out", "Not a directory"]),
-    "output cannot be made": (["--input", "text.txt", *SMALL, "--output", "/proc/out"], ["/proc/out", "cannot be written"]),
+    "output below a file": (
+        ["--input", "text.txt", *SMALL, "--output", "short.txt/out"],
+        ["short.txt/out", "Not a directory"],
+    ),
+    "output cannot be made": (
+        ["--input", "text.txt", *SMALL, "--output", "/proc/out"],
+        ["/proc/out", "cannot be written"],
+    ),
     "output too long": (["--input", "text.txt", *SMALL, "--output", "x" * 300], ["File name too long"]),
 }
 
@@ -117,7 +129,16 @@ def test_mistake_is_one_line(case, call):
     ("tokenizer", "marks", "ends"), [("ours", 0, 3), ("bytes", 0, 2), ("dummy prefix", 2, 3), ("normalising", 2, 3)]
 )
 def test_characters_that_are_not_read_as_they_look_are_counted(call, tokenizer, marks, ends):
-    texts = ["a\u2581b", "one\u2581</s>two", "<|endoftext|>", "<|endoftext|></s> twice", "</s", "plain", "plain", "more"]
+    texts = [
+        "a\u2581b",
+        "one\u2581</s>two",
+        "<|endoftext|>",
+        "<|endoftext|></s> twice",
+        "</s",
+        "plain",
+        "plain",
+        "more",
+    ]
     texts = [*texts, "<|endoftext|>"]  # a duplicate
     Path("marks.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     model = tokenizer if tokenizer == "bytes" else str(tokenizer_kinds.train_kind(tokenizer, Path("given.model")))
@@ -205,17 +226,24 @@ def test_disk_that_is_full_while_parts_are_written(call, workers):
     arguments = ["--input", "long", "--tokenizer", "bytes", "--output", "out", "--workers", workers]
     finished = subprocess.run(
         [sys.executable, "-m", "megamtp.commands.prepare_data", *arguments],
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3_500_000, 3_500_000)), capture_output=True, text=True,
-    )  # fmt: skip
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3_500_000, 3_500_000)),
+        capture_output=True,
+        text=True,
+    )
     assert (finished.returncode, finished.stdout) == (2, "")
-    assert finished.stderr == "megamtp: error: out cannot be written to: File too large; choose another folder or make room\n"
+    assert (
+        finished.stderr
+        == "megamtp: error: out cannot be written to: File too large; choose another folder or make room\n"
+    )
     assert [path.name for path in Path("out").iterdir()] == [".preparation"]
     assert not list(Path("out/.preparation").glob("*.partial"))
     assert call(*arguments)[0] == 0
     assert not Path("out/.preparation").exists()
 
 
-@pytest.mark.parametrize("arguments", [["--input", "text.txt"], ["--output", "out"], ["--input", "a", "--standard-library"]])
+@pytest.mark.parametrize(
+    "arguments", [["--input", "text.txt"], ["--output", "out"], ["--input", "a", "--standard-library"]]
+)
 def test_wrong_usage(call, arguments):
     status, out, err = call(*arguments)
     assert (status, out) == (2, "")

@@ -90,8 +90,7 @@ def test_the_same_documents_from_every_kind_of_file(tmp_path, suffix, content):
 
 
 @pytest.mark.parametrize(
-    ("suffix", "compress"),
-    [(".txt.gz", gz), (".md.zst", zst), (".pm.bz2", bz2.compress), (".TXT.XZ", lzma.compress)],
+    ("suffix", "compress"), [(".txt.gz", gz), (".md.zst", zst), (".pm.bz2", bz2.compress), (".TXT.XZ", lzma.compress)]
 )
 def test_compressed_text_is_one_document(tmp_path, suffix, compress):
     (tmp_path / f"a{suffix}").write_bytes(compress(TEXT.encode()))
@@ -131,14 +130,22 @@ DAMAGED = {
     "zst with garbage behind it": (".txt.zst", zst(LINES) + b"garbage", "damaged"),
     "bz2 cut off": (".jsonl.bz2", bz2.compress(LINES)[:-1], "damaged (it ends within a frame)"),
     "bz2 that is none": (".jsonl.bz2", LINES, "Invalid data stream"),
-    "bz2 whose second stream is damaged": (".jsonl.bz2", bz2.compress(LINES) + b"?" + bz2.compress(LINES), "Invalid data stream"),
+    "bz2 whose second stream is damaged": (
+        ".jsonl.bz2",
+        bz2.compress(LINES) + b"?" + bz2.compress(LINES),
+        "Invalid data stream",
+    ),
     "xz cut off": (".txt.xz", lzma.compress(LINES)[:-1], "damaged (it ends within a frame)"),
     "xz with a wrong byte": (".txt.xz", lzma.compress(LINES)[:300] + b"?" + lzma.compress(LINES)[301:], "damaged"),
     "xz whose second stream is damaged": (".txt.xz", lzma.compress(LINES) + b"?" + lzma.compress(LINES), "damaged"),
     "parquet cut off": (".parquet", parquet_bytes(pyarrow.array(TEXTS))[:-20], "damaged"),
     "parquet that is none": (".parquet", LINES, "damaged"),
     "empty parquet": (".parquet", b"", "damaged"),
-    "parquet with wrong bytes": (".parquet", b"PAR1" + bytes(5000) + parquet_bytes(pyarrow.array(TEXTS))[5004:], "; expected"),
+    "parquet with wrong bytes": (
+        ".parquet",
+        b"PAR1" + bytes(5000) + parquet_bytes(pyarrow.array(TEXTS))[5004:],
+        "; expected",
+    ),
 }
 
 
@@ -156,12 +163,24 @@ def test_damaged_file_is_named(tmp_path, case):
 
 
 RECORDS = {
-    "wrong column": (pyarrow.array(["a"]), "body", "no column 'body' (found: 'id', 'text'); give the right one with --json-key"),
+    "wrong column": (
+        pyarrow.array(["a"]),
+        "body",
+        "no column 'body' (found: 'id', 'text'); give the right one with --json-key",
+    ),
     "numbers": (pyarrow.array([1, 2]), "text", "column 'text' holds int64, expected strings"),
-    "null in a dictionary": (pyarrow.array(["a", None]).dictionary_encode(), "text", "row 1: no text under 'text' (found: null)"),
+    "null in a dictionary": (
+        pyarrow.array(["a", None]).dictionary_encode(),
+        "text",
+        "row 1: no text under 'text' (found: null)",
+    ),
     "null": (pyarrow.array(["a"] * 60 + [None]), "text", "row 60: no text under 'text' (found: null)"),
     "bytes that are not UTF-8": (pyarrow.array([b"a", b"caf\xe9"]), "text", "row 1: not UTF-8 ("),
-    "a string that is not UTF-8": (pyarrow.array([b"a", b"caf\xe9"]).view(pyarrow.string()), "text", "row 1: not UTF-8 ("),
+    "a string that is not UTF-8": (
+        pyarrow.array([b"a", b"caf\xe9"]).view(pyarrow.string()),
+        "text",
+        "row 1: not UTF-8 (",
+    ),
 }
 
 
@@ -314,7 +333,9 @@ def test_bad_records_are_skipped_and_listed(tmp_path, monkeypatch, size):
     listed = [f"a:{2 * number + 1}: " for number in range(len(BAD_LINES))]
     assert all(map(str.startswith, reader.bad_records, listed)) and len(reader.bad_records) == len(listed)
     reasons = [record.partition(": ")[2] for record in reader.bad_records]
-    assert [reason.partition(" (")[0] for reason in reasons] == [reason.partition(" (")[0] for reason in BAD_LINES.values()]
+    assert [reason.partition(" (")[0] for reason in reasons] == [
+        reason.partition(" (")[0] for reason in BAD_LINES.values()
+    ]
 
 
 def test_bad_rows_are_skipped_and_listed(tmp_path):

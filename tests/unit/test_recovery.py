@@ -10,16 +10,39 @@ from megamtp.errors import InputError
 from tests.end_to_end.jobs import ROOT
 
 SMALL = [
-    "model.dim=32", "model.num_layers=3", "model.num_future_tokens=2", "model.num_attention_heads=2", "model.mlp_dim=48",
-    "train.sequence_length=32", "train.micro_batch_size=2", "train.global_batch_tokens=128", "train.precision=fp32",
-]  # fmt: skip
+    "model.dim=32",
+    "model.num_layers=3",
+    "model.num_future_tokens=2",
+    "model.num_attention_heads=2",
+    "model.mlp_dim=48",
+    "train.sequence_length=32",
+    "train.micro_batch_size=2",
+    "train.global_batch_tokens=128",
+    "train.precision=fp32",
+]
 
 
 def test_a_killed_training_goes_on(tmp_path, monkeypatch):
     arguments = [
-        "--prepare", str(ROOT / "megamtp/data"), "--data", str(tmp_path / "corpus"), "--vocab-size", "400", "--heads", "2",
-        "--steps", "120", "--save-every", "10", "--kill-at", "25", "--run", str(tmp_path / "run"), "--output", str(tmp_path),
-    ]  # fmt: skip
+        "--prepare",
+        str(ROOT / "megamtp/data"),
+        "--data",
+        str(tmp_path / "corpus"),
+        "--vocab-size",
+        "400",
+        "--heads",
+        "2",
+        "--steps",
+        "120",
+        "--save-every",
+        "10",
+        "--kill-at",
+        "25",
+        "--run",
+        str(tmp_path / "run"),
+        "--output",
+        str(tmp_path),
+    ]
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "recovery", *arguments])
     recovery.main([*arguments, "--set", *SMALL])
     (result,) = json.loads((tmp_path / "recovery.json").read_text())["results"]

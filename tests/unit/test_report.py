@@ -94,7 +94,9 @@ def test_the_checks_and_the_exit_status(tmp_path, monkeypatch, capsys, validatio
 
 
 @pytest.mark.parametrize(("validation", "entropy"), [(None, ENTROPY), (LEARNED, None)])
-def test_without_validation_or_entropy_there_is_a_picture_but_no_check(tmp_path, monkeypatch, capsys, validation, entropy):
+def test_without_validation_or_entropy_there_is_a_picture_but_no_check(
+    tmp_path, monkeypatch, capsys, validation, entropy
+):
     run = write_run(tmp_path, validation, entropy)
     assert call(monkeypatch, run) == 0
     picture_size(run)
@@ -135,15 +137,23 @@ def test_a_last_line_still_being_written_is_left_out(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "line",
     [
-        '{"kind": "train", "st', "3", '{"kind": "train", "step": 1}', '{"kind": "train", "step": 1, "losses": [1, 2]}',
-        '{"kind": "train", "step": 1, "losses": [1, 2, "x"]}', '{"step": 1, "losses": [1, 2, 3]}',
-        '{"kind": "train", "step": 1, "losses": [1, 2, 1e308]}', '{"kind": "train", "step": 1, "losses": [1, 2, 1e400]}',
-        '{"kind": "train", "step": 1, "losses": [1, 2, ' + "9" * 400 + "]}", '{"kind": "train", "step": 1, "losses": [1, 2, true]}',
-        '{"kind": "train", "step": 1e400, "losses": [1, 2, 3]}', '{"kind": "train", "step": 1.5, "losses": [1, 2, 3]}',
-        '{"kind": "train", "step": ' + "9" * 400 + ', "losses": [1, 2, 3]}', '{"kind": [1], "step": 1, "losses": [1, 2, 3]}',
+        '{"kind": "train", "st',
+        "3",
+        '{"kind": "train", "step": 1}',
+        '{"kind": "train", "step": 1, "losses": [1, 2]}',
+        '{"kind": "train", "step": 1, "losses": [1, 2, "x"]}',
+        '{"step": 1, "losses": [1, 2, 3]}',
+        '{"kind": "train", "step": 1, "losses": [1, 2, 1e308]}',
+        '{"kind": "train", "step": 1, "losses": [1, 2, 1e400]}',
+        '{"kind": "train", "step": 1, "losses": [1, 2, ' + "9" * 400 + "]}",
+        '{"kind": "train", "step": 1, "losses": [1, 2, true]}',
+        '{"kind": "train", "step": 1e400, "losses": [1, 2, 3]}',
+        '{"kind": "train", "step": 1.5, "losses": [1, 2, 3]}',
+        '{"kind": "train", "step": ' + "9" * 400 + ', "losses": [1, 2, 3]}',
+        '{"kind": [1], "step": 1, "losses": [1, 2, 3]}',
         '{"kind": "train", "step": 1, "losses": ' + "[" * 100_000 + "]" * 100_000 + "}",
     ],
-)  # fmt: skip
+)
 def test_a_damaged_line_is_named(tmp_path, monkeypatch, line):
     run = write_run(tmp_path, LEARNED)
     lines = (run / report.METRICS).read_text().splitlines()
@@ -168,12 +178,18 @@ def test_the_smooth_curve_has_no_spike_at_an_end():
     ("losses", "warnings"),
     [
         ([4.0, 3.0, 3.0 + report.RISE / 2], []),
-        ([4.0, 3.0, 3.25], ["head 1's validation loss rises: 3.2500 is 0.2500 above its lowest, 3.0000 at step 80; train fewer"]),
+        (
+            [4.0, 3.0, 3.25],
+            ["head 1's validation loss rises: 3.2500 is 0.2500 above its lowest, 3.0000 at step 80; train fewer"],
+        ),
         ([math.nan, 3.0, 3.25], ["head 1's validation loss rises"]),
         ([4.0, 3.0, math.nan], []),
         ([math.nan] * 3, []),
         ([5.6], ["head 1's validation loss 5.6000 lies above the unigram entropy 5.5000"]),
-        ([5.0, 5.6], ["head 1's validation loss rises", "head 1's validation loss 5.6000 lies above the unigram entropy"]),
+        (
+            [5.0, 5.6],
+            ["head 1's validation loss rises", "head 1's validation loss 5.6000 lies above the unigram entropy"],
+        ),
     ],
 )
 def test_a_validation_loss_that_rises_or_is_above_the_entropy_is_named(tmp_path, monkeypatch, capsys, losses, warnings):
@@ -195,7 +211,12 @@ def test_a_validation_loss_that_rises_or_is_above_the_entropy_is_named(tmp_path,
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("x" * 300, "x is no folder"), ("none", "none is no folder"), ("a=b", "a=b is no folder"), ("", "holds no config.yaml")],
+    [
+        ("x" * 300, "x is no folder"),
+        ("none", "none is no folder"),
+        ("a=b", "a=b is no folder"),
+        ("", "holds no config.yaml"),
+    ],
 )
 def test_a_folder_without_a_run_is_named(tmp_path, monkeypatch, name, words):
     with pytest.raises(InputError, match=f"{words}; expected the folder of a run"):
@@ -216,7 +237,9 @@ def test_missing_metrics_are_one_line_and_status_2(tmp_path, monkeypatch, capsys
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("entropy", ["", '"unigram_entropy": 1e400', '"unigram_entropy": NaN', f'"unigram_entropy": {"9" * 400}'])
+@pytest.mark.parametrize(
+    "entropy", ["", '"unigram_entropy": 1e400', '"unigram_entropy": NaN', f'"unigram_entropy": {"9" * 400}']
+)
 def test_a_damaged_corpus_file_is_refused(tmp_path, monkeypatch, entropy):
     run = write_run(tmp_path, LEARNED)
     (tmp_path / "corpus" / "corpus.json").write_text(f"{{{entropy}}}")

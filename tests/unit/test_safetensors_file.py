@@ -13,7 +13,10 @@ from megamtp.errors import CheckpointError
 
 def tensors() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(shape, generator=generator) for name, shape in {"a": (7, 5), "b": (3,), "c": (4, 2, 3)}.items()}
+    return {
+        name: torch.randn(shape, generator=generator)
+        for name, shape in {"a": (7, 5), "b": (3,), "c": (4, 2, 3)}.items()
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

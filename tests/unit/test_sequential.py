@@ -25,7 +25,9 @@ def test_dz_is_summed_in_fp32():
 def test_dw_is_summed_in_fp32():
     shared = SharedGradient(num_uses=len(CONTRIBUTIONS))
     for contribution in CONTRIBUTIONS:
-        shared.add_product(torch.full((4, 1), contribution, dtype=torch.bfloat16), torch.ones(1, 3, dtype=torch.bfloat16))
+        shared.add_product(
+            torch.full((4, 1), contribution, dtype=torch.bfloat16), torch.ones(1, 3, dtype=torch.bfloat16)
+        )
     totals = [shared.take_if_last() for _ in CONTRIBUTIONS]
     assert totals[:-1] == [None] * (len(CONTRIBUTIONS) - 1)
     assert torch.equal(totals[-1], torch.full((4, 3), 264.0))

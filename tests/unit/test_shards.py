@@ -1,4 +1,6 @@
-"""Slices in safetensors files: read whole, in parts, across files; damage named; no more in memory than was asked for."""
+"""Slices in safetensors files: read whole, in parts, across files; damage named; no more in memory than was asked
+for.
+"""
 
 import math
 import subprocess
@@ -10,18 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from megamtp.checkpoint import shards
-from megamtp.checkpoint.shards import (
-    SLICES,
-    Shards,
-    Snapshot,
-    Tensors,
-    file_slices,
-    read_crc32,
-    shard_name,
-    slice_key,
-    write_shard,
-    write_slices,
-)
+from megamtp.checkpoint.shards import Shards, Snapshot, Tensors, read_crc32, shard_name, slice_key, write_shard
+from megamtp.checkpoint.slices import SLICES, file_slices, write_slices
 from megamtp.checkpoint.tensors import InMemory, whole
 from megamtp.errors import CheckpointError
 
@@ -52,7 +44,9 @@ def test_slices_of_any_cut_are_read_across_files(chunk_bytes, tmp_path, monkeypa
         tmp_path,
         cut(MATRIX, "matrix", 40, 60) | cut(VECTOR, "vector", 0, 4) | random,
         cut(MATRIX, "matrix", 0, 17) | random,
-        cut(MATRIX, "matrix", 17, 40) | cut(MATRIX * 2, "matrix", 0, 60, "exp_avg") | cut(VECTOR, "vector", 0, 4, "exp_avg"),
+        cut(MATRIX, "matrix", 17, 40)
+        | cut(MATRIX * 2, "matrix", 0, 60, "exp_avg")
+        | cut(VECTOR, "vector", 0, 4, "exp_avg"),
     )
     tensors = opened(tmp_path)
     assert tensors.shapes == SHAPES
@@ -139,7 +133,9 @@ def test_a_rank_of_another_job_opens_the_files_it_needs_alone(tmp_path, monkeypa
     written = write_slices(tmp_path / SLICES, held)
     assert (written.bytes, written.crc32) == ((tmp_path / SLICES).stat().st_size, read_crc32(tmp_path / SLICES))
     paths, safe_open = [], shards.safe_open
-    monkeypatch.setattr(shards, "safe_open", lambda path, **options: paths.append(path.name) or safe_open(path, **options))
+    monkeypatch.setattr(
+        shards, "safe_open", lambda path, **options: paths.append(path.name) or safe_open(path, **options)
+    )
     found = Shards(tmp_path, [*files, SLICES])
     weights, moments = found.tensors("weight"), found.tensors("exp_avg")
     assert found.shapes == SHAPES and paths == []

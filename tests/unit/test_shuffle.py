@@ -1,4 +1,6 @@
-"""The shuffle: a permutation of every size, another for every key, without a preference, and no slower for being large."""
+"""The shuffle: a permutation of every size, another for every key, without a preference, and no slower for being
+large.
+"""
 
 from itertools import permutations
 

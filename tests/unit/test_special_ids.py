@@ -20,13 +20,17 @@ IDS = {"bos_token_id": 7, "eos_token_id": [8, 9], "pad_token_id": 10}
 
 @pytest.fixture
 def llama(tmp_path) -> Path:
-    """With a tokenizer that is no SentencePiece model; config.json and generation_config.json differ, as Llama 3's do."""
+    """With a tokenizer that is no SentencePiece model; config.json and generation_config.json differ, as Llama 3's
+    do.
+    """
     folder = tmp_path / "llama"
     hf.export(contents(SMALL, random_model(SMALL).state_dict()), folder)
     (folder / "tokenizer.json").write_text(json.dumps({"long": "x" * 200_000}))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"bos_token_id": 7, "eos_token_id": 8, "pad_token_id": 10}))
-    (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 7, "eos_token_id": [8, 9], "temperature": 0.6}))
+    (folder / "generation_config.json").write_text(
+        json.dumps({"bos_token_id": 7, "eos_token_id": [8, 9], "temperature": 0.6})
+    )
     return folder
 
 
@@ -38,7 +42,9 @@ def exported_ids(folder: Path) -> list[dict]:
 @pytest.mark.parametrize("way", [["hf"], ["hf-mtp"], ["canonical", "hf"], ["meta", "canonical", "hf-mtp", "hf"]])
 def test_ids_of_another_tokenizer_are_kept_by_weights(tmp_path, llama, way):
     found = formats.read(llama)
-    assert found.special_ids == IDS and "bos_token_id 7, eos_token_id [8, 9], pad_token_id 10 are kept" in found.notes[0]
+    assert (
+        found.special_ids == IDS and "bos_token_id 7, eos_token_id [8, 9], pad_token_id 10 are kept" in found.notes[0]
+    )
     for number, target in enumerate(way):
         formats.FORMATS[target].write(found, tmp_path / f"{number}", torch.float32)
         found = formats.read(tmp_path / f"{number}")

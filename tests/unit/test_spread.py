@@ -24,12 +24,16 @@ from tests.cases import small_config
 from tests.unit.test_partition import paper_config
 
 UNEVEN = [
-    StageTimes(1.0, 2.0, 0.1, 0.2, 0), StageTimes(0.5, 1.0, 0.4, 0.8, 0), StageTimes(0.9, 1.9, 0.0, 0.0, 1),
+    StageTimes(1.0, 2.0, 0.1, 0.2, 0),
+    StageTimes(0.5, 1.0, 0.4, 0.8, 0),
+    StageTimes(0.9, 1.9, 0.0, 0.0, 1),
     StageTimes(1.0, 2.0, 0.2, 0.1, 3),
-]  # fmt: skip
+]
 EVEN = [StageTimes(1.0, 2.0, 0.2, 0.4, index == 3) for index in range(4)]
 NOTHING = [StageTimes(1.0, 2.0, 0.0, 0.0, 0), StageTimes(1.0, 2.0, 0.0, 0.0, 2), StageTimes(1.0, 2.0, 0.25, 0.5, 2)]
-CASES = list(itertools.product((UNEVEN, EVEN, UNEVEN[2:], NOTHING), (1, 3, 9), (Exchange(), Exchange(0.3, 0.2, 0.1)), PATTERNS))
+CASES = list(
+    itertools.product((UNEVEN, EVEN, UNEVEN[2:], NOTHING), (1, 3, 9), (Exchange(), Exchange(0.3, 0.2, 0.1)), PATTERNS)
+)
 
 
 @pytest.mark.parametrize(("times", "micro_batches", "exchange", "pattern"), CASES)
@@ -86,18 +90,25 @@ def _needed(schedule: SpreadSchedule, work: Pass) -> list[Transfer]:
 def _made(schedule: SpreadSchedule, work: Pass) -> list[Transfer]:
     """What a pass gives its stage to send."""
     if work.kind == Kind.FORWARD:
-        carried = [Carries.ACTIVATIONS] * (work.stage + 1 < len(schedule.times)) + [Carries.HIDDEN] * (work.stage in schedule.hosts)
+        carried = [Carries.ACTIVATIONS] * (work.stage + 1 < len(schedule.times)) + [Carries.HIDDEN] * (
+            work.stage in schedule.hosts
+        )
     else:
         carried = {
-            Kind.STATISTICS: [Carries.STATISTICS], Kind.GRADIENTS: [Carries.HIDDEN_GRADIENT],
+            Kind.STATISTICS: [Carries.STATISTICS],
+            Kind.GRADIENTS: [Carries.HIDDEN_GRADIENT],
             Kind.BACKWARD: [Carries.GRADIENT] * (work.stage > 0),
-        }[work.kind]  # fmt: skip
+        }[work.kind]
     return [Transfer(each, work.host, work.micro_batch) for each in carried]
 
 
 @pytest.mark.parametrize(("times", "micro_batches", "exchange", "pattern"), CASES)
-def test_stages_that_transfer_in_one_order_never_wait_for_each_other_in_a_circle(times, micro_batches, exchange, pattern):
-    """A stage makes one transfer after another, each when all who take part have come to it; a pass waits for what it needs."""
+def test_stages_that_transfer_in_one_order_never_wait_for_each_other_in_a_circle(
+    times, micro_batches, exchange, pattern
+):
+    """A stage makes one transfer after another, each when all who take part have come to it; a pass waits for what
+    it needs.
+    """
     schedule = SpreadSchedule(times, micro_batches, exchange, pattern, slack=exchange.hand)
     order, stages = schedule.transfers(), range(len(times))
     assert len(order) == len(set(order)) == micro_batches * (2 * (len(times) - 1) + 3 * len(schedule.hosts))
@@ -122,7 +133,9 @@ def test_stages_that_transfer_in_one_order_never_wait_for_each_other_in_a_circle
 
 @pytest.mark.parametrize(("times", "micro_batches", "exchange", "pattern"), CASES)
 def test_what_a_pass_needs_has_begun_before_it(times, micro_batches, exchange, pattern):
-    """Without a look at other stages: of its own transfers, in their order, as far as its passes before have made what it gives."""
+    """Without a look at other stages: of its own transfers, in their order, as far as its passes before have made
+    what it gives.
+    """
     schedule = SpreadSchedule(times, micro_batches, exchange, pattern, slack=exchange.hand)
     for stage, works in enumerate(schedule.orders):
         own, given, begun = [each for each in schedule.transfers() if schedule.takes_part(stage, each)], set(), set()
@@ -144,7 +157,9 @@ def test_even_stages_never_wait_between_fill_and_drain():
 def test_links_slower_than_a_slices_passes_do_not_cost_a_round_at_every_stage():
     exchange = Exchange(hand=0.06, hidden=0.06, statistics=0.005)
     times = [StageTimes(1.0, 2.0, 0.03, 0.06, index == 7) for index in range(8)]
-    without = min((SpreadSchedule(times, 32, exchange, pattern) for pattern in PATTERNS), key=lambda found: found.alive(0))
+    without = min(
+        (SpreadSchedule(times, 32, exchange, pattern) for pattern in PATTERNS), key=lambda found: found.alive(0)
+    )
     found = fastest_schedule(times, 32, exchange)
     assert without.alive(0) > 14 > 12 >= found.alive(0)
     assert max(done.end for done in found.play()) < max(done.end for done in without.play())
@@ -186,7 +201,12 @@ def test_the_papers_sizes_are_balanced_where_whole_layers_are_not(size, vocabula
 
 def test_memory_counts_each_row_once_and_a_limit_is_kept():
     config = small_config(
-        world_size=1, accumulation=6, engine__kind="pipeline", engine__num_stages=3, model__num_layers=9, model__vocab_size=600
+        world_size=1,
+        accumulation=6,
+        engine__kind="pipeline",
+        engine__num_stages=3,
+        model__num_layers=9,
+        model__vocab_size=600,
     )
     found, whole = spread(config, 1), partition(config, 1)
     weights = [sum(stage.memory_bytes["weights"] for stage in plan.stages) for plan in (found, whole)]
@@ -199,9 +219,13 @@ def test_memory_counts_each_row_once_and_a_limit_is_kept():
         for layers, stage in zip(("embedding, trunk 1-3", "trunk 4-6", "trunk 7, heads 1-2"), found.stages, strict=True)
     ]
     assert sum(float(line.split(":")[1].split("%")[0]) for line in lines[:3]) == pytest.approx(100, abs=0.2)
-    assert lines[3] == f"slowest stage / mean {found.imbalance:.3f}; 6 micro-batches: predicted bubble {found.bubble:.1%}"
+    assert (
+        lines[3] == f"slowest stage / mean {found.imbalance:.3f}; 6 micro-batches: predicted bubble {found.bubble:.1%}"
+    )
     largest = max(sum(stage.memory_bytes.values()) for stage in found.stages)
     limited = dict(engine__kind="pipeline", engine__num_stages=3, model__num_layers=9, model__vocab_size=600)
     assert spread(small_config(1, 6, **limited, engine__stage_memory_bytes=largest), 1).stages == found.stages
     with pytest.raises(InputError, match=r"spread losses do not fit engine\.stage_memory_bytes"):
-        check_engine(small_config(1, 6, **limited, engine__stage_memory_bytes=largest - 1, engine__spread_losses=True), 0, 3)
+        check_engine(
+            small_config(1, 6, **limited, engine__stage_memory_bytes=largest - 1, engine__spread_losses=True), 0, 3
+        )

@@ -51,7 +51,13 @@ def test_checkpoints_are_ordered_by_step(tmp_path):
 
 @pytest.mark.parametrize(
     ("keep", "every", "kept"),
-    [(2, None, [50, 60, 90]), (1, None, [60, 90]), (1, 20, [20, 40, 60, 90]), (2, 30, [30, 50, 60, 90]), (9, None, None)],
+    [
+        (2, None, [50, 60, 90]),
+        (1, None, [60, 90]),
+        (1, 20, [20, 40, 60, 90]),
+        (2, 30, [30, 50, 60, 90]),
+        (9, None, None),
+    ],
 )
 def test_the_newest_and_every_mth_are_kept(keep, every, kept, tmp_path):
     """That of step 90, which is damaged or the run would not be at 60 again, neither counts nor goes."""
@@ -136,7 +142,8 @@ def prepare():
     rest[:] = test_store.write(run, 1, b"other weights")
 
 store.sync = lambda path: None  # kills lose nothing that is not on disk yet
-for kill in killed_at_each_line(("megamtp/checkpoint/store.py", "megamtp/files.py"), prepare, lambda: store.publish(*rest)):
+files = ("megamtp/checkpoint/store.py", "megamtp/files.py")
+    for kill in killed_at_each_line(files, prepare, lambda: store.publish(*rest)):
     found.append(store.verified(store.newest_checkpoint(run)).file_bytes)
     store.remove_leftovers(run)
     assert test_store.names(run) == ["step-0000001"]
@@ -254,7 +261,8 @@ def test_a_run_without_checkpoint_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("version", "words"), [(3, ["format 3", "by megamtp 9.9", "install a newer"]), (None, ["format 1", "expected format 2"])]
+    ("version", "words"),
+    [(3, ["format 3", "by megamtp 9.9", "install a newer"]), (None, ["format 1", "expected format 2"])],
 )
 def test_another_format_is_named(version, words, tmp_path):
     checkpoint = publish(tmp_path, 1)

@@ -141,7 +141,9 @@ def test_training_is_deterministic_and_seeded(tmp_path, monkeypatch):
 @pytest.mark.parametrize("content", [b"", b"not a model", b"\x00" * 100, TEXTS[0].encode()])
 def test_foreign_file(tmp_path, content):
     (tmp_path / "bad.model").write_bytes(content)
-    assert refusal(SentencePieceTokenizer, tmp_path / "bad.model").startswith(f"{tmp_path}/bad.model: not a SentencePiece model")
+    assert refusal(SentencePieceTokenizer, tmp_path / "bad.model").startswith(
+        f"{tmp_path}/bad.model: not a SentencePiece model"
+    )
 
 
 def test_truncated_model(tokenizer, tmp_path):
@@ -151,7 +153,9 @@ def test_truncated_model(tokenizer, tmp_path):
 
 
 def test_missing_file_and_folder(tmp_path):
-    assert "none.model: cannot read this tokenizer (No such file" in refusal(SentencePieceTokenizer, tmp_path / "none.model")
+    assert "none.model: cannot read this tokenizer (No such file" in refusal(
+        SentencePieceTokenizer, tmp_path / "none.model"
+    )
     assert f"{tmp_path}: cannot read this tokenizer (Is a directory)" in refusal(SentencePieceTokenizer, tmp_path)
 
 
@@ -175,7 +179,9 @@ def test_vocabulary_too_small_or_too_large(tmp_path, wrong, words):
     assert SentencePieceTokenizer(tmp_path / "tokenizer.model").vocab_size == possible
 
 
-@pytest.mark.parametrize(("vocab_size", "texts"), [(-5, TEXTS), (0, TEXTS), (1, TEXTS), (10**10, TEXTS), (300, []), (300, ["\n"])])
+@pytest.mark.parametrize(
+    ("vocab_size", "texts"), [(-5, TEXTS), (0, TEXTS), (1, TEXTS), (10**10, TEXTS), (300, []), (300, ["\n"])]
+)
 def test_what_cannot_be_trained_at_all(tmp_path, vocab_size, texts):
     message = refusal(train_sentencepiece, texts, tmp_path / "tokenizer.model", vocab_size, 0)
     assert f"cannot train {vocab_size} pieces on this corpus" in message

@@ -18,7 +18,9 @@ def test_torch_reads_what_was_written_in_slices(tmp_path, monkeypatch, dtype, mm
     monkeypatch.setattr(safetensors_file, "SLICE_ELEMENTS", 4)
     tensors = {"a": torch.randn(7, 5), "b": torch.randn(3), "c": torch.randn(2, 2, 2), "d": torch.randn(())}
     source = InMemory(tensors)
-    content = {name: Streamed(source, name, dtype) for name in tensors} | {"deep": [{"again": Streamed(source, "a", dtype)}, 7]}
+    content = {name: Streamed(source, name, dtype) for name in tensors} | {
+        "deep": [{"again": Streamed(source, "a", dtype)}, 7]
+    }
     torch_file.write(tmp_path / "file", content)
     found = torch.load(tmp_path / "file", mmap=mmap, weights_only=True)
     assert all(torch.equal(found[name], tensors[name].to(dtype)) for name in tensors)
@@ -54,7 +56,10 @@ def test_truncated_and_missing_files_are_refused_in_one_line(tmp_path):
     ("value", "message"),
     [
         (3, "b is of type int, expected a tensor"),
-        (torch.zeros(3, dtype=torch.int8), "b is a tensor of torch.int8, .*; expected a dense one of floating-point numbers"),
+        (
+            torch.zeros(3, dtype=torch.int8),
+            "b is a tensor of torch.int8, .*; expected a dense one of floating-point numbers",
+        ),
         (torch.eye(3).to_sparse(), "b is a tensor of torch.float32, torch.sparse_coo on cpu; expected a dense one"),
         (torch.zeros(3, device="meta"), "b is a tensor of torch.float32, torch.strided on meta; expected a dense one"),
     ],
@@ -101,9 +106,12 @@ def test_a_damaged_file_of_the_old_format_is_refused_in_one_line(tmp_path, capsy
 
 def test_tensors_that_are_not_contiguous_are_read_by_slice():
     tensors = {
-        "transposed": torch.randn(5, 4).t(), "deep": torch.randn(2, 3, 4).permute(2, 0, 1), "strided": torch.randn(12)[::3],
-        "expanded": torch.randn(3, 1).expand(3, 4), "parameter": torch.nn.Parameter(torch.randn(3, 2)),
-    }  # fmt: skip
+        "transposed": torch.randn(5, 4).t(),
+        "deep": torch.randn(2, 3, 4).permute(2, 0, 1),
+        "strided": torch.randn(12)[::3],
+        "expanded": torch.randn(3, 1).expand(3, 4),
+        "parameter": torch.nn.Parameter(torch.randn(3, 2)),
+    }
     source = InMemory(tensors)
     for name, tensor in tensors.items():
         expected = tensor.detach().flatten()

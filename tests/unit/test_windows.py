@@ -1,4 +1,6 @@
-"""Windows: every token a target exactly once, whatever n, and IGNORED only beyond the end, or the document's where asked."""
+"""Windows: every token a target exactly once, whatever n, and IGNORED only beyond the end, or the document's where
+asked.
+"""
 
 import subprocess
 import sys
@@ -110,7 +112,9 @@ def test_windows_cross_documents(tmp_path):
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 8])
 def test_corpus_too_short(num_tokens):
-    with pytest.raises(InputError, match=rf"^tokens has {num_tokens} tokens; expected at least 9 .*sequence_length=8.*$"):
+    with pytest.raises(
+        InputError, match=rf"^tokens has {num_tokens} tokens; expected at least 9 .*sequence_length=8.*$"
+    ):
         Windows(Tokens(num_tokens), 8, 4, seed=0)
 
 
@@ -134,7 +138,9 @@ def test_masked_targets_are_those_of_another_document(tmp_path_factory, lengths,
     if len(owners) <= length:
         return
     dataset = write(tmp_path_factory.getbasetemp() / "masked", [[number] * size for number, size in enumerate(lengths)])
-    crossing, masked, isolated = (Windows(dataset, length, n, 0, documents=mode) for mode in ("continue", "mask", "isolate"))
+    crossing, masked, isolated = (
+        Windows(dataset, length, n, 0, documents=mode) for mode in ("continue", "mask", "isolate")
+    )
     assert masked.targets_can_be_ignored and isolated.targets_can_be_ignored
     for index in range(len(crossing)):
         inputs, targets, documents = masked[index]
@@ -150,7 +156,9 @@ def test_masked_targets_are_those_of_another_document(tmp_path_factory, lengths,
         assert isolated[index].documents.tolist() == [0, *changes.tolist()]
 
 
-@pytest.mark.parametrize(("tokens", "place"), [([[0, 1], [], [99, 0, 5], [100, 1]], 3), ([[100, 0, 0]], 0), ([[0], [-1, 0]], 1)])
+@pytest.mark.parametrize(
+    ("tokens", "place"), [([[0, 1], [], [99, 0, 5], [100, 1]], 3), ([[100, 0, 0]], 0), ([[0], [-1, 0]], 1)]
+)
 def test_token_outside_the_vocabulary(tmp_path, tokens, place):
     windows = Windows(write(tmp_path / "wrong", tokens), 2, 1, seed=0, vocab_size=100)
     wrong = next(token for document in tokens for token in document if not 0 <= token < 100)
@@ -180,7 +188,9 @@ def test_all_ranks_together_check_each_token_once(tmp_path, monkeypatch, world_s
     monkeypatch.setattr("megamtp.data.windows.CHECKED_TOKENS", 4)
     windows = Windows(write(tmp_path / "all", [[5] * 43]), 4, 3, seed=0)
     read, read_tokens = [], windows._read
-    monkeypatch.setattr(windows, "_read", lambda start, stop: read.extend(range(start, stop)) or read_tokens(start, stop))
+    monkeypatch.setattr(
+        windows, "_read", lambda start, stop: read.extend(range(start, stop)) or read_tokens(start, stop)
+    )
     shares = []
     for rank in range(world_size):
         windows.check_first(9, rank, world_size)
@@ -223,7 +233,8 @@ def test_a_trillion_tokens_open_in_a_second(tmp_path):
     finished = subprocess.run(command, capture_output=True, text=True, check=True)
     documents, tokens, opened, read, more_mebibytes, mebibytes, length = map(float, finished.stdout.split())
     assert (documents, tokens, length) == (BILLION, TRILLION, 4096)
-    assert opened < 1 and read < 1  # of the processor's time, which other processes do not lengthen; the files are holes
+    # of the processor's time, which other processes do not lengthen; the files are holes
+    assert opened < 1 and read < 1
     assert more_mebibytes < 40 and mebibytes < 200
     assert (tmp_path / "sparse.idx").stat().st_blocks * 512 < 2**20
 

@@ -99,7 +99,9 @@ def test_skipped_records_are_the_same_for_any_number_of_workers(texts, tmp_path)
     bad = '{"text": null}\n'
     (texts / "a.jsonl").write_text("".join(f'{bad}{{"text": "a {number}"}}\n' for number in range(200)))
     (texts / "d.part").write_text(f'{bad}{{"text": "b"}}\n')
-    with pytest.raises(InputError, match=r"a\.jsonl:1: 'text' is null; .*, or skip bad records with --on-bad-record skip$"):
+    with pytest.raises(
+        InputError, match=r"a\.jsonl:1: 'text' is null; .*, or skip bad records with --on-bad-record skip$"
+    ):
         prepare(find_source([texts]), tmp_path / "out", tokenizer="bytes")
     for number in (1, 3):
         source = find_source([texts], skip_bad_records=True)
@@ -144,7 +146,9 @@ def test_mistake_of_a_worker_is_one_line_and_the_finished_parts_are_kept(texts, 
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize(("options", "left"), [({"vocab_size": VOCAB_SIZE}, []), ({"tokenizer": "bytes"}, [".preparation"])])
+@pytest.mark.parametrize(
+    ("options", "left"), [({"vocab_size": VOCAB_SIZE}, []), ({"tokenizer": "bytes"}, [".preparation"])]
+)
 def test_first_mistake_in_the_inputs_order_is_named(texts, tmp_path, options, left):
     content = (texts / "a.jsonl").read_text().splitlines()
     content[100] = content[250] = '{"txt": ""}'
@@ -155,7 +159,9 @@ def test_first_mistake_in_the_inputs_order_is_named(texts, tmp_path, options, le
 
 
 def test_preparation_that_stopped_at_a_bad_record_goes_on_where_these_are_skipped(texts, tmp_path, monkeypatch):
-    """And one that skipped them, ended before its corpus was whole, leaves no part with a bad record to one that does not."""
+    """And one that skipped them, ended before its corpus was whole, leaves no part with a bad record to one that
+    does not.
+    """
     with open(texts / "a.jsonl", "a") as stream:
         stream.write('{"text": null}\n')
     strict, lenient = find_source([texts]), find_source([texts], skip_bad_records=True)
@@ -187,7 +193,9 @@ def test_killed_worker(texts, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(parts, "_documents", killed)
-        assert mistake(source, tmp_path / "out", vocab_size=VOCAB_SIZE, workers=2).startswith("a worker process was killed")
+        assert mistake(source, tmp_path / "out", vocab_size=VOCAB_SIZE, workers=2).startswith(
+            "a worker process was killed"
+        )
     prepare(source, tmp_path / "out", VOCAB_SIZE, workers=2)
     prepare(source, tmp_path / "whole", VOCAB_SIZE)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
@@ -214,7 +222,9 @@ def test_workers_end_with_their_parent_and_another_preparation_waits_for_none(te
         assert process.poll() is None
         time.sleep(0.02)
     time.sleep(0.1)
-    assert mistake(find_source([texts]), tmp_path / "out").startswith(f"{tmp_path}/out is being prepared by another process")
+    assert mistake(find_source([texts]), tmp_path / "out").startswith(
+        f"{tmp_path}/out is being prepared by another process"
+    )
     process.send_signal(number)
     process.wait(10)
     gone, alive = psutil.wait_procs(children, 10)
@@ -237,7 +247,9 @@ for name in ("once", "again"):
 
 def test_no_other_thread_lives_when_workers_are_forked(texts, tmp_path):
     """As tqdm's, which may hold a lock at that moment, and would never release it in the worker."""
-    finished = subprocess.run([sys.executable, "-c", FORKED, texts, tmp_path], capture_output=True, text=True, timeout=60)
+    finished = subprocess.run(
+        [sys.executable, "-c", FORKED, texts, tmp_path], capture_output=True, text=True, timeout=60
+    )
     assert finished.stdout.splitlines() == ["['MainThread']"] * 4, finished.stderr
 
 
@@ -252,7 +264,9 @@ with workers._processes(2):
 
 
 def test_ctrl_c_amid_the_fork_of_a_worker_is_not_lost():
-    """As it would be in the hook of a module, which logging has, too: Python prints and forgets what is raised there."""
+    """As it would be in the hook of a module, which logging has, too: Python prints and forgets what is raised
+    there.
+    """
     finished = subprocess.run([sys.executable, "-c", INTERRUPTED_FORK], capture_output=True, text=True, timeout=60)
     assert finished.returncode == -signal.SIGINT and "KeyboardInterrupt" in finished.stderr
     assert "went on" not in finished.stdout and "ignored" not in finished.stderr

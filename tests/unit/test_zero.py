@@ -28,9 +28,14 @@ def test_all_micro_batches_are_on_the_device_before_the_first_pass():
         return None
 
     engine = Engine(
-        train=nothing, set_gradient_accumulation_boundary=nothing, backward=nothing, step=nothing, was_step_applied=nothing,
-        get_global_grad_norm=lambda: 1.0, optimizer=SimpleNamespace(param_groups=[]),
-    )  # fmt: skip
+        train=nothing,
+        set_gradient_accumulation_boundary=nothing,
+        backward=nothing,
+        step=nothing,
+        was_step_applied=nothing,
+        get_global_grad_norm=lambda: 1.0,
+        optimizer=SimpleNamespace(param_groups=[]),
+    )
     zero = ZeroEngine.__new__(ZeroEngine)  # without an engine of DeepSpeed's
     zero.engine, zero.traffic, zero.world_size, zero.config, zero.device = engine, None, 1, config, torch.device("cpu")
     zero.head_phase = SimpleNamespace(whole_or_nothing=contextlib.nullcontext)

@@ -13,11 +13,13 @@ COMMANDS = {
     "prediction": "the emulated cluster's steps beside those of real ranks, as `overhead` has written both",
     "trace": "exposed communication in the head phase, with prefetch and without, and whether it is below a limit",
     "loss": "the loss of one head: time over that of its three products, and memory",
-    "pipeline": "a pipeline's step, played with the measured times of its stages: three plans, and how much n heads cost",
+    "pipeline": "a pipeline's step, played with the measured times of its stages: three plans, and how much n heads "
+    "cost",
     "real_pipeline": "a pipeline's step on real ranks, beside what `pipeline` predicted for it",
     "prepare": "preparation of a corpus: MB/s of one worker over bare SentencePiece's, and of several over one's",
     "data": "opening a corpus: time and memory against its size; batches: tokens per second (needs no GPU)",
-    "saving": "a training that saves often: step time while a checkpoint is written over that of other steps, and bandwidth",
+    "saving": "a training that saves often: step time while a checkpoint is written over that of other steps, and "
+    "bandwidth",
     "recovery": "a pretraining on all GPUs, a rank of which is killed: losses, throughput, and what the kill cost",
     "learning": "whether fp8 losses learn as well as bf16's: a 0.3B model trained with both",
 }

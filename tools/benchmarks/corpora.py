@@ -1,4 +1,6 @@
-"""Corpora of text for benchmarks that train; token files for those of the data, with many documents and no content, or with it."""
+"""Corpora of text for benchmarks that train; token files for those of the data, with many documents and no content,
+or with it.
+"""
 
 import argparse
 import json
@@ -38,7 +40,9 @@ def settings(data: Path) -> list[str]:
     try:
         vocab_size = json.loads((data / SUMMARY).read_text())["vocab_size"]
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{data / SUMMARY} cannot be read ({error}); expected a corpus of prepare_data: see --prepare") from None
+        raise InputError(
+            f"{data / SUMMARY} cannot be read ({error}); expected a corpus of prepare_data: see --prepare"
+        ) from None
     return [f"model.vocab_size={vocab_size}", f"data.train={data}/train", f"data.validation={data}/validation"]
 
 
@@ -58,7 +62,8 @@ def write_even(prefix: Path, num_tokens: int, document_tokens: int) -> None:
 
 
 def write_sparse(prefix: Path, num_tokens: int, num_documents: int, block_bytes: int = checksums.BLOCK_BYTES) -> None:
-    """All of the documents and sequences are empty but the last document and what sequences it needs; .bin and .idx are holes.
+    """All of the documents and sequences are empty but the last document and what sequences it needs; .bin and .idx are
+    holes.
 
     The .crc is no hole: of 10^12 tokens and with blocks as preparation makes them, it is 2 GB.
     """

@@ -2,8 +2,8 @@
 
     python tools/benchmark.py data --output results
 
-Corpora of documents of 1000 tokens; the largest, 10^12 tokens by default, has 10^9 documents in a sparse index, and 2 GB of
-checksums. Opening is what a job does before its first batch: ours, and GPTDataset without its cache and with it.
+Corpora of documents of 1000 tokens; the largest, 10^12 tokens by default, has 10^9 documents in a sparse index, and 2
+GB of checksums. Opening is what a job does before its first batch: ours, and GPTDataset without its cache and with it.
 Memory is anonymous (RssAnon) and of the process's peak while it opens, above what the imports left.
 """
 
@@ -65,8 +65,12 @@ def main(arguments: list[str]) -> None:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = output.parser(__doc__, "data")
-    parser.add_argument("--sizes", type=float, nargs="+", default=[1e8, 1e9, 1e10, 1e12], help="tokens [1e8 1e9 1e10 1e12]")
-    parser.add_argument("--megatron-limit", type=float, default=1e10, help="largest size that GPTDataset opens, too [1e10]")
+    parser.add_argument(
+        "--sizes", type=float, nargs="+", default=[1e8, 1e9, 1e10, 1e12], help="tokens [1e8 1e9 1e10 1e12]"
+    )
+    parser.add_argument(
+        "--megatron-limit", type=float, default=1e10, help="largest size that GPTDataset opens, too [1e10]"
+    )
     parser.add_argument("--read-tokens", type=float, default=1e8, help="of the corpus that is read [1e8]")
     parser.add_argument("--scratch", type=Path, help="folder for the corpora [the system's]")
     options = parser.parse_args(arguments)
@@ -120,9 +124,16 @@ def open_megatron(prefix: str) -> Dataset[object]:
     from megatron.core.datasets.utils import Split
 
     config = GPTDatasetConfig(
-        random_seed=0, sequence_length=T, blend=([prefix], None), split="1,0,0", tokenizer=NoTokenizer(), reset_position_ids=False,
-        reset_attention_mask=False, eod_mask_loss=False, create_attention_mask=False,
-    )  # fmt: skip
+        random_seed=0,
+        sequence_length=T,
+        blend=([prefix], None),
+        split="1,0,0",
+        tokenizer=NoTokenizer(),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
     dataset = GPTDataset.build_low_level_dataset(prefix, config)
     documents = np.arange(GPTDataset.numel_low_level_dataset(dataset), dtype=np.int32)
     return GPTDataset(dataset, prefix, documents, None, Split.train, config)

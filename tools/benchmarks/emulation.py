@@ -1,4 +1,6 @@
-"""Configurations of one rank of an emulated cluster or, under a launcher, of a real job; the options of all benchmarks of steps."""
+"""Configurations of one rank of an emulated cluster or, under a launcher, of a real job; the options of all
+benchmarks of steps.
+"""
 
 import argparse
 from pathlib import Path
@@ -20,7 +22,9 @@ SEQUENCE_LENGTH = 4096
 def parser(description: str, name: str) -> Parser:
     """With the options of every benchmark of steps."""
     parser = output.parser(description, name)
-    parser.add_argument("--bandwidth", default="100e9", help="bytes/s of a flat network; null: NVLink and 400 Gb/s [100e9]")
+    parser.add_argument(
+        "--bandwidth", default="100e9", help="bytes/s of a flat network; null: NVLink and 400 Gb/s [100e9]"
+    )
     parser.add_argument("--sms", default="1", help="multiprocessors that communication holds [1]")
     parser.add_argument("--micro-batch", type=output.positive, help="windows of a rank's micro-batch [by size: 4 to 1]")
     parser.add_argument("--micro-batches", type=output.positive, default=1, help="micro-batches of a rank's step [1]")
@@ -44,15 +48,27 @@ def config(size: str, heads: int, world_size: int, options: argparse.Namespace, 
     """As many micro-batches of every rank a step as are asked for, with a head phase. Raises InputError."""
     micro_batch = options.micro_batch or MICRO_BATCHES[size]
     cluster = [
-        f"cluster.emulate={world_size}", f"cluster.flat_bandwidth={options.bandwidth}", f"cluster.communication_sms={options.sms}"
-    ]  # fmt: skip
-    config = read_config([
-        *model(size, heads), "data.train=none", "run.directory=none", *([] if find_place().world_size > 1 else cluster),
-        f"train.sequence_length={SEQUENCE_LENGTH}", f"train.micro_batch_size={micro_batch}",
-        f"train.global_batch_tokens={SEQUENCE_LENGTH * micro_batch * options.micro_batches * world_size}", *options.set, *settings,
-    ])  # fmt: skip
+        f"cluster.emulate={world_size}",
+        f"cluster.flat_bandwidth={options.bandwidth}",
+        f"cluster.communication_sms={options.sms}",
+    ]
+    config = read_config(
+        [
+            *model(size, heads),
+            "data.train=none",
+            "run.directory=none",
+            *([] if find_place().world_size > 1 else cluster),
+            f"train.sequence_length={SEQUENCE_LENGTH}",
+            f"train.micro_batch_size={micro_batch}",
+            f"train.global_batch_tokens={SEQUENCE_LENGTH * micro_batch * options.micro_batches * world_size}",
+            *options.set,
+            *settings,
+        ]
+    )
     if config.engine.head_schedule != "sequential":
-        raise InputError(f"engine.head_schedule={config.engine.head_schedule}; expected sequential, which has a head phase")
+        raise InputError(
+            f"engine.head_schedule={config.engine.head_schedule}; expected sequential, which has a head phase"
+        )
     return config
 
 

@@ -28,9 +28,9 @@ LONG = 0.5  # milliseconds of an exposed transfer that nothing could hide, as at
 
 @dataclass(frozen=True)
 class Exposure:
-    """Milliseconds of a part of a step: in all; with computation; with a transfer; with a transfer but no computation; of this in
-    pieces of at least LONG, and while a transfer's kernel copies or sums, as the emulated cluster's do with the whole card; and
-    with neither.
+    """Milliseconds of a part of a step: in all; with computation; with a transfer; with a transfer but no computation;
+    of this in pieces of at least LONG, and while a transfer's kernel copies or sums, as the emulated cluster's do with
+    the whole card; and with neither.
     """
 
     total: float
@@ -50,8 +50,8 @@ class Exposure:
 class Trace:
     """A step on the device: when it computed, when a transfer was under way, and when its parts began and ended.
 
-    `parts` are "step" and, if the program named it, "heads": the head phase of each micro-batch from its first kernel to its last;
-    and "trunk": the rest.
+    `parts` are "step" and, if the program named it, "heads": the head phase of each micro-batch from its first kernel
+    to its last; and "trunk": the rest.
 
     Attributes:
         moving: when kernels of transfers copied or summed, other than real collectives' own.
@@ -81,20 +81,31 @@ class Trace:
 
 
 def record(step: Callable[[], object]) -> Trace:
-    """Runs one step under the profiler. Ranges that the program named lie on the device as long as the kernels started in them."""
+    """Runs one step under the profiler. Ranges that the program named lie on the device as long as the kernels
+    started in them.
+    """
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         step()
         torch.cuda.synchronize()
-    return read([
-        Kernel(event.name(), event.device_resource_id(), event.start_ns() / 1e6, (event.start_ns() + event.duration_ns()) / 1e6)
-        for event in profiled.profiler.kineto_results.events()
-        if event.device_type() == torch.autograd.DeviceType.CUDA
-        and (event.name() == HEAD_PHASE_RANGE or not event.is_user_annotation())
-    ])  # fmt: skip
+    return read(
+        [
+            Kernel(
+                event.name(),
+                event.device_resource_id(),
+                event.start_ns() / 1e6,
+                (event.start_ns() + event.duration_ns()) / 1e6,
+            )
+            for event in profiled.profiler.kineto_results.events()
+            if event.device_type() == torch.autograd.DeviceType.CUDA
+            and (event.name() == HEAD_PHASE_RANGE or not event.is_user_annotation())
+        ]
+    )
 
 
 def read(events: list[Kernel]) -> Trace:
-    """NCCL's kernels communicate, on whatever stream they are; of an emulated cluster, all that is on its transfers' streams."""
+    """NCCL's kernels communicate, on whatever stream they are; of an emulated cluster, all that is on its transfers'
+    streams.
+    """
     heads = [event for event in events if event.name == HEAD_PHASE_RANGE]
     kernels = [event for event in events if event.name != HEAD_PHASE_RANGE and event.end > event.start]
     emulated = {kernel.stream for kernel in kernels if kernel.name == HOLD}
@@ -105,11 +116,13 @@ def read(events: list[Kernel]) -> Trace:
         (communication if communicates else others).append(kernel)
     computing = union([(kernel.start, kernel.end) for kernel in others])
     transfers = _transfers(communication)
-    moving = union([
-        (kernel.start, kernel.end)
-        for kernel in communication
-        if kernel.name not in (BEGIN, HOLD) and not kernel.name.startswith(REAL_TRANSFER)
-    ])  # fmt: skip
+    moving = union(
+        [
+            (kernel.start, kernel.end)
+            for kernel in communication
+            if kernel.name not in (BEGIN, HOLD) and not kernel.name.startswith(REAL_TRANSFER)
+        ]
+    )
     everything = [*computing, *transfers]
     parts = {"step": [(min(start for start, _ in everything), max(end for _, end in everything))]}
     if heads:
@@ -161,7 +174,10 @@ def _transfers(kernels: list[Kernel]) -> list[Interval]:
 def _within(intervals: list[Interval], windows: list[Interval]) -> list[Interval]:
     """What of `intervals` lies in `windows`."""
     return [
-        (max(start, first), min(end, last)) for first, last in windows for start, end in intervals if start < last and end > first
+        (max(start, first), min(end, last))
+        for first, last in windows
+        for start, end in intervals
+        if start < last and end > first
     ]
 
 

@@ -1,4 +1,5 @@
-"""Whether fp8 losses learn as well as bf16's: the 0.3B model with 4 heads, trained on the same data from the same weights.
+"""Whether fp8 losses learn as well as bf16's: the 0.3B model with 4 heads, trained on the same data from the same
+weights.
 
     python tools/benchmark.py learning --prepare TEXT ... --data corpus --output results
 
@@ -53,11 +54,17 @@ def main(arguments: list[str]) -> None:
     parser = output.parser(__doc__, "learning")
     corpora.add_options(parser)
     parser.add_argument(
-        "--variants", nargs="+", default=["bf16", "fp8"], choices=VARIANTS, help="the first is what others are compared to"
+        "--variants",
+        nargs="+",
+        default=["bf16", "fp8"],
+        choices=VARIANTS,
+        help="the first is what others are compared to",
     )
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings of all trainings")
-    parser.add_argument("--runs", type=Path, default=Path("runs/learning"), help="folder of the trainings [runs/learning]")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/learning"), help="folder of the trainings [runs/learning]"
+    )
     options = parser.parse_args(arguments)
     corpora.prepare(options)
     learned = {}
@@ -79,11 +86,21 @@ def main(arguments: list[str]) -> None:
 def _settings(data: Path, run: Path, steps: int) -> list[str]:
     """A thousandth of the paper's batch and its learning rate, warmed up over a tenth of the steps."""
     return [
-        str(ROOT / "configs/0.3b_n4.yaml"), *corpora.settings(data), f"run.directory={run}", f"train.steps={steps}",
-        "train.global_batch_tokens=8192", "train.micro_batch_size=4", "train.sequence_length=2048", "engine.kind=zero1",
-        f"optimizer.warmup_steps={steps // 10}", f"run.evaluate_every_steps={max(1, steps // 10)}", "run.evaluation_windows=64",
-        f"run.save_every_steps={max(1, steps // 2)}", "run.keep_checkpoints=1", "run.tensorboard=false",
-    ]  # fmt: skip
+        str(ROOT / "configs/0.3b_n4.yaml"),
+        *corpora.settings(data),
+        f"run.directory={run}",
+        f"train.steps={steps}",
+        "train.global_batch_tokens=8192",
+        "train.micro_batch_size=4",
+        "train.sequence_length=2048",
+        "engine.kind=zero1",
+        f"optimizer.warmup_steps={steps // 10}",
+        f"run.evaluate_every_steps={max(1, steps // 10)}",
+        "run.evaluation_windows=64",
+        f"run.save_every_steps={max(1, steps // 2)}",
+        "run.keep_checkpoints=1",
+        "run.tensorboard=false",
+    ]
 
 
 def _finished(path: Path, steps: int) -> bool:
@@ -102,7 +119,9 @@ def read(path: Path, steps: int) -> Learned:
 
 
 def results(learned: dict[str, Learned]) -> list[dict]:
-    """Of each variant and head: losses in nats per token, differences relative to the first variant, and the training's curve."""
+    """Of each variant and head: losses in nats per token, differences relative to the first variant, and the
+    training's curve.
+    """
     first = next(iter(learned.values()))
     return [
         {
@@ -122,13 +141,20 @@ def results(learned: dict[str, Learned]) -> list[dict]:
 
 def table(learned: dict[str, Learned]) -> str:
     header = ["losses", "head", "training loss", "difference", "validation loss", "difference"]
-    return output.table(header, [
+    return output.table(
+        header,
         [
-            r["variant"], str(r["head"]), f"{r['training']:.4f}", f"{r['training_difference']:+.2%}",
-            f"{r['validation']:.4f}", f"{r['validation_difference']:+.2%}",
-        ]
-        for r in results(learned)
-    ])  # fmt: skip
+            [
+                r["variant"],
+                str(r["head"]),
+                f"{r['training']:.4f}",
+                f"{r['training_difference']:+.2%}",
+                f"{r['validation']:.4f}",
+                f"{r['validation_difference']:+.2%}",
+            ]
+            for r in results(learned)
+        ],
+    )
 
 
 def draw(learned: dict[str, Learned]) -> Figure:
@@ -139,13 +165,17 @@ def draw(learned: dict[str, Learned]) -> Figure:
     colors = colormaps["viridis"](np.linspace(0.05, 0.8, first.curve.shape[1]))
     for (name, found), style in zip(learned.items(), ("-", "--", ":"), strict=False):
         for head, color in enumerate(colors):
-            losses.plot(steps, found.curve[:, head], style, color=color, linewidth=1.2, label=f"head {head + 1}, {name}")
+            losses.plot(
+                steps, found.curve[:, head], style, color=color, linewidth=1.2, label=f"head {head + 1}, {name}"
+            )
     for (name, found), style in zip(others, ("--", ":"), strict=False):
         for head, color in enumerate(colors):
             relative = 100 * (found.curve[:, head] / first.curve[:, head] - 1)
             differences.plot(steps, relative, style, color=color, linewidth=1.2, label=f"head {head + 1}, {name}")
     losses.set(xlabel="optimizer step", ylabel="training loss, nats per token", title="0.3B, n = 4")
-    differences.set(xlabel="optimizer step", ylabel=f"training loss over {first_name}'s, %", title=f"difference from {first_name}")
+    differences.set(
+        xlabel="optimizer step", ylabel=f"training loss over {first_name}'s, %", title=f"difference from {first_name}"
+    )
     differences.axhline(0, color="0.5", linewidth=0.8)
     for axes in (losses, differences):
         axes.grid(alpha=0.25)

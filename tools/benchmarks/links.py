@@ -1,10 +1,12 @@
-"""Latency and bandwidth of the collectives among real GPUs, and how well the emulated cluster tells their times from these two.
+"""Latency and bandwidth of the collectives among real GPUs, and how well the emulated cluster tells their times from
+these two.
 
     torchrun --nproc-per-node 2 tools/benchmark.py links --output results
 
-Latency is the time of the smallest gather or reduction, bandwidth what the largest gather reaches beyond it, efficiency what other
-kinds reach of that: the settings with which `overhead` emulates this machine. Collectives wait in the communication stream before
-the first of them starts, so that their times are the card's, and not those of the host that starts them.
+Latency is the time of the smallest gather or reduction, bandwidth what the largest gather reaches beyond it, efficiency
+what other kinds reach of that: the settings with which `overhead` emulates this machine. Collectives wait in the
+communication stream before the first of them starts, so that their times are the card's, and not those of the host that
+starts them.
 """
 
 import dataclasses
@@ -33,7 +35,9 @@ HEAD_START = 5e-3  # seconds in which the host has started them all
 def main(arguments: list[str]) -> None:
     """Raises InputError."""
     parser = output.parser(__doc__, "links")
-    parser.add_argument("--rounds", type=output.positive, default=5, help=f"times of {REPEATS} collectives in a row [5]")
+    parser.add_argument(
+        "--rounds", type=output.positive, default=5, help=f"times of {REPEATS} collectives in a row [5]"
+    )
     options = parser.parse_args(arguments)
     place = find_place()
     if place.world_size == 1:
@@ -49,9 +53,11 @@ def main(arguments: list[str]) -> None:
     ]
     cluster = network.cluster
     settings = {
-        "ranks": place.world_size, "latency": f"{cluster.latency:.3g}", "bandwidth": f"{cluster.flat_bandwidth:.4g}",
+        "ranks": place.world_size,
+        "latency": f"{cluster.latency:.3g}",
+        "bandwidth": f"{cluster.flat_bandwidth:.4g}",
         **{f"efficiency of {kind}": f"{share:.3f}" for kind, share in cluster.efficiency.items()},
-    }  # fmt: skip
+    }
     output.write(options, settings, results, _table(results), _draw(results))
 
 
@@ -102,11 +108,14 @@ def _collective(kind: str, num_bytes: int) -> Callable[[], object]:
 def _table(results: list[dict]) -> str:
     rows = [
         [
-            result["kind"], f"{result['bytes']:,}", f"{1e6 * result['seconds']:.1f}", f"{1e6 * result['predicted']:.1f}",
+            result["kind"],
+            f"{result['bytes']:,}",
+            f"{1e6 * result['seconds']:.1f}",
+            f"{1e6 * result['predicted']:.1f}",
             f"{result['predicted'] / result['seconds']:.2f}",
         ]
         for result in results
-    ]  # fmt: skip
+    ]
     return output.table(["collective", "bytes", "µs", "emulated, µs", "emulated / measured"], rows)
 
 
@@ -116,7 +125,9 @@ def _draw(results: list[dict]) -> Figure:
         own = [result for result in results if result["kind"] == kind]
         sizes = [result["bytes"] for result in own]
         axes.plot(sizes, [1e6 * result["seconds"] for result in own], "o-", color=f"C{place}", label=kind)
-        axes.plot(sizes, [1e6 * result["predicted"] for result in own], "--", color=f"C{place}", label=f"{kind}, emulated")
+        axes.plot(
+            sizes, [1e6 * result["predicted"] for result in own], "--", color=f"C{place}", label=f"{kind}, emulated"
+        )
     axes.set(xscale="log", yscale="log", xlabel="bytes of the whole tensor", ylabel="µs")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)

@@ -1,10 +1,11 @@
-"""The loss of one head, forward and backward: time over that of its three matrix products at the card's rate, and memory.
+"""The loss of one head, forward and backward: time over that of its three matrix products at the card's rate, and
+memory.
 
     python tools/benchmark.py loss --output results
 
-Extra memory is what is alive besides inputs, dH and one sum of dW. "One of 4 heads": a quarter of the time of four losses that
-share dW and, in fp8, the quantised weight. liger-kernel and cut-cross-entropy take part where installed. The losses take turns, on
-random weights; cut-cross-entropy, which skips what it can, also where the softmax has a peak.
+Extra memory is what is alive besides inputs, dH and one sum of dW. "One of 4 heads": a quarter of the time of four
+losses that share dW and, in fp8, the quantised weight. liger-kernel and cut-cross-entropy take part where installed.
+The losses take turns, on random weights; cut-cross-entropy, which skips what it can, also where the softmax has a peak.
 """
 
 import statistics
@@ -81,11 +82,17 @@ def _measure_shape(rows: int, dim: int, vocabulary: int, rate: float, rounds: in
     for name, contestant in contestants.items():
         times = [time / contestant.num_uses for time in milliseconds[name]]
         median = statistics.median(times)
-        results.append({
-            "dim": dim, "vocabulary": vocabulary, "name": name, "sum_dtype": str(contestant.sum_dtype).removeprefix("torch."),
-            "milliseconds": times, "over_floor": median / floor,
-            "extra_bytes": None if name == PRODUCTS else _extra_bytes(contestant, inputs),
-        })  # fmt: skip
+        results.append(
+            {
+                "dim": dim,
+                "vocabulary": vocabulary,
+                "name": name,
+                "sum_dtype": str(contestant.sum_dtype).removeprefix("torch."),
+                "milliseconds": times,
+                "over_floor": median / floor,
+                "extra_bytes": None if name == PRODUCTS else _extra_bytes(contestant, inputs),
+            }
+        )
         print(f"d={dim} V={vocabulary} {name}: {output.spread(times, 2)} ms, {median / floor:.2f} x floor", flush=True)
     return results
 
@@ -113,7 +120,9 @@ def _contestants(hidden: Tensor, peaked: Tensor, weight: Tensor, targets: Tensor
             shared, float8_weight = SharedGradient(HEADS), Float8Weight() if float8 else None
             for _ in range(HEADS):
                 hidden.grad = None
-                linear_cross_entropy(hidden, weight, targets, shared_gradient=shared, float8_weight=float8_weight)[0].backward()
+                linear_cross_entropy(hidden, weight, targets, shared_gradient=shared, float8_weight=float8_weight)[
+                    0
+                ].backward()
 
         return Contestant(run, torch.float32, HEADS)
 
@@ -148,14 +157,19 @@ def _table(results: list[dict]) -> str:
     header = ["d", "V", "loss", "dW summed in", "ms", "over floor", "extra memory, GiB"]
     rows = [
         [
-            str(r["dim"]), str(r["vocabulary"]), r["name"], r["sum_dtype"], output.spread(r["milliseconds"], 2),
-            f"{r['over_floor']:.2f}", "-" if r["extra_bytes"] is None else f"{r['extra_bytes'] / 2**30:.2f}",
+            str(r["dim"]),
+            str(r["vocabulary"]),
+            r["name"],
+            r["sum_dtype"],
+            output.spread(r["milliseconds"], 2),
+            f"{r['over_floor']:.2f}",
+            "-" if r["extra_bytes"] is None else f"{r['extra_bytes'] / 2**30:.2f}",
         ]
         for r in results
-    ]  # fmt: skip
+    ]
     note = (
-        "dW is summed over chunks of rows, and over heads, in the dtype given: bfloat16 is rounded at every chunk, as liger-kernel "
-        "does unless told otherwise, and cut-cross-entropy; whole logits and bare products have one chunk."
+        "dW is summed over chunks of rows, and over heads, in the dtype given: bfloat16 is rounded at every chunk, as "
+        "liger-kernel does unless told otherwise, and cut-cross-entropy; whole logits and bare products have one chunk."
     )
     return f"{output.table(header, rows)}\n\n{note}"
 
@@ -167,7 +181,9 @@ def _draw(results: list[dict]) -> Figure:
     picture, (time, memory) = output.figure(13, 7, rows=2, sharex=True)
     for axes, key, unit in ((time, "over_floor", 1), (memory, "extra_bytes", 2**30)):
         known = [result for result in results if result[key] is not None]
-        output.bars(axes, groups, {name: {_group(r): r[key] / unit for r in known if r["name"] == name} for name in names})
+        output.bars(
+            axes, groups, {name: {_group(r): r[key] / unit for r in known if r["name"] == name} for name in names}
+        )
     time.axhline(1.0, color="0.5", linewidth=0.8)
     time.set_ylabel("time / three products at the card's rate")
     memory.set_ylabel("extra memory, GiB")

@@ -1,4 +1,6 @@
-"""What every benchmark leaves: a Markdown table on the terminal and in NAME.md, every number in NAME.json, and NAME.png."""
+"""What every benchmark leaves: a Markdown table on the terminal and in NAME.md, every number in NAME.json, and
+NAME.png.
+"""
 
 import argparse
 import datetime
@@ -77,20 +79,29 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def write(options: argparse.Namespace, settings: dict, results: list[dict], shown: str, picture: Figure) -> None:
-    """Prints `shown` under its circumstances and settings, and writes the three files; of several ranks, the first does."""
+    """Prints `shown` under its circumstances and settings, and writes the three files; of several ranks, the first
+    does.
+    """
     if find_place().rank > 0:
         return
     where = circumstances()
-    heading = f"{where['card']}, torch {where['torch']}, {where['date']}; {', '.join(f'{k} {v}' for k, v in settings.items())}"
+    heading = (
+        f"{where['card']}, torch {where['torch']}, {where['date']}; "
+        f"{', '.join(f'{k} {v}' for k, v in settings.items())}"
+    )
     text = f"{heading}\n\n{shown}\n\n`{where['command']}`\n"
     stem = options.output / options.name
     Path(f"{stem}.md").write_text(text)
-    Path(f"{stem}.json").write_text(json.dumps({"circumstances": where, "settings": settings, "results": results}, indent=1))
+    Path(f"{stem}.json").write_text(
+        json.dumps({"circumstances": where, "settings": settings, "results": results}, indent=1)
+    )
     picture.savefig(f"{stem}.png")
     print(text, flush=True)
 
 
-def figure(width: float, height: float, rows: int = 1, columns: int = 1, sharex: bool = False) -> tuple[Figure, list[Axes]]:
+def figure(
+    width: float, height: float, rows: int = 1, columns: int = 1, sharex: bool = False
+) -> tuple[Figure, list[Axes]]:
     """A picture of some diagrams without lines above and to the right of them."""
     picture = Figure(figsize=(width, height), dpi=130, layout="constrained")
     diagrams = picture.subplots(rows, columns, squeeze=False, sharex=sharex).flatten().tolist()
@@ -100,7 +111,9 @@ def figure(width: float, height: float, rows: int = 1, columns: int = 1, sharex:
 
 
 def bars(axes: Axes, groups: list[str], heights: dict[str, dict[str, float]]) -> None:
-    """A group of bars for each of `groups`; `heights[label]` has those of one label, which may be absent from some groups."""
+    """A group of bars for each of `groups`; `heights[label]` has those of one label, which may be absent from some
+    groups.
+    """
     width = 0.8 / len(heights)
     axes.set_prop_cycle(color=matplotlib.color_sequences["tab20"])  # as many colours as there may be labels
     for index, (label, found) in enumerate(heights.items()):

@@ -1,11 +1,13 @@
-"""Step time of n heads over that of one, forward and backward, on one GPU as a rank of an emulated cluster (paper.md, table S5).
+"""Step time of n heads over that of one, forward and backward, on one GPU as a rank of an emulated cluster (paper.md,
+table S5).
 
     python tools/benchmark.py overhead --sizes 6.7b --heads 1 4 --output results
     python tools/benchmark.py overhead --bandwidth null --sms 16 --name overhead_nodes_16sms --output results
-    torchrun --nproc-per-node 2 tools/benchmark.py overhead --sizes 6.7b --rebuild --name nccl --output results      (real ranks)
+    torchrun --nproc-per-node 2 tools/benchmark.py overhead --sizes 6.7b --rebuild --name nccl --output results
+    (real ranks)
 
-A size has a process of its own, in which variants take turns. "plain" has neither engine nor communication; "hosted / bare" is a
-variant's n = 1 step over it.
+A size has a process of its own, in which variants take turns. "plain" has neither engine nor communication; "hosted /
+bare" is a variant's n = 1 step over it.
 "ours fp8" has the losses of all heads in fp8, over the n = 1 step in bf16.
 """
 
@@ -34,24 +36,35 @@ def main(arguments: list[str]) -> None:
     sizes = list(emulation.MICRO_BATCHES)
     parser = emulation.parser(__doc__, "overhead")
     parser.add_argument("--sizes", nargs="+", default=sizes, choices=sizes)
-    parser.add_argument("--heads", nargs="+", type=output.positive, default=[1, 4], help="numbers of heads, 1 first [1 4]")
+    parser.add_argument(
+        "--heads", nargs="+", type=output.positive, default=[1, 4], help="numbers of heads, 1 first [1 4]"
+    )
     parser.add_argument("--variants", nargs="+", default=list(variants.NAMES[:5]), choices=variants.NAMES)
     parser.add_argument("--world-size", type=output.positive, default=64, help="ranks emulated [64]")
     parser.add_argument("--rounds", type=output.positive, default=2, help="turns of each variant [2]")
-    parser.add_argument("--rebuild", action="store_true", help="make every variant anew for each turn, where not all fit at once")
-    parser.add_argument("--cold", action="store_true", help="also the first step of ours, in a process with empty caches")
+    parser.add_argument(
+        "--rebuild", action="store_true", help="make every variant anew for each turn, where not all fit at once"
+    )
+    parser.add_argument(
+        "--cold", action="store_true", help="also the first step of ours, in a process with empty caches"
+    )
     options = parser.parse_args(arguments)
     if options.heads[0] != 1:
-        raise InputError(f"--heads {' '.join(map(str, options.heads))}; expected 1 first, which the others are divided by")
+        raise InputError(
+            f"--heads {' '.join(map(str, options.heads))}; expected 1 first, which the others are divided by"
+        )
     ranks, launched = emulation.num_ranks(options.world_size), emulation.num_ranks(1)
     if launched > 1 and (options.cold or len(options.sizes) > 1):
-        raise InputError(f"several --sizes or --cold under a launcher of {launched} ranks; expected one size, or one process")
+        raise InputError(
+            f"several --sizes or --cold under a launcher of {launched} ranks; expected one size, or one process"
+        )
     configs = {size: {n: emulation.config(size, n, ranks, options) for n in options.heads} for size in options.sizes}
     output.start(options)
     settings = {
-        "ranks": ranks, **emulation.settings(configs[options.sizes[0]][1], options),
+        "ranks": ranks,
+        **emulation.settings(configs[options.sizes[0]][1], options),
         "steps": options.rounds * options.steps,
-    }  # fmt: skip
+    }
     results: list[dict] = []
     for size, by_heads in configs.items():
         job = size, by_heads, options
@@ -68,19 +81,27 @@ def _measure_size(size: str, configs: dict[int, Config], options: argparse.Names
     """Of all variants and numbers of heads. Traces come last, for the profiler slows what comes after it."""
     emulation.join(configs[1])
     cells = {
-        f"{size} n={n} {name}": (name, n) for n in configs for name in options.variants if n > 1 or name not in variants.ONE_HEAD
+        f"{size} n={n} {name}": (name, n)
+        for n in configs
+        for name in options.variants
+        if n > 1 or name not in variants.ONE_HEAD
     }
     makers = {label: partial(variants.CLASSES[name], configs[n]) for label, (name, n) in cells.items()}
     found = variants.measure(makers, options.rounds, options.steps, keep=not options.rebuild)
     ranks = emulation.num_ranks(options.world_size)
     results = {
         label: {
-            "size": size, "variant": name, "heads": n, "micro_batch": configs[n].train.micro_batch_size,
-            "flops": flops_per_token(configs[n].model, emulation.SEQUENCE_LENGTH) * configs[n].train.global_batch_tokens / ranks,
+            "size": size,
+            "variant": name,
+            "heads": n,
+            "micro_batch": configs[n].train.micro_batch_size,
+            "flops": flops_per_token(configs[n].model, emulation.SEQUENCE_LENGTH)
+            * configs[n].train.global_batch_tokens
+            / ranks,
             **dataclasses.asdict(found[label]),
         }
         for label, (name, n) in cells.items()
-    }  # fmt: skip
+    }
     traced = {label: makers[label] for label, (name, n) in cells.items() if name in TRACED and n == options.heads[-1]}
     for label, trace in variants.traces(traced).items():
         results[label]["exposure"] = trace.exposures()
@@ -114,12 +135,22 @@ def _table(results: list[dict], heads: list[int]) -> str:
         ratios = [f"{statistics.median(c['milliseconds']) / base:.3f}" if c and base else "-" for c in cells[1:]]
         flops = [f"{by[size, name, n]['flops'] / one['flops']:.3f}" for n in heads[1:] if one and (size, name, n) in by]
         last = cells[-1]
-        rows.append([
-            size, name, *map(_milliseconds, cells), *ratios, " ".join(flops),
-            f"{base / bare:.3f}" if base and bare else "-", f"{one['flops'] / base / 1e9:.0f}" if one else "-",
-            f"{last['peak_bytes'] / one['peak_bytes']:.3f} of {one['peak_bytes'] / 2**30:.1f} GiB" if last and one else "-",
-            _exposed_share(last), *[_first_steps(cells)] * cold,
-        ])  # fmt: skip
+        rows.append(
+            [
+                size,
+                name,
+                *map(_milliseconds, cells),
+                *ratios,
+                " ".join(flops),
+                f"{base / bare:.3f}" if base and bare else "-",
+                f"{one['flops'] / base / 1e9:.0f}" if one else "-",
+                f"{last['peak_bytes'] / one['peak_bytes']:.3f} of {one['peak_bytes'] / 2**30:.1f} GiB"
+                if last and one
+                else "-",
+                _exposed_share(last),
+                *[_first_steps(cells)] * cold,
+            ]
+        )
     return output.table(header, rows)
 
 
@@ -139,7 +170,9 @@ def _exposed_share(result: dict | None) -> str:
 
 def _first_steps(cells: list[dict | None]) -> str:
     """One number for each number of heads."""
-    return ", ".join(f"{cell['first_step_seconds']:.1f}" for cell in cells if cell and "first_step_seconds" in cell) or "-"
+    return (
+        ", ".join(f"{cell['first_step_seconds']:.1f}" for cell in cells if cell and "first_step_seconds" in cell) or "-"
+    )
 
 
 def _draw(results: list[dict]) -> Figure:
@@ -147,9 +180,13 @@ def _draw(results: list[dict]) -> Figure:
     groups = list(dict.fromkeys(_group(result) for result in results))
     names = list(dict.fromkeys(result["variant"] for result in results))
     base_name = "plain" if "plain" in names else names[0]
-    base = {r["size"]: statistics.median(r["milliseconds"]) for r in results if (r["variant"], r["heads"]) == (base_name, 1)}
+    base = {
+        r["size"]: statistics.median(r["milliseconds"]) for r in results if (r["variant"], r["heads"]) == (base_name, 1)
+    }
     heights = {
-        name: {_group(r): statistics.median(r["milliseconds"]) / base[r["size"]] for r in results if r["variant"] == name}
+        name: {
+            _group(r): statistics.median(r["milliseconds"]) / base[r["size"]] for r in results if r["variant"] == name
+        }
         for name in names
     }
     picture, (axes,) = output.figure(2 + 1.6 * len(groups), 4.5)

@@ -2,9 +2,10 @@
 
     python tools/benchmark.py pipeline --output results
 
-Three plans: "naive", equal numbers of layers and all heads last; "whole layers", the best cut; "spread losses", the best one with
-losses spread by vocabulary. The fastest is chosen (**). Played are the schedule's passes and transfers between stages; not the
-optimizer, and not the reduction over pipelines. Memory is compared without the optimizer's shard, which is not measured.
+Three plans: "naive", equal numbers of layers and all heads last; "whole layers", the best cut; "spread losses", the
+best one with losses spread by vocabulary. The fastest is chosen (**). Played are the schedule's passes and transfers
+between stages; not the optimizer, and not the reduction over pipelines. Memory is compared without the optimizer's
+shard, which is not measured.
 """
 
 import argparse
@@ -30,23 +31,38 @@ def main(arguments: list[str]) -> None:
     """Raises InputError."""
     parser = output.parser(__doc__, "pipeline")
     parser.add_argument("--sizes", nargs="+", default=["6.7b", "13b"], choices=emulation.MICRO_BATCHES)
-    parser.add_argument("--heads", nargs="+", type=output.positive, default=[1, 4], help="numbers of heads, 1 first [1 4]")
-    parser.add_argument("--vocabularies", nargs="+", type=output.positive, default=[32000, 128256], help="[32000 128256]")
+    parser.add_argument(
+        "--heads", nargs="+", type=output.positive, default=[1, 4], help="numbers of heads, 1 first [1 4]"
+    )
+    parser.add_argument(
+        "--vocabularies", nargs="+", type=output.positive, default=[32000, 128256], help="[32000 128256]"
+    )
     parser.add_argument("--stages", nargs="+", type=output.positive, default=[4, 8], help="[4 8]")
     parser.add_argument("--micro-batches", type=output.positive, default=32, help="of a step in one pipeline [32]")
-    parser.add_argument("--sequence-length", type=output.positive, default=4096, help="positions of a micro-batch [4096]")
-    parser.add_argument("--pipelines", type=output.positive, default=8, help="among which ZeRO-1 shards the optimizer [8]")
+    parser.add_argument(
+        "--sequence-length", type=output.positive, default=4096, help="positions of a micro-batch [4096]"
+    )
+    parser.add_argument(
+        "--pipelines", type=output.positive, default=8, help="among which ZeRO-1 shards the optimizer [8]"
+    )
     parser.add_argument("--link-bandwidth", type=float, default=50e9, help="bytes/s between stages [50e9]")
-    parser.add_argument("--latency", type=float, default=20e-6, help="seconds of a transfer before its first byte [20e-6]")
-    parser.add_argument("--measured", type=output.positive, default=6, help="micro-batches that each stage is timed with [6]")
+    parser.add_argument(
+        "--latency", type=float, default=20e-6, help="seconds of a transfer before its first byte [20e-6]"
+    )
+    parser.add_argument(
+        "--measured", type=output.positive, default=6, help="micro-batches that each stage is timed with [6]"
+    )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="[cuda]; cpu: to try this program")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings")
     options = parser.parse_args(arguments)
     if options.heads[0] != 1:
-        raise InputError(f"--heads {' '.join(map(str, options.heads))}; expected 1 first, which the others are divided by")
+        raise InputError(
+            f"--heads {' '.join(map(str, options.heads))}; expected 1 first, which the others are divided by"
+        )
     if options.link_bandwidth <= 0 or options.latency < 0:
         raise InputError(
-            f"--link-bandwidth {options.link_bandwidth:g} --latency {options.latency:g}; expected bytes/s above 0, and 0 s or more"
+            f"--link-bandwidth {options.link_bandwidth:g} --latency {options.latency:g}; expected bytes/s above 0, and "
+            "0 s or more"
         )
     for size in options.sizes:
         _configs(size, options)  # refuses what cannot be, before anything is measured
@@ -58,10 +74,14 @@ def main(arguments: list[str]) -> None:
         raise InputError("nothing was measured, for the reasons above; expected sizes that fit on this card")
     boxes = [result.pop("boxes") for result in results]
     settings = {
-        "micro-batches": options.micro_batches, "T": options.sequence_length, "pipelines": options.pipelines,
-        "link": f"{options.link_bandwidth:g} bytes/s", "latency": f"{options.latency:g}", "measured": options.measured,
+        "micro-batches": options.micro_batches,
+        "T": options.sequence_length,
+        "pipelines": options.pipelines,
+        "link": f"{options.link_bandwidth:g} bytes/s",
+        "latency": f"{options.latency:g}",
+        "measured": options.measured,
         **({"set": " ".join(options.set)} if options.set else {}),
-    }  # fmt: skip
+    }
     output.write(options, settings, results, f"{_table(results)}\n\n{_verdicts(results)}", _draw(results, boxes))
 
 
@@ -70,25 +90,43 @@ def _configs(size: str, options: argparse.Namespace) -> dict[tuple[int, int, int
     shape = options.sequence_length, options.micro_batches, options.pipelines
     return {
         (vocabulary, num_stages, n): config_of(size, vocabulary, num_stages, n, *shape, *options.set)
-        for vocabulary in options.vocabularies for num_stages in options.stages for n in options.heads
-    }  # fmt: skip
+        for vocabulary in options.vocabularies
+        for num_stages in options.stages
+        for n in options.heads
+    }
 
 
 def config_of(
-    size: str, vocabulary: int, num_stages: int, heads: int,
-    sequence_length: int, micro_batches: int, pipelines: int, *settings: str,
-) -> Config:  # fmt: skip
+    size: str,
+    vocabulary: int,
+    num_stages: int,
+    heads: int,
+    sequence_length: int,
+    micro_batches: int,
+    pipelines: int,
+    *settings: str,
+) -> Config:
     """Of a pipeline whose micro-batches are one window. Raises InputError."""
-    return read_config([
-        *emulation.model(size, heads), "data.train=none", "run.directory=none", "engine.kind=pipeline",
-        f"engine.num_stages={num_stages}", f"model.vocab_size={vocabulary}",
-        f"train.sequence_length={sequence_length}", "train.micro_batch_size=1",
-        f"train.global_batch_tokens={sequence_length * micro_batches * pipelines}", *settings,
-    ])  # fmt: skip
+    return read_config(
+        [
+            *emulation.model(size, heads),
+            "data.train=none",
+            "run.directory=none",
+            "engine.kind=pipeline",
+            f"engine.num_stages={num_stages}",
+            f"model.vocab_size={vocabulary}",
+            f"train.sequence_length={sequence_length}",
+            "train.micro_batch_size=1",
+            f"train.global_batch_tokens={sequence_length * micro_batches * pipelines}",
+            *settings,
+        ]
+    )
 
 
 def _sizes_results(size: str, options: argparse.Namespace) -> list[dict]:
-    """Of one size, in a process of its own, whose memory ends with it; nothing if that failed, which it has then said."""
+    """Of one size, in a process of its own, whose memory ends with it; nothing if that failed, which it has then
+    said.
+    """
     start = time.perf_counter()
     try:
         results = Fresh(measure_size, size, options).result()
@@ -102,7 +140,9 @@ def _sizes_results(size: str, options: argparse.Namespace) -> list[dict]:
 
 
 def measure_size(size: str, options: argparse.Namespace) -> list[dict]:
-    """A result for each configuration and plan. Stages are first measured with all numbers of micro-batches that plans ask for."""
+    """A result for each configuration and plan. Stages are first measured with all numbers of micro-batches that
+    plans ask for.
+    """
     meter = plans.Meter(torch.device(options.device), options.measured)
     link = Link(options.link_bandwidth, options.latency)
     cases = []
@@ -119,7 +159,14 @@ def measure_size(size: str, options: argparse.Namespace) -> list[dict]:
     results = []
     for vocabulary, num_stages, n, name, config, plan, costs in cases:
         flops = flops_per_token(config.model, config.train.sequence_length)
-        result = {"size": size, "vocabulary": vocabulary, "stages": num_stages, "heads": n, "plan": name, "flops": flops}
+        result = {
+            "size": size,
+            "vocabulary": vocabulary,
+            "stages": num_stages,
+            "heads": n,
+            "plan": name,
+            "flops": flops,
+        }
         results.append(result | plans.play_plan(config, plan, costs, link, meter))
     return results
 
@@ -128,13 +175,17 @@ def _by_model(results: list[dict]) -> dict[tuple, dict[str, dict]]:
     """{(size, vocabulary, stages, heads): {plan: result}}."""
     found: dict[tuple, dict[str, dict]] = {}
     for result in results:
-        found.setdefault(tuple(result[key] for key in ("size", "vocabulary", "stages", "heads")), {})[result["plan"]] = result
+        found.setdefault(tuple(result[key] for key in ("size", "vocabulary", "stages", "heads")), {})[
+            result["plan"]
+        ] = result
     return found
 
 
 def _chosen(by_plan: dict[str, dict]) -> dict:
     """The fastest but the naive one."""
-    return min((result for name, result in by_plan.items() if name != plans.NAIVE), key=lambda result: result["step_seconds"])
+    return min(
+        (result for name, result in by_plan.items() if name != plans.NAIVE), key=lambda result: result["step_seconds"]
+    )
 
 
 def _ratios(result: dict, models: dict[tuple, dict[str, dict]]) -> tuple[float, float]:
@@ -151,7 +202,12 @@ def _memory_errors(result: dict) -> list[float]:
 
 def _table(results: list[dict]) -> str:
     header = ["size", "V", "stages", "n", "plan", "step, ms", "over best n=1", "FLOP ratio", "bubble", "slowest / mean"]
-    header += ["layers (heads) of stages", "ms of stages", "GiB of stages, measured / planned", "GiB with optimizer, at most"]
+    header += [
+        "layers (heads) of stages",
+        "ms of stages",
+        "GiB of stages, measured / planned",
+        "GiB with optimizer, at most",
+    ]
     models, rows = _by_model(results), []
     for result in results:
         key = tuple(result[name] for name in ("size", "vocabulary", "stages", "heads"))
@@ -165,14 +221,23 @@ def _table(results: list[dict]) -> str:
                 result["optimizer_bytes"], result["planned_bytes"], result["peak_bytes"], strict=True
             )
         )
-        rows.append([
-            *map(str, key), f"{bold}{result['plan']}{bold}", f"{result['step_seconds'] * 1e3:.0f}", f"{ratio:.3f}", f"{flops:.3f}",
-            f"{result['bubble']:.1%}", f"{result['imbalance']:.3f}",
-            " ".join(f"{count}({heads})" if heads else str(count) for count, heads in layers),
-            " ".join(f"{seconds * 1e3:.1f}" for seconds in result["stage_seconds"]),
-            " ".join(f"{'-' if peak is None else f'{peak / GIB:.1f}'}/{planned / GIB:.1f}" for peak, planned in memory),
-            f"{max(needed) / GIB:.1f}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                *map(str, key),
+                f"{bold}{result['plan']}{bold}",
+                f"{result['step_seconds'] * 1e3:.0f}",
+                f"{ratio:.3f}",
+                f"{flops:.3f}",
+                f"{result['bubble']:.1%}",
+                f"{result['imbalance']:.3f}",
+                " ".join(f"{count}({heads})" if heads else str(count) for count, heads in layers),
+                " ".join(f"{seconds * 1e3:.1f}" for seconds in result["stage_seconds"]),
+                " ".join(
+                    f"{'-' if peak is None else f'{peak / GIB:.1f}'}/{planned / GIB:.1f}" for peak, planned in memory
+                ),
+                f"{max(needed) / GIB:.1f}",
+            ]
+        )
     return output.table(header, rows)
 
 
@@ -186,8 +251,14 @@ def _verdicts(results: list[dict]) -> str:
         ratio, flops = _ratios(found, models)
         errors = [abs(error) for result in by_plan.values() for error in _memory_errors(result)]
         balanced, cheap = found["imbalance"] <= MOST_IMBALANCE, ratio <= flops + MOST_OVER_FLOPS
-        line = f"- {key[0]}, V={key[1]}, {key[2]} stages, n={key[3]}, {found['plan']}: slowest / mean {found['imbalance']:.3f} <= "
-        line += f"{MOST_IMBALANCE}: {_word(balanced)}; n={key[3]} / n=1 {ratio:.3f} <= FLOP ratio {flops:.3f} + {MOST_OVER_FLOPS}: "
+        line = (
+            f"- {key[0]}, V={key[1]}, {key[2]} stages, n={key[3]}, {found['plan']}: slowest / mean "
+            f"{found['imbalance']:.3f} <= "
+        )
+        line += (
+            f"{MOST_IMBALANCE}: {_word(balanced)}; n={key[3]} / n=1 {ratio:.3f} <= FLOP ratio {flops:.3f} + "
+            f"{MOST_OVER_FLOPS}: "
+        )
         line += _word(cheap)
         if errors:
             line += f"; memory off by {max(errors):.1%} at most: {_word(max(errors) <= MOST_MEMORY_ERROR)}"

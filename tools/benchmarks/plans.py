@@ -1,4 +1,6 @@
-"""Plans of a pipeline, measured by stages and played: the naive cut, the best of whole layers, the best with spread losses."""
+"""Plans of a pipeline, measured by stages and played: the naive cut, the best of whole layers, the best with spread
+losses.
+"""
 
 import dataclasses
 from collections.abc import Iterable
@@ -37,14 +39,20 @@ class Meter:
         if key not in self.found or not alive <= self.asked[key]:
             self.asked[key] = alive | self.asked.get(key, set())
             try:
-                measured = self.found[key] = stages.measure(config, stage, self.asked[key], self.device, self.micro_batches)
+                measured = self.found[key] = stages.measure(
+                    config, stage, self.asked[key], self.device, self.micro_batches
+                )
             except torch.OutOfMemoryError:
                 raise InputError(
-                    f"{stage.contents} of a model of width {config.model.dim} does not fit on this card; expected stages that do: "
-                    "choose other --sizes, or more --stages"
+                    f"{stage.contents} of a model of width {config.model.dim} does not fit on this card; expected "
+                    "stages that do: choose other --sizes, or more --stages"
                 ) from None
-            passes = ", ".join(f"{kind.name.lower()} {seconds * 1e3:.2f} ms" for kind, seconds in measured.seconds.items())
-            peaks = ", ".join(f"{size / 2**30:.2f} GiB with {count}" for count, size in sorted(measured.peak_bytes.items()))
+            passes = ", ".join(
+                f"{kind.name.lower()} {seconds * 1e3:.2f} ms" for kind, seconds in measured.seconds.items()
+            )
+            peaks = ", ".join(
+                f"{size / 2**30:.2f} GiB with {count}" for count, size in sorted(measured.peak_bytes.items())
+            )
             print(f"{stage.contents}: {passes}{'; ' if peaks else ''}{peaks}", flush=True)
         return self.found[key]
 
@@ -53,14 +61,16 @@ def stage_key(config: Config, stage: Stage) -> tuple:
     """Equal for stages that do the same, with models of one size."""
     contents, model = stage.contents, config.model
     return (
-        contents, stage.end == model.num_layers, model.vocab_size if contents.has_embedding or contents.rows else None,
+        contents,
+        stage.end == model.num_layers,
+        model.vocab_size if contents.has_embedding or contents.rows else None,
         model.num_future_tokens if contents.spread and contents.rows else None,
-    )  # fmt: skip
+    )
 
 
 def measured_costs(config: Config, meter: Meter) -> PassCosts:
-    """Seconds, from stages with few contents: layers alone, layers and embedding, a head without and with its loss, two heads with
-    theirs, a slice of average size."""
+    """Seconds, from stages with few contents: layers alone, layers and embedding, a head without and with its loss, two
+    heads with theirs, a slice of average size."""
     model = config.model
     num_layers = min(UNIT_LAYERS, model.num_trunk_layers - 1)
     layers = _passes(config, meter, first=1, end=1 + num_layers)
@@ -93,7 +103,9 @@ def measured_costs(config: Config, meter: Meter) -> PassCosts:
 
 
 def _stage(contents: StageContents) -> Stage:
-    """A stage of `contents` alone, for a meter, which does not ask for the place in the model of a stage without trunk layers."""
+    """A stage of `contents` alone, for a meter, which does not ask for the place in the model of a stage without
+    trunk layers.
+    """
     return Stage(1, 1, contents.heads, contents, 0.0, 0.0, {})
 
 
@@ -146,8 +158,10 @@ def play_plan(config: Config, plan: Partition | SpreadPartition, costs: PassCost
         "layers": [stage.num_layers for stage in plan.stages],
         "heads_of_stages": [len(stage.heads) for stage in plan.stages],
         "rows": [stage.contents.rows for stage in plan.stages],
-        "step_seconds": step, "bubble": 1 - busy / (len(plan.stages) * step),
-        "imbalance": imbalance(totals), "stage_seconds": totals,
+        "step_seconds": step,
+        "bubble": 1 - busy / (len(plan.stages) * step),
+        "imbalance": imbalance(totals),
+        "stage_seconds": totals,
         "pass_seconds": [{kind.name.lower(): seconds for kind, seconds in found.seconds.items()} for found in measured],
         "pass_spreads": [{kind.name.lower(): spread for kind, spread in found.spreads.items()} for found in measured],
         "alive": [alive(plan, index) for index in range(len(plan.stages))],
@@ -156,7 +170,7 @@ def play_plan(config: Config, plan: Partition | SpreadPartition, costs: PassCost
         "planned_kinds": [stage.memory_bytes for stage in plan.stages],
         "optimizer_bytes": [stage.memory_bytes[OPTIMIZER] for stage in plan.stages],
         "boxes": boxes,
-    }  # fmt: skip
+    }
 
 
 def _play_whole(
@@ -179,14 +193,19 @@ def _play_whole(
     return boxes, [sum(pair) for pair in zip(forward, backward, strict=True)], tied_end
 
 
-def _play_spread(config: Config, plan: SpreadPartition, measured: list[Measured]) -> tuple[list[Box], list[float], float]:
+def _play_spread(
+    config: Config, plan: SpreadPartition, measured: list[Measured]
+) -> tuple[list[Box], list[float], float]:
     times = [
         StageTimes(
-            found.seconds[Kind.FORWARD], found.seconds[Kind.BACKWARD], found.seconds.get(Kind.STATISTICS, 0.0),
-            found.seconds.get(Kind.GRADIENTS, 0.0), len(stage.heads),
+            found.seconds[Kind.FORWARD],
+            found.seconds[Kind.BACKWARD],
+            found.seconds.get(Kind.STATISTICS, 0.0),
+            found.seconds.get(Kind.GRADIENTS, 0.0),
+            len(stage.heads),
         )
         for stage, found in zip(plan.stages, measured, strict=True)
-    ]  # fmt: skip
+    ]
     played = plan.schedule.with_times(times, plan.schedule.exchange).play()
     boxes = [Box(done.work.stage, LABELS[done.work.kind], done.start, done.end) for done in played]
     return boxes, [stage.total(config.model.num_future_tokens) for stage in times], 0.0

@@ -2,9 +2,11 @@
 
     torchrun --nproc-per-node 2 tools/benchmark.py overhead --sizes 1.3b --rebuild --name overhead_nccl --output results
     python tools/benchmark.py overhead --sizes 1.3b --world-size 2 ... --name overhead_nccl_emulated --output results
-    python tools/benchmark.py prediction --measured results/overhead_nccl.json --emulated results/overhead_nccl_emulated.json
+    python tools/benchmark.py prediction --measured results/overhead_nccl.json --emulated
+    results/overhead_nccl_emulated.json
 
-The emulated run takes what `links` has measured: --bandwidth, --set cluster.latency=... cluster.efficiency={...}. Needs no GPU.
+The emulated run takes what `links` has measured: --bandwidth, --set cluster.latency=... cluster.efficiency={...}. Needs
+no GPU.
 """
 
 import json
@@ -29,14 +31,26 @@ def main(arguments: list[str]) -> None:
     (settings, measured), (emulation, emulated) = read(options.measured), read(options.emulated)
     if settings["ranks"] != emulation["ranks"] or measured.keys() != emulated.keys():
         raise InputError(
-            f"{options.emulated} has other sizes, heads, variants or ranks than {options.measured}; expected the same ones"
+            f"{options.emulated} has other sizes, heads, variants or ranks than {options.measured}; expected the same "
+            "ones"
         )
     output.make_folder(options)
     results = [
-        {"size": size, "heads": heads, "variant": variant, "measured": milliseconds, "emulated": emulated[size, heads, variant]}
+        {
+            "size": size,
+            "heads": heads,
+            "variant": variant,
+            "measured": milliseconds,
+            "emulated": emulated[size, heads, variant],
+        }
         for (size, heads, variant), milliseconds in measured.items()
     ]
-    shown = {"ranks": settings["ranks"], "card": settings["card"], "measured": settings["date"], "emulated": emulation["date"]}
+    shown = {
+        "ranks": settings["ranks"],
+        "card": settings["card"],
+        "measured": settings["date"],
+        "emulated": emulation["date"],
+    }
     output.write(options, shown, results, f"{table(results)}\n\n{verdict(results)}", _draw(results))
 
 
@@ -44,7 +58,9 @@ def read(path: Path) -> tuple[dict, Cells]:
     """Raises InputError."""
     try:
         content = json.loads(path.read_text())
-        cells = {(found["size"], found["heads"], found["variant"]): found["milliseconds"] for found in content["results"]}
+        cells = {
+            (found["size"], found["heads"], found["variant"]): found["milliseconds"] for found in content["results"]
+        }
         return content["settings"] | content["circumstances"], cells
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} cannot be read ({error!r}); expected the JSON file of `overhead`") from None
@@ -58,11 +74,15 @@ def ratio(result: dict) -> float:
 def table(results: list[dict]) -> str:
     rows = [
         [
-            result["size"], str(result["heads"]), result["variant"], output.spread(result["measured"]),
-            output.spread(result["emulated"]), f"{ratio(result):.3f}",
+            result["size"],
+            str(result["heads"]),
+            result["variant"],
+            output.spread(result["measured"]),
+            output.spread(result["emulated"]),
+            f"{ratio(result):.3f}",
         ]
         for result in results
-    ]  # fmt: skip
+    ]
     return output.table(["size", "n", "variant", "real ranks, ms", "emulated, ms", "emulated / real"], rows)
 
 
@@ -70,7 +90,10 @@ def verdict(results: list[dict]) -> str:
     errors = [abs(ratio(result) - 1) for result in results]
     within = sum(error <= MOST_WRONG for error in errors)
     word = "holds" if within == len(errors) else "FAILS"
-    return f"emulated step off by at most {MOST_WRONG:.0%}: in {within} of {len(errors)} rows, {max(errors):.1%} at most: {word}"
+    return (
+        f"emulated step off by at most {MOST_WRONG:.0%}: in {within} of {len(errors)} rows, {max(errors):.1%} at most: "
+        f"{word}"
+    )
 
 
 def _draw(results: list[dict]) -> Figure:

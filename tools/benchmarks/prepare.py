@@ -4,7 +4,8 @@
 
 Each round measures, one after another in turn: `sentencepiece.encode` of all texts, which are in memory already, on one
 thread; tokenising the same files into parts by one worker; and by 2 and more workers. The tokenizer is trained before.
-"Per core" divides by the seconds of all cores together, which other programs on the machine disturb less than the clock's.
+"Per core" divides by the seconds of all cores together, which other programs on the machine disturb less than the
+clock's.
 """
 
 import resource
@@ -33,7 +34,9 @@ BARE = "sentencepiece"
 def main(arguments: list[str]) -> None:
     """Raises InputError."""
     parser = output.parser(__doc__, "prepare")
-    parser.add_argument("--input", nargs="+", type=Path, metavar="PATH", help="text, without: Python's standard library")
+    parser.add_argument(
+        "--input", nargs="+", type=Path, metavar="PATH", help="text, without: Python's standard library"
+    )
     parser.add_argument("--vocab-size", type=output.positive, default=4096, help="of the tokenizer [4096]")
     parser.add_argument("--workers", nargs="+", type=output.positive, default=[1, 2], help="numbers of processes [1 2]")
     parser.add_argument("--rounds", type=output.positive, default=5)
@@ -57,7 +60,9 @@ class Times:
     cpu: list[float] = field(default_factory=list)
 
 
-def measure(source: Source, folder: Path, vocab_size: int, numbers: list[int], rounds: int) -> tuple[dict[str, Times], int]:
+def measure(
+    source: Source, folder: Path, vocab_size: int, numbers: list[int], rounds: int
+) -> tuple[dict[str, Times], int]:
     """(times of each variant, bytes of text)."""
     texts = [text for _, text in source.documents()]
     model = folder / "tokenizer.model"

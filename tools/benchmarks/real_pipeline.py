@@ -3,9 +3,10 @@
     python tools/benchmark.py pipeline --sizes 1.3b --stages 2 --pipelines 1 --name pipeline_p2 --output results
     torchrun --nproc-per-node 2 tools/benchmark.py real_pipeline --predicted results/pipeline_p2.json --output results
 
-Of every plan there whose stages and pipelines are as many as the ranks; give `pipeline` the --link-bandwidth and --latency that
-`links` measures. A step counts from its start to the last pass of the slowest rank: the optimizer, which is not predicted, is left
-out. On GPUs a profiled step tells how much of it each stage computes: its bubble and imbalance.
+Of every plan there whose stages and pipelines are as many as the ranks; give `pipeline` the --link-bandwidth and
+--latency that `links` measures. A step counts from its start to the last pass of the slowest rank: the optimizer, which
+is not predicted, is left out. On GPUs a profiled step tells how much of it each stage computes: its bubble and
+imbalance.
 """
 
 import argparse
@@ -49,14 +50,18 @@ def main(arguments: list[str]) -> None:
     chosen = [found for found in predictions if found["stages"] * settings["pipelines"] == place.world_size]
     if place.world_size == 1 or not chosen:
         sizes = sorted({found["stages"] * settings["pipelines"] for found in predictions})
-        raise InputError(f"{place.world_size} ranks; expected as many as a plan in {options.predicted} has, {sizes}: use torchrun")
+        raise InputError(
+            f"{place.world_size} ranks; expected as many as a plan in {options.predicted} has, {sizes}: use torchrun"
+        )
     output.start(options, on_gpu=options.device == "cuda")
     join_peers(place, ClusterConfig())
     results = [found | {"seconds": measured(found, settings, options)} for found in chosen]
     if options.device == "cuda":  # last, for the profiler slows what comes after it
         results = [found | computed(found, settings) for found in results]
     used = {name: settings[name] for name in ("micro-batches", "T", "pipelines", "link", "latency")}
-    output.write(options, used | {"steps": options.steps}, results, f"{_table(results)}\n\n{_verdict(results)}", _draw(results))
+    output.write(
+        options, used | {"steps": options.steps}, results, f"{_table(results)}\n\n{_verdict(results)}", _draw(results)
+    )
 
 
 def _read(path: Path) -> tuple[dict, list[dict]]:
@@ -66,18 +71,25 @@ def _read(path: Path) -> tuple[dict, list[dict]]:
             found["planned_step"] = found.pop("step_seconds")
         return content["settings"], content["results"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"--predicted {path} cannot be read ({error!r}); expected the JSON file of `pipeline`") from None
+        raise InputError(
+            f"--predicted {path} cannot be read ({error!r}); expected the JSON file of `pipeline`"
+        ) from None
 
 
 def measured(predicted: dict, settings: dict, options: argparse.Namespace) -> list[float]:
     """Seconds of a plan's steps. Collective; every rank has the result."""
     seconds = _run(predicted, settings, lambda run: [run.step() for _ in range(options.steps)])
-    output.say(f"{predicted['size']} n={predicted['heads']} {predicted['plan']}: {output.spread([1e3 * s for s in seconds])} ms")
+    output.say(
+        f"{predicted['size']} n={predicted['heads']} {predicted['plan']}: {output.spread([1e3 * s for s in seconds])} "
+        "ms"
+    )
     return seconds
 
 
 def computed(result: dict, settings: dict) -> dict:
-    """How long each rank computes in a plan's step, and what follows for its bubble and imbalance. Collective, as above."""
+    """How long each rank computes in a plan's step, and what follows for its bubble and imbalance. Collective, as
+    above.
+    """
     computing = of_all_ranks(_run(result, settings, Run.computing_seconds))
     pipelines, step = settings["pipelines"], statistics.median(result["seconds"])
     firsts = range(0, len(computing), pipelines)  # ranks of one stage follow each other
@@ -100,9 +112,15 @@ def _run(predicted: dict, settings: dict, use: Callable[["Run"], Any]) -> Any:
 
 def _config(predicted: dict, settings: dict) -> Config:
     config = pipeline.config_of(
-        predicted["size"], predicted["vocabulary"], predicted["stages"], predicted["heads"],
-        settings["T"], settings["micro-batches"], settings["pipelines"], *settings.get("set", "").split(),
-    )  # fmt: skip
+        predicted["size"],
+        predicted["vocabulary"],
+        predicted["stages"],
+        predicted["heads"],
+        settings["T"],
+        settings["micro-batches"],
+        settings["pipelines"],
+        *settings.get("set", "").split(),
+    )
     spread = predicted["plan"] == plans.SPREAD
     return dataclasses.replace(
         config, engine=dataclasses.replace(config.engine, stage_layers=predicted["layers"], spread_losses=spread)
@@ -165,24 +183,39 @@ def _table(results: list[dict]) -> str:
             f"{shown.format(result[name]) if name in result else '-'}, {shown.format(result[planned])}"
             for name, planned, shown in (("real_bubble", "bubble", "{:.1%}"), ("real_imbalance", "imbalance", "{:.3f}"))
         )
-        rows.append([
-            result["size"], str(result["vocabulary"]), str(result["stages"]), str(result["heads"]), result["plan"],
-            output.spread([1e3 * seconds for seconds in result["seconds"]]), f"{1e3 * result['planned_step']:.1f}",
-            f"{_ratio(result):.3f}", bubble, slowest,
-        ])  # fmt: skip
+        rows.append(
+            [
+                result["size"],
+                str(result["vocabulary"]),
+                str(result["stages"]),
+                str(result["heads"]),
+                result["plan"],
+                output.spread([1e3 * seconds for seconds in result["seconds"]]),
+                f"{1e3 * result['planned_step']:.1f}",
+                f"{_ratio(result):.3f}",
+                bubble,
+                slowest,
+            ]
+        )
     return output.table(header, rows)
 
 
 def _verdict(results: list[dict]) -> str:
     worst = max(abs(_ratio(result) - 1) for result in results)
-    return f"predicted step off by {worst:.1%} at most <= {MOST_WRONG:.0%}: {'holds' if worst <= MOST_WRONG else 'FAILS'}"
+    return (
+        f"predicted step off by {worst:.1%} at most <= {MOST_WRONG:.0%}: {'holds' if worst <= MOST_WRONG else 'FAILS'}"
+    )
 
 
 def _draw(results: list[dict]) -> Figure:
-    groups = [f"{result['size']}, n={result['heads']}, V={result['vocabulary']}\n{result['plan']}" for result in results]
+    groups = [
+        f"{result['size']}, n={result['heads']}, V={result['vocabulary']}\n{result['plan']}" for result in results
+    ]
     picture, (axes,) = output.figure(2 + 1.4 * len(groups), 4.5)
     heights = {
-        "measured": {group: statistics.median(result["seconds"]) for group, result in zip(groups, results, strict=True)},
+        "measured": {
+            group: statistics.median(result["seconds"]) for group, result in zip(groups, results, strict=True)
+        },
         "predicted": {group: result["planned_step"] for group, result in zip(groups, results, strict=True)},
     }
     output.bars(axes, groups, heights)

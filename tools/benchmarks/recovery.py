@@ -1,10 +1,11 @@
-"""A real pretraining, one rank of which is killed: losses, throughput, what the kill cost, and what the trained model writes.
+"""A real pretraining, one rank of which is killed: losses, throughput, what the kill cost, and what the trained model
+writes.
 
     python tools/benchmark.py recovery --prepare TEXT ... --data corpus --output results
 
-megamtp.commands.local trains on all GPUs of this machine, on two CPU ranks where there is none. A rank gets SIGKILL at step
---kill-at; the job, which ends by that, is started again, and goes on from its newest checkpoint. The trained model is converted to
-hf, and continues --prompt.
+megamtp.commands.local trains on all GPUs of this machine, on two CPU ranks where there is none. A rank gets SIGKILL at
+step --kill-at; the job, which ends by that, is started again, and goes on from its newest checkpoint. The trained model
+is converted to hf, and continues --prompt.
 """
 
 import argparse
@@ -42,15 +43,20 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--heads", type=output.positive, default=4, help="number of heads [4]")
     parser.add_argument("--steps", type=output.positive, default=1000)
     parser.add_argument("--save-every", type=output.positive, default=200, metavar="STEPS", help="[200]")
-    parser.add_argument("--kill-at", type=output.positive, default=500, metavar="STEP", help="when it is reported [500]")
+    parser.add_argument(
+        "--kill-at", type=output.positive, default=500, metavar="STEP", help="when it is reported [500]"
+    )
     parser.add_argument("--rank", type=int, default=1, help="that is killed [1]")
-    parser.add_argument("--run", type=Path, default=Path("runs/recovery"), help="folder of the training [runs/recovery]")
+    parser.add_argument(
+        "--run", type=Path, default=Path("runs/recovery"), help="folder of the training [runs/recovery]"
+    )
     parser.add_argument("--prompt", default="def main(", help="[def main(]")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings")
     options = parser.parse_args(arguments)
     if not options.save_every < options.kill_at < options.steps:
         raise InputError(
-            f"--save-every {options.save_every} --kill-at {options.kill_at} --steps {options.steps}; expected them in rising order"
+            f"--save-every {options.save_every} --kill-at {options.kill_at} --steps {options.steps}; expected them in "
+            "rising order"
         )
     if options.run.exists():
         raise InputError(f"--run {options.run} exists; expected a new folder, for a training from its first step")
@@ -61,24 +67,35 @@ def main(arguments: list[str]) -> None:
     recovery = train_to_the_end(overrides, options.run)
     records = [json.loads(line) for line in records_until(options.run / METRICS, options.steps)]
     result = {
-        **dataclasses.asdict(kill), **dataclasses.asdict(recovery), "records": records, "prompt": options.prompt,
+        **dataclasses.asdict(kill),
+        **dataclasses.asdict(recovery),
+        "records": records,
+        "prompt": options.prompt,
         "sample": _sample(options.run, options.prompt),
-    }  # fmt: skip
+    }
     settings = {
-        "size": options.size, "n": options.heads, "ranks": local.num_ranks(), "steps": options.steps,
+        "size": options.size,
+        "n": options.heads,
+        "ranks": local.num_ranks(),
+        "steps": options.steps,
         **({"set": " ".join(options.set)} if options.set else {}),
-    }  # fmt: skip
+    }
     output.write(options, settings, [result], _table(result), _draw(result, options.heads))
 
 
 def _settings(options: argparse.Namespace) -> list[str]:
     return [
-        *emulation.model(options.size, options.heads), *corpora.settings(options.data),
-        f"data.tokenizer={options.data}/tokenizer.model", f"run.directory={options.run}",
-        f"train.steps={options.steps}", f"optimizer.warmup_steps={options.steps // 10}",
-        f"run.evaluate_every_steps={options.save_every}", f"run.save_every_steps={options.save_every}",
-        "run.tensorboard=false", *options.set,
-    ]  # fmt: skip
+        *emulation.model(options.size, options.heads),
+        *corpora.settings(options.data),
+        f"data.tokenizer={options.data}/tokenizer.model",
+        f"run.directory={options.run}",
+        f"train.steps={options.steps}",
+        f"optimizer.warmup_steps={options.steps // 10}",
+        f"run.evaluate_every_steps={options.save_every}",
+        f"run.save_every_steps={options.save_every}",
+        "run.tensorboard=false",
+        *options.set,
+    ]
 
 
 @dataclass(frozen=True)
@@ -117,7 +134,9 @@ class RecoveryJob:
         """Raises InputError: the training ended before."""
         while not condition():
             if self.process.poll() is not None:
-                raise InputError(f"the training ended with status {self.process.returncode} {self.where}; expected it to go on")
+                raise InputError(
+                    f"the training ended with status {self.process.returncode} {self.where}; expected it to go on"
+                )
             time.sleep(0.05)
 
     def last_step(self) -> int:
@@ -149,7 +168,8 @@ def train_to_the_end(settings: list[str], run: Path) -> Recovery:
     before = (run / METRICS).stat().st_ino
     with RecoveryJob(settings, run, "after a rank had been killed") as job:
         start = time.time()
-        job.wait_until(lambda: (run / METRICS).stat().st_ino != before)  # a resumed run writes it anew, up to its checkpoint
+        # a resumed run writes it anew, up to its checkpoint
+        job.wait_until(lambda: (run / METRICS).stat().st_ino != before)
         resumed = job.last_step()
         job.wait_until(lambda: job.last_step() > resumed)
         seconds = time.time() - start
@@ -169,13 +189,22 @@ def _table(result: dict) -> str:
     training = [record for record in result["records"] if record["kind"] == "train"]
     *_, validation = (record for record in result["records"] if record["kind"] == "validation")
     rows = [
-        ["tokens/s, median of all steps", f"{statistics.median(record['tokens_per_second'] for record in training):,.0f}"],
-        [f"validation loss by head at step {validation['step']}, nats", " ".join(f"{loss:.3f}" for loss in validation["losses"])],
+        [
+            "tokens/s, median of all steps",
+            f"{statistics.median(record['tokens_per_second'] for record in training):,.0f}",
+        ],
+        [
+            f"validation loss by head at step {validation['step']}, nats",
+            " ".join(f"{loss:.3f}" for loss in validation["losses"]),
+        ],
         ["rank killed", f"{result['killed_rank']}, after step {result['killed_step']}"],
         ["the job then ended", f"with status {result['status']}, {result['seconds_to_end']:.1f} s later"],
         ["started again, it went on", f"from step {result['resumed_step']}, after {result['seconds_to_step']:.1f} s"],
     ]
-    return f"{output.table(['what', 'found'], rows)}\n\nA sample of the converted model:\n\n```\n{result['sample'].rstrip()}\n```"
+    return (
+        f"{output.table(['what', 'found'], rows)}\n\nA sample of the converted "
+        f"model:\n\n```\n{result['sample'].rstrip()}\n```"
+    )
 
 
 def _draw(result: dict, heads: int) -> Figure:

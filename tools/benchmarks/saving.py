@@ -2,10 +2,11 @@
 
     python tools/benchmark.py saving --size 1.3b --output results
 
-The training is megamtp.commands.local with random tokens on all GPUs of this machine; what it writes goes to a folder in --scratch
-and is removed. Its metrics tell which steps ran while a checkpoint was written: those between the copy of the state and the report
-that all of it is on disk. Training stands still for the copy, and the first copy also page-locks its memory. It stands still again
-where a checkpoint is not yet on disk when the next one begins, or when the training ends.
+The training is megamtp.commands.local with random tokens on all GPUs of this machine; what it writes goes to a folder
+in --scratch and is removed. Its metrics tell which steps ran while a checkpoint was written: those between the copy of
+the state and the report that all of it is on disk. Training stands still for the copy, and the first copy also
+page-locks its memory. It stands still again where a checkpoint is not yet on disk when the next one begins, or when the
+training ends.
 """
 
 import argparse
@@ -48,7 +49,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--steps", type=output.positive, default=40)
     parser.add_argument("--save-every", type=output.positive, default=12, metavar="STEPS", help="[12]")
     parser.add_argument("--tokens", type=output.positive, default=65536, help="of a step [65536]")
-    parser.add_argument("--scratch", type=Path, help="where checkpoints are written for a while [the system's folder for that]")
+    parser.add_argument(
+        "--scratch", type=Path, help="where checkpoints are written for a while [the system's folder for that]"
+    )
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings")
     options = parser.parse_args(arguments)
     output.make_folder(options)
@@ -57,14 +60,20 @@ def main(arguments: list[str]) -> None:
         corpora.write_random(Path(config.data.train), 4 * options.tokens, 1000, config.model.vocab_size)
         call("megamtp.commands.local", *_settings(options, Path(folder)))
         records = [json.loads(line) for line in records_until(Path(folder) / METRICS, options.steps)]
-    steps, checkpoints = steps_of(records, options.save_every), [record for record in records if record["kind"] == "checkpoint"]
+    steps, checkpoints = (
+        steps_of(records, options.save_every),
+        [record for record in records if record["kind"] == "checkpoint"],
+    )
     if not any(step.saving for step in steps) or all(step.saving for step in steps):
         found = f"--steps {options.steps} --save-every {options.save_every}"
         raise InputError(f"{found}: every step or none ran while saving; expected some of both")
     settings = {
-        "size": options.size, "n": options.heads, "ranks": local.num_ranks(), "tokens a step": options.tokens,
+        "size": options.size,
+        "n": options.heads,
+        "ranks": local.num_ranks(),
+        "tokens a step": options.tokens,
         "saves every": options.save_every,
-    }  # fmt: skip
+    }
     settings |= {"set": " ".join(options.set)} if options.set else {}
     results = [vars(step) for step in steps] + checkpoints
     shown = "\n\n".join([_steps_table(steps), _checkpoints_table(checkpoints), verdict(steps)])
@@ -74,10 +83,17 @@ def main(arguments: list[str]) -> None:
 def _settings(options: argparse.Namespace, folder: Path) -> list[str]:
     return [
         *emulation.model(options.size, options.heads),
-        f"data.train={folder}/tokens", f"run.directory={folder}", f"train.steps={options.steps}", "train.micro_batch_size=2",
-        f"train.global_batch_tokens={options.tokens}", f"run.save_every_steps={options.save_every}", "run.keep_checkpoints=1",
-        "run.log_every_steps=1", "run.tensorboard=false", *options.set,
-    ]  # fmt: skip
+        f"data.train={folder}/tokens",
+        f"run.directory={folder}",
+        f"train.steps={options.steps}",
+        "train.micro_batch_size=2",
+        f"train.global_batch_tokens={options.tokens}",
+        f"run.save_every_steps={options.save_every}",
+        "run.keep_checkpoints=1",
+        "run.log_every_steps=1",
+        "run.tensorboard=false",
+        *options.set,
+    ]
 
 
 def steps_of(records: Iterable[dict], save_every: int) -> list[Step]:
@@ -95,14 +111,18 @@ def steps_of(records: Iterable[dict], save_every: int) -> list[Step]:
 
 def _medians(steps: list[Step]) -> tuple[float, float]:
     """(no checkpoint on its way, one on its way)"""
-    other, saving = (statistics.median(step.seconds for step in steps if step.saving is saving) for saving in (False, True))
+    other, saving = (
+        statistics.median(step.seconds for step in steps if step.saving is saving) for saving in (False, True)
+    )
     return other, saving
 
 
 def verdict(steps: list[Step]) -> str:
     other, saving = _medians(steps)
     ratio = saving / other
-    return f"step while saving / other step: {ratio:.3f} <= {MOST_SLOWER}: {'holds' if ratio <= MOST_SLOWER else 'FAILS'}"
+    return (
+        f"step while saving / other step: {ratio:.3f} <= {MOST_SLOWER}: {'holds' if ratio <= MOST_SLOWER else 'FAILS'}"
+    )
 
 
 def _steps_table(steps: list[Step]) -> str:
@@ -115,15 +135,26 @@ def _steps_table(steps: list[Step]) -> str:
 
 def _checkpoints_table(checkpoints: list[dict]) -> str:
     return output.table(
-        ["checkpoint of step", "GB", "written in, s", "GB/s", "training stood still for the copy, s", "for the disk, s"],
+        [
+            "checkpoint of step",
+            "GB",
+            "written in, s",
+            "GB/s",
+            "training stood still for the copy, s",
+            "for the disk, s",
+        ],
         [
             [
-                str(record["step"]), f"{record['bytes'] / 1e9:.2f}", f"{record['write_seconds']:.1f}",
-                f"{record['bytes_per_second'] / 1e9:.2f}", f"{record['copy_seconds']:.2f}", f"{record['wait_seconds']:.2f}",
+                str(record["step"]),
+                f"{record['bytes'] / 1e9:.2f}",
+                f"{record['write_seconds']:.1f}",
+                f"{record['bytes_per_second'] / 1e9:.2f}",
+                f"{record['copy_seconds']:.2f}",
+                f"{record['wait_seconds']:.2f}",
             ]
             for record in checkpoints
         ],
-    )  # fmt: skip
+    )
 
 
 def _draw(steps: list[Step]) -> Figure:
@@ -134,7 +165,11 @@ def _draw(steps: list[Step]) -> Figure:
     stood = [step for step in steps if step.still]
     bottom = [step.seconds for step in stood]
     axes.bar(
-        [step.number for step in stood], [step.still for step in stood], bottom=bottom, color="tab:red", label="standing still"
+        [step.number for step in stood],
+        [step.still for step in stood],
+        bottom=bottom,
+        color="tab:red",
+        label="standing still",
     )
     axes.set(xlabel="step", ylabel="seconds")
     axes.legend(frameon=False)

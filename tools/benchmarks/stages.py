@@ -1,7 +1,8 @@
 """A stage of a pipeline on one device, as its engine runs it: the time of its passes, and its peak memory.
 
-A stage has its weights, the fp32 sums that its gradients go to as soon as they appear, and as many micro-batches between forward
-and backward pass as its schedule asks for. It lacks its peers and its optimizer, which works after the last micro-batch.
+A stage has its weights, the fp32 sums that its gradients go to as soon as they appear, and as many micro-batches
+between forward and backward pass as its schedule asks for. It lacks its peers and its optimizer, which works after the
+last micro-batch.
 """
 
 import collections
@@ -89,7 +90,9 @@ class MeasuredStage(StagePart):
 
 
 class MeasuredSpreadStage(MeasuredStage):
-    """A stage with a slice of the unembedding, for all heads' losses; its own heads are layers whose answer comes later."""
+    """A stage with a slice of the unembedding, for all heads' losses; its own heads are layers whose answer comes
+    later.
+    """
 
     def run(self, kind: Kind, passed: "Passed") -> None:
         if kind == Kind.FORWARD:
@@ -108,7 +111,9 @@ class MeasuredSpreadStage(MeasuredStage):
             assert passed.output is not None
             gradients = (passed.gradients or [self.gradient] * len(passed.hidden))[: len(passed.hidden)]
             sent = [(passed.output, self.gradient)] if self.own.end < self.config.num_layers else []
-            sent += [(hidden, gradient.view_as(hidden)) for hidden, gradient in zip(passed.hidden, gradients, strict=True)]
+            sent += [
+                (hidden, gradient.view_as(hidden)) for hidden, gradient in zip(passed.hidden, gradients, strict=True)
+            ]
             torch.autograd.backward([output for output, _ in sent], [gradient for _, gradient in sent])
 
     def _statistics(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,10 +122,14 @@ class MeasuredSpreadStage(MeasuredStage):
         targets_N = self.micro_batch_targets[index].flatten()
         return hidden_ND, *self.slice_statistics(hidden_ND, targets_N)
 
-    def _gradients(self, index: int, hidden_ND: Tensor, logits_NR: Tensor, statistics_3N: Tensor, d_weight_RD: Tensor) -> Tensor:
+    def _gradients(
+        self, index: int, hidden_ND: Tensor, logits_NR: Tensor, statistics_3N: Tensor, d_weight_RD: Tensor
+    ) -> Tensor:
         targets_N = self.micro_batch_targets[index].flatten()
         _, log_partition_N = combine(statistics_3N[None], targets_N)
-        return self.slice_gradients(logits_NR, hidden_ND, targets_N, log_partition_N, d_weight_RD, self.loss_scales[index])
+        return self.slice_gradients(
+            logits_NR, hidden_ND, targets_N, log_partition_N, d_weight_RD, self.loss_scales[index]
+        )
 
     @property
     def kinds(self) -> list[Kind]:
@@ -179,7 +188,9 @@ def release(device: torch.device) -> None:
 
 
 def _times(stage: MeasuredStage, micro_batches: int) -> dict[Kind, list[float]]:
-    """Seconds of each pass. The host does not wait for the device in between, so that launches are hidden as in training."""
+    """Seconds of each pass. The host does not wait for the device in between, so that launches are hidden as in
+    training.
+    """
     marks = []
     for index in range(WARM_UP + micro_batches):
         passed = Passed(stage.receive())
@@ -206,7 +217,9 @@ def _check(stage: MeasuredStage, passed: Passed) -> None:
 
 
 def _peaks(stage: MeasuredStage, counts: list[int]) -> Iterable[tuple[int, int]]:
-    """(micro-batches alive, peak bytes), upwards, until one does not fit; nothing on a CPU, whose memory is not counted."""
+    """(micro-batches alive, peak bytes), upwards, until one does not fit; nothing on a CPU, whose memory is not
+    counted.
+    """
     if stage.device.type != "cuda":
         return
     waiting: collections.deque[Passed] = collections.deque()

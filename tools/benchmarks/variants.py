@@ -69,7 +69,9 @@ class Variant:
         return start.elapsed_time(end)
 
     def trace(self, times: int = 3) -> exposure.Trace:
-        """Of `times` profiled steps the one whose head phase, or where none is named the step, has the median exposed share."""
+        """Of `times` profiled steps the one whose head phase, or where none is named the step, has the median
+        exposed share.
+        """
         traces = []
         for _ in range(times):
             traces.append(exposure.record(self.forward_and_backward))
@@ -90,7 +92,9 @@ def _random_model(config: Config, schedule: str, model_class: type[MTPModel] = M
 
 
 class Plain(Variant):
-    """No engine, no communication: the limit. Gradients are dropped as soon as they are there, since nobody collects them."""
+    """No engine, no communication: the limit. Gradients are dropped as soon as they are there, since nobody collects
+    them.
+    """
 
     def build(self) -> None:
         self.model = _random_model(self.config, "sequential")
@@ -128,7 +132,9 @@ class OursFloat8(Ours):
     """All heads' losses in fp8. With one head, the bf16 step is what it is compared to."""
 
     def build(self) -> None:
-        self.config = dataclasses.replace(self.config, head_loss=dataclasses.replace(self.config.head_loss, precision="fp8"))
+        self.config = dataclasses.replace(
+            self.config, head_loss=dataclasses.replace(self.config.head_loss, precision="fp8")
+        )
         super().build()
 
 
@@ -211,10 +217,13 @@ class Measurement:
 WARM_UP = 3  # steps of a new variant: the first ones compile, and record the order of fetches
 
 
-def measure(makers: Mapping[str, Callable[[], Variant]], rounds: int, steps: int, keep: bool = True) -> dict[str, Measurement]:
+def measure(
+    makers: Mapping[str, Callable[[], Variant]], rounds: int, steps: int, keep: bool = True
+) -> dict[str, Measurement]:
     """`rounds` times over all cells in turn, `steps` measured steps each.
 
-    Plain models are made anew in each round, for no two fit beside each other; the sharded ones stay to the end, if `keep`.
+    Plain models are made anew in each round, for no two fit beside each other; the sharded ones stay to the end, if
+    `keep`.
     """
     kept: dict[str, Variant] = {}
     found, all_others = {cell: Measurement() for cell in makers}, set(storages())
@@ -249,7 +258,8 @@ def measure(makers: Mapping[str, Callable[[], Variant]], rounds: int, steps: int
 
 
 def traces(makers: Mapping[str, Callable[[], Variant]]) -> dict[str, exposure.Trace]:
-    """Of each cell, made anew. Nothing that is measured may follow: once it has run, the profiler slows every later launch.
+    """Of each cell, made anew. Nothing that is measured may follow: once it has run, the profiler slows every later
+    launch.
 
     Source: pytorch/pytorch issue 144455 (CUPTI stays attached).
     """
@@ -265,10 +275,11 @@ def traces(makers: Mapping[str, Callable[[], Variant]]) -> dict[str, exposure.Tr
 
 
 def free(others: Container[int]) -> None:
-    """Takes the device's memory away from all large tensors that nobody needs any more, which is all but `others` (addresses).
+    """Takes the device's memory away from all large tensors that nobody needs any more, which is all but `others`
+    (addresses).
 
-    DeepSpeed's engines are never collected: their hooks and they hold each other in ways that the collector cannot see. What is
-    small may be in somebody's cache.
+    DeepSpeed's engines are never collected: their hooks and they hold each other in ways that the collector cannot see.
+    What is small may be in somebody's cache.
     """
     gc.collect()
     for pointer, storage in storages().items():

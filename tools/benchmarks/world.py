@@ -2,8 +2,9 @@
 
     python tools/benchmark.py world --output results
 
-A process is a rank of one cluster only, so each number of ranks has a process of its own, in which the variants take turns; rounds
-go through the numbers upwards and downwards by turns. DeepSpeed as shipped takes part at few numbers: it needs seconds a step.
+A process is a rank of one cluster only, so each number of ranks has a process of its own, in which the variants take
+turns; rounds go through the numbers upwards and downwards by turns. DeepSpeed as shipped takes part at few numbers: it
+needs seconds a step.
 """
 
 import argparse
@@ -30,29 +31,41 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--size", default="1.3b", choices=emulation.MICRO_BATCHES)
     parser.add_argument("--heads", type=output.positive, default=1, help="number of heads [1]")
     parser.add_argument(
-        "--world-sizes", nargs="+", type=output.positive, default=[8, 16, 32, 64, 128, 256, 512, 1024], metavar="RANKS",
+        "--world-sizes",
+        nargs="+",
+        type=output.positive,
+        default=[8, 16, 32, 64, 128, 256, 512, 1024],
+        metavar="RANKS",
         help="ranks emulated, the first being what the others are divided by [8 16 32 64 128 256 512 1024]",
-    )  # fmt: skip
-    parser.add_argument("--variants", nargs="+", default=["ours", "fsdp2 one backward", SHIPPED], choices=variants.NAMES)
+    )
+    parser.add_argument(
+        "--variants", nargs="+", default=["ours", "fsdp2 one backward", SHIPPED], choices=variants.NAMES
+    )
     parser.add_argument(
         "--shipped-at", nargs="*", type=int, default=[8, 512], metavar="RANKS", help=f"where {SHIPPED} runs [8 512]"
     )
     parser.add_argument("--rounds", type=output.positive, default=2, help="turns of each number of ranks [2]")
     options = parser.parse_args(arguments)
     if (launched := emulation.num_ranks(1)) > 1:
-        raise InputError(f"under a launcher of {launched} ranks; expected one process: the numbers of ranks are emulated")
+        raise InputError(
+            f"under a launcher of {launched} ranks; expected one process: the numbers of ranks are emulated"
+        )
     jobs = []
     for world_size in options.world_sizes:
         names = [name for name in options.variants if name != SHIPPED or world_size in options.shipped_at]
         if not names:
-            raise InputError(f"nothing to measure at {world_size} ranks; expected other --variants, or --shipped-at {world_size}")
+            raise InputError(
+                f"nothing to measure at {world_size} ranks; expected other --variants, or --shipped-at {world_size}"
+            )
         jobs.append((emulation.config(options.size, options.heads, world_size, options), names))
     output.start(options)
     results = _measure(jobs, options)
     settings = {
-        "size": options.size, "n": options.heads, **emulation.settings(jobs[0][0], options),
+        "size": options.size,
+        "n": options.heads,
+        **emulation.settings(jobs[0][0], options),
         "steps": options.rounds * options.steps,
-    }  # fmt: skip
+    }
     output.write(options, settings, results, _table(results), _draw(results, options.size))
 
 
@@ -105,11 +118,14 @@ def _over_first(steps: dict[int, list[float]]) -> dict[int, float]:
 
 def _table(results: list[dict]) -> str:
     columns = [(name, steps, _over_first(steps)) for name, steps in _by_variant(results).items()]
-    header = ["ranks"] + [cell for name, steps, _ in columns for cell in (f"{name}, ms", f"over {next(iter(steps))} ranks")]
+    header = ["ranks"] + [
+        cell for name, steps, _ in columns for cell in (f"{name}, ms", f"over {next(iter(steps))} ranks")
+    ]
     rows = []
     for ranks in dict.fromkeys(result["ranks"] for result in results):
         cells = [
-            (output.spread(steps[ranks]), f"{ratios[ranks]:.3f}") if ranks in steps else ("-", "-") for _, steps, ratios in columns
+            (output.spread(steps[ranks]), f"{ratios[ranks]:.3f}") if ranks in steps else ("-", "-")
+            for _, steps, ratios in columns
         ]
         rows.append([str(ranks), *(part for cell in cells for part in cell)])
     return output.table(header, rows)
@@ -121,13 +137,17 @@ def _draw(results: list[dict], size: str) -> Figure:
         ratios = _over_first(steps)
         last, ratio = list(ratios.items())[-1]
         label = f"{name}: {ratio:.3f} at {last} ranks"
-        axes.plot(list(ratios.keys()), list(ratios.values()), marker="o", markersize=4, label=label, zorder=3 - 0.1 * place)
+        axes.plot(
+            list(ratios.keys()), list(ratios.values()), marker="o", markersize=4, label=label, zorder=3 - 0.1 * place
+        )
     ranks = sorted({result["ranks"] for result in results})
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(ranks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter("{x:.0f}")
-    axes.set(xlabel="ranks", ylabel=f"step / step at {results[0]['ranks']} ranks", title=f"{size}, forward and backward")
+    axes.set(
+        xlabel="ranks", ylabel=f"step / step at {results[0]['ranks']} ranks", title=f"{size}, forward and backward"
+    )
     axes.set_ylim(0.0, 1.1 * axes.dataLim.y1)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)

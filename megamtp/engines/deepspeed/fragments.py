@@ -1,9 +1,9 @@
 """This rank's part of the fp32 weights and of the optimizer's state, under any of DeepSpeed's optimizers.
 
-Each of them keeps flat fp32 tensors in which parts of the parameters follow each other: ZeRO-3 one for each sub-group, the others
-one for each parameter group. Here the parts get their parameters' names, so that no checkpoint need know which optimizer wrote it.
-Checked against DeepSpeed 0.19. Source: deepspeed/runtime/zero/stage3.py, stage_1_and_2.py; deepspeed/runtime/bf16_optimizer.py;
-deepspeed/utils/tensor_fragment.py.
+Each of them keeps flat fp32 tensors in which parts of the parameters follow each other: ZeRO-3 one for each sub-group,
+the others one for each parameter group. Here the parts get their parameters' names, so that no checkpoint need know
+which optimizer wrote it. Checked against DeepSpeed 0.19. Source: deepspeed/runtime/zero/stage3.py, stage_1_and_2.py;
+deepspeed/runtime/bf16_optimizer.py; deepspeed/utils/tensor_fragment.py.
 """
 
 from collections.abc import Iterator
@@ -21,11 +21,12 @@ from megamtp.optimizers.base import OptimizerKind
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements start, start + 1, ... of one parameter's row-major numbers, as they are in memory on this rank's device or CPU.
+    """Elements start, start + 1, ... of one parameter's row-major numbers, as they are in memory on this rank's device
+    or CPU.
 
     Attributes:
-        tensors: views [length], fp32, of the weights and the optimizer's tensors, by kind (checkpoint/shards.py); training
-            changes them.
+        tensors: views [length], fp32, of the weights and the optimizer's tensors, by kind (checkpoint/shards.py);
+            training changes them.
         is_copy: another rank has the same elements, and writes them.
     """
 

@@ -1,8 +1,9 @@
-"""Whole weights for a module while it runs, from ZeRO-3's shards: one grouped collective a module, straight into the weights.
+"""Whole weights for a module while it runs, from ZeRO-3's shards: one grouped collective a module, straight into the
+weights.
 
-As shipped, DeepSpeed copies every fetched parameter together from one piece per rank, in Python loops over all ranks, and makes
-the host wait for earlier fetches. Here the host's work does not depend on the number of ranks, nothing is copied, and only streams
-wait.
+As shipped, DeepSpeed copies every fetched parameter together from one piece per rank, in Python loops over all ranks,
+and makes the host wait for earlier fetches. Here the host's work does not depend on the number of ranks, nothing is
+copied, and only streams wait.
 
 See traffic.py.
 Source of what is replaced: deepspeed/runtime/zero/partitioned_param_coordinator.py, partition_parameters.py.
@@ -69,8 +70,8 @@ class Streams:
 
 @dataclass
 class Buffer:
-    """Memory for one module's weights: a flat, padded tensor for each parameter, the same as weights see them, and the event after
-    which it may be overwritten."""
+    """Memory for one module's weights: a flat, padded tensor for each parameter, the same as weights see them, and the
+    event after which it may be overwritten."""
 
     flat: list[Tensor]
     weights: list[Tensor]
@@ -82,8 +83,10 @@ class Unit:
 
     Attributes:
         parameters: all of them, in DeepSpeed's order; their gradients leave together.
-        gathered, persistent: those that are whole only while they are needed, and those that stay so between a step's uses.
-        shard_sizes, padding: of each parameter, a shard's elements, and how many of all shards' are not the parameter's.
+        gathered, persistent: those that are whole only while they are needed, and those that stay so between a step's
+            uses.
+        shard_sizes, padding: of each parameter, a shard's elements, and how many of all shards' are not the
+            parameter's.
         buffer: where the weights are, from the moment they are sent for.
         arriving: handles of the gather, until somebody has waited for them.
         arrived: of offloaded weights, after what else they need.
@@ -98,7 +101,8 @@ class Unit:
         self.persistent = [parameter for parameter in self.parameters if parameter.ds_persist]
         self.shard_sizes = [parameter.ds_tensor.numel() for parameter in self.parameters]
         self.padding = [
-            size * world_size - parameter.ds_numel for size, parameter in zip(self.shard_sizes, self.parameters, strict=True)
+            size * world_size - parameter.ds_numel
+            for size, parameter in zip(self.shard_sizes, self.parameters, strict=True)
         ]
         self.shapes = tuple(tuple(parameter.ds_shape) for parameter in self.gathered)
         self.buffer: Buffer | None = None
@@ -110,12 +114,13 @@ class Unit:
 class Gather:
     """Brings weights before a module needs them and lets them go after.
 
-    The order in which modules need their weights is recorded in one pass; from then on the next `prefetch` modules' weights are
-    always on their way. Training and evaluation have an order each, so neither disturbs the other's. Between the micro-batches of
-    one step the weights do not change, and the end of the order is followed by its beginning.
+    The order in which modules need their weights is recorded in one pass; from then on the next `prefetch` modules'
+    weights are always on their way. Training and evaluation have an order each, so neither disturbs the other's.
+    Between the micro-batches of one step the weights do not change, and the end of the order is followed by its
+    beginning.
 
-    Memory is handed out with the event after which it may be overwritten, so the host never waits, and never runs so far ahead
-    that memory grows.
+    Memory is handed out with the event after which it may be overwritten, so the host never waits, and never runs so
+    far ahead that memory grows.
     """
 
     def __init__(self, units: list[Unit], group: dist.ProcessGroup, streams: Streams, prefetch: int):
@@ -162,11 +167,15 @@ class Gather:
             self._send_for(following)
 
     def show_shapes(self, unit: Unit) -> None:
-        """For a backward pass that reads no weight, such as a lookup's: autograd only wants to see the gradient's shape."""
+        """For a backward pass that reads no weight, such as a lookup's: autograd only wants to see the gradient's
+        shape.
+        """
         if unit.buffer is not None:  # already there for the next micro-batch
             return
         for parameter in unit.gathered:
-            parameter.data = torch.empty(1, dtype=parameter.dtype, device=self._streams.device).expand(parameter.ds_shape)
+            parameter.data = torch.empty(1, dtype=parameter.dtype, device=self._streams.device).expand(
+                parameter.ds_shape
+            )
         self._shown.append(unit)
 
     def release(self, unit: Unit) -> None:
@@ -258,8 +267,9 @@ class Gather:
     def _gather(self, whole: list[Tensor], shards: list[Tensor]) -> list[dist.Work]:
         """One collective, or under gloo one for each parameter.
 
-        torch's gloo notes the name of the work done last in a string that its two threads share without a lock. A name that does
-        not fit into the string itself (over 15 characters) is then freed twice: ALLGATHER_COALESCED, sooner or later, crashes.
+        torch's gloo notes the name of the work done last in a string that its two threads share without a lock. A name
+        that does not fit into the string itself (over 15 characters) is then freed twice: ALLGATHER_COALESCED, sooner
+        or later, crashes.
         """
         if self._grouped:
             return [self._group.allgather_into_tensor_coalesced(whole, shards)]
@@ -270,10 +280,15 @@ class Gather:
         free = self._free.get(unit.shapes)
         if free:
             return free.popleft()
-        # New memory belongs to the gathering stream: what other streams left unfinished in memory of theirs cannot touch it.
-        flat = [torch.empty(shard.numel() * self._world_size, dtype=shard.dtype, device=self._streams.device) for shard in shards]
+        # New memory belongs to the gathering stream: what other streams left unfinished in memory of theirs cannot
+        # touch it.
+        flat = [
+            torch.empty(shard.numel() * self._world_size, dtype=shard.dtype, device=self._streams.device)
+            for shard in shards
+        ]
         weights = [
-            tensor[: parameter.ds_numel].view(parameter.ds_shape) for tensor, parameter in zip(flat, unit.gathered, strict=True)
+            tensor[: parameter.ds_numel].view(parameter.ds_shape)
+            for tensor, parameter in zip(flat, unit.gathered, strict=True)
         ]
         return Buffer(flat, weights)
 

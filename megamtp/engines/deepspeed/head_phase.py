@@ -1,7 +1,8 @@
 """What DeepSpeed must be told while heads run forward and backward inside the trunk's forward pass.
 
-DeepSpeed believes that a forward pass makes no gradients. Each step below corrects one such belief; leaving one out gives wrong
-gradients, often silently. (a) to (e), of which (c) is in zero.py, are tested one by one in tests/distributed/test_head_phase.py.
+DeepSpeed believes that a forward pass makes no gradients. Each step below corrects one such belief; leaving one out
+gives wrong gradients, often silently. (a) to (e), of which (c) is in zero.py, are tested one by one in
+tests/distributed/test_head_phase.py.
 
 """
 
@@ -67,7 +68,9 @@ class DeepSpeedHeadPhase(HeadPhase):
 
     @contextlib.contextmanager
     def _pinned(self, module: nn.Module) -> Iterator[None]:
-        """Keeps a module's weights gathered from their first use until the end of the block: one gather for all uses."""
+        """Keeps a module's weights gathered from their first use until the end of the block: one gather for all
+        uses.
+        """
         if self.traffic:
             with self.traffic.pinned(module):
                 yield
@@ -121,8 +124,8 @@ class DeepSpeedHeadPhase(HeadPhase):
     def evaluating(self) -> Iterator[None]:
         """Around forward passes without backward: they get a prefetch trace of their own.
 
-        DeepSpeed's coordinator records the order of fetches once and drops the record when a pass strays from it. An evaluation
-        would be such a pass, so it runs under a second coordinator.
+        DeepSpeed's coordinator records the order of fetches once and drops the record when a pass strays from it. An
+        evaluation would be such a pass, so it runs under a second coordinator.
         """
         optimizer = self.engine.optimizer
         if not is_zero3(optimizer) or self.traffic:  # Gather knows evaluation's order beside training's
@@ -149,12 +152,15 @@ class DeepSpeedHeadPhase(HeadPhase):
 def backward_seed(engine: HostEngine) -> float:
     """(a) The outer backward will start with loss_scale / accumulation; the heads' own must too."""
     with torch.enable_grad():
-        one = torch.ones((), requires_grad=True).clone()  # a leaf, having no grad_fn, would not count as a loss: not be scaled
+        # a leaf, having no grad_fn, would not count as a loss: not be scaled
+        one = torch.ones((), requires_grad=True).clone()
     return engine.optimizer.scale_if_loss(one).item() / engine.gradient_accumulation_steps()
 
 
 class SeededHeads(HeadPhase):
-    """Of a pipeline: heads' backward passes start as the last stage's will. No gradient is reduced before the last pass."""
+    """Of a pipeline: heads' backward passes start as the last stage's will. No gradient is reduced before the last
+    pass.
+    """
 
     def __init__(self, engine: HostEngine):
         self.engine = engine

@@ -56,7 +56,8 @@ def set_whole(parameters: list[nn.Parameter], owner: int) -> contextlib.Abstract
 def forget_skipped_gradients(engine: HostEngine) -> None:
     """After a skipped step of ZeRO-1 with an offloaded optimizer.
 
-    DeepSpeed keeps its gradients and would add the next step's to them. Source: deepspeed/runtime/zero/stage_1_and_2.py, step.
+    DeepSpeed keeps its gradients and would add the next step's to them. Source:
+    deepspeed/runtime/zero/stage_1_and_2.py, step.
     """
     optimizer = engine.optimizer
     assert not is_zero3(optimizer) and not is_bf16(optimizer)
@@ -65,7 +66,9 @@ def forget_skipped_gradients(engine: HostEngine) -> None:
 
 
 def fill_shards(model: nn.Module, standard_deviation: float) -> None:
-    """Values for the one rank of an emulated cluster: of the right size, drawn without the peers, which do not exist."""
+    """Values for the one rank of an emulated cluster: of the right size, drawn without the peers, which do not
+    exist.
+    """
     for parameter in sharded(model.parameters()):
         if len(parameter.ds_shape) == 1:
             parameter.ds_tensor.fill_(1.0)

@@ -19,14 +19,16 @@ def join_peers(place: Place, cluster: ClusterConfig) -> None:
         InputError: the ranks cannot meet at MASTER_ADDR and MASTER_PORT.
     """
     if torch.cuda.is_available():
-        torch.cuda.set_device(place.local_rank)  # engines build on the current device, before DeepSpeed chooses this rank's
+        # engines build on the current device, before DeepSpeed chooses this rank's
+        torch.cuda.set_device(place.local_rank)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # Imported here, after DS_ACCELERATOR is set, which DeepSpeed reads when it is imported.
     import deepspeed
     from deepspeed.ops import __compatible_ops__ as compatible_ops
 
-    # DeepSpeed compiles a shared-memory collective for CPU ranks at first use; gloo does not need it, and there may be no compiler.
+    # DeepSpeed compiles a shared-memory collective for CPU ranks at first use; gloo does not need it, and there may be
+    # no compiler.
     compatible_ops["deepspeed_shm_comm"] = False
     _announce(place)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -36,25 +38,31 @@ def join_peers(place: Place, cluster: ClusterConfig) -> None:
         store = None if cluster.emulate else _store(place)
         if store:
             device = torch.device("cuda", place.local_rank) if backend == "nccl" else None  # as DeepSpeed does
-            dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, device_id=device)
+            dist.init_process_group(
+                backend, store=store, rank=place.rank, world_size=place.world_size, device_id=device
+            )
         deepspeed.init_distributed(dist_backend=backend, verbose=False)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
         reason = str(error).splitlines()[0].rpartition("message: ")[2]
         raise InputError(
             f"rank {place.rank} cannot meet the others at MASTER_ADDR={address}, MASTER_PORT={port}: {reason}; "
-            "expected the host of rank 0 and a free port: choose another (--master_port of deepspeed, --master-port of torchrun)"
+            "expected the host of rank 0 and a free port: choose another (--master_port of deepspeed, --master-port "
+            "of torchrun)"
         ) from None
 
 
 def _store(place: Place) -> dist.Store | None:
-    """Where ranks find each other's addresses, if it is not the one that DeepSpeed opens at MASTER_ADDR and MASTER_PORT."""
+    """Where ranks find each other's addresses, if it is not the one that DeepSpeed opens at MASTER_ADDR and
+    MASTER_PORT.
+    """
     if place.world_size == 1:
         return dist.HashStore()  # in this process, so that the address may be taken, or another host's
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT") or "0"
     if restarts == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
-    # torchrun keeps its store, with the addresses of the ranks that ended, when it starts ranks again: use other names in it.
+    # torchrun keeps its store, with the addresses of the ranks that ended, when it starts ranks again: use other names
+    # in it.
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), place.world_size, is_master=False)
     return dist.PrefixStore(f"start {restarts}", store)
 

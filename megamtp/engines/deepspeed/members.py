@@ -1,4 +1,5 @@
-"""The members of DeepSpeed's objects that this package uses, each named once: Protocols by which the other files are typed.
+"""The members of DeepSpeed's objects that this package uses, each named once: Protocols by which the other files are
+typed.
 
 DeepSpeed has no type hints that a checker could use, and few of these members are in its documentation.
 tests/distributed/test_members.py looks for all of them on live objects. Checked against DeepSpeed 0.19.
@@ -28,7 +29,9 @@ class TrainedParameter(Protocol):
 
 
 class ShardedParameter(TrainedParameter, Protocol):
-    """A parameter under ZeRO-3. Source: deepspeed/runtime/zero/partition_parameters.py, Init._convert_to_deepspeed_param."""
+    """A parameter under ZeRO-3. Source: deepspeed/runtime/zero/partition_parameters.py,
+    Init._convert_to_deepspeed_param.
+    """
 
     data: Tensor  # this and the next two are torch's
     dtype: torch.dtype
@@ -67,7 +70,8 @@ class FragmentMapping(Protocol):
 class UnshardedParameter(TrainedParameter, Protocol):
     """A parameter under ZeRO-1 or BF16_Optimizer, which share out the optimizer's state alone."""
 
-    ds_pipe_replicated: bool  # set here; True leaves a copy out of the gradient's norm. Source: deepspeed/runtime/utils.py
+    # set here; True leaves a copy out of the gradient's norm. Source: deepspeed/runtime/utils.py
+    ds_pipe_replicated: bool
     _hp_mapping: FragmentMapping | None  # None if no part is here. Source: deepspeed/utils/mixed_precision_linkage.py
     _hp_grad: Tensor  # BF16_Optimizer's sum of gradients in fp32. Source: deepspeed/runtime/bf16_optimizer.py
 
@@ -80,11 +84,14 @@ class CommonOptimizer(Protocol):
 
     def scale_if_loss(self, value: Tensor) -> Tensor: ...  # times the loss scale, if an operation of autograd's made it
 
-    def zero_grad(self) -> None: ...  # drops gradients, BF16_Optimizer's fp32 sums and ZeRO-3's count of micro-batches, too
+    # drops gradients, BF16_Optimizer's fp32 sums and ZeRO-3's count of micro-batches, too
+    def zero_grad(self) -> None: ...
 
 
 class LossScaler(Protocol):
-    """fp16's loss scale and the counts by which it moves. Source: deepspeed/runtime/fp16/loss_scaler.py, DynamicLossScaler."""
+    """fp16's loss scale and the counts by which it moves. Source: deepspeed/runtime/fp16/loss_scaler.py,
+    DynamicLossScaler.
+    """
 
     cur_scale: float
     cur_iter: int
@@ -104,7 +111,8 @@ class Zero1Optimizer(CommonOptimizer, Protocol):
     loss_scaler: LossScaler  # under fp16; else a constant one
     single_partition_of_fp32_groups: list[Tensor]  # this rank's flat fp32 weights of each parameter group
     ipg_buckets: dict[torch.dtype, Zero1Bucket]
-    extra_large_param_to_reduce: dict[torch.dtype, Tensor]  # a parameter larger than a bucket that waits for its reduction
+    # a parameter larger than a bucket that waits for its reduction
+    extra_large_param_to_reduce: dict[torch.dtype, Tensor]
     params_already_reduced: list[bool]  # in this backward pass
     all_grad_tensors: dict[int, list[Tensor]]  # by parameter group, sums over earlier micro-batches
     averaged_gradients: dict[int, list[Tensor] | None]  # by parameter group, reduced ones
@@ -120,7 +128,8 @@ class Bf16Optimizer(CommonOptimizer, Protocol):
     fp32_groups_flat_partition: list[Tensor]  # this rank's flat fp32 weights of each parameter group
     fp32_groups_gradients: list[list[Tensor]]  # by parameter group and parameter, the fp32 sum
     fp32_groups_has_gradients: list[list[bool]]  # whether any gradient is in it
-    _update_hp_grad: Callable[[UnshardedParameter, int, int, bool], None]  # adds one to it: (..., group, parameter, zero it after)
+    # adds one to it: (..., group, parameter, zero it after)
+    _update_hp_grad: Callable[[UnshardedParameter, int, int, bool], None]
 
     def clear_lp_grads(self) -> None: ...  # drops the bf16 gradients
 
@@ -147,7 +156,8 @@ class ReplaceableCoordinator(Protocol):
 class ParameterCoordinator(ReplaceableCoordinator, Protocol):
     """Fetches and releases parameters. Source: deepspeed/runtime/zero/partitioned_param_coordinator.py."""
 
-    def release_sub_module(self, submodule: nn.Module, forward: bool) -> None: ...  # parameters that no active module uses
+    # parameters that no active module uses
+    def release_sub_module(self, submodule: nn.Module, forward: bool) -> None: ...
 
     def reset_step(self) -> None: ...  # the end of a pass: its order of fetches is complete
 
@@ -192,25 +202,31 @@ class Zero3Optimizer(CommonOptimizer, Protocol):
     fp16_groups: list[list[ShardedParameter]]  # by sub-group
     sub_group_to_group_id: dict[int, int]  # the parameter group of each sub-group
     fp32_partitioned_groups_flat: list[Tensor]  # this rank's flat fp32 weights of each sub-group
-    grad_position: dict[int, tuple[int, int, int]]  # by get_param_id, a parameter's sub-group, offset there, and padded elements
+    # by get_param_id, a parameter's sub-group, offset there, and padded elements
+    grad_position: dict[int, tuple[int, int, int]]
     ipg_buckets: dict[torch.dtype, Zero3Bucket]
     reduce_and_partition_stream: torch.cuda.Stream | None  # None on a CPU
     independent_gradient_partition_epilogue: Callable[[], None]  # called at the end of every backward pass
-    _grad_acc_hooks: list[RemovableHandle]  # on parameters, and in _leaf_module_hooks on modules: put gradients into buckets
+    # on parameters, and in _leaf_module_hooks on modules: put gradients into buckets
+    _grad_acc_hooks: list[RemovableHandle]
     _leaf_module_hooks: list[RemovableHandle]
-    _DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition: dict[int, Tensor]  # by ds_id, this rank's shard of the sum, padded
+    # by ds_id, this rank's shard of the sum, padded
+    _DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition: dict[int, Tensor]
 
     def get_param_id(self, param: ShardedParameter) -> int: ...
 
-    def partition_grads(self, params_to_release: list[ShardedParameter], grad_partitions: list[Tensor]) -> None: ...  # to the sums
+    # to the sums
+    def partition_grads(self, params_to_release: list[ShardedParameter], grad_partitions: list[Tensor]) -> None: ...
 
     def create_reduce_and_remove_grad_hooks(self) -> None: ...
 
-    def checkpoint_event_prologue(self) -> None: ...  # before a change of the fp32 weights: lets all whole parameters go
+    # before a change of the fp32 weights: lets all whole parameters go
+    def checkpoint_event_prologue(self) -> None: ...
 
     def checkpoint_event_epilogue(self) -> None: ...  # after it: makes persistent ones whole again; collective
 
-    def _reassign_or_swap_out_partitioned_parameters(self, sub_group_id: int) -> None: ...  # gives shards the fp32 weights' values
+    # gives shards the fp32 weights' values
+    def _reassign_or_swap_out_partitioned_parameters(self, sub_group_id: int) -> None: ...
 
 
 HostOptimizer = Zero1Optimizer | Bf16Optimizer | Zero3Optimizer
@@ -261,7 +277,12 @@ class HostPipelineEngine(HostEngine, Protocol):
     def train_batch(self, data_iter: Iterator[Any]) -> object: ...
 
     def eval_batch(
-        self, data_iter: Iterator[Any], compute_loss: bool, reduce_output: str | None, bcast_loss: bool, num_micro_batches: int
+        self,
+        data_iter: Iterator[Any],
+        compute_loss: bool,
+        reduce_output: str | None,
+        bcast_loss: bool,
+        num_micro_batches: int,
     ) -> object: ...
 
     def is_last_stage(self) -> bool: ...
@@ -283,7 +304,8 @@ class StageModule(Protocol):
     parts: list[int]  # first layers of all stages, and the end
     _grid: StageGrid
 
-    def _partition_layers(self, method: str) -> None: ...  # sets `parts` and the bounds of this stage; ours comes in its place
+    # sets `parts` and the bounds of this stage; ours comes in its place
+    def _partition_layers(self, method: str) -> None: ...
 
     def _set_bounds(self, start: int, stop: int) -> None: ...  # this stage has the layers start, ..., stop - 1
 

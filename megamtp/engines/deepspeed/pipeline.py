@@ -60,7 +60,9 @@ class PipelineStage(PipelineModule):
         """The ranks of all stages, by pipeline."""
         pipelines = range(self._grid.get_data_parallel_world_size())
         stages = range(len(self.cut.stages))
-        return [[self._grid.stage_to_global(stage_id=stage, data=pipeline) for stage in stages] for pipeline in pipelines]
+        return [
+            [self._grid.stage_to_global(stage_id=stage, data=pipeline) for stage in stages] for pipeline in pipelines
+        ]
 
     def _partition_layers(self, method: str) -> None:
         """PipelineModule's, with our cut. Source: deepspeed/runtime/pipe/module.py."""
@@ -97,7 +99,9 @@ def sum_gradients_in_place(engine: HostPipelineEngine) -> None:
 
 
 @torch.no_grad()
-def _add_gradient(optimizer: Bf16Optimizer, parameter: UnshardedParameter, group: int, index: int, clear_lp_grads: bool) -> None:
+def _add_gradient(
+    optimizer: Bf16Optimizer, parameter: UnshardedParameter, group: int, index: int, clear_lp_grads: bool
+) -> None:
     """Adds a micro-batch's gradient to the sum in fp32: 10 bytes a parameter through memory, not 18.
 
     The same bits as DeepSpeed's. Source: deepspeed/runtime/bf16_optimizer.py, _update_hp_grad.
@@ -121,7 +125,8 @@ def summed_gradient(engine: HostPipelineEngine, parameter: nn.Parameter) -> Tens
 
 
 def replace_tied_reduction(engine: HostPipelineEngine, reduce: Callable[[HostPipelineEngine], None]) -> None:
-    """`reduce` takes the place of DeepSpeed's reduction of tied weights, once a step when this stage has sent its last gradient.
+    """`reduce` takes the place of DeepSpeed's reduction of tied weights, once a step when this stage has sent its last
+    gradient.
 
     Source: deepspeed/runtime/pipe/engine.py, _exec_reduce_tied_grads; schedule.py, TrainSchedule.
     """
@@ -136,7 +141,11 @@ def train_micro_batches(engine: HostPipelineEngine, micro_batches: list[Batch]) 
 def evaluate_micro_batches(engine: HostPipelineEngine, micro_batches: list[Batch]) -> None:
     """Forward passes alone; the losses are in the stages."""
     engine.eval_batch(
-        _inputs(micro_batches), compute_loss=False, reduce_output=None, bcast_loss=False, num_micro_batches=len(micro_batches)
+        _inputs(micro_batches),
+        compute_loss=False,
+        reduce_output=None,
+        bcast_loss=False,
+        num_micro_batches=len(micro_batches),
     )
 
 

@@ -56,8 +56,8 @@ def _read_all(engine: HostEngine, checkpoint: Path, config: Config, rank: int, w
     state = read_state(manifest.state, checkpoint)
     if state.optimizer.kind != config.optimizer.kind:
         raise CheckpointError(
-            f"{checkpoint} was trained with optimizer.kind={state.optimizer.kind}, not {config.optimizer.kind}; change it back, or "
-            "start a new run from its weights: convert_checkpoint --to canonical, then run.initial_weights"
+            f"{checkpoint} was trained with optimizer.kind={state.optimizer.kind}, not {config.optimizer.kind}; change "
+            "it back, or start a new run from its weights: convert_checkpoint --to canonical, then run.initial_weights"
         )
     master = MasterState(engine, kind)
     expected = {name: full_shape(parameter) for name, parameter in engine.module.named_parameters()}
@@ -81,7 +81,9 @@ def _read_all(engine: HostEngine, checkpoint: Path, config: Config, rank: int, w
 
 
 def _own_file(checkpoint: Path, master: MasterState, rank: int, kinds: tuple[str, ...]) -> dict[str, Tensors] | None:
-    """By kind, what this rank's file holds, if that is all that it needs: after a job whose cut was the same, nobody reads more."""
+    """By kind, what this rank's file holds, if that is all that it needs: after a job whose cut was the same, nobody
+    reads more.
+    """
     own = Shards(checkpoint, [shard_name(rank)])
     parts = {kind: own.part(kind) for kind in kinds}
     needed = [
@@ -119,4 +121,6 @@ def _set_random_states(shard: Path | None, manifest: Manifest, rank: int) -> Non
             if f"{RANDOM}/cuda" in keys and torch.cuda.is_available():
                 torch.cuda.set_rng_state(opened.get_tensor(f"{RANDOM}/cuda"))
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise CheckpointError(f"{shard} is damaged ({error}); remove {shard.parent} to go on from an older one") from None
+        raise CheckpointError(
+            f"{shard} is damaged ({error}); remove {shard.parent} to go on from an older one"
+        ) from None

@@ -1,8 +1,10 @@
-"""Gradients of a module to ZeRO-3's shards: one grouped reduce-scatter a module, straight from where backward left them.
+"""Gradients of a module to ZeRO-3's shards: one grouped reduce-scatter a module, straight from where backward left
+them.
 
-As shipped, DeepSpeed lets gradients wait in a bucket until the next module's would not fit, copies them apart in Python loops over
-all ranks, and makes the host wait at the end. See traffic.py.
-Source of what is replaced: deepspeed/runtime/zero/stage3.py (its `ipg` buckets), deepspeed/runtime/comm/coalesced_collectives.py.
+As shipped, DeepSpeed lets gradients wait in a bucket until the next module's would not fit, copies them apart in Python
+loops over all ranks, and makes the host wait at the end. See traffic.py.
+Source of what is replaced: deepspeed/runtime/zero/stage3.py (its `ipg` buckets),
+deepspeed/runtime/comm/coalesced_collectives.py.
 """
 
 from collections import deque
@@ -19,12 +21,14 @@ MAX_LEAVING = 2  # modules whose gradients may wait for their reduction; the dev
 
 
 class Scatter:
-    """Sums a module's gradients over the ranks as soon as the last of them is there, and adds the own shard to DeepSpeed's sums.
+    """Sums a module's gradients over the ranks as soon as the last of them is there, and adds the own shard to
+    DeepSpeed's sums.
 
     Attributes:
-        divides: whether the sum is turned into a mean here. For a power of two it is not: the division is then exact wherever it
-            is done, and costs nothing in the factor of the loss (see ZeroEngine.train_batch). Otherwise each gradient is
-            divided before the sum, as DeepSpeed does it: dividing after it would give other last digits.
+        divides: whether the sum is turned into a mean here. For a power of two it is not: the division is then exact
+            wherever it is done, and costs nothing in the factor of the loss (see ZeroEngine.train_batch). Otherwise
+            each gradient is divided before the sum, as DeepSpeed does it: dividing after it would give other last
+            digits.
     """
 
     def __init__(self, units: list[Unit], optimizer: Zero3Optimizer, group: dist.ProcessGroup, streams: Streams):
@@ -73,7 +77,9 @@ class Scatter:
             whole = [self._padded(gradient, missing) for gradient, missing in zip(gradients, unit.padding, strict=True)]
             if self.divides:
                 torch._foreach_div_(whole, self._world_size)
-            shards = torch.empty(sum(unit.shard_sizes), dtype=self._dtype, device=self._streams.device).split(unit.shard_sizes)
+            shards = torch.empty(sum(unit.shard_sizes), dtype=self._dtype, device=self._streams.device).split(
+                unit.shard_sizes
+            )
             self._group.reduce_scatter_tensor_coalesced(list(shards), whole).wait()
             self._add_to_sums(unit, shards)
             self._leaving.append((self._streams.mark(self._streams.scatter), [*gradients, *whole, *shards]))
@@ -99,9 +105,9 @@ class Scatter:
 class DeviceOrderedStream(torch.cuda.Stream):
     """A stream whose `synchronize` makes the device wait instead of the host, and only where that is needed.
 
-    DeepSpeed synchronises its reduction stream at the end of every backward pass. What follows reads the gradients on the device
-    alone, so an order among streams is enough, and the host may go on. After a micro-batch that is not its step's last, nothing
-    reads them at all.
+    DeepSpeed synchronises its reduction stream at the end of every backward pass. What follows reads the gradients on
+    the device alone, so an order among streams is enough, and the host may go on. After a micro-batch that is not its
+    step's last, nothing reads them at all.
 
     Attributes:
         is_awaited: tells whether anything reads the gradients next.

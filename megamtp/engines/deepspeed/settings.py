@@ -7,7 +7,15 @@ from megamtp.errors import InputError
 from megamtp.model.cost import head_parameters, layer_parameters, unembedding_parameters
 
 # DeepSpeed settings that may be passed through: none of them changes what is trained, unless it is named below.
-PASSED_ON = ("zero_optimization", "fp16", "bf16", "data_types", "wall_clock_breakdown", "memory_breakdown", "comms_logger")
+PASSED_ON = (
+    "zero_optimization",
+    "fp16",
+    "bf16",
+    "data_types",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "comms_logger",
+)
 
 # DeepSpeed settings that break sequential heads or would silently change what is trained, and why.
 REFUSED = {
@@ -67,7 +75,8 @@ def deepspeed_config(config: Config, data_parallel_size: int) -> dict[str, Any]:
         "gradient_accumulation_steps": config.accumulation(data_parallel_size),
         "gradient_clipping": config.optimizer.gradient_clipping,  # explicit: DeepSpeed's default is 1.0, not off
         "steps_per_print": 10**9,
-        "timers": {"throughput": {"enabled": False}},  # by default the host waits for the device around every micro-batch
+        # by default the host waits for the device around every micro-batch
+        "timers": {"throughput": {"enabled": False}},
         "zero_allow_untested_optimizer": True,  # any kind that works element by element
         "zero_force_ds_cpu_optimizer": False,  # with offload torch's fused AdamW steps on the CPU: no compiler needed
         "bf16": _bf16_settings(config),
@@ -80,7 +89,9 @@ def deepspeed_config(config: Config, data_parallel_size: int) -> dict[str, Any]:
     merged = _merged(ours, config.engine.deepspeed, "")
     for key in config.engine.deepspeed:
         if key not in PASSED_ON:
-            raise InputError(f"engine.deepspeed.{key} is not known to work; expected one of {', '.join(PASSED_ON)}: remove it")
+            raise InputError(
+                f"engine.deepspeed.{key} is not known to work; expected one of {', '.join(PASSED_ON)}: remove it"
+            )
     if config.engine.deepspeed:
         _check_with_deepspeed(merged)
     return merged
@@ -89,7 +100,8 @@ def deepspeed_config(config: Config, data_parallel_size: int) -> dict[str, Any]:
 def _bf16_settings(config: Config) -> dict[str, Any]:
     settings: dict[str, Any] = {"enabled": config.train.precision == "bf16"}
     if config.engine.kind == "pipeline":
-        settings["immediate_grad_update"] = True  # each gradient into the fp32 sums as it appears: (d) of head_phase.py is moot
+        # each gradient into the fp32 sums as it appears: (d) of head_phase.py is moot
+        settings["immediate_grad_update"] = True
     return settings
 
 
@@ -99,7 +111,8 @@ def _zero_settings(config: Config) -> dict[str, Any]:
         "stage": 3 if engine.kind == "zero3" else 1,
         "overlap_comm": engine.kind != "pipeline",  # DeepSpeed's pipeline reduces after the last backward pass
         # A copy that grouping saves; and a pipeline's gradients are complete where they are when they are reduced.
-        "contiguous_gradients": engine.kind == "zero1" or (engine.kind == "zero3" and engine.communication == "deepspeed"),
+        "contiguous_gradients": engine.kind == "zero1"
+        or (engine.kind == "zero3" and engine.communication == "deepspeed"),
         "reduce_scatter": True,
         "reduce_bucket_size": engine.reduce_bucket_size,
     }
@@ -109,11 +122,16 @@ def _zero_settings(config: Config) -> dict[str, Any]:
         layer, unembedding = layer_parameters(model), unembedding_parameters(model)
         head = max(head_parameters(model, index) for index in range(model.num_future_tokens))
         settings |= {
-            "stage3_prefetch_bucket_size": max(layer, head),  # one layer ahead: head i + 1 arrives while head i computes
-            "stage3_max_live_parameters": layer + 2 * head + unembedding,  # a trunk layer, two heads and the unembedding
-            "stage3_max_reuse_distance": 0,  # a layer used again in backward is gathered again: that is ZeRO-3's bargain
+            # one layer ahead: head i + 1 arrives while head i computes
+            "stage3_prefetch_bucket_size": max(layer, head),
+            "stage3_max_live_parameters": layer
+            + 2 * head
+            + unembedding,  # a trunk layer, two heads and the unembedding
+            # a layer used again in backward is gathered again: that is ZeRO-3's bargain
+            "stage3_max_reuse_distance": 0,
             "stage3_param_persistence_threshold": engine.param_persistence_threshold,
-            "memory_efficient_linear": False,  # it replaces torch's linear by one that torch.compile compiles anew for each layer
+            # it replaces torch's linear by one that torch.compile compiles anew for each layer
+            "memory_efficient_linear": False,
         }
         if engine.offload_parameters:
             settings["offload_param"] = {"device": "cpu"}
@@ -130,7 +148,9 @@ def _check_with_deepspeed(settings: dict[str, Any]) -> None:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        raise InputError(f"engine.deepspeed: {place}={first['input']!r}: {first['msg']}; see DeepSpeed's configuration") from None
+        raise InputError(
+            f"engine.deepspeed: {place}={first['input']!r}: {first['msg']}; see DeepSpeed's configuration"
+        ) from None
     except Exception as error:  # of every kind: DeepSpeed does not check the types of what it is given
         reason = " ".join(str(error).split())
         raise InputError(
@@ -156,7 +176,9 @@ def _merged(ours: dict[str, Any], theirs: dict[str, Any], prefix: str) -> dict[s
         elif isinstance(ours.get(key), dict):
             raise InputError(f"{name} is {value!r}; expected a mapping of DeepSpeed's settings")
         elif key in ours:
-            raise InputError(f"{name} clashes with megamtp's own setting ({ours[key]}); remove it: --help lists our keys")
+            raise InputError(
+                f"{name} clashes with megamtp's own setting ({ours[key]}); remove it: --help lists our keys"
+            )
         else:
             merged[key] = value
     return merged

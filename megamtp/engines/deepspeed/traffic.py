@@ -1,8 +1,8 @@
-"""Grouped traffic: ZeRO-3's weights and gradients moved by our own hooks, a module at a time, at a host cost that does not depend
-on the number of ranks.
+"""Grouped traffic: ZeRO-3's weights and gradients moved by our own hooks, a module at a time, at a host cost that does
+not depend on the number of ranks.
 
-DeepSpeed keeps what it is good at: shards, optimizer, clipping, loss scale, offloading, checkpoints. Its module and gradient hooks,
-its parameter coordinator and its buckets are replaced, and put back by `remove`.
+DeepSpeed keeps what it is good at: shards, optimizer, clipping, loss scale, offloading, checkpoints. Its module and
+gradient hooks, its parameter coordinator and its buckets are replaced, and put back by `remove`.
 """
 
 import contextlib
@@ -57,7 +57,8 @@ class GroupedTraffic:
         self._replaced = optimizer.parameter_offload.param_coordinator, optimizer.reduce_and_partition_stream
         self._remove_deepspeeds_hooks()
         if streams.on_gpu and optimizer.offload_optimizer:
-            streams.scatter = optimizer.reduce_and_partition_stream  # the host, which steps, waits for it in DeepSpeed's epilogue
+            # the host, which steps, waits for it in DeepSpeed's epilogue
+            streams.scatter = optimizer.reduce_and_partition_stream
         elif streams.on_gpu:
             streams.scatter = optimizer.reduce_and_partition_stream = DeviceOrderedStream(streams.device)
             streams.scatter.is_awaited = engine.is_gradient_accumulation_boundary
@@ -115,7 +116,9 @@ class GroupedTraffic:
             self.gather.release(sent)  # the last gradient of a module ends its backward pass
 
     def _start(self, model: nn.Module, arguments: tuple) -> None:
-        self.gather.start(model.training, repeats=model.training and not self._engine.is_gradient_accumulation_boundary())
+        self.gather.start(
+            model.training, repeats=model.training and not self._engine.is_gradient_accumulation_boundary()
+        )
 
     def _end_backward(self) -> None:
         self._epilogue()  # after a step's last micro-batch, makes the current stream wait for the last reduction
