@@ -119,9 +119,8 @@ def prepare(
             corpus = _summary(totals, source, settings, parts.vocab_size, sum(map(len, skipped or [])))
             _write_summary(output, corpus, totals)
     except OSError as error:
-        raise InputError(
-            f"{output} cannot be written to: {error.strerror}; choose another folder or make room"
-        ) from None
+        problem = f"{output} cannot be written to: {error.strerror}"
+        raise InputError(f"{problem}; choose another folder or make room") from None
     return corpus, False
 
 
