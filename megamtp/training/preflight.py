@@ -15,7 +15,7 @@ from megamtp.checkpoint.hf_tokenizer import translate
 from megamtp.checkpoint.state import read_state
 from megamtp.checkpoint.store import Manifest, check_trained_model, checkpoints
 from megamtp.cluster.environment import Place
-from megamtp.config import RESOLVED, Config, differences, from_anywhere, read_config
+from megamtp.config import RESOLVED, Config, differences, read_config, with_absolute_paths
 from megamtp.console import print_line, print_warning
 from megamtp.data.corpus import SUMMARY
 from megamtp.data.indexed_dataset import IndexedDataset
@@ -232,7 +232,7 @@ def _changes(path: Path, config: Config) -> list[str]:
     try:
         return [
             f"changed since the run began: {one}"
-            for one in differences(read_config([str(path)]), from_anywhere(config))
+            for one in differences(read_config([str(path)]), with_absolute_paths(config))
         ]
     except InputError as error:  # it is about to be written anew
         return [f"what has changed since the run began is not known: {error}"]
