@@ -10,7 +10,7 @@ from megamtp.config import read_config, write_config
 from megamtp.data.indexed_dataset import IndexedDatasetWriter
 from megamtp.data.tokenizer import SentencePieceTokenizer
 from megamtp.errors import InputError
-from megamtp.training.preflight import _check_tokenizer, _check_vocabulary, _spare_real_run, check, report_vocabulary
+from megamtp.training.preflight import _check_tokenizer, _check_vocabulary, _refuse_real_run, check, report_vocabulary
 from tests import tokenizer_kinds
 
 CONFIG = str(Path(__file__).parents[2] / "configs/quickstart.yaml")
@@ -62,13 +62,13 @@ def test_a_tokenizer_that_cannot_be_exported_is_said_before_training(tmp_path, c
 
 
 def test_an_emulated_rank_spares_a_real_runs_folder(tmp_path):
-    _spare_real_run(tmp_path)
+    _refuse_real_run(tmp_path)
     settings = [CONFIG, "run.directory=r", "data.train=a"]
     write_config(read_config([*settings, "cluster.emulate=4"]), tmp_path / "config.yaml")
-    _spare_real_run(tmp_path)
+    _refuse_real_run(tmp_path)
     write_config(read_config(settings), tmp_path / "config.yaml")
     with pytest.raises(InputError, match="holds a real run"):
-        _spare_real_run(tmp_path)
+        _refuse_real_run(tmp_path)
 
 
 def test_each_rank_checks_its_own_share_of_the_validation_windows(tmp_path, monkeypatch):
