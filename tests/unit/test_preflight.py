@@ -24,7 +24,7 @@ def test_vocabulary_of_a_corpus(tmp_path):
         assert _check_vocabulary(config, summary) is None
     summary.write_text('{"vocab_size": 401}')
     with pytest.raises(
-        InputError, match=r"corpus\.json tells of a vocabulary of 401, model\.vocab_size is 400; expected no more"
+        InputError, match=r"corpus\.json has a vocabulary of 401, model\.vocab_size is 400; expected no more"
     ):
         _check_vocabulary(config, summary)
 
@@ -38,12 +38,15 @@ def test_a_vocabulary_larger_than_the_tokenizers(tmp_path, capsys):
         config = read_config(larger)
         _check_vocabulary(config, prepared)
         report_vocabulary(config)
-        words = "model.vocab_size is 512, the tokenizer has 500 pieces: 12 more rows, part of every softmax\n"
+        words = "model.vocab_size is 512, the tokenizer has 500 pieces: 12 rows have no token; "
+        words += "they are part of every softmax\n"
         assert tuple(capsys.readouterr()) == (words, "")
     _check_tokenizer(read_config([*ours, "model.vocab_size=512"]))
     report_vocabulary(read_config([*ours, "model.vocab_size=500"]))
     assert tuple(capsys.readouterr()) == ("", "")
-    with pytest.raises(InputError, match=r"500 pieces, model\.vocab_size is 499; expected as many or more: set model"):
+    with pytest.raises(
+        InputError, match=r"500 pieces, model\.vocab_size is 499; expected as many rows or more: set model"
+    ):
         _check_tokenizer(read_config([*ours, "model.vocab_size=499"]))
     prepared.write_text('{"vocab_size": 400}')
     with pytest.raises(InputError, match=r"vocabulary of 400, .*tokenizer\.model has 500 pieces; expected the same"):
