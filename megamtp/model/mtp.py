@@ -10,7 +10,7 @@ With n = 1 this is the ordinary decoder-only model. part.py has the modules and 
 heads.
 
 Shape suffixes, here and everywhere: B batch, T positions, D width, V vocabulary, N heads (in losses/: rows), H
-attention heads, K width of an attention head.
+attention heads, K width of an attention head. The terms are those of the glossary in .github/CONTRIBUTING.md.
 """
 
 from collections.abc import Sequence
