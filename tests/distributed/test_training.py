@@ -25,7 +25,7 @@ from megamtp.training.loop import BATCHES_UNASKED, MAX_SKIPPED, Training
 from megamtp.training.metrics import FILE, Metrics, lacks_validation
 from tests.cases import POSITIONS, VOCABULARY, WINDOWS, small_config
 from tests.ranks import run_ranks
-from tests.unit.test_windows import Tokens
+from tests.unit.data.test_windows import Tokens
 
 STEPS = 16
 

@@ -9,8 +9,7 @@ from megamtp.planning.links import NOMINAL
 from megamtp.planning.loss_choice import compared
 from megamtp.planning.partition import Partition
 from megamtp.planning.spread import SpreadPartition, best_cut
-from tests.cases import small_config
-from tests.unit.test_partition import paper_config
+from tests.cases import paper_config, small_config
 
 
 def step(cut: Partition | SpreadPartition, config: Config) -> float:

@@ -20,8 +20,7 @@ from megamtp.planning.spread_schedule import (
     Transfer,
     fastest_schedule,
 )
-from tests.cases import small_config
-from tests.unit.test_partition import paper_config
+from tests.cases import paper_config, small_config
 
 UNEVEN = [
     StageTimes(1.0, 2.0, 0.1, 0.2, 0),

@@ -13,7 +13,7 @@ from megamtp.config import DataConfig, read_config, write_config
 from megamtp.data.blend import PERIOD, Blend, layout, quantise
 from megamtp.data.windows import Windows
 from megamtp.errors import InputError
-from tests.unit.test_windows import Tokens
+from tests.unit.data.test_windows import Tokens
 
 WEIGHTS = st.lists(st.floats(1e-7, 1e7), min_size=1, max_size=7)
 
@@ -116,4 +116,4 @@ def test_resolved_blend_is_read_back_from_anywhere(tmp_path, monkeypatch):
         read_config([*SMALL, f"data.train={'1 a ' * 1025}"])
 
 
-SMALL = [str(Path(__file__).parents[2] / "configs/quickstart.yaml"), "run.directory=r"]
+SMALL = [str(Path(__file__).parents[3] / "configs/quickstart.yaml"), "run.directory=r"]

@@ -13,7 +13,7 @@ from megamtp.errors import InputError
 from megamtp.training.preflight import _check_tokenizer, _check_vocabulary, _spare_real_run, check, report_vocabulary
 from tests import tokenizer_kinds
 
-CONFIG = str(Path(__file__).parents[2] / "configs/quickstart.yaml")
+CONFIG = str(Path(__file__).parents[3] / "configs/quickstart.yaml")
 
 
 def test_vocabulary_of_a_corpus(tmp_path):

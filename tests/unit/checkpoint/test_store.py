@@ -14,7 +14,7 @@ from megamtp.config import ModelConfig
 from megamtp.errors import CheckpointError
 from megamtp.training import resuming
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 MODEL = ModelConfig(dim=8, num_layers=2, num_future_tokens=1, num_attention_heads=1, vocab_size=10)
 
 
@@ -132,7 +132,7 @@ import sys
 from pathlib import Path
 from megamtp.checkpoint import store
 from tests.kills import killed_at_each_line
-from tests.unit import test_store
+from tests.unit.checkpoint import test_store
 
 run, found, rest = Path(sys.argv[1]), [], []
 

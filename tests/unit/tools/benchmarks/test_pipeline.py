@@ -13,8 +13,7 @@ from megamtp.planning.links import Link
 from megamtp.planning.partition import partition
 from megamtp.planning.spread import spread
 from megamtp.planning.spread_schedule import Exchange, Kind
-from tests.cases import small_config
-from tests.unit.test_partition import paper_config
+from tests.cases import paper_config, small_config
 
 TINY = ["model.dim=16", "model.mlp_dim=24", "model.num_attention_heads=2", "model.num_layers=6", "train.precision=fp32"]
 ARGUMENTS = [

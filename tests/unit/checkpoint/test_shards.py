@@ -212,6 +212,6 @@ print(peak - base)
 
 def test_a_tensor_larger_than_the_memory_allowed_is_written_and_read(tmp_path):
     """300 MiB in one flat tensor, in chunks of 32 MiB: with less than 150 MiB of anonymous memory."""
-    command, root = [sys.executable, "-c", MEMORY_PROGRAM, str(tmp_path)], Path(__file__).parents[2]
+    command, root = [sys.executable, "-c", MEMORY_PROGRAM, str(tmp_path)], Path(__file__).parents[3]
     finished = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
     assert int(finished.stdout) < 150

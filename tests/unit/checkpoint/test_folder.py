@@ -10,7 +10,7 @@ import pytest
 from megamtp.checkpoint import folder
 from megamtp.errors import CheckpointError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def write(directory: Path, num_bytes: int = 0) -> None:

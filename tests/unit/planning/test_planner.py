@@ -5,19 +5,17 @@ import json
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from megamtp.config import Config, read_config
+from megamtp.config import Config
 from megamtp.errors import InputError
 from megamtp.model.cost import flops_per_token, parameters
 from megamtp.planning.partition import partition
 from megamtp.planning.planner import CARDS, fitting, plan
 from megamtp.planning.spread import best_cut
 from megamtp.planning.stage_memory import OPTIMIZER, StageContents, stage_memory
-
-ROOT = Path(__file__).parents[2]
+from tests.cases import ROOT, published_config
 
 
 def recorded() -> dict[str, tuple[dict, dict, str]]:
@@ -35,12 +33,6 @@ def recorded() -> dict[str, tuple[dict, dict, str]]:
 RECORDED = recorded()
 
 
-def config_of(size: str, heads: int, *settings: str) -> Config:
-    return read_config(
-        [str(ROOT / f"configs/{size}_n{heads}.yaml"), "data.train=none", "run.directory=none", *settings]
-    )
-
-
 def test_the_six_sizes_were_recorded():
     assert {(result["size"], result["heads"], card) for result, _, card in RECORDED.values()} == {
         (size, heads, card)
@@ -54,7 +46,7 @@ def test_the_six_sizes_were_recorded():
 def test_prediction_is_within_a_tenth_of_the_recorded_step(name):
     result, settings, card = RECORDED[name]
     ranks, micro_batch = settings["ranks"], result["micro_batch"]
-    config = config_of(
+    config = published_config(
         result["size"],
         result["heads"],
         f"cluster.flat_bandwidth={settings['bandwidth']}",
@@ -82,7 +74,7 @@ def test_memory_of_recorded_stages_is_predicted():
     num_stages = 0
     for result, settings in recorded_pipelines():
         batch = f"train.global_batch_tokens={settings['T'] * settings['micro-batches'] * settings['pipelines']}"
-        config = config_of(
+        config = published_config(
             result["size"],
             result["heads"],
             "engine.kind=pipeline",
@@ -105,7 +97,7 @@ def test_memory_of_recorded_stages_is_predicted():
 
 
 def test_more_ranks_take_shards_and_micro_batches_away():
-    config = config_of("6.7b", 4, "train.micro_batch_size=1")
+    config = published_config("6.7b", 4, "train.micro_batch_size=1")
     few, many = (plan(config, ranks, CARDS["h100"]) for ranks in (64, 128))
     assert many.memory["optimizer"] == few.memory["optimizer"] / 2
     assert many.memory["activations"] == few.memory["activations"]
@@ -115,28 +107,28 @@ def test_more_ranks_take_shards_and_micro_batches_away():
 
 def test_a_checkpoint_is_what_all_ranks_copy():
     """Twelve bytes a parameter, in equal shares."""
-    found = plan(config_of("6.7b", 4), 64, CARDS["h100"])
-    assert found.checkpoint_bytes == 12 * parameters(config_of("6.7b", 4).model)
+    found = plan(published_config("6.7b", 4), 64, CARDS["h100"])
+    assert found.checkpoint_bytes == 12 * parameters(published_config("6.7b", 4).model)
     assert 64 * sum(found.host_memory.values()) == pytest.approx(found.checkpoint_bytes)
     assert found.host_memory["copy that a checkpoint is written from"] == found.memory["optimizer"]
 
 
 def test_what_is_offloaded_moves_to_the_host_and_is_copied_all_the_same():
     kept, offloaded = (
-        plan(config_of("6.7b", 4, *further), 64, CARDS["h100"])
+        plan(published_config("6.7b", 4, *further), 64, CARDS["h100"])
         for further in ([], ["engine.offload_optimizer=true", "engine.offload_parameters=true"])
     )
     moved = sum(kept.memory[kind] for kind in ("weights", "gradients", "optimizer"))
     assert sum(offloaded.host_memory.values()) - sum(kept.host_memory.values()) == pytest.approx(moved)
     assert kept.peak_bytes - offloaded.peak_bytes == pytest.approx(moved)
     assert offloaded.checkpoint_bytes == kept.checkpoint_bytes
-    alone = plan(config_of("0.3b", 4, "engine.offload_parameters=true"), 1, CARDS["h100"])
+    alone = plan(published_config("0.3b", 4, "engine.offload_parameters=true"), 1, CARDS["h100"])
     assert alone.memory["gathered weights"] > 0  # the copies on the device
 
 
 def test_slower_networks_are_exposed():
     fast, slow = (
-        plan(config_of("6.7b", 4, f"cluster.flat_bandwidth={rate}"), 64, CARDS["h100"]) for rate in (400e9, 20e9)
+        plan(published_config("6.7b", 4, f"cluster.flat_bandwidth={rate}"), 64, CARDS["h100"]) for rate in (400e9, 20e9)
     )
     assert slow.compute == fast.compute
     assert slow.exposed > 5 * fast.exposed
@@ -144,7 +136,7 @@ def test_slower_networks_are_exposed():
 
 def test_fp8_losses_take_memory_for_time():
     plain, further, all_heads = (
-        plan(config_of("6.7b", 4, *settings), 64, CARDS["h100"])
+        plan(published_config("6.7b", 4, *settings), 64, CARDS["h100"])
         for settings in ([], ["head_loss.precision=fp8", "head_loss.fp8_first_head=false"], ["head_loss.precision=fp8"])
     )
     weight, hidden, chunk = 2 * 32000 * 4096, 2 * 4096 * 4096, 8192 * 32000
@@ -153,7 +145,7 @@ def test_fp8_losses_take_memory_for_time():
 
 
 def test_the_nearest_configuration_that_fits_does_fit():
-    config = config_of("13b", 4)
+    config = published_config("13b", 4)
     assert plan(config, 8, CARDS["h100"]).peak_bytes > CARDS["h100"].memory_bytes
     words, changed, ranks = fitting(config, 8, CARDS["h100"])
     assert words == "train.micro_batch_size=1" and ranks == 8
@@ -161,7 +153,7 @@ def test_the_nearest_configuration_that_fits_does_fit():
 
 
 def pipeline_of(size: str, stages: int, *settings: str) -> Config:
-    return config_of(
+    return published_config(
         size, 4, "engine.kind=pipeline", f"engine.num_stages={stages}", "train.micro_batch_size=1", *settings
     )
 
@@ -227,7 +219,7 @@ def test_a_pipeline_that_does_not_fit_gets_more_stages_not_offloading():
 )
 def test_what_was_not_measured_is_not_planned(setting):
     with pytest.raises(InputError, match=f"{setting}.*not planned; expected"):
-        plan(config_of("0.3b", 4, setting), 8, CARDS["h100"])
+        plan(published_config("0.3b", 4, setting), 8, CARDS["h100"])
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:

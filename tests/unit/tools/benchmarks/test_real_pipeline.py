@@ -10,7 +10,7 @@ from benchmarks import real_pipeline
 from megamtp.cluster.ports import reserve_port
 from megamtp.errors import InputError
 from tests.end_to_end.jobs import ROOT, environment
-from tests.unit.test_pipeline_benchmark import TINY
+from tests.unit.tools.benchmarks.test_pipeline import TINY
 
 PREDICT = [
     "--device",

@@ -34,7 +34,7 @@ from megamtp.config import ClusterConfig
 from megamtp.data.indexed_dataset import IndexedDataset
 from megamtp.errors import InputError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[4]
 
 MEASURED = {"ours": 150.0, "fsdp2 one backward": 190.0, "deepspeed as shipped": 250.0}
 

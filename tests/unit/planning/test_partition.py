@@ -4,34 +4,15 @@ sizes.
 
 import itertools
 from itertools import accumulate
-from pathlib import Path
 
 import pytest
 
-from megamtp.config import Config, read_config
+from megamtp.config import Config
 from megamtp.errors import InputError
 from megamtp.model.cost import flops_per_token, parameters
 from megamtp.planning.partition import Partition, enough_micro_batches, make_stage, partition
 from megamtp.planning.pass_costs import flop_costs
-from tests.cases import small_config
-
-ROOT = Path(__file__).parents[2]
-
-
-def paper_config(size: str, *settings: str) -> Config:
-    """n = 4 in eight stages, 32 micro-batches."""
-    return read_config(
-        [
-            str(ROOT / f"configs/{size}_n4.yaml"),
-            "data.train=none",
-            "run.directory=none",
-            "engine.kind=pipeline",
-            "engine.num_stages=8",
-            "train.micro_batch_size=1",
-            f"train.global_batch_tokens={32 * 4096}",
-            *settings,
-        ]
-    )
+from tests.cases import paper_config, small_config
 
 
 def all_cuts(config: Config) -> list[Partition]:

@@ -15,7 +15,7 @@ from megamtp.data.loader import Batch, TrainLoader, evaluation_batches, read_gro
 from megamtp.data.windows import Window, Windows
 from megamtp.errors import InputError
 from megamtp.targets import IGNORED
-from tests.unit.test_windows import Tokens, order
+from tests.unit.data.test_windows import Tokens, order
 
 T, N = 3, 2
 GLOBAL_BATCH = 8
