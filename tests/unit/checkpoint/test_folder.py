@@ -81,7 +81,7 @@ def export(content):
 
 found = []
 files = ("megamtp/checkpoint/folder.py", "megamtp/files.py")
-    for kill in killed_at_each_line(files, lambda: export("old"), lambda: export("new")):
+for kill in killed_at_each_line(files, lambda: export("old"), lambda: export("new")):
     if not at_once:  # the name may be free now, until the next conversion begins
         with contextlib.suppress(KeyboardInterrupt), folder.published(exported, 0, replaceable=True):
             raise KeyboardInterrupt

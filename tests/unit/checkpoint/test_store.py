@@ -143,7 +143,7 @@ def prepare():
 
 store.sync = lambda path: None  # kills lose nothing that is not on disk yet
 files = ("megamtp/checkpoint/store.py", "megamtp/files.py")
-    for kill in killed_at_each_line(files, prepare, lambda: store.publish(*rest)):
+for kill in killed_at_each_line(files, prepare, lambda: store.publish(*rest)):
     found.append(store.verified(store.newest_checkpoint(run)).file_bytes)
     store.remove_leftovers(run)
     assert test_store.names(run) == ["step-0000001"]
