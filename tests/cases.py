@@ -44,10 +44,15 @@ def published_config(size: str, heads: int, *settings: str) -> Config:
     )
 
 
+def pipeline_config(size: str, num_stages: int, *settings: str) -> Config:
+    """Four heads in a pipeline, with micro-batches of one window."""
+    pipeline = ["engine.kind=pipeline", f"engine.num_stages={num_stages}", "train.micro_batch_size=1"]
+    return published_config(size, 4, *pipeline, *settings)
+
+
 def paper_config(size: str, *settings: str) -> Config:
     """Four heads in eight pipeline stages, 32 micro-batches of one window."""
-    pipeline = ["engine.kind=pipeline", "engine.num_stages=8", "train.micro_batch_size=1"]
-    return published_config(size, 4, *pipeline, f"train.global_batch_tokens={32 * 4096}", *settings)
+    return pipeline_config(size, 8, f"train.global_batch_tokens={32 * 4096}", *settings)
 
 
 def global_batch(config: Config, step: int, num_micro_batches: int) -> list[Batch]:

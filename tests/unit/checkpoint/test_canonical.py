@@ -1,6 +1,4 @@
-"""The canonical form: back bit for bit, what is refused, and a transformers model as the beginning of a multi-token
-one.
-"""
+"""The canonical form: back bit for bit, and what is refused."""
 
 import dataclasses
 import json
@@ -8,15 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from megamtp.checkpoint import canonical, folder, hf, safetensors_file
-from megamtp.checkpoint.contents import Rearranged, Rows, written_out
-from megamtp.checkpoint.tensors import InMemory, whole
+from megamtp.checkpoint import canonical, folder, safetensors_file
+from megamtp.checkpoint.contents import written_out
+from megamtp.checkpoint.tensors import whole
 from megamtp.errors import CheckpointError
-from megamtp.model.mtp import MTPModel
-from tests.checkpoints import SMALL, STATE, VOCABULARY, with_moments
+from tests.checkpoints import SMALL, STATE, with_moments
 
 
 @pytest.fixture
@@ -91,203 +86,6 @@ def test_an_existing_destination_and_a_full_disk_are_refused_before_anything_is_
     with pytest.raises(CheckpointError, match=r"needs [0-9,]+ bytes, 1,000 are free there"):
         canonical.write(with_moments(SMALL), written.parent / "deep" / "down")
     assert [path.name for path in written.parent.iterdir()] == ["canonical"]
-
-
-def llama(folder: Path, tied: bool = False, **settings) -> LlamaForCausalLM:
-    """Of 4 layers, saved in several files."""
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=tied,
-        initializer_range=0.2,
-        **settings,
-    )
-    torch.manual_seed(3)
-    model = LlamaForCausalLM(config).float().eval()
-    model.save_pretrained(folder, max_shard_size="40KB")
-    return model
-
-
-def test_a_folder_is_on_disk_before_it_has_its_name_and_then_so_is_that(tmp_path, monkeypatch):
-    calls, rename = [], folder.os.rename
-    monkeypatch.setattr(folder, "sync", calls.append)
-    monkeypatch.setattr(folder.os, "rename", lambda *paths: calls.append(paths) or rename(*paths))
-    with folder.published(tmp_path / "made", 5) as new:
-        (new / "file").write_text("whole")
-    assert calls == [new / "file", new, (new, tmp_path / "made"), tmp_path]
-    assert [path.name for path in tmp_path.rglob("*")] == ["made", "file"]
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_head_1_of_a_converted_llama_computes_what_it_did(tmp_path, tied):
-    theirs = llama(tmp_path / "llama", tied)
-    opened = hf.read(tmp_path / "llama", num_future_tokens=3)
-    assert [("ties its unembedding" in note) for note in opened.notes] == [True] * tied
-    canonical.write(opened, tmp_path / "canonical")
-    found = canonical.read(tmp_path / "canonical")
-    assert (found.model.num_layers, found.model.num_trunk_layers, found.model.num_future_tokens) == (6, 3, 3)
-    ours = MTPModel(found.model)
-    ours.load_state_dict({name: whole(found.weights, name) for name in found.weights.shapes}, strict=True)
-    tokens = torch.randint(VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        logits, expected = ours.logits(tokens), theirs(tokens).logits
-    assert expected.std() > 0.3
-    torch.testing.assert_close(logits[0], expected, rtol=0, atol=1e-5)
-    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])  # heads start as copies
-
-
-ROPE = {"rope_type": "default", "rope_theta": 500.0}
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"rope_theta": 500.0},
-        {"rope_theta": 500.0, "rope_scaling": {"type": "default"}},
-        {"rope_theta": 77.0, "rope_parameters": ROPE},
-        {"rope_scaling": ROPE},
-        {"rope_scaling": ROPE, "rope_parameters": ROPE | {"rope_theta": 77.0}},
-    ],
-)
-def test_wavelengths_are_those_that_transformers_takes(tmp_path, settings):
-    theirs = llama(tmp_path / "llama", rope_parameters=ROPE)
-    path = tmp_path / "llama/config.json"
-    others = {key: value for key, value in json.loads(path.read_text()).items() if not key.startswith("rope")}
-    path.write_text(json.dumps(others | settings))
-    assert hf.read(tmp_path / "llama").model.rope_theta == 500.0
-    tokens = torch.randint(VOCABULARY, (1, 64), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        assert torch.equal(LlamaForCausalLM.from_pretrained(tmp_path / "llama")(tokens).logits, theirs(tokens).logits)
-
-
-@pytest.mark.parametrize("num_files", [1, 2])
-def test_weights_of_older_folders_are_read(tmp_path, num_files):
-    theirs = llama(tmp_path / "llama")
-    opened = hf.read(tmp_path / "llama").weights
-    expected = {name: whole(opened, name) for name in opened.shapes}
-    for file in (tmp_path / "llama").glob("model*"):
-        file.unlink()
-    files = (
-        {f"pytorch_model-{number}.bin": {} for number in range(num_files)}
-        if num_files > 1
-        else {"pytorch_model.bin": {}}
-    )
-    weight_map = {name: list(files)[index % num_files] for index, name in enumerate(theirs.state_dict())}
-    for name, tensor in theirs.state_dict().items():
-        files[weight_map[name]][name] = tensor
-    for file, tensors in files.items():
-        torch.save(tensors, tmp_path / "llama" / file)
-    if num_files > 1:
-        (tmp_path / "llama/pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    found = hf.read(tmp_path / "llama").weights
-    assert found.shapes.keys() == expected.keys()
-    assert all(torch.equal(whole(found, name), tensor) for name, tensor in expected.items())
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_weights_of_the_old_format_and_transposed_ones_are_read(tmp_path, zipped):
-    llama(tmp_path / "llama")
-    opened = hf.read(tmp_path / "llama").weights
-    theirs = LlamaForCausalLM.from_pretrained(tmp_path / "llama").state_dict()
-    for file in (tmp_path / "llama").glob("model*"):
-        file.unlink()
-    tensors = {name: torch.nn.Parameter(tensor.t().contiguous().t()) for name, tensor in theirs.items()}
-    assert not tensors["lm_head.weight"].is_contiguous()
-    torch.save(tensors, tmp_path / "llama/pytorch_model.bin", _use_new_zipfile_serialization=zipped)
-    canonical.write(hf.read(tmp_path / "llama"), tmp_path / "canonical")
-    found = canonical.read(tmp_path / "canonical").weights
-    for ours, name in hf.names_of(hf.read(tmp_path / "llama").model).items():
-        assert torch.equal(whole(found, ours), theirs[name])
-    assert found.shapes == opened.shapes
-
-
-def test_a_folder_without_weights_and_a_damaged_index_are_refused(tmp_path):
-    llama(tmp_path / "llama")
-    index = tmp_path / "llama/model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"model.norm.weight": None}}))
-    with pytest.raises(CheckpointError, match=r"index.json cannot be read \(weight_map has values that are no names\)"):
-        hf.read(tmp_path / "llama")
-    index.unlink()
-    with pytest.raises(
-        CheckpointError, match=r"has no model.safetensors; expected it, its index, or pytorch_model.bin"
-    ):
-        hf.read(tmp_path / "llama")
-
-
-def test_rotary_frequencies_of_older_files_are_left_out(tmp_path):
-    llama(tmp_path / "llama")
-    index = tmp_path / "llama/model.safetensors.index.json"
-    content = json.loads(index.read_text())
-    save_file({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, tmp_path / "llama/old.safetensors")
-    content["weight_map"]["model.layers.0.self_attn.rotary_emb.inv_freq"] = "old.safetensors"
-    index.write_text(json.dumps(content))
-    assert (
-        hf.read(tmp_path / "llama").weights.shapes.keys()
-        == MTPModel(hf.read(tmp_path / "llama").model).state_dict().keys()
-    )
-
-
-def test_weights_in_16_bits_become_fp32_and_come_back(tmp_path):
-    llama(tmp_path / "llama").bfloat16().save_pretrained(tmp_path / "half")
-    canonical.write(hf.read(tmp_path / "half", 2), tmp_path / "canonical")
-    assert whole(canonical.read(tmp_path / "canonical").weights, "heads.1.mlp.up.weight").dtype == torch.float32
-    hf.export(canonical.read(tmp_path / "canonical"), tmp_path / "back", torch.bfloat16)
-    expected, found = (LlamaForCausalLM.from_pretrained(tmp_path / name) for name in ("half", "back"))
-    assert found.dtype == torch.bfloat16
-    assert all(torch.equal(tensor, found.state_dict()[name]) for name, tensor in expected.state_dict().items())
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"attention_bias": True}, "attention_bias is True, expected False"),
-        ({"mlp_bias": True}, "mlp_bias is True, expected False"),
-        ({"model_type": "qwen2"}, "model_type is qwen2, expected llama"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type is llama3, expected default"),
-        (
-            {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}},
-            "rope_type is linear, expected default",
-        ),
-        ({"hidden_act": "gelu"}, "hidden_act is gelu, expected silu"),
-        ({"head_dim": 16}, "head_dim is 16, expected 8"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config is"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type is linear, expected default"),
-        ({"rope_parameters": "linear"}, "is 'linear'; expected a mapping"),
-        ({"vocab_size": None}, "vocab_size is None; expected a whole number"),
-        ({"num_attention_heads": 0}, "num_attention_heads is 0; expected a whole number, at least 1"),
-        ({"num_attention_heads": True}, "num_attention_heads is True; expected a whole number"),
-        ({"num_key_value_heads": 3}, "num_key_value_heads=3; expected a divisor of model.num_attention_heads=4"),
-        ({"rms_norm_eps": "small"}, "model.norm_eps is 'small'; expected a number"),
-        ({"num_hidden_layers": 1}, "has one layer; expected two or more"),
-        ({"num_hidden_layers": 5}, r"no tensor model.layers.4.input_layernorm.weight"),
-        ({"num_hidden_layers": 3}, r"unknown tensor model.layers.3"),
-        ({"intermediate_size": 64}, r"model.layers.0.mlp.gate_proj.weight has shape \[48, 32\], expected \[64, 32\]"),
-    ],
-)
-def test_another_form_of_model_is_refused_by_name(tmp_path, settings, message):
-    llama(tmp_path / "llama")
-    path = tmp_path / "llama/config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
-    with pytest.raises(CheckpointError, match=message) as caught:
-        hf.read(tmp_path / "llama", 2)
-    assert "\n" not in str(caught.value)
-
-
-def test_rows_of_a_tensor_are_read_by_slice():
-    source = InMemory({"a": torch.arange(24.0).view(6, 2, 2), "b": torch.arange(5.0)})
-    rows = torch.tensor([4, 5, 0, 1, 3])
-    found = Rearranged(source, {"x": Rows("a", rows), "y": Rows("b")})
-    assert found.shapes == {"x": (5, 2, 2), "y": (5,)}
-    expected = source.weights["a"][rows].flatten()
-    for start in range(len(expected) + 1):
-        for end in (*range(start, len(expected) + 1), None):
-            assert torch.equal(found.read("x", start, end), expected[start:end])
-    assert torch.equal(found.read("y", 1, 3), torch.tensor([1.0, 2.0]))
 
 
 def test_a_tokenizer_that_is_gone_is_named(tmp_path):

@@ -144,3 +144,13 @@ def test_a_file_that_names_no_neighbour_is_refused(tmp_path, content):
 def test_the_name_of_a_neighbour(tmp_path):
     (tmp_path / "latest").write_text("global_step7\n")
     assert folder.name_in(tmp_path / "latest") == "global_step7"
+
+
+def test_a_folder_is_on_disk_before_it_has_its_name_and_then_so_is_that(tmp_path, monkeypatch):
+    calls, rename = [], folder.os.rename
+    monkeypatch.setattr(folder, "sync", calls.append)
+    monkeypatch.setattr(folder.os, "rename", lambda *paths: calls.append(paths) or rename(*paths))
+    with folder.published(tmp_path / "made", 5) as new:
+        (new / "file").write_text("whole")
+    assert calls == [new / "file", new, (new, tmp_path / "made"), tmp_path]
+    assert [path.name for path in tmp_path.rglob("*")] == ["made", "file"]

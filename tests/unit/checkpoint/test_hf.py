@@ -1,62 +1,25 @@
-"""The export against transformers, the way back bit for bit, and what is refused."""
+"""Trunk and head 1 as a Llama of transformers: equal logits, back bit for bit, and what is refused."""
 
-import argparse
 import dataclasses
-import json
-import os
-import random
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import example, given, settings
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from megamtp.checkpoint import hf, hf_tokenizer, safetensors_file
+from megamtp.checkpoint import canonical, hf, safetensors_file
 from megamtp.checkpoint.tensors import whole
 from megamtp.config import ModelConfig
-from megamtp.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, train_sentencepiece
 from megamtp.errors import CheckpointError
 from megamtp.model.mtp import MTPModel
-from tests import tokenizer_kinds
 from tests.checkpoints import SMALL, VOCABULARY, contents, random_model
-
-AWKWARD = [
-    "",
-    " ",
-    "  ",
-    "\n",
-    "\t",
-    "\tx = 1\n",
-    "    return  x\n",
-    "a\r\nb\r",
-    "x\n\n\n  y ",
-    "trailing   ",
-    "</s>",
-    "<s>a</s>",
-    "<unk>",
-    "<0x0A>",
-    "é e\u0301 \ufb01 \uff21 中文 😀",
-    "a\u00a0b\u200bc\u2028d\x00\x01",
-    "\u2581",
-    "a \u2581 b\u2581",
-    "12345 1.5e-10",
-    "====------",
-]
+from tests.llama import save_llama
 
 
 def read_back(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
     found = hf.read(folder)
     return found.model, {name: whole(found.weights, name) for name in found.weights.shapes}
-
-
-@pytest.fixture(scope="module")
-def tokenizer_path(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    sources = [Path(module.__file__).read_text() for module in (argparse, json, os, random, dataclasses)]
-    train_sentencepiece(sources, path, vocab_size=700, seed=0)
-    return path
 
 
 @pytest.fixture
@@ -89,16 +52,6 @@ def test_reading_an_export_gives_the_weights_back_bit_for_bit(exported):
     assert weights.keys() == {name for name in expected if not name.startswith(("heads.1.", "heads.2."))}
     assert all(torch.equal(weights[name], expected[name]) for name in weights)
     MTPModel(config).load_state_dict(weights, strict=True)
-
-
-def test_a_large_model_is_split_into_files_and_read_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(safetensors_file, "LARGEST_FILE_BYTES", 40_000)
-    model = random_model(SMALL)
-    hf.export(contents(SMALL, model.state_dict()), tmp_path / "exported")
-    assert len(list((tmp_path / "exported").glob("*.safetensors"))) > 1
-    _, weights = read_back(tmp_path / "exported")
-    assert all(torch.equal(weights[name], model.state_dict()[name]) for name in weights)
-    AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
 
 
 def test_what_transformers_saves_can_be_read(exported, tmp_path):
@@ -158,15 +111,6 @@ def test_a_wrong_tensor_is_named_when_exporting(tmp_path, name, value, message):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("key", ["hidden_size", "model_type", "rms_norm_eps"])
-def test_a_configuration_without_a_key_is_refused(exported, key):
-    settings = json.loads((exported / "config.json").read_text())
-    del settings[key]
-    (exported / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(CheckpointError, match=key):
-        hf.read(exported)
-
-
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:100])])
 def test_a_missing_or_truncated_file_is_refused_in_one_line(exported, file, damage):
@@ -222,95 +166,29 @@ def test_an_unwritable_parent_is_one_line(tmp_path):
         hf.export(contents(SMALL, random_model(SMALL).state_dict()), tmp_path / "file" / "exported")
 
 
-def test_the_exported_tokenizer_gives_our_ids(tmp_path, tokenizer_path):
-    config = dataclasses.replace(SMALL, vocab_size=700)
-    hf.export(contents(config, random_model(config).state_dict(), tokenizer_path), tmp_path / "exported")
-    theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "exported"), SentencePieceTokenizer(tokenizer_path)
-    draw = random.Random(0)
-    alphabet = [*AWKWARD, *" \t\n-=#_.abcdefs01", "self", "def ", "    "]
-    texts = [
-        *AWKWARD,
-        Path(__file__).read_text(),
-        *("".join(draw.choices(alphabet, k=draw.randrange(30))) for _ in range(500)),
-    ]
-    texts += [symbol * count for symbol in " -=a\n" for count in range(2, 80)]
-    for text in texts:
-        ids = ours.encode(text)
-        assert theirs(text)["input_ids"] == ids, repr(text)
-        assert theirs.decode(ids, skip_special_tokens=True) == text
-    assert theirs.eos_token_id == theirs.bos_token_id == ours.end_of_document_id
-    llama = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
-    assert llama.generation_config.eos_token_id == ours.end_of_document_id
-    assert (tmp_path / "exported" / "tokenizer.model").read_bytes() == tokenizer_path.read_bytes()
+@pytest.mark.parametrize("tied", [False, True])
+def test_head_1_of_a_converted_llama_computes_what_it_did(tmp_path, tied):
+    theirs = save_llama(tmp_path / "llama", tied)
+    opened = hf.read(tmp_path / "llama", num_future_tokens=3)
+    assert [("ties its unembedding" in note) for note in opened.notes] == [True] * tied
+    canonical.write(opened, tmp_path / "canonical")
+    found = canonical.read(tmp_path / "canonical")
+    assert (found.model.num_layers, found.model.num_trunk_layers, found.model.num_future_tokens) == (6, 3, 3)
+    ours = MTPModel(found.model)
+    ours.load_state_dict({name: whole(found.weights, name) for name in found.weights.shapes}, strict=True)
+    tokens = torch.randint(VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits, expected = ours.logits(tokens), theirs(tokens).logits
+    assert expected.std() > 0.3
+    torch.testing.assert_close(logits[0], expected, rtol=0, atol=1e-5)
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])  # heads start as copies
 
 
-@pytest.fixture(scope="module")
-def exported_kinds(tmp_path_factory) -> dict:
-    """(ours, transformers') of a tokenizer of every kind that can be exported, and of bytes."""
-    folder, found = tmp_path_factory.mktemp("kinds"), {}
-    for kind in tokenizer_kinds.EXPORTED:
-        ours = SentencePieceTokenizer(tokenizer_kinds.train_kind(kind, folder / f"{kind}.model"))
-        (folder / kind).mkdir()
-        hf_tokenizer.write_tokenizer(folder / kind, ours, 64)
-        found[kind] = ours, AutoTokenizer.from_pretrained(folder / kind)
-    (folder / "bytes").mkdir()
-    hf_tokenizer.write_byte_tokenizer(folder / "bytes", 64)
-    return found | {"bytes": (ByteTokenizer(), AutoTokenizer.from_pretrained(folder / "bytes"))}
-
-
-@settings(max_examples=150, deadline=None)
-@given(tokenizer_kinds.TEXTS)
-@example("\u2581")
-@example("a\u2581b \u2581")
-@example("<fim>")
-@example("<fim>a <fim_x>\u2581\u2581b")
-@example("<fim></s><fim_x><0x0A>[INST]<fim><unk>")
-def test_every_exported_tokenizer_gives_the_prepared_ids(exported_kinds, text):
-    for kind, (ours, theirs) in exported_kinds.items():
-        ids = ours.encode(text)
-        assert theirs(text)["input_ids"] == ids, kind
-        if "no bytes" not in kind and kind != "characters":  # else SentencePiece writes unknown characters as U+2047
-            assert theirs.decode(ids) == theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids), kind
-
-
-def test_symbols_are_tokens_of_their_own(exported_kinds):
-    for kind in (kind for kind in exported_kinds if "symbols" in kind):
-        ours, theirs = exported_kinds[kind]
-        symbols = [ours.processor.id_to_piece(token) for token in ours.user_defined]
-        assert theirs.convert_tokens_to_ids("<fim>") == ours.user_defined[symbols.index("<fim>")]
-        assert theirs("a<fim><fim>b")["input_ids"].count(theirs.convert_tokens_to_ids("<fim>")) == 2
-        assert theirs.convert_tokens_to_ids("[INST]") not in theirs("a [INST] b")["input_ids"]
-
-
-@pytest.mark.parametrize(
-    ("kind", "reason"),
-    [
-        ("normalising", r"it normalises texts \(nmt_nfkc\)"),
-        ("default", r"it normalises texts \(nmt_nfkc\)"),
-        ("without extra spaces", "it removes extra spaces"),
-        ("unigram", "it is a unigram model"),
-        ("normalising unigram", "it is a unigram model"),
-        ("spaces as suffixes", "its pieces end, rather than begin, with spaces"),
-    ],
-)
-def test_a_tokenizer_that_cannot_be_translated_is_refused(tmp_path, kind, reason):
-    path = tokenizer_kinds.train_kind(kind, tmp_path / "foreign.model")
-    config = dataclasses.replace(SMALL, vocab_size=SentencePieceTokenizer(path).vocab_size)
-    with pytest.raises(CheckpointError, match=rf"foreign\.model cannot be exported to hf or hf-mtp: {reason}"):
-        hf.export(contents(config, random_model(config).state_dict(), path), tmp_path / "exported")
-    assert not (tmp_path / "exported").exists()
-
-
-def test_a_tokenizer_of_another_size_is_refused(tokenizer_path):
-    with pytest.raises(CheckpointError, match="700 pieces, expected the model's 300"):
-        hf_tokenizer.read_tokenizer(tokenizer_path, SMALL.vocab_size)
-
-
-def test_a_tokenizer_that_stays_behind_is_said_so(exported):
-    assert not hf.read(exported).notes
-    (exported / "tokenizer.json").write_text(json.dumps({"long": "x" * hf_tokenizer.LARGEST_BYTE_TOKENIZER}))
-    found = hf.read(exported)
-    assert found.tokenizer is None
-    assert ["has a tokenizer, but no SentencePiece model of at most 300 pieces" in note for note in found.notes] == [
-        True
-    ]
+def test_weights_in_16_bits_become_fp32_and_come_back(tmp_path):
+    save_llama(tmp_path / "llama").bfloat16().save_pretrained(tmp_path / "half")
+    canonical.write(hf.read(tmp_path / "half", 2), tmp_path / "canonical")
+    assert whole(canonical.read(tmp_path / "canonical").weights, "heads.1.mlp.up.weight").dtype == torch.float32
+    hf.export(canonical.read(tmp_path / "canonical"), tmp_path / "back", torch.bfloat16)
+    expected, found = (LlamaForCausalLM.from_pretrained(tmp_path / name) for name in ("half", "back"))
+    assert found.dtype == torch.bfloat16
+    assert all(torch.equal(tensor, found.state_dict()[name]) for name, tensor in expected.state_dict().items())

@@ -2,14 +2,16 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from megamtp.checkpoint import meta
+from megamtp.checkpoint import formats, hf, meta
 from megamtp.checkpoint.contents import written_out
 from megamtp.checkpoint.tensors import whole
+from megamtp.data.tokenizer import train_sentencepiece
 from megamtp.errors import CheckpointError
 from megamtp.model.mtp import MTPModel
 from tests.checkpoints import SMALL, VOCABULARY, contents, random_model
@@ -158,3 +160,21 @@ def test_numbers_of_no_model_are_refused(tmp_path, settings, message):
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
     with pytest.raises(CheckpointError, match=message):
         meta.read(tmp_path / "meta")
+
+
+@pytest.mark.parametrize("place", ["meta", "."])
+def test_the_tokenizer_of_metas_releases_is_found_in_their_folder_or_beside_it(tmp_path, monkeypatch, place):
+    texts = [Path(module.__file__).read_text() for module in (dataclasses, json, formats)]
+    train_sentencepiece(texts, tmp_path / "made.model", vocab_size=500, seed=0)
+    config = dataclasses.replace(SMALL, vocab_size=500)
+    meta.write(contents(config, random_model(config).state_dict()), tmp_path / "meta")
+    path = (tmp_path / "made.model").rename(tmp_path / place / "tokenizer.model")
+    monkeypatch.chdir(tmp_path / "meta")
+    for folder in (tmp_path / "meta", Path(".")):
+        found = meta.read(folder)
+        assert found.tokenizer.samefile(path) and found.notes == ()
+    hf.export(found, tmp_path / "hf")
+    assert json.loads((tmp_path / "hf/config.json").read_text())["eos_token_id"] is not None
+    path.write_text("tiktoken")
+    found = meta.read(Path("."))
+    assert found.tokenizer is None and [note.split(" is no ")[0] for note in found.notes] == [str(path)]

@@ -2,16 +2,13 @@
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from megamtp.checkpoint import formats, hf, meta
+from megamtp.checkpoint import formats, hf
 from megamtp.checkpoint.special_ids import read_special_ids
-from megamtp.commands import convert_checkpoint
-from megamtp.data.tokenizer import train_sentencepiece
 from megamtp.errors import CheckpointError
 from tests.checkpoints import SMALL, contents, random_model, with_moments
 
@@ -70,34 +67,3 @@ def test_values_that_are_no_tokens_are_left_out_and_a_damaged_file_is_refused(tm
         path.write_text(content)
         with pytest.raises(CheckpointError, match=r"^[^\n]*generation_config.json cannot be read"):
             read_special_ids(tmp_path, 300)
-
-
-def test_an_export_without_an_end_is_said(tmp_path, llama, monkeypatch, capsys):
-    def convert(source: Path, target: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["convert", str(source), str(tmp_path / f"to-{target}"), "--to", target])
-        convert_checkpoint.main()
-        return capsys.readouterr().out
-
-    meta.write(contents(SMALL, random_model(SMALL).state_dict()), tmp_path / "meta")
-    words = "does not say which token ends a text"
-    assert words in convert(tmp_path / "meta", "hf") and words in convert(tmp_path / "meta", "hf-mtp")
-    assert words not in convert(tmp_path / "meta", "canonical")
-    assert words not in convert(llama, "hf")
-
-
-@pytest.mark.parametrize("place", ["meta", "."])
-def test_the_tokenizer_of_metas_releases_is_found_in_their_folder_or_beside_it(tmp_path, monkeypatch, place):
-    texts = [Path(module.__file__).read_text() for module in (dataclasses, json, formats)]
-    train_sentencepiece(texts, tmp_path / "made.model", vocab_size=500, seed=0)
-    config = dataclasses.replace(SMALL, vocab_size=500)
-    meta.write(contents(config, random_model(config).state_dict()), tmp_path / "meta")
-    path = (tmp_path / "made.model").rename(tmp_path / place / "tokenizer.model")
-    monkeypatch.chdir(tmp_path / "meta")
-    for folder in (tmp_path / "meta", Path(".")):
-        found = meta.read(folder)
-        assert found.tokenizer.samefile(path) and found.notes == ()
-    hf.export(found, tmp_path / "hf")
-    assert exported_ids(tmp_path / "hf")[0]["eos_token_id"] is not None
-    path.write_text("tiktoken")
-    found = meta.read(Path("."))
-    assert found.tokenizer is None and [note.split(" is no ")[0] for note in found.notes] == [str(path)]

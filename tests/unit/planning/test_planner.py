@@ -3,19 +3,14 @@
 import dataclasses
 import json
 import statistics
-import subprocess
-import sys
 
 import pytest
 
-from megamtp.config import Config
 from megamtp.errors import InputError
 from megamtp.model.cost import flops_per_token, parameters
-from megamtp.planning.partition import partition
 from megamtp.planning.planner import CARDS, fitting, plan
 from megamtp.planning.spread import best_cut
-from megamtp.planning.stage_memory import OPTIMIZER, StageContents, stage_memory
-from tests.cases import ROOT, published_config
+from tests.cases import ROOT, pipeline_config, published_config
 
 
 def recorded() -> dict[str, tuple[dict, dict, str]]:
@@ -59,41 +54,6 @@ def test_prediction_is_within_a_tenth_of_the_recorded_step(name):
     assert found.peak_bytes == pytest.approx(result["peak_bytes"], rel=0.1)
     seconds = statistics.median(result["milliseconds"]) / 1e3
     assert found.compute + found.exposed == pytest.approx(seconds, rel=0.1)
-
-
-def recorded_pipelines() -> list[tuple[dict, dict]]:
-    """(a pipeline whose stages were measured, the settings)"""
-    contents = [json.loads(path.read_text()) for path in sorted((ROOT / "tools/results").glob("pipeline*.json"))]
-    return [(result, content["settings"]) for content in contents for result in content["results"]]
-
-
-def test_memory_of_recorded_stages_is_predicted():
-    """All stages of all sizes, vocabularies and numbers of stages, of whole layers and with spread losses: within 5
-    %.
-    """
-    num_stages = 0
-    for result, settings in recorded_pipelines():
-        batch = f"train.global_batch_tokens={settings['T'] * settings['micro-batches'] * settings['pipelines']}"
-        config = published_config(
-            result["size"],
-            result["heads"],
-            "engine.kind=pipeline",
-            f"engine.num_stages={result['stages']}",
-            f"model.vocab_size={result['vocabulary']}",
-            "train.micro_batch_size=1",
-            batch,
-            "head_loss.chunk_rows=4096",  # the default when these were measured
-        )
-        spread = result["plan"] == "spread losses"
-        for stage, peak in enumerate(result["peak_bytes"]):
-            heads = result["heads_of_stages"][stage]
-            own = range(sum(result["heads_of_stages"][:stage]), sum(result["heads_of_stages"][: stage + 1]))
-            contents = StageContents(result["layers"][stage] - heads, own, stage == 0, result["rows"][stage], spread)
-            found = stage_memory(config, settings["pipelines"], contents, result["alive"][stage])
-            needed = sum(size for kind, size in found.items() if kind != OPTIMIZER)
-            assert needed == pytest.approx(peak, rel=0.05), (result["plan"], contents)
-            num_stages += 1
-    assert num_stages == 312
 
 
 def test_more_ranks_take_shards_and_micro_batches_away():
@@ -152,14 +112,8 @@ def test_the_nearest_configuration_that_fits_does_fit():
     assert plan(changed, ranks, CARDS["h100"]).peak_bytes <= CARDS["h100"].memory_bytes
 
 
-def pipeline_of(size: str, stages: int, *settings: str) -> Config:
-    return published_config(
-        size, 4, "engine.kind=pipeline", f"engine.num_stages={stages}", "train.micro_batch_size=1", *settings
-    )
-
-
 def test_a_pipelines_stages_add_up():
-    few, many = (plan(pipeline_of("13b", 8), ranks, CARDS["h100"]) for ranks in (8, 64))
+    few, many = (plan(pipeline_config("13b", 8), ranks, CARDS["h100"]) for ranks in (8, 64))
     for found in (few, many):
         assert found.peak_bytes == max(sum(stage.memory_bytes.values()) for stage in found.cut.stages)
         *others, last = (stage.end - stage.first for stage in found.cut.stages)
@@ -170,21 +124,21 @@ def test_a_pipelines_stages_add_up():
     assert few.micro_batches == 8 * many.micro_batches
     assert sum(many.host_memory.values()) == max(stage.memory_bytes["optimizer"] for stage in many.cut.stages)
     weights = sum(stage.memory_bytes["weights"] for stage in many.cut.stages)
-    assert weights == 2 * parameters(pipeline_of("13b", 8).model)  # all heads are in the last stage: one copy
+    assert weights == 2 * parameters(pipeline_config("13b", 8).model)  # all heads are in the last stage: one copy
     assert many.compute * 8 == pytest.approx(few.compute)
     assert 0.1 * many.step_seconds < many.exposed < 0.3 * many.step_seconds
 
 
 def test_a_pipelines_stages_take_as_long_as_their_flops_at_the_cards_usual_rate():
-    found = plan(pipeline_of("6.7b", 8), 64, CARDS["h100"])
+    found = plan(pipeline_config("6.7b", 8), 64, CARDS["h100"])
     tokens = found.micro_batches * 4096
-    flops = flops_per_token(pipeline_of("6.7b", 8).model, 4096) * tokens / 8
+    flops = flops_per_token(pipeline_config("6.7b", 8).model, 4096) * tokens / 8
     assert 450e12 < flops / found.compute < 650e12
 
 
 def test_spread_losses_are_planned():
     whole, spread_losses = (
-        plan(pipeline_of("6.7b", 8, *further), 64, CARDS["h100"]) for further in ([], ["engine.spread_losses=true"])
+        plan(pipeline_config("6.7b", 8, *further), 64, CARDS["h100"]) for further in ([], ["engine.spread_losses=true"])
     )
     assert spread_losses.step_seconds < whole.step_seconds
     assert spread_losses.compute == pytest.approx(whole.compute, rel=0.01)
@@ -195,7 +149,7 @@ def test_spread_losses_are_planned():
 @pytest.mark.parametrize("further", [[], ["train.activation_checkpointing=true"]])
 def test_a_run_with_the_planned_layers_spreads_losses_as_planned(further):
     """Rows and orders, and so memory: a run shares them out by FLOPs, for it does not know the card's rates."""
-    config = pipeline_of("13b", 8, "model.vocab_size=128256", "engine.spread_losses=true", *further)
+    config = pipeline_config("13b", 8, "model.vocab_size=128256", "engine.spread_losses=true", *further)
     planned = plan(config, 64, CARDS["h100"]).cut
     layers = [stage.num_layers for stage in planned.stages]
     run = best_cut(dataclasses.replace(config, engine=dataclasses.replace(config.engine, stage_layers=layers)), 8)
@@ -206,7 +160,7 @@ def test_a_run_with_the_planned_layers_spreads_losses_as_planned(further):
 
 
 def test_a_pipeline_that_does_not_fit_gets_more_stages_not_offloading():
-    config = pipeline_of("13b", 2)
+    config = pipeline_config("13b", 2)
     assert plan(config, 2, CARDS["h100"]).peak_bytes > CARDS["h100"].memory_bytes
     words, changed, ranks = fitting(config, 4, CARDS["h100"])
     assert words == "train.micro_batch_size=1 train.activation_checkpointing=true engine.num_stages=4" and ranks == 4
@@ -220,52 +174,3 @@ def test_a_pipeline_that_does_not_fit_gets_more_stages_not_offloading():
 def test_what_was_not_measured_is_not_planned(setting):
     with pytest.raises(InputError, match=f"{setting}.*not planned; expected"):
         plan(published_config("0.3b", 4, setting), 8, CARDS["h100"])
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "tools/plan.py", *arguments], cwd=ROOT, capture_output=True, text=True)
-
-
-def test_command_says_what_fits_and_what_does_not():
-    fits = run("configs/6.7b_n4.yaml", "--gpus", "64", "--bandwidth", "100e9", "train.steps=10")
-    assert fits.returncode == 0, fits.stderr
-    assert "**together**" in fits.stdout and "days for 10 steps" in fits.stdout
-    assert "\n| **together, of the 8 ranks of a node** | 9.41 |\n| a checkpoint on disk (2 are kept, " in fits.stdout
-    assert "\n| optimizer, s a step | 0.00" in fits.stdout
-    offloaded = run(
-        "configs/6.7b_n4.yaml", "--gpus", "64", "engine.offload_optimizer=true", "engine.offload_parameters=true"
-    )
-    assert "\n| optimizer, s a step | on the host: not planned |" in offloaded.stdout
-    assert "\n| exposed communication, weights from the host not planned, s a step |" in offloaded.stdout
-    large = run("configs/13b_n4.yaml", "--gpus", "8")
-    assert large.returncode == 1
-    assert "does not fit, because" in large.stdout and "the nearest that fits: train.micro_batch_size=1" in large.stdout
-    pipeline = run(
-        "configs/13b_n4.yaml", "--gpus", "64", "engine.kind=pipeline", "engine.num_stages=4", "train.micro_batch_size=1"
-    )
-    assert pipeline.returncode == 0, pipeline.stderr
-    assert pipeline.stdout.count("| stage ") == 4 and "heads 1-4" in pipeline.stdout
-    assert (
-        "waiting for other stages" in pipeline.stdout and "\nwith engine.spread_losses=true: step " in pipeline.stdout
-    )
-    assert "\nengine.spread_losses=true is predicted to be faster: a step in 0.9" in pipeline.stdout
-    (layers,) = (
-        line.split()[-1] for line in pipeline.stdout.splitlines() if line.startswith("a run makes this cut with ")
-    )
-    given = partition(pipeline_of("13b", 4, layers), 16)
-    assert [stage.end - stage.first for stage in given.stages] == list(
-        map(int, layers.partition("[")[2].strip("]").split(","))
-    )
-    limit = plan(pipeline_of("13b", 4), 64, CARDS["h100"]).peak_bytes + 1  # spread losses need more
-    settings = [
-        "engine.kind=pipeline",
-        "engine.num_stages=4",
-        "train.micro_batch_size=1",
-        f"engine.stage_memory_bytes={limit}",
-    ]
-    limited = run("configs/13b_n4.yaml", "--gpus", "64", *settings)
-    assert limited.returncode == 0, limited.stderr
-    assert "\nwith engine.spread_losses=true: spread losses do not fit engine.stage_memory_bytes=" in limited.stdout
-    wrong = run("configs/13b_n4.yaml", "--gpus", "7")
-    assert wrong.returncode == 2
-    assert wrong.stderr.count("\n") == 1 and "7 ranks" in wrong.stderr

@@ -9,7 +9,7 @@ import torch
 
 from megamtp.config import Config
 from megamtp.errors import InputError
-from megamtp.model.cost import flops_per_token, peak_flops
+from megamtp.model.cost import flops_per_token
 from megamtp.training.metrics import Metrics, lacks_validation
 from tests.cases import small_config
 
@@ -107,16 +107,3 @@ def test_phases_add_up():
             sum(range(10000))
     assert metrics.seconds.keys() == {"train"}
     assert metrics.seconds["train"] > 0
-
-
-@pytest.mark.parametrize(
-    ("device", "precision", "expected"),
-    [
-        ("NVIDIA H100 80GB HBM3", "bf16", 989.4e12),
-        ("NVIDIA H100 PCIe", "fp16", 756e12),
-        ("NVIDIA A100-SXM4-80GB", "bf16", 312e12),
-        ("some other card", "bf16", None),
-    ],
-)
-def test_known_cards(device, precision, expected):
-    assert peak_flops(device, precision) == expected
