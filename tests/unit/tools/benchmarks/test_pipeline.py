@@ -1,19 +1,14 @@
-"""The pipeline benchmark on a CPU with a tiny model, and its plans and verdicts on invented times."""
+"""The pipeline benchmark on a CPU with a tiny model, and its verdicts on invented times."""
 
 import argparse
 import json
 
 import pytest
 import torch
-from benchmarks import pipeline, plans, stages
-from benchmarks.stages import Measured
+from benchmarks import pipeline, stages
 
 from megamtp.errors import InputError
-from megamtp.planning.links import Link
-from megamtp.planning.partition import partition
-from megamtp.planning.spread import spread
-from megamtp.planning.spread_schedule import Exchange, Kind
-from tests.cases import paper_config, small_config
+from tests.unit.tools.benchmarks.test_plans import InventedMeter
 
 TINY = ["model.dim=16", "model.mlp_dim=24", "model.num_attention_heads=2", "model.num_layers=6", "train.precision=fp32"]
 ARGUMENTS = [
@@ -37,27 +32,6 @@ ARGUMENTS = [
     "--set",
     *TINY,
 ]
-PIPELINE = dict(engine__kind="pipeline", engine__num_stages=2, model__num_layers=6, model__vocab_size=300)
-
-
-class InventedMeter(plans.Meter):
-    """A forward pass takes a second a layer, a backward pass two, a loss of 300 rows three; every peak is a GiB."""
-
-    def measure(self, config, stage, alive=()):
-        contents = stage.contents
-        forward, backward = float(contents.num_trunk), 2.0 * contents.num_trunk
-        if contents.spread:
-            seconds = {
-                Kind.FORWARD: forward + contents.num_heads,
-                Kind.STATISTICS: contents.rows / 300,
-                Kind.GRADIENTS: 2 * contents.rows / 300,
-                Kind.BACKWARD: backward + 2 * contents.num_heads,
-            }
-        else:
-            seconds = {Kind.FORWARD: forward + 6 * contents.num_heads, Kind.BACKWARD: backward}
-        return Measured(
-            seconds, {kind: (time, time) for kind, time in seconds.items()}, {count: 2**30 for count in alive}
-        )
 
 
 def test_runs_on_a_cpu_and_writes_all_three_files(tmp_path, monkeypatch, capsys):
@@ -110,70 +84,6 @@ def test_a_size_that_does_not_fit_is_named_and_others_are_measured(tmp_path, mon
     assert {result["size"] for result in json.loads((tmp_path / "pipeline.json").read_text())["results"]} == {"6.7b"}
     with pytest.raises(InputError, match="width 5120 does not fit"):
         pipeline.main([*arguments, "--sizes", "13b"])
-
-
-def test_plans_are_played_with_what_was_measured():
-    config, meter, link = (
-        small_config(1, 4, **PIPELINE, model__num_future_tokens=2),
-        InventedMeter(torch.device("cpu"), 1),
-        Link(1e30, 0.0),
-    )
-    costs = plans.measured_costs(config, meter)
-    assert (costs.layer_forward, costs.layer_backward, costs.loss, costs.copy) == (1.0, 2.0, 3.0, 0.0)
-    assert (costs.slice_statistics * 300, costs.slice_gradients * 300) == pytest.approx((1.0, 2.0))
-    made = plans.make_plans(config, 1, costs, link)
-    found = {name: plans.play_plan(config, plan, costs, link, meter) for name, plan in made.items()}
-    naive, whole, spread_losses = (found[name] for name in (plans.NAIVE, plans.WHOLE, plans.SPREAD))
-    assert (naive["layers"], naive["heads_of_stages"]) == ([3, 3], [0, 2])
-    assert naive["stage_seconds"] == [9.0, 15.0] and naive["imbalance"] == 1.25
-    assert naive["step_seconds"] == 3 + 4 * 15 + 6  # the last stage never waits; the first ends with its backward pass
-    assert whole["layers"] == [4, 2] and whole["stage_seconds"] == [12.0, 12.0]
-    assert sum(spread_losses["stage_seconds"]) == pytest.approx(24.0)
-    assert spread_losses["imbalance"] == pytest.approx(1.0, abs=0.1)
-    for plan in found.values():
-        assert sum(box.end - box.start for box in plan["boxes"]) == pytest.approx(4 * 24.0)
-        assert plan["peak_bytes"] == [2**30, 2**30]
-    assert {box.label for box in spread_losses["boxes"]} == {"forward", "losses", "backward"}
-
-
-def test_naive_cut_has_all_heads_last():
-    layers = {
-        (size, stages): plans.naive_layers(paper_config(size, f"engine.num_stages={stages}"))
-        for size, stages in (("6.7b", 4), ("6.7b", 8), ("13b", 8), ("6.7b", 16))
-    }
-    assert layers["6.7b", 4] == [8] * 4 and layers["6.7b", 8] == [4] * 8 and layers["13b", 8] == [5] * 8
-    assert layers["6.7b", 16] == [2] * 13 + [1, 1] + [4]
-
-
-def test_link_times():
-    config = paper_config("6.7b")
-    exchange = Link(50e9, 1e-5).exchange(config)
-    boundary = 4096 * 4096 * 2 / 50e9
-    assert exchange == Exchange(
-        pytest.approx(1e-5 + boundary), pytest.approx(7e-5 + boundary), pytest.approx(7e-5 + 7 * 49152 / 50e9)
-    )
-    tied = Link(50e9, 0.0).tied(config, 2)
-    assert tied == pytest.approx(4 * 32001 * 4096 / 50e9)
-    assert Link(50e9, 1.0).tied(config, 1) == 0.0
-
-
-@pytest.mark.parametrize("plan", [partition, spread])
-def test_a_measured_stage_sums_the_gradients_of_its_micro_batches(plan):
-    """As often as it is run, and the unembedding's once for all heads of a micro-batch."""
-    config = small_config(1, 4, **PIPELINE, model__num_future_tokens=2)
-    last = plan(config, 1).stages[-1]
-    kind = stages.MeasuredSpreadStage if last.contents.spread else stages.MeasuredStage
-    stage = kind(config, last, torch.device("cpu"))
-    sums = []
-    for _ in range(2):
-        passed = stages.Passed(stage.receive())
-        for pass_kind in stage.kinds:
-            stage.run(pass_kind, passed)
-        sums.append({name: total.clone() for name, total in stage.sums.items()})
-    for name, first in sums[0].items():
-        assert first.abs().max() > 0, name
-        assert torch.allclose(sums[1][name], 2 * first, rtol=1e-4, atol=1e-9), name
-    assert all(parameter.grad is None for parameter in stage.parameters())
 
 
 def test_verdicts_name_what_holds_and_what_fails():
