@@ -2,7 +2,8 @@
 
 import pytest
 
-from megamtp.cluster.environment import Place, find_place
+from megamtp.cluster.environment import Place, emulated_place, find_place
+from megamtp.config import ClusterConfig
 from megamtp.errors import InputError
 
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_LOCALID", "MASTER_PORT")
@@ -54,3 +55,10 @@ def set_variables(variables, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
+
+
+def test_an_emulated_cluster_has_one_process():
+    assert emulated_place(Place(1, 1, 2), ClusterConfig()) == Place(1, 1, 2)
+    assert emulated_place(Place(0, 0, 1), ClusterConfig(emulate=64)) == Place(0, 0, 64)
+    with pytest.raises(InputError, match="expected one process"):
+        emulated_place(Place(0, 0, 2), ClusterConfig(emulate=64))

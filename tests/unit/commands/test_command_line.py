@@ -7,7 +7,6 @@ import sys
 import pytest
 
 from megamtp.commands.command_line import Parser
-from megamtp.console import print_error
 from megamtp.errors import InputError
 
 START = "import sys; from megamtp.commands.command_line import run; from megamtp.errors import InputError\n"
@@ -68,34 +67,6 @@ def test_other_ends_are_what_they_were(closed_pipe, body, status, error):
 def test_a_defect_keeps_its_traceback(error):
     status, shown = call(f"raise {error}", subprocess.DEVNULL)
     assert status == 1 and shown.startswith("Traceback")
-
-
-@pytest.mark.parametrize(
-    ("message", "line"),
-    [
-        ("a\nb", "a\\nb"),
-        ("a\r\x1b[2Jb", "a\\r\\x1b[2Jb"),
-        ("a\u2028b\x85\udcff", "a\\u2028b\\x85\\udcff"),
-        ("caf\u00e9 \\n", "caf\u00e9 \\n"),
-        ("a" * 5000, f"{'a' * 1000} ... {'a' * 1000}"),
-    ],
-)
-def test_an_error_is_one_line_that_a_terminal_can_show(message, line, capsys):
-    print_error(InputError(message))
-    assert capsys.readouterr().err == f"megamtp: error: {line}\n"
-
-
-@pytest.mark.parametrize(
-    "end", ["InputError('a' + chr(10) + 'b')", "FileNotFoundError(28, 'No space left', 'a' + chr(10) + 'b')"]
-)
-def test_line_breaks_in_an_error_of_training(end):
-    program = (
-        "from megamtp import pretrain\nfrom megamtp.errors import InputError\ndef main(arguments):\n    raise {}\n"
-    )
-    program = f"{program.format(end)}pretrain.main = main\npretrain.entry()"
-    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert finished.returncode == 2
-    assert [line for line in finished.stderr.splitlines() if "a\\nb" in line] == finished.stderr.splitlines()
 
 
 def test_two_hyphens_as_the_value_of_an_option(monkeypatch):
