@@ -34,11 +34,12 @@ def test_lines_and_warnings(capsys):
     ("print_message", "stream"), [(print_line, "stdout"), (print_warning, "stderr"), (print_error, "stderr")]
 )
 def test_a_full_disk_under_a_stream_is_no_failure(print_message, stream, monkeypatch):
-    full = io.TextIOWrapper(open("/dev/full", "wb", buffering=0), write_through=True)
-    monkeypatch.setattr(sys, stream, full)
-    with pytest.raises(OSError, match="No space left"):
-        full.write("message")
-    print_message("message")
+    with open("/dev/full", "wb", buffering=0) as device:
+        full = io.TextIOWrapper(device, write_through=True)
+        monkeypatch.setattr(sys, stream, full)
+        with pytest.raises(OSError, match="No space left"):
+            full.write("message")
+        print_message("message")
 
 
 def test_characters_that_an_encoding_lacks_are_printed_as_escapes(monkeypatch):
