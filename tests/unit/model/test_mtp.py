@@ -18,15 +18,6 @@ def test_a_position_sees_nothing_after_it():
     assert (before[:, :, 7:] - after[:, :, 7:]).abs().min(dim=-1).values.max() > 1e-3
 
 
-def test_heads_read_the_same_z():
-    model = built_model(model_config())
-    tokens = torch.randint(50, (1, 6))
-    logits = model.logits(tokens)
-    for head, found in zip(model.heads, logits, strict=True):
-        torch.testing.assert_close(found, model.unembedding(head(model.z(tokens))))
-    assert (logits[0] - logits[1]).abs().max() > 1e-2
-
-
 def test_recomputation_changes_no_gradient():
     config = model_config()
     tokens, targets = torch.randint(50, (2, 9)), torch.randint(50, (2, 2, 9))
