@@ -1,4 +1,4 @@
-"""Formats are recognised by the names of their files, and refused where they say too little or something else."""
+"""Formats are recognised by the names of their files; another number of heads or another model is refused."""
 
 import dataclasses
 import re

@@ -33,7 +33,7 @@ def test_a_written_run_is_read_back_bit_for_bit(run):
         assert all(torch.equal(whole(found.sources[kind], name), whole(source, name)) for name in source.shapes)
 
 
-def test_a_run_and_its_checkpoints_are_told_from_other_folders(run, tmp_path):
+def test_a_run_and_its_checkpoints_are_recognised(run, tmp_path):
     checkpoint = run / "checkpoints/step-0000009"
     assert runs.is_run(run) and runs.is_run(checkpoint)
     assert not runs.is_run(tmp_path) and not runs.is_run(run / "checkpoints")

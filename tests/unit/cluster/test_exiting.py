@@ -33,7 +33,7 @@ def test_a_status_is_returned_and_is_the_outcome(ended):
 
 
 @pytest.mark.parametrize(("code", "status"), [(0, 0), (None, 0), (1, 1), ("words", 1)])
-def test_a_rank_that_was_told_to_exit_waits_for_rank_0_unless_all_is_well(ended, code, status):
+def test_a_rank_that_exits_with_an_error_waits_for_the_report_of_rank_0(ended, code, status):
     assert raising(SystemExit(code))() == status
     assert ended == {"outcome": [status], "waited": [exiting.REPORT_SECONDS] * bool(status)}
 
@@ -60,7 +60,7 @@ def test_an_error_of_the_system_that_a_user_can_remedy_is_one_of_the_input(ended
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "broken", "file"), RuntimeError("a defect")])
-def test_a_defect_is_left_to_python(ended, error):
+def test_a_defect_keeps_its_exception(ended, error):
     with pytest.raises(type(error)) as caught:
         raising(error)()
     assert caught.value is error

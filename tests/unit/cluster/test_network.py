@@ -33,3 +33,11 @@ def test_nodes_are_as_fast_as_their_slower_part():
     assert seconds(16) == pytest.approx(GIGABYTE * 15 / 16 / 400e9)
     slow = ClusterConfig(**{**vars(cluster), "emulate": 64, "network_bandwidth": 10e9})
     assert Network(slow).seconds("all_gather", GIGABYTE) == pytest.approx(GIGABYTE * 7 / 8 / 80e9)
+
+
+def test_efficiency_divides_the_bandwidth_of_nodes_but_not_the_latency():
+    cluster = ClusterConfig(emulate=16, latency=1e-3, efficiency=EfficiencyConfig(reduce_scatter=0.5))
+    plain = ClusterConfig(emulate=16, latency=1e-3)
+    transfer = Network(plain).seconds("reduce_scatter", GIGABYTE) - 1e-3
+    assert Network(cluster).seconds("reduce_scatter", GIGABYTE) == pytest.approx(1e-3 + 2 * transfer)
+    assert Network(cluster).seconds("all_gather", GIGABYTE) == pytest.approx(1e-3 + transfer)

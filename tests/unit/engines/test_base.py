@@ -33,5 +33,5 @@ def test_all_micro_batches_go_to_the_device():
     ("setting", "device", "expected"),
     [(None, "cuda", True), (None, "cpu", False), (True, "cpu", True), (False, "cuda", False)],
 )
-def test_layers_are_compiled_on_gpus_unless_told(setting, device, expected):
+def test_layers_are_compiled_on_gpus_unless_a_setting_decides(setting, device, expected):
     assert compiles_layers(TrainConfig(compile=setting), torch.device(device)) is expected

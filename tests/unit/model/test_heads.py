@@ -51,6 +51,6 @@ def test_a_kind_is_found_by_name():
         head_class(model_config(head_kind="deep"))
 
 
-def test_a_kind_without_decoding_says_so():
+def test_a_kind_that_cannot_decode_is_named():
     with pytest.raises(InputError, match="Own does not decode; expected a head kind with `extend`"):
         Own().extend(torch.zeros(1, 1, 32), None)

@@ -13,7 +13,7 @@ class Own(OptimizerKind):
     """A kind of a user's own."""
 
 
-def test_ours_and_a_users_own():
+def test_a_kind_is_built_in_or_a_users_own():
     assert optimizer_kind(OptimizerConfig(kind="adamw")) is AdamW
     assert optimizer_kind(OptimizerConfig(kind=f"{__name__}:Own")) is Own
 
