@@ -27,7 +27,7 @@ from megamtp.checkpoint.store import remove_leftovers
 from megamtp.cluster.environment import Place, emulated_place, find_place, of_all_ranks, raised_by_all, share_error
 from megamtp.commands.command_line import ignore_deprecated_collectives
 from megamtp.config import RESOLVED, Config, differences, print_help, read_config, write_config
-from megamtp.console import print_all_characters, print_error, print_line, print_warning
+from megamtp.console import escape_unencodable_characters, print_error, print_line, print_warning
 from megamtp.data.loader import TrainLoader
 from megamtp.engines.deepspeed.join import join_peers
 from megamtp.engines.initial_weights import open_initial_weights, without_initial_weights
@@ -149,7 +149,7 @@ def entry() -> None:
     """
     outcome: list[int] = []
     atexit.register(_end, outcome)  # first of all, so that it is called last
-    print_all_characters()
+    escape_unencodable_characters()
     ignore_deprecated_collectives()
     try:
         status = main(sys.argv[1:])

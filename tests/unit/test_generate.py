@@ -1,4 +1,4 @@
-"""Decoding with a cache against decoding without one and against transformers, sampling, and the command line."""
+"""Decoding against decoding without a cache and against transformers; sampling; the command line."""
 
 import argparse
 import copy
@@ -21,7 +21,7 @@ from megamtp.commands import convert_checkpoint
 from megamtp.commands import generate as command
 from megamtp.config import ModelConfig
 from megamtp.data.tokenizer import SentencePieceTokenizer, train_sentencepiece
-from megamtp.decoding.generate import _choose, generate
+from megamtp.decoding.generate import _sample, generate
 from megamtp.errors import CheckpointError, InputError
 from megamtp.model.initial import initial_value
 from megamtp.model.mtp import MTPModel
@@ -35,7 +35,7 @@ PROMPT = [5, 17, 300, 42]
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Many tiny steps: threads would only wait for each other."""
+    """Uses one thread: with many tiny operations, threads would only wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -44,7 +44,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def model() -> MTPModel:
-    """Weights large enough that the likeliest token depends on the whole prompt."""
+    """Returns a model whose weights are so large that the likeliest token depends on the whole prompt."""
     model = MTPModel(CONFIG)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -52,7 +52,8 @@ def model() -> MTPModel:
     return model
 
 
-def greedy_from_scratch(model: MTPModel, ids: list[int], count: int) -> list[int]:
+def greedy_without_cache(model: MTPModel, ids: list[int], count: int) -> list[int]:
+    """Returns the next `count` likeliest tokens, each computed from the whole window."""
     ids = list(ids)
     with torch.no_grad():
         for _ in range(count):
@@ -61,28 +62,28 @@ def greedy_from_scratch(model: MTPModel, ids: list[int], count: int) -> list[int
 
 
 def test_the_cache_changes_no_token(model):
-    found = generate(model, PROMPT, 40)
-    assert found == greedy_from_scratch(model, PROMPT, 40)
-    assert len(set(found)) > 5
-    assert found != generate(model, [6, *PROMPT[1:]], 40)
+    ids = generate(model, PROMPT, 40)
+    assert ids == greedy_without_cache(model, PROMPT, 40)
+    assert len(set(ids)) > 5
+    assert ids != generate(model, [6, *PROMPT[1:]], 40)
 
 
-def test_transformers_generates_the_same(model, tmp_path):
+def test_transformers_generates_the_same_tokens(model, tmp_path):
     hf.export(contents(CONFIG, model.state_dict()), tmp_path / "exported")
     llama = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
     expected = llama.generate(torch.tensor([PROMPT]), max_new_tokens=40, do_sample=False)[0, len(PROMPT) :].tolist()
     assert generate(model, PROMPT, 40) == expected
 
 
-def test_one_candidate_is_greedy(model):
+def test_sampling_from_one_candidate_is_greedy(model):
     greedy = generate(model, PROMPT, 20)
     assert generate(model, PROMPT, 20, temperature=1.0, top_k=1) == greedy
     assert generate(model, PROMPT, 20, temperature=1.0, top_p=1e-9) == greedy
     assert generate(model, PROMPT, 20, temperature=1e-30) == greedy
-    assert generate(model, PROMPT, 20, temperature=1e-300) == greedy  # in fp32 this is 0
+    assert generate(model, PROMPT, 20, temperature=1e-300) == greedy  # 0 in fp32
 
 
-def test_weights_that_are_no_numbers_end_in_one_line(model):
+def test_weights_that_are_not_finite_raise_an_input_error(model):
     damaged = copy.deepcopy(model)
     with torch.no_grad():
         damaged.unembedding.weight[3, 5] = float("nan")
@@ -91,14 +92,14 @@ def test_weights_that_are_no_numbers_end_in_one_line(model):
             generate(damaged, PROMPT, 20, temperature=temperature)
 
 
-def test_the_seed_decides_the_sample(model):
+def test_the_same_seed_draws_the_same_sample(model):
     samples = [generate(model, PROMPT, 20, temperature=1.0, seed=seed) for seed in (3, 3, 4)]
     assert samples[0] == samples[1] != samples[2]
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(None, None), (7, None), (None, 0.5), (7, 0.5)])
 def test_samples_follow_the_truncated_distribution(model, top_k, top_p):
-    """4000 draws against the probabilities, spelled out token by token."""
+    """Compares the frequencies of 4000 samples with probabilities computed token by token."""
     with torch.no_grad():
         logits = model.logits(torch.tensor([PROMPT]))[0, 0, -1]
     probabilities = (logits / 0.7).softmax(0).tolist()
@@ -110,7 +111,7 @@ def test_samples_follow_the_truncated_distribution(model, top_k, top_p):
             kept[token] = probability
         total += probability
     generator = torch.Generator().manual_seed(0)
-    draws = [_choose(logits, 0.7, top_k, top_p, generator) for _ in range(4000)]
+    draws = [_sample(logits, 0.7, top_k, top_p, generator) for _ in range(4000)]
     assert set(draws) <= kept.keys()
     for token, probability in kept.items():
         expected = probability / sum(kept.values())
@@ -118,19 +119,19 @@ def test_samples_follow_the_truncated_distribution(model, top_k, top_p):
         assert abs(draws.count(token) / len(draws) - expected) < error
 
 
-def test_the_end_id_stops_and_is_not_returned(model):
+def test_decoding_stops_at_the_end_id_and_does_not_return_it(model):
     greedy = generate(model, PROMPT, 40)
-    end = greedy[10]
-    assert generate(model, PROMPT, 40, end_id=end) == greedy[: greedy.index(end)]
+    end_id = greedy[10]
+    assert generate(model, PROMPT, 40, end_id=end_id) == greedy[: greedy.index(end_id)]
 
 
-def test_an_empty_prompt_begins_from_the_end_id(model):
-    start = next(token for token in range(500) if token not in greedy_from_scratch(model, [token], 10))
-    assert generate(model, [], 10, end_id=start) == greedy_from_scratch(model, [start], 10)
+def test_an_empty_prompt_starts_after_the_end_id(model):
+    end_id = next(token for token in range(500) if token not in greedy_without_cache(model, [token], 10))
+    assert generate(model, [], 10, end_id=end_id) == greedy_without_cache(model, [end_id], 10)
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "arguments",
     [
         {"max_new_tokens": -1},
         {"temperature": -0.1},
@@ -145,14 +146,14 @@ def test_an_empty_prompt_begins_from_the_end_id(model):
         {"prompt_ids": [-1]},
     ],
 )
-def test_bad_values_are_refused(model, wrong):
+def test_arguments_out_of_range_raise_an_input_error(model, arguments):
     with pytest.raises(InputError, match="expected"):
-        generate(**{"model": model, "prompt_ids": PROMPT, "max_new_tokens": 3} | wrong)
+        generate(**{"model": model, "prompt_ids": PROMPT, "max_new_tokens": 3} | arguments)
 
 
 @pytest.fixture
 def run_directory(model, tmp_path) -> Path:
-    """A run with one checkpoint."""
+    """Returns the directory of a run with one checkpoint."""
     folder = tmp_path / "run"
     weights = InMemory(model.state_dict())
     sources = {WEIGHT: weights, **dict.fromkeys(MOMENTS, weights)}
@@ -168,7 +169,7 @@ def run_directory(model, tmp_path) -> Path:
     return folder
 
 
-def test_a_checkpoint_in_a_linked_folder(run_directory, tmp_path):
+def test_a_checkpoint_in_a_linked_folder_is_found(run_directory, tmp_path):
     (run_directory / "checkpoints").rename(tmp_path / "elsewhere")
     (run_directory / "checkpoints").symlink_to(tmp_path / "elsewhere")
     (checkpoint,) = store.checkpoints(run_directory)
@@ -177,11 +178,12 @@ def test_a_checkpoint_in_a_linked_folder(run_directory, tmp_path):
 
 
 def call(monkeypatch, tool, *arguments) -> None:
+    """Calls the main function of a command with command-line arguments."""
     monkeypatch.setattr(sys, "argv", ["tool", *map(str, arguments)])
     tool.main()
 
 
-def test_a_run_its_checkpoint_and_its_export_say_the_same(run_directory, model, tmp_path, monkeypatch, capsys):
+def test_run_checkpoint_and_export_generate_the_same_text(run_directory, model, tmp_path, monkeypatch, capsys):
     checkpoint = run_directory / "checkpoints" / "step-0000003"
     call(monkeypatch, convert_checkpoint, run_directory, tmp_path / "exported", "--to", "hf")
     call(monkeypatch, convert_checkpoint, checkpoint, tmp_path / "exported")
@@ -195,15 +197,15 @@ def test_a_run_its_checkpoint_and_its_export_say_the_same(run_directory, model, 
 
 
 @pytest.mark.parametrize("target", ["hf", "hf-mtp", "meta", "canonical"])
-def test_a_model_of_more_rows_than_its_tokenizer_has_pieces(model, tmp_path, monkeypatch, capsys, target):
-    """Its further ids can be drawn, and stand for no text."""
+def test_ids_beyond_the_tokenizer_are_sampled_and_decode_to_no_text(model, tmp_path, monkeypatch, capsys, target):
+    """The model has 500 rows, its tokenizer 400 pieces."""
     tokenizer_path = tmp_path / "spm.model"
     train_sentencepiece([Path(argparse.__file__).read_text()], tokenizer_path, vocab_size=400, seed=0)
     formats.FORMATS[target].write(contents(CONFIG, model.state_dict(), tokenizer_path), tmp_path / "exported")
     tokenizer = SentencePieceTokenizer(tokenizer_path)
     ids = tokenizer.encode("def main(")
-    drawn = generate(model, ids, 30, temperature=1.0, end_id=tokenizer.end_of_document_id)
-    assert max(drawn) >= 400 > min(drawn)
+    sampled = generate(model, ids, 30, temperature=1.0, end_id=tokenizer.end_of_document_id)
+    assert max(sampled) >= 400 > min(sampled)
     call(
         monkeypatch,
         command,
@@ -215,16 +217,16 @@ def test_a_model_of_more_rows_than_its_tokenizer_has_pieces(model, tmp_path, mon
         "--temperature",
         1.0,
     )
-    assert capsys.readouterr().out == tokenizer.decode([token for token in ids + drawn if token < 400]) + "\n"
+    assert capsys.readouterr().out == tokenizer.decode([token for token in ids + sampled if token < 400]) + "\n"
     if target == "hf":
-        theirs = AutoTokenizer.from_pretrained(tmp_path / "exported")
-        assert theirs.decode([*ids, 400, 499]) == tokenizer.decode([*ids, 400, 499]) == "def main("
+        exported_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "exported")
+        assert exported_tokenizer.decode([*ids, 400, 499]) == tokenizer.decode([*ids, 400, 499]) == "def main("
         logits = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")(torch.tensor([ids])).logits
         torch.testing.assert_close(logits, model.logits(torch.tensor([ids]))[0], rtol=0, atol=1e-4)
         assert [note for note in formats.read(tmp_path / "exported").notes if "400 pieces, the model 500 rows" in note]
 
 
-def test_the_prompt_can_be_piped_in(run_directory, monkeypatch, capsys):
+def test_the_prompt_is_read_from_stdin(run_directory, monkeypatch, capsys):
     call(monkeypatch, command, run_directory, "--prompt", "x = ", "--device", "cpu")
     expected = capsys.readouterr().out
     monkeypatch.setattr(sys, "stdin", io.StringIO("x = "))
@@ -247,7 +249,7 @@ def test_bad_arguments_are_input_errors(run_directory, monkeypatch, arguments, m
         call(monkeypatch, command, run_directory, "--prompt", "x", "--device", "cpu", *arguments)
 
 
-def test_text_that_the_terminal_cannot_show_or_the_disk_not_hold(run_directory):
+def test_output_that_stdout_cannot_encode_or_the_disk_cannot_hold(run_directory):
     program = [sys.executable, "-m", command.__name__, str(run_directory), "--prompt", "é", "--device", "cpu"]
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     finished = subprocess.run(program, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
@@ -262,7 +264,7 @@ def test_text_that_the_terminal_cannot_show_or_the_disk_not_hold(run_directory):
 
 
 @pytest.mark.parametrize("tool", [convert_checkpoint, command])
-def test_a_missing_checkpoint_is_one_line_and_status_2(tool, tmp_path, monkeypatch, capsys):
+def test_a_missing_checkpoint_prints_one_line_and_exits_with_status_2(tool, tmp_path, monkeypatch, capsys):
     arguments = [tmp_path / "nowhere", *([tmp_path / "exported"] if tool is convert_checkpoint else ["--prompt", "x"])]
     with pytest.raises(CheckpointError):
         call(monkeypatch, tool, *arguments)
