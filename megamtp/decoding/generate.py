@@ -28,7 +28,7 @@ def generate(
         top_k: sample among the k likeliest tokens.
         top_p: sample among the likeliest tokens that together reach this probability. Source: Holtzman et al. 2020,
             arXiv:1904.09751, section 3.1.
-        seed: of the sampling.
+        seed: seed of the sampling.
         end_id: id that ends a document.
 
     Raises:

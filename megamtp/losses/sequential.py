@@ -1,7 +1,7 @@
 """Sequential heads: forward, loss and backward of one head before the next starts, in one autograd function.
 
-To the trunk, the heads are one function whose gradient with respect to z is known after its forward pass. To an engine,
-they run in the forward pass and yet accumulate parameters' gradients there: `HeadPhase` lets the engine prepare for it.
+For the trunk, the heads are one function whose gradient with respect to z is known after its forward pass. For an
+engine, gradients of the heads' parameters appear during the forward pass; `HeadPhase` lets it prepare for that.
 
 Source: Gloeckle et al. 2024, arXiv:2404.19737, section 2 and figure 2.
 """
@@ -23,20 +23,20 @@ class HeadPhase:
     """What an engine does around sequential heads. This base class, for a model without an engine, does nothing."""
 
     def loss_gradient(self) -> float:
-        """Returns the gradient that backward of this micro-batch's loss will start from, such as the fp16 loss scale.
+        """Returns the gradient of the loss from which the engine starts this micro-batch's backward pass.
 
-        The heads' backward passes start from it, too.
+        It includes the fp16 loss scale, for example. The heads' backward passes start from it, too.
         """
         return 1.0
 
     @contextlib.contextmanager
     def all_heads(self) -> Iterator[None]:
-        """Encloses the forward and backward passes of all heads for one micro-batch."""
+        """Context around the forward and backward passes of all heads for one micro-batch."""
         yield
 
     @contextlib.contextmanager
     def one_head(self, index: int) -> Iterator[None]:
-        """Encloses the forward and backward pass of the head at `index` (from 0)."""
+        """Context around the forward and backward pass of the head at `index` (from 0)."""
         yield
 
 

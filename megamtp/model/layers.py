@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from megamtp.config import ModelConfig
 
 KeyValueCache = tuple[Tensor, Tensor]
-# A layer's parameters in the order in which transformer_layer takes them.
+# Names of a layer's parameters, in the order in which transformer_layer expects them.
 WEIGHTS = (
     "attention_norm.weight",
     "attention.query.weight",
@@ -36,8 +36,10 @@ class DocumentMask(NamedTuple):
 
     documents.py makes it.
 
-    attention: bool [B, 1, T, T]: which keys (last dimension) a query attends to; or a BlockMask for FlexAttention.
-    rotary: (cos, sin) [B, 1, T, K] of each position within its document.
+    Attributes:
+        attention: bool [B, 1, T, T], true where a query attends to a key (last dimension); or a BlockMask for
+            FlexAttention.
+        rotary: (cos, sin) [B, 1, T, K] of each position within its document.
     """
 
     attention: Tensor | BlockMask
@@ -106,7 +108,7 @@ def attention(
     cache: KeyValueCache | None = None,
     mask: Tensor | BlockMask | None = None,
 ) -> tuple[Tensor, KeyValueCache]:
-    """Causal self-attention, grouped-query if `key` and `value` have fewer rows than `query`.
+    """Computes causal self-attention, grouped-query if `key` and `value` have fewer rows than `query`.
 
     Args:
         query, key, value, output: weights [out, in].
@@ -200,7 +202,7 @@ class LayerCost:
         attention_flops: floating-point operations of attention; causal attention counts half of full attention.
         kept_elements: activations saved for the backward pass, without recomputation. Fitted to measured steps in bf16.
         streamed_elements: elements of the residual stream that norms, rotation, activation and sums work on, limited by
-            memory bandwidth. The planner multiplies them by the bytes that a layer of ours moves for each.
+            memory bandwidth. The planner multiplies them by the bytes that a built-in layer moves per element.
     """
 
     matrix_flops: int

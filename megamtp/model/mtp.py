@@ -8,13 +8,15 @@
 Each head is one transformer layer. All heads read the same z and share one unembedding (final norm and projection to
 the vocabulary). With n = 1 this is an ordinary decoder-only model.
 
-MTPModel is a ModelPart that holds every layer; each stage of a pipeline is a ModelPart that holds some of them. The
-training path is `forward` below, then:
+MTPModel is the ModelPart that holds the whole model; each stage of a pipeline is a ModelPart, too. MTPModel.forward
+returns the training loss. Read on in
 
-    part.py               builds the modules, runs the trunk, computes the heads' losses
-    layers.py             one transformer layer
-    heads.py              the kinds of heads, and the unembedding
-    ../losses/            fused unembedding and cross-entropy; forward and backward of one head after another
+    part.py         ModelPart: builds the modules, runs the trunk, computes the heads' losses
+    layers.py       one transformer layer
+    heads.py        the kinds of heads, and the unembedding
+    documents.py    several documents in one window
+    initial.py      initial weights
+    ../losses/      fused unembedding and cross-entropy; forward and backward of one head after another
 
 Shape suffixes, here and in all other files: B batch, T positions, D width, V vocabulary, N heads (in losses/: rows),
 H attention heads, K width of an attention head.
@@ -61,14 +63,14 @@ class MTPModel(ModelPart):
         Args:
             inputs_BT: int64 token ids.
             targets_NBT: int64 token ids; [i - 1, b, t] is the i-th token after inputs_BT[b, t], or IGNORED.
-            loss_scales: factor of each head's loss, which is a sum over targets: the head's weight over its number of
+            loss_scales: factor of each head's loss, which is a sum over targets: the head's weight / its number of
                 targets in the global batch.
             documents_BT: int64 document numbers, which do not decrease along a row. In trunk and heads, a position
-                attends only to positions with the same number. None: to all earlier positions.
+                attends only to earlier positions with the same number. None: to all earlier positions.
 
         Returns:
-            (loss, nll_sums [n]): the sum over heads of loss_scale * loss, and the negative log-likelihood of each head,
-            summed over its targets, without scale and z-loss.
+            (loss, nll_sums [n]): the sum over heads of scale * loss, and each head's negative log-likelihood, summed
+            over its targets, without scale and z-loss.
         """
         document_mask = self.document_mask(documents_BT)
         z_BTD = self.z(inputs_BT, document_mask)

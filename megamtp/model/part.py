@@ -50,9 +50,10 @@ class Extent:
 
 
 class NumberedModules(nn.Module, Generic[M]):
-    """Modules by their index in the whole model, which is also their name: `modules[3]` is `modules.3`.
+    """Layers or heads of a part, under their indices in the whole model.
 
-    Iteration yields the modules.
+    The parameters of layer 3 begin with `3.` and `modules[3]` is layer 3, whichever layers the part holds. Iteration
+    yields the modules in order.
     """
 
     _modules: dict[str, M]  # type: ignore[assignment]  # torch's may hold None
@@ -73,7 +74,7 @@ class NumberedModules(nn.Module, Generic[M]):
 
 
 class ModelPart(nn.Module):
-    """The modules of one part. They have the same names as in the whole model.
+    """The modules of one part, with the names that they have in the whole model.
 
     Parameters are uninitialised: see initial.py.
 
@@ -124,7 +125,11 @@ class ModelPart(nn.Module):
         return self.unembedding.weight
 
     def document_mask(self, documents_BT: Tensor | None) -> DocumentMask | None:
-        """Returns the mask and positions that keep attention inside documents; None for `documents_BT` None."""
+        """Returns the mask for the layers of this part, which keeps attention inside documents; None without documents.
+
+        Args:
+            documents_BT: see MTPModel.forward.
+        """
         if documents_BT is None:
             return None
         use_block_mask = self.compile_layers and documents_BT.is_cuda
@@ -137,7 +142,7 @@ class ModelPart(nn.Module):
             x: token ids [B, T] in the part with the embedding, else the output [B, T, D] of the part before.
 
         Returns:
-            [B, T, D]: z if the part has the last trunk layer, or none.
+            [B, T, D]: the output of the part's last trunk layer; `x` if the part has no trunk layer.
         """
         if self.embedding is not None:
             x = self.embedding(x)

@@ -1,4 +1,7 @@
-"""AdamW. Source: Loshchilov and Hutter 2019, arXiv:1711.05101."""
+"""The AdamW optimizer.
+
+Source: Loshchilov and Hutter 2019, arXiv:1711.05101.
+"""
 
 from collections.abc import Mapping
 
