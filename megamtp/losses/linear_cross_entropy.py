@@ -71,21 +71,17 @@ def linear_cross_entropy(
         loss_gradient: the gradient of the loss that backward is expected to receive, e.g. the fp16 loss scale. It
             multiplies gradients before they are cast to 16 bits, so that small ones do not underflow. If backward
             receives another gradient, dH and dW are rescaled, which rounds them once more.
-        loss_gradient_is_known: backward receives exactly `loss_gradient`, and does not read what it receives. Saves a
-            pass over dH and dW.
+        loss_gradient_is_known: backward receives exactly `loss_gradient` and need not rescale. Saves a pass over dH.
         z_loss: coefficient of the squared log-partition function. Source: PaLM, arXiv:2204.02311, section 5.
-        chunk_rows: number of rows whose logits exist at a time; None: default_chunk_rows. On a GPU, a chunk's logits
-            are in the model's dtype, and in an evaluation also in fp32. On a CPU they are in fp32, and for 16-bit
-            models also in the model's dtype.
+        chunk_rows: number of rows whose logits exist at a time; None: default_chunk_rows. A GPU holds them in the
+            model's dtype, in an evaluation also in fp32; a CPU in fp32, for 16-bit models also in the model's dtype.
         shared_gradient: accumulates dW if the weight has several uses; None if this is the only one.
         float8_weight: compute logits and dH in fp8 with these copies of the weight, which the first use makes. Needs
             hidden and weight in bf16, and D and V multiples of 16. Takes one more byte for each logit of a chunk and
-            each element of hidden. Without gradients the loss stays in the model's dtype, so that evaluations of fp8
-            and other runs compare.
+            each element of hidden. Without gradients the loss stays in the model's dtype, so that evaluations compare.
 
     Returns:
-        (loss, nll_sum): scalars in fp32 (fp64 for fp64). Only `loss` is differentiable, with respect to hidden and
-        weight, and only once.
+        (loss, nll_sum): scalars in fp32 (fp64 for fp64). Only `loss` is differentiable, in hidden and weight, once.
     """
     # Read here: inside an autograd function needs_input_grad is true even under no_grad.
     needs_gradients = torch.is_grad_enabled()
