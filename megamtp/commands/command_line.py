@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from megamtp.console import print_all_characters, print_error
+from megamtp.console import escape_unencodable_characters, print_error
 from megamtp.errors import InputError
 
 OUTPUT_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -43,7 +43,7 @@ def run(main: Callable[[], int | None]) -> None:
     An InputError, or a full disk under the output, is one line on stderr and status 2. The status is 130 after Ctrl-C
     and 141 if the output's reader has gone (`| head`), as shells report it.
     """
-    print_all_characters()
+    escape_unencodable_characters()
     try:
         status = _status(main)
         print(end="", flush=True)
