@@ -31,7 +31,7 @@ from megamtp.console import print_all_characters, print_error, print_line, print
 from megamtp.data.loader import TrainLoader
 from megamtp.engines.deepspeed.join import join_peers
 from megamtp.engines.initial_weights import open_initial_weights, without_initial_weights
-from megamtp.errors import InputError, explained
+from megamtp.errors import InputError, translate_os_error
 from megamtp.training.metrics import FILE as METRICS
 from megamtp.training.metrics import lacks_validation
 from megamtp.training.preflight import CheckedRun, check, find_position, report_vocabulary
@@ -160,7 +160,7 @@ def entry() -> None:
     except KeyboardInterrupt:
         status = 130
     except (InputError, OSError) as caught:
-        error = explained(caught)
+        error = translate_os_error(caught)
         if not isinstance(error, InputError):
             raise
         with suppress(InputError):  # of the launcher's variables, which may be what is wrong

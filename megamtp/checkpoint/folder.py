@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megamtp.errors import CheckpointError
-from megamtp.files import exchange, sync, take_lock
+from megamtp.files import exchange, fsync, take_lock
 
 LONGEST_NAME_BYTES = 255  # of a file, on the file systems of Linux
 OLD = "old"  # a replaced export, in the folder of the conversion that replaces it
@@ -42,13 +42,13 @@ def published(directory: Path, num_bytes: int, replaceable: bool = False) -> Ite
                 names = (str(path.relative_to(new)) for path in new.rglob("*"))
                 write_json(new / EXPORT_LIST, sorted([EXPORT_LIST, *names]))
             for path in [*new.rglob("*"), new]:
-                sync(path)
+                fsync(path)
             check_destination(directory)  # again: much may have come there since
             if directory.exists():
                 exchange(new, directory, old)
             else:
                 os.rename(new, directory)
-            sync(directory.parent)
+            fsync(directory.parent)
     except OSError as error:
         raise CheckpointError(f"{directory} cannot be written: {error}; choose another destination") from None
 
@@ -61,7 +61,7 @@ def _made_alone(work: Path, directory: Path) -> Iterator[None]:
     """
     work.mkdir(parents=True, exist_ok=True)
     with open(work / "lock", "wb") as stream:
-        if not take_lock(stream, work, "write there once at a time"):
+        if not take_lock(stream, work, "make sure that no other process writes to it"):
             raise CheckpointError(f"another process writes to {work}; expected one at a time: wait for it, or end it")
         if (work / OLD).exists() and not directory.exists():
             os.rename(work / OLD, directory)

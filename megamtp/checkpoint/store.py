@@ -22,7 +22,7 @@ from megamtp.checkpoint.folder import check_sizes
 from megamtp.checkpoint.shards import WrittenFile, read_crc32
 from megamtp.config import ModelConfig
 from megamtp.errors import CheckpointError
-from megamtp.files import exchange, sync
+from megamtp.files import exchange, fsync
 
 MANIFEST = "manifest.json"
 FORMAT = 2  # 1 was DeepSpeed's own files
@@ -188,14 +188,14 @@ def publish(checkpoint: Path, manifest: Manifest, files: dict[str, WrittenFile])
     )
     content = dataclasses.asdict(manifest) | {"files": {name: dataclasses.asdict(file) for name, file in files.items()}}
     (partial / MANIFEST).write_text(json.dumps(content | {"crc32": _crc32(content)}, indent=1))
-    sync(partial / MANIFEST)
-    sync(partial)
+    fsync(partial / MANIFEST)
+    fsync(partial)
     if replaces := checkpoint.exists():
         exchange(partial, checkpoint, _aside(checkpoint))
     else:
         os.rename(partial, checkpoint)
     for folder in checkpoint.parents[:2]:  # checkpoints/ may be new, too
-        sync(folder)
+        fsync(folder)
     if replaces:
         shutil.rmtree(partial, ignore_errors=True)  # what remains of it goes with the leftovers
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megamtp.cluster.ports import reserve_port
 from megamtp.config import ClusterConfig
-from megamtp.errors import InputError, explained
+from megamtp.errors import InputError, translate_os_error
 
 T = TypeVar("T")
 # (rank, local rank, world size) as torch-style launchers, Open MPI, MPICH/Intel MPI (Hydra) and Slurm's PMI spell them.
@@ -134,7 +134,7 @@ def _told(error: Exception | None) -> str | None:
     """
     if error is None:
         return None
-    error = explained(error)
+    error = translate_os_error(error)
     return str(error) if isinstance(error, InputError) else ""
 
 

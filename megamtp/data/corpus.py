@@ -138,7 +138,7 @@ def _work_folder(output: Path) -> Iterator[Path]:
     output.mkdir(parents=True, exist_ok=True)
     work.mkdir(exist_ok=True)
     with open(work / "lock", "wb") as stream:
-        if not take_lock(stream, output, "see to it that no other process prepares it"):
+        if not take_lock(stream, output, "make sure that no other process prepares it"):
             raise InputError(
                 f"{output} is being prepared by another process; expected one at a time: wait for it or end it"
             )

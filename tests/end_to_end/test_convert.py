@@ -143,7 +143,7 @@ def head_losses(checkpoint: Path, windows: Windows) -> list[float]:
     found = formats.read(checkpoint)
     model = MTPModel(found.model)
     model.load_state_dict({name: whole(found.weights, name) for name in found.weights.shapes}, strict=True)
-    batch = windows.at(np.arange(64))
+    batch = windows.windows_at(np.arange(64))
     with torch.no_grad():
         logits = model.logits(torch.stack([window.inputs for window in batch]))
     targets = torch.stack([window.targets for window in batch], dim=1)
@@ -172,7 +172,7 @@ def test_training_goes_on_from_a_converted_llama(arguments, tmp_path, monkeypatc
     training, validation = (
         Windows(IndexedDataset(prefixes[f"data.{name}"]), 32, 4, seed=0) for name in ("train", "validation")
     )
-    batch = training.at(np.arange(8))  # of the first step
+    batch = training.windows_at(np.arange(8))  # of the first step
     inputs, targets = (
         torch.stack([window.inputs for window in batch]),
         torch.stack([window.targets[0] for window in batch]),

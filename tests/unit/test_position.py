@@ -80,7 +80,7 @@ def test_changes_of_the_batch_and_the_ranks_skip_and_repeat_nothing(datasets, jo
         assert find_changes(run.position, corpora, [3, 1, 2]) == []
         run.train(corpora, num_steps, global_batch, world_size)
     total = sum(num_steps * global_batch for num_steps, global_batch, _ in jobs)
-    uninterrupted = new_position(corpora, [3, 1, 2]).blend(corpora).at(np.arange(total))
+    uninterrupted = new_position(corpora, [3, 1, 2]).blend(corpora).windows_at(np.arange(total))
     assert run.seen == [int(window.inputs[0]) for window in uninterrupted]
     for number, corpus in enumerate(run.position.corpora):
         own = [token for token in run.seen if token // 1000 == number]

@@ -218,7 +218,7 @@ def test_missing_library_is_named(tmp_path, monkeypatch, suffix, library):
     path.write_bytes(b"content")
     for module in [library, *(name for name in sys.modules if name.startswith(f"{library}."))]:
         monkeypatch.setitem(sys.modules, module, None)
-    assert refusal(path) == f"{library} is not installed, expected for this input; run: pip install {library}"
+    assert refusal(path) == f"{library} is not installed; expected it for this input: pip install {library}"
 
 
 RECORD, SETTINGS = b'{"text": "a"}\n', b'{\n  "name": "a",\n  "text": 1\n}\n'
