@@ -94,7 +94,7 @@ def _train(run: CheckedRun, place: Place) -> bool:
     with raised_by_all():
         if place.rank == 0:
             at_end = position.advanced(blend, train.windows_before(config.train.steps))
-            for line in (*run.changes, *notes, *at_end.passes(), *at_end.warnings()):
+            for line in (*run.changes, *notes, *at_end.describe_epochs(), *at_end.warnings()):
                 print_line(line)
             _prepare_directory(config, resumes=found is not None)
     # or checkpoints would differ in random states that nothing has used

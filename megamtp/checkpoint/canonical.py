@@ -118,7 +118,7 @@ def _describe(contents: Contents, folder: Path) -> dict[str, Any]:
         "version": VERSION,
         "code_version": __version__,
         "step": contents.step,
-        "state": contents.state.saved() if contents.state else None,
+        "state": contents.state.to_json() if contents.state else None,
         "sequence_length": contents.sequence_length,
         "tokens_are_bytes": contents.tokens_are_bytes,
         "model": dataclasses.asdict(contents.model),

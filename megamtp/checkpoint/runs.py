@@ -97,7 +97,7 @@ def write(contents: Contents, directory: Path, dtype: torch.dtype = torch.float3
     assert contents.step is not None and contents.state is not None
     check_contents(contents, "the checkpoint")
     manifest = store.Manifest(
-        contents.step, 1, CONVERTED, "fp32", dataclasses.asdict(contents.model), contents.state.saved()
+        contents.step, 1, CONVERTED, "fp32", dataclasses.asdict(contents.model), contents.state.to_json()
     )
     shapes = contents.weights.shapes
     num_kinds = len(contents.kinds)

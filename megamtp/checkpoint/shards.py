@@ -203,7 +203,7 @@ class Tensors:
             bounds = [tuple(pair) for pair in slices[:, 1:].tolist()]
             raise CheckpointError(
                 f"{self._checkpoint}: {self._kind} of {name} is there in slices {bounds}, expected all of its {size} "
-                "elements, once; remove it to go on from an older one"
+                "elements, once; remove it to resume from an older one"
             )
 
     def has(self, name: str, start: int, end: int) -> bool:
@@ -213,7 +213,7 @@ class Tensors:
     def read(self, name: str, start: int = 0, end: int | None = None) -> Tensor:
         """See TensorSource.read."""
         if name not in self.shapes:
-            raise CheckpointError(f"{self._checkpoint} has no tensor {name}; remove it to go on from an older one")
+            raise CheckpointError(f"{self._checkpoint} has no tensor {name}; remove it to resume from an older one")
         end = math.prod(self.shapes[name]) if end is None else end
         result, found = torch.empty(end - start), 0
         for number, begin, first, last in self._parts(name, start, end):
@@ -226,7 +226,7 @@ class Tensors:
             found += last - first
         if found != end - start:
             raise CheckpointError(
-                f"{self._checkpoint} lacks elements of {name} from {start} to {end}; remove it to go on from an older "
+                f"{self._checkpoint} lacks elements of {name} from {start} to {end}; remove it to resume from an older "
                 "one"
             )
         return result
@@ -244,7 +244,7 @@ class Tensors:
 
 
 def _damaged(file: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{file} is damaged ({error}); remove {file.parent} to go on from an older one")
+    return CheckpointError(f"{file} is damaged ({error}); remove {file.parent} to resume from an older one")
 
 
 class Snapshot:

@@ -39,7 +39,7 @@ class RunState:
     Attributes:
         counters: DeepSpeed's, by their names in COUNTERS.
         loss_scale: of the loss scaler under fp16; None without one.
-        data: DataPosition.saved of data/position.py; None if it is not known.
+        data: DataPosition.to_json of data/position.py; None if it is not known.
     """
 
     optimizer: OptimizerState
@@ -47,13 +47,13 @@ class RunState:
     loss_scale: dict[str, Any] | None = None
     data: dict[str, Any] | None = None
 
-    def saved(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """As JSON holds it."""
         return dataclasses.asdict(self)
 
 
 def read_state(saved: Mapping[str, Any], where: Path) -> RunState:
-    """What `RunState.saved` returned, read from the file or folder `where`.
+    """What `RunState.to_json` returned, read from the file or folder `where`.
 
     Raises:
         CheckpointError: it lacks a field, or has one of another type.

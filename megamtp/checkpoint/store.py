@@ -246,7 +246,7 @@ def verified(checkpoint: Path) -> Manifest:
     if found:
         has_older = any(_step(other) < _step(checkpoint) for other in checkpoints(checkpoint.parent.parent))
         remedy = (
-            f"remove {checkpoint} to go on from an older one"
+            f"remove {checkpoint} to resume from an older one"
             if has_older
             else "restore it, or train in another run.directory"
         )

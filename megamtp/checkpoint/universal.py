@@ -176,7 +176,7 @@ def _model_states(contents: Contents) -> dict[str, Any]:
         OWN: {
             "model": dataclasses.asdict(written_out(contents.model)),
             "step": contents.step,
-            "state": contents.state.saved(),
+            "state": contents.state.to_json(),
             "sequence_length": contents.sequence_length,
             "tokens_are_bytes": contents.tokens_are_bytes,
         },

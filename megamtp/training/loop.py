@@ -264,4 +264,4 @@ class Training:
         blend = self.train.windows
         assert isinstance(blend, Blend)  # which pretraining makes of any number of corpora
         position = self.position.advanced(blend, self.train.windows_before(self.step))
-        self.saver.begin(self.step, position.saved())
+        self.saver.begin(self.step, position.to_json())

@@ -60,7 +60,7 @@ class Saver:
         """Copies the state after `step` steps and returns; a checkpoint that is still on its way is finished first.
 
         Args:
-            data_position: as DataPosition.saved returns it.
+            data_position: as DataPosition.to_json returns it.
 
         Raises:
             CheckpointError: that one could not be written, or there is no room for this one.
@@ -78,7 +78,7 @@ class Saver:
             config.engine.kind,
             config.train.precision,
             dataclasses.asdict(config.model),
-            dataclasses.replace(state.run, data=data_position).saved(),
+            dataclasses.replace(state.run, data=data_position).to_json(),
         )
         writing = self._writing = _Writing(
             manifest, file_slices(InMemory(state.tensors), state.shapes), time.perf_counter() - start

@@ -209,7 +209,7 @@ def sparse_canonical(folder: Path, model: ModelConfig, stems: tuple[str, ...] = 
         "format": canonical.FORMAT,
         "version": canonical.VERSION,
         "step": 9,
-        "state": STATE.saved(),
+        "state": STATE.to_json(),
         "model": dataclasses.asdict(model),
         "file_bytes": dict.fromkeys(files, size),
     }

@@ -207,7 +207,7 @@ def test_damage_is_named_in_one_line(kind, words, tmp_path):
     with pytest.raises(CheckpointError) as newer:
         store.verified(checkpoint)
     finding = str(alone.value).removesuffix("; restore it, or train in another run.directory")
-    assert str(newer.value) == f"{finding}; remove {checkpoint} to go on from an older one"
+    assert str(newer.value) == f"{finding}; remove {checkpoint} to resume from an older one"
     assert "\n" not in finding
     for word in words:
         assert word in finding
