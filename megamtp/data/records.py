@@ -61,13 +61,13 @@ class _BadRecord(Exception):
     """A record without a valid text.
 
     Attributes:
-        found: what the record holds.
+        problem: what the record holds.
         expected: what it should hold, and the remedy.
     """
 
-    def __init__(self, found: str, expected: str):
-        super().__init__(found, expected)
-        self.found, self.expected = found, expected
+    def __init__(self, problem: str, expected: str):
+        super().__init__(problem, expected)
+        self.problem, self.expected = problem, expected
 
 
 @dataclass
@@ -151,9 +151,9 @@ class Reader:
         """Notes a bad record. Raises InputError if bad records may not be skipped."""
         if not self.skip_bad_records:
             raise InputError(
-                f"{span.path}:{line}: {bad.found}; {bad.expected}, or skip bad records with --on-bad-record skip"
+                f"{span.path}:{line}: {bad.problem}; {bad.expected}, or skip bad records with --on-bad-record skip"
             )
-        self.bad_records.append(f"{span.name}:{line}: {bad.found}")
+        self.bad_records.append(f"{span.name}:{line}: {bad.problem}")
 
 
 def content_suffix(path: Path) -> str:

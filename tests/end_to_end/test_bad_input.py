@@ -359,14 +359,14 @@ pretrain.entry()
 @pytest.mark.parametrize(
     ("failing", "settings"),
     [
-        ("shards.Tensors.read", []),  # of a resumed run
+        ("shards.ShardedTensors.read", []),  # of a resumed run
         ("initial_weights.initial_value", []),
         ("initial_weights.initial_value", pipeline(2)),
     ],
 )
 def test_an_error_that_one_rank_alone_meets_ends_both(failing, settings, trained, arguments, tmp_path, start):
     """Without a launcher, which would end the other. Rank 1 meets it, and rank 0 prints it."""
-    if failing == "shards.Tensors.read":
+    if failing == "shards.ShardedTensors.read":
         shutil.copytree(trained, tmp_path / "run")
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(reserve_port()), "WORLD_SIZE": "2"}
     command = ["-c", FAILS.format(failing), *arguments, *settings, "train.steps=2", f"run.directory={tmp_path}/run"]

@@ -1,6 +1,4 @@
-"""The canonical form: back bit for bit, what is refused, and a transformers model as the beginning of a multi-token
-one.
-"""
+"""The canonical format: bit-exact round trips, refusal of bad checkpoints, and multi-token models from Llamas."""
 
 import dataclasses
 import json
@@ -12,8 +10,8 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megamtp.checkpoint import canonical, folder, hf, safetensors_file
-from megamtp.checkpoint.contents import Rearranged, Rows, written_out
-from megamtp.checkpoint.tensors import InMemory, whole
+from megamtp.checkpoint.contents import Rearranged, Rows, resolve_defaults
+from megamtp.checkpoint.tensors import InMemory, read_tensor
 from megamtp.errors import CheckpointError
 from megamtp.model.mtp import MTPModel
 from tests.checkpoints import SMALL, STATE, VOCABULARY, with_moments
@@ -31,14 +29,16 @@ def edit(written: Path, **settings) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
 
 
-def test_everything_comes_back_bit_for_bit_from_several_files(written):
-    found, expected = canonical.read(written), with_moments(SMALL)
+def test_round_trip_through_several_files_is_bit_exact(written):
+    contents, expected = canonical.read(written), with_moments(SMALL)
     assert len(list(written.glob("exp_avg_sq-*"))) > 1
-    assert (found.model, found.step, found.state, found.sequence_length) == (written_out(SMALL), 9, STATE, 64)
-    assert found.sources.keys() == expected.sources.keys()
+    assert (contents.model, contents.step, contents.state) == (resolve_defaults(SMALL), 9, STATE)
+    assert contents.sequence_length == 64
+    assert contents.sources.keys() == expected.sources.keys()
     for kind, source in expected.sources.items():
-        assert list(found.sources[kind].shapes) == list(source.shapes)
-        assert all(torch.equal(whole(found.sources[kind], name), whole(source, name)) for name in source.shapes)
+        assert list(contents.sources[kind].shapes) == list(source.shapes)
+        for name in source.shapes:
+            assert torch.equal(read_tensor(contents.sources[kind], name), read_tensor(source, name))
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_everything_comes_back_bit_for_bit_from_several_files(written):
         ({"model": dataclasses.asdict(SMALL) | {"num_layers": 4}}, r"unknown tensor trunk.1"),
     ],
 )
-def test_other_versions_and_models_are_refused(written, settings, message):
+def test_wrong_versions_and_models_are_refused(written, settings, message):
     edit(written, **settings)
     with pytest.raises(CheckpointError, match=message) as caught:
         canonical.read(written)
@@ -74,27 +74,27 @@ def test_other_versions_and_models_are_refused(written, settings, message):
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1])])
-def test_a_missing_or_truncated_file_is_named(written, damage):
+def test_missing_or_truncated_file_is_refused(written, damage):
     file = sorted(written.glob("exp_avg-*"))[1]
     damage(file)
     with pytest.raises(CheckpointError, match=f"{file.name} .*expected [0-9]+ bytes"):
         canonical.read(written)
 
 
-def test_an_existing_destination_and_a_full_disk_are_refused_before_anything_is_written(written, monkeypatch):
+def test_existing_destination_and_full_disk_are_refused_before_writing(written, monkeypatch):
     before = {path.name: path.read_bytes() for path in written.iterdir()}
     with pytest.raises(CheckpointError, match="holds other files"):
         canonical.write(with_moments(SMALL), written)
     assert before == {path.name: path.read_bytes() for path in written.iterdir()}
     usage = folder.shutil.disk_usage(written)
     monkeypatch.setattr(folder.shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(CheckpointError, match=r"needs [0-9,]+ bytes, 1,000 are free there"):
+    with pytest.raises(CheckpointError, match=r"needs [0-9,]+ bytes, but only 1,000 are free there"):
         canonical.write(with_moments(SMALL), written.parent / "deep" / "down")
     assert [path.name for path in written.parent.iterdir()] == ["canonical"]
 
 
 def llama(folder: Path, tied: bool = False, **settings) -> LlamaForCausalLM:
-    """Of 4 layers, saved in several files."""
+    """Saves a Llama with 4 layers in several files, and returns it."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -113,32 +113,32 @@ def llama(folder: Path, tied: bool = False, **settings) -> LlamaForCausalLM:
     return model
 
 
-def test_a_folder_is_on_disk_before_it_has_its_name_and_then_so_is_that(tmp_path, monkeypatch):
+def test_folder_is_synced_before_and_its_parent_after_the_rename(tmp_path, monkeypatch):
     calls, rename = [], folder.os.rename
-    monkeypatch.setattr(folder, "sync", calls.append)
+    monkeypatch.setattr(folder, "fsync", calls.append)
     monkeypatch.setattr(folder.os, "rename", lambda *paths: calls.append(paths) or rename(*paths))
-    with folder.published(tmp_path / "made", 5) as new:
+    with folder.atomic_folder(tmp_path / "made", 5) as new:
         (new / "file").write_text("whole")
     assert calls == [new / "file", new, (new, tmp_path / "made"), tmp_path]
     assert [path.name for path in tmp_path.rglob("*")] == ["made", "file"]
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_head_1_of_a_converted_llama_computes_what_it_did(tmp_path, tied):
+def test_head_1_of_a_converted_llama_computes_the_same_logits(tmp_path, tied):
     theirs = llama(tmp_path / "llama", tied)
     opened = hf.read(tmp_path / "llama", num_future_tokens=3)
     assert [("ties its unembedding" in note) for note in opened.notes] == [True] * tied
     canonical.write(opened, tmp_path / "canonical")
-    found = canonical.read(tmp_path / "canonical")
-    assert (found.model.num_layers, found.model.num_trunk_layers, found.model.num_future_tokens) == (6, 3, 3)
-    ours = MTPModel(found.model)
-    ours.load_state_dict({name: whole(found.weights, name) for name in found.weights.shapes}, strict=True)
+    contents = canonical.read(tmp_path / "canonical")
+    assert (contents.model.num_layers, contents.model.num_trunk_layers, contents.model.num_future_tokens) == (6, 3, 3)
+    ours = MTPModel(contents.model)
+    ours.load_state_dict({name: read_tensor(contents.weights, name) for name in contents.weights.shapes}, strict=True)
     tokens = torch.randint(VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         logits, expected = ours.logits(tokens), theirs(tokens).logits
     assert expected.std() > 0.3
     torch.testing.assert_close(logits[0], expected, rtol=0, atol=1e-5)
-    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])  # heads start as copies
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])  # heads 2 and 3 are copies
 
 
 ROPE = {"rope_type": "default", "rope_theta": 500.0}
@@ -154,7 +154,7 @@ ROPE = {"rope_type": "default", "rope_theta": 500.0}
         {"rope_scaling": ROPE, "rope_parameters": ROPE | {"rope_theta": 77.0}},
     ],
 )
-def test_wavelengths_are_those_that_transformers_takes(tmp_path, settings):
+def test_rope_theta_is_read_from_the_same_key_as_by_transformers(tmp_path, settings):
     theirs = llama(tmp_path / "llama", rope_parameters=ROPE)
     path = tmp_path / "llama/config.json"
     others = {key: value for key, value in json.loads(path.read_text()).items() if not key.startswith("rope")}
@@ -166,10 +166,10 @@ def test_wavelengths_are_those_that_transformers_takes(tmp_path, settings):
 
 
 @pytest.mark.parametrize("num_files", [1, 2])
-def test_weights_of_older_folders_are_read(tmp_path, num_files):
+def test_pickled_weights_are_read(tmp_path, num_files):
     theirs = llama(tmp_path / "llama")
     opened = hf.read(tmp_path / "llama").weights
-    expected = {name: whole(opened, name) for name in opened.shapes}
+    expected = {name: read_tensor(opened, name) for name in opened.shapes}
     for file in (tmp_path / "llama").glob("model*"):
         file.unlink()
     files = (
@@ -184,13 +184,13 @@ def test_weights_of_older_folders_are_read(tmp_path, num_files):
         torch.save(tensors, tmp_path / "llama" / file)
     if num_files > 1:
         (tmp_path / "llama/pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    found = hf.read(tmp_path / "llama").weights
-    assert found.shapes.keys() == expected.keys()
-    assert all(torch.equal(whole(found, name), tensor) for name, tensor in expected.items())
+    pickled = hf.read(tmp_path / "llama").weights
+    assert pickled.shapes.keys() == expected.keys()
+    assert all(torch.equal(read_tensor(pickled, name), tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_weights_of_the_old_format_and_transposed_ones_are_read(tmp_path, zipped):
+def test_transposed_weights_are_read_in_both_formats_of_torch(tmp_path, zipped):
     llama(tmp_path / "llama")
     opened = hf.read(tmp_path / "llama").weights
     theirs = LlamaForCausalLM.from_pretrained(tmp_path / "llama").state_dict()
@@ -200,17 +200,19 @@ def test_weights_of_the_old_format_and_transposed_ones_are_read(tmp_path, zipped
     assert not tensors["lm_head.weight"].is_contiguous()
     torch.save(tensors, tmp_path / "llama/pytorch_model.bin", _use_new_zipfile_serialization=zipped)
     canonical.write(hf.read(tmp_path / "llama"), tmp_path / "canonical")
-    found = canonical.read(tmp_path / "canonical").weights
+    weights = canonical.read(tmp_path / "canonical").weights
     for ours, name in hf.names_of(hf.read(tmp_path / "llama").model).items():
-        assert torch.equal(whole(found, ours), theirs[name])
-    assert found.shapes == opened.shapes
+        assert torch.equal(read_tensor(weights, ours), theirs[name])
+    assert weights.shapes == opened.shapes
 
 
-def test_a_folder_without_weights_and_a_damaged_index_are_refused(tmp_path):
+def test_folder_without_weights_and_damaged_index_are_refused(tmp_path):
     llama(tmp_path / "llama")
     index = tmp_path / "llama/model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"model.norm.weight": None}}))
-    with pytest.raises(CheckpointError, match=r"index.json cannot be read \(weight_map has values that are no names\)"):
+    with pytest.raises(
+        CheckpointError, match=r"index.json cannot be read \(weight_map has values that are not file names\)"
+    ):
         hf.read(tmp_path / "llama")
     index.unlink()
     with pytest.raises(
@@ -219,7 +221,7 @@ def test_a_folder_without_weights_and_a_damaged_index_are_refused(tmp_path):
         hf.read(tmp_path / "llama")
 
 
-def test_rotary_frequencies_of_older_files_are_left_out(tmp_path):
+def test_rotary_frequencies_in_older_files_are_ignored(tmp_path):
     llama(tmp_path / "llama")
     index = tmp_path / "llama/model.safetensors.index.json"
     content = json.loads(index.read_text())
@@ -232,14 +234,14 @@ def test_rotary_frequencies_of_older_files_are_left_out(tmp_path):
     )
 
 
-def test_weights_in_16_bits_become_fp32_and_come_back(tmp_path):
+def test_16_bit_weights_survive_the_conversion_to_fp32(tmp_path):
     llama(tmp_path / "llama").bfloat16().save_pretrained(tmp_path / "half")
     canonical.write(hf.read(tmp_path / "half", 2), tmp_path / "canonical")
-    assert whole(canonical.read(tmp_path / "canonical").weights, "heads.1.mlp.up.weight").dtype == torch.float32
+    assert read_tensor(canonical.read(tmp_path / "canonical").weights, "heads.1.mlp.up.weight").dtype == torch.float32
     hf.export(canonical.read(tmp_path / "canonical"), tmp_path / "back", torch.bfloat16)
-    expected, found = (LlamaForCausalLM.from_pretrained(tmp_path / name) for name in ("half", "back"))
-    assert found.dtype == torch.bfloat16
-    assert all(torch.equal(tensor, found.state_dict()[name]) for name, tensor in expected.state_dict().items())
+    expected, exported = (LlamaForCausalLM.from_pretrained(tmp_path / name) for name in ("half", "back"))
+    assert exported.dtype == torch.bfloat16
+    assert all(torch.equal(tensor, exported.state_dict()[name]) for name, tensor in expected.state_dict().items())
 
 
 @pytest.mark.parametrize(
@@ -259,7 +261,7 @@ def test_weights_in_16_bits_become_fp32_and_come_back(tmp_path):
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type is linear, expected default"),
         ({"rope_parameters": "linear"}, "is 'linear'; expected a mapping"),
         ({"vocab_size": None}, "vocab_size is None; expected a whole number"),
-        ({"num_attention_heads": 0}, "num_attention_heads is 0; expected a whole number, at least 1"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0; expected a whole number of at least 1"),
         ({"num_attention_heads": True}, "num_attention_heads is True; expected a whole number"),
         ({"num_key_value_heads": 3}, "num_key_value_heads=3; expected a divisor of model.num_attention_heads=4"),
         ({"rms_norm_eps": "small"}, "model.norm_eps is 'small'; expected a number"),
@@ -269,7 +271,7 @@ def test_weights_in_16_bits_become_fp32_and_come_back(tmp_path):
         ({"intermediate_size": 64}, r"model.layers.0.mlp.gate_proj.weight has shape \[48, 32\], expected \[64, 32\]"),
     ],
 )
-def test_another_form_of_model_is_refused_by_name(tmp_path, settings, message):
+def test_unsupported_architectures_and_settings_are_refused(tmp_path, settings, message):
     llama(tmp_path / "llama")
     path = tmp_path / "llama/config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
@@ -278,22 +280,22 @@ def test_another_form_of_model_is_refused_by_name(tmp_path, settings, message):
     assert "\n" not in str(caught.value)
 
 
-def test_rows_of_a_tensor_are_read_by_slice():
+def test_rearranged_rows_are_read_by_slices():
     source = InMemory({"a": torch.arange(24.0).view(6, 2, 2), "b": torch.arange(5.0)})
     rows = torch.tensor([4, 5, 0, 1, 3])
-    found = Rearranged(source, {"x": Rows("a", rows), "y": Rows("b")})
-    assert found.shapes == {"x": (5, 2, 2), "y": (5,)}
+    rearranged = Rearranged(source, {"x": Rows("a", rows), "y": Rows("b")})
+    assert rearranged.shapes == {"x": (5, 2, 2), "y": (5,)}
     expected = source.weights["a"][rows].flatten()
     for start in range(len(expected) + 1):
         for end in (*range(start, len(expected) + 1), None):
-            assert torch.equal(found.read("x", start, end), expected[start:end])
-    assert torch.equal(found.read("y", 1, 3), torch.tensor([1.0, 2.0]))
+            assert torch.equal(rearranged.read("x", start, end), expected[start:end])
+    assert torch.equal(rearranged.read("y", 1, 3), torch.tensor([1.0, 2.0]))
 
 
-def test_a_tokenizer_that_is_gone_is_named(tmp_path):
+def test_missing_tokenizer_is_named(tmp_path):
     source = dataclasses.replace(with_moments(SMALL), tokenizer=tmp_path / "tokenizer.model")
     with pytest.raises(
-        CheckpointError, match=r"tokenizer.model cannot be read \(No such file or directory\); mend data.tokenizer"
+        CheckpointError, match=r"tokenizer.model cannot be read \(No such file or directory\); correct data.tokenizer"
     ):
         canonical.write(source, tmp_path / "canonical")
     assert not list(tmp_path.iterdir())

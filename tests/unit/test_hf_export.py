@@ -1,4 +1,4 @@
-"""The export against transformers, the way back bit for bit, and what is refused."""
+"""The hf format: transformers computes the same logits and ids, round trips are bit-exact, bad input is refused."""
 
 import argparse
 import dataclasses
@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megamtp.checkpoint import hf, hf_tokenizer, safetensors_file
-from megamtp.checkpoint.tensors import whole
+from megamtp.checkpoint.tensors import read_tensor
 from megamtp.config import ModelConfig
 from megamtp.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, train_sentencepiece
 from megamtp.errors import CheckpointError
@@ -47,8 +47,8 @@ AWKWARD = [
 
 
 def read_back(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
-    found = hf.read(folder)
-    return found.model, {name: whole(found.weights, name) for name in found.weights.shapes}
+    contents = hf.read(folder)
+    return contents.model, {name: read_tensor(contents.weights, name) for name in contents.weights.shapes}
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +77,12 @@ def test_transformers_computes_the_same_logits(tmp_path, key_value_heads, num_fu
     assert llama.dtype == torch.float32
     tokens = torch.randint(VOCABULARY, (2, 64), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected, found = model.logits(tokens)[0], llama(tokens).logits
+        expected, logits = model.logits(tokens)[0], llama(tokens).logits
     assert expected.std() > 0.5
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
 
-def test_reading_an_export_gives_the_weights_back_bit_for_bit(exported):
+def test_round_trip_is_bit_exact(exported):
     config, weights = read_back(exported)
     assert config == dataclasses.replace(SMALL, num_layers=3, num_future_tokens=1)
     expected = random_model(SMALL).state_dict()
@@ -91,7 +91,7 @@ def test_reading_an_export_gives_the_weights_back_bit_for_bit(exported):
     MTPModel(config).load_state_dict(weights, strict=True)
 
 
-def test_a_large_model_is_split_into_files_and_read_back(tmp_path, monkeypatch):
+def test_large_model_is_split_into_several_files(tmp_path, monkeypatch):
     monkeypatch.setattr(safetensors_file, "LARGEST_FILE_BYTES", 40_000)
     model = random_model(SMALL)
     hf.export(contents(SMALL, model.state_dict()), tmp_path / "exported")
@@ -101,7 +101,7 @@ def test_a_large_model_is_split_into_files_and_read_back(tmp_path, monkeypatch):
     AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
 
 
-def test_what_transformers_saves_can_be_read(exported, tmp_path):
+def test_model_that_transformers_has_saved_is_read(exported, tmp_path):
     AutoModelForCausalLM.from_pretrained(exported).save_pretrained(tmp_path / "saved")
     config, weights = read_back(tmp_path / "saved")
     expected_config, expected = read_back(exported)
@@ -129,7 +129,7 @@ def reshape(tensors):
         (reshape, r"tensor model\.layers\.1\.mlp\.up_proj\.weight has shape \[47, 32\], expected \[48, 32\]"),
     ],
 )
-def test_a_wrong_tensor_is_named_when_reading(exported, damage, message):
+def test_wrong_tensor_is_refused_when_reading(exported, damage, message):
     tensors = load_file(exported / "model.safetensors")
     damage(tensors)
     save_file(tensors, exported / "model.safetensors")
@@ -149,7 +149,7 @@ def test_a_wrong_tensor_is_named_when_reading(exported, damage, message):
         ),
     ],
 )
-def test_a_wrong_tensor_is_named_when_exporting(tmp_path, name, value, message):
+def test_wrong_tensor_is_refused_when_exporting(tmp_path, name, value, message):
     weights = random_model(SMALL).state_dict() | {name: value}
     if value is None:
         del weights[name]
@@ -159,7 +159,7 @@ def test_a_wrong_tensor_is_named_when_exporting(tmp_path, name, value, message):
 
 
 @pytest.mark.parametrize("key", ["hidden_size", "model_type", "rms_norm_eps"])
-def test_a_configuration_without_a_key_is_refused(exported, key):
+def test_config_without_a_key_is_refused(exported, key):
     settings = json.loads((exported / "config.json").read_text())
     del settings[key]
     (exported / "config.json").write_text(json.dumps(settings))
@@ -169,21 +169,21 @@ def test_a_configuration_without_a_key_is_refused(exported, key):
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:100])])
-def test_a_missing_or_truncated_file_is_refused_in_one_line(exported, file, damage):
+def test_missing_or_truncated_file_is_refused_in_one_line(exported, file, damage):
     damage(exported / file)
     with pytest.raises(CheckpointError) as caught:
         hf.read(exported)
     assert "\n" not in str(caught.value)
 
 
-def test_an_earlier_export_is_replaced_as_a_whole(exported):
+def test_earlier_export_is_replaced(exported):
     larger = dataclasses.replace(SMALL, mlp_dim=64)
     hf.export(contents(larger, random_model(larger).state_dict()), exported)
     assert hf.read(exported).model.mlp_dim == 64
     assert [path.name for path in exported.parent.iterdir()] == ["exported"]
 
 
-def test_a_folder_of_something_else_is_refused_and_left_alone(exported):
+def test_folder_with_other_files_is_refused_and_not_touched(exported):
     (exported / "notes.txt").write_text("mine")
     before = {path.name: path.read_bytes() for path in exported.iterdir()}
     with pytest.raises(CheckpointError, match="holds other files"):
@@ -191,11 +191,11 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(exported):
     assert before == {path.name: path.read_bytes() for path in exported.iterdir()}
 
 
-def test_all_files_can_be_read_by_whom_the_folder_can(exported):
+def test_all_files_have_the_same_permissions(exported):
     assert {path.stat().st_mode for path in exported.iterdir()} == {(exported / "config.json").stat().st_mode}
 
 
-def test_an_empty_folder_is_filled_and_a_file_refused(tmp_path):
+def test_empty_folder_is_accepted_and_file_is_refused(tmp_path):
     weights = random_model(SMALL).state_dict()
     (tmp_path / "empty").mkdir()
     hf.export(contents(SMALL, weights), tmp_path / "empty")
@@ -204,7 +204,7 @@ def test_an_empty_folder_is_filled_and_a_file_refused(tmp_path):
         hf.export(contents(SMALL, weights), tmp_path / "file")
 
 
-def test_a_failed_export_leaves_the_earlier_one_and_nothing_else(exported, monkeypatch):
+def test_failed_export_leaves_the_earlier_export_unchanged(exported, monkeypatch):
     def full_disk(*_, **__):
         raise OSError(28, "No space left on device")
 
@@ -216,13 +216,13 @@ def test_a_failed_export_leaves_the_earlier_one_and_nothing_else(exported, monke
     assert before == {path.name: path.read_bytes() for path in exported.iterdir()}
 
 
-def test_an_unwritable_parent_is_one_line(tmp_path):
+def test_unwritable_parent_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be written"):
         hf.export(contents(SMALL, random_model(SMALL).state_dict()), tmp_path / "file" / "exported")
 
 
-def test_the_exported_tokenizer_gives_our_ids(tmp_path, tokenizer_path):
+def test_exported_tokenizer_gives_our_ids(tmp_path, tokenizer_path):
     config = dataclasses.replace(SMALL, vocab_size=700)
     hf.export(contents(config, random_model(config).state_dict(), tokenizer_path), tmp_path / "exported")
     theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "exported"), SentencePieceTokenizer(tokenizer_path)
@@ -246,16 +246,16 @@ def test_the_exported_tokenizer_gives_our_ids(tmp_path, tokenizer_path):
 
 @pytest.fixture(scope="module")
 def exported_kinds(tmp_path_factory) -> dict:
-    """(ours, transformers') of a tokenizer of every kind that can be exported, and of bytes."""
-    folder, found = tmp_path_factory.mktemp("kinds"), {}
+    """Returns (our tokenizer, transformers' tokenizer) for each kind that can be exported, including bytes."""
+    folder, pairs = tmp_path_factory.mktemp("kinds"), {}
     for kind in tokenizer_kinds.EXPORTED:
         ours = SentencePieceTokenizer(tokenizer_kinds.train_kind(kind, folder / f"{kind}.model"))
         (folder / kind).mkdir()
         hf_tokenizer.write_tokenizer(folder / kind, ours, 64)
-        found[kind] = ours, AutoTokenizer.from_pretrained(folder / kind)
+        pairs[kind] = ours, AutoTokenizer.from_pretrained(folder / kind)
     (folder / "bytes").mkdir()
     hf_tokenizer.write_byte_tokenizer(folder / "bytes", 64)
-    return found | {"bytes": (ByteTokenizer(), AutoTokenizer.from_pretrained(folder / "bytes"))}
+    return pairs | {"bytes": (ByteTokenizer(), AutoTokenizer.from_pretrained(folder / "bytes"))}
 
 
 @settings(max_examples=150, deadline=None)
@@ -265,15 +265,16 @@ def exported_kinds(tmp_path_factory) -> dict:
 @example("<fim>")
 @example("<fim>a <fim_x>\u2581\u2581b")
 @example("<fim></s><fim_x><0x0A>[INST]<fim><unk>")
-def test_every_exported_tokenizer_gives_the_prepared_ids(exported_kinds, text):
+def test_every_kind_of_exported_tokenizer_gives_our_ids(exported_kinds, text):
     for kind, (ours, theirs) in exported_kinds.items():
         ids = ours.encode(text)
         assert theirs(text)["input_ids"] == ids, kind
-        if "no bytes" not in kind and kind != "characters":  # else SentencePiece writes unknown characters as U+2047
+        # Without byte pieces, SentencePiece decodes unknown characters as U+2047.
+        if "no bytes" not in kind and kind != "characters":
             assert theirs.decode(ids) == theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids), kind
 
 
-def test_symbols_are_tokens_of_their_own(exported_kinds):
+def test_each_user_defined_symbol_is_one_token(exported_kinds):
     for kind in (kind for kind in exported_kinds if "symbols" in kind):
         ours, theirs = exported_kinds[kind]
         symbols = [ours.processor.id_to_piece(token) for token in ours.user_defined]
@@ -293,7 +294,7 @@ def test_symbols_are_tokens_of_their_own(exported_kinds):
         ("spaces as suffixes", "its pieces end, rather than begin, with spaces"),
     ],
 )
-def test_a_tokenizer_that_cannot_be_translated_is_refused(tmp_path, kind, reason):
+def test_tokenizer_that_cannot_be_translated_is_refused(tmp_path, kind, reason):
     path = tokenizer_kinds.train_kind(kind, tmp_path / "foreign.model")
     config = dataclasses.replace(SMALL, vocab_size=SentencePieceTokenizer(path).vocab_size)
     with pytest.raises(CheckpointError, match=rf"foreign\.model cannot be exported to hf or hf-mtp: {reason}"):
@@ -301,16 +302,15 @@ def test_a_tokenizer_that_cannot_be_translated_is_refused(tmp_path, kind, reason
     assert not (tmp_path / "exported").exists()
 
 
-def test_a_tokenizer_of_another_size_is_refused(tokenizer_path):
-    with pytest.raises(CheckpointError, match="700 pieces, expected the model's 300"):
+def test_tokenizer_with_too_many_pieces_is_refused(tokenizer_path):
+    with pytest.raises(CheckpointError, match="700 pieces, expected at most 300"):
         hf_tokenizer.read_tokenizer(tokenizer_path, SMALL.vocab_size)
 
 
-def test_a_tokenizer_that_stays_behind_is_said_so(exported):
+def test_note_about_a_tokenizer_that_is_not_carried_over(exported):
     assert not hf.read(exported).notes
     (exported / "tokenizer.json").write_text(json.dumps({"long": "x" * hf_tokenizer.LARGEST_BYTE_TOKENIZER}))
-    found = hf.read(exported)
-    assert found.tokenizer is None
-    assert ["has a tokenizer, but no SentencePiece model of at most 300 pieces" in note for note in found.notes] == [
-        True
-    ]
+    contents = hf.read(exported)
+    assert contents.tokenizer is None
+    (note,) = contents.notes
+    assert "has a tokenizer, but no SentencePiece model of at most 300 pieces" in note

@@ -1,4 +1,4 @@
-"""The ids that end a text survive conversions where the tokenizer cannot; where they are not known, that is said."""
+"""Special ids survive conversions even if the tokenizer does not, and a note tells if they are unknown."""
 
 import dataclasses
 import json
@@ -20,8 +20,9 @@ IDS = {"bos_token_id": 7, "eos_token_id": [8, 9], "pad_token_id": 10}
 
 @pytest.fixture
 def llama(tmp_path) -> Path:
-    """With a tokenizer that is no SentencePiece model; config.json and generation_config.json differ, as Llama 3's
-    do.
+    """Writes a Llama whose tokenizer is not a SentencePiece model.
+
+    config.json and generation_config.json have different eos_token_id, as in Llama 3.
     """
     folder = tmp_path / "llama"
     hf.export(contents(SMALL, random_model(SMALL).state_dict()), folder)
@@ -39,29 +40,28 @@ def exported_ids(folder: Path) -> list[dict]:
     return [{key: value for key, value in each.items() if key.endswith("_token_id")} for each in settings]
 
 
-@pytest.mark.parametrize("way", [["hf"], ["hf-mtp"], ["canonical", "hf"], ["meta", "canonical", "hf-mtp", "hf"]])
-def test_ids_of_another_tokenizer_are_kept_by_weights(tmp_path, llama, way):
-    found = formats.read(llama)
-    assert (
-        found.special_ids == IDS and "bos_token_id 7, eos_token_id [8, 9], pad_token_id 10 are kept" in found.notes[0]
-    )
-    for number, target in enumerate(way):
-        formats.FORMATS[target].write(found, tmp_path / f"{number}", torch.float32)
-        found = formats.read(tmp_path / f"{number}")
+@pytest.mark.parametrize("targets", [["hf"], ["hf-mtp"], ["canonical", "hf"], ["meta", "canonical", "hf-mtp", "hf"]])
+def test_conversions_of_weights_keep_special_ids(tmp_path, llama, targets):
+    read = formats.read(llama)
+    assert read.special_ids == IDS
+    assert "bos_token_id 7, eos_token_id [8, 9], pad_token_id 10 are kept" in read.notes[0]
+    for number, target in enumerate(targets):
+        formats.FORMATS[target].write(read, tmp_path / f"{number}", torch.float32)
+        read = formats.read(tmp_path / f"{number}")
     assert exported_ids(tmp_path / f"{number}") == [IDS, IDS]
 
 
-def test_ids_of_another_tokenizer_are_kept_by_states(tmp_path, monkeypatch):
+def test_conversions_of_training_states_keep_special_ids(tmp_path, monkeypatch):
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
-    found = dataclasses.replace(with_moments(SMALL), special_ids=IDS)
+    state = dataclasses.replace(with_moments(SMALL), special_ids=IDS)
     for target in ("run", "universal", "canonical", "hf"):
-        formats.FORMATS[target].write(found, tmp_path / target, torch.float32)
-        found = formats.read(tmp_path / target)
-        assert found.special_ids == IDS
+        formats.FORMATS[target].write(state, tmp_path / target, torch.float32)
+        state = formats.read(tmp_path / target)
+        assert state.special_ids == IDS
     assert exported_ids(tmp_path / "hf") == [IDS, IDS]
 
 
-def test_values_that_are_no_tokens_are_left_out_and_a_damaged_file_is_refused(tmp_path):
+def test_values_outside_the_vocabulary_are_ignored_and_damaged_file_is_refused(tmp_path):
     path = tmp_path / "generation_config.json"
     path.write_text(json.dumps({"bos_token_id": -1, "eos_token_id": [2, 300], "pad_token_id": "2"}))
     assert read_special_ids(tmp_path, 300) == {}
@@ -72,7 +72,7 @@ def test_values_that_are_no_tokens_are_left_out_and_a_damaged_file_is_refused(tm
             read_special_ids(tmp_path, 300)
 
 
-def test_an_export_without_an_end_is_said(tmp_path, llama, monkeypatch, capsys):
+def test_note_about_an_unknown_end_of_text(tmp_path, llama, monkeypatch, capsys):
     def convert(source: Path, target: str) -> str:
         monkeypatch.setattr(sys, "argv", ["convert", str(source), str(tmp_path / f"to-{target}"), "--to", target])
         convert_checkpoint.main()
@@ -85,19 +85,19 @@ def test_an_export_without_an_end_is_said(tmp_path, llama, monkeypatch, capsys):
     assert words not in convert(llama, "hf")
 
 
-@pytest.mark.parametrize("place", ["meta", "."])
-def test_the_tokenizer_of_metas_releases_is_found_in_their_folder_or_beside_it(tmp_path, monkeypatch, place):
+@pytest.mark.parametrize("parent", ["meta", "."])
+def test_tokenizer_of_metas_releases_is_found_in_the_folder_or_its_parent(tmp_path, monkeypatch, parent):
     texts = [Path(module.__file__).read_text() for module in (dataclasses, json, formats)]
     train_sentencepiece(texts, tmp_path / "made.model", vocab_size=500, seed=0)
     config = dataclasses.replace(SMALL, vocab_size=500)
     meta.write(contents(config, random_model(config).state_dict()), tmp_path / "meta")
-    path = (tmp_path / "made.model").rename(tmp_path / place / "tokenizer.model")
+    path = (tmp_path / "made.model").rename(tmp_path / parent / "tokenizer.model")
     monkeypatch.chdir(tmp_path / "meta")
     for folder in (tmp_path / "meta", Path(".")):
-        found = meta.read(folder)
-        assert found.tokenizer.samefile(path) and found.notes == ()
-    hf.export(found, tmp_path / "hf")
+        read = meta.read(folder)
+        assert read.tokenizer.samefile(path) and read.notes == ()
+    hf.export(read, tmp_path / "hf")
     assert exported_ids(tmp_path / "hf")[0]["eos_token_id"] is not None
     path.write_text("tiktoken")
-    found = meta.read(Path("."))
-    assert found.tokenizer is None and [note.split(" is no ")[0] for note in found.notes] == [str(path)]
+    read = meta.read(Path("."))
+    assert read.tokenizer is None and [note.split(" is not ")[0] for note in read.notes] == [str(path)]
