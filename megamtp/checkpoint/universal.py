@@ -11,6 +11,8 @@ DeepSpeed's ZeRO-1, ZeRO-2, ZeRO-3, BF16 and pipeline engines load it by engine.
 {"checkpoint": {"load_universal": true}} in the configuration.
 
 Source: deepspeed/checkpoint/ds_to_universal.py and universal_checkpoint.py; runtime/engine.py; runtime/zero/stage3.py.
+
+Tests: tests/distributed/test_universal.py.
 """
 
 import dataclasses

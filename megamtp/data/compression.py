@@ -1,4 +1,7 @@
-"""Opens files that may be compressed, as .gz, .bz2, .xz or .zst."""
+"""Opens files that may be compressed, as .gz, .bz2, .xz or .zst.
+
+Tests: tests/unit/data/test_records.py.
+"""
 
 import bz2
 import gzip

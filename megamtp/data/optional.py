@@ -1,4 +1,7 @@
-"""Imports libraries that only some kinds of input need."""
+"""Imports libraries that only some kinds of input need.
+
+Tests: tests/unit/data/test_records.py.
+"""
 
 import importlib
 from types import ModuleType
