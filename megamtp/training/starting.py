@@ -111,7 +111,7 @@ def begin(run: CheckedRun, start: Start, loader: TrainLoader, place: Place) -> N
         return
     report_vocabulary(run.config)
     at_end = start.position.advanced(start.position.blend(run.train), loader.windows_before(run.config.train.steps))
-    for line in (*run.changes, *start.notes, *at_end.passes(), *at_end.warnings()):
+    for line in (*run.changes, *start.notes, *at_end.describe_epochs(), *at_end.warnings()):
         print_line(line)
     _prepare_directory(run.config, is_new=start.checkpoint is None)
 

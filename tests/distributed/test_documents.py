@@ -86,7 +86,7 @@ def _largest_errors(config: Config, engine, loader: TrainLoader) -> tuple[float,
     number = len(loader.windows)
     for step in range(2):
         places = np.arange(step * config.global_batch_windows, (step + 1) * config.global_batch_windows)
-        order = [int(loader.windows.shuffled(int(place) // number)(place % number)[0]) for place in places]
+        order = [int(loader.windows.epoch_order(int(place) // number)(place % number)[0]) for place in places]
         alone = [piece for window in order for piece in pieces(documents, window, config.model.num_future_tokens)]
         expected = reference_step(config, model, alone)
         counts, *errors = errors_of_step(engine, loader.read(step), expected)

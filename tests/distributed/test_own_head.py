@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megamtp.checkpoint import canonical, formats, store
-from megamtp.checkpoint.tensors import whole
+from megamtp.checkpoint.tensors import read_tensor
 from megamtp.config import ModelConfig, read_config
 from megamtp.errors import InputError
 from megamtp.model.cost import flops_per_token, head_cost, head_parameters, parameters
@@ -96,7 +96,7 @@ def test_resumes_with_other_engines_and_converts(tmp_path):
     canonical.write(formats.read(tmp_path / "run"), tmp_path / "canonical")
     converted = canonical.read(tmp_path / "canonical")
     assert converted.model == model and converted.state.optimizer.steps == (STEPS,)
-    assert all(torch.equal(whole(converted.weights, name), tensor) for name, tensor in weights.items())
+    assert all(torch.equal(read_tensor(converted.weights, name), tensor) for name, tensor in weights.items())
     for to in ("hf", "hf-mtp", "meta"):
         with pytest.raises(InputError, match=rf"^{to} cannot hold .*NarrowHead; expected model\.head_kind=parallel"):
             formats.FORMATS[to].write(converted, tmp_path / to)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megamtp.checkpoint import canonical, formats, runs, store
-from megamtp.checkpoint.tensors import whole
+from megamtp.checkpoint.tensors import read_tensor
 from megamtp.errors import CheckpointError, InputError
 from megamtp.optimizers.base import OptimizerKind
 from megamtp.planning.planner import CARDS, plan
@@ -110,8 +110,8 @@ def test_trains_resumes_with_other_engines_and_converts(ranks, data_parallel_siz
     again = formats.read(tmp_path / "again")
     for kind in ("weight", "velocity"):
         for name in weights:
-            assert torch.equal(whole(again.sources[kind], name), whole(contents.sources[kind], name))
-    assert max(whole(again.sources["velocity"], name).abs().max() for name in weights) > 0
+            assert torch.equal(read_tensor(again.sources[kind], name), read_tensor(contents.sources[kind], name))
+    assert max(read_tensor(again.sources["velocity"], name).abs().max() for name in weights) > 0
 
 
 def _loaded_by_adamw(directory: str) -> str:

@@ -61,7 +61,7 @@ CASES = {
     "name too long": (["--input", "x" * 300], ["File name too long"]),
     "too little text": (
         ["--input", "short.txt"],
-        ["found 1 documents", "short.txt; expected", "cut in pieces: add text"],
+        ["found 1 documents", "short.txt; expected", "cut into pieces: add text"],
     ),
     "nothing readable": (
         ["--input", "latin.txt"],
@@ -85,7 +85,7 @@ CASES = {
     "damaged parquet": (["--input", "cut.parquet"], ["cut.parquet: damaged"]),
     "bytes and another vocabulary": (
         ["--input", "text.txt", "--tokenizer", "bytes", "--vocab-size", "300"],
-        ["bytes has 257 pieces, expected 300"],
+        ["bytes has 257 pieces; expected 300"],
     ),
     "no worker": (["--input", "text.txt", "--workers", "0"], ["--workers 0"]),
     "no validation": (
@@ -198,7 +198,7 @@ def test_tokenizer_of_another_vocabulary(call):
     again = ["--input", "text.txt", "--output", "again", "--tokenizer", "out/tokenizer.model"]
     status, out, err = call(*again, "--vocab-size", "300")
     assert (status, out) == (2, "")
-    assert err.startswith("megamtp: error: out/tokenizer.model has 290 pieces, expected 300: ")
+    assert err.startswith("megamtp: error: out/tokenizer.model has 290 pieces; expected 300: ")
     assert not Path("again").exists()
     assert call(*again, *SMALL)[0] == 0
 
