@@ -410,7 +410,7 @@ def test_only_checkpoint_is_damaged(kind, trained, arguments, tmp_path):
     finished = run([*PLAIN, *arguments, "train.steps=2", f"run.directory={tmp_path}/run"])
     assert finished.returncode == 2, finished.stderr
     (line,) = [line for line in finished.stderr.splitlines() if "megamtp: error: " in line]
-    assert "none of 1 checkpoints verifies" in line and file.name in line
+    assert "none of 1 checkpoints is intact" in line and file.name in line
     assert "remove them, or choose another run.directory" in line and "older" not in line
     assert "Traceback" not in finished.stderr
     assert len(records(tmp_path / "run")) == 1

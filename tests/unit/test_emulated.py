@@ -1,4 +1,4 @@
-"""The emulated cluster: predicted times by hand, and what one step of one rank of many sends."""
+"""Tests of the emulated cluster: times predicted by hand, and the transfers of one step of one rank."""
 
 import pytest
 
@@ -16,7 +16,7 @@ GIGABYTE = 10**9
     ("kind", "passes"), [("all_gather", 1), ("reduce_scatter", 2), ("all_reduce", 2), ("broadcast", 1), ("barrier", 0)]
 )
 def test_flat_network(kind, passes):
-    """Reductions at half the bandwidth count twice; an all-reduce is a reduction and a gather."""
+    """A reduce-scatter at half the bandwidth counts twice; an all-reduce is a reduce-scatter and an all-gather."""
     cluster = ClusterConfig(
         emulate=64, flat_bandwidth=100e9, latency=1e-3, efficiency=EfficiencyConfig(reduce_scatter=0.5)
     )
@@ -24,7 +24,7 @@ def test_flat_network(kind, passes):
     assert Network(cluster).seconds(kind, GIGABYTE) == pytest.approx(expected)
 
 
-def test_nodes_are_as_fast_as_their_slower_part():
+def test_slower_of_node_and_network_determines_the_time():
     cluster = ClusterConfig(latency=0.0, ranks_per_node=8, node_bandwidth=400e9, network_bandwidth=50e9)
 
     def seconds(world_size: int) -> float:
@@ -33,7 +33,7 @@ def test_nodes_are_as_fast_as_their_slower_part():
     assert seconds(1) == 0.0
     assert seconds(4) == pytest.approx(GIGABYTE * 3 / 4 / 400e9)
     assert seconds(8) == pytest.approx(GIGABYTE * 7 / 8 / 400e9)
-    # Two nodes: half of the bytes enter through 8 links of 50e9 together; inside, 15/16 of them over 400e9.
+    # Two nodes: half of the bytes enter a node through 8 links of 50e9 each; inside, 15/16 of them move at 400e9.
     assert seconds(16) == pytest.approx(GIGABYTE * 15 / 16 / 400e9)
     slow = ClusterConfig(**{**vars(cluster), "emulate": 64, "network_bandwidth": 10e9})
     assert Network(slow).seconds("all_gather", GIGABYTE) == pytest.approx(GIGABYTE * 7 / 8 / 80e9)
@@ -66,27 +66,26 @@ def _transfers_of_a_step(world_size: int) -> list[tuple[str, int, float]]:
 
 @pytest.mark.parametrize("world_size", [2, 64])
 def test_bytes_counts_and_times_of_a_step(world_size):
-    """3 trunk layers, 2 heads, embedding and unembedding, in bf16: each shard of a parameter is padded to whole
-    elements.
-    """
-    (found,) = run_ranks(_transfers_of_a_step, 1, world_size, backend="none")
+    """3 trunk layers, 2 heads, embedding and unembedding in bf16. Each parameter is padded to shards of equal size."""
+    (transfers,) = run_ranks(_transfers_of_a_step, 1, world_size, backend="none")
 
     def padded(*sizes: int) -> int:
         return 2 * sum(-(-size // world_size) * world_size for size in sizes)
 
     layer = padded(16, 16, *[256] * 4, *[24 * 16] * 3)
     embedding, unembedding = padded(97 * 16), padded(16, 97 * 16)
-    gathers = [num_bytes for kind, num_bytes, _ in found if kind == "all_gather"]
-    reductions = [num_bytes for kind, num_bytes, _ in found if kind == "reduce_scatter"]
-    # Forward: everything once. Backward: the trunk again; heads and unembedding are kept, the embedding is not needed.
+    gathers = [num_bytes for kind, num_bytes, _ in transfers if kind == "all_gather"]
+    reductions = [num_bytes for kind, num_bytes, _ in transfers if kind == "reduce_scatter"]
+    # Forward gathers everything once. Backward gathers the trunk again: the weights of heads and unembedding are kept,
+    # and the embedding is not needed.
     assert sorted(gathers) == sorted([embedding, unembedding, *[layer] * (3 + 2 + 3)])
     assert sorted(reductions) == sorted([embedding, unembedding, *[layer] * (3 + 2)])
-    for kind, num_bytes, seconds in found:
+    for kind, num_bytes, seconds in transfers:
         if kind in ("all_gather", "reduce_scatter"):
             assert seconds == pytest.approx(num_bytes * (world_size - 1) / world_size / 1e9)
 
 
-def test_an_emulated_cluster_has_one_process():
+def test_emulated_cluster_has_one_process():
     assert emulated_place(Place(1, 1, 2), ClusterConfig()) == Place(1, 1, 2)
     assert emulated_place(Place(0, 0, 1), ClusterConfig(emulate=64)) == Place(0, 0, 64)
     with pytest.raises(InputError, match="expected one process"):

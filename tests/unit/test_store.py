@@ -297,10 +297,10 @@ def test_a_run_of_which_no_checkpoint_is_whole_has_no_older_one_to_go_on_from(ki
     monkeypatch.setattr(resuming.dist, "broadcast_object_list", lambda found, src: None)
     for step in (1, 2):
         damage(publish(tmp_path, step), kind)
-    with pytest.raises(CheckpointError, match=r"none of 2 checkpoints verifies .*step-0000002") as error:
+    with pytest.raises(CheckpointError, match=r"none of 2 checkpoints is intact .*step-0000002") as error:
         resuming.newest_verified(tmp_path, 0, 1)
     assert "older" not in str(error.value)
-    assert str(error.value).endswith("; restore one, or begin anew: remove them, or choose another run.directory")
+    assert str(error.value).endswith("; restore one, or start over: remove them, or choose another run.directory")
     if kind != "flipped bit":  # which takes reading all bytes
         with pytest.raises(CheckpointError) as at_once:
             resuming.newest_readable(tmp_path, check_files=True)
