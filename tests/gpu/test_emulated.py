@@ -1,7 +1,7 @@
 """Compares grouped communication on a GPU (streams, reused memory, compiled layers) with plain autograd.
 
-On the emulated cluster every weight consists of W copies of this rank's shard, and every reduction sums W pieces of this
-rank's gradient. Both can be computed without an engine, so a race or a stale weight shows as a wrong gradient.
+On the emulated cluster every weight consists of W copies of this rank's shard, and every reduction sums W pieces of
+this rank's gradient. Both can be computed without an engine, so a race or a stale weight shows as a wrong gradient.
 """
 
 import pytest
