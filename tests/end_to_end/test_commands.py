@@ -69,7 +69,7 @@ def test_commands_of_an_installation(installed, tmp_path):
     assert command("megamtp-generate", "hf", "--prompt", "def ", "--max-new-tokens", "5").startswith("def ")
     assert command("megamtp-generate", "run", "--prompt", "def ", "--max-new-tokens", "5").startswith("def ")
     assert "head" in command("megamtp-report", "run")
-    assert "together" in command("megamtp-plan", str(ROOT / "configs/6.7b_n4.yaml"), "--gpus", "64")
+    assert "**total**" in command("megamtp-plan", str(ROOT / "configs/6.7b_n4.yaml"), "--gpus", "64")
     assert (tmp_path / "run/loss.png").read_bytes().startswith(b"\x89PNG")
     assert list((tmp_path / "run/tensorboard").iterdir())
 
