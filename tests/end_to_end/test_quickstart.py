@@ -52,7 +52,7 @@ def test_stopped_while_it_prepares_the_corpus(quickstart, tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 75
     output = (tmp_path / "output").read_text()
-    assert "Stopped. The same command goes on from there." in output and "2. Pretraining" not in output
+    assert "Stopped. The same command continues from there." in output and "2. Pretraining" not in output
     assert "Traceback" not in output
 
 
@@ -63,7 +63,7 @@ def test_stopped_while_it_trains(number, quickstart, tmp_path):
     process.send_signal(number)
     assert process.wait(timeout=90) == 75
     output = (tmp_path / "output").read_text()
-    assert "Stopped and saved. The same command goes on from there." in output and "3. Loss curves" not in output
+    assert "Stopped and saved. The same command continues from there." in output and "3. Loss curves" not in output
     assert not ranks(tmp_path / "run")
     assert read_manifest(newest_checkpoint(tmp_path / "run")).step == records(tmp_path / "run")[-1]["step"]
 
