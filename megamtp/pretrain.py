@@ -57,7 +57,7 @@ def _train(run: CheckedRun, place: Place) -> bool:
         engine.load(start.checkpoint)
     with raised_by_all():
         training = Training(
-            run.config, engine, loader, start.position, run.validation, stop, start.step, start.owes_evaluation
+            run.config, engine, loader, start.position, run.validation, stop, start.step, start.evaluate_first
         )
     return training.run()
 

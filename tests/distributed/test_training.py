@@ -331,8 +331,8 @@ def _check_arguments(lrs: list[float], num_tokens: list[int]) -> str:
     ("lrs", "num_tokens", "words"),
     [
         ([0.1, 0.1], [7, 7], ""),
-        ([0.1, 0.2], [7, 7], "rank 1 is not started as rank 0 is (optimizer.lr: 0.1 -> 0.2)"),
-        ([0.1, 0.1], [7, 8], "rank 1 is not started as rank 0 is (corpora of [100, 7] -> [100, 8] tokens)"),
+        ([0.1, 0.2], [7, 7], "rank 1 was not started like rank 0 (optimizer.lr: 0.1 -> 0.2)"),
+        ([0.1, 0.1], [7, 8], "rank 1 was not started like rank 0 (corpora of [100, 7] -> [100, 8] tokens)"),
     ],
 )
 def test_ranks_with_different_settings_or_corpora_are_an_error(lrs, num_tokens, words):
