@@ -59,22 +59,22 @@ class Training:
         position: DataPosition,
         validation: Windows | None,
         stop: StopRequest,
-        first_step: int,
+        steps_taken: int,
         evaluate_first: bool = False,
     ):
         """
         Args:
             position: the position in the data that `train` reads from.
-            first_step: number of steps already taken. If it is not 0, the engine has loaded that step's checkpoint.
+            steps_taken: if it is not 0, the engine has loaded the checkpoint of this step.
             evaluate_first: evaluate before the first step, because the previous job was stopped before or during the
-                evaluation after `first_step`.
+                evaluation after step `steps_taken`.
         """
         self.config, self.engine, self.train, self.validation, self.stop = config, engine, train, validation, stop
         self.position = position
-        self.step, self.evaluate_first = first_step, evaluate_first
+        self.step, self.evaluate_first = steps_taken, evaluate_first
         self.num_nonfinite_steps = 0  # in a row, up to the current step
         self._data_error: str | None = None  # what is wrong with the data that this rank needs next
-        self.metrics = Metrics(config, first_step, engine.rank, engine.world_size, engine.device)
+        self.metrics = Metrics(config, steps_taken, engine.rank, engine.world_size, engine.device)
         self.saver = Saver(config, engine, self.metrics)
 
     def run(self) -> bool:
