@@ -1,4 +1,7 @@
-"""The training loop: it reads data, steps the engine, reports metrics, evaluates and saves checkpoints."""
+"""The training loop: it reads data, steps the engine, reports metrics, evaluates and saves checkpoints.
+
+Tests: tests/distributed/test_training.py.
+"""
 
 import faulthandler
 import gc

@@ -3,6 +3,8 @@
     begin: copy | thread: write and sync this rank's file | ... steps ... | all ranks have written: rank 0 publishes
 
 The all-reduce at the end of each step (loop.py) counts the ranks that have written. No rank waits for the slowest disk.
+
+Tests: tests/distributed/test_saving.py.
 """
 
 import dataclasses
