@@ -1,4 +1,4 @@
-"""The command line of tools/benchmark.py."""
+"""Runs a benchmark: python tools/benchmark.py NAME. Its options: python tools/benchmark.py NAME --help."""
 
 import importlib
 import sys

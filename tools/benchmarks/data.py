@@ -1,6 +1,6 @@
 """What a corpus costs to open and to read: our windows beside megatron-core's GPTDataset, where it is installed.
 
-    python tools/benchmark.py data --output results
+    %(prog)s --output results
 
 Corpora of documents of 1000 tokens; the largest, 10^12 tokens by default, has 10^9 documents in a sparse index, and 2
 GB of checksums. Opening is what a job does before its first batch: ours, and GPTDataset without its cache and with it.

@@ -1,7 +1,7 @@
 """Whether fp8 losses learn as well as bf16's: the 0.3B model with 4 heads, trained on the same data from the same
 weights.
 
-    python tools/benchmark.py learning --prepare TEXT ... --data corpus --output results
+    %(prog)s --prepare TEXT ... --data corpus --output results
 
 Each training is a run of megamtp.pretrain in --runs: called again, what was interrupted goes on, and of what is
 finished only the metrics are read.

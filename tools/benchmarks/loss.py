@@ -1,7 +1,7 @@
 """The loss of one head, forward and backward: time over that of its three matrix products at the card's rate, and
 memory.
 
-    python tools/benchmark.py loss --output results
+    %(prog)s --output results
 
 Extra memory is what is alive besides inputs, dH and one sum of dW. "One of 4 heads": a quarter of the time of four
 losses that share dW and, in fp8, the quantised weight. liger-kernel and cut-cross-entropy take part where installed.

@@ -1,10 +1,9 @@
 """Step time of n heads over that of one, forward and backward, on one GPU as a rank of an emulated cluster (paper.md,
 table S5).
 
-    python tools/benchmark.py overhead --sizes 6.7b --heads 1 4 --output results
-    python tools/benchmark.py overhead --bandwidth null --sms 16 --name overhead_nodes_16sms --output results
-    torchrun --nproc-per-node 2 tools/benchmark.py overhead --sizes 6.7b --rebuild --name nccl --output results
-    (real ranks)
+    %(prog)s --sizes 6.7b --heads 1 4 --output results
+    %(prog)s --bandwidth null --sms 16 --name overhead_nodes_16sms --output results
+    torchrun --nproc-per-node 2 tools/benchmark.py overhead --sizes 6.7b --rebuild --name nccl    (real ranks)
 
 A size has a process of its own, in which variants take turns. "plain" has neither engine nor communication; "hosted /
 bare" is a variant's n = 1 step over it.

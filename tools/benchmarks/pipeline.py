@@ -1,6 +1,6 @@
 """A pipeline's step, played with the times of its stages as they are on one GPU, and the memory of each stage.
 
-    python tools/benchmark.py pipeline --output results
+    %(prog)s --output results
 
 Three plans: "naive", equal numbers of layers and all heads last; "whole layers", the best cut; "spread losses", the
 best one with losses spread by vocabulary. The fastest is chosen (**). Played are the schedule's passes and transfers

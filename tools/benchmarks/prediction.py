@@ -2,8 +2,7 @@
 
     torchrun --nproc-per-node 2 tools/benchmark.py overhead --sizes 1.3b --rebuild --name overhead_nccl --output results
     python tools/benchmark.py overhead --sizes 1.3b --world-size 2 ... --name overhead_nccl_emulated --output results
-    python tools/benchmark.py prediction --measured results/overhead_nccl.json --emulated
-    results/overhead_nccl_emulated.json
+    %(prog)s --measured results/overhead_nccl.json --emulated results/overhead_nccl_emulated.json
 
 The emulated run takes what `links` has measured: --bandwidth, --set cluster.latency=... cluster.efficiency={...}. Needs
 no GPU.

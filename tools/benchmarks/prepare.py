@@ -1,6 +1,6 @@
 """Preparation's throughput on this machine's CPU: one worker beside bare SentencePiece, and more workers beside one.
 
-    python tools/benchmark.py prepare --input TEXT ... --output results
+    %(prog)s --input TEXT ... --output results
 
 Each round measures, one after another in turn: `sentencepiece.encode` of all texts, which are in memory already, on one
 thread; tokenising the same files into parts by one worker; and by 2 and more workers. The tokenizer is trained before.

@@ -1,7 +1,7 @@
 """A real pretraining, one rank of which is killed: losses, throughput, what the kill cost, and what the trained model
 writes.
 
-    python tools/benchmark.py recovery --prepare TEXT ... --data corpus --output results
+    %(prog)s --prepare TEXT ... --data corpus --output results
 
 megamtp.commands.local trains on all GPUs of this machine, on two CPU ranks where there is none. A rank gets SIGKILL at
 step --kill-at; the job, which ends by that, is started again, and goes on from its newest checkpoint. The trained model

@@ -1,6 +1,6 @@
 """What checkpoints cost a training: step time while one is written, how long training stands still, and bandwidth.
 
-    python tools/benchmark.py saving --size 1.3b --output results
+    %(prog)s --size 1.3b --output results
 
 The training is megamtp.commands.local with random tokens on all GPUs of this machine; what it writes goes to a folder
 in --scratch and is removed. Its metrics tell which steps ran while a checkpoint was written: those between the copy of

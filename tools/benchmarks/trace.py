@@ -1,7 +1,7 @@
 """Exposed communication of one step, read from a profiler's trace: with prefetch as configured, and with none; and a
 plain step.
 
-    python tools/benchmark.py trace --size 6.7b --heads 4 --output results
+    %(prog)s --size 6.7b --heads 4 --output results
 
 Exposed is the time in which a transfer is under way and nothing computes. The exit status is 1 if its share of the head
 phase is above the limit. Without prefetch it should be: a check that cannot fail shows nothing. "plain" has neither

@@ -16,7 +16,7 @@ from megamtp.data.loader import Batch
 from megamtp.engines.zero import ZeroEngine
 from megamtp.model.initial import STANDARD_DEVIATION
 from megamtp.model.mtp import MTPModel
-from megamtp.training.loop import leave_to_collections_what_is_to_come
+from megamtp.training.loop import freeze_garbage_collector
 
 NAMES = ("plain", "ours", "ours fp8", "fsdp2 one backward", "fsdp2 per head", "deepspeed as shipped")
 LARGE = 2**24  # bytes
@@ -240,7 +240,7 @@ def measure(
             torch.cuda.reset_peak_memory_stats()
             dist.barrier()
             retries = torch.cuda.memory_stats()["num_alloc_retries"]
-            leave_to_collections_what_is_to_come()  # as training does
+            freeze_garbage_collector()  # as training does
             milliseconds = [variant.step() for _ in range(steps)]
             gc.unfreeze()
             output.say(f"{cell}: {output.spread(milliseconds)} ms")

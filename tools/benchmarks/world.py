@@ -1,6 +1,6 @@
 """Step time, forward and backward, against the number of ranks of the emulated cluster: what sharding costs the host.
 
-    python tools/benchmark.py world --output results
+    %(prog)s --output results
 
 A process is a rank of one cluster only, so each number of ranks has a process of its own, in which the variants take
 turns; rounds go through the numbers upwards and downwards by turns. DeepSpeed as shipped takes part at few numbers: it
