@@ -141,7 +141,7 @@ def test_collectives_are_timed_after_a_head_start_on_the_card(monkeypatch):
     hold.assert_called_with(time, links.HEAD_START, num_sms=1)
 
 
-def test_emulated_steps_beside_real_ones(tmp_path, monkeypatch):
+def test_emulated_steps_beside_real_ones(tmp_path, monkeypatch, capsys):
     def written(name: str, ranks: int, milliseconds: list[float]) -> str:
         results = [{"size": "1.3b", "heads": 1, "variant": "ours", "milliseconds": [each]} for each in milliseconds]
         results = [result | {"heads": heads} for heads, result in enumerate(results, start=1)]
@@ -162,7 +162,7 @@ def test_emulated_steps_beside_real_ones(tmp_path, monkeypatch):
         (far, "in 1 of 2 rows, 11.0% at most: FAILS"),
     ):
         prediction.main(["--measured", real, "--emulated", emulated, "--output", str(tmp_path)])
-        assert verdict in (tmp_path / "prediction.md").read_text()
+        assert verdict in capsys.readouterr().out
     with pytest.raises(InputError, match="has other sizes, heads, variants or ranks than"):
         prediction.main(["--measured", real, "--emulated", written("others", 4, [100.0, 200.0])])
     with pytest.raises(InputError, match=r"nowhere cannot be read .*; expected the JSON file of `overhead`"):
@@ -203,14 +203,14 @@ def test_settings_tell_the_network(tmp_path):
     }
 
 
-def test_all_three_files_are_called_as_asked(tmp_path, capsys):
+def test_both_files_are_called_as_asked(tmp_path, capsys):
     picture, (axes,) = output.figure(4, 3)
     output.bars(axes, ["a", "b"], {"one": {"a": 1.0, "b": 2.0}, "other": {"b": 3.0}})
     assert [round(bar.get_height()) for bar in axes.patches] == [1, 2, 3]
     output.write(options(tmp_path, "--name", "sms16"), {"SMs held": 16}, [{"n": 1}], "the table", picture)
-    assert {path.name for path in tmp_path.iterdir()} == {"sms16.md", "sms16.json", "sms16.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"sms16.json", "sms16.png"}
     assert json.loads((tmp_path / "sms16.json").read_text())["settings"] == {"SMs held": 16}
-    assert (tmp_path / "sms16.md").read_text() in capsys.readouterr().out
+    assert "; SMs held 16\n\nthe table\n\n`python tools/benchmark.py " in capsys.readouterr().out
 
 
 def test_a_fresh_process_answers_or_says_how_it_ended():
@@ -223,7 +223,7 @@ def test_a_fresh_process_answers_or_says_how_it_ended():
             failing.result()
 
 
-def test_world_goes_up_and_down_and_divides_by_the_first(tmp_path, monkeypatch):
+def test_world_goes_up_and_down_and_divides_by_the_first(tmp_path, monkeypatch, capsys):
     """A step as long as it was given, and longer by the number of times that its process was made."""
     made = []
 
@@ -240,7 +240,7 @@ def test_world_goes_up_and_down_and_divides_by_the_first(tmp_path, monkeypatch):
     monkeypatch.setattr(output, "start", lambda options: None)
     world.main(["--world-sizes", "8", "64", "512", "--output", str(tmp_path), "--steps", "3"])
     assert made == [8, 64, 512, 512, 64, 8]
-    header, *found = rows((tmp_path / "world.md").read_text())
+    header, *found = rows(capsys.readouterr().out)
     assert header[1:3] == ["ours, ms", "over 8 ranks"]
     assert [row[0] for row in found] == ["8", "64", "512"]
     assert [row[1] for row in found] == ["153.5 [151.0, 156.0]", "153.5 [152.0, 155.0]", "153.5 [153.0, 154.0]"]
@@ -261,7 +261,7 @@ def invented_trace(exposed: float) -> exposure.Trace:
 
 
 @pytest.mark.parametrize(("exposed", "status", "word"), [(1.0, 0, "holds"), (8.5, 1, "FAILS")])
-def test_trace_tells_whether_the_head_phase_is_exposed(tmp_path, monkeypatch, exposed, status, word):
+def test_trace_tells_whether_the_head_phase_is_exposed(tmp_path, monkeypatch, capsys, exposed, status, word):
     class Invented(variants.Variant):
         def __init__(self, config):
             self.prefetches = config.engine.prefetch_modules > 0
@@ -288,7 +288,7 @@ def test_trace_tells_whether_the_head_phase_is_exposed(tmp_path, monkeypatch, ex
     except SystemExit as end:
         ended = end.code
     assert ended == status
-    shown = (tmp_path / "trace.md").read_text()
+    shown = capsys.readouterr().out
     share = exposed + 9 * 0.5
     assert f"prefetch as configured: head phase: exposed {share:.2f} % <= 6 %: {word}" in shown
     assert "no prefetch: head phase: exposed 14.00 % <= 6 %: FAILS" in shown
@@ -325,14 +325,14 @@ def test_overhead_shows_ratios_and_first_steps(tmp_path):
         overhead_result("ours", 4, 645, exposure=exposed, first_step_seconds=31.5),
         overhead_result("fsdp2 per head", 4, 900),
     ]
-    header, plain, ours, per_head = rows(overhead._table(results, [1, 4]))
+    header, plain, ours, per_head = rows(overhead.tables(results))
     assert header[-1] == "first step, s"
     assert plain[2:6] == ["600.0 [599.0, 602.0]", "633.0 [632.0, 635.0], 3 times without memory", "1.055", "1.054"]
     assert ours[4:] == ["1.040", "1.054", "1.033", "565", "1.000 of 32.0 GiB", "1.50%", "30.0, 31.5"]
     assert (per_head[2], per_head[4], per_head[-2:]) == ("-", "-", ["-", "-"])
     assert len({len(header), len(plain), len(ours), len(per_head)}) == 1
     warm = [{key: value for key, value in result.items() if key != "first_step_seconds"} for result in results]
-    assert rows(overhead._table(warm, [1, 4]))[0] == header[:-1]
+    assert rows(overhead.tables(warm))[0] == header[:-1]
     overhead._draw(results).savefig(tmp_path / "overhead.png")
     assert (tmp_path / "overhead.png").stat().st_size > 10_000
 
@@ -371,7 +371,7 @@ def test_overhead_has_a_process_for_each_size_and_traces_last_in_it(tmp_path, mo
         for what, of in (("measured", cells), ("traced", cells[-2:]))
     ]
     assert own == ["_measure_size", "first_step", "first_step"] * 2
-    found = rows((tmp_path / "overhead.md").read_text())[1:]
+    found = rows(overhead.tables(json.loads((tmp_path / "overhead.json").read_text())["results"]))[1:]
     assert {(row[0], row[1]): row[-2] for row in found} == {
         (size, name): "-" if name == "plain" else "5.50%" for size in ("0.3b", "6.7b") for name in names
     }
@@ -404,7 +404,7 @@ def test_loss_says_in_what_dtype_gradients_are_summed(tmp_path):
         for dim, vocabulary in loss.SHAPES
         for index, name in enumerate(names)
     ]
-    _, *found = rows(loss._table(results))
+    _, *found = rows(loss.tables(results))
     assert len(found) == 12
     assert found[0] == ["2048", "32000", "ours", "float32", "5.00 [4.00, 6.00]", "1.20", "0.50"]
     assert (found[3][3], found[3][-1]) == ("bfloat16", "-")
@@ -412,7 +412,7 @@ def test_loss_says_in_what_dtype_gradients_are_summed(tmp_path):
     assert (tmp_path / "loss.png").stat().st_size > 10_000
 
 
-def test_data_opens_and_reads_what_it_invents(tmp_path, monkeypatch):
+def test_data_opens_and_reads_what_it_invents(tmp_path, monkeypatch, capsys):
     """Both sides, in this process and on small files; the numbers are of no interest."""
     monkeypatch.setattr(
         data, "Fresh", lambda function, *arguments: SimpleNamespace(result=lambda: function(*arguments))
@@ -428,7 +428,7 @@ def test_data_opens_and_reads_what_it_invents(tmp_path, monkeypatch):
     assert list(read) == [*data.READERS, "GPTDataset"] and min(read.values()) > 1000
     assert [path.name for path in tmp_path.iterdir()] == ["results"]
     assert (tmp_path / "results/data.png").stat().st_size > 10_000
-    shown = [row[:2] for row in rows((tmp_path / "results/data.md").read_text())]
+    shown = [row[:2] for row in rows(capsys.readouterr().out)]
     assert shown[:2] == [["tokens", "opened by"], ["1e+05", data.OURS]] and shown[-1][0] == "GPTDataset"
 
 
