@@ -102,7 +102,7 @@ def test_blend_whose_weights_have_no_sum():
         _ = DataConfig(train="1e308 a 1e308 b").train_corpora
 
 
-def test_resolved_blend_is_read_back_from_anywhere(tmp_path, monkeypatch):
+def test_resolved_blend_is_read_back_with_absolute_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = read_config([*SMALL, "data.train=0.7 a/train 0.3 'my corpus/train'", "data.documents=mask"])
     write_config(config, tmp_path / "config.yaml")

@@ -4,7 +4,7 @@ import pytest
 
 from megamtp.cluster.environment import Place, emulated_place
 from megamtp.cluster.network import Network
-from megamtp.config import ClusterConfig
+from megamtp.config import ClusterConfig, EfficiencyConfig
 from megamtp.errors import InputError
 from tests.cases import global_batch, own_share, small_config
 from tests.ranks import run_ranks
@@ -17,7 +17,9 @@ GIGABYTE = 10**9
 )
 def test_flat_network(kind, passes):
     """Reductions at half the bandwidth count twice; an all-reduce is a reduction and a gather."""
-    cluster = ClusterConfig(emulate=64, flat_bandwidth=100e9, latency=1e-3, efficiency={"reduce_scatter": 0.5})
+    cluster = ClusterConfig(
+        emulate=64, flat_bandwidth=100e9, latency=1e-3, efficiency=EfficiencyConfig(reduce_scatter=0.5)
+    )
     expected = 1e-3 + passes * GIGABYTE * 63 / 64 / 100e9
     assert Network(cluster).seconds(kind, GIGABYTE) == pytest.approx(expected)
 

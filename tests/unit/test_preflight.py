@@ -10,7 +10,7 @@ from megamtp.config import read_config, write_config
 from megamtp.data.indexed_dataset import IndexedDatasetWriter
 from megamtp.data.tokenizer import SentencePieceTokenizer
 from megamtp.errors import InputError
-from megamtp.training.preflight import _check_tokenizer, _check_vocabulary, _spare_real_run, check, report_vocabulary
+from megamtp.training.preflight import _check_tokenizer, _check_vocabulary, _refuse_real_run, check, report_vocabulary
 from tests import tokenizer_kinds
 
 CONFIG = str(Path(__file__).parents[2] / "configs/quickstart.yaml")
@@ -24,7 +24,7 @@ def test_vocabulary_of_a_corpus(tmp_path):
         assert _check_vocabulary(config, summary) is None
     summary.write_text('{"vocab_size": 401}')
     with pytest.raises(
-        InputError, match=r"corpus\.json tells of a vocabulary of 401, model\.vocab_size is 400; expected no more"
+        InputError, match=r"corpus\.json has a vocabulary of 401, model\.vocab_size is 400; expected no more"
     ):
         _check_vocabulary(config, summary)
 
@@ -38,12 +38,15 @@ def test_a_vocabulary_larger_than_the_tokenizers(tmp_path, capsys):
         config = read_config(larger)
         _check_vocabulary(config, prepared)
         report_vocabulary(config)
-        words = "model.vocab_size is 512, the tokenizer has 500 pieces: 12 more rows, part of every softmax\n"
+        words = "model.vocab_size is 512, the tokenizer has 500 pieces: 12 rows have no token; "
+        words += "they are part of every softmax\n"
         assert tuple(capsys.readouterr()) == (words, "")
     _check_tokenizer(read_config([*ours, "model.vocab_size=512"]))
     report_vocabulary(read_config([*ours, "model.vocab_size=500"]))
     assert tuple(capsys.readouterr()) == ("", "")
-    with pytest.raises(InputError, match=r"500 pieces, model\.vocab_size is 499; expected as many or more: set model"):
+    with pytest.raises(
+        InputError, match=r"500 pieces, model\.vocab_size is 499; expected as many rows or more: set model"
+    ):
         _check_tokenizer(read_config([*ours, "model.vocab_size=499"]))
     prepared.write_text('{"vocab_size": 400}')
     with pytest.raises(InputError, match=r"vocabulary of 400, .*tokenizer\.model has 500 pieces; expected the same"):
@@ -57,18 +60,18 @@ def test_a_tokenizer_that_cannot_be_exported_is_said_before_training(tmp_path, c
     report_vocabulary(read_config([*settings, f"data.tokenizer={model}"]))
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
-    words = f"the model can be trained; {model} cannot be exported to hf or hf-mtp: it is a unigram model; expected"
+    words = f"training works, but {model} cannot be exported to hf or hf-mtp: it is a unigram model; expected"
     assert err.startswith(f"megamtp: warning: {words}")
 
 
 def test_an_emulated_rank_spares_a_real_runs_folder(tmp_path):
-    _spare_real_run(tmp_path)
+    _refuse_real_run(tmp_path)
     settings = [CONFIG, "run.directory=r", "data.train=a"]
     write_config(read_config([*settings, "cluster.emulate=4"]), tmp_path / "config.yaml")
-    _spare_real_run(tmp_path)
+    _refuse_real_run(tmp_path)
     write_config(read_config(settings), tmp_path / "config.yaml")
     with pytest.raises(InputError, match="holds a real run"):
-        _spare_real_run(tmp_path)
+        _refuse_real_run(tmp_path)
 
 
 def test_each_rank_checks_its_own_share_of_the_validation_windows(tmp_path, monkeypatch):
