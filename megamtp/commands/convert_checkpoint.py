@@ -1,12 +1,13 @@
 """Turns a checkpoint into one of another format; SOURCE's own is recognised.
 
     python -m megamtp.commands.convert_checkpoint runs/quickstart exported --to hf
-    python -m megamtp.commands.convert_checkpoint runs/quickstart/checkpoints/step-0000100 exported --to meta --dtype
-    fp16 python -m megamtp.commands.convert_checkpoint Llama-2-7b-hf initial --to canonical --num-future-tokens 4
-    python -m megamtp.commands.convert_checkpoint universal runs/new --to zero3        (then pretrain with
-    run.directory=runs/new)
+    python -m megamtp.commands.convert_checkpoint runs/quickstart/checkpoints/step-0000100 exported --to meta
+    python -m megamtp.commands.convert_checkpoint Llama-2-7b-hf initial --to canonical --num-future-tokens 4
+    python -m megamtp.commands.convert_checkpoint universal runs/new --to zero3
 
-Adam's moments go along between run, canonical and universal; the other formats hold weights alone.
+The last two begin a training: with run.initial_weights=initial, and with run.directory=runs/new. Adam's moments are
+converted between run, canonical and universal; the other formats hold weights alone. A conversion needs some 0.3 GB of
+memory, whatever the model's size; only files in torch's format from before version 1.6 are read whole.
 """
 
 import argparse

@@ -5,11 +5,17 @@ megamtp-prepare-data --standard-library --output corpus
 mpirun -n 65 megamtp-prepare-data --input /data/pile --tokenizer tokenizer.model --output /shared/corpus
 
 A file's content decides whether it is text, JSON lines or Parquet: most of the first ten lines of JSON lines are
-objects. Files named .jsonl, .ndjson or .parquet, and .json if they are given themselves, must be that. In folders,
-binary files, links to folders and whatever is hidden (such as .git) are passed over, counted and the first named; a
-link that points nowhere is an error.
+objects. Files named .jsonl, .ndjson or .parquet, and .json if they are given themselves, must be that. Text and JSON
+lines may be compressed (.gz, .bz2, .xz, .zst); Parquet and .zst need pip install '.[data]'. In folders, binary files,
+links to folders and whatever is hidden (such as .git) are passed over, counted and the first named; a link that points
+nowhere is an error.
 
-The corpus is the same for any number of workers. Killed and called again, it goes on from the parts it has finished.
+The corpus is Megatron-LM's .bin/.idx, byte for byte, with checksums in .crc: Megatron-LM, NeMo and GPT-NeoX read it,
+and megamtp reads theirs. A folder without corpus.json, which is written last, is not a corpus. End-of-text markers that
+occur in a text, such as </s>, are tokenised as ordinary characters; their documents are counted. For a byte-level
+corpus (--tokenizer bytes) train with data.tokenizer=bytes model.vocab_size=257, or 272 for fp8 losses.
+
+It is the same for any number of workers. Killed and called again, it goes on from the parts it has finished.
 Under mpirun rank 0 hands out the work and the others do it; all must see the inputs and the output. While it runs, and
 until it is called again after it was killed, the output folder holds the tokens of finished parts in .preparation: room
 for all tokens twice.

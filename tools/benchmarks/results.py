@@ -98,5 +98,10 @@ def _sentence(module: ModuleType) -> str:
 
 
 def _link(title: str) -> str:
-    """To a heading of the same page, as GitHub names it."""
-    return f"[{title}](#{re.sub(r'[^a-z0-9 _-]', '', title.lower()).replace(' ', '-')})"
+    """To a heading of the same page."""
+    return f"[{title}](#{anchor(title)})"
+
+
+def anchor(title: str) -> str:
+    """The name that GitHub gives a heading."""
+    return re.sub(r"[^a-z0-9 _-]", "", title.lower()).replace(" ", "-")
