@@ -1,4 +1,7 @@
-"""Where a job starts: at the newest checkpoint of its run, and at the first window on which the run has not trained."""
+"""Where a job starts: at the newest checkpoint of its run, and at the first window on which the run has not trained.
+
+Tests: tests/distributed/test_training.py, tests/end_to_end/test_resume.py.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path

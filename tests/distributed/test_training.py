@@ -26,7 +26,7 @@ from megamtp.training.metrics import FILE, Metrics, lacks_validation
 from megamtp.training.starting import check_agreement
 from tests.cases import POSITIONS, VOCABULARY, WINDOWS, small_config
 from tests.ranks import run_ranks
-from tests.unit.test_windows import Tokens
+from tests.unit.data.test_windows import Tokens
 
 STEPS = 16
 

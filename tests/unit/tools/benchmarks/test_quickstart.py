@@ -1,4 +1,4 @@
-"""tools/benchmarks/quickstart.py on an invented run."""
+"""What an invented run of the quickstart has learned."""
 
 import dataclasses
 import json

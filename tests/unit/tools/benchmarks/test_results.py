@@ -1,10 +1,10 @@
-"""tools/benchmarks/results.py and summary.py: the committed page is what the committed JSON files make."""
+"""The page of all measurements: the committed one is what the committed JSON files make."""
 
 import json
 import shutil
 
 import pytest
-from benchmarks import results, summary
+from benchmarks import results
 
 from megamtp.errors import InputError
 
@@ -58,16 +58,3 @@ def test_a_file_that_no_benchmark_wrote_is_named(command, tmp_path):
     (tmp_path / "mine.json").write_text(json.dumps({"circumstances": {"command": command}}))
     with pytest.raises(InputError, match=f"mine.json: its command is {command}; expected one of tools/benchmark.py"):
         results.page(tmp_path)
-
-
-def test_the_summary_divides_medians():
-    def step(variant: str, heads: int, milliseconds: float) -> dict:
-        times = [milliseconds - 1, milliseconds, milliseconds + 5]
-        return {"size": "3b", "variant": variant, "heads": heads, "milliseconds": times, "flops": 10.0 + heads}
-
-    steps = [step("plain", 1, 100), step("ours", 1, 110), step("ours", 4, 121), step("ours fp8", 4, 115.5)]
-    steps += [step("fsdp2 one backward", 1, 120), step("fsdp2 per head", 4, 180)]
-    lines = summary.table(steps, [{"size": "3b", "heads": 4, "ratio": 1.07}]).splitlines()
-    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert header == ["n = 4 / n = 1", "3B"]
-    assert [cell for _, cell in rows] == ["1.100", "1.050", "-", "1.500", "-", "1.273", "1.07", "1.100", "1.200"]
