@@ -5,7 +5,9 @@
     %(prog)s Llama-2-7b-hf initial --to canonical --num-future-tokens 4
     %(prog)s universal runs/new --to zero3        (then pretrain with run.directory=runs/new)
 
-Conversions between run, canonical and universal keep Adam's moments. The other formats hold only weights.
+Conversions between run, canonical and universal keep Adam's moments. The other formats hold only weights. A
+conversion needs about 0.3 GB of memory, whatever the model's size; only torch files written before torch 1.6 are read
+whole.
 """
 
 import argparse

@@ -6,8 +6,14 @@
 
 The content of a file decides whether it is text, JSON lines or Parquet. It counts as JSON lines if most of its first
 ten lines are objects. A file named .jsonl, .ndjson or .parquet must have that format, and so must a .json file that
---input names. Binary files, hidden files (such as .git) and links to folders in a folder are passed over; the summary
+--input names. Text and JSON lines may be compressed (.gz, .bz2, .xz, .zst); Parquet and .zst need pip install
+'.[data]'. Binary files, hidden files (such as .git) and links to folders in a folder are passed over; the summary
 counts them and names the first. A broken link is an error.
+
+The corpus is Megatron-LM's .bin/.idx, byte for byte, with checksums in .crc: Megatron-LM, NeMo and GPT-NeoX read it,
+and megamtp reads theirs. A folder without corpus.json, which is written last, is not a corpus. End-of-text markers in a
+text, such as </s>, are tokenized as ordinary characters; the summary counts their documents. For a byte-level corpus
+(--tokenizer bytes) train with data.tokenizer=bytes model.vocab_size=257, or 272 for fp8 losses.
 
 The corpus does not depend on the number of workers. If the command is killed, the same command continues from the parts
 that are finished. Under mpirun, rank 0 distributes the work to the other ranks; all of them must see the inputs and the

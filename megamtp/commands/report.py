@@ -62,16 +62,16 @@ def main() -> None:
         problem = f"has no {RESOLVED}" if os.path.isdir(run_directory) else "is not a folder"
         raise InputError(f"{run_directory} {problem}; expected the run.directory of a run: train it first")
     config = read_config([str(run_directory / RESOLVED)])
-    training, validation = _read_metrics(run_directory / METRICS, config.model.num_future_tokens)
-    entropy = _unigram_entropy(config)
-    _plot(run_directory, training, validation, entropy)
+    training, validation = read_losses(run_directory / METRICS, config.model.num_future_tokens)
+    entropy = unigram_entropy(config)
+    _save(draw(training, validation, entropy, run_directory.resolve().name), run_directory / PICTURE)
     _print_table(training, validation, entropy)
     _print_warnings(validation, entropy)
     if arguments.min_margin is not None and not _check(validation, entropy, arguments.min_margin):
         sys.exit(1)
 
 
-def _read_metrics(path: Path, num_heads: int) -> tuple[Losses, Losses]:
+def read_losses(path: Path, num_heads: int) -> tuple[Losses, Losses]:
     """Returns the training losses and the validation losses."""
     series: dict[str, tuple[list[int], list[list[float]]]] = {"train": ([], []), "validation": ([], [])}
     try:
@@ -110,7 +110,7 @@ def _losses(record: dict[str, Any], num_heads: int) -> list[float]:
     return [math.nan if loss is None else float(loss) for loss in losses]
 
 
-def _unigram_entropy(config: Config) -> float | None:
+def unigram_entropy(config: Config) -> float | None:
     """Returns the validation split's unigram entropy in nats per token, or None without prepare_data's summary."""
     if config.data.validation is None:
         return None
@@ -128,7 +128,8 @@ def _unigram_entropy(config: Config) -> float | None:
         ) from None
 
 
-def _plot(run_directory: Path, training: Losses, validation: Losses, entropy: float | None) -> None:
+def draw(training: Losses, validation: Losses, entropy: float | None, title: str) -> Figure:
+    """Returns a figure of every head's training and validation losses, and of the unigram entropy if it is known."""
     figure = Figure(figsize=(9, 5.5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     num_heads = training.losses.shape[1]
@@ -141,18 +142,22 @@ def _plot(run_directory: Path, training: Losses, validation: Losses, entropy: fl
     if entropy is not None:
         axes.axhline(entropy, color="0.3", linestyle="--", linewidth=1, label="unigram entropy")
     axes.set(xlabel="optimizer step", ylabel="loss, nats per token")
-    axes.set_title(run_directory.resolve().name, parse_math=False)  # dollar signs in the name are not formulas
+    axes.set_title(title, parse_math=False)  # dollar signs in the name are not formulas
     axes.set_title("dots: validation\nlight lines: training", loc="right", fontsize="small", color="0.3")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    partial = run_directory / f"{PICTURE}.partial"
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> None:
+    partial = path.with_name(f"{path.name}.partial")
     try:
         figure.savefig(partial, format="png")
-        os.replace(partial, run_directory / PICTURE)
+        os.replace(partial, path)
     except OSError as error:
         raise InputError(
-            f"{run_directory / PICTURE} cannot be written: {error.strerror}; make room, or make the folder writable"
+            f"{path} cannot be written: {error.strerror}; make room, or make the folder writable"
         ) from None
 
 

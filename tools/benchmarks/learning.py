@@ -80,7 +80,7 @@ def main(arguments: list[str]) -> None:
         "training loss": f"mean of the last {LAST_STEPS}",
     }
     options.output.mkdir(parents=True, exist_ok=True)
-    output.write(options, settings, results(learned), table(learned), draw(learned))
+    output.write(options, settings, results(learned), tables(results(learned)), draw(learned))
 
 
 def _settings(data: Path, run: Path, steps: int) -> list[str]:
@@ -139,7 +139,7 @@ def results(learned: dict[str, Learned]) -> list[dict]:
     ]
 
 
-def table(learned: dict[str, Learned]) -> str:
+def tables(results: list[dict]) -> str:
     header = ["losses", "head", "training loss", "difference", "validation loss", "difference"]
     return output.table(
         header,
@@ -152,7 +152,7 @@ def table(learned: dict[str, Learned]) -> str:
                 f"{r['validation']:.4f}",
                 f"{r['validation_difference']:+.2%}",
             ]
-            for r in results(learned)
+            for r in results
         ],
     )
 

@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> None:
     for dim, vocabulary in SHAPES:
         results += _measure_shape(options.rows, dim, vocabulary, rate, options.rounds)
     settings = {"positions": options.rows, "floor": f"three products at {rate / 1e12:.0f} TFLOP/s, measured"}
-    output.write(options, settings, results, _table(results), _draw(results))
+    output.write(options, settings, results, tables(results), _draw(results))
 
 
 def _rate() -> float:
@@ -153,7 +153,7 @@ def _contestants(hidden: Tensor, peaked: Tensor, weight: Tensor, targets: Tensor
     return found
 
 
-def _table(results: list[dict]) -> str:
+def tables(results: list[dict]) -> str:
     header = ["d", "V", "loss", "dW summed in", "ms", "over floor", "extra memory, GiB"]
     rows = [
         [

@@ -1,4 +1,4 @@
-"""Step time of n heads over that of one, forward and backward, on one GPU as a rank of an emulated cluster (paper.md,
+"""Step time of n heads over that of one, forward and backward, on one GPU as a rank of an emulated cluster (the paper,
 table S5).
 
     %(prog)s --sizes 6.7b --heads 1 4 --output results
@@ -73,7 +73,7 @@ def main(arguments: list[str]) -> None:
                 if result["variant"] == "ours":
                     result["first_step_seconds"] = Fresh(_first_step, by_heads[result["heads"]]).result()
         results += measured
-        output.write(options, settings, results, _table(results, options.heads), _draw(results))
+        output.write(options, settings, results, tables(results), _draw(results))
 
 
 def _measure_size(size: str, configs: dict[int, Config], options: argparse.Namespace) -> list[dict]:
@@ -120,7 +120,8 @@ def _first_step(config: Config) -> float:
         return time.perf_counter() - start
 
 
-def _table(results: list[dict], heads: list[int]) -> str:
+def tables(results: list[dict]) -> str:
+    heads = list(dict.fromkeys(r["heads"] for r in results))
     by = {(r["size"], r["variant"], r["heads"]): r for r in results}
     header = ["size", "variant", *(f"n={n}, ms" for n in heads), *(f"n={n} / n=1" for n in heads[1:]), "FLOP ratio"]
     header += ["hosted / bare, n=1", "TFLOP/s, n=1", "peak memory n / 1", "exposed in heads"]
@@ -156,7 +157,7 @@ def _table(results: list[dict], heads: list[int]) -> str:
 def _milliseconds(result: dict | None) -> str:
     if not result:
         return "-"
-    retries = result["allocation_retries"]
+    retries = result.get("allocation_retries", 0)  # older results have none
     return output.spread(result["milliseconds"]) + (f", {retries} times without memory" if retries else "")
 
 

@@ -82,7 +82,7 @@ def main(arguments: list[str]) -> None:
         "measured": options.measured,
         **({"set": " ".join(options.set)} if options.set else {}),
     }
-    output.write(options, settings, results, f"{_table(results)}\n\n{_verdicts(results)}", _draw(results, boxes))
+    output.write(options, settings, results, tables(results), _draw(results, boxes))
 
 
 def _configs(size: str, options: argparse.Namespace) -> dict[tuple[int, int, int], Config]:
@@ -198,6 +198,10 @@ def _memory_errors(result: dict) -> list[float]:
     """Measured over planned, less 1, of the stages that were measured."""
     pairs = zip(result["peak_bytes"], result["planned_bytes"], strict=True)
     return [peak / planned - 1 for peak, planned in pairs if peak is not None]
+
+
+def tables(results: list[dict]) -> str:
+    return f"{_table(results)}\n\n{_verdicts(results)}"
 
 
 def _table(results: list[dict]) -> str:

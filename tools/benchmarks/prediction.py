@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> None:
         "measured": settings["date"],
         "emulated": emulation["date"],
     }
-    output.write(options, shown, results, f"{table(results)}\n\n{verdict(results)}", _draw(results))
+    output.write(options, shown, results, tables(results), _draw(results))
 
 
 def read(path: Path) -> tuple[dict, Cells]:
@@ -70,7 +70,11 @@ def ratio(result: dict) -> float:
     return statistics.median(result["emulated"]) / statistics.median(result["measured"])
 
 
-def table(results: list[dict]) -> str:
+def tables(results: list[dict]) -> str:
+    return f"{_table(results)}\n\n{_verdict(results)}"
+
+
+def _table(results: list[dict]) -> str:
     rows = [
         [
             result["size"],
@@ -85,7 +89,7 @@ def table(results: list[dict]) -> str:
     return output.table(["size", "n", "variant", "real ranks, ms", "emulated, ms", "emulated / real"], rows)
 
 
-def verdict(results: list[dict]) -> str:
+def _verdict(results: list[dict]) -> str:
     errors = [abs(ratio(result) - 1) for result in results]
     within = sum(error <= MOST_WRONG for error in errors)
     word = "holds" if within == len(errors) else "FAILS"

@@ -59,9 +59,7 @@ def main(arguments: list[str]) -> None:
     if options.device == "cuda":  # last, for the profiler slows what comes after it
         results = [found | computed(found, settings) for found in results]
     used = {name: settings[name] for name in ("micro-batches", "T", "pipelines", "link", "latency")}
-    output.write(
-        options, used | {"steps": options.steps}, results, f"{_table(results)}\n\n{_verdict(results)}", _draw(results)
-    )
+    output.write(options, used | {"steps": options.steps}, results, tables(results), _draw(results))
 
 
 def _read(path: Path) -> tuple[dict, list[dict]]:
@@ -172,6 +170,10 @@ class Run:
 def _ratio(result: dict) -> float:
     """Predicted over measured."""
     return result["planned_step"] / statistics.median(result["seconds"])
+
+
+def tables(results: list[dict]) -> str:
+    return f"{_table(results)}\n\n{_verdict(results)}"
 
 
 def _table(results: list[dict]) -> str:

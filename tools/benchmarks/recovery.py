@@ -80,7 +80,7 @@ def main(arguments: list[str]) -> None:
         "steps": options.steps,
         **({"set": " ".join(options.set)} if options.set else {}),
     }
-    output.write(options, settings, [result], _table(result), _draw(result, options.heads))
+    output.write(options, settings, [result], tables([result]), _draw(result, options.heads))
 
 
 def _settings(options: argparse.Namespace) -> list[str]:
@@ -185,7 +185,8 @@ def _sample(run: Path, prompt: str) -> str:
         return subprocess.run([sys.executable, *command], check=True, capture_output=True, text=True).stdout
 
 
-def _table(result: dict) -> str:
+def tables(results: list[dict]) -> str:
+    [result] = results
     training = [record for record in result["records"] if record["kind"] == "train"]
     *_, validation = (record for record in result["records"] if record["kind"] == "validation")
     rows = [

@@ -76,8 +76,7 @@ def main(arguments: list[str]) -> None:
     }
     settings |= {"set": " ".join(options.set)} if options.set else {}
     results = [vars(step) for step in steps] + checkpoints
-    shown = "\n\n".join([_steps_table(steps), _checkpoints_table(checkpoints), verdict(steps)])
-    output.write(options, settings, results, shown, _draw(steps))
+    output.write(options, settings, results, tables(results), _draw(steps))
 
 
 def _settings(options: argparse.Namespace, folder: Path) -> list[str]:
@@ -115,6 +114,12 @@ def _medians(steps: list[Step]) -> tuple[float, float]:
         statistics.median(step.seconds for step in steps if step.saving is saving) for saving in (False, True)
     )
     return other, saving
+
+
+def tables(results: list[dict]) -> str:
+    checkpoints = [result for result in results if result.get("kind") == "checkpoint"]
+    steps = [Step(**result) for result in results if result.get("kind") != "checkpoint"]
+    return "\n\n".join([_steps_table(steps), _checkpoints_table(checkpoints), verdict(steps)])
 
 
 def verdict(steps: list[Step]) -> str:

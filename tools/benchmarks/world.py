@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> None:
         **emulation.settings(jobs[0][0], options),
         "steps": options.rounds * options.steps,
     }
-    output.write(options, settings, results, _table(results), _draw(results, options.size))
+    output.write(options, settings, results, tables(results), _draw(results, options.size))
 
 
 def _measure(jobs: list[WorldJob], options: argparse.Namespace) -> list[dict]:
@@ -116,7 +116,7 @@ def _over_first(steps: dict[int, list[float]]) -> dict[int, float]:
     return {ranks: median / first for ranks, median in medians.items()}
 
 
-def _table(results: list[dict]) -> str:
+def tables(results: list[dict]) -> str:
     columns = [(name, steps, _over_first(steps)) for name, steps in _by_variant(results).items()]
     header = ["ranks"] + [
         cell for name, steps, _ in columns for cell in (f"{name}, ms", f"over {next(iter(steps))} ranks")

@@ -115,7 +115,7 @@ def test_smoothed_losses_ignore_skipped_steps(tmp_path, monkeypatch):
     kept = [line for number, line in enumerate(lines, start=1) if not 150 <= number <= 152]
     skipped = [json.dumps({"kind": "train", "step": step, "losses": [None] * 3}) + "\n" for step in range(150, 153)]
     (run / "metrics.jsonl").write_text("".join([*lines[:149], *skipped, *lines[152:]]))
-    training, _ = report._read_metrics(run / "metrics.jsonl", 3)
+    training, _ = report.read_losses(run / "metrics.jsonl", 3)
     assert np.isnan(training.losses).sum() == 9 and len(training.steps) == 400
     smooth = report._smooth(training.losses[:, 0])
     assert np.isfinite(smooth).all()

@@ -34,7 +34,7 @@ ARGUMENTS = [
 ]
 
 
-def test_runs_on_a_cpu_and_writes_all_three_files(tmp_path, monkeypatch, capsys):
+def test_runs_on_a_cpu_and_writes_both_files(tmp_path, monkeypatch, capsys):
     class Here:
         def __init__(self, function, *arguments):
             self.answer = function(*arguments)
