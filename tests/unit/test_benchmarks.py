@@ -125,15 +125,15 @@ def test_links_are_found_again():
 def test_collectives_are_timed_after_a_head_start_on_the_card(monkeypatch):
     """The kernels are stand-ins with the real ones' signatures."""
     mark, hold, call = create_autospec(links.mark, side_effect=lambda time: time), create_autospec(links.hold), Mock()
-    event = Mock(return_value=Mock(elapsed_time=Mock(return_value=20.0)))
     zeros = torch.zeros
     monkeypatch.setattr(links, "mark", mark)
     monkeypatch.setattr(links, "hold", hold)
     monkeypatch.setattr(links, "_collective", Mock(return_value=call))
     monkeypatch.setattr(links.dist, "barrier", Mock())
     monkeypatch.setattr(links.torch, "zeros", lambda *size, dtype, device: zeros(*size, dtype=dtype))
-    monkeypatch.setattr(links.torch.cuda, "Event", event)
-    monkeypatch.setattr(links.torch.cuda, "synchronize", Mock())
+    monkeypatch.setattr(links, "find_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(links, "record_time", Mock(side_effect=[0.0, 20e-3] * 3))
+    monkeypatch.setattr(links, "synchronize", create_autospec(links.synchronize))
     assert links._seconds("all_gather", 4096, rounds=3) == pytest.approx(20e-3 / links.REPEATS)
     assert call.call_count == 3 + 3 * links.REPEATS
     (time,), _ = mark.call_args
@@ -217,7 +217,7 @@ def test_a_fresh_process_answers_or_says_how_it_ended():
     first, second = processes.Fresh(os.getpid), processes.Fresh(os.getpid)
     assert len({first.result(), second.result(), os.getpid()}) == 3
     with pytest.raises(InputError, match="no GPU"):
-        processes.Fresh(output.start, None).result()
+        processes.Fresh(output.start, argparse.Namespace(smoke=False)).result()
     for failing in (processes.Fresh(math.sqrt, -1), processes.Fresh(os._exit, 1)):
         with pytest.raises(RuntimeError, match="ended with status 1"):
             failing.result()
@@ -281,7 +281,7 @@ def test_trace_tells_whether_the_head_phase_is_exposed(tmp_path, monkeypatch, ex
     monkeypatch.setattr(variants, "measure", measure)
     monkeypatch.setattr(variants, "traces", lambda makers: {name: make().trace() for name, make in makers.items()})
     monkeypatch.setattr(emulation, "join", lambda config: None)
-    monkeypatch.setattr(output, "start", lambda options: None)
+    monkeypatch.setattr(output, "start", lambda options, smoke_on_cpu: None)
     try:
         trace.main(["--output", str(tmp_path), "--limit", "6"])
         ended = 0

@@ -102,7 +102,7 @@ def test_a_size_that_does_not_fit_is_named_and_others_are_measured(tmp_path, mon
 
     monkeypatch.setattr(pipeline, "Fresh", Here)
     monkeypatch.setattr(stages, "measure", measure)
-    arguments = ["--device", "cpu", "--vocabularies", "300", "--stages", "4", "--output", str(tmp_path)]
+    arguments = ["--smoke", "--set", "--stages", "4", "--output", str(tmp_path)]
     pipeline.main([*arguments, "--sizes", "13b", "6.7b"])
     assert (
         "13b: StageContents(num_trunk=4, " in (shown := capsys.readouterr().out)

@@ -35,6 +35,7 @@ SMOKE = corpora.SMOKE | {
         *emulation.TINY,
         "train.sequence_length=32",
         "train.global_batch_tokens=128",
+        "run.evaluate_every_steps=20",
         "run.evaluation_windows=4",
     ],
 }

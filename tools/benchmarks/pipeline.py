@@ -33,7 +33,7 @@ SMOKE: dict[str, Any] = {
     "sequence_length": 64,
     "pipelines": 1,
     "measured": 1,
-    "set": emulation.TINY,
+    "set": [*emulation.TINY, "train.precision=fp32"],
 }
 MOST_IMBALANCE, MOST_OVER_FLOPS, MOST_MEMORY_ERROR = 1.05, 0.02, 0.1
 GIB = 2**30

@@ -34,7 +34,7 @@ from megamtp.training.metrics import records_until
 
 SMOKE = corpora.SMOKE | {
     "heads": 2,
-    "steps": 120,
+    "steps": 80,
     "save_every": 10,
     "kill_at": 25,
     "rank": 0,
@@ -44,6 +44,8 @@ SMOKE = corpora.SMOKE | {
         "train.sequence_length=32",
         "train.micro_batch_size=2",
         "train.global_batch_tokens=128",
+        "train.precision=fp32",
+        "run.evaluation_windows=4",
     ],
 }
 POINT_STEPS = 20  # whose mean is one point of a curve

@@ -33,7 +33,7 @@ SMOKE = {
     "steps": 9,
     "save_every": 4,
     "tokens": 512,
-    "set": [*emulation.TINY, "train.sequence_length=64"],
+    "set": [*emulation.TINY, "train.sequence_length=64", "train.precision=fp32"],
 }
 WARM_UP = 2  # steps that do not count: they compile
 MOST_SLOWER = 1.1
