@@ -1,4 +1,6 @@
-"""Small configurations and batches with unevenly ignored targets, for tests of engines."""
+"""Configurations, small ones and those of configs/, and batches with unevenly ignored targets."""
+
+from pathlib import Path
 
 import torch
 
@@ -6,6 +8,7 @@ from megamtp.config import Config, read_config
 from megamtp.data.loader import Batch
 from megamtp.targets import IGNORED
 
+ROOT = Path(__file__).parents[1]
 VOCABULARY, POSITIONS, WINDOWS = 97, 12, 2
 
 
@@ -32,6 +35,24 @@ def small_config(world_size: int = 2, accumulation: int = 1, **overrides) -> Con
         "run.directory": "unused",
     } | {key.replace("__", "."): value for key, value in overrides.items()}
     return read_config([f"{key}={value}" for key, value in settings.items()])
+
+
+def published_config(size: str, heads: int, *settings: str) -> Config:
+    """The configuration of configs/ for this size and number of heads, with neither data nor a run's directory."""
+    return read_config(
+        [str(ROOT / f"configs/{size}_n{heads}.yaml"), "data.train=none", "run.directory=none", *settings]
+    )
+
+
+def pipeline_config(size: str, num_stages: int, *settings: str) -> Config:
+    """Four heads in a pipeline, with micro-batches of one window."""
+    pipeline = ["engine.kind=pipeline", f"engine.num_stages={num_stages}", "train.micro_batch_size=1"]
+    return published_config(size, 4, *pipeline, *settings)
+
+
+def paper_config(size: str, *settings: str) -> Config:
+    """Four heads in eight pipeline stages, 32 micro-batches of one window."""
+    return pipeline_config(size, 8, f"train.global_batch_tokens={32 * 4096}", *settings)
 
 
 def global_batch(config: Config, step: int, num_micro_batches: int) -> list[Batch]:

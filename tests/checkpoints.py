@@ -1,4 +1,4 @@
-"""A small model with weights that tell right from wrong, and what a checkpoint of it holds."""
+"""Small models with weights that tell right from wrong, and what a checkpoint of one holds."""
 
 from pathlib import Path
 
@@ -25,6 +25,9 @@ SMALL = ModelConfig(
     norm_eps=1e-3,
 )
 
+TEXT_MODEL = ModelConfig(
+    dim=32, num_layers=5, num_future_tokens=2, num_attention_heads=4, num_key_value_heads=2, mlp_dim=48, vocab_size=500
+)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE = RunState(OptimizerState("adamw", MOMENTS, (7,)), {"global_steps": 9, "global_samples": 18, "skipped_steps": 2})
 
@@ -37,6 +40,16 @@ def random_model(config: ModelConfig) -> MTPModel:
             parameter.copy_(initial_value(name, parameter.shape, config, seed=1) * (8 if parameter.dim() == 2 else 1))
             if parameter.dim() == 1:
                 parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+    return model
+
+
+def text_model() -> MTPModel:
+    """A model of TEXT_MODEL whose likeliest next token depends on the whole prompt."""
+    model = MTPModel(TEXT_MODEL)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            value = initial_value(name, parameter.shape, TEXT_MODEL, seed=2)
+            parameter.copy_(value * (8 if parameter.dim() == 2 else 1))
     return model
 
 

@@ -54,8 +54,9 @@ ZERO1_OPTIONS = OPTIONS | {
 }
 ZERO3_OPTIONS = ZERO1_OPTIONS | {
     "offload": "engine.offload_optimizer=true engine.offload_parameters=true",
-    "persistent": "engine.param_persistence_threshold=100 engine.prefetch_modules=0",
+    "persistent": "engine.param_persistence_threshold=100",
 }
+GROUPED_OPTIONS = ZERO3_OPTIONS | {"persistent": f"{ZERO3_OPTIONS['persistent']} engine.prefetch_modules=0"}
 PIPELINE_OPTIONS = OPTIONS | {"everything": f"{EVERYTHING} accumulation=4"}
 FEW_OPTIONS = {option: PIPELINE_OPTIONS[option] for option in ("plain", "everything")}
 PIPELINES = {  # name: (ranks, settings, options)
@@ -71,7 +72,7 @@ TAKING_TURNS = """engine.num_stages=2 engine.stage_layers=[2,1] accumulation=24 
     train.micro_batch_size=4 train.sequence_length=256"""
 ENGINES = {
     "zero1": (2, "engine.kind=zero1", ZERO1_OPTIONS),
-    "zero3-grouped": (2, "engine.kind=zero3 engine.communication=grouped", ZERO3_OPTIONS),
+    "zero3-grouped": (2, "engine.kind=zero3 engine.communication=grouped", GROUPED_OPTIONS),
     "zero3-deepspeed": (2, "engine.kind=zero3 engine.communication=deepspeed", ZERO3_OPTIONS),
     "spread/taking-turns": (2, f"engine.kind=pipeline engine.spread_losses=true {TAKING_TURNS}", {"plain": ""}),
 }

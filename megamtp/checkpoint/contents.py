@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megamtp.checkpoint.state import RunState
 from megamtp.checkpoint.tensors import WEIGHT, TensorSource
-from megamtp.config import ModelConfig, check_model_numbers
+from megamtp.config import ModelConfig
 from megamtp.errors import CheckpointError, InputError
 from megamtp.model.mtp import MTPModel
 
@@ -88,7 +88,7 @@ def checked_model(model: ModelConfig, where: Path) -> ModelConfig:
         if isinstance(value, bool) or not isinstance(value, field.type | int):
             raise CheckpointError(f"{where}: model.{field.name} is {value!r}; expected a number: mend it")
     try:
-        check_model_numbers(model)
+        model.check("model")
     except InputError as error:
         raise CheckpointError(f"{where}: {error}") from None
     return model

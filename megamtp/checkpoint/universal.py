@@ -11,6 +11,8 @@ ranks.
     engine.load_checkpoint("FOLDER")      with {"checkpoint": {"load_universal": true}} in DeepSpeed's configuration
 
 Source: deepspeed/checkpoint/ds_to_universal.py and universal_checkpoint.py; runtime/engine.py; runtime/zero/stage3.py.
+
+Tests: tests/distributed/test_universal.py.
 """
 
 import dataclasses

@@ -24,7 +24,7 @@ class Network:
         if world_size == 1:
             return 0.0
         moved = PASSES[kind] * num_bytes
-        share = cluster.efficiency.get(kind, 1.0)
+        share = getattr(cluster.efficiency, kind, 1.0)
         if cluster.flat_bandwidth:
             return cluster.latency + moved * (world_size - 1) / world_size / (cluster.flat_bandwidth * share)
         ranks = min(world_size, cluster.ranks_per_node)

@@ -1,4 +1,7 @@
-"""Files that may be compressed, as .gz, .bz2, .xz or .zst."""
+"""Files that may be compressed, as .gz, .bz2, .xz or .zst.
+
+Tests: tests/unit/data/test_records.py.
+"""
 
 import bz2
 import gzip

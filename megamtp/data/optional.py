@@ -1,4 +1,7 @@
-"""Libraries that only some inputs need."""
+"""Libraries that only some inputs need.
+
+Tests: tests/unit/data/test_records.py.
+"""
 
 import importlib
 from types import ModuleType

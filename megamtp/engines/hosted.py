@@ -1,4 +1,7 @@
-"""What the engines that DeepSpeed hosts have in common."""
+"""What the engines that DeepSpeed hosts have in common.
+
+Tests: tests/distributed/test_checkpoints.py, tests/distributed/test_pipeline.py, tests/distributed/test_zero.py.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,7 @@
-"""Where a new model's weights come from: drawn, or those of a converted checkpoint (run.initial_weights)."""
+"""Where a new model's weights come from: drawn, or those of a converted checkpoint (run.initial_weights).
+
+Tests: tests/distributed/test_initial_weights.py.
+"""
 
 import dataclasses
 from collections.abc import Callable

@@ -5,6 +5,8 @@ stages.
 
 A stage runs its heads forward and backward when z passes (losses/sequential.py) and adds their dz when the gradient of
 z comes back, so every stage runs one forward and one backward pass of each micro-batch, and sends one tensor each way.
+
+Tests: tests/distributed/test_pipeline.py.
 """
 
 import itertools

@@ -4,6 +4,8 @@ All transfers run beside the computation: a pass waits only for what it needs. A
 schedule's, and on a GPU in one stream, each after the one before: NCCL may stop for ever where ranks begin transfers in
 different orders, in different groups and streams too (https://github.com/NVIDIA/nccl/issues/783), and a transfer that
 waits for its peers keeps some multiprocessors from computing.
+
+Tests: tests/distributed/test_spread_pipeline.py.
 """
 
 from collections import deque

@@ -3,6 +3,8 @@ schedule.
 
 DeepSpeed's 1F1B has no place for a loss whose answer comes later, from all stages; its pipeline engine takes any
 schedule, though, and instructions that it did not know.
+
+Tests: tests/distributed/test_spread_pipeline.py.
 """
 
 from functools import partial

@@ -1,4 +1,7 @@
-"""One pipeline stage: its part of the model, and what it does with each micro-batch."""
+"""One pipeline stage: its part of the model, and what it does with each micro-batch.
+
+Tests: tests/distributed/test_pipeline.py, tests/distributed/test_spread_pipeline.py.
+"""
 
 from collections.abc import Callable, Iterable
 from typing import Protocol, cast

@@ -8,7 +8,7 @@ the largest element hardly counts.
 G is in e5m2, of 2 bits but 30 binades, because much of a softmax is a tail of tiny probabilities. e4m3 rounds those
 below 2^-18 to zero, which bends the mean of dH over positions, at V = 32000 by a fifth and more where the unembedding
 has a direction for how frequent a token is; e5m2's errors, larger for a single position, go to both sides
-(tests/unit/test_float8.py compares them).
+(tests/unit/losses/test_float8.py compares them).
 
 Source: the formats and their use: Micikevicius et al. 2022, arXiv:2209.05433; the 14 bits of Hopper's sums:
 DeepSeek-V3, arXiv:2412.19437, section 3.3.2.

@@ -1,6 +1,8 @@
 """The Triton kernels of the losses. Only code that runs on a GPU imports this module: Triton is not installed without.
 
 Kernels of one program a row visit the row's columns in blocks; `block` columns are in registers at a time.
+
+Tests: tests/gpu/test_linear_cross_entropy.py, tests/gpu/test_vocabulary_slice.py, tests/gpu/test_float8.py.
 """
 
 from typing import no_type_check

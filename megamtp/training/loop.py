@@ -1,4 +1,7 @@
-"""The training loop: data, engine, metrics, evaluation, checkpoints, and an orderly end."""
+"""The training loop: data, engine, metrics, evaluation, checkpoints, and an orderly end.
+
+Tests: tests/distributed/test_training.py.
+"""
 
 import faulthandler
 import gc

@@ -3,6 +3,8 @@
     begin: copy | thread: write and sync this rank's file | ... steps ... | all ranks have written: rank 0 publishes
 
 Ranks learn from each step's report (loop.py) that all have written, so nothing waits for the slowest disk.
+
+Tests: tests/distributed/test_saving.py.
 """
 
 import dataclasses

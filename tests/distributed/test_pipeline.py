@@ -408,7 +408,7 @@ def _cuts_of_a_start(arguments: list[str], port: int) -> int:
 
     partition, calls = spread.partition, []
     spread.partition = lambda *given: calls.append(given) or partition(*given)
-    pretrain._leave_peers = lambda: None
+    pretrain.leave_peers = lambda: None
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     assert pretrain.main(arguments) == 0
     return len(calls)

@@ -343,13 +343,14 @@ FAILS = """
 import os
 from megamtp import pretrain
 from megamtp.checkpoint import shards
+from megamtp.cluster import exiting
 from megamtp.engines import initial_weights
 from megamtp.errors import CheckpointError
 
 def fail(*_):
     raise CheckpointError("damaged since the run began")
 
-pretrain.RANK_0_SPEAKS_SECONDS = 1
+exiting.REPORT_SECONDS = 1
 if os.environ["RANK"] == "1":
     {} = fail
 pretrain.entry()

@@ -23,7 +23,7 @@ from megamtp.cluster.collectives import all_gather_single, reduce_scatter_single
 from megamtp.cluster.emulated import hold, mark
 from megamtp.cluster.environment import find_place
 from megamtp.cluster.network import PASSES, Network
-from megamtp.config import ClusterConfig
+from megamtp.config import ClusterConfig, EfficiencyConfig
 from megamtp.engines.deepspeed.join import join_peers
 from megamtp.errors import InputError
 
@@ -59,7 +59,11 @@ def main(arguments: list[str]) -> None:
         "ranks": place.world_size,
         "latency": f"{cluster.latency:.3g}",
         "bandwidth": f"{cluster.flat_bandwidth:.4g}",
-        **{f"efficiency of {kind}": f"{share:.3f}" for kind, share in cluster.efficiency.items()},
+        **{
+            f"efficiency of {kind}": f"{share:.3f}"
+            for kind, share in dataclasses.asdict(cluster.efficiency).items()
+            if kind in found
+        },
     }
     output.write(options, settings, results, _table(results), _draw(results))
 
@@ -73,7 +77,7 @@ def fit(found: dict[str, dict[int, float]], world_size: int) -> Network:
         for kind, times in found.items()
     }
     bandwidth = reached[KINDS[0]]
-    efficiency = {kind: reached[kind] / bandwidth for kind in KINDS[1:]}
+    efficiency = EfficiencyConfig(**{kind: reached[kind] / bandwidth for kind in KINDS[1:]})
     cluster = dataclasses.replace(
         ClusterConfig(), emulate=world_size, latency=latency, flat_bandwidth=bandwidth, efficiency=efficiency
     )

@@ -4,6 +4,8 @@ Each of them keeps flat fp32 tensors in which parts of the parameters follow eac
 the others one for each parameter group. Here the parts get their parameters' names, so that no checkpoint need know
 which optimizer wrote it. Checked against DeepSpeed 0.19. Source: deepspeed/runtime/zero/stage3.py, stage_1_and_2.py;
 deepspeed/runtime/bf16_optimizer.py; deepspeed/utils/tensor_fragment.py.
+
+Tests: tests/distributed/test_checkpoints.py.
 """
 
 from collections.abc import Iterator

@@ -7,6 +7,8 @@ copied, and only streams wait.
 
 See traffic.py.
 Source of what is replaced: deepspeed/runtime/zero/partitioned_param_coordinator.py, partition_parameters.py.
+
+Tests: tests/distributed/test_gather.py, tests/gpu/test_emulated.py.
 """
 
 import contextlib

@@ -1,9 +1,9 @@
 """What DeepSpeed must be told while heads run forward and backward inside the trunk's forward pass.
 
 DeepSpeed believes that a forward pass makes no gradients. Each step below corrects one such belief; leaving one out
-gives wrong gradients, often silently. (a) to (e), of which (c) is in zero.py, are tested one by one in
-tests/distributed/test_head_phase.py.
+gives wrong gradients, often silently. (a) to (e), of which (c) is in zero.py, are tested one by one.
 
+Tests: tests/distributed/test_head_phase.py.
 """
 
 import contextlib

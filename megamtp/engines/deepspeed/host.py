@@ -1,4 +1,7 @@
-"""How DeepSpeed comes to host a model: devices, construction in shards, initialisation."""
+"""How DeepSpeed comes to host a model: devices, construction in shards, initialisation.
+
+Tests: tests/distributed/test_initial_weights.py, tests/distributed/test_training.py.
+"""
 
 import contextlib
 from collections.abc import Iterable

@@ -1,4 +1,7 @@
-"""How the ranks of a job meet: through DeepSpeed, which wraps torch.distributed."""
+"""How the ranks of a job meet: through DeepSpeed, which wraps torch.distributed.
+
+Tests: tests/unit/cluster/test_emulated.py, tests/end_to_end/test_bad_input.py, tests/end_to_end/test_signals.py.
+"""
 
 import os
 

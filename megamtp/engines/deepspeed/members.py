@@ -1,8 +1,10 @@
 """The members of DeepSpeed's objects that this package uses, each named once: Protocols by which the other files are
 typed.
 
-DeepSpeed has no type hints that a checker could use, and few of these members are in its documentation.
-tests/distributed/test_members.py looks for all of them on live objects. Checked against DeepSpeed 0.19.
+DeepSpeed has no type hints that a checker could use, and few of these members are in its documentation. A test looks
+for all of them on live objects. Checked against DeepSpeed 0.19.
+
+Tests: tests/distributed/test_members.py.
 """
 
 from collections.abc import Callable, Iterable, Iterator

@@ -1,4 +1,7 @@
-"""DeepSpeed's pipeline engine with a stage of ours inside: its module, its instructions and its sums of gradients."""
+"""DeepSpeed's pipeline engine with a stage of ours inside: its module, its instructions and its sums of gradients.
+
+Tests: tests/distributed/test_pipeline.py.
+"""
 
 import contextlib
 import io

@@ -1,4 +1,7 @@
-"""What an engine gives to a checkpoint and takes from one, whichever engine it is, on however many ranks."""
+"""What an engine gives to a checkpoint and takes from one, whichever engine it is, on however many ranks.
+
+Tests: tests/distributed/test_checkpoints.py, tests/distributed/test_saving.py.
+"""
 
 from pathlib import Path
 from typing import Any

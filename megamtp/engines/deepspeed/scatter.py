@@ -5,6 +5,8 @@ As shipped, DeepSpeed lets gradients wait in a bucket until the next module's wo
 loops over all ranks, and makes the host wait at the end. See traffic.py.
 Source of what is replaced: deepspeed/runtime/zero/stage3.py (its `ipg` buckets),
 deepspeed/runtime/comm/coalesced_collectives.py.
+
+Tests: tests/distributed/test_gather.py, tests/gpu/test_emulated.py.
 """
 
 from collections import deque

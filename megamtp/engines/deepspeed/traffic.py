@@ -3,6 +3,8 @@ not depend on the number of ranks.
 
 DeepSpeed keeps what it is good at: shards, optimizer, clipping, loss scale, offloading, checkpoints. Its module and
 gradient hooks, its parameter coordinator and its buckets are replaced, and put back by `remove`.
+
+Tests: tests/distributed/test_gather.py, tests/gpu/test_emulated.py.
 """
 
 import contextlib

@@ -1,4 +1,7 @@
-"""Which DeepSpeed the engines work with."""
+"""Which DeepSpeed the engines work with.
+
+Tests: tests/distributed/test_gather.py.
+"""
 
 import deepspeed
 

@@ -1,0 +1,43 @@
+"""The configuration of a run. schema.py lists every setting; reader.py reads YAML files and overrides."""
+
+from megamtp.config.reader import (
+    RESOLVED,
+    describe,
+    differences,
+    print_help,
+    read_config,
+    with_absolute_paths,
+    write_config,
+)
+from megamtp.config.schema import (
+    BYTES,
+    MAX_LAYERS,
+    ClusterConfig,
+    Config,
+    DataConfig,
+    EfficiencyConfig,
+    HeadLossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "BYTES",
+    "MAX_LAYERS",
+    "RESOLVED",
+    "ClusterConfig",
+    "Config",
+    "DataConfig",
+    "EfficiencyConfig",
+    "HeadLossConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "TrainConfig",
+    "describe",
+    "differences",
+    "print_help",
+    "read_config",
+    "with_absolute_paths",
+    "write_config",
+]

@@ -1,0 +1,182 @@
+"""Fields that know what they mean and which values they take: `option(1000, "steps of warm-up", at_least=0)`.
+
+Tests: tests/unit/config/test_reader.py.
+"""
+
+import dataclasses
+import types
+import typing
+from dataclasses import MISSING, dataclass, field
+from typing import Any
+
+from omegaconf import MISSING as REQUIRED
+
+from megamtp.errors import InputError
+
+MAX_INTEGER = 2**31 - 1  # the product of two, as of a tensor's shape, fits into int64
+MAX_FLOAT = 3.4e38  # the largest of fp32, in which DeepSpeed and torch use these numbers
+MAX_BYTES = 4096  # of a string: Linux opens no longer path
+
+__all__ = ["REQUIRED", "Section", "check_paths", "expect", "number", "option", "shown", "type_name"]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The values that a field takes; None: no such bound. In a list or a mapping, each element is within the bounds."""
+
+    at_least: float | None = None
+    above: float | None = None
+    below: float | None = None
+    at_most: float | None = None
+    one_of: tuple[str | None, ...] = ()
+    max_bytes: int = MAX_BYTES
+
+    def check_number(self, found: str, value: float) -> None:
+        """Raises InputError: the number is out of bounds. `found` names the setting and its value."""
+        largest = MAX_INTEGER if isinstance(value, int) else MAX_FLOAT
+        if self.at_most is not None:
+            largest = self.at_most
+        expect(abs(value) <= largest, found, f"{'a finite number, ' if largest == MAX_FLOAT else ''}at most {largest}")
+        if self.below is not None:
+            assert self.at_least is not None
+            expect(self.at_least <= value < self.below, found, f"a number in [{self.at_least}, {self.below})")
+        if self.above is not None:
+            expect(value > self.above, found, f"a number above {self.above}")
+        if self.at_least is not None:
+            expect(value >= self.at_least, found, f"at least {self.at_least}" if self.at_least else "0 or more")
+
+
+def option(
+    default: Any,
+    meaning: str,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+    one_of: tuple[str | None, ...] = (),
+    max_bytes: int = MAX_BYTES,
+    only: dict[str, tuple[str, ...]] | None = None,
+) -> Any:
+    """A dataclass field with its `--help` text and its bounds.
+
+    Args:
+        default: REQUIRED makes the user give a value.
+        meaning: the `--help` text.
+        at_least, above, below, at_most: bounds of a number, or of each number in a list or a mapping.
+        one_of: the values of a string.
+        max_bytes: of a string, as UTF-8.
+        only: other fields of the section and the values of these with which this field has a use. With other values,
+            anything but the default is refused.
+    """
+    bounds = Bounds(at_least, above, below, at_most, one_of, max_bytes)
+    metadata = {"meaning": meaning, "bounds": bounds, "only": only or {}}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+class Section:
+    """A section of the configuration: a dataclass whose fields are options or sections."""
+
+    def check(self, name: str) -> None:
+        """Raises InputError: a setting of the section called `name` has a wrong type or value, or no use here."""
+        items = dataclasses.fields(typing.cast(Any, self))
+        for item in items:
+            key, value = f"{name}.{item.name}", getattr(self, item.name)
+            if isinstance(value, Section):
+                value.check(key)
+            else:
+                _check_value(key, value, item.type, item.metadata["bounds"])
+        for item in items:
+            self._check_use(name, item)
+        self.check_together()
+
+    def check_together(self) -> None:
+        """Raises InputError: settings of this section do not go together. Each is within its own bounds."""
+
+    def _check_use(self, name: str, item: "dataclasses.Field[Any]") -> None:
+        value = getattr(self, item.name)
+        default = item.default if item.default is not MISSING else typing.cast(Any, item.default_factory)()
+        for other, values in item.metadata.get("only", {}).items():
+            chosen = getattr(self, other)
+            expect(
+                chosen in values or value == default,
+                f"{name}.{item.name}={value} with {name}.{other}={chosen}",
+                f"{name}.{other}={' or '.join(values)}: the setting has no effect otherwise",
+            )
+
+
+def expect(good: bool, found: str, expected: str) -> None:
+    """Raises InputError unless `good`."""
+    if not good:
+        raise InputError(f"{found}; expected {expected}")
+
+
+def shown(value: Any) -> str:
+    """A value as YAML would have it, as far as None is concerned."""
+    return "null" if value is None else str(value)
+
+
+def type_name(expected: Any) -> str:
+    """A field's type in words: `int or null`."""
+    if isinstance(expected, types.UnionType):
+        return " or ".join(type_name(part) for part in typing.get_args(expected))
+    if expected is type(None):
+        return "null"
+    return "mapping" if typing.get_origin(expected) is dict else getattr(expected, "__name__", str(expected))
+
+
+def number(word: str) -> float | None:
+    """The number that a word is; None if it is none."""
+    try:
+        return float(word)
+    except ValueError:
+        return None
+
+
+def check_paths(*paths: str | None) -> None:
+    """Raises InputError: one of them begins with ~."""
+    for path in filter(None, paths):
+        expect(path.split("/")[0] != "~", path, "a path without ~, which no shell replaces here: write $HOME")
+
+
+def _check_value(key: str, value: Any, expected: Any, bounds: Bounds, place: str = "") -> None:
+    """Checks type and bounds, of nested values too: OmegaConf does not check the types inside lists and mappings.
+
+    `place` says where in the setting `key` the value is, such as "[0]".
+    """
+    allowed = typing.get_args(expected) if isinstance(expected, types.UnionType) else (expected,)
+    if expected is Any:
+        good = isinstance(value, None | bool | int | float | str | list | dict)
+    else:
+        good = isinstance(value, tuple(typing.get_origin(one) or one for one in allowed)) or (
+            float in allowed and isinstance(value, int)
+        )
+    found = f"{key}{place}={shown(value)}"
+    kinds = "null, true or false, a number, text, a list or a mapping" if expected is Any else type_name(expected)
+    expect(good, found, kinds)
+    inner = next((typing.get_args(one)[-1] for one in allowed if typing.get_origin(one) is type(value)), Any)
+    if isinstance(value, dict):
+        for name, element in value.items():
+            expect(isinstance(name, str), found, f"text as keys, not {name!r}")
+            _check_value(key, element, inner, bounds, f"{place}.{name}")
+    elif isinstance(value, list):
+        for index, element in enumerate(value):
+            _check_value(key, element, inner, bounds, f"{place}[{index}]")
+    elif isinstance(value, str):
+        _check_text(key, value, found, bounds, may_be_empty=expected is Any)
+    elif isinstance(value, float | int) and not isinstance(value, bool):
+        bounds.check_number(found, value)
+    if bounds.one_of:
+        expect(value in bounds.one_of, found, " or ".join(map(shown, bounds.one_of)))
+
+
+def _check_text(key: str, value: str, found: str, bounds: Bounds, may_be_empty: bool) -> None:
+    expect(bool(value) or may_be_empty, found, "a name")
+    try:
+        num_bytes = len(value.encode())
+    except UnicodeEncodeError:
+        raise InputError(f"{found}; expected text that can be written as UTF-8") from None
+    expect("\0" not in value, found, "text without null characters")
+    expect(num_bytes <= bounds.max_bytes, f"{key} has {num_bytes} bytes", f"at most {bounds.max_bytes}")

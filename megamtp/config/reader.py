@@ -1,0 +1,261 @@
+"""YAML files and `key=value` overrides -> a checked Config; and back.
+
+`read_config(["configs/quickstart.yaml", "optimizer.lr=3e-4"])` reads one; `print_help` is `--help`.
+"""
+
+import dataclasses
+import difflib
+import functools
+import io
+import os
+import re
+import shlex
+import types
+import typing
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import MISSING
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megamtp.config import consistency
+from megamtp.config.fields import number, shown, type_name
+from megamtp.config.schema import BYTES, Config
+from megamtp.errors import InputError
+from megamtp.files import write_atomically
+
+RESOLVED = "config.yaml"  # in a run's folder: its whole configuration
+MAX_DEPTH = 16  # of nested lists and mappings
+MAX_NUMBER_LENGTH = 400  # characters; Python refuses to print integers of over 4300 digits
+
+
+def read_config(arguments: list[str]) -> Config:
+    """`[file.yaml, key=value, ...]` -> a checked configuration.
+
+    Raises:
+        InputError: an unreadable file, an unknown key (the nearest right one is named), a wrong type or value.
+    """
+    settings = _schema()
+    for argument in arguments:
+        settings = _merge(settings, *_parse(argument))
+    try:
+        missing = sorted(OmegaConf.missing_keys(settings))
+        config = None if missing else OmegaConf.to_object(settings)
+    # an interpolation, ${...}, of a missing key or of its own section
+    except (OmegaConfBaseException, RecursionError) as error:
+        key = getattr(error, "full_key", None)
+        raise InputError(
+            f"{f'{key}: ' if key else ''}{_first_line(error)}; expected a value, or ${{section.key}}"
+        ) from None
+    if config is None:
+        raise InputError(f"{missing[0]} is not set; give it in the YAML file or as {missing[0]}=VALUE")
+    assert isinstance(config, Config)
+    consistency.check(config)
+    return config
+
+
+def write_config(config: Config, path: Path) -> None:
+    """Saves the resolved configuration as YAML that `read_config` accepts, from any working directory."""
+    write_atomically(path, OmegaConf.to_yaml(OmegaConf.structured(with_absolute_paths(config))).encode())
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """A copy with absolute paths of data and weights."""
+    if config.run.initial_weights:
+        run = dataclasses.replace(config.run, initial_weights=_absolute(config.run.initial_weights))
+        config = dataclasses.replace(config, run=run)
+    data = config.data
+    validation = _absolute(data.validation) if data.validation else data.validation
+    tokenizer = _absolute(data.tokenizer) if data.tokenizer and data.tokenizer != BYTES else data.tokenizer
+    corpora = [(weight, _absolute(prefix)) for weight, prefix in data.train_corpora]
+    blend = " ".join(f"{weight!r} {shlex.quote(prefix)}" for weight, prefix in corpora)
+    train = corpora[0][1] if len(corpora) == 1 else blend
+    data = dataclasses.replace(data, train=train, validation=validation, tokenizer=tokenizer)
+    return dataclasses.replace(config, data=data)
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """`section.key: old -> new` of every setting that is not the same."""
+    found = []
+    for key in _keys(Config):
+        before, after = (functools.reduce(getattr, key.split("."), config) for config in (old, new))
+        if before != after:
+            found.append(f"{key}: {shown(before)} -> {shown(after)}")
+    return found
+
+
+def describe() -> str:
+    """One line per key: its meaning and default."""
+    defaults = _schema()
+    required = OmegaConf.missing_keys(defaults)
+    lines = []
+    for key, item in _keys(Config).items():
+        default = "required" if key in required else shown(OmegaConf.select(defaults, key))
+        lines.append(f"  {key:38s} {item.metadata['meaning']} [{type_name(item.type)}; {default}]")
+    return "\n".join(lines)
+
+
+def print_help(arguments: list[str], description: str) -> bool:
+    """Whether a command that takes keys was asked for help, which this prints."""
+    if "--help" not in arguments and "-h" not in arguments:
+        return False
+    with suppress(BrokenPipeError):  # as of `| head`
+        print(f"{description}\nKeys [type; default]:\n{describe()}")
+    return True
+
+
+def _schema() -> DictConfig:
+    schema = OmegaConf.structured(Config)
+    for section in ("", *_sections(Config)):
+        node = OmegaConf.select(schema, section) if section else schema
+        OmegaConf.set_readonly(node, None)  # frozen dataclasses make read-only nodes, which refuse to be merged
+    return schema
+
+
+def _parse(argument: str) -> tuple[str, DictConfig]:
+    """The name to blame in messages, and the settings of one argument."""
+    if "=" in argument and not os.path.isfile(argument):  # unlike Path's, False where the name is too long
+        key, _, value = argument.partition("=")
+        try:
+            _require_shallow(value, key.count(".") + key.count("["))
+            return argument, OmegaConf.from_dotlist([argument])
+        except Exception as error:  # YAML's constructors let through what Python's raise: !!bool 3 is a KeyError
+            in_braces = isinstance(error, yaml.YAMLError) and "{" in argument
+            spaces = ", with a space after each colon in braces: {a: {b: 2}}" if in_braces else ""
+            raise InputError(f"{argument}: {_yaml_problem(error)}; expected key=value{spaces}") from None
+    try:
+        text = Path(argument).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"{argument}: not UTF-8 text; expected a YAML file or key=value") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{argument}: {reason}; expected a YAML file or key=value") from None
+    try:
+        _require_shallow(text)
+        settings = OmegaConf.load(io.StringIO(text))
+    except (OSError, AssertionError):
+        settings = None  # OmegaConf's own: the file holds a number, in quotes or not, or true or false
+    except Exception as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"line {mark.line + 1}: " if mark else ""
+        raise InputError(f"{argument} is not valid YAML, {place}{_yaml_problem(error)}; correct the file") from None
+    if not isinstance(settings, DictConfig):
+        raise InputError(f"{argument} holds no mapping of keys; expected sections such as 'model: {{dim: 128}}'")
+    _drop_empty_sections(settings)
+    return argument, settings
+
+
+def _drop_empty_sections(settings: DictConfig) -> None:
+    """An empty section sets nothing; it appears where each of its keys is commented out."""
+    values = OmegaConf.to_container(settings)
+    for section in _sections(Config):
+        *parents, name = section.split(".")
+        inner, node = values, settings
+        for parent in parents:
+            inner = inner.get(parent) if isinstance(inner, dict) else None
+            node = node[parent] if isinstance(inner, dict) else node
+        if isinstance(inner, dict) and inner.get(name, ...) is None:
+            del node[name]
+
+
+def _require_shallow(text: str, depth: int = 0) -> None:
+    """Raises: yaml.YAMLError for YAML text nested so deeply, or with a number so long, that parsing or printing it
+    could fail.
+    """
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise yaml.YAMLError(f"nested more than {MAX_DEPTH} levels deep")
+        is_long = isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_NUMBER_LENGTH
+        if is_long and re.fullmatch(r"[-+_]*[0-9][-+0-9a-fA-FxX_:.]*", event.value):
+            raise yaml.YAMLError(f"a number of {len(event.value)} characters")
+
+
+def _yaml_problem(error: Exception) -> str:
+    if isinstance(error, yaml.YAMLError | OmegaConfBaseException | ValueError):
+        return getattr(error, "problem", None) or _first_line(error)
+    return f"no valid key or value ({type(error).__name__}: {_first_line(error)})"
+
+
+def _merge(settings: DictConfig, source: str, given: DictConfig) -> DictConfig:
+    known = _keys(Config)
+    for name, value in _settings(OmegaConf.to_container(given)):
+        if name not in known:
+            raise InputError(f"{source}: unknown key {name}; {_nearest(str(name), list(known))}")
+        # OmegaConf takes any whole number but 0 for true.
+        if known[name].type in (bool, bool | None) and number(str(value)) not in (None, 0, 1):
+            raise InputError(f"{source}: {name}: {value} is neither true nor false{_expected(name)}")
+    try:
+        merged = OmegaConf.merge(settings, given)
+    except (OmegaConfBaseException, TypeError, OverflowError) as error:
+        key = getattr(error, "full_key", None)
+        raise InputError(
+            f"{source}: {f'{key}: ' if key else ''}{_first_line(error)}{_expected(key or source.partition('=')[0])}"
+        ) from None
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _settings(values: Any, prefix: str = "") -> Iterator[tuple[Any, Any]]:
+    """(dotted key, value) as YAML has them, of any type. A mapping that is no setting's value stands for its keys."""
+    for name, value in values.items():
+        key = f"{prefix}{name}" if prefix else name
+        is_section = key in _sections(Config)
+        if isinstance(value, dict) and (is_section or (value and not prefix)):
+            yield from _settings(value, f"{key}.")
+        else:
+            yield key, value
+
+
+def _expected(key: str) -> str:
+    """What a setting should be, or an element of one, such as `head_loss.weights[0]`."""
+    for setting, item in _keys(Config).items():
+        expected: Any = item.type
+        if key.startswith((f"{setting}.", f"{setting}[")):
+            container = typing.get_args(expected)[0] if isinstance(expected, types.UnionType) else expected
+            expected = next(reversed(typing.get_args(container)), None)
+        elif key != setting:
+            continue
+        return f"; expected {type_name(expected)}" if expected else ""
+    return ""
+
+
+def _keys(section: Any, prefix: str = "") -> "dict[str, dataclasses.Field[Any]]":
+    """The field of every setting, by its dotted key."""
+    found = {}
+    for item in dataclasses.fields(section):
+        if item.default_factory is not MISSING and dataclasses.is_dataclass(item.default_factory):
+            found |= _keys(item.default_factory, f"{prefix}{item.name}.")
+        else:
+            found[prefix + item.name] = item
+    return found
+
+
+def _sections(section: Any, prefix: str = "") -> list[str]:
+    """The dotted keys of all sections; outer ones come first."""
+    found: list[str] = []
+    for item in dataclasses.fields(section):
+        if item.default_factory is not MISSING and dataclasses.is_dataclass(item.default_factory):
+            found += [prefix + item.name, *_sections(item.default_factory, f"{prefix}{item.name}.")]
+    return found
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    def likeness(key: str) -> float:
+        """Of the whole key, or of its last part: `lr` means optimizer.lr."""
+        pairs = ((name, key), (name.rpartition(".")[2], key.rpartition(".")[2]))
+        return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+
+    return f"did you mean {max(known, key=likeness)}? (--help lists every key)"
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).partition("\n")[0].split())
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).absolute())

@@ -1,0 +1,344 @@
+"""Every setting of a run, as frozen dataclasses. Each field says what it means and which values it takes.
+
+`option` and `Section` (fields.py) check a setting by itself; `check_together` checks the settings of one section with
+each other; consistency.py checks the sections with each other. reader.py makes a Config of YAML files and overrides.
+
+Tests: tests/unit/config/test_reader.py.
+"""
+
+import math
+import shlex
+from dataclasses import dataclass, field
+from typing import Any
+
+from megamtp.config.fields import REQUIRED, Section, check_paths, expect, number, option
+from megamtp.errors import InputError
+
+BYTES = "bytes"  # data.tokenizer of byte-level runs
+MAX_LAYERS = 1000  # several times as many as the deepest models have; more would take minutes to plan
+MAX_CORPORA = 1024
+PRECISIONS = ("fp32", "bf16", "fp16")
+Uses = dict[str, tuple[str, ...]]  # see option
+ZERO, ZERO3, PIPELINE = Uses(kind=("zero3", "zero1")), Uses(kind=("zero3",)), Uses(kind=("pipeline",))
+
+
+@dataclass(frozen=True)
+class ModelConfig(Section):
+    """A multi-token model of Llama layers. `num_layers` counts trunk layers plus heads, as in the paper (L)."""
+
+    dim: int = option(REQUIRED, "width of the residual stream", at_least=1, at_most=2**20)
+    num_layers: int = option(
+        REQUIRED, "layers, trunk and heads together (L); the trunk has L - n", at_least=1, at_most=MAX_LAYERS
+    )
+    num_future_tokens: int = option(
+        4, "heads (n): head i predicts the i-th next token; 1 is an ordinary model", at_least=1
+    )
+    head_kind: str = option(
+        "parallel", "parallel: one layer that reads z; or MODULE:CLASS of your own (model/heads.py)"
+    )
+    num_attention_heads: int = option(REQUIRED, "attention heads of a layer", at_least=1)
+    num_key_value_heads: int | None = option(
+        None, "key/value heads of a layer (GQA); null: one per attention head", at_least=1
+    )
+    mlp_dim: int | None = option(
+        None, "hidden width of SwiGLU; null: 8/3 dim, rounded up to a multiple of 256", at_least=1, at_most=2**24
+    )
+    vocab_size: int = option(
+        REQUIRED,
+        "rows of embedding and unembedding; rows without a token of the tokenizer are part of every softmax",
+        at_least=1,
+        at_most=2**24,
+    )
+    rope_theta: float = option(10000.0, "base of the rotary embedding's wavelengths", above=0)
+    norm_eps: float = option(1e-5, "epsilon of RMSNorm", above=0)
+
+    @property
+    def num_trunk_layers(self) -> int:
+        return self.num_layers - self.num_future_tokens
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_attention_heads
+
+    @property
+    def key_value_heads(self) -> int:
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def hidden_dim(self) -> int:
+        """Hidden width of SwiGLU (f in the paper's table)."""
+        return self.mlp_dim or -(-8 * self.dim // (3 * 256)) * 256
+
+    def check_together(self) -> None:
+        """See Section."""
+        expect(
+            self.num_future_tokens < self.num_layers,
+            f"model.num_future_tokens={self.num_future_tokens} with model.num_layers={self.num_layers}",
+            "fewer heads than layers: num_layers counts trunk and heads together, and the trunk needs one",
+        )
+        expect(
+            self.dim % self.num_attention_heads == 0 and self.head_dim % 2 == 0,
+            f"model.dim={self.dim} with model.num_attention_heads={self.num_attention_heads}",
+            "heads of one even width: dim a multiple of 2 x num_attention_heads",
+        )
+        expect(
+            self.num_attention_heads % self.key_value_heads == 0,
+            f"model.num_key_value_heads={self.num_key_value_heads}",
+            f"a divisor of model.num_attention_heads={self.num_attention_heads}",
+        )
+
+
+@dataclass(frozen=True)
+class HeadLossConfig(Section):
+    """The heads' losses."""
+
+    weights: list[float] | None = option(
+        None, "weight of each head's loss, n numbers; null: all 1, as in the paper", at_least=0
+    )
+    chunk_rows: int | None = option(
+        None, "positions whose logits exist at a time; null: at most 8192, and half a GiB", at_least=1
+    )
+    z_loss: float = option(0.0, "coefficient of the mean squared log-partition function (0: none)", at_least=0)
+    precision: str | None = option(
+        None,
+        "fp8: the loss's products in fp8 while training (bf16 models; Ada, Hopper and later GPUs); null: the model's",
+        one_of=(None, "fp8"),
+    )
+    fp8_first_head: bool = option(True, "precision=fp8: head 1 too; false: heads 2 to n only")
+
+    def in_float8(self, index: int) -> bool:
+        """Whether the head at `index` (from 0) trains with an fp8 loss."""
+        return self.precision == "fp8" and (index > 0 or self.fp8_first_head)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig(Section):
+    """AdamW, warm-up and cosine decay. Defaults: the paper's tables S13 and S14."""
+
+    kind: str = option("adamw", "adamw; or MODULE:CLASS of your own (optimizers/base.py)")
+    lr: float = option(3e-4, "peak learning rate", at_least=0)
+    warmup_steps: int = option(1000, "steps of linear warm-up from 0 to the peak", at_least=0)
+    final_lr_ratio: float = option(0.03, "last learning rate over the peak; cosine in between", at_least=0)
+    beta1: float = option(0.9, "decay of AdamW's first moment", at_least=0, below=1)
+    beta2: float = option(0.95, "decay of AdamW's second moment", at_least=0, below=1)
+    eps: float = option(1e-8, "AdamW's epsilon", at_least=0)
+    weight_decay: float = option(0.1, "decoupled weight decay of matrices (norms have none)", at_least=0)
+    gradient_clipping: float = option(1.0, "largest norm of the whole gradient; 0: no clipping", at_least=0)
+
+
+@dataclass(frozen=True)
+class TrainConfig(Section):
+    """The mathematics of a run: none of these depends on the number of ranks."""
+
+    steps: int = option(REQUIRED, "optimizer steps", at_least=1)
+    global_batch_tokens: int = option(
+        REQUIRED, "tokens of a step over all ranks; the number of micro-batches follows", at_least=1
+    )
+    micro_batch_size: int = option(REQUIRED, "windows of one forward pass of one rank", at_least=1)
+    sequence_length: int = option(4096, "positions of a window (T)", at_least=1)
+    precision: str = option("bf16", "bf16, fp32 or fp16 (fp16 on GPUs only)", one_of=PRECISIONS)
+    activation_checkpointing: bool = option(False, "recompute trunk layers in the backward pass to save memory")
+    compile: bool | None = option(None, "run the layers through torch.compile; null: on GPUs")
+    # pretrain.py gives each rank a seed of its own below 2^63.
+    seed: int = option(0, "seed of the initial weights and of the order of the data", at_least=0, at_most=2**39 - 1)
+
+
+@dataclass(frozen=True)
+class EngineConfig(Section):
+    """The DeepSpeed engine that hosts the model."""
+
+    kind: str = option(
+        "zero3",
+        "zero3: parameters, gradients and optimizer state sharded; zero1: optimizer state only; pipeline: layers cut "
+        "into stages, and zero1 among pipelines",
+        one_of=("zero3", "zero1", "pipeline"),
+    )
+    num_stages: int | None = option(None, "pipeline: stages; a divisor of the number of ranks", only=PIPELINE)
+    stage_layers: list[int] | None = option(
+        None, "pipeline: layers of each stage, trunk and then heads; null: the fastest cut", at_least=1, only=PIPELINE
+    )
+    spread_losses: bool = option(
+        False, "pipeline: every stage computes a part of each loss, from its rows of the unembedding", only=PIPELINE
+    )
+    stage_memory_bytes: float | None = option(
+        None, "pipeline: memory of a rank that the chosen cut needs at most", above=0, only=PIPELINE
+    )
+    communication: str = option(
+        "grouped",
+        "zero3: grouped, one collective per module; or deepspeed, DeepSpeed's own",
+        one_of=("grouped", "deepspeed"),
+        only=ZERO3,
+    )
+    prefetch_modules: int = option(
+        2,
+        "zero3, grouped: modules whose weights are gathered ahead of their use",
+        at_least=0,
+        only=ZERO3 | Uses(communication=("grouped",)),
+    )
+    head_schedule: str = option(
+        "sequential",
+        "sequential: a backward pass per head; deferred: one through all heads",
+        one_of=("sequential", "deferred"),
+        only=ZERO,
+    )
+    reduce_bucket_size: int = option(
+        500_000_000, "elements of a gradient bucket; grouped communication has none", at_least=1
+    )
+    param_persistence_threshold: int = option(
+        0, "zero3: parameters of fewer elements stay on every rank", at_least=0, only=ZERO3
+    )
+    reduce_dtype: str | None = option(
+        None, "precision of gradient reductions; null: train.precision", one_of=(*PRECISIONS, None)
+    )
+    offload_optimizer: bool = option(False, "zero1, zero3: keep optimizer state in CPU memory", only=ZERO)
+    offload_parameters: bool = option(False, "zero3: keep parameter shards in CPU memory", only=ZERO3)
+    deepspeed: dict[str, Any] = option(
+        {}, "further DeepSpeed settings; those that megamtp sets are refused", at_most=2**63 - 1
+    )
+
+    @property
+    def pipeline_stages(self) -> int:
+        """num_stages, which every pipeline has."""
+        assert self.num_stages is not None
+        return self.num_stages
+
+
+@dataclass(frozen=True)
+class EfficiencyConfig(Section):
+    """Share of the bandwidth that each collective reaches."""
+
+    all_gather: float = option(1.0, "share of the bandwidth that all_gather reaches", at_least=1e-6, at_most=2)
+    reduce_scatter: float = option(1.0, "that reduce_scatter reaches", at_least=1e-6, at_most=2)
+    all_reduce: float = option(1.0, "that all_reduce reaches", at_least=1e-6, at_most=2)
+    broadcast: float = option(1.0, "that broadcast reaches", at_least=1e-6, at_most=2)
+
+
+@dataclass(frozen=True)
+class ClusterConfig(Section):
+    """A cluster emulated on one GPU, to see what a job would cost on it. Defaults: H100, NVLink, 400 Gb/s per GPU."""
+
+    emulate: int | None = option(None, "ranks of the emulated cluster; null: no emulation", at_least=1, at_most=2**20)
+    latency: float = option(20e-6, "seconds before a collective's first byte", at_least=0)
+    flat_bandwidth: float | None = option(
+        None, "bytes/s of a rank in a network without nodes; null: nodes, as follows", at_least=1
+    )
+    ranks_per_node: int = option(8, "ranks of a node", at_least=1)
+    node_bandwidth: float = option(360e9, "bytes/s of each rank inside its node", at_least=1)
+    network_bandwidth: float = option(50e9, "bytes/s of each rank to other nodes, all links at once", at_least=1)
+    efficiency: EfficiencyConfig = field(default_factory=EfficiencyConfig)
+    communication_sms: int = option(16, "multiprocessors that a collective occupies", at_least=1, at_most=2**10)
+
+
+@dataclass(frozen=True)
+class DataConfig(Section):
+    """Prepared corpora: prefixes of Megatron .bin/.idx pairs (tools/prepare_data.py writes them)."""
+
+    train: str = option(
+        REQUIRED,
+        "prefix of the corpus, or weights and prefixes: '0.7 a/train 0.3 b/train'",
+        max_bytes=2**17,  # shlex takes a time that grows with the square of the length
+    )
+    validation: str | None = option(None, "prefix of the validation corpus; null: no evaluation")
+    tokenizer: str | None = option(None, "SentencePiece model, which is exported with the weights; or bytes")
+    documents: str = option(
+        "continue",
+        "continue: windows cross documents, as in the paper; mask: no target in another; isolate: nor attention",
+        one_of=("continue", "mask", "isolate"),
+    )
+    accept_changes: bool = option(False, "resume although corpora, weights, sequence length, documents or seed differ")
+
+    @property
+    def train_corpora(self) -> list[tuple[float, str]]:
+        """(weight, prefix) of each training corpus. A single one may have no weight; its name is then all of `train`.
+
+        Raises:
+            InputError: `train` begins with a weight but is no list of weights and prefixes.
+        """
+        try:
+            words = shlex.split(self.train)
+        except ValueError:  # a quotation mark in a single corpus's name
+            words = [self.train]
+        if len(words) < 2 or number(words[0]) is None:
+            return [(1.0, self.train)]
+        found, prefixes = f"data.train={self.train}", words[1::2]
+        weights = [weight for weight in map(number, words[::2]) if weight is not None and 0 < weight < math.inf]
+        good = len(words) % 2 == 0 and len(weights) == len(prefixes)
+        expect(good, found, "WEIGHT PREFIX WEIGHT PREFIX ..., weights above 0, names with spaces quoted")
+        expect(sum(weights) < math.inf, found, "weights whose sum is a finite number")
+        return list(zip(weights, prefixes, strict=True))
+
+    def check_together(self) -> None:
+        """See Section."""
+        corpora = self.train_corpora
+        expect(len(corpora) <= MAX_CORPORA, f"data.train with {len(corpora)} corpora", f"at most {MAX_CORPORA}")
+        check_paths(self.validation, self.tokenizer, *(prefix for _, prefix in corpora))
+
+
+@dataclass(frozen=True)
+class RunConfig(Section):
+    """Where a run writes, and how often."""
+
+    directory: str = option(REQUIRED, "folder of metrics, checkpoints and configuration; an existing run is resumed")
+    initial_weights: str | None = option(
+        None, "canonical checkpoint (of tools/convert_checkpoint.py) that a new run starts from; null: random weights"
+    )
+    save_every_steps: int = option(1000, "steps between checkpoints; the last step is always saved", at_least=1)
+    keep_checkpoints: int = option(2, "newest checkpoints kept", at_least=1)
+    keep_every_steps: int | None = option(None, "checkpoints at multiples of this are kept; null: none", at_least=1)
+    evaluate_every_steps: int = option(1000, "steps between evaluations; the last is always evaluated", at_least=1)
+    evaluation_windows: int | None = option(None, "validation windows of an evaluation; null: all", at_least=1)
+    log_every_steps: int = option(1, "steps between lines of metrics", at_least=1)
+    tensorboard: bool = option(True, "write TensorBoard events beside metrics.jsonl")
+    peak_flops: float | None = option(
+        None, "FLOP/s of a GPU, for the model FLOPs utilization; null: of known GPUs", above=0
+    )
+    stall_seconds: int | None = option(
+        None,
+        "longest time for a step, a save or some batches of an evaluation; then a rank prints where it waits and exits",
+        at_least=1,
+        at_most=10**6,
+    )
+    requeue_exit_code: int = option(0, "exit status after SIGTERM or SIGUSR1", at_least=0, at_most=255)
+
+    def check_together(self) -> None:
+        """See Section."""
+        check_paths(self.directory, self.initial_weights)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. Sections appear as `section.key` in YAML files, overrides and messages."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    head_loss: HeadLossConfig = field(default_factory=HeadLossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    @property
+    def head_weights(self) -> list[float]:
+        return list(self.head_loss.weights or [1.0] * self.model.num_future_tokens)
+
+    @property
+    def global_batch_windows(self) -> int:
+        return self.train.global_batch_tokens // self.train.sequence_length
+
+    def accumulation(self, data_parallel_size: int) -> int:
+        """Micro-batches of one rank in a step (A), where `data_parallel_size` ranks or pipelines share the batch.
+
+        Raises:
+            InputError: the global batch does not divide.
+        """
+        train = self.train
+        tokens = train.sequence_length * train.micro_batch_size * data_parallel_size
+        if train.global_batch_tokens % tokens:
+            sharers = "pipelines" if self.engine.kind == "pipeline" else "ranks"
+            raise InputError(
+                f"train.global_batch_tokens={train.global_batch_tokens} is not a multiple of {tokens} = "
+                f"train.sequence_length {train.sequence_length} x train.micro_batch_size {train.micro_batch_size} x "
+                f"{data_parallel_size} {sharers}; change one of them"
+            )
+        return train.global_batch_tokens // tokens

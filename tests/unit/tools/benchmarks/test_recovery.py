@@ -1,0 +1,16 @@
+"""tools/benchmarks/recovery.py: what it refuses before it trains."""
+
+import pytest
+from benchmarks import recovery
+
+from megamtp.errors import InputError
+
+
+def test_steps_out_of_order_are_refused(tmp_path):
+    with pytest.raises(InputError, match="--save-every 200 --kill-at 100 --steps 1000; expected them in rising order"):
+        recovery.main(["--data", str(tmp_path), "--kill-at", "100"])
+
+
+def test_a_run_that_exists_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"--run .* exists; expected a new folder"):
+        recovery.main(["--data", str(tmp_path), "--run", str(tmp_path)])
