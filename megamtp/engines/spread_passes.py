@@ -21,8 +21,8 @@ from megamtp.data.loader import Batch
 from megamtp.engines.base import DTYPES
 from megamtp.engines.stage import StagePart
 from megamtp.losses.float8 import Float8Products, Float8Weight
-from megamtp.losses.linear_cross_entropy import wide
-from megamtp.losses.vocabulary_slice import combine
+from megamtp.losses.linear_cross_entropy import accumulation_dtype
+from megamtp.losses.vocabulary_slice import combine_statistics
 from megamtp.planning.spread import SpreadPartition
 from megamtp.planning.spread_schedule import NEIGHBOUR, Carries, Kind, Pass, Transfer
 
@@ -236,7 +236,7 @@ class SpreadPasses:
                 logits.append(logits_NR)
                 products.append(own_products)
             else:
-                statistics_3N = torch.zeros(3, len(each), dtype=wide(each.dtype), device=each.device)
+                statistics_3N = torch.zeros(3, len(each), dtype=accumulation_dtype(each.dtype), device=each.device)
                 statistics_3N[0] = -torch.inf
             found.append(statistics_3N)
         self.traffic.give(Transfer(Carries.STATISTICS, work.host, work.micro_batch), [torch.stack(found)])
@@ -251,7 +251,7 @@ class SpreadPasses:
         losses, d_hidden = own.losses.pop(work.host), []
         (statistics,) = self.traffic.take(Transfer(Carries.STATISTICS, work.host, work.micro_batch))
         for place, (head, targets_N) in enumerate(zip(self._heads(work.host), self._targets(work), strict=True)):
-            nll_N, log_partition_N = combine(statistics[:, place], targets_N)
+            nll_N, log_partition_N = combine_statistics(statistics[:, place], targets_N)
             if work.host == self.stage:
                 self.part.nll_sums[head] += nll_N.sum()
             if self.learning:
@@ -275,7 +275,7 @@ class SpreadPasses:
             return torch.zeros_like(hidden_ND)
         if own.d_weight is None:
             weight = self.part.unembedding_weight
-            own.d_weight = torch.zeros_like(weight, dtype=wide(weight.dtype))
+            own.d_weight = torch.zeros_like(weight, dtype=accumulation_dtype(weight.dtype))
         return self.part.slice_gradients(
             losses.logits[place],
             hidden_ND,

@@ -79,11 +79,11 @@ class StagePart(ModelPart):
             What the trunk has made of it so far, [B, T, D]; z from its end on; in the last stage the loss of its heads.
         """
         batch = next(self.batches)
-        separation = self.separate(batch.documents)
-        x = self.run_trunk(x, separation)
+        document_mask = self.document_mask(batch.documents)
+        x = self.run_trunk(x, document_mask)
         if not self.own.heads:
             return x
-        x, nll_sums = self.losses(x, batch.targets, self.loss_scales, separation)
+        x, nll_sums = self.losses(x, batch.targets, self.loss_scales, document_mask)
         self.nll_sums[self.own.heads.start : self.own.heads.stop] += nll_sums
         return x
 
@@ -91,9 +91,9 @@ class StagePart(ModelPart):
         """One micro-batch, of which other stages make the losses: (the trunk's output here, the heads' normed: [B,
         T, D] each).
         """
-        separation = self.separate(batch.documents)
-        x = self.run_trunk(x, separation)
-        return x, self.normed_heads(x, separation)
+        document_mask = self.document_mask(batch.documents)
+        x = self.run_trunk(x, document_mask)
+        return x, self.normed_heads(x, document_mask)
 
     @torch.no_grad()
     def initialise(self) -> None:

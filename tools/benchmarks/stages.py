@@ -9,19 +9,19 @@ import collections
 import gc
 import itertools
 import statistics
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from benchmarks.device import record_time, seconds_between
 from megamtp.config import Config
 from megamtp.data.loader import Batch
 from megamtp.engines.base import DTYPES
 from megamtp.engines.stage import StagePart
-from megamtp.losses.linear_cross_entropy import wide
-from megamtp.losses.vocabulary_slice import combine
+from megamtp.losses.linear_cross_entropy import accumulation_dtype
+from megamtp.losses.vocabulary_slice import combine_statistics
 from megamtp.model.initial import STANDARD_DEVIATION
 from megamtp.planning.partition import Stage
 from megamtp.planning.spread_schedule import Kind
@@ -51,7 +51,7 @@ class MeasuredStage(StagePart):
         super().__init__(config, own, device)
         self.sums = {}
         for name, parameter in self.named_parameters():
-            self.sums[name] = torch.zeros_like(parameter, dtype=wide(parameter.dtype))
+            self.sums[name] = torch.zeros_like(parameter, dtype=accumulation_dtype(parameter.dtype))
             parameter.register_post_accumulate_grad_hook(_Adding(self.sums[name]))
         model, train = config.model, config.train
         shape = train.micro_batch_size, train.sequence_length
@@ -103,7 +103,7 @@ class MeasuredSpreadStage(MeasuredStage):
         elif kind == Kind.GRADIENTS:
             assert passed.slices is not None
             weight = self.unembedding_weight
-            d_weight = torch.zeros_like(weight, dtype=wide(weight.dtype))
+            d_weight = torch.zeros_like(weight, dtype=accumulation_dtype(weight.dtype))
             passed.gradients = [self._gradients(index, *found, d_weight) for index, found in enumerate(passed.slices)]
             torch.autograd.backward(weight.view_as(weight), d_weight.to(weight.dtype))
             passed.slices = None
@@ -126,7 +126,7 @@ class MeasuredSpreadStage(MeasuredStage):
         self, index: int, hidden_ND: Tensor, logits_NR: Tensor, statistics_3N: Tensor, d_weight_RD: Tensor
     ) -> Tensor:
         targets_N = self.micro_batch_targets[index].flatten()
-        _, log_partition_N = combine(statistics_3N[None], targets_N)
+        _, log_partition_N = combine_statistics(statistics_3N[None], targets_N)
         return self.slice_gradients(
             logits_NR, hidden_ND, targets_N, log_partition_N, d_weight_RD, self.loss_scales[index]
         )
@@ -194,16 +194,16 @@ def _times(stage: MeasuredStage, micro_batches: int) -> dict[Kind, list[float]]:
     marks = []
     for index in range(WARM_UP + micro_batches):
         passed = Passed(stage.receive())
-        found = [_mark(stage.device)]
+        found = [record_time(stage.device)]
         for kind in stage.kinds:
             stage.run(kind, passed)
-            found.append(_mark(stage.device))
+            found.append(record_time(stage.device))
         if index == 0 and stage.device.type == "cuda":
             torch.cuda.synchronize()  # the compiler has worked meanwhile
         marks.append(found)
     _check(stage, passed)
     return {
-        kind: [_seconds(found[place], found[place + 1]) / stage.num_uses(kind) for found in marks[WARM_UP:]]
+        kind: [seconds_between(found[place], found[place + 1]) / stage.num_uses(kind) for found in marks[WARM_UP:]]
         for place, kind in enumerate(stage.kinds)
     }
 
@@ -243,18 +243,3 @@ def _peaks(stage: MeasuredStage, counts: list[int]) -> Iterable[tuple[int, int]]
 
 def _allocated(device: torch.device) -> int:
     return torch.cuda.memory_allocated() if device.type == "cuda" else 0
-
-
-def _mark(device: torch.device) -> torch.cuda.Event | float:
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def _seconds(start: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
-    if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
-        return start.elapsed_time(end) / 1e3
-    assert isinstance(start, float) and isinstance(end, float)
-    return end - start

@@ -40,7 +40,7 @@ class DeepSpeedHeadPhase(HeadPhase):
     def __init__(self, engine: HostEngine, model: MTPModel, traffic: GroupedTraffic | None):
         self.engine, self.model, self.traffic = engine, model, traffic
 
-    def seed(self) -> float:
+    def loss_gradient(self) -> float:
         return backward_seed(self.engine)
 
     @contextlib.contextmanager
@@ -165,5 +165,5 @@ class SeededHeads(HeadPhase):
     def __init__(self, engine: HostEngine):
         self.engine = engine
 
-    def seed(self) -> float:
+    def loss_gradient(self) -> float:
         return backward_seed(self.engine)

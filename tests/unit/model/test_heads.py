@@ -53,5 +53,5 @@ def test_a_kind_is_found_by_name():
 
 
 def test_a_kind_that_cannot_decode_is_named():
-    with pytest.raises(InputError, match="Own does not decode; expected a head kind with `extend`"):
+    with pytest.raises(InputError, match="Own does not decode; expected a head kind with a method `extend`"):
         Own().extend(torch.zeros(1, 1, 32), None)
