@@ -24,19 +24,19 @@ def step_with_gradients(
     gradients: dict[str, Tensor] = {}
     own = own_share(batches, engine.data_parallel_rank, engine.data_parallel_size)
     counts = count_targets(own, True, engine.data_parallel_size, engine.device)
-    take_step = engine.engine._take_model_step
+    take_step = engine.deepspeed_engine._take_model_step
 
     def keep_gradients_and_step(lr_kwargs: dict | None) -> None:
-        loss_scale = getattr(engine.engine.optimizer, "loss_scale", 1)
+        loss_scale = getattr(engine.deepspeed_engine.optimizer, "loss_scale", 1)
         for name, parameter in engine.model.named_parameters():
             gradients[name] = safe_get_full_grad(parameter).cpu() / loss_scale
         take_step(lr_kwargs)
 
-    engine.engine._take_model_step = keep_gradients_and_step
+    engine.deepspeed_engine._take_model_step = keep_gradients_and_step
     try:
         return engine.train_batch(own, counts, lr), counts, gradients
     finally:
-        del engine.engine._take_model_step
+        del engine.deepspeed_engine._take_model_step
 
 
 def names_on_all_ranks(gradients: dict[str, Tensor]) -> set[str]:

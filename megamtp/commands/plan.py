@@ -12,9 +12,9 @@ import sys
 from megamtp.commands.command_line import Parser, run
 from megamtp.config import Config, read_config
 from megamtp.errors import InputError
-from megamtp.planning.loss_choice import faster, other_losses
+from megamtp.planning.loss_choice import describe_speed, with_other_loss_placement
 from megamtp.planning.partition import Partition
-from megamtp.planning.planner import CARDS, DAY, Card, Plan, fitting, plan
+from megamtp.planning.planner import GPUS, SECONDS_PER_DAY, Gpu, Plan, nearest_fitting, plan
 from megamtp.planning.spread import SpreadPartition
 
 GIB = 2**30
@@ -27,48 +27,49 @@ def main() -> None:
         "config", nargs="+", help="a YAML file and key=value settings, as for pretrain; data and run may be left out"
     )
     parser.add_argument("--gpus", type=int, required=True, help="ranks")
-    parser.add_argument("--gpu", choices=CARDS, default="h100", help="kind of card [h100]")
+    parser.add_argument("--gpu", choices=GPUS, default="h100", help="kind of card [h100]")
     parser.add_argument("--bandwidth", type=float, help="bytes/s of each rank in a flat network")
     options = parser.parse_intermixed_args()
     flat = [] if options.bandwidth is None else [f"cluster.flat_bandwidth={options.bandwidth}"]
     if options.gpus < 1:
         parser.error(f"--gpus {options.gpus}: expected 1 or more")
     config = read_config(["data.train=none", "run.directory=none", *options.config, *flat])
-    card = CARDS[options.gpu]
+    card = GPUS[options.gpu]
     found = plan(config, options.gpus, card)
-    print(_stage_table(found.cut, card) if found.cut else _memory_table(found, card))
+    print(_stage_table(found.partition, card) if found.partition else _memory_table(found, card))
     print(_host_table(found, config, options.gpus))
     if found.peak_bytes > card.memory_bytes:
         _explain(found, config, options.gpus, card)
         sys.exit(1)
     print(_time_table(found, config))
-    if found.cut:
+    if found.partition:
         print(_other_losses(found, config, options.gpus, card))
 
 
-def _other_losses(found: Plan, config: Config, world_size: int, card: Card) -> str:
+def _other_losses(found: Plan, config: Config, world_size: int, card: Gpu) -> str:
     """Lines about the same pipeline with its losses spread, or whole if they are."""
-    changed, setting = other_losses(config)
+    changed, setting = with_other_loss_placement(config)
     try:
         other = plan(changed, world_size, card)
     except InputError as error:
         return f"\nwith {setting}: {error}"
-    assert other.cut is not None
+    assert other.partition is not None
     ratio, memory = other.step_seconds / found.step_seconds, other.peak_bytes / GIB
     fits = "" if other.peak_bytes <= card.memory_bytes else ", which does not fit"
     return (
-        f"\nwith {setting}: step {other.step_seconds:.3f} s, at most {memory:.2f} GiB{fits}; {other.cut.outcome}\n"
-        f"{faster(setting, ratio)}"
+        f"\nwith {setting}: step {other.step_seconds:.3f} s, at most {memory:.2f} GiB{fits}; "
+        f"{other.partition.balance_summary}\n"
+        f"{describe_speed(setting, ratio)}"
     )
 
 
-def _memory_table(found: Plan, card: Card) -> str:
+def _memory_table(found: Plan, card: Gpu) -> str:
     lines = ["| memory of a rank | GiB |", "|---|---|"]
     lines += [f"| {kind} | {size / GIB:.2f} |" for kind, size in found.memory.items()]
     return "\n".join([*lines, f"| **together**, of {card.memory_bytes / GIB:.1f} | **{found.peak_bytes / GIB:.2f}** |"])
 
 
-def _stage_table(cut: Partition | SpreadPartition, card: Card) -> str:
+def _stage_table(cut: Partition | SpreadPartition, card: Gpu) -> str:
     """Each stage's memory by kind, and the cut."""
     kinds = list(cut.stages[0].memory_bytes)
     lines = [
@@ -98,14 +99,16 @@ def _host_table(found: Plan, config: Config, world_size: int) -> str:
 
 def _time_table(found: Plan, config: Config) -> str:
     tokens = config.train.global_batch_tokens
-    per_day = tokens / found.step_seconds * DAY
+    per_day = tokens / found.step_seconds * SECONDS_PER_DAY
     total = config.train.steps * tokens
-    waiting = "waiting for other stages and pipelines" if found.cut else "exposed communication"
+    waiting = "waiting for other stages and pipelines" if found.partition else "exposed communication"
     waiting += ", weights from the host not planned" if config.engine.offload_parameters else ""
     rows = {
-        "forward and backward, s a step": f"{found.compute:.3f} ({found.micro_batches} micro-batches)",
-        f"{waiting}, s a step": f"{found.exposed:.3f} ({found.exposed / found.step_seconds:.1%})",
-        "optimizer, s a step": "on the host: not planned" if found.update is None else f"{found.update:.3f}",
+        "forward and backward, s a step": f"{found.compute_seconds:.3f} ({found.num_micro_batches} micro-batches)",
+        f"{waiting}, s a step": f"{found.exposed_seconds:.3f} ({found.exposed_seconds / found.step_seconds:.1%})",
+        "optimizer, s a step": "on the host: not planned"
+        if found.optimizer_seconds is None
+        else f"{found.optimizer_seconds:.3f}",
         "**step, s**": f"**{found.step_seconds:.3f}**",
         "tokens a day": f"{per_day:.3g}",
         f"days for {config.train.steps} steps, {total:.3g} tokens": f"{total / per_day:.2f}",
@@ -113,13 +116,13 @@ def _time_table(found: Plan, config: Config) -> str:
     return "\n".join(["", "| time | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
-def _explain(found: Plan, config: Config, world_size: int, card: Card) -> None:
+def _explain(found: Plan, config: Config, world_size: int, card: Gpu) -> None:
     largest = max(found.memory, key=found.memory.__getitem__)
     print(
         f"\ndoes not fit, because {found.peak_bytes / GIB:.1f} GiB are needed of {card.memory_bytes / GIB:.1f}, "
         f"most of them for {largest} ({found.memory[largest] / GIB:.1f})"
     )
-    nearest = fitting(config, world_size, card)
+    nearest = nearest_fitting(config, world_size, card)
     print(
         f"the nearest that fits: {nearest[0]}"
         if nearest

@@ -68,7 +68,7 @@ def _held(engine) -> dict[str, Tensor]:
     """Weights, moments and counters as DeepSpeed gives them out, of the parameters that this rank knows of."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    held, optimizer = {}, engine.engine.optimizer
+    held, optimizer = {}, engine.deepspeed_engine.optimizer
     if hasattr(optimizer, "_hp_optimizer_states_linked"):
         # DeepSpeed 0.19 links the moments when the first group has taken its first step, and the others have none yet.
         optimizer._hp_optimizer_states_linked = False
@@ -78,7 +78,10 @@ def _held(engine) -> dict[str, Tensor]:
         for moment in ("exp_avg", "exp_avg_sq"):
             held[f"{moment}/{name}"] = safe_get_full_optimizer_state(parameter, moment).cpu()
     steps = [int(state["step"]) for state in optimizer.optimizer.state.values()]
-    return held | {"adam steps": torch.tensor(steps).unique(), "global steps": torch.tensor(engine.engine.global_steps)}
+    return held | {
+        "adam steps": torch.tensor(steps).unique(),
+        "global steps": torch.tensor(engine.deepspeed_engine.global_steps),
+    }
 
 
 def _saved(name: str, directory: Path) -> tuple[dict[str, Tensor], list[list[float]]]:

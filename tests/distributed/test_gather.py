@@ -92,10 +92,10 @@ def _buffers_of_steps() -> tuple[int, int, int]:
 
     config = small_config(engine__kind="zero3", model__num_layers=9, model__num_future_tokens=3)
     engine = ZeroEngine(config)
-    gather = engine.traffic.gather
+    gather = engine.communication.gatherer
 
     def number() -> int:
-        return sum(len(free) for free in gather._free.values())
+        return sum(len(free) for free in gather._free_buffers.values())
 
     numbers = []
     for step in range(5):
@@ -115,23 +115,23 @@ def test_weights_live_in_few_buffers_that_are_used_again():
 
 def _names_of_works() -> set[str]:
     """What gloo calls the gathers of one step."""
-    from megamtp.engines.deepspeed.gather import Gather
+    from megamtp.engines.deepspeed.gather import WeightGatherer
 
     names = set()
-    gather = Gather._gather
+    gather = WeightGatherer._all_gather
 
     def note(*arguments) -> list[dist.Work]:
         works = gather(*arguments)
         names.update(str(work._get_op_type()).removeprefix("OpType.") for work in works)
         return works
 
-    Gather._gather = note
+    WeightGatherer._all_gather = note
     _three_steps("grouped", 2, {})
     return names
 
 
 def test_gloo_works_have_short_names():
-    """torch's gloo frees a longer name twice when its two threads end a work at the same time (see Gather._gather)."""
+    """torch's gloo frees a longer name twice when its two threads end a work at the same time (see WeightGatherer._all_gather)."""
     names = run_ranks(_names_of_works, 2)[0]
     assert names and all(len(name) <= 15 for name in names), names
 
@@ -144,16 +144,16 @@ def _removed() -> tuple[list[bool], float]:
     config = small_config(engine__kind="zero3")
     engine = ZeroEngine(config)
     largest_errors(config, engine, num_steps=2)
-    optimizer, traffic = engine.engine.optimizer, engine.traffic
-    own = traffic._replaced
+    optimizer, communication = engine.deepspeed_engine.optimizer, engine.communication
+    own = communication._replaced
     replaced = optimizer.parameter_offload.param_coordinator is not own[0]
-    traffic.remove()
+    communication.remove()
     restored = [
         optimizer.parameter_offload.param_coordinator is own[0],
         optimizer.reduce_and_partition_stream is own[1],
         "independent_gradient_partition_epilogue" not in vars(optimizer),
     ]
-    engine.traffic = engine.head_phase.traffic = None
+    engine.communication = engine.head_phase.communication = None
     return [replaced, *restored], largest_errors(config, engine, num_steps=3)[0]
 
 

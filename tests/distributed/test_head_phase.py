@@ -28,7 +28,7 @@ def _errors(settings: dict, loss_scale: float | None = None) -> float:
     config = small_config(model__num_future_tokens=N, **settings)
     engine = ZeroEngine(config)
     if loss_scale:
-        engine.engine.optimizer.override_loss_scale(loss_scale)
+        engine.deepspeed_engine.optimizer.override_loss_scale(loss_scale)
     return largest_errors(config, engine, num_steps=3)[0]
 
 
@@ -74,7 +74,7 @@ def _errors_after_interruptions(settings: dict) -> list[float]:
     largest_errors(config, engine, num_steps=2)
     errors = []
     for micro_batch in (0, 1):
-        for owner, method in ((engine.model.heads[1], "forward"), (engine.engine, "backward")):
+        for owner, method in ((engine.model.heads[1], "forward"), (engine.deepspeed_engine, "backward")):
             _interrupt(config, engine, owner, method, after_calls=micro_batch)
             errors.append(largest_errors(config, engine, num_steps=2)[0])
         _interrupt_within_a_layer(config, engine, after_calls=micro_batch)
@@ -137,8 +137,8 @@ class Traffic:
     def __init__(self, engine):
         self.clear()
         self._names = {parameter.ds_id: name for name, parameter in engine.model.named_parameters()}
-        if engine.traffic:
-            self._watch_units(engine.traffic)
+        if engine.communication:
+            self._watch_units(engine.communication)
         else:
             self._watch_deepspeed(engine)
 
@@ -156,7 +156,7 @@ class Traffic:
         self.reductions += [self._names[parameter.ds_id] for parameter in parameters]
 
     def _watch_units(self, traffic) -> None:
-        send_for, send = traffic.gather._send_for, traffic.scatter._send
+        send_for, send = traffic.gatherer._start_gather, traffic.reducer._start_reduction
 
         def watched_send_for(unit):
             if unit.buffer is None:
@@ -167,7 +167,7 @@ class Traffic:
             self._reduced(unit.parameters)
             send(unit)
 
-        traffic.gather._send_for, traffic.scatter._send = watched_send_for, watched_send
+        traffic.gatherer._start_gather, traffic.reducer._start_reduction = watched_send_for, watched_send
 
     def _watch_deepspeed(self, engine) -> None:
         for parameter in engine.model.parameters():
@@ -178,7 +178,7 @@ class Traffic:
                 return gather(parameters, *arguments, **options)
 
             parameter.all_gather_coalesced = watched_gather
-        optimizer = engine.engine.optimizer
+        optimizer = engine.deepspeed_engine.optimizer
         attribute = "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads"
         reduce = getattr(optimizer, attribute)
 
@@ -202,7 +202,7 @@ def _traffic_of_steps(communication: str, checkpointing: bool) -> list[tuple[boo
     for step in range(5):
         traffic.clear()
         step_with_gradients(engine, global_batch(config, step, 2))
-        complete = engine.engine.optimizer.parameter_offload.get_param_coordinator().is_complete_trace()
+        complete = engine.deepspeed_engine.optimizer.parameter_offload.get_param_coordinator().is_complete_trace()
         records.append((complete, Counter(traffic.gathers), Counter(traffic.reductions)))
     return records
 
@@ -265,7 +265,7 @@ def _traffic_of_an_accumulating_step() -> tuple[list[tuple[str, str]], list[str]
     for step in range(2):
         traffic.clear()
         step_with_gradients(engine, global_batch(config, step, 2 * MICRO_BATCHES))
-    left = [type(unit.module).__name__ for unit in engine.traffic.gather._units if unit.buffer is not None]
+    left = [type(unit.module).__name__ for unit in engine.communication.gatherer._units if unit.buffer is not None]
     return traffic.log, left
 
 
@@ -292,7 +292,7 @@ def _trace_around_evaluation(communication: str) -> tuple[list[bool], list[str],
     traffic = Traffic(engine)
 
     def complete() -> bool:
-        return engine.engine.optimizer.parameter_offload.get_param_coordinator().is_complete_trace()
+        return engine.deepspeed_engine.optimizer.parameter_offload.get_param_coordinator().is_complete_trace()
 
     def gathers_of_step(step: int) -> list[str]:
         traffic.clear()

@@ -51,9 +51,9 @@ def _objects(engine) -> list[tuple[type, object]]:
     """(Protocol, an object that it describes) of an engine of ours after a step."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
-    host, optimizer = engine.engine, engine.engine.optimizer
+    host, optimizer = engine.deepspeed_engine, engine.deepspeed_engine.optimizer
     found = [
-        (members.HostEngine, host),
+        (members.DeepSpeedEngine, host),
         *((members.TrainedParameter, parameter) for parameter in engine.model.parameters()),
     ]
     if members.is_zero3(optimizer):
@@ -79,7 +79,7 @@ def _objects(engine) -> list[tuple[type, object]]:
         found += [(members.Zero1Bucket, bucket) for bucket in optimizer.ipg_buckets.values()]
     if engine.config.engine.kind == "pipeline":
         found += [
-            (members.HostPipelineEngine, host),
+            (members.DeepSpeedPipelineEngine, host),
             (members.StageModule, host.module),
             (members.StageGrid, host.module._grid),
         ]

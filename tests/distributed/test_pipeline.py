@@ -114,7 +114,7 @@ def _sums_are_deepspeeds() -> bool:
     found = []
     for engine in (PipelineEngine(config), PipelineEngine(config)):
         if found:
-            del engine.engine.optimizer._update_hp_grad
+            del engine.deepspeed_engine.optimizer._update_hp_grad
         found.append(step_with_gradients(engine, global_batch(config, 0, 4))[2])
     ours, theirs = found
     return ours.keys() == theirs.keys() and all(torch.equal(gradient, theirs[name]) for name, gradient in ours.items())
@@ -187,7 +187,7 @@ def _counts(recompute: bool, settings: dict) -> tuple[Counter, Counter, int, lis
     reduced = []
 
     def counted_all_reduce(tensor, *arguments, **options):
-        if engine.stage.copies and options.get("group") is engine.stage.copies:
+        if engine.stage_module.unembedding_group and options.get("group") is engine.stage_module.unembedding_group:
             reduced.append(tensor.numel())
         return all_reduce(tensor, *arguments, **options)
 
@@ -222,7 +222,7 @@ def _reduction_while_others_work(folder: str) -> bool:
     from megamtp.engines.pipeline import PipelineEngine
 
     engine = PipelineEngine(pipeline_config(3, 1, 4, engine__stage_layers=[2, 1, 2], model__num_future_tokens=3))
-    instructions, count = engine.engine._INSTRUCTION_MAP, itertools.count(1)
+    instructions, count = engine.deepspeed_engine._INSTRUCTION_MAP, itertools.count(1)
     run_backward, reduce = instructions[schedule.BackwardPass], instructions[schedule.ReduceTiedGrads]
 
     def backward(*arguments, **options):
@@ -232,15 +232,15 @@ def _reduction_while_others_work(folder: str) -> bool:
 
     def reduce_and_tell(*arguments):
         reduce(*arguments)
-        if engine.stage.copies:
+        if engine.stage_module.unembedding_group:
             (Path(folder) / str(engine.rank)).touch()
 
-    engine.engine._INSTRUCTION_MAP = instructions | {
+    engine.deepspeed_engine._INSTRUCTION_MAP = instructions | {
         schedule.BackwardPass: backward,
         schedule.ReduceTiedGrads: reduce_and_tell,
     }
     _train(engine.config, engine, [0])
-    return engine.stage.copies is not None
+    return engine.stage_module.unembedding_group is not None
 
 
 def test_copies_are_reduced_while_stages_before_them_still_work(tmp_path):
@@ -254,7 +254,7 @@ def _reduced_gradients() -> torch.Tensor:
     engine = PipelineEngine(pipeline_config(2, 2, engine__stage_layers=[4, 1]))
     for parameter in engine.model.unembedding.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(engine.rank))
-    engine._reduce_unembedding(engine.engine)
+    engine._reduce_unembedding(engine.deepspeed_engine)
     return engine.model.unembedding.weight.grad
 
 
@@ -279,7 +279,7 @@ def _copies_after_training(stages: int, pipelines: int, cut: list[int], precisio
     )
     engine = PipelineEngine(config)
     _train(config, engine, range(4))
-    for group in engine.engine.optimizer.optimizer.param_groups[:1]:  # of matrices
+    for group in engine.deepspeed_engine.optimizer.optimizer.param_groups[:1]:  # of matrices
         assert all(parameter.numel() % 16 == 0 for parameter in group["params"])
     return _weights(engine)["unembedding.weight"]
 
@@ -406,8 +406,8 @@ def _cuts_of_a_start(arguments: list[str], port: int) -> int:
     from megamtp import pretrain
     from megamtp.planning import spread
 
-    partition, calls = spread.partition, []
-    spread.partition = lambda *given: calls.append(given) or partition(*given)
+    partition, calls = spread.whole_loss_partition, []
+    spread.whole_loss_partition = lambda *given: calls.append(given) or partition(*given)
     pretrain._leave_peers = lambda: None
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     assert pretrain.main(arguments) == 0

@@ -71,9 +71,9 @@ def _errors(ranks: int) -> list[tuple[float, float, int, bool]]:
     from megamtp.engines.build import build_engine
     from megamtp.planning import spread
 
-    found, nominal = [], spread.NOMINAL
+    found, nominal = [], spread.NOMINAL_LINK
     for accumulation, n, cut, precision, recompute, free_links in CASES[ranks]:
-        spread.NOMINAL = Link(bandwidth=math.inf, latency=0.0) if free_links else nominal
+        spread.NOMINAL_LINK = Link(bandwidth=math.inf, latency=0.0) if free_links else nominal
         config = spread_config(
             *SHAPES[ranks],
             accumulation,
@@ -84,8 +84,8 @@ def _errors(ranks: int) -> list[tuple[float, float, int, bool]]:
             head_loss__weights=[1.0, 0.5, 0.75, 0.25][:n],
         )
         engine = build_engine(config)
-        takes_turns = engine.cut.schedule.alive(engine.stage.stage_id) < accumulation
-        found.append((*largest_errors(config, engine, num_steps=2), engine.part.own.contents.rows, takes_turns))
+        takes_turns = engine.partition.schedule.max_in_flight(engine.stage_module.stage_id) < accumulation
+        found.append((*largest_errors(config, engine, num_steps=2), engine.part.stage.contents.rows, takes_turns))
     return found
 
 
@@ -174,19 +174,19 @@ def test_no_pass_runs_twice_and_the_norms_gradient_is_reduced_once():
 def _kept_in_evaluation() -> tuple[list[int], int]:
     """(stages with a part in losses, most micro-batches that this stage kept while it evaluated five)."""
     from megamtp.engines.build import build_engine
-    from megamtp.engines.spread_passes import SpreadPasses
+    from megamtp.engines.spread_passes import SpreadPassRunner
 
-    run, kept = SpreadPasses.run, [0]
+    run, kept = SpreadPassRunner.run, [0]
 
     def counting(passes, work):
         run(passes, work)
         kept[0] = max(kept[0], len(passes.micro_batches))
 
-    SpreadPasses.run = counting  # before the engine takes it
+    SpreadPassRunner.run = counting  # before the engine takes it
     config = spread_config(3, 1, 5, model__num_future_tokens=1, engine__stage_layers=[2, 1, 2])
     engine = build_engine(config)
     engine.evaluate(iter(global_batch(config, 0, 5)))
-    return engine.passes.slices, kept[0]
+    return engine.runner.schedule.loss_stages, kept[0]
 
 
 def test_evaluation_keeps_nothing_in_stages_that_have_no_part_in_losses():

@@ -122,7 +122,7 @@ def _steps_with_overflow() -> tuple[list[bool], list[float], bool]:
     for _ in range(40):
         result = engine.train_batch(batches, counts, lr=1e-2)
         skipped.append(result.skipped)
-        scales.append(float(engine.engine.optimizer.loss_scale))
+        scales.append(float(engine.deepspeed_engine.optimizer.loss_scale))
         if all(skipped):
             unchanged &= all(
                 torch.equal(start[name], parameter.ds_tensor) for name, parameter in engine.model.named_parameters()

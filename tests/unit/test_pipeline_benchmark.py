@@ -10,9 +10,9 @@ from benchmarks.stages import Measured
 
 from megamtp.errors import InputError
 from megamtp.planning.links import Link
-from megamtp.planning.partition import partition
-from megamtp.planning.spread import spread
-from megamtp.planning.spread_schedule import Exchange, Kind
+from megamtp.planning.partition import whole_loss_partition
+from megamtp.planning.spread import spread_loss_partition
+from megamtp.planning.spread_schedule import PassKind, TransferTimes
 from tests.cases import small_config
 from tests.unit.test_partition import paper_config
 
@@ -46,16 +46,16 @@ class InventedMeter(plans.Meter):
 
     def measure(self, config, stage, alive=()):
         contents = stage.contents
-        forward, backward = float(contents.num_trunk), 2.0 * contents.num_trunk
+        forward, backward = float(contents.num_trunk_layers), 2.0 * contents.num_trunk_layers
         if contents.spread:
             seconds = {
-                Kind.FORWARD: forward + contents.num_heads,
-                Kind.STATISTICS: contents.rows / 300,
-                Kind.GRADIENTS: 2 * contents.rows / 300,
-                Kind.BACKWARD: backward + 2 * contents.num_heads,
+                PassKind.FORWARD: forward + contents.num_heads,
+                PassKind.STATISTICS: contents.rows / 300,
+                PassKind.GRADIENTS: 2 * contents.rows / 300,
+                PassKind.BACKWARD: backward + 2 * contents.num_heads,
             }
         else:
-            seconds = {Kind.FORWARD: forward + 6 * contents.num_heads, Kind.BACKWARD: backward}
+            seconds = {PassKind.FORWARD: forward + 6 * contents.num_heads, PassKind.BACKWARD: backward}
         return Measured(
             seconds, {kind: (time, time) for kind, time in seconds.items()}, {count: 2**30 for count in alive}
         )
@@ -105,7 +105,7 @@ def test_a_size_that_does_not_fit_is_named_and_others_are_measured(tmp_path, mon
     arguments = ["--device", "cpu", "--vocabularies", "300", "--stages", "4", "--output", str(tmp_path)]
     pipeline.main([*arguments, "--sizes", "13b", "6.7b"])
     assert (
-        "13b: StageContents(num_trunk=4, " in (shown := capsys.readouterr().out)
+        "13b: StageContents(num_trunk_layers=4, " in (shown := capsys.readouterr().out)
         and "does not fit on this card; expected" in shown
     )
     assert {result["size"] for result in json.loads((tmp_path / "pipeline.json").read_text())["results"]} == {"6.7b"}
@@ -120,7 +120,7 @@ def test_plans_are_played_with_what_was_measured():
         Link(1e30, 0.0),
     )
     costs = plans.measured_costs(config, meter)
-    assert (costs.layer_forward, costs.layer_backward, costs.loss, costs.copy) == (1.0, 2.0, 3.0, 0.0)
+    assert (costs.layer_forward, costs.layer_backward, costs.loss, costs.unembedding_copy) == (1.0, 2.0, 3.0, 0.0)
     assert (costs.slice_statistics * 300, costs.slice_gradients * 300) == pytest.approx((1.0, 2.0))
     made = plans.make_plans(config, 1, costs, link)
     found = {name: plans.play_plan(config, plan, costs, link, meter) for name, plan in made.items()}
@@ -148,17 +148,17 @@ def test_naive_cut_has_all_heads_last():
 
 def test_link_times():
     config = paper_config("6.7b")
-    exchange = Link(50e9, 1e-5).exchange(config)
+    transfer_times = Link(50e9, 1e-5).transfer_times(config)
     boundary = 4096 * 4096 * 2 / 50e9
-    assert exchange == Exchange(
+    assert transfer_times == TransferTimes(
         pytest.approx(1e-5 + boundary), pytest.approx(7e-5 + boundary), pytest.approx(7e-5 + 7 * 49152 / 50e9)
     )
-    tied = Link(50e9, 0.0).tied(config, 2)
-    assert tied == pytest.approx(4 * 32001 * 4096 / 50e9)
-    assert Link(50e9, 1.0).tied(config, 1) == 0.0
+    reduction = Link(50e9, 0.0).unembedding_reduction(config, 2)
+    assert reduction == pytest.approx(4 * 32001 * 4096 / 50e9)
+    assert Link(50e9, 1.0).unembedding_reduction(config, 1) == 0.0
 
 
-@pytest.mark.parametrize("plan", [partition, spread])
+@pytest.mark.parametrize("plan", [whole_loss_partition, spread_loss_partition])
 def test_a_measured_stage_sums_the_gradients_of_its_micro_batches(plan):
     """As often as it is run, and the unembedding's once for all heads of a micro-batch."""
     config = small_config(1, 4, **PIPELINE, model__num_future_tokens=2)
