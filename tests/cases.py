@@ -1,4 +1,6 @@
-"""Small configurations and batches with unevenly ignored targets, for tests of engines."""
+"""Small configurations and those of configs/, and batches whose targets are unevenly IGNORED."""
+
+from pathlib import Path
 
 import torch
 
@@ -6,12 +8,16 @@ from megamtp.config import Config, read_config
 from megamtp.data.loader import Batch
 from megamtp.targets import IGNORED
 
+ROOT = Path(__file__).parents[1]
 VOCABULARY, POSITIONS, WINDOWS = 97, 12, 2
 
 
 def small_config(world_size: int = 2, accumulation: int = 1, **overrides) -> Config:
-    """A 5-layer model of width 16; override any key with `section__key=value`. `world_size`: ranks that share the
-    data.
+    """Returns a configuration of a 5-layer model of width 16, with any key overridden as `section__key=value`.
+
+    Args:
+        world_size: number of ranks that read different data.
+        accumulation: micro-batches per rank and step.
     """
     settings = {
         "model.dim": 16,
@@ -34,9 +40,28 @@ def small_config(world_size: int = 2, accumulation: int = 1, **overrides) -> Con
     return read_config([f"{key}={value}" for key, value in settings.items()])
 
 
+def published_config(size: str, heads: int, *settings: str) -> Config:
+    """The configuration of configs/ for this size and number of heads, with neither data nor a run's directory."""
+    return read_config(
+        [str(ROOT / f"configs/{size}_n{heads}.yaml"), "data.train=none", "run.directory=none", *settings]
+    )
+
+
+def pipeline_config(size: str, num_stages: int, *settings: str) -> Config:
+    """Four heads in a pipeline, with micro-batches of one window."""
+    pipeline = ["engine.kind=pipeline", f"engine.num_stages={num_stages}", "train.micro_batch_size=1"]
+    return published_config(size, 4, *pipeline, *settings)
+
+
+def paper_config(size: str, *settings: str) -> Config:
+    """Four heads in eight pipeline stages, 32 micro-batches of one window."""
+    return pipeline_config(size, 8, f"train.global_batch_tokens={32 * 4096}", *settings)
+
+
 def global_batch(config: Config, step: int, num_micro_batches: int) -> list[Batch]:
-    """The micro-batches of all ranks: targets ignored differently in each, per head, one micro-batch of several
-    without any.
+    """Returns the micro-batches of all ranks, each with different targets IGNORED for each head.
+
+    If there are several micro-batches, all targets of one are IGNORED.
     """
     n = config.model.num_future_tokens
     generator = torch.Generator().manual_seed(1000 + step)
@@ -53,5 +78,5 @@ def global_batch(config: Config, step: int, num_micro_batches: int) -> list[Batc
 
 
 def own_share(batches: list[Batch], rank: int, world_size: int) -> list[Batch]:
-    """A rank's micro-batches, in the loader's order."""
+    """Returns a rank's micro-batches, in the loader's order."""
     return batches[rank::world_size]

@@ -1,4 +1,4 @@
-"""A small model with weights that tell right from wrong, and what a checkpoint of it holds."""
+"""Small models whose weights make errors visible, and the contents of their checkpoints."""
 
 from pathlib import Path
 
@@ -25,12 +25,15 @@ SMALL = ModelConfig(
     norm_eps=1e-3,
 )
 
+TEXT_MODEL = ModelConfig(
+    dim=32, num_layers=5, num_future_tokens=2, num_attention_heads=4, num_key_value_heads=2, mlp_dim=48, vocab_size=500
+)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE = RunState(OptimizerState("adamw", MOMENTS, (7,)), {"global_steps": 9, "global_samples": 18, "skipped_steps": 2})
 
 
 def random_model(config: ModelConfig) -> MTPModel:
-    """Larger weights than the initial ones, so that logits differ and attention attends."""
+    """Returns a model with larger weights than the initial ones, so that logits and attention scores differ clearly."""
     model = MTPModel(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -40,12 +43,22 @@ def random_model(config: ModelConfig) -> MTPModel:
     return model
 
 
+def text_model() -> MTPModel:
+    """Returns a model of TEXT_MODEL whose most likely next token depends on the whole prompt."""
+    model = MTPModel(TEXT_MODEL)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            value = initial_value(name, parameter.shape, TEXT_MODEL, seed=2)
+            parameter.copy_(value * (8 if parameter.dim() == 2 else 1))
+    return model
+
+
 def contents(config: ModelConfig, weights: dict[str, Tensor], tokenizer: Path | None = None) -> Contents:
     return Contents(config, {WEIGHT: InMemory(weights)}, sequence_length=64, tokenizer=tokenizer)
 
 
 def with_moments(config: ModelConfig) -> Contents:
-    """A training state: weights, moments (the second ones positive), step 9 of which Adam has taken 7."""
+    """Returns contents with weights and moments in [0, 1), at step 9, of which Adam has taken 7 and skipped 2."""
     weights = random_model(config).state_dict()
     generator = torch.Generator().manual_seed(5)
     sources = {WEIGHT: InMemory(weights)}

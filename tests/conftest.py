@@ -25,6 +25,15 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason=f"needs {needed} GPU{'s' * (needed > 1)}"))
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """torch uses one thread, for tests of many tiny steps: more threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def call_command(monkeypatch, capsys):
     """call_command(module, *arguments) -> (exit status, stdout, stderr) of a command, in the test's own process."""

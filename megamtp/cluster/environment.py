@@ -1,4 +1,4 @@
-"""Which rank this process is: under the deepspeed launcher, torchrun, mpirun, or alone."""
+"""The rank of this process under the deepspeed launcher, torchrun, mpirun, Slurm or no launcher; errors of one rank."""
 
 import os
 import re
@@ -12,11 +12,11 @@ import torch.distributed as dist
 
 from megamtp.cluster.ports import reserve_port
 from megamtp.config import ClusterConfig
-from megamtp.errors import InputError, explained
+from megamtp.errors import InputError, translate_os_error
 
 T = TypeVar("T")
-# (rank, local rank, world size) as torch-style launchers, Open MPI, MPICH/Intel MPI (Hydra) and Slurm's PMI spell them.
-SPELLINGS = (
+# (rank, local rank, world size) of torch-style launchers, Open MPI, and MPICH, Intel MPI (Hydra) or Slurm's PMI.
+VARIABLES = (
     ("RANK", "LOCAL_RANK", "WORLD_SIZE"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
     ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE"),
@@ -25,7 +25,7 @@ SPELLINGS = (
 
 @dataclass(frozen=True)
 class Place:
-    """This process among its peers, known before any of them is talked to."""
+    """The rank of this process on its node and in the job, known before the ranks meet."""
 
     rank: int
     local_rank: int
@@ -33,19 +33,19 @@ class Place:
 
 
 def find_place() -> Place:
-    """Reads the launcher's environment variables; without any, this is the only rank.
+    """Reads the launcher's environment variables. Without any, this process is the only rank.
 
     Raises:
-        InputError: they hold no numbers, or none of a rank.
+        InputError: a variable is no number, or the rank is not below the number of ranks.
     """
-    for rank, local_rank, world_size in SPELLINGS:
-        if os.environ.get(rank) and os.environ.get(world_size):  # one alone is some other program's
+    for rank, local_rank, world_size in VARIABLES:
+        if os.environ.get(rank) and os.environ.get(world_size):  # a single one belongs to another program
             own_rank, num_ranks = _number(rank), _number(world_size, 1)
             if own_rank >= num_ranks:
                 raise InputError(
                     f"{rank}={own_rank} with {world_size}={num_ranks}; expected a rank below the number of ranks"
                 )
-            # Slurm's PMI tells none
+            # Slurm's PMI has no variable for the local rank.
             local = next((name for name in (local_rank, "SLURM_LOCALID") if os.environ.get(name)), rank)
             if num_ranks > 1 and os.environ.get("MASTER_PORT"):
                 _number("MASTER_PORT", 1, 65535)
@@ -63,7 +63,7 @@ def _number(variable: str, smallest: int = 0, largest: int = 2**31 - 1) -> int:
 
 
 def emulated_place(place: Place, cluster: ClusterConfig) -> Place:
-    """The place in the emulated cluster, if there is one: rank 0.
+    """Returns rank 0 of the emulated cluster if cluster.emulate is set, and otherwise `place`.
 
     Raises:
         InputError: this process has real peers.
@@ -77,13 +77,23 @@ def emulated_place(place: Place, cluster: ClusterConfig) -> Place:
     return Place(0, 0, cluster.emulate)
 
 
-def share_error(place: Place, error: Exception | None) -> None:
-    """Raises this rank's own error; under mpirun every rank ends if any has one: see _end_together.
+@contextmanager
+def errors_shared(place: Place) -> Iterator[None]:
+    """Ends every rank if the block raises an exception on any of them, before the ranks meet: see _share_error."""
+    error = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    _share_error(place, error)
 
-    Other launchers end all ranks when one has failed. mpirun may let the others wait for it for ever, so there the
-    ranks tell each other over MPI, and in the same message where to meet, which mpirun does not tell them. Then MPI is
-    left for good: at its exit a rank would otherwise wait for all others to leave it, also for those that wait for this
-    one.
+
+def _share_error(place: Place, error: Exception | None) -> None:
+    """Raises this rank's own error. Under mpirun every rank ends if any has an error: see _end_together.
+
+    Other launchers end all ranks when one has failed. Under mpirun, the other ranks may wait forever. There the ranks
+    exchange their errors over MPI, and with them the address of rank 0, which mpirun does not provide. MPI is finalized
+    at once: a rank that finalizes MPI at its exit waits until all other ranks do so, even those that wait for it.
     """
     if place.world_size == 1 or (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")):
         if error:
@@ -104,8 +114,7 @@ def share_error(place: Place, error: Exception | None) -> None:
             f"{place.world_size} ranks by the environment, but neither MASTER_ADDR and MASTER_PORT nor MPI; expected a "
             "launcher that sets them"
         )
-    # By name, which each rank resolves for itself: on its own host a name may stand for 127.0.1.1, which is of no use
-    # on others.
+    # The name, not the address: on its own host a name may resolve to 127.0.1.1, which other hosts cannot reach.
     address = (socket.gethostname(), reserve_port()) if place.rank == 0 else None
     told = MPI.COMM_WORLD.allgather((_told(error), address))
     MPI.Finalize()
@@ -116,9 +125,9 @@ def share_error(place: Place, error: Exception | None) -> None:
 
 @contextmanager
 def raised_by_all() -> Iterator[None]:
-    """Ends every rank when the block raises an exception on any of them: see _end_together.
+    """Ends every rank if the block raises an exception on any of them: see _end_together.
 
-    Collective at its end; the block must not be.
+    Collective at its end. The block itself must not call collectives.
     """
     error = None
     try:
@@ -129,21 +138,21 @@ def raised_by_all() -> Iterator[None]:
 
 
 def _told(error: Exception | None) -> str | None:
-    """What a rank tells the others of its error: an InputError's message; nothing but that there is one of any
-    other.
-    """
+    """Returns what the other ranks learn of an error: an InputError's message; "" for a defect; None without error."""
     if error is None:
         return None
-    error = explained(error)
+    error = translate_os_error(error)
     return str(error) if isinstance(error, InputError) else ""
 
 
 def _end_together(rank: int, error: Exception | None, told: list[str | None]) -> None:
-    """Returns if no rank has an error. Otherwise a defect is raised on its own rank, with its traceback, and the first
-    InputError on rank 0, so that it is printed once; the other ranks raise SystemExit(2).
+    """Returns if no rank has an error; otherwise raises on every rank.
+
+    A rank with a defect raises it, with its traceback. Rank 0 raises the first InputError, which is then printed once.
+    The other ranks raise SystemExit(2).
 
     Args:
-        told: what _told returns, by rank.
+        told: the result of _told on every rank.
     """
     if all(message is None for message in told):
         return
@@ -155,7 +164,7 @@ def _end_together(rank: int, error: Exception | None, told: list[str | None]) ->
 
 
 def of_all_ranks(own: T) -> list[T]:
-    """What every rank gives, by rank. Collective."""
-    found = [own] * dist.get_world_size()
-    dist.all_gather_object(found, own)
-    return found
+    """Returns the values of all ranks, by rank. Collective."""
+    values = [own] * dist.get_world_size()
+    dist.all_gather_object(values, own)
+    return values

@@ -1,4 +1,4 @@
-"""How every command reports an error of its user: one line on stderr, exit status 2, no traceback."""
+"""What all commands share: arguments, and errors of the user as one line on stderr with exit status 2."""
 
 import argparse
 import errno
@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from megamtp.console import print_all_characters, print_error
+from megamtp.console import escape_unencodable_characters, print_error
 from megamtp.errors import InputError
 
 OUTPUT_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -37,20 +37,20 @@ class Parser(argparse.ArgumentParser):
         return super()._get_values(action, arg_strings)
 
 
-def run(main: Callable[[], None]) -> None:
-    """Calls `main`, and ends the process unless all went well.
+def run(main: Callable[[], int | None]) -> None:
+    """Calls `main`, and ends the process if its exit status is not 0. `main` may return a status.
 
-    An InputError, or output that there is no room for, is one line on stderr and exit status 2. As shells report it,
-    the status is 130 after Ctrl-C, and 141 where nobody reads the output any more.
+    An InputError, or a full disk under the output, is one line on stderr and status 2. The status is 130 after Ctrl-C
+    and 141 if the output's reader has gone (`| head`), as shells report it.
     """
-    print_all_characters()
+    escape_unencodable_characters()
     try:
         status = _status(main)
         print(end="", flush=True)
     except OSError as error:
         if error.filename or error.errno not in OUTPUT_ERRORS:
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python will try to write the rest once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest once more at its exit
         status = 128 + signal.SIGPIPE
         if error.errno != errno.EPIPE:
             print_error(f"the output cannot be written: {error.strerror}; make room for it")
@@ -60,14 +60,14 @@ def run(main: Callable[[], None]) -> None:
 
 
 def ignore_deprecated_collectives() -> None:
-    """DeepSpeed calls collectives by names that torch 2.13 deprecates. No user can do anything about these warnings."""
+    """Hides torch 2.13's warnings about collectives that DeepSpeed calls by their old names."""
     names = "all_gather_into_tensor|reduce_scatter_tensor"
     warnings.filterwarnings("ignore", rf"`torch\.distributed\.({names})` is deprecated", FutureWarning)
 
 
-def _status(main: Callable[[], None]) -> int | str | None:
+def _status(main: Callable[[], int | None]) -> int | str | None:
     try:
-        main()
+        return main()
     except SystemExit as error:
         return error.code
     except InputError as error:
@@ -75,4 +75,3 @@ def _status(main: Callable[[], None]) -> int | str | None:
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0

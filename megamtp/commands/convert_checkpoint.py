@@ -31,7 +31,7 @@ def main() -> None:
     contents = formats.read(arguments.source, formats.Options(arguments.num_future_tokens, model))
     for note in contents.notes:
         print(note)
-    if arguments.to in ("hf", "hf-mtp") and not contents.ends_texts:
+    if arguments.to in ("hf", "hf-mtp") and not contents.has_end_of_text:
         print(
             f"{arguments.source} does not say which token ends a text: generate() of the export stops at its longest "
             "length only"
@@ -47,12 +47,12 @@ def _parser() -> Parser:
     described = "\n".join(f"  {name:12s}{entry.meaning}" for name, entry in formats.FORMATS.items())
     parser = Parser(f"{__doc__}\nFormats:\n{described}")
     parser.add_argument(
-        "source", type=Path, help=f"a checkpoint of one of these formats: {', '.join(formats.readable())}"
+        "source", type=Path, help=f"a checkpoint of one of these formats: {', '.join(formats.readable_formats())}"
     )
     parser.add_argument("destination", type=Path, help="a new or empty folder, or an earlier export, which is replaced")
     parser.add_argument(
         "--to",
-        choices=[*formats.writable(), *ENGINES],
+        choices=[*formats.writable_formats(), *ENGINES],
         default="hf",
         help="format of the destination (default: hf); an engine's is a run's",
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from megamtp.checkpoint import formats
-from megamtp.checkpoint.tensors import whole
+from megamtp.checkpoint.tensors import read_tensor
 from megamtp.commands.command_line import Parser, run
 from megamtp.config import BYTES
 from megamtp.data.tokenizer import open_tokenizer
@@ -106,7 +106,7 @@ def _load(source: Path, device: torch.device) -> tuple[MTPModel, Path | None]:
         contents = formats.read(source)
     with torch.device("meta"):
         model = MTPModel(contents.model)
-    weights = {name: whole(contents.weights, name, torch.float32).to(device) for name in contents.weights.shapes}
+    weights = {name: read_tensor(contents.weights, name, torch.float32).to(device) for name in contents.weights.shapes}
     model.load_state_dict(weights, strict=True, assign=True)
     return model, Path(BYTES) if contents.tokens_are_bytes else contents.tokenizer
 

@@ -1,4 +1,7 @@
-"""Settings of different sections that do not go together, as far as the configuration alone can tell."""
+"""Settings of different sections that do not go together, as far as the configuration alone can tell.
+
+Tests: tests/unit/config/test_reader.py.
+"""
 
 from dataclasses import fields
 

@@ -1,4 +1,7 @@
-"""Fields that know what they mean and which values they take: `option(1000, "steps of warm-up", at_least=0)`."""
+"""Fields that know what they mean and which values they take: `option(1000, "steps of warm-up", at_least=0)`.
+
+Tests: tests/unit/config/test_reader.py.
+"""
 
 import dataclasses
 import types

@@ -2,6 +2,8 @@
 
 `option` and `Section` (fields.py) check a setting by itself; `check_together` checks the settings of one section with
 each other; consistency.py checks the sections with each other. reader.py makes a Config of YAML files and overrides.
+
+Tests: tests/unit/config/test_reader.py.
 """
 
 import math

@@ -1,4 +1,7 @@
-"""Builds the engine that `engine.kind` names."""
+"""Builds the engine that `engine.kind` names.
+
+Tests: tests/distributed/test_checkpoints.py.
+"""
 
 from megamtp.config import Config
 from megamtp.engines.base import Engine

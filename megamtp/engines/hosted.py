@@ -1,4 +1,7 @@
-"""The base class of the engines that DeepSpeed hosts."""
+"""The base class of the engines that DeepSpeed hosts.
+
+Tests: tests/distributed/test_checkpoints.py, tests/distributed/test_pipeline.py, tests/distributed/test_zero.py.
+"""
 
 from pathlib import Path
 

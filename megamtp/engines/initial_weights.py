@@ -1,4 +1,7 @@
-"""Initial weights of a new model: random, or from a converted checkpoint (run.initial_weights)."""
+"""Initial weights of a new model: random, or from a converted checkpoint (run.initial_weights).
+
+Tests: tests/distributed/test_initial_weights.py.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,8 +11,8 @@ import torch
 from torch import Tensor
 
 from megamtp.checkpoint import canonical
-from megamtp.checkpoint.contents import Contents, written_out
-from megamtp.checkpoint.tensors import whole
+from megamtp.checkpoint.contents import Contents, resolve_defaults
+from megamtp.checkpoint.tensors import read_tensor
 from megamtp.config import Config
 from megamtp.errors import InputError
 from megamtp.model.initial import initial_value
@@ -23,7 +26,7 @@ def initial_weights(config: Config) -> Callable[[str, tuple[int, ...]], Tensor]:
     """
     if config.run.initial_weights:
         weights = open_initial_weights(config).weights
-        return lambda name, shape: whole(weights, name, torch.float32)
+        return lambda name, shape: read_tensor(weights, name, torch.float32)
     return lambda name, shape: initial_value(name, shape, config.model, config.train.seed)
 
 
@@ -42,7 +45,7 @@ def open_initial_weights(config: Config) -> Contents:
     directory = Path(config.run.initial_weights)
     try:
         contents = canonical.read(directory)
-        canonical.check_same_model(directory, contents.model, written_out(config.model))
+        canonical.check_same_model(directory, contents.model, resolve_defaults(config.model))
     except InputError as error:
         raise InputError(f"run.initial_weights: {error}") from None
     return contents

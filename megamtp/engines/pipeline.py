@@ -5,6 +5,8 @@
 A stage with heads runs their forward and backward passes during its forward pass (losses/sequential.py), and adds their
 dz to the gradient of z in its backward pass. So every stage runs one forward and one backward pass of each micro-batch,
 and sends one tensor in each direction.
+
+Tests: tests/distributed/test_pipeline.py.
 """
 
 import itertools

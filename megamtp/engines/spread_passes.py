@@ -1,4 +1,7 @@
-"""Runs a stage's passes in a pipeline with spread losses, and its transfers with other stages."""
+"""Runs a stage's passes in a pipeline with spread losses, and its transfers with other stages.
+
+Tests: tests/distributed/test_spread_pipeline.py.
+"""
 
 from collections import deque
 from collections.abc import Callable
@@ -13,8 +16,8 @@ from megamtp.engines.base import DTYPES
 from megamtp.engines.stage import StagePart
 from megamtp.engines.transfer_queue import TransferQueue
 from megamtp.losses.float8 import Float8Products, Float8Weight
-from megamtp.losses.linear_cross_entropy import wide
-from megamtp.losses.vocabulary_slice import combine
+from megamtp.losses.linear_cross_entropy import accumulation_dtype
+from megamtp.losses.vocabulary_slice import combine_statistics
 from megamtp.planning.spread import SpreadPartition
 from megamtp.planning.spread_schedule import NEIGHBOUR_OFFSET, PassKind, StagePass, Transfer, TransferKind
 
@@ -162,7 +165,9 @@ class SpreadPassRunner:
                 losses.logits.append(logits_NR)
                 losses.products.append(products)
             else:
-                statistics_3N = torch.zeros(3, len(hidden_ND), dtype=wide(hidden_ND.dtype), device=hidden_ND.device)
+                statistics_3N = torch.zeros(
+                    3, len(hidden_ND), dtype=accumulation_dtype(hidden_ND.dtype), device=hidden_ND.device
+                )
                 statistics_3N[0] = -torch.inf
             statistics.append(statistics_3N)
         self.queue.put(Transfer(TransferKind.STATISTICS, head_stage, micro_batch), [torch.stack(statistics)])
@@ -178,7 +183,7 @@ class SpreadPassRunner:
         losses, d_hidden = state.losses.pop(head_stage), []
         (statistics,) = self.queue.get(Transfer(TransferKind.STATISTICS, head_stage, micro_batch))
         for place, (head, targets_N) in enumerate(zip(self._heads(head_stage), self._targets(stage_pass), strict=True)):
-            nll_N, log_partition_N = combine(statistics[:, place], targets_N)
+            nll_N, log_partition_N = combine_statistics(statistics[:, place], targets_N)
             if head_stage == self.stage:
                 self.part.nll_sums[head] += nll_N.sum()
             if self.training:
@@ -208,7 +213,7 @@ class SpreadPassRunner:
             return torch.zeros_like(hidden_ND)
         if state.d_weight is None:
             weight = self.part.unembedding_weight
-            state.d_weight = torch.zeros_like(weight, dtype=wide(weight.dtype))
+            state.d_weight = torch.zeros_like(weight, dtype=accumulation_dtype(weight.dtype))
         logits_NR, products, factor = losses.logits[place], losses.products[place], self._factor(head)
         return self.part.slice_gradients(
             logits_NR, hidden_ND, targets_N, log_partition_N, state.d_weight, factor, products

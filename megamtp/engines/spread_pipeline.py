@@ -2,6 +2,8 @@
 
 DeepSpeed's 1F1B schedule has no pass for a loss that depends on data from all stages. But its pipeline engine executes
 any schedule, also with new instructions.
+
+Tests: tests/distributed/test_spread_pipeline.py.
 """
 
 from functools import partial

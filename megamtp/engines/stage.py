@@ -1,4 +1,7 @@
-"""One pipeline stage: its part of the model, and its forward pass of each micro-batch."""
+"""One pipeline stage: its part of the model, and its forward pass of each micro-batch.
+
+Tests: tests/distributed/test_pipeline.py, tests/distributed/test_spread_pipeline.py.
+"""
 
 from collections.abc import Callable, Iterable
 from typing import Protocol, cast
@@ -87,11 +90,11 @@ class StagePart(ModelPart):
             The trunk's hidden states [B, T, D], which are z on stages with heads; on the last stage the heads' loss.
         """
         batch = next(self.batches)
-        separation = self.separate(batch.documents)
-        x = self.run_trunk(x, separation)
+        document_mask = self.document_mask(batch.documents)
+        x = self.run_trunk(x, document_mask)
         if not self.stage.heads:
             return x
-        x, nll_sums = self.losses(x, batch.targets, self.loss_scales, separation)
+        x, nll_sums = self.losses(x, batch.targets, self.loss_scales, document_mask)
         self.nll_sums[self.stage.heads.start : self.stage.heads.stop] += nll_sums
         return x
 
@@ -101,9 +104,9 @@ class StagePart(ModelPart):
         Returns:
             (the trunk's hidden states [B, T, D], the normed output [B, T, D] of each head).
         """
-        separation = self.separate(batch.documents)
-        x = self.run_trunk(x, separation)
-        return x, self.normed_heads(x, separation)
+        document_mask = self.document_mask(batch.documents)
+        x = self.run_trunk(x, document_mask)
+        return x, self.normed_heads(x, document_mask)
 
     @torch.no_grad()
     def initialise(self) -> None:

@@ -4,6 +4,8 @@ Transfers run concurrently with computation: a pass waits only for the data it n
 the same order. On a GPU all transfers run on one stream, one after the other, for two reasons: NCCL may deadlock if
 ranks start transfers in different orders, even in different groups and streams
 (https://github.com/NVIDIA/nccl/issues/783), and a transfer that waits for its peers occupies multiprocessors.
+
+Tests: tests/distributed/test_spread_pipeline.py.
 """
 
 from collections.abc import Callable

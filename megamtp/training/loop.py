@@ -1,4 +1,7 @@
-"""The training loop: data, engine, metrics, evaluation, checkpoints, and an orderly end."""
+"""The training loop: data, engine, metrics, evaluation, checkpoints, and an orderly end.
+
+Tests: tests/distributed/test_training.py.
+"""
 
 import faulthandler
 import gc
@@ -175,7 +178,7 @@ class Training:
         """Whether this rank's data of the next step is, if there is a next step; waits until it is read, as that
         step would.
         """
-        self._damage = self.train.damage(self.step) if self.step < self.config.train.steps else None
+        self._damage = self.train.read_error(self.step) if self.step < self.config.train.steps else None
         return self._damage is not None
 
     def _anywhere(self, *found: bool) -> list[bool]:
@@ -264,4 +267,4 @@ class Training:
         blend = self.train.windows
         assert isinstance(blend, Blend)  # which pretraining makes of any number of corpora
         position = self.position.advanced(blend, self.train.windows_before(self.step))
-        self.saver.begin(self.step, position.saved())
+        self.saver.begin(self.step, position.to_json())

@@ -1,4 +1,4 @@
-"""Everything that can be wrong with a run, looked at before its ranks meet and devices are used."""
+"""Checks a run before its ranks meet and before a device is used: settings, corpora, tokenizer, run directory."""
 
 import json
 import os
@@ -38,22 +38,22 @@ PROBE_BYTES = 65536  # that must fit before a run begins: a configuration and so
 
 @dataclass(frozen=True)
 class CheckedRun:
-    """A configuration whose inputs have all been checked: the rest needs peers and devices."""
+    """A configuration and its opened inputs, all checked."""
 
     config: Config
     train: list[Windows]
     validation: Windows | None
     readers: tuple[int, int]  # data-parallel rank and size
-    cut: Partition | SpreadPartition | None  # of a pipeline
-    changes: list[str]  # of a resumed run's configuration, in words
-    lock: TextIO | None  # held open by rank 0 as long as the job runs
+    cut: Partition | SpreadPartition | None  # the stages of a pipeline
+    changes: list[str]  # lines about settings that differ from those of the run so far
+    lock: TextIO | None  # open on rank 0 while the job runs
 
 
 def check(config: Config, place: Place) -> CheckedRun:
-    """Looks at everything that can be wrong before peers are met; creates the run directory when nothing is.
+    """Checks everything that needs no peers, and then creates the run directory.
 
     Raises:
-        InputError: one line that says what is wrong.
+        InputError: the first mistake.
     """
     readers, cut = check_engine(config, place.rank, place.world_size)
     if config.train.precision == "fp16" and not torch.cuda.is_available():
@@ -70,43 +70,44 @@ def check(config: Config, place: Place) -> CheckedRun:
     if config.run.initial_weights and not checkpoints(run_directory):
         open_initial_weights(config)
     if config.cluster.emulate:
-        _spare_real_run(run_directory)
+        _refuse_real_run(run_directory)
     _make_writable(run_directory)
     lock = _lock(run_directory) if place.rank == 0 else None
-    found = None if config.cluster.emulate else newest_readable(run_directory, check_files=place.rank == 0)
-    if found:
-        check_trained_model(*found, config.model)
-    find_position(config, train, found)  # for what it refuses
+    newest = None if config.cluster.emulate else newest_readable(run_directory, check_files=place.rank == 0)
+    if newest:
+        check_trained_model(*newest, config.model)
+    find_position(config, train, newest)  # raises InputError if the windows have changed
     changes = []
     if place.rank == 0:
-        records_until(run_directory / METRICS, found[1].step if found else 0)
-        if found and (run_directory / RESOLVED).exists():
+        records_until(run_directory / METRICS, newest[1].step if newest else 0)
+        if newest and (run_directory / RESOLVED).exists():
             changes = _changes(run_directory / RESOLVED, config)
     return CheckedRun(config, train, validation, readers, cut, changes, lock)
 
 
 def find_position(
-    config: Config, corpora: list[Windows], found: tuple[Path, Manifest] | None
+    config: Config, corpora: list[Windows], newest: tuple[Path, Manifest] | None
 ) -> tuple[DataPosition, list[str]]:
-    """Where the run starts to read, or goes on after the checkpoint `found`, and lines that say so where it is not
-    obvious.
+    """Returns the first window on which the run has not trained, and lines for the user where that is not obvious.
+
+    Args:
+        newest: the checkpoint from which the run resumes, and its manifest; None in a new run.
 
     Raises:
         InputError: the windows differ from those of the run so far, and data.accept_changes is not set.
     """
     weights = [weight for weight, _ in config.data.train_corpora]
-    if not found:
+    if newest is None:
         return new_position(corpora, weights), []
-    checkpoint, manifest = found
+    checkpoint, manifest = newest
     data = read_state(manifest.state, checkpoint).data
     if data is None:
-        windows = manifest.step * config.global_batch_windows
-        line = (
-            f"{checkpoint} does not say which windows it was trained on: {manifest.step} steps of the present size are "
-            "assumed"
-        )
         position = new_position(corpora, weights)
-        return position.advanced(position.blend(corpora), windows), [line]
+        windows = manifest.step * config.global_batch_windows
+        return position.advanced(position.blend(corpora), windows), [
+            f"{checkpoint} does not say on which windows it was trained: {manifest.step} steps of {windows} windows in "
+            "all are assumed"
+        ]
     saved = read_position(data, checkpoint)
     changes = find_changes(saved, corpora, weights)
     if not changes:
@@ -114,7 +115,7 @@ def find_position(
     if not config.data.accept_changes:
         raise InputError(
             f"{checkpoint}: {'; '.join(changes)}; expected the windows of the run so far: change it back, or set "
-            "data.accept_changes=true to go on with new windows"
+            "data.accept_changes=true to continue with new windows"
         )
     return resumed_position(saved, corpora, weights)
 
@@ -134,24 +135,24 @@ def _windows(config: Config, prefix: str) -> Windows:
 
 
 def _check_vocabulary(config: Config, summary: Path) -> None:
-    """The tokenizer that a corpus was made with, as far as its summary, if there is one, tells."""
-    found, model, tokenizer = _prepared_vocabulary(summary), config.model.vocab_size, config.data.tokenizer
-    if found is None:
+    """Raises InputError: the corpus's summary names a vocabulary that is not the model's."""
+    prepared, rows, tokenizer = _prepared_vocabulary(summary), config.model.vocab_size, config.data.tokenizer
+    if prepared is None:
         return
-    if found > model:
-        limit = f"model.vocab_size is {model}; expected no more"
-    elif tokenizer and found != _num_pieces(tokenizer):
+    if prepared > rows:
+        limit = f"model.vocab_size is {rows}; expected no more"
+    elif tokenizer and prepared != _num_pieces(tokenizer):
         limit = f"{tokenizer} has {_num_pieces(tokenizer)} pieces; expected the same"
     else:
         return
     raise InputError(
-        f"{summary} tells of a vocabulary of {found}, {limit}: the corpus was made with another tokenizer than the "
-        "model's"
+        f"{summary} has a vocabulary of {prepared}, {limit}: prepare the corpus with the model's tokenizer, or set "
+        "model.vocab_size and data.tokenizer to the corpus's"
     )
 
 
 def _prepared_vocabulary(summary: Path) -> int | None:
-    """The vocabulary in a corpus's summary; None for a corpus of another program."""
+    """Returns the vocabulary size in a corpus's summary; None if another program made the corpus."""
     try:
         return int(json.loads(summary.read_text())["vocab_size"])
     except (OSError, ValueError, TypeError, KeyError):
@@ -159,7 +160,7 @@ def _prepared_vocabulary(summary: Path) -> int | None:
 
 
 def report_vocabulary(config: Config) -> None:
-    """Prints how many rows of the model no token uses, and warns of a tokenizer that cannot be exported."""
+    """Prints how many rows of the model have no token, and warns if the tokenizer cannot be exported."""
     tokenizer, rows = config.data.tokenizer, config.model.vocab_size
     if tokenizer:
         used = _num_pieces(tokenizer)
@@ -168,15 +169,15 @@ def report_vocabulary(config: Config) -> None:
         known = [pieces for pieces in prepared if pieces is not None]
         used = max(known) if len(known) == len(prepared) else rows
     if used < rows:
-        unused = rows - used
         print_line(
-            f"model.vocab_size is {rows}, the tokenizer has {used} pieces: {unused} more rows, part of every softmax"
+            f"model.vocab_size is {rows}, the tokenizer has {used} pieces: {rows - used} rows have no token; they are "
+            "part of every softmax"
         )
     if tokenizer and not isinstance(opened := open_tokenizer(tokenizer), ByteTokenizer):
         try:
             translate(opened)
         except CheckpointError as error:
-            print_warning(f"the model can be trained; {error}")
+            print_warning(f"training works, but {error}")
 
 
 def _check_float8() -> None:
@@ -187,16 +188,16 @@ def _check_float8() -> None:
     else:
         return
     raise InputError(
-        f"head_loss.precision=fp8 {found}; expected one that multiplies fp8 (H100, H200 or later): leave it null"
+        f"head_loss.precision=fp8 {found}; expected a GPU with fp8 products (H100, H200 or later): set it to null"
     )
 
 
 def _check_tokenizer(config: Config) -> None:
-    found = _num_pieces(config.data.tokenizer)
-    if found > config.model.vocab_size:
+    num_pieces = _num_pieces(config.data.tokenizer)
+    if num_pieces > config.model.vocab_size:
         raise InputError(
-            f"{config.data.tokenizer} has {found} pieces, model.vocab_size is {config.model.vocab_size}; expected as "
-            f"many or more: set model.vocab_size={found} or choose the model's tokenizer"
+            f"{config.data.tokenizer} has {num_pieces} pieces, model.vocab_size is {config.model.vocab_size}; expected "
+            f"as many rows or more: set model.vocab_size={num_pieces}, or choose the model's tokenizer"
         )
 
 
@@ -219,42 +220,42 @@ def _make_writable(directory: Path) -> None:
         raise InputError(f"{directory} cannot be written to: {error.strerror}; choose another run.directory") from None
 
 
-def _spare_real_run(directory: Path) -> None:
+def _refuse_real_run(directory: Path) -> None:
     resolved = directory / RESOLVED
     if checkpoints(directory) or (os.path.exists(resolved) and read_config([str(resolved)]).cluster.emulate is None):
         raise InputError(
-            f"{directory} holds a real run, whose metrics those of cluster.emulate would replace; choose another "
-            "run.directory"
+            f"{directory} holds a real run; expected an empty folder, as cluster.emulate would overwrite its metrics: "
+            "choose another run.directory"
         )
 
 
 def _changes(path: Path, config: Config) -> list[str]:
     try:
         return [
-            f"changed since the run began: {one}"
-            for one in differences(read_config([str(path)]), with_absolute_paths(config))
+            f"changed since the run began: {change}"
+            for change in differences(read_config([str(path)]), with_absolute_paths(config))
         ]
-    except InputError as error:  # it is about to be written anew
-        return [f"what has changed since the run began is not known: {error}"]
+    except InputError as error:  # the file will be written again
+        return [f"the run's settings cannot be compared with the earlier ones: {error}"]
 
 
 def _lock(directory: Path) -> TextIO:
-    """Makes sure that no other job writes there; the system lets go of the lock when the process ends, however it ends.
+    """Locks the run directory. The system releases the lock when the process ends, in whatever way.
 
     Raises:
-        InputError: another job has it.
+        InputError: another job holds the lock.
     """
     path = directory / "lock"
     try:
-        owner = open(path, "a+")  # noqa: SIM115 - open as long as the job runs
+        owner = open(path, "a+")  # noqa: SIM115 - open while the job runs
     except OSError as error:
         raise InputError(
-            f"{path}: {error.strerror}; expected a file of your own: remove it, or choose another run.directory"
+            f"{path}: {error.strerror}; expected a file that you own: remove it, or choose another run.directory"
         ) from None
-    if not take_lock(owner, path, "see to it that no other job uses it"):
+    if not take_lock(owner, path, "make sure that no other job uses it"):
         owner.seek(0)
         raise InputError(
-            f"{directory} belongs to a running job ({owner.read().strip()}); stop that one, or choose another "
+            f"{directory} belongs to a running job ({owner.read().strip()}); stop that job, or choose another "
             "run.directory"
         )
     owner.truncate(0)

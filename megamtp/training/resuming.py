@@ -64,7 +64,7 @@ def _verify(checkpoint: Path, rank: int, world_size: int) -> tuple[store.Manifes
         manifest = store.read_manifest(checkpoint, check_files=rank == 0)
     except CheckpointError as error:
         return None, error
-    reason = store.damage(checkpoint, manifest, rank, world_size)
+    reason = store.find_damage(checkpoint, manifest, rank, world_size)
     return manifest, CheckpointError(reason) if reason else None
 
 

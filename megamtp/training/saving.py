@@ -3,6 +3,8 @@
     begin: copy | thread: write and sync this rank's file | ... steps ... | all ranks have written: rank 0 publishes
 
 Ranks learn from each step's report (loop.py) that all have written, so nothing waits for the slowest disk.
+
+Tests: tests/distributed/test_saving.py.
 """
 
 import dataclasses
@@ -60,7 +62,7 @@ class Saver:
         """Copies the state after `step` steps and returns; a checkpoint that is still on its way is finished first.
 
         Args:
-            data_position: as DataPosition.saved returns it.
+            data_position: as DataPosition.to_json returns it.
 
         Raises:
             CheckpointError: that one could not be written, or there is no room for this one.
@@ -70,7 +72,7 @@ class Saver:
         with self._metrics.phase("save"):
             state = self._engine.state()
             self._make_folder(step, sum(tensor.numel() * tensor.element_size() for tensor in state.tensors.values()))
-            tensors = self._snapshot.take(state.tensors)
+            tensors = self._snapshot.copy(state.tensors)
         config = self._config
         manifest = store.Manifest(
             step,
@@ -78,7 +80,7 @@ class Saver:
             config.engine.kind,
             config.train.precision,
             dataclasses.asdict(config.model),
-            dataclasses.replace(state.run, data=data_position).saved(),
+            dataclasses.replace(state.run, data=data_position).to_json(),
         )
         writing = self._writing = _Writing(
             manifest, file_slices(InMemory(state.tensors), state.shapes), time.perf_counter() - start
@@ -154,10 +156,10 @@ class Saver:
 
     def _publish(self, manifest: store.Manifest, parts: list["_Part"], slices: list[FileSlices]) -> str | None:
         """Rank 0's: what went wrong, or None."""
-        checkpoint = store.folder_of(self._directory, manifest.step)
+        checkpoint = store.checkpoint_path(self._directory, manifest.step)
         try:
             index = write_slices(
-                store.partial_of(checkpoint) / SLICES, {shard_name(rank): own for rank, own in enumerate(slices)}
+                store.partial_path(checkpoint) / SLICES, {shard_name(rank): own for rank, own in enumerate(slices)}
             )
             files = {shard_name(rank): part.file for rank, part in enumerate(parts) if part.file}
             store.publish(checkpoint, manifest, files | {SLICES: index})
@@ -172,7 +174,7 @@ class Saver:
     def _remove_outdated(self, step: int) -> None:
         """Another thread's work, on rank 0. What cannot be removed is in nobody's way."""
         run = self._config.run
-        for checkpoint in store.outdated(self._directory, step, run.keep_checkpoints, run.keep_every_steps):
+        for checkpoint in store.find_outdated(self._directory, step, run.keep_checkpoints, run.keep_every_steps):
             try:
                 store.remove(checkpoint)
             except OSError as error:
@@ -184,11 +186,11 @@ class Saver:
         raise CheckpointError(error)
 
     def _partial(self, step: int) -> Path:
-        return store.partial_of(store.folder_of(self._directory, step))
+        return store.partial_path(store.checkpoint_path(self._directory, step))
 
     def _failure(self, step: int, reason: Exception | str) -> str:
         """A failed write in one line. `reason`: the exception; or, in words, what there is no room for."""
-        checkpoint, problem, remedy = store.folder_of(self._directory, step), reason, "make room"
+        checkpoint, problem, remedy = store.checkpoint_path(self._directory, step), reason, "make room"
         if isinstance(reason, OSError):
             problem, remedy = reason.strerror or reason, REMEDIES.get(reason.errno or 0, "see to the disk")
         elif isinstance(reason, Exception):

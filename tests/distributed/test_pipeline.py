@@ -414,7 +414,7 @@ def _num_searches(arguments: list[str], port: int) -> int:
 
     whole_loss_partition, calls = spread.whole_loss_partition, []
     spread.whole_loss_partition = lambda *arguments: calls.append(arguments) or whole_loss_partition(*arguments)
-    pretrain._leave_peers = lambda: None
+    pretrain.leave_peers = lambda: None
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     assert pretrain.main(arguments) == 0
     return len(calls)

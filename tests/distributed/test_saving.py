@@ -116,7 +116,7 @@ def test_whatever_befalls_one_rank_is_every_ranks_error(error, words, tmp_path):
     assert first == second
     assert f"step-0000002 cannot be written {words}" in first
     (checkpoint,) = store.checkpoints(tmp_path)
-    assert store.verified(checkpoint).step == 1
+    assert store.verify(checkpoint).step == 1
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [checkpoint.name]
 
 

@@ -4,6 +4,7 @@ import gc
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,12 +21,12 @@ from megamtp.data.windows import Window, Windows
 from megamtp.engines.base import Engine
 from megamtp.errors import InputError
 from megamtp.model.layers import TransformerLayer
-from megamtp.pretrain import _check_agreement
 from megamtp.training.loop import BATCHES_UNASKED, MAX_SKIPPED, Training
 from megamtp.training.metrics import FILE, Metrics, lacks_validation
+from megamtp.training.starting import check_agreement
 from tests.cases import POSITIONS, VOCABULARY, WINDOWS, small_config
 from tests.ranks import run_ranks
-from tests.unit.test_windows import Tokens
+from tests.unit.data.test_windows import Tokens
 
 STEPS = 16
 
@@ -301,8 +302,10 @@ def test_damage_amid_an_evaluation_ends_both_ranks_with_the_step_saved(tmp_path)
 
 def _disagreement(lrs: list[float], num_tokens: list[int]) -> str:
     config = small_config(optimizer__lr=lrs[dist.get_rank()])
+    sizes = [100, num_tokens[dist.get_rank()]]
+    corpora = [SimpleNamespace(dataset=SimpleNamespace(num_tokens=size)) for size in sizes]
     try:
-        _check_agreement(config, [100, num_tokens[dist.get_rank()]])
+        check_agreement(SimpleNamespace(config=config, train=corpora, validation=None))
     except InputError as error:
         return str(error)
     return ""

@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from megamtp.checkpoint.store import newest_checkpoint, verified
+from megamtp.checkpoint.store import newest_checkpoint, verify
 from megamtp.cluster.ports import reserve_port
 from tests.end_to_end.jobs import MODULE, ROOT, environment, losses
 
@@ -106,7 +106,7 @@ def _wait_briefly(process: subprocess.Popen) -> None:
 
 def final_state(run_directory: Path) -> tuple[list, dict, dict]:
     """Losses of all steps, checksums of all that the last checkpoint holds, and its counters."""
-    manifest = verified(newest_checkpoint(run_directory))
+    manifest = verify(newest_checkpoint(run_directory))
     return losses(run_directory), manifest.files, manifest.state
 
 

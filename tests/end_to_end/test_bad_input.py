@@ -108,11 +108,11 @@ CASES = {
     "truncated idx": (lambda corpus, tmp: [f"data.train={truncated(corpus, tmp, '.idx')}"], ["train.idx", "bytes"]),
     "checksums of another bin": (
         lambda corpus, tmp: [f"data.train={with_foreign_checksums(corpus, tmp)}"],
-        ["train.crc: it is of", "train.bin has", "remove it"],
+        ["train.crc: it was written for", "train.bin has", "remove it"],
     ),
     "flipped bit that an evaluation would read": (
         lambda corpus, tmp: [f"data.validation={flipped(corpus, tmp)}"],
-        ["validation.bin: bytes 0", "another checksum"],
+        ["validation.bin: the checksum of bytes 0", "differs from"],
     ),
     "foreign idx": (lambda corpus, tmp: [f"data.train={foreign(tmp)}"], ["foreign.idx", "MMIDIDX"]),
     "missing corpus": (lambda corpus, tmp: ["data.train=/nowhere/train"], ["/nowhere/train", "No such file"]),
@@ -291,7 +291,7 @@ def test_damage_amid_a_corpus_ends_all_ranks_before_they_train_on_it(found_by, a
         for document in np.split(tokens, 3000):
             writer.add_document(document)
     windows = Windows(IndexedDataset(tmp_path / "train"), 32, 2, seed=0)
-    places = windows.shuffled(0)(np.array([26, 27, 30, 31]))  # of step 4's windows, those of the second rank
+    places = windows.epoch_order(0)(np.array([26, 27, 30, 31]))  # of step 4's windows, those of the second rank
     (place, *_) = (
         int(place) * 32 + 7 for place in places if CHECKED_TOKENS < place * 32 < 3_000_000 - CHECKED_TOKENS - 32
     )
@@ -301,12 +301,12 @@ def test_damage_amid_a_corpus_ends_all_ranks_before_they_train_on_it(found_by, a
         stream.write(int(wrong).to_bytes(2, "little"))
     if found_by == "bounds":
         (tmp_path / "train.crc").unlink()
-        words = f"train.bin holds token 65535 in document {place // 1000}, model.vocab_size is 400"
+        words = f"train.bin holds token 65535 in document {place // 1000}, but model.vocab_size is 400"
     else:
         first = 2 * place // 4096 * 4096
         documents = f"documents {first // 2000} to {(first + 4095) // 2000}"
         words = (
-            f"train.bin: bytes {first} to {first + 4096}, in {documents}, have another checksum than in "
+            f"train.bin: the checksum of bytes {first} to {first + 4096}, in {documents}, differs from "
             f"{tmp_path}/train.crc"
         )
     finished = run([*deepspeed(2), *arguments, f"data.train={tmp_path}/train", f"run.directory={tmp_path}/run"])
@@ -333,7 +333,7 @@ def test_damage_of_the_validation_corpus_amid_a_run_ends_all_ranks_saved(argumen
     assert process.returncode == 2, output
     assert "Traceback" not in output
     (line,) = (line for line in output.splitlines() if line.startswith("megamtp: error: "))
-    assert f"{tmp_path}/corpus/validation.bin: bytes 0 to" in line and "have another checksum than in" in line
+    assert f"{tmp_path}/corpus/validation.bin: the checksum of bytes 0 to" in line
     step = records(tmp_path / "run")[-1]["step"]
     assert step % 5 == 0 and read_manifest(newest_checkpoint(tmp_path / "run")).step == step
     assert records(tmp_path / "run", "validation")[-1]["step"] < step
@@ -343,13 +343,14 @@ FAILS = """
 import os
 from megamtp import pretrain
 from megamtp.checkpoint import shards
+from megamtp.cluster import exiting
 from megamtp.engines import initial_weights
 from megamtp.errors import CheckpointError
 
 def fail(*_):
     raise CheckpointError("damaged since the run began")
 
-pretrain.RANK_0_SPEAKS_SECONDS = 1
+exiting.REPORT_SECONDS = 1
 if os.environ["RANK"] == "1":
     {} = fail
 pretrain.entry()
@@ -359,14 +360,14 @@ pretrain.entry()
 @pytest.mark.parametrize(
     ("failing", "settings"),
     [
-        ("shards.Tensors.read", []),  # of a resumed run
+        ("shards.ShardedTensors.read", []),  # of a resumed run
         ("initial_weights.initial_value", []),
         ("initial_weights.initial_value", pipeline(2)),
     ],
 )
 def test_an_error_that_one_rank_alone_meets_ends_both(failing, settings, trained, arguments, tmp_path, start):
     """Without a launcher, which would end the other. Rank 1 meets it, and rank 0 prints it."""
-    if failing == "shards.Tensors.read":
+    if failing == "shards.ShardedTensors.read":
         shutil.copytree(trained, tmp_path / "run")
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(reserve_port()), "WORLD_SIZE": "2"}
     command = ["-c", FAILS.format(failing), *arguments, *settings, "train.steps=2", f"run.directory={tmp_path}/run"]

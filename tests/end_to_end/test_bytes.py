@@ -39,7 +39,8 @@ def test_prepared_trained_generated_and_exported(call_command, tmp_path):
     trained = run(["-m", "megamtp.pretrain", *arguments, "model.vocab_size=272"])
     assert trained.returncode == 0, trained.stderr
     assert (
-        "model.vocab_size is 272, the tokenizer has 257 pieces: 15 more rows, part of every softmax" in trained.stdout
+        "model.vocab_size is 272, the tokenizer has 257 pieces: 15 rows have no token; they are part of every softmax"
+        in trained.stdout
     )
 
     prompted = ["--prompt", "caf\u00e9", "--max-new-tokens", "4", "--device", "cpu"]

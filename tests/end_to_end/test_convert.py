@@ -16,9 +16,9 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megamtp.checkpoint import canonical, formats
-from megamtp.checkpoint.contents import parameter_shapes, written_out
+from megamtp.checkpoint.contents import parameter_shapes, resolve_defaults
 from megamtp.checkpoint.safetensors_file import encode_header
-from megamtp.checkpoint.tensors import whole
+from megamtp.checkpoint.tensors import read_tensor
 from megamtp.commands import convert_checkpoint
 from megamtp.config import ModelConfig, write_config
 from megamtp.data.indexed_dataset import IndexedDataset
@@ -44,7 +44,7 @@ def sources(tmp_path, monkeypatch) -> dict[str, Path]:
     """One checkpoint in each format, of the same model; hf has head 1 alone."""
     # for a universal checkpoint of a small model has 200 small files
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    found = {name: tmp_path / "sources/checkpoints" / name for name in formats.writable()}  # a usual name
+    found = {name: tmp_path / "sources/checkpoints" / name for name in formats.writable_formats()}  # a usual name
     for name, folder in found.items():
         formats.FORMATS[name].write(with_moments(SMALL), folder, torch.float32)
     return found
@@ -67,11 +67,12 @@ def test_every_format_to_every_other(sources, tmp_path, monkeypatch):
             found = formats.read(destination)
             one_head = "hf" in (source, target)
             model = dataclasses.replace(SMALL, num_layers=3, num_future_tokens=1) if one_head else SMALL
-            assert found.model == written_out(model)
+            assert found.model == resolve_defaults(model)
             for kind, tensors in found.sources.items():
                 assert tensors.shapes == parameter_shapes(model)
                 assert all(
-                    torch.equal(whole(tensors, name), whole(expected.sources[kind], name)) for name in tensors.shapes
+                    torch.equal(read_tensor(tensors, name), read_tensor(expected.sources[kind], name))
+                    for name in tensors.shapes
                 )
             keeps_state = {source, target} <= set(WITH_STATE)
             assert (set(MOMENTS) <= set(found.sources)) == keeps_state
@@ -103,7 +104,9 @@ def test_a_run_goes_on_from_a_converted_checkpoint(arguments, tmp_path, monkeypa
     expected, found = (formats.read(tmp_path / name) for name in ("whole", "zero3"))
     assert (found.model, found.step, found.state) == (expected.model, 20, expected.state)
     for kind, tensors in expected.sources.items():
-        assert all(torch.equal(whole(tensors, name), whole(found.sources[kind], name)) for name in tensors.shapes)
+        assert all(
+            torch.equal(read_tensor(tensors, name), read_tensor(found.sources[kind], name)) for name in tensors.shapes
+        )
 
 
 def test_what_cannot_be_converted_is_one_line(sources, tmp_path, monkeypatch, capsys):
@@ -115,10 +118,10 @@ def test_what_cannot_be_converted_is_one_line(sources, tmp_path, monkeypatch, ca
     cases = {
         ("canonical", "new", "--to", "zero9"): ["invalid choice", "zero9"],
         ("canonical", "other", "--to", "meta"): ["holds other files", "notes.txt"],
-        ("canonical", "new", "--num-future-tokens", "2"): ["has 3 heads", "--num-future-tokens says 2"],
+        ("canonical", "new", "--num-future-tokens", "2"): ["has 3 heads", "expected --num-future-tokens=2"],
         ("canonical", "new", "--to", "canonical", "--dtype", "bf16"): ["fp32"],
         ("universal", "new", "--config", str(config)): ["model.norm_eps=0.001, not 1.0"],
-        ("../../other", "new"): ["no checkpoint of a known format", "universal"],
+        ("../../other", "new"): ["not a checkpoint of a known format", "universal"],
         ("../../nowhere", "new"): ["does not exist"],
         ("x" * 300, "new"): ["cannot be read: File name too long", "expected a checkpoint"],
         ("canonical", "x" * 300): ["cannot be written: File name too long"],
@@ -142,8 +145,8 @@ def head_losses(checkpoint: Path, windows: Windows) -> list[float]:
     """Of each head, on the windows' first 64."""
     found = formats.read(checkpoint)
     model = MTPModel(found.model)
-    model.load_state_dict({name: whole(found.weights, name) for name in found.weights.shapes}, strict=True)
-    batch = windows.at(np.arange(64))
+    model.load_state_dict({name: read_tensor(found.weights, name) for name in found.weights.shapes}, strict=True)
+    batch = windows.windows_at(np.arange(64))
     with torch.no_grad():
         logits = model.logits(torch.stack([window.inputs for window in batch]))
     targets = torch.stack([window.targets for window in batch], dim=1)
@@ -172,7 +175,7 @@ def test_training_goes_on_from_a_converted_llama(arguments, tmp_path, monkeypatc
     training, validation = (
         Windows(IndexedDataset(prefixes[f"data.{name}"]), 32, 4, seed=0) for name in ("train", "validation")
     )
-    batch = training.at(np.arange(8))  # of the first step
+    batch = training.windows_at(np.arange(8))  # of the first step
     inputs, targets = (
         torch.stack([window.inputs for window in batch]),
         torch.stack([window.targets[0] for window in batch]),
@@ -209,7 +212,7 @@ def sparse_canonical(folder: Path, model: ModelConfig, stems: tuple[str, ...] = 
         "format": canonical.FORMAT,
         "version": canonical.VERSION,
         "step": 9,
-        "state": STATE.saved(),
+        "state": STATE.to_json(),
         "model": dataclasses.asdict(model),
         "file_bytes": dict.fromkeys(files, size),
     }
@@ -250,7 +253,7 @@ def test_a_tensor_larger_than_the_limit_is_converted(tmp_path):
 
 def test_a_state_of_tensors_larger_than_the_limit_is_converted(tmp_path):
     """Embedding and unembedding take 300 MB each in fp32, and so do their moments."""
-    model = written_out(
+    model = resolve_defaults(
         ModelConfig(dim=64, num_layers=2, num_future_tokens=1, num_attention_heads=2, mlp_dim=64, vocab_size=1_175_000)
     )
     sparse_canonical(tmp_path / "canonical", model, ("weights", *MOMENTS))

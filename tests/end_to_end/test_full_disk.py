@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megamtp.checkpoint.store import checkpoints, newest_checkpoint, verified
+from megamtp.checkpoint.store import checkpoints, newest_checkpoint, verify
 from tests.end_to_end.jobs import ROOT, deepspeed, environment, records
 
 TMPFS_BYTES = 32 * 2**20
@@ -83,18 +83,18 @@ def test_a_checkpoint_that_does_not_fit_ends_the_run_and_spares_the_one_before(s
     finished = small_disk.run([*command, "train.steps=2"])
     assert finished.returncode == 0, finished.stderr
     whole = newest_checkpoint(run)
-    before = verified(whole)
+    before = verify(whole)
     small_disk.leave(before.file_bytes * 3 // 4)
     line = error_of(small_disk.run([*command, "train.steps=1000000"]))
     assert f"{run}/checkpoints/step-0000004 cannot be written" in line
     assert ("make room" if small_disk.is_mounted else "allow larger files") in line
     assert list((run / "checkpoints").iterdir()) == [whole]
-    assert verified(whole) == before
+    assert verify(whole) == before
     small_disk.make_room()
     finished = small_disk.run([*command, "train.steps=4"])
     assert finished.returncode == 0, finished.stderr
     assert [record["step"] for record in records(run)] == [1, 2, 3, 4]
-    assert [verified(checkpoint).step for checkpoint in checkpoints(run)] == [2, 4]
+    assert [verify(checkpoint).step for checkpoint in checkpoints(run)] == [2, 4]
 
 
 def test_a_corpus_that_does_not_fit_is_none_and_is_made_later(small_disk, tmp_path):

@@ -83,9 +83,10 @@ def test_local_script_takes_paths_from_where_it_is_called(tmp_path):
 def test_a_failed_rank_ends_the_job_under_mpirun():
     program = (
         "import sys, torch.distributed as dist; from megamtp.config import ClusterConfig; "
-        "from megamtp.cluster.environment import find_place, share_error; "
-        "from megamtp.engines.deepspeed.join import join_peers; place = find_place(); "
-        "share_error(place, None); join_peers(place, ClusterConfig()); sys.exit(3) if place.rank else dist.barrier()"
+        "from megamtp.cluster.environment import errors_shared, find_place; "
+        "from megamtp.engines.deepspeed.join import join_peers; place = find_place()"
+        "\nwith errors_shared(place): pass\n"
+        "join_peers(place, ClusterConfig()); sys.exit(3) if place.rank else dist.barrier()"
     )
     *mpirun, _, _ = launcher("mpirun")
     finished = run([*mpirun, "-c", program], timeout=100)

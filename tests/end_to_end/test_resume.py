@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megamtp.checkpoint.shards import shard_name
 from megamtp.checkpoint.slices import SLICES
-from megamtp.checkpoint.store import checkpoints, read_manifest, verified
+from megamtp.checkpoint.store import checkpoints, read_manifest, verify
 from tests.cases import global_batch, own_share, small_config
 from tests.end_to_end.jobs import MODULE, damage, deepspeed, losses, records, run
 from tests.end_to_end.killed_pretrain import KILLED_STEP
@@ -91,7 +91,7 @@ def test_resumes_from_the_newest_checkpoint_that_verifies(kind, twice_saved, arg
     assert f"skipped {new.name}: " in line and shard_name(1) in line
     assert checkpoints(tmp_path / "run") == [old, new]
     assert losses(tmp_path / "run") == losses(twice_saved)
-    assert verified(new).files == verified(checkpoints(twice_saved)[-1]).files
+    assert verify(new).files == verify(checkpoints(twice_saved)[-1]).files
 
 
 def test_another_global_batch_goes_on_at_the_next_window(arguments, tmp_path):

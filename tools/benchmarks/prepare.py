@@ -23,8 +23,8 @@ from matplotlib.figure import Figure
 from benchmarks import output
 from megamtp.data import shards, workers
 from megamtp.data.documents import Source, find_source, standard_library
-from megamtp.data.jobs import TokenisationJob
-from megamtp.data.parts import BATCH_DOCUMENTS
+from megamtp.data.tokenisation import TokenisationTask
+from megamtp.data.tokenised_shards import BATCH_DOCUMENTS
 from megamtp.data.tokenizer import train_sentencepiece
 from megamtp.errors import InputError
 
@@ -101,8 +101,8 @@ def _bare(texts: list[str], model: Path) -> Callable[[], None]:
 
 
 def _ours(source: Source, parts: Path, model: Path, number: int) -> Callable[[], None]:
-    job = TokenisationJob(parts, str(model), "", source.json_key, 0, False, False)
-    return lambda: workers.tokenise_all(shards.plan(source.files, in_pieces=False), job, number)
+    job = TokenisationTask(parts, str(model), "", source.json_key, 0, False, False)
+    return lambda: workers.tokenise_all(shards.cut_into_shards(source.files, in_pieces=False), job, number)
 
 
 def _name(number: int) -> str:

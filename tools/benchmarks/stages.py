@@ -20,8 +20,8 @@ from megamtp.config import Config
 from megamtp.data.loader import Batch
 from megamtp.engines.base import DTYPES
 from megamtp.engines.stage import StagePart
-from megamtp.losses.linear_cross_entropy import wide
-from megamtp.losses.vocabulary_slice import combine
+from megamtp.losses.linear_cross_entropy import accumulation_dtype
+from megamtp.losses.vocabulary_slice import combine_statistics
 from megamtp.model.initial import STANDARD_DEVIATION
 from megamtp.planning.partition import Stage
 from megamtp.planning.spread_schedule import PassKind
@@ -51,7 +51,7 @@ class MeasuredStage(StagePart):
         super().__init__(config, own, device)
         self.sums = {}
         for name, parameter in self.named_parameters():
-            self.sums[name] = torch.zeros_like(parameter, dtype=wide(parameter.dtype))
+            self.sums[name] = torch.zeros_like(parameter, dtype=accumulation_dtype(parameter.dtype))
             parameter.register_post_accumulate_grad_hook(_Adding(self.sums[name]))
         model, train = config.model, config.train
         shape = train.micro_batch_size, train.sequence_length
@@ -103,7 +103,7 @@ class MeasuredSpreadStage(MeasuredStage):
         elif kind == PassKind.GRADIENTS:
             assert passed.slices is not None
             weight = self.unembedding_weight
-            d_weight = torch.zeros_like(weight, dtype=wide(weight.dtype))
+            d_weight = torch.zeros_like(weight, dtype=accumulation_dtype(weight.dtype))
             passed.gradients = [self._gradients(index, *found, d_weight) for index, found in enumerate(passed.slices)]
             torch.autograd.backward(weight.view_as(weight), d_weight.to(weight.dtype))
             passed.slices = None
@@ -126,7 +126,7 @@ class MeasuredSpreadStage(MeasuredStage):
         self, index: int, hidden_ND: Tensor, logits_NR: Tensor, statistics_3N: Tensor, d_weight_RD: Tensor
     ) -> Tensor:
         targets_N = self.micro_batch_targets[index].flatten()
-        _, log_partition_N = combine(statistics_3N[None], targets_N)
+        _, log_partition_N = combine_statistics(statistics_3N[None], targets_N)
         return self.slice_gradients(
             logits_NR, hidden_ND, targets_N, log_partition_N, d_weight_RD, self.loss_scales[index]
         )

@@ -1,4 +1,7 @@
-"""A played schedule as a picture: a row for each stage, a box for each pass, coloured by kind."""
+"""A played schedule as a picture: a row for each stage, a box for each pass, coloured by kind.
+
+Tests: tests/unit/tools/benchmarks/test_pipeline.py.
+"""
 
 from dataclasses import dataclass
 

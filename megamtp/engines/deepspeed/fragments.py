@@ -6,6 +6,8 @@ does not depend on the optimizer that wrote it. Checked against DeepSpeed 0.19.
 
 Source: deepspeed/runtime/zero/stage3.py, stage_1_and_2.py; deepspeed/runtime/bf16_optimizer.py;
 deepspeed/utils/tensor_fragment.py.
+
+Tests: tests/distributed/test_checkpoints.py.
 """
 
 from collections.abc import Iterator

@@ -6,6 +6,8 @@ only streams wait.
 
 grouped_communication.py connects this to the model. Source of the replaced code:
 deepspeed/runtime/zero/partitioned_param_coordinator.py, partition_parameters.py.
+
+Tests: tests/distributed/test_gather.py, tests/gpu/test_emulated.py.
 """
 
 import contextlib

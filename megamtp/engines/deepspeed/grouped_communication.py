@@ -3,6 +3,8 @@
 The CPU's work for a module does not depend on the number of ranks. DeepSpeed keeps its shards, optimizer, clipping,
 loss scale, offloading and checkpoints. Its module and gradient hooks, parameter coordinator and buckets are replaced;
 `remove` restores them.
+
+Tests: tests/distributed/test_gather.py, tests/gpu/test_emulated.py.
 """
 
 import contextlib

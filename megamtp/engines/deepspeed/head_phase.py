@@ -10,7 +10,7 @@ assumption in five places. Without these corrections gradients are wrong, often 
     (d) BF16_Optimizer adds the heads' gradients to its fp32 sums before the outer backward pass sets them to zero.
     (e) After an interrupted step, the heads' gradients that wait for their reduction are discarded.
 
-tests/distributed/test_head_phase.py tests each of them.
+Tests: tests/distributed/test_head_phase.py.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ class ZeroHeadPhase(HeadPhase):
     def __init__(self, engine: DeepSpeedEngine, model: MTPModel, communication: GroupedCommunication | None):
         self.engine, self.model, self.communication = engine, model, communication
 
-    def seed(self) -> float:
+    def loss_gradient(self) -> float:
         return outer_loss_gradient(self.engine)
 
     @contextlib.contextmanager
@@ -161,7 +161,7 @@ class PipelineHeadPhase(HeadPhase):
     def __init__(self, engine: DeepSpeedEngine):
         self.engine = engine
 
-    def seed(self) -> float:
+    def loss_gradient(self) -> float:
         return outer_loss_gradient(self.engine)
 
 

@@ -1,4 +1,7 @@
-"""Builds a model for DeepSpeed: device, construction in shards, deepspeed.initialize."""
+"""Builds a model for DeepSpeed: device, construction in shards, deepspeed.initialize.
+
+Tests: tests/distributed/test_initial_weights.py, tests/distributed/test_training.py.
+"""
 
 import contextlib
 from collections.abc import Iterable

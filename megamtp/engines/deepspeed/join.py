@@ -1,4 +1,7 @@
-"""Initialises torch.distributed through DeepSpeed, which wraps it."""
+"""Initialises torch.distributed through DeepSpeed, which wraps it.
+
+Tests: tests/unit/cluster/test_emulated.py, tests/end_to_end/test_bad_input.py, tests/end_to_end/test_signals.py.
+"""
 
 import os
 

@@ -1,7 +1,8 @@
 """The members of DeepSpeed's objects that this package uses, as Protocols that give them types.
 
-DeepSpeed has no usable type hints, and documents few of these members. tests/distributed/test_members.py checks that
-all of them exist. Checked against DeepSpeed 0.19.
+DeepSpeed has no usable type hints, and documents few of these members. Checked against DeepSpeed 0.19.
+
+Tests: tests/distributed/test_members.py.
 """
 
 from collections.abc import Callable, Iterable, Iterator

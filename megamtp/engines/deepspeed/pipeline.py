@@ -1,4 +1,7 @@
-"""Runs our stages in DeepSpeed's pipeline engine: its module, its instructions and its sums of gradients."""
+"""Runs our stages in DeepSpeed's pipeline engine: its module, its instructions and its sums of gradients.
+
+Tests: tests/distributed/test_pipeline.py.
+"""
 
 import contextlib
 import io

@@ -5,6 +5,8 @@ Python loops over all ranks, and makes the CPU wait at the end.
 
 grouped_communication.py connects this to the model. Source of the replaced code: deepspeed/runtime/zero/stage3.py (its
 `ipg` buckets), deepspeed/runtime/comm/coalesced_collectives.py.
+
+Tests: tests/distributed/test_gather.py, tests/gpu/test_emulated.py.
 """
 
 from collections import deque

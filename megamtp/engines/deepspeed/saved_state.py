@@ -1,4 +1,7 @@
-"""Saves and loads the state of any DeepSpeed engine, at any number of ranks."""
+"""Saves and loads the state of any DeepSpeed engine, at any number of ranks.
+
+Tests: tests/distributed/test_checkpoints.py, tests/distributed/test_saving.py.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megamtp.checkpoint.contents import WEIGHT, check_tensors
-from megamtp.checkpoint.shards import Shards, Tensors, shard_name, slice_key
+from megamtp.checkpoint.shards import ShardedTensors, Shards, shard_name, slice_key
 from megamtp.checkpoint.state import COUNTERS, OptimizerState, RunState, read_state
 from megamtp.checkpoint.store import Manifest, read_manifest
 from megamtp.cluster.environment import raised_by_all
@@ -84,13 +87,13 @@ def _load_rank_state(
 
 def _open_own_shard(
     checkpoint: Path, master: MasterState, rank: int, tensor_kinds: tuple[str, ...]
-) -> dict[str, Tensors] | None:
+) -> dict[str, ShardedTensors] | None:
     """Returns the tensors in this rank's shard file, by kind, or None if this rank needs others as well.
 
     A job with the same partition as the previous job needs no other file.
     """
     shard = Shards(checkpoint, [shard_name(rank)])
-    tensors = {kind: shard.part(kind) for kind in tensor_kinds}
+    tensors = {kind: shard.available_tensors(kind) for kind in tensor_kinds}
     needed = [
         (kind, fragment.name, fragment.start, fragment.start + len(tensor))
         for fragment in master.fragments

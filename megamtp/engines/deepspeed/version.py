@@ -1,4 +1,7 @@
-"""Checks the version of DeepSpeed."""
+"""Checks the version of DeepSpeed.
+
+Tests: tests/distributed/test_gather.py.
+"""
 
 import deepspeed
 

@@ -1,0 +1,93 @@
+"""How the process of one rank ends: after rank 0 has reported the error, and without Python's own teardown."""
+
+import atexit
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TextIO
+
+from megamtp.cluster.environment import find_place
+from megamtp.cluster.signals import SIGNALS
+from megamtp.errors import InputError, translate_os_error
+
+REPORT_SECONDS = 10  # for rank 0 to report an error; its launcher then ends the other ranks, which sleep meanwhile
+
+
+def as_rank(main: Callable[[], int]) -> Callable[[], int]:
+    """Returns `main` for a process that has peers.
+
+    An error that every rank has is reported by the first rank of each node: the others wait before they raise it, and
+    their launcher ends them. An OSError that the user can remedy becomes an InputError. The process ends as soon as its
+    exit status is known: see _end.
+    """
+
+    def main_of_rank() -> int:
+        outcome: list[int] = []
+        atexit.register(_end, outcome)
+        try:
+            status = main()
+        except SystemExit as error:  # rank 0 reports why
+            status = error.code if isinstance(error.code, int) else int(bool(error.code))
+            if status:
+                _wait_to_be_ended(REPORT_SECONDS)
+        except KeyboardInterrupt:
+            outcome.append(128 + signal.SIGINT)
+            raise
+        except (InputError, OSError) as error:
+            reported = translate_os_error(error)
+            if not isinstance(reported, InputError):
+                raise
+            with suppress(InputError):  # the launcher's variables may be the error
+                if local_rank := find_place().local_rank:
+                    _wait_to_be_ended(REPORT_SECONDS + local_rank)
+            outcome.append(2)
+            raise reported from None
+        finally:
+            for stream in (sys.stdout, sys.stderr):
+                _drop_unwritable(stream)
+        outcome.append(status)
+        return status
+
+    return main_of_rank
+
+
+def leave_peers() -> None:
+    """Closes torch.distributed's communicators. Collective, so not after an error, which may be of one rank alone."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _wait_to_be_ended(seconds: float) -> None:
+    """Sleeps. A signal of the launcher ends the process meanwhile: it has nothing more to save."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    time.sleep(seconds)
+
+
+def _drop_unwritable(stream: TextIO | None) -> None:
+    """Drops the last output of a stream that cannot be written: a run does not fail for that."""
+    if stream is None:
+        return
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _end(outcome: list[int]) -> None:
+    """Ends the process with its exit status, if that is known, before Python's own teardown.
+
+    DeepSpeed's globals keep gloo's threads alive after destroy_process_group. A thread that then releases the last
+    tensor of a collective aborts the process (torch 2.11: ProcessGroupGloo::runLoop, decref_pyobject,
+    PyEval_AcquireThread).
+    """
+    if outcome:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            with suppress(OSError):
+                stream.flush()
+        os._exit(outcome[0])

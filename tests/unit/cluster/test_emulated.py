@@ -1,0 +1,54 @@
+"""The emulated cluster: what one step of one rank of many sends."""
+
+import pytest
+
+from megamtp.cluster.environment import Place, emulated_place
+from tests.cases import global_batch, own_share, small_config
+from tests.ranks import run_ranks
+
+
+def _transfers_of_a_step(world_size: int) -> list[tuple[str, int, float]]:
+    from megamtp.cluster import emulated
+    from megamtp.engines.deepspeed.join import join_peers
+    from megamtp.engines.zero import ZeroEngine
+
+    config = small_config(
+        world_size,
+        engine__kind="zero3",
+        cluster__emulate=world_size,
+        cluster__flat_bandwidth=1e9,
+        cluster__latency=0,
+        model__num_future_tokens=2,
+        train__precision="bf16",
+    )
+    logs = []
+    join = emulated.join
+    emulated.join = lambda cluster: logs.append(join(cluster))
+    join_peers(emulated_place(Place(0, 0, 1), config.cluster), config.cluster)
+    engine = ZeroEngine(config)
+    for step in range(3):
+        logs[0].clear()
+        engine.train_batch(own_share(global_batch(config, step, 1), 0, 1), [40, 40], lr=1e-3)
+    return [(transfer.kind, transfer.num_bytes, transfer.seconds) for transfer in logs[0]]
+
+
+@pytest.mark.parametrize("world_size", [2, 64])
+def test_bytes_counts_and_times_of_a_step(world_size):
+    """3 trunk layers, 2 heads, embedding and unembedding, in bf16: each shard of a parameter is padded to whole
+    elements.
+    """
+    (found,) = run_ranks(_transfers_of_a_step, 1, world_size, backend="none")
+
+    def padded(*sizes: int) -> int:
+        return 2 * sum(-(-size // world_size) * world_size for size in sizes)
+
+    layer = padded(16, 16, *[256] * 4, *[24 * 16] * 3)
+    embedding, unembedding = padded(97 * 16), padded(16, 97 * 16)
+    gathers = [num_bytes for kind, num_bytes, _ in found if kind == "all_gather"]
+    reductions = [num_bytes for kind, num_bytes, _ in found if kind == "reduce_scatter"]
+    # Forward: everything once. Backward: the trunk again; heads and unembedding are kept, the embedding is not needed.
+    assert sorted(gathers) == sorted([embedding, unembedding, *[layer] * (3 + 2 + 3)])
+    assert sorted(reductions) == sorted([embedding, unembedding, *[layer] * (3 + 2)])
+    for kind, num_bytes, seconds in found:
+        if kind in ("all_gather", "reduce_scatter"):
+            assert seconds == pytest.approx(num_bytes * (world_size - 1) / world_size / 1e9)

@@ -1,0 +1,57 @@
+"""The command that plans: what it prints of a configuration that fits, and of one that does not."""
+
+import subprocess
+import sys
+
+from megamtp.planning.partition import whole_loss_partition
+from megamtp.planning.planner import GPUS, plan
+from tests.cases import ROOT, pipeline_config
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "tools/plan.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_command_says_what_fits_and_what_does_not():
+    fits = run("configs/6.7b_n4.yaml", "--gpus", "64", "--bandwidth", "100e9", "train.steps=10")
+    assert fits.returncode == 0, fits.stderr
+    assert "**together**" in fits.stdout and "days for 10 steps" in fits.stdout
+    assert "\n| **together, of the 8 ranks of a node** | 9.41 |\n| a checkpoint on disk (2 are kept, " in fits.stdout
+    assert "\n| optimizer, s a step | 0.00" in fits.stdout
+    offloaded = run(
+        "configs/6.7b_n4.yaml", "--gpus", "64", "engine.offload_optimizer=true", "engine.offload_parameters=true"
+    )
+    assert "\n| optimizer, s a step | on the host: not planned |" in offloaded.stdout
+    assert "\n| exposed communication, weights from the host not planned, s a step |" in offloaded.stdout
+    large = run("configs/13b_n4.yaml", "--gpus", "8")
+    assert large.returncode == 1
+    assert "does not fit, because" in large.stdout and "the nearest that fits: train.micro_batch_size=1" in large.stdout
+    pipeline = run(
+        "configs/13b_n4.yaml", "--gpus", "64", "engine.kind=pipeline", "engine.num_stages=4", "train.micro_batch_size=1"
+    )
+    assert pipeline.returncode == 0, pipeline.stderr
+    assert pipeline.stdout.count("| stage ") == 4 and "heads 1-4" in pipeline.stdout
+    assert (
+        "waiting for other stages" in pipeline.stdout and "\nwith engine.spread_losses=true: step " in pipeline.stdout
+    )
+    assert "\nengine.spread_losses=true is predicted to be faster: 0.9" in pipeline.stdout
+    (layers,) = (
+        line.split()[-1] for line in pipeline.stdout.splitlines() if line.startswith("a run makes this cut with ")
+    )
+    partition = whole_loss_partition(pipeline_config("13b", 4, layers), 16)
+    assert [stage.num_layers for stage in partition.stages] == list(
+        map(int, layers.partition("[")[2].strip("]").split(","))
+    )
+    limit = plan(pipeline_config("13b", 4), 64, GPUS["h100"]).peak_bytes + 1  # spread losses need more
+    settings = [
+        "engine.kind=pipeline",
+        "engine.num_stages=4",
+        "train.micro_batch_size=1",
+        f"engine.stage_memory_bytes={limit}",
+    ]
+    limited = run("configs/13b_n4.yaml", "--gpus", "64", *settings)
+    assert limited.returncode == 0, limited.stderr
+    assert "\nwith engine.spread_losses=true: spread losses do not fit engine.stage_memory_bytes=" in limited.stdout
+    wrong = run("configs/13b_n4.yaml", "--gpus", "7")
+    assert wrong.returncode == 2
+    assert wrong.stderr.count("\n") == 1 and "7 ranks" in wrong.stderr

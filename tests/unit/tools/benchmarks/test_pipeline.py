@@ -1,0 +1,128 @@
+"""The pipeline benchmark on a CPU with a tiny model, and its verdicts on invented times."""
+
+import argparse
+import json
+
+import pytest
+import torch
+from benchmarks import pipeline, stages
+
+from megamtp.errors import InputError
+from tests.unit.tools.benchmarks.test_plans import InventedMeter
+
+TINY = ["model.dim=16", "model.mlp_dim=24", "model.num_attention_heads=2", "model.num_layers=6", "train.precision=fp32"]
+ARGUMENTS = [
+    "--device",
+    "cpu",
+    "--sizes",
+    "6.7b",
+    "--stages",
+    "2",
+    "--vocabularies",
+    "300",
+    "--heads",
+    "1",
+    "2",
+    "--micro-batches",
+    "4",
+    "--sequence-length",
+    "8",
+    "--measured",
+    "1",
+    "--set",
+    *TINY,
+]
+
+
+def test_runs_on_a_cpu_and_writes_all_three_files(tmp_path, monkeypatch, capsys):
+    class Here:
+        def __init__(self, function, *arguments):
+            self.answer = function(*arguments)
+
+        def result(self):
+            return self.answer
+
+    monkeypatch.setattr(pipeline, "Fresh", Here)
+    pipeline.main([*ARGUMENTS, "--output", str(tmp_path)])
+    content = json.loads((tmp_path / "pipeline.json").read_text())
+    results = content["results"]
+    assert [(r["heads"], r["plan"]) for r in results] == [
+        (n, plan) for n in (1, 2) for plan in ("naive", "whole layers", "spread losses")
+    ]
+    for result in results:
+        assert sum(result["layers"]) == 6 and sum(result["heads_of_stages"]) == result["heads"]
+        assert result["step_seconds"] >= 4 * max(result["stage_seconds"])
+        assert result["peak_bytes"] == [None, None]  # a CPU's are not counted
+        assert 4 >= result["alive"][0] >= result["alive"][1] >= 1
+    assert sum(results[-1]["rows"]) == 300
+    assert content["settings"]["micro-batches"] == 4
+    assert (tmp_path / "pipeline.png").stat().st_size > 10_000
+    assert "6.7b, V=300, 2 stages, n=2" in capsys.readouterr().out
+
+
+def test_a_size_that_does_not_fit_is_named_and_others_are_measured(tmp_path, monkeypatch, capsys):
+    def measure(config, stage, alive, device, micro_batches):
+        if config.model.num_attention_heads == 40:  # 13B
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return InventedMeter(device, 1).measure(config, stage, alive)
+
+    class Here:
+        def __init__(self, function, *arguments):
+            self.call = lambda: function(*arguments)
+
+        def result(self):
+            return self.call()
+
+    monkeypatch.setattr(pipeline, "Fresh", Here)
+    monkeypatch.setattr(stages, "measure", measure)
+    arguments = ["--device", "cpu", "--vocabularies", "300", "--stages", "4", "--output", str(tmp_path)]
+    pipeline.main([*arguments, "--sizes", "13b", "6.7b"])
+    assert (
+        "13b: StageContents(num_trunk_layers=4, " in (shown := capsys.readouterr().out)
+        and "does not fit on this card; expected" in shown
+    )
+    assert {result["size"] for result in json.loads((tmp_path / "pipeline.json").read_text())["results"]} == {"6.7b"}
+    with pytest.raises(InputError, match="width 5120 does not fit"):
+        pipeline.main([*arguments, "--sizes", "13b"])
+
+
+def test_verdicts_name_what_holds_and_what_fails():
+    def result(plan: str, heads: int, step: float, slowest: float, peak: int | None) -> dict:
+        return {
+            "size": "6.7b",
+            "vocabulary": 32000,
+            "stages": 8,
+            "heads": heads,
+            "plan": plan,
+            "flops": 100 + 5 * (heads > 1),
+            "step_seconds": step,
+            "imbalance": slowest,
+            "peak_bytes": [peak],
+            "planned_bytes": [100],
+        }
+
+    results = [
+        result("naive", 1, 0.9, 1.2, 105),
+        result("whole layers", 1, 1.0, 1.1, 104),
+        result("spread losses", 1, 1.1, 1.0, None),
+        result("naive", 4, 1.0, 1.5, 111),
+        result("whole layers", 4, 1.5, 1.3, 100),
+        result("spread losses", 4, 1.06, 1.04, 98),
+    ]
+    verdict, memory = pipeline._verdicts(results).splitlines()
+    assert verdict == (
+        "- 6.7b, V=32000, 8 stages, n=4, spread losses: slowest / mean 1.040 <= 1.05: holds; n=4 / n=1 1.060 <= FLOP "
+        "ratio 1.050 + 0.02: holds; memory off by 11.0% at most: FAILS"
+    )
+    assert memory == "- memory, measured over planned, 5 stages of all plans: 0.980 to 1.110, median 1.040"
+
+
+def test_options_are_the_issues():
+    parsed = argparse.Namespace(
+        sequence_length=4096, micro_batches=32, pipelines=8, vocabularies=[32000], stages=[8], heads=[4], set=[]
+    )
+    ((key, config),) = pipeline._configs("13b", parsed).items()
+    assert key == (32000, 8, 4)
+    assert (
+        config.accumulation(8) == 32 and config.train.precision == "bf16" and not config.train.activation_checkpointing
+    )

@@ -1,0 +1,19 @@
+"""Work in a process of its own."""
+
+import math
+import os
+
+import pytest
+from benchmarks import output, processes
+
+from megamtp.errors import InputError
+
+
+def test_a_fresh_process_answers_or_says_how_it_ended():
+    first, second = processes.Fresh(os.getpid), processes.Fresh(os.getpid)
+    assert len({first.result(), second.result(), os.getpid()}) == 3
+    with pytest.raises(InputError, match="no GPU"):
+        processes.Fresh(output.start, None).result()
+    for failing in (processes.Fresh(math.sqrt, -1), processes.Fresh(os._exit, 1)):
+        with pytest.raises(RuntimeError, match="ended with status 1"):
+            failing.result()

@@ -1,0 +1,30 @@
+"""A stage of a pipeline, measured on a CPU."""
+
+import pytest
+import torch
+from benchmarks import stages
+
+from megamtp.planning.partition import partition
+from megamtp.planning.spread import spread
+from tests.cases import small_config
+
+
+@pytest.mark.parametrize("plan", [partition, spread])
+def test_a_measured_stage_sums_the_gradients_of_its_micro_batches(plan):
+    """As often as it is run, and the unembedding's once for all heads of a micro-batch."""
+    config = small_config(
+        1, 4, engine__kind="pipeline", engine__num_stages=2, model__num_layers=6, model__vocab_size=300
+    )
+    last = plan(config, 1).stages[-1]
+    kind = stages.MeasuredSpreadStage if last.contents.spread else stages.MeasuredStage
+    stage = kind(config, last, torch.device("cpu"))
+    sums = []
+    for _ in range(2):
+        passed = stages.Passed(stage.receive())
+        for pass_kind in stage.kinds:
+            stage.run(pass_kind, passed)
+        sums.append({name: total.clone() for name, total in stage.sums.items()})
+    for name, first in sums[0].items():
+        assert first.abs().max() > 0, name
+        assert torch.allclose(sums[1][name], 2 * first, rtol=1e-4, atol=1e-9), name
+    assert all(parameter.grad is None for parameter in stage.parameters())

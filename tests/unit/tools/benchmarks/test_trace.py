@@ -1,0 +1,49 @@
+"""The verdict on exposed communication, on an invented trace."""
+
+import json
+
+import pytest
+from benchmarks import emulation, exposure, output, trace, variants
+
+from tests.measurements import invented_trace, rows
+
+
+@pytest.mark.parametrize(("exposed", "status", "word"), [(1.0, 0, "holds"), (8.5, 1, "FAILS")])
+def test_trace_tells_whether_the_head_phase_is_exposed(tmp_path, monkeypatch, exposed, status, word):
+    class Invented(variants.Variant):
+        def __init__(self, config):
+            self.prefetches = config.engine.prefetch_modules > 0
+
+        def trace(self, times=3):
+            return invented_trace(exposed if self.prefetches else 9.5)
+
+    class InventedPlain(Invented):
+        def trace(self, times=3):
+            return exposure.Trace([(0.0, 300.0), (302.0, 590.0)], [], [], {"step": [(0.0, 590.0)]})
+
+    def measure(makers, rounds, steps):
+        return {name: variants.Measurement([600.0] * steps) for name in makers}
+
+    monkeypatch.setattr(variants, "Ours", Invented)
+    monkeypatch.setattr(variants, "Plain", InventedPlain)
+    monkeypatch.setattr(variants, "measure", measure)
+    monkeypatch.setattr(variants, "traces", lambda makers: {name: make().trace() for name, make in makers.items()})
+    monkeypatch.setattr(emulation, "join", lambda config: None)
+    monkeypatch.setattr(output, "start", lambda options: None)
+    try:
+        trace.main(["--output", str(tmp_path), "--limit", "6"])
+        ended = 0
+    except SystemExit as end:
+        ended = end.code
+    assert ended == status
+    shown = (tmp_path / "trace.md").read_text()
+    share = exposed + 9 * 0.5
+    assert f"prefetch as configured: head phase: exposed {share:.2f} % <= 6 %: {word}" in shown
+    assert "no prefetch: head phase: exposed 14.00 % <= 6 %: FAILS" in shown
+    assert [row[1] for row in rows(shown)[1:]] == [*["step", "head phase", "trunk"] * 2, "step"]
+    transferring, long = 9 * 5.0 + max(exposed, 5.0), share  # pieces of half a millisecond count as long
+    expected = ["100.0", f"{100 - share:.1f}", f"{transferring:.1f}", f"{share:.2f}", f"{long:.2f}"]
+    assert rows(shown)[2][2:10] == [*expected, "0.25", f"{share:.2f}%", "0.00"]
+    assert rows(shown)[-1][2:10] == ["590.0", "588.0", "0.0", "0.00", "0.00", "0.00", "0.00%", "2.00"]
+    assert json.loads((tmp_path / "trace.json").read_text())["results"][1]["prefetch_modules"] == 0
+    assert (tmp_path / "trace.png").stat().st_size > 10_000
