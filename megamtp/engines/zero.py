@@ -58,8 +58,8 @@ class ZeroEngine(HostedEngine):
         nll_sums = torch.zeros(self.config.model.num_future_tokens, device=self.device)
         with self.head_phase.discard_gradients_on_error():
             for index, batch in enumerate(move_to_device(micro_batches, self.device)):
-                # (c) of head_phase.py: DeepSpeed tells its optimizer at the start of the outer backward pass, which is
-                # too late for the heads' reductions.
+                # (c) of head_phase.py: DeepSpeed itself sets this at the start of the outer backward pass, which is too
+                # late for the heads' reductions.
                 engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
                 loss, micro_batch_nll_sums = engine(batch.inputs, batch.targets, scales, batch.documents)
                 engine.backward(loss)

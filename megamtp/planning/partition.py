@@ -158,7 +158,7 @@ def enough_micro_batches(num_stages: int) -> int:
 
 
 def whole_loss_partition(config: Config, data_parallel_size: int, costs: PassCosts | None = None) -> Partition:
-    """Returns the partition given by engine.stage_layers, or else the best one by `costs` (default: FLOPs).
+    """Returns the partition given by engine.stage_layers, or the best partition by `costs` (default: FLOPs).
 
     Raises:
         InputError: no partition fits engine.stage_memory_bytes.

@@ -104,7 +104,7 @@ def best_partition(config: Config, data_parallel_size: int) -> Partition | Sprea
 def spread_loss_partition(
     config: Config, data_parallel_size: int, costs: PassCosts | None = None, transfer_times: TransferTimes | None = None
 ) -> SpreadPartition:
-    """Returns the partition given by engine.stage_layers, or else the best one by `costs` and `transfer_times`.
+    """Returns the partition given by engine.stage_layers, or the best partition by `costs` and `transfer_times`.
 
     Args:
         costs, transfer_times: in the same unit. None: FLOPs, and transfers over the nominal link.

@@ -1,4 +1,4 @@
-"""What DeepSpeed must do differently while heads run forward and backward inside the trunk's forward pass.
+"""Corrects DeepSpeed's gradients while heads run forward and backward passes inside the trunk's forward pass.
 
 DeepSpeed assumes that a forward pass computes no gradients. Sequential heads (losses/sequential.py) break that
 assumption in five places. Without these corrections gradients are wrong, often silently:
@@ -172,5 +172,5 @@ def outer_loss_gradient(engine: DeepSpeedEngine) -> float:
     """
     with torch.enable_grad():
         # The clone has a grad_fn. DeepSpeed does not scale a leaf, because it does not regard it as a loss.
-        one = torch.ones((), requires_grad=True).clone()
-    return engine.optimizer.scale_if_loss(one).item() / engine.gradient_accumulation_steps()
+        loss = torch.ones((), requires_grad=True).clone()
+    return engine.optimizer.scale_if_loss(loss).item() / engine.gradient_accumulation_steps()
