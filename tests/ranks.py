@@ -17,9 +17,16 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "TRUE")
 _context = get_context("forkserver")
-# The last module imports torch's compiler, which takes two seconds; otherwise every engine's optimizer imports it.
 _context.set_forkserver_preload(
-    ["torch", "deepspeed", "tests.ranks", "megamtp.engines.build", "deepspeed.runtime.zero.muon.original_muon"]
+    [
+        "torch",
+        "deepspeed",
+        "tests.ranks",
+        "megamtp.engines.build",
+        # Imports torch's compiler, which takes two seconds; otherwise every engine's optimizer imports it.
+        "deepspeed.runtime.zero.muon.original_muon",
+        "matplotlib.figure",  # all benchmarks import it, which takes a second
+    ]
 )
 
 

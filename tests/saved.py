@@ -14,13 +14,13 @@ from megamtp.training.saving import Saver
 
 
 class NoMetrics:
-    """A fake Metrics that reports nothing."""
+    """A replacement of Metrics that reports nothing."""
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         yield
 
-    def checkpoint(self, *arguments: object) -> None:
+    def report_checkpoint(self, *arguments: object) -> None:
         pass
 
 

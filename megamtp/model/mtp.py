@@ -20,6 +20,7 @@ returns the training loss. Read on in
 
 Shape suffixes, here and in all other files: B batch, T positions, D width, V vocabulary, N heads (in losses/: rows),
 H attention heads, K width of an attention head.
+The glossary in .github/CONTRIBUTING.md explains the terms.
 """
 
 from collections.abc import Sequence

@@ -12,7 +12,7 @@ from megamtp.checkpoint.tensors import read_tensor
 from megamtp.config import ModelConfig, read_config
 from megamtp.errors import InputError
 from megamtp.model.cost import flops_per_token, head_cost, head_parameters, parameters
-from megamtp.model.heads import Head
+from megamtp.model.heads import HEAD_KINDS, Head
 from megamtp.model.layers import DocumentMask, LayerCost
 from tests.cases import small_config
 from tests.distributed.test_checkpoints import BOUND, FURTHER_STEPS, MICRO_BATCHES, STEPS, _train
@@ -48,6 +48,10 @@ ENGINES = {
 }
 
 
+# Every test of an engine tests `parallel`.
+KINDS = (KIND["model__head_kind"], *(kind for kind in HEAD_KINDS if kind != "parallel"))
+
+
 def _config(data_parallel_size: int, accumulation: int, **settings):
     return small_config(data_parallel_size, accumulation, **KIND | settings)
 
@@ -59,9 +63,11 @@ def _errors(data_parallel_size: int, settings: dict) -> tuple[float, float]:
     return largest_errors(config, build_engine(config), num_steps=2)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("engine", ENGINES)
-def test_gradients_equal_the_reference(engine):
+def test_gradients_equal_the_reference(engine, kind):
     ranks, data_parallel_size, settings = ENGINES[engine]
+    settings = settings | {"model__head_kind": kind}
     gradient_error, loss_error = map(max, zip(*run_ranks(_errors, ranks, data_parallel_size, settings), strict=True))
     assert gradient_error < 1e-5 and loss_error < 1e-5
 
@@ -116,7 +122,7 @@ def test_costs_come_from_the_head_class():
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("paralel", "model.head_kind=paralel; expected parallel, or MODULE:CLASS of your own"),
+        ("paralel", f"model.head_kind=paralel; expected {' or '.join(HEAD_KINDS)}, or MODULE:CLASS of your own"),
         (
             "nowhere.at_all:Head",
             "cannot be imported (No module named 'nowhere'); expected MODULE:CLASS that Python can import",

@@ -9,6 +9,7 @@ from megamtp.checkpoint import canonical, formats, runs, store
 from megamtp.checkpoint.tensors import read_tensor
 from megamtp.errors import CheckpointError, InputError
 from megamtp.optimizers.base import OptimizerKind
+from megamtp.optimizers.kinds import OPTIMIZERS
 from megamtp.planning.planner import GPUS, plan
 from tests.cases import small_config
 from tests.distributed.test_checkpoints import BOUND, FURTHER_STEPS, MICRO_BATCHES, STEPS, _train
@@ -140,5 +141,6 @@ def test_the_plan_counts_the_optimizers_state():
 def test_an_unknown_kind_is_named_in_the_error():
     from megamtp.engines.check import check_engine
 
-    with pytest.raises(InputError, match=r"^optimizer\.kind=adam; expected adamw, or MODULE:CLASS of your own$"):
+    names = " or ".join(OPTIMIZERS)
+    with pytest.raises(InputError, match=rf"^optimizer\.kind=adam; expected {names}, or MODULE:CLASS of your own$"):
         check_engine(small_config(1, 1, optimizer__kind="adam"), 0, 1)

@@ -1,7 +1,7 @@
 """Whether fp8 losses learn as well as bf16's: the 0.3B model with 4 heads, trained on the same data from the same
 weights.
 
-    python tools/benchmark.py learning --prepare TEXT ... --data corpus --output results
+    %(prog)s --prepare TEXT ... --data corpus --output results
 
 Each training is a run of megamtp.pretrain in --runs: called again, what was interrupted goes on, and of what is
 finished only the metrics are read.
@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from benchmarks import corpora, output
+from benchmarks import corpora, emulation, output
 from benchmarks.processes import call
 from megamtp.errors import InputError
 from megamtp.training.metrics import FILE as METRICS
@@ -26,6 +26,18 @@ VARIANTS = {
     "bf16": [],
     "fp8": ["head_loss.precision=fp8"],
     "fp8-further": ["head_loss.precision=fp8", "head_loss.fp8_first_head=false"],
+}
+SMOKE = corpora.SMOKE | {
+    "variants": ["bf16"],  # fp8 needs a GPU
+    "steps": 40,
+    "runs": Path("runs"),
+    "set": [
+        *emulation.TINY,
+        "train.sequence_length=32",
+        "train.global_batch_tokens=128",
+        "run.evaluate_every_steps=20",
+        "run.evaluation_windows=4",
+    ],
 }
 LAST_STEPS = 100  # whose mean is the final training loss
 POINT_STEPS = 20  # whose mean is one point of a curve
@@ -65,7 +77,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--runs", type=Path, default=Path("runs/learning"), help="folder of the trainings [runs/learning]"
     )
-    options = parser.parse_args(arguments)
+    options = output.parse(parser, arguments, SMOKE)
     corpora.prepare(options)
     learned = {}
     for name in options.variants:
@@ -80,7 +92,7 @@ def main(arguments: list[str]) -> None:
         "training loss": f"mean of the last {LAST_STEPS}",
     }
     options.output.mkdir(parents=True, exist_ok=True)
-    output.write(options, settings, results(learned), table(learned), draw(learned))
+    output.write(options, settings, results(learned), tables(results(learned)), draw(learned))
 
 
 def _settings(data: Path, run: Path, steps: int) -> list[str]:
@@ -139,7 +151,7 @@ def results(learned: dict[str, Learned]) -> list[dict]:
     ]
 
 
-def table(learned: dict[str, Learned]) -> str:
+def tables(results: list[dict]) -> str:
     header = ["losses", "head", "training loss", "difference", "validation loss", "difference"]
     return output.table(
         header,
@@ -152,7 +164,7 @@ def table(learned: dict[str, Learned]) -> str:
                 f"{r['validation']:.4f}",
                 f"{r['validation_difference']:+.2%}",
             ]
-            for r in results(learned)
+            for r in results
         ],
     )
 

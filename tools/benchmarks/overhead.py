@@ -1,10 +1,9 @@
-"""Step time of n heads over that of one, forward and backward, on one GPU as a rank of an emulated cluster (paper.md,
+"""Step time of n heads over that of one, forward and backward, on one GPU as a rank of an emulated cluster (the paper,
 table S5).
 
-    python tools/benchmark.py overhead --sizes 6.7b --heads 1 4 --output results
-    python tools/benchmark.py overhead --bandwidth null --sms 16 --name overhead_nodes_16sms --output results
-    torchrun --nproc-per-node 2 tools/benchmark.py overhead --sizes 6.7b --rebuild --name nccl --output results
-    (real ranks)
+    %(prog)s --sizes 6.7b --heads 1 4 --output results
+    %(prog)s --bandwidth null --sms 16 --name overhead_nodes_16sms --output results
+    torchrun --nproc-per-node 2 tools/benchmark.py overhead --sizes 6.7b --rebuild --name nccl    (real ranks)
 
 A size has a process of its own, in which variants take turns. "plain" has neither engine nor communication; "hosted /
 bare" is a variant's n = 1 step over it.
@@ -29,6 +28,7 @@ from megamtp.errors import InputError
 from megamtp.model.cost import flops_per_token
 
 TRACED = ("ours", "ours fp8")
+SMOKE = emulation.SMOKE | {"sizes": ["0.3b"], "heads": [1, 2], "world_size": 2, "rounds": 1}
 
 
 def main(arguments: list[str]) -> None:
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--cold", action="store_true", help="also the first step of ours, in a process with empty caches"
     )
-    options = parser.parse_args(arguments)
+    options = output.parse(parser, arguments, SMOKE)
     if options.heads[0] != 1:
         raise InputError(
             f"--heads {' '.join(map(str, options.heads))}; expected 1 first, which the others are divided by"
@@ -74,7 +74,7 @@ def main(arguments: list[str]) -> None:
                 if result["variant"] == "ours":
                     result["first_step_seconds"] = Fresh(_first_step, by_heads[result["heads"]]).result()
         results += measured
-        output.write(options, settings, results, _table(results, options.heads), _draw(results))
+        output.write(options, settings, results, tables(results), _draw(results))
 
 
 def _measure_size(size: str, configs: dict[int, Config], options: argparse.Namespace) -> list[dict]:
@@ -95,7 +95,7 @@ def _measure_size(size: str, configs: dict[int, Config], options: argparse.Names
             "variant": name,
             "heads": n,
             "micro_batch": configs[n].train.micro_batch_size,
-            "flops": flops_per_token(configs[n].model, emulation.SEQUENCE_LENGTH)
+            "flops": flops_per_token(configs[n].model, options.sequence_length)
             * configs[n].train.global_batch_tokens
             / ranks,
             **dataclasses.asdict(found[label]),
@@ -121,7 +121,8 @@ def _first_step(config: Config) -> float:
         return time.perf_counter() - start
 
 
-def _table(results: list[dict], heads: list[int]) -> str:
+def tables(results: list[dict]) -> str:
+    heads = list(dict.fromkeys(r["heads"] for r in results))
     by = {(r["size"], r["variant"], r["heads"]): r for r in results}
     header = ["size", "variant", *(f"n={n}, ms" for n in heads), *(f"n={n} / n=1" for n in heads[1:]), "FLOP ratio"]
     header += ["hosted / bare, n=1", "TFLOP/s, n=1", "peak memory n / 1", "exposed in heads"]
@@ -145,7 +146,7 @@ def _table(results: list[dict], heads: list[int]) -> str:
                 f"{base / bare:.3f}" if base and bare else "-",
                 f"{one['flops'] / base / 1e9:.0f}" if one else "-",
                 f"{last['peak_bytes'] / one['peak_bytes']:.3f} of {one['peak_bytes'] / 2**30:.1f} GiB"
-                if last and one
+                if last and one and one["peak_bytes"]
                 else "-",
                 _exposed_share(last),
                 *[_first_steps(cells)] * cold,
@@ -157,7 +158,7 @@ def _table(results: list[dict], heads: list[int]) -> str:
 def _milliseconds(result: dict | None) -> str:
     if not result:
         return "-"
-    retries = result["allocation_retries"]
+    retries = result.get("allocation_retries", 0)  # older results have none
     return output.spread(result["milliseconds"]) + (f", {retries} times without memory" if retries else "")
 
 

@@ -1,7 +1,7 @@
 """A real pretraining, one rank of which is killed: losses, throughput, what the kill cost, and what the trained model
 writes.
 
-    python tools/benchmark.py recovery --prepare TEXT ... --data corpus --output results
+    %(prog)s --prepare TEXT ... --data corpus --output results
 
 megamtp.commands.local trains on all GPUs of this machine, on two CPU ranks where there is none. A rank gets SIGKILL at
 step --kill-at; the job, which ends by that, is started again, and goes on from its newest checkpoint. The trained model
@@ -32,6 +32,22 @@ from megamtp.errors import InputError
 from megamtp.training.metrics import FILE as METRICS
 from megamtp.training.metrics import records_until
 
+SMOKE = corpora.SMOKE | {
+    "heads": 2,
+    "steps": 80,
+    "save_every": 10,
+    "kill_at": 25,
+    "rank": 0,
+    "run": Path("run"),
+    "set": [
+        *emulation.TINY,
+        "train.sequence_length=32",
+        "train.micro_batch_size=2",
+        "train.global_batch_tokens=128",
+        "train.precision=fp32",
+        "run.evaluation_windows=4",
+    ],
+}
 POINT_STEPS = 20  # whose mean is one point of a curve
 
 
@@ -52,7 +68,7 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--prompt", default="def main(", help="[def main(]")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings")
-    options = parser.parse_args(arguments)
+    options = output.parse(parser, arguments, SMOKE)
     if not options.save_every < options.kill_at < options.steps:
         raise InputError(
             f"--save-every {options.save_every} --kill-at {options.kill_at} --steps {options.steps}; expected them in "
@@ -80,7 +96,7 @@ def main(arguments: list[str]) -> None:
         "steps": options.steps,
         **({"set": " ".join(options.set)} if options.set else {}),
     }
-    output.write(options, settings, [result], _table(result), _draw(result, options.heads))
+    output.write(options, settings, [result], tables([result]), _draw(result, options.heads))
 
 
 def _settings(options: argparse.Namespace) -> list[str]:
@@ -185,7 +201,8 @@ def _sample(run: Path, prompt: str) -> str:
         return subprocess.run([sys.executable, *command], check=True, capture_output=True, text=True).stdout
 
 
-def _table(result: dict) -> str:
+def tables(results: list[dict]) -> str:
+    [result] = results
     training = [record for record in result["records"] if record["kind"] == "train"]
     *_, validation = (record for record in result["records"] if record["kind"] == "validation")
     rows = [

@@ -1,6 +1,6 @@
 """Step time, forward and backward, against the number of ranks of the emulated cluster: what sharding costs the host.
 
-    python tools/benchmark.py world --output results
+    %(prog)s --output results
 
 A process is a rank of one cluster only, so each number of ranks has a process of its own, in which the variants take
 turns; rounds go through the numbers upwards and downwards by turns. DeepSpeed as shipped takes part at few numbers: it
@@ -22,6 +22,7 @@ from megamtp.config import Config
 from megamtp.errors import InputError
 
 SHIPPED = "deepspeed as shipped"
+SMOKE = emulation.SMOKE | {"size": "0.3b", "world_sizes": [2, 4], "shipped_at": [2], "rounds": 1}
 WorldJob = tuple[Config, list[str]]  # of one number of ranks, and the variants to measure there
 
 
@@ -45,7 +46,7 @@ def main(arguments: list[str]) -> None:
         "--shipped-at", nargs="*", type=int, default=[8, 512], metavar="RANKS", help=f"where {SHIPPED} runs [8 512]"
     )
     parser.add_argument("--rounds", type=output.positive, default=2, help="turns of each number of ranks [2]")
-    options = parser.parse_args(arguments)
+    options = output.parse(parser, arguments, SMOKE)
     if (launched := emulation.num_ranks(1)) > 1:
         raise InputError(
             f"under a launcher of {launched} ranks; expected one process: the numbers of ranks are emulated"
@@ -66,7 +67,7 @@ def main(arguments: list[str]) -> None:
         **emulation.settings(jobs[0][0], options),
         "steps": options.rounds * options.steps,
     }
-    output.write(options, settings, results, _table(results), _draw(results, options.size))
+    output.write(options, settings, results, tables(results), _draw(results, options.size))
 
 
 def _measure(jobs: list[WorldJob], options: argparse.Namespace) -> list[dict]:
@@ -116,7 +117,7 @@ def _over_first(steps: dict[int, list[float]]) -> dict[int, float]:
     return {ranks: median / first for ranks, median in medians.items()}
 
 
-def _table(results: list[dict]) -> str:
+def tables(results: list[dict]) -> str:
     columns = [(name, steps, _over_first(steps)) for name, steps in _by_variant(results).items()]
     header = ["ranks"] + [
         cell for name, steps, _ in columns for cell in (f"{name}, ms", f"over {next(iter(steps))} ranks")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megamtp.errors import InputError
-from megamtp.model.heads import Head, ParallelHead, Unembedding, head_class
+from megamtp.model.heads import HEAD_KINDS, Head, ParallelHead, Unembedding, head_class
 from tests.models import built_model, model_config
 
 
@@ -47,7 +47,8 @@ class Own(Head):
 def test_a_kind_is_found_by_name():
     assert head_class(model_config()) is ParallelHead
     assert head_class(model_config(head_kind=f"{__name__}:Own")) is Own
-    with pytest.raises(InputError, match=r"model\.head_kind=deep; expected parallel, or MODULE:CLASS of your own"):
+    names = " or ".join(HEAD_KINDS)
+    with pytest.raises(InputError, match=rf"model\.head_kind=deep; expected {names}, or MODULE:CLASS of your own"):
         head_class(model_config(head_kind="deep"))
 
 
