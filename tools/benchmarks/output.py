@@ -127,7 +127,7 @@ def write(options: argparse.Namespace, settings: dict, results: list[dict], show
         f"{', '.join(f'{k} {v}' for k, v in settings.items())}"
     )
     text = f"{heading}\n\n{shown}\n\n`{where['command']}`\n"
-    content = {"circumstances": where, "settings": settings, "results": results}
+    content: dict[str, Any] = {"circumstances": where, "settings": settings, "results": results}
     if options.smoke:
         text = f"A smoke run: these numbers mean nothing. Its files are in {options.output}.\n\n{text}"
         content["smoke"] = True
