@@ -1,4 +1,4 @@
-"""Installs megamtp and its commands. Ranges here, the tested versions in requirements.lock."""
+"""Installs megamtp and its commands. This file has version ranges; requirements.lock has the tested versions."""
 
 import re
 from pathlib import Path

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Trains on this machine: bash launch/local.sh configs/NAME.yaml key=value ...
-# Paths are taken from the folder it is called in.
-# MEGAMTP_RANKS: number of ranks (all GPUs, or two where there is none). SIGTERM, SIGUSR1 and Ctrl-C save first.
+# Relative paths refer to the current folder. MEGAMTP_RANKS sets the number of ranks (default: one per GPU, or two without a
+# GPU). After SIGTERM, SIGUSR1 or Ctrl-C the job saves a checkpoint and exits.
 set -euo pipefail
 here="$PWD"
 . "$(dirname "$0")/environment.sh"
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"  # or a folder "megamtp" in that one would be taken for the package
+# Python would import a folder named "megamtp" in the current folder before this repository's package.
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 cd "$here"
-exec python -m megamtp.commands.local "$@"
+MEGAMTP_COMMAND="bash $0" exec python -m megamtp.commands.local "$@"  # --help shows this script's name

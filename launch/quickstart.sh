@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# From text to a trained 4-token model, its loss curves, an export and a sample, in a few minutes on two CPU cores.
-#   bash launch/quickstart.sh                                  the standard library of the running Python, in runs/quickstart
-#   bash launch/quickstart.sh [--run DIR] --corpus PATH ...    your own text files, source tree or JSONL, in DIR (runs/own)
-# A small corpus of your own gets fewer steps, so that it is passed over four times at most.
-# Stopped (Ctrl-C, SIGTERM) and started again, it goes on where it was.
+# Prepares text, trains a 4-token model, and plots, exports and samples it, in a few minutes on two CPU cores.
+#   bash launch/quickstart.sh                                  trains on Python's standard library, in runs/quickstart
+#   bash launch/quickstart.sh [--run DIR] --corpus PATH ...    trains on your text, source tree or JSONL, in DIR (runs/own)
+# On a small corpus of your own it trains fewer steps, at most four epochs.
+# After Ctrl-C or SIGTERM, the same command continues where it stopped.
 set -euo pipefail
 corpus=(--standard-library) run='' check=(--min-margin 1.2) own=''
 absolute() { case "$1" in /*) printf %s "$1" ;; *) printf %s "$here/$1" ;; esac; }
@@ -16,7 +16,7 @@ while [ $# -gt 0 ]; do
         --corpus) [ $# -gt 1 ] || { echo "megamtp: error: --corpus without a path; expected --corpus PATH ..." >&2; exit 2; }
             shift; corpus=(--input) check=() own=yes run="${run:-runs/own}"
             for path in "$@"; do corpus+=("$(absolute "$path")"); done
-            corpus+=(--exclude runs)  # what training writes is no text of yours
+            corpus+=(--exclude runs)  # the output of earlier runs is not part of your text
             break ;;
         *) echo "megamtp: error: $1: unknown argument; expected nothing, or [--run DIR] --corpus PATH ..." >&2; exit 2 ;;
     esac
@@ -24,8 +24,8 @@ done
 run="${run:-runs/quickstart}"
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-# Runs a stage. SIGTERM and Ctrl-C reach it as SIGTERM; when it has ended, so does this script.
-stage() {
+# Runs one step of the quickstart. SIGTERM and Ctrl-C reach it as SIGTERM; this script exits when the step has ended.
+run_step() {
     "$@" &
     local job=$! status=0 stopped=''
     trap 'stopped=yes; kill -TERM "$job" 2>/dev/null || true' TERM INT
@@ -35,15 +35,15 @@ stage() {
     done
     trap - TERM INT
     if [ "$status" = 75 ]; then
-        echo "Stopped and saved. The same command goes on from there."
+        echo "Stopped and saved. The same command continues from there."
     elif [ -n "$stopped" ]; then
-        echo "Stopped. The same command goes on from there."
+        echo "Stopped. The same command continues from there."
         exit 75
     fi
     [ "$status" = 0 ] || exit "$status"
 }
 
-# Settings of a run that passes over the corpus in the folder $1 at most MANY_EPOCHS times, if the quickstart's own would do so more.
+# Prints settings that limit a run on the corpus in folder $1 to MANY_EPOCHS epochs, if configs/quickstart.yaml trains more.
 settings_for() {
     python - "$1" <<'PY'
 import sys
@@ -60,18 +60,18 @@ PY
 }
 
 echo "1. Corpus and tokenizer"
-stage python -m megamtp.commands.prepare_data "${corpus[@]}" --output "$run/corpus"
+run_step python -m megamtp.commands.prepare_data "${corpus[@]}" --output "$run/corpus"
 echo "2. Pretraining"
 settings=''
 [ -z "$own" ] || settings="$(settings_for "$run/corpus")"
-# shellcheck disable=SC2086 - several settings
-stage bash launch/local.sh configs/quickstart.yaml $settings "run.directory=$run" run.requeue_exit_code=75 \
+# shellcheck disable=SC2086 - $settings holds several words
+run_step bash launch/local.sh configs/quickstart.yaml $settings "run.directory=$run" run.requeue_exit_code=75 \
     "data.train=$run/corpus/train" "data.validation=$run/corpus/validation" "data.tokenizer=$run/corpus/tokenizer.model"
 echo "3. Loss curves"
-stage python -m megamtp.commands.report "$run" ${check[@]+"${check[@]}"}
+run_step python -m megamtp.commands.report "$run" ${check[@]+"${check[@]}"}
 echo "4. Export and a sample"
-stage python -m megamtp.commands.convert_checkpoint "$run" "$run/hf" --to hf
-stage python -m megamtp.commands.generate "$run/hf" --prompt "def " --max-new-tokens 64 --temperature 0.8
+run_step python -m megamtp.commands.convert_checkpoint "$run" "$run/hf" --to hf
+run_step python -m megamtp.commands.generate "$run/hf" --prompt "def " --max-new-tokens 64 --temperature 0.8
 echo
-echo "The corpus lies in $run/corpus, checkpoints in $run/checkpoints, metrics in $run/metrics.jsonl and $run/tensorboard,"
-echo "the curves in $run/loss.png, and the exported Llama, for transformers, in $run/hf."
+echo "Corpus: $run/corpus. Checkpoints: $run/checkpoints. Metrics: $run/metrics.jsonl and $run/tensorboard."
+echo "Loss curves: $run/loss.png. Exported Llama for transformers: $run/hf."

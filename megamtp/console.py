@@ -1,36 +1,41 @@
-"""What a program prints for its user. A training run goes on when its terminal, or the disk of its log, is gone."""
+"""Prints lines for the user. Failed writes are ignored: training continues without a terminal or log disk."""
 
 import io
 import sys
 from contextlib import suppress
 
-MAX_MESSAGE = 2000  # characters of an error message, which may quote an argument of any length
+MAX_ERROR_CHARACTERS = 2000  # error messages quote arguments, which may be of any length
 
 
 def print_line(line: str) -> None:
-    """Prints on stdout; does nothing where stdout cannot be written."""
+    """Prints a line on stdout; does nothing if stdout cannot be written."""
     with suppress(OSError):
         print(line, flush=True)
 
 
 def print_warning(warning: str) -> None:
-    """Prints on stderr; does nothing where stderr cannot be written."""
+    """Prints a warning on stderr; does nothing if stderr cannot be written."""
     with suppress(OSError):
         print(f"megamtp: warning: {warning}", file=sys.stderr, flush=True)
 
 
 def print_error(error: object) -> None:
-    """Prints one line on stderr: line breaks and control characters as escapes, and without the middle of a very
-    long message.
+    """Prints an error as one line on stderr.
+
+    Line breaks and control characters are printed as escapes. A message longer than MAX_ERROR_CHARACTERS loses its
+    middle.
     """
-    line = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in str(error))
-    if len(line) > MAX_MESSAGE:
-        line = f"{line[: MAX_MESSAGE // 2]} ... {line[-MAX_MESSAGE // 2 :]}"
+    line = "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in str(error)
+    )
+    if len(line) > MAX_ERROR_CHARACTERS:
+        line = f"{line[: MAX_ERROR_CHARACTERS // 2]} ... {line[-MAX_ERROR_CHARACTERS // 2 :]}"
     with suppress(OSError):
         print(f"megamtp: error: {line}", file=sys.stderr, flush=True)
 
 
-def print_all_characters() -> None:
-    """Makes stdout print characters that its encoding lacks as escapes."""
+def escape_unencodable_characters() -> None:
+    """Makes stdout print escapes for characters that its encoding cannot represent, instead of raising."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")

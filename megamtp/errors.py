@@ -1,4 +1,4 @@
-"""The errors a user can cause. Everything else is a defect of ours and keeps its traceback."""
+"""Errors that a user can cause. Every other exception is a bug in megamtp and keeps its traceback."""
 
 import errno
 
@@ -10,24 +10,26 @@ REMEDIES = {
     errno.EACCES: "change its permissions or its folder's (chmod), or choose another",
     errno.EPERM: "change its owner or attributes (chown, chattr), or choose another",
 }
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # reported without a file's name when a file that is open is written
+# The system reports these without a file name if they occur while writing to an open file.
+OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class InputError(ValueError):
-    """Bad input or configuration. The message is one line: what was found, what was expected, what to do about it."""
+    """Bad input or configuration. The message is one line: what was found; what was expected; what to do."""
 
 
 class CheckpointError(InputError):
-    """A checkpoint that is missing, incomplete, or of another model or job layout."""
+    """A checkpoint is missing or incomplete, or it belongs to another model or another parallel layout."""
 
 
-def explained(error: Exception) -> Exception:
-    """An InputError in place of an OSError that the user can remedy; any other exception as it is."""
-    if not isinstance(error, OSError) or error.errno not in REMEDIES or not (error.filename or error.errno in FULL):
+def translate_os_error(error: Exception) -> Exception:
+    """Returns an InputError for an OSError that the user can remedy, and any other exception unchanged."""
+    if not isinstance(error, OSError) or error.errno not in REMEDIES:
         return error
-    problem = (
-        f"cannot be written: {error.strerror}"
-        if error.errno in (*FULL, errno.EROFS)
-        else f"cannot be used: {error.strerror}"
+    if not error.filename and error.errno not in OUT_OF_SPACE:
+        return error
+    verb = "written" if error.errno in (*OUT_OF_SPACE, errno.EROFS) else "used"
+    return InputError(
+        f"{error.filename or 'a file of the run'} cannot be {verb}: {error.strerror}; "
+        f"{REMEDIES[error.errno]}, and start again"
     )
-    return InputError(f"{error.filename or 'a file of the run'} {problem}; {REMEDIES[error.errno]}, and start again")

@@ -1,4 +1,4 @@
-"""Kinds of heads and optimizers by name: ours, or MODULE:CLASS of a user's own module."""
+"""Resolves the name of a head kind or optimizer kind: a built-in name, or MODULE:CLASS in a user's module."""
 
 import importlib
 from collections.abc import Mapping
@@ -7,15 +7,16 @@ from megamtp.errors import InputError
 
 
 def find_kind(name: str, known: Mapping[str, type], base: type, key: str) -> type:
-    """The class that a setting names.
+    """Returns the class that a setting names.
 
     Args:
-        name: a key of `known`, or MODULE:CLASS, which is imported.
-        base: the class must be a subclass of it.
-        key: of the setting, for messages.
+        name: value of the setting: a key of `known`, or MODULE:CLASS, which is imported.
+        known: built-in classes by name.
+        base: class that the result must be a subclass of.
+        key: key of the setting, for error messages.
 
     Raises:
-        InputError: it is not known, cannot be imported, or is no subclass of `base`.
+        InputError: the name is unknown, cannot be imported, or is not a subclass of `base`.
     """
     if name in known:
         return known[name]
@@ -23,16 +24,16 @@ def find_kind(name: str, known: Mapping[str, type], base: type, key: str) -> typ
     if not separator:
         raise InputError(f"{key}={name}; expected {' or '.join(known)}, or MODULE:CLASS of your own")
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        kind = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(
-            f"{key}={name} cannot be imported ({error}); expected MODULE:CLASS that Python finds"
+            f"{key}={name} cannot be imported ({error}); expected MODULE:CLASS that Python can import"
         ) from None
-    except (Exception, SystemExit) as error:  # the module is the user's and may raise anything
+    except (Exception, SystemExit) as error:  # a user's module may raise anything
         raise InputError(
             f"{key}={name} cannot be imported ({type(error).__name__}: {error}); expected a module that imports "
             "without errors"
         ) from None
-    if not (isinstance(found, type) and issubclass(found, base)):
-        raise InputError(f"{key}={name} is {found!r}; expected a subclass of {base.__module__}:{base.__name__}")
-    return found
+    if not (isinstance(kind, type) and issubclass(kind, base)):
+        raise InputError(f"{key}={name} is {kind!r}; expected a subclass of {base.__module__}:{base.__name__}")
+    return kind

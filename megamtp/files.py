@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there, and files that one process at a time has."""
+"""Atomic writes and renames, fsync, and file locks."""
 
 import ctypes
 import errno
@@ -15,15 +15,13 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux: fcntl.h, linux/fs.h
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that a reader, or a run killed at any time, sees the old content, the new, or none. Raises
-    OSError.
-    """
+    """Writes a file atomically, as `open_atomically` does. Raises OSError."""
     with open_atomically(path) as stream:
         stream.write(content)
 
 
-def sync(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, is on disk. Raises OSError."""
+def fsync(path: Path) -> None:
+    """Waits until a file, or the list of names in a folder, is on disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -31,50 +29,59 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def exchange(one: Path, other: Path, aside: Path) -> None:
-    """Gives two folders each other's name: at any time one of the two is found under either name.
+def exchange(first: Path, second: Path, temporary: Path) -> None:
+    """Swaps the names of two folders, in one atomic step where the file system supports it.
 
-    Where the file system cannot do it at once (NFS), `other` is renamed to `aside` first, and its name is free for a
-    moment.
+    Elsewhere (NFS), `second` is first renamed to `temporary`, and for a moment no folder has its name.
 
     Raises:
-        OSError: one of them cannot be renamed.
+        OSError: a folder cannot be renamed.
     """
-    if not _exchange_at_once(one, other):
-        os.rename(other, aside)
-        os.rename(one, other)
-        os.rename(aside, one)
+    if not _exchange_atomically(first, second):
+        os.rename(second, temporary)
+        os.rename(first, second)
+        os.rename(temporary, first)
 
 
-def _exchange_at_once(one: Path, other: Path) -> bool:
-    """False if the C library, the kernel or the file system cannot. Raises OSError."""
+def _exchange_atomically(first: Path, second: Path) -> bool:
+    """Returns False if the C library, the kernel or the file system does not support it. Raises OSError."""
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "renameat2"):
         return False
-    if libc.renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
+    if libc.renameat2(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE) == 0:
         return True
     number = ctypes.get_errno()
     if number in (errno.EINVAL, errno.ENOSYS):
         return False
-    raise OSError(number, os.strerror(number), str(one), None, str(other))
+    raise OSError(number, os.strerror(number), str(first), None, str(second))
 
 
-def take_lock(stream: IO, place: Path, advice: str) -> bool:
-    """Locks a file until it is closed; False if another process has it. A warning with `advice` where files cannot
-    be locked.
+def take_lock(stream: IO, path: Path, advice: str) -> bool:
+    """Locks an open file until it is closed. Returns False if another process holds the lock.
+
+    Args:
+        path: named in the warning.
+        advice: what the user should do where files cannot be locked. There, a warning is printed and the result is
+            True.
     """
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
-        print_warning(f"{place} cannot be locked ({error.strerror}): {advice}")
+        print_warning(f"{path} cannot be locked ({error.strerror}): {advice}")
     return True
 
 
 @contextmanager
 def open_atomically(path: Path) -> Iterator[BinaryIO]:
-    """A stream whose content appears under `path` when the block ends without an exception. Raises OSError."""
+    """Opens a stream whose content appears at `path`, already on disk, when the block ends without an exception.
+
+    A reader sees the old file or the new one, never a part of it, even if the process is killed.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     temporary = path.with_name(path.name + ".partial")
     try:
         with open(temporary, "wb") as stream:

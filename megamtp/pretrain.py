@@ -2,7 +2,7 @@
 
     deepspeed --module megamtp.pretrain configs/quickstart.yaml model.num_future_tokens=4 optimizer.lr=3e-4
     torchrun --nproc-per-node 8 -m megamtp.pretrain configs/1.3b_n4.yaml data.train=corpus/train run.directory=runs/1.3b
-    python -m megamtp.pretrain configs/quickstart.yaml          (one rank)
+    %(prog)s configs/quickstart.yaml          (one rank)
 
 Later arguments override earlier ones. If the run directory holds checkpoints, the run resumes from the newest intact
 one, with any engine and any number of ranks.
@@ -24,7 +24,7 @@ from megamtp.training.starting import begin, check_agreement, engine_config, fin
 
 def main(arguments: list[str]) -> int:
     """Trains. Returns the exit status: 0, or run.requeue_exit_code after an early stop. Raises InputError."""
-    if print_help(arguments, __doc__):
+    if print_help(arguments, __doc__.replace("%(prog)s", command_line.command_as_called())):
         return 0
     place = find_place()
     with errors_shared(place):
@@ -50,14 +50,14 @@ def _train(run: CheckedRun, place: Place) -> bool:
         return True
     with raised_by_all():
         loader = open_loader(run, start)
-    engine = build_engine(engine_config(run, start), run.cut)
+    engine = build_engine(engine_config(run, start), run.partition)
     with raised_by_all():
         begin(run, start, loader, place)
     if start.checkpoint:
         engine.load(start.checkpoint)
     with raised_by_all():
         training = Training(
-            run.config, engine, loader, start.position, run.validation, stop, start.step, start.owes_evaluation
+            run.config, engine, loader, start.position, run.validation, stop, start.step, start.evaluate_first
         )
     return training.run()
 

@@ -1,4 +1,4 @@
-"""Configurations, small ones and those of configs/, and batches with unevenly ignored targets."""
+"""Small configurations and those of configs/, and batches whose targets are unevenly IGNORED."""
 
 from pathlib import Path
 
@@ -13,8 +13,11 @@ VOCABULARY, POSITIONS, WINDOWS = 97, 12, 2
 
 
 def small_config(world_size: int = 2, accumulation: int = 1, **overrides) -> Config:
-    """A 5-layer model of width 16; override any key with `section__key=value`. `world_size`: ranks that share the
-    data.
+    """Returns a configuration of a 5-layer model of width 16, with any key overridden as `section__key=value`.
+
+    Args:
+        world_size: number of ranks that read different data.
+        accumulation: micro-batches per rank and step.
     """
     settings = {
         "model.dim": 16,
@@ -56,8 +59,9 @@ def paper_config(size: str, *settings: str) -> Config:
 
 
 def global_batch(config: Config, step: int, num_micro_batches: int) -> list[Batch]:
-    """The micro-batches of all ranks: targets ignored differently in each, per head, one micro-batch of several
-    without any.
+    """Returns the micro-batches of all ranks, each with different targets IGNORED for each head.
+
+    If there are several micro-batches, all targets of one are IGNORED.
     """
     n = config.model.num_future_tokens
     generator = torch.Generator().manual_seed(1000 + step)
@@ -74,5 +78,5 @@ def global_batch(config: Config, step: int, num_micro_batches: int) -> list[Batc
 
 
 def own_share(batches: list[Batch], rank: int, world_size: int) -> list[Batch]:
-    """A rank's micro-batches, in the loader's order."""
+    """Returns a rank's micro-batches, in the loader's order."""
     return batches[rank::world_size]

@@ -1,4 +1,4 @@
-"""Small models with weights that tell right from wrong, and what a checkpoint of one holds."""
+"""Small models whose weights make errors visible, and the contents of their checkpoints."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ STATE = RunState(OptimizerState("adamw", MOMENTS, (7,)), {"global_steps": 9, "gl
 
 
 def random_model(config: ModelConfig) -> MTPModel:
-    """Larger weights than the initial ones, so that logits differ and attention attends."""
+    """Returns a model with larger weights than the initial ones, so that logits and attention scores differ clearly."""
     model = MTPModel(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -44,7 +44,7 @@ def random_model(config: ModelConfig) -> MTPModel:
 
 
 def text_model() -> MTPModel:
-    """A model of TEXT_MODEL whose likeliest next token depends on the whole prompt."""
+    """Returns a model of TEXT_MODEL whose most likely next token depends on the whole prompt."""
     model = MTPModel(TEXT_MODEL)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -58,7 +58,7 @@ def contents(config: ModelConfig, weights: dict[str, Tensor], tokenizer: Path | 
 
 
 def with_moments(config: ModelConfig) -> Contents:
-    """A training state: weights, moments (the second ones positive), step 9 of which Adam has taken 7."""
+    """Returns contents with weights and moments in [0, 1), at step 9, of which Adam has taken 7 and skipped 2."""
     weights = random_model(config).state_dict()
     generator = torch.Generator().manual_seed(5)
     sources = {WEIGHT: InMemory(weights)}

@@ -1,4 +1,4 @@
-"""The fp8 loss against float64, and bounds that follow from its formats; for CPUs and GPUs."""
+"""Compares the fp8 loss with float64, with bounds that follow from the fp8 formats; for CPU and GPU tests."""
 
 import math
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from megamtp.losses.float8 import Float8Weight
 from megamtp.losses.linear_cross_entropy import linear_cross_entropy
 from megamtp.targets import IGNORED
 
-# Rounding leaves at most half a spacing: 2^-4 of a number in e4m3, 2^-3 in e5m2. For numbers spread evenly over a
-# binade (in their logarithm) the root mean square is 0.42 of that.
+# Largest relative rounding error: half a spacing, 2^-4 in e4m3 and 2^-3 in e5m2. For numbers whose logarithm is uniform
+# over a binade, the root mean square error is 0.42 of that.
 E4M3_ERROR, E5M2_ERROR = 0.42 * 2**-4, 0.42 * 2**-3
 
 
 @dataclass(frozen=True)
 class Case:
-    """Logits have a standard deviation of `spread`; a seventh of the targets is ignored."""
+    """Random inputs whose logits have standard deviation `spread`; one seventh of the targets is IGNORED."""
 
     rows: int
     dim: int
@@ -38,7 +38,7 @@ class Case:
         return hidden, weight, targets.to(self.device)
 
     def errors(self, float8: bool, factor: float = 0.01) -> tuple[float, float, float]:
-        """Of the loss, absolute in nats per valid target; of dH and of dW, norm over norm."""
+        """Returns the errors of loss, dH and dW: absolute in nats per valid target for the loss, else relative."""
         hidden, weight, targets = self.inputs()
         logits = hidden.double() @ weight.double().T
         z = (logits.logsumexp(-1).square() * (targets != IGNORED)).sum()
@@ -59,22 +59,25 @@ class Case:
         return abs(loss.item() - expected.item()) / per_target, *map(relative_error, gradients, expected_gradients)
 
     def bounds(self) -> tuple[float, float, float]:
-        """What `errors` may be in fp8: root mean squares, a quarter added, of the loss three of them.
+        """Returns upper bounds of `errors` in fp8: expected root mean square errors plus a quarter.
 
-        A logit is a sum of products of two numbers in e4m3, so its error is sqrt(2) times theirs. In the loss it
-        averages out over the targets' logits, and half its square stays, in the partition function. A probability's
-        relative error is its logit's absolute one, and e5m2's in dH; the target's -1 has none. To dH the rounding of W
-        comes, whatever it is multiplied with.
+        A logit is a sum of products of two e4m3 numbers, so its error is sqrt(2) times theirs. In the loss, the errors
+        of the targets' logits average out (the bound allows three standard deviations), and the partition function
+        keeps half the squared error of a logit. A probability's relative error is the absolute error of its logit and,
+        in dH, the rounding error of e5m2; the -1 of the target is exact. dH also has the rounding error of W.
         """
         hidden, weight, targets = self.inputs()
         probabilities = (hidden.double() @ weight.double().T)[targets != IGNORED].softmax(-1)
         gradient = probabilities - F.one_hot(targets[targets != IGNORED], self.vocabulary)
-        share = (probabilities.norm() / gradient.norm()).item()
-        logit = 2**0.5 * E4M3_ERROR * self.spread
-        loss = (1 + 2 * self.z_loss * math.log(self.vocabulary)) * (logit**2 / 2 + 3 * logit / len(gradient) ** 0.5)
-        hidden_gradient = (E4M3_ERROR**2 + share**2 * (logit**2 + E5M2_ERROR**2)) ** 0.5
-        return 1.25 * loss, 1.25 * hidden_gradient, 1.25 * (share * logit + 2**-9)
+        probability_share = (probabilities.norm() / gradient.norm()).item()
+        logit_error = 2**0.5 * E4M3_ERROR * self.spread
+        nll_error = logit_error**2 / 2 + 3 * logit_error / len(gradient) ** 0.5
+        loss_error = (1 + 2 * self.z_loss * math.log(self.vocabulary)) * nll_error
+        d_hidden_error = (E4M3_ERROR**2 + probability_share**2 * (logit_error**2 + E5M2_ERROR**2)) ** 0.5
+        d_weight_error = probability_share * logit_error + 2**-9  # 2^-9: rounding of dW to bf16
+        return 1.25 * loss_error, 1.25 * d_hidden_error, 1.25 * d_weight_error
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Returns |actual - expected| / |expected|, with norms over the whole tensor."""
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()

@@ -1,4 +1,4 @@
-"""What a process leaves behind that is killed at any line of some files."""
+"""Kills a process at each line of some files, to test what it leaves behind."""
 
 import os
 import sys
@@ -9,11 +9,11 @@ from types import FrameType
 def killed_at_each_line(
     files: tuple[str, ...], prepare: Callable[[], None], action: Callable[[], None]
 ) -> Iterator[int]:
-    """Yields after every kill: before the first line that `action` runs in one of `files`, before the second, and so
-    on.
+    """Runs `action` in forked processes, and kills each one before another line of `files`. Yields after each process.
 
-    Each time `prepare` is called first. The last process is not killed. Only for a process that has no threads: it is
-    forked.
+    The first process is killed before the first line that it runs in `files`, the second process before the second
+    line, and so on. The last process finishes without being killed. `prepare` is called before each process. The
+    calling process is forked, so it must not have other threads.
     """
     for number in range(1, 10_000):
         prepare()

@@ -1,4 +1,4 @@
-"""A random Llama of transformers, saved as transformers saves one."""
+"""Saves a Llama of transformers with random weights."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from tests.checkpoints import VOCABULARY
 
 
 def save_llama(folder: Path, tied: bool = False, **settings) -> LlamaForCausalLM:
-    """Of 4 layers and random weights, saved in several files."""
+    """Saves a Llama with 4 layers in several files, and returns it."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,

@@ -1,4 +1,4 @@
-"""SentencePiece models of every kind, and texts that tell them apart."""
+"""SentencePiece models of many kinds, and texts on which they differ."""
 
 import argparse
 import io
@@ -11,7 +11,7 @@ from megamtp.data.tokenizer import train_sentencepiece
 
 TEXT = Path(argparse.__file__).read_text()
 OURS = "ours"
-AS_IT_IS = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+UNNORMALISED = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
 SYMBOLS = {
     "user_defined_symbols": ["<fim>", "<fim_x>", "self", "\u2581\u2581"],
     "control_symbols": ["[INST]", "[/INST]"],
@@ -19,22 +19,22 @@ SYMBOLS = {
 
 EXPORTED = {
     OURS: {},
-    "dummy prefix": {"byte_fallback": True, **AS_IT_IS},  # Llama's and Mistral's form
-    "no dummy prefix": {"byte_fallback": True, "add_dummy_prefix": False, **AS_IT_IS},
-    "no bytes": AS_IT_IS,
-    "characters": {"model_type": "char", **AS_IT_IS},
-    "symbols": {"byte_fallback": True, **SYMBOLS, **AS_IT_IS},
-    # Gemma's form
-    "symbols, no dummy prefix": {"byte_fallback": True, "add_dummy_prefix": False, **SYMBOLS, **AS_IT_IS},
-    "symbols, no bytes": SYMBOLS | AS_IT_IS,
+    "dummy prefix": {"byte_fallback": True, **UNNORMALISED},  # as Llama and Mistral have it
+    "no dummy prefix": {"byte_fallback": True, "add_dummy_prefix": False, **UNNORMALISED},
+    "no bytes": UNNORMALISED,
+    "characters": {"model_type": "char", **UNNORMALISED},
+    "symbols": {"byte_fallback": True, **SYMBOLS, **UNNORMALISED},
+    # as Gemma has it
+    "symbols, no dummy prefix": {"byte_fallback": True, "add_dummy_prefix": False, **SYMBOLS, **UNNORMALISED},
+    "symbols, no bytes": SYMBOLS | UNNORMALISED,
 }
 NOT_EXPORTED = {
     "normalising": {"byte_fallback": True, "remove_extra_whitespaces": False},
     "default": {},
     "without extra spaces": {"byte_fallback": True, "normalization_rule_name": "identity"},
-    "unigram": {"model_type": "unigram", "byte_fallback": True, **AS_IT_IS},
+    "unigram": {"model_type": "unigram", "byte_fallback": True, **UNNORMALISED},
     "normalising unigram": {"model_type": "unigram"},
-    "spaces as suffixes": {"byte_fallback": True, "treat_whitespace_as_suffix": True, **AS_IT_IS},
+    "spaces as suffixes": {"byte_fallback": True, "treat_whitespace_as_suffix": True, **UNNORMALISED},
 }
 KINDS = EXPORTED | NOT_EXPORTED
 
@@ -61,7 +61,7 @@ TEXTS = st.lists(st.one_of(st.sampled_from(PARTS), st.text(max_size=3)), max_siz
 
 
 def train_kind(kind: str, path: Path) -> Path:
-    """Writes a model of the KINDS there."""
+    """Writes a model of one of the KINDS to `path`, and returns the path."""
     if kind == OURS:
         train_sentencepiece([TEXT], path, vocab_size=500, seed=0)
         return path

@@ -1,5 +1,6 @@
-"""Checkpoints to other formats: python tools/convert_checkpoint.py --help. The code is
-megamtp/commands/convert_checkpoint.py.
+"""Converts a checkpoint to another format: python tools/convert_checkpoint.py --help.
+
+The code is in megamtp/commands/convert_checkpoint.py.
 """
 
 from megamtp.commands.convert_checkpoint import entry

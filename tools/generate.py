@@ -1,4 +1,7 @@
-"""Text from a model: python tools/generate.py --help. The code is megamtp/commands/generate.py."""
+"""Generates text with a trained model: python tools/generate.py --help.
+
+The code is in megamtp/commands/generate.py.
+"""
 
 from megamtp.commands.generate import entry
 

@@ -1,16 +1,17 @@
-"""Trains tiny models for 12 steps in fp32 on CPU ranks, with every engine and its options, and prints hashes of the
-results.
+"""Trains tiny models with all engines and options on CPU ranks and prints hashes of the results.
 
-Equal hashes before and after a change of the code show that it changes no result. Run both on the same machine:
+Each case trains 12 steps in fp32. If a change of the code leaves all hashes as they were, it changes no result. Run
+both versions on the same machine:
 
     git worktree add ../before main
     python ../before/tools/hash_training.py > before.txt
-    python tools/hash_training.py > after.txt
+    %(prog)s > after.txt
     diff before.txt after.txt
 
-A line has the name of a case and three hashes: of every rank's losses, in each step and in an evaluation after the last
-one; of every rank's gradient norms; of the final weights and optimizer state, whole tensors whatever their slices. They
-also depend on the processor and on the versions of the libraries, so hashes from different machines are not comparable.
+A line has the name of a case and three hashes. The first is of all ranks' losses in each step and in an evaluation
+after the last step. The second is of all ranks' gradient norms. The third is of the final weights and optimizer state,
+as whole tensors: it does not depend on how the ranks slice them. Hashes also depend on the processor and the versions
+of the libraries, so hashes from different machines cannot be compared.
 """
 
 import hashlib
@@ -22,7 +23,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the megamtp of this checkout, not an installed one
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's megamtp, not an installed one
 
 from megamtp.commands.command_line import Parser, run
 from megamtp.config import Config, read_config
@@ -30,8 +31,8 @@ from megamtp.errors import InputError
 
 STEPS, LEARNING_RATE = 12, 1e-2
 VOCABULARY, TOKENS, DOCUMENT_TOKENS = 97, 6000, 8
-# Three trunk layers and three heads. `accumulation` is no key of the configuration:
-# the global batch follows from it.
+# Three trunk layers and three heads. `accumulation` is not a key of the configuration: config_of computes the global
+# batch size from it.
 BASE = f"""model.dim=16 model.num_layers=6 model.num_future_tokens=3 model.num_attention_heads=4
     model.num_key_value_heads=2 model.mlp_dim=24 model.vocab_size={VOCABULARY} head_loss.weights=[1,0.5,0.75]
     head_loss.chunk_rows=7 train.steps={STEPS}
@@ -66,15 +67,15 @@ PIPELINES = {  # name: (ranks, settings, options)
     "two-pipelines": (4, "engine.num_stages=2 engine.stage_layers=[4,2]", FEW_OPTIONS),
     "planned-cut": (2, "engine.num_stages=2", FEW_OPTIONS),
 }
-# By the plan its passes take longer than transfers, so that forward, loss and backward passes take turns.
-TAKING_TURNS = """engine.num_stages=2 engine.stage_layers=[2,1] accumulation=24 model.dim=128 model.num_layers=3
+# The passes are planned to take longer than the transfers, so that forward, loss and backward passes alternate.
+ALTERNATING_PASSES = """engine.num_stages=2 engine.stage_layers=[2,1] accumulation=24 model.dim=128 model.num_layers=3
     model.mlp_dim=256 model.num_future_tokens=2 model.vocab_size=1024 head_loss.weights=[1,0.5] head_loss.chunk_rows=512
     train.micro_batch_size=4 train.sequence_length=256"""
 ENGINES = {
     "zero1": (2, "engine.kind=zero1", ZERO1_OPTIONS),
     "zero3-grouped": (2, "engine.kind=zero3 engine.communication=grouped", GROUPED_OPTIONS),
     "zero3-deepspeed": (2, "engine.kind=zero3 engine.communication=deepspeed", ZERO3_OPTIONS),
-    "spread/taking-turns": (2, f"engine.kind=pipeline engine.spread_losses=true {TAKING_TURNS}", {"plain": ""}),
+    "spread/taking-turns": (2, f"engine.kind=pipeline engine.spread_losses=true {ALTERNATING_PASSES}", {"plain": ""}),
 }
 for _name, (_ranks, _settings, _options) in PIPELINES.items():
     ENGINES[f"pipeline/{_name}"] = (_ranks, f"engine.kind=pipeline {_settings}", _options)
@@ -86,18 +87,16 @@ CASES = {
 }
 
 
-def config_of(ranks: int, settings: str, corpus: str) -> Config:
-    """BASE with `settings`, which override it."""
+def config_of(num_ranks: int, settings: str, corpus: str) -> Config:
+    """Returns the configuration of a case: BASE, overridden by `settings`."""
     values = dict(word.split("=", 1) for word in f"{BASE} {settings} data.train={corpus}".split())
-    tokens = int(values.pop("accumulation")) * ranks // int(values.get("engine.num_stages", 1))
+    tokens = int(values.pop("accumulation")) * num_ranks // int(values.get("engine.num_stages", 1))
     tokens *= int(values["train.micro_batch_size"]) * int(values["train.sequence_length"])
     return read_config([*(f"{key}={value}" for key, value in values.items()), f"train.global_batch_tokens={tokens}"])
 
 
 def train(config: Config) -> tuple[str, str, str] | None:
-    """Hashes of the losses, gradient norms and final state of a training, on rank 0; None on other ranks.
-    Collective.
-    """
+    """Trains, and returns hashes of losses, gradient norms and final state on rank 0, None elsewhere. Collective."""
     import torch.distributed as dist
 
     from megamtp.data.indexed_dataset import IndexedDataset
@@ -127,26 +126,29 @@ def train(config: Config) -> tuple[str, str, str] | None:
         norms.append(result.gradient_norm.hex())
     losses.append(_bytes(engine.evaluate(iter(loader.read(STEPS)))))
     state = {key: _bytes(tensor) for key, tensor in engine.state().tensors.items() if not key.startswith("random/")}
-    of_ranks: list[Any] = [None] * dist.get_world_size()
-    dist.gather_object((losses, norms, state), of_ranks if engine.rank == 0 else None)
-    return hashes(of_ranks) if engine.rank == 0 else None
+    results: list[Any] = [None] * dist.get_world_size()
+    dist.gather_object((losses, norms, state), results if engine.rank == 0 else None)
+    return hashes(results) if engine.rank == 0 else None
 
 
-def hashes(of_ranks: list[tuple[list[bytes], list[str], dict[str, bytes]]]) -> tuple[str, str, str]:
-    """Of (losses, norms, state) of each rank.
+def hashes(results: list[tuple[list[bytes], list[str], dict[str, bytes]]]) -> tuple[str, str, str]:
+    """Returns hashes of the losses, gradient norms and states of all ranks.
 
-    A state's keys are KIND/NAME@START. Slices are joined into whole tensors first: how ranks share a tensor does not
-    matter.
+    The keys of a state are KIND/NAME@START. The slices of a tensor are joined before hashing, so the hash does not
+    depend on how the ranks slice it.
+
+    Args:
+        results: (losses, gradient norms, state) of each rank.
     """
     slices = []
-    for _, _, state in of_ranks:
+    for _, _, state in results:
         for key, content in state.items():
             name, start = key.rsplit("@", 1)
             slices.append((name, int(start), content))
     tensors = [
-        (name, b"".join(content for *_, content in own)) for name, own in groupby(sorted(slices), key=itemgetter(0))
+        (name, b"".join(content for *_, content in group)) for name, group in groupby(sorted(slices), key=itemgetter(0))
     ]
-    losses, norms, _ = zip(*of_ranks, strict=True)
+    losses, norms, _ = zip(*results, strict=True)
     return _hash(losses), _hash(norms), _hash(tensors)
 
 
@@ -158,8 +160,8 @@ def _bytes(tensor: Any) -> bytes:
     return tensor.detach().contiguous().numpy().tobytes()
 
 
-def _run_rank(rank: int, ranks: int, store: str, corpus: str, names: list[str]) -> None:
-    """Trains the cases one after the other; rank 0 prints their lines."""
+def _run_rank(rank: int, num_ranks: int, store: str, corpus: str, names: list[str]) -> None:
+    """Trains the named cases. Rank 0 prints a line for each."""
     import torch
     import torch.distributed as dist
 
@@ -167,23 +169,23 @@ def _run_rank(rank: int, ranks: int, store: str, corpus: str, names: list[str]) 
     from megamtp.engines.deepspeed.join import join_peers
 
     lines = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the engines print goes to stderr
+    os.dup2(2, 1)  # the engines print to stdout; redirect that to stderr
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks)
     for name in names:
         config = config_of(*CASES[name], corpus)
-        join_peers(Place(rank, rank, ranks), config.cluster)
-        if found := train(config):
-            print(f"{name:42s} {' '.join(found)}", file=lines, flush=True)
+        join_peers(Place(rank, rank, num_ranks), config.cluster)
+        if result := train(config):
+            print(f"{name:42s} {' '.join(result)}", file=lines, flush=True)
     dist.barrier()
-    os._exit(0)  # as megamtp.pretrain does: while Python shuts down, gloo's threads may abort the process
+    os._exit(0)  # as megamtp.pretrain exits: gloo's threads may abort the process while Python shuts down
 
 
 def main() -> None:
-    """Raises InputError."""
+    """Trains the requested cases in processes of their own. Raises InputError."""
     parser = Parser(__doc__)
-    parser.add_argument("--cases", nargs="+", metavar="NAME", default=list(CASES), help="train these only [all]")
-    parser.add_argument("--list", action="store_true", help="print the names of all cases and train none")
+    parser.add_argument("--cases", nargs="+", metavar="NAME", default=list(CASES), help="train only these cases [all]")
+    parser.add_argument("--list", action="store_true", help="print the names of all cases and exit")
     options = parser.parse_args()
     for name in options.cases:
         if name not in CASES:
@@ -202,10 +204,10 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as folder:
         write_random(Path(folder) / "corpus", TOKENS, DOCUMENT_TOKENS, VOCABULARY)
-        for ranks, names in groupby(filter(options.cases.__contains__, CASES), key=lambda name: CASES[name][0]):
-            arguments = (ranks, f"{folder}/store{ranks}", f"{folder}/corpus", list(names))
-            torch.multiprocessing.spawn(_run_rank, arguments, nprocs=ranks)
+        for num_ranks, names in groupby(filter(options.cases.__contains__, CASES), key=lambda name: CASES[name][0]):
+            arguments = (num_ranks, f"{folder}/store{num_ranks}", f"{folder}/corpus", list(names))
+            torch.multiprocessing.spawn(_run_rank, arguments, nprocs=num_ranks)
 
 
-if __name__ == "__main__":  # the ranks import this file, too
+if __name__ == "__main__":  # the ranks import this file
     run(main)

@@ -1,4 +1,7 @@
-"""Memory and time of a configuration: python tools/plan.py --help. The code is megamtp/commands/plan.py."""
+"""Predicts memory and step time of a configuration: python tools/plan.py --help.
+
+The code is in megamtp/commands/plan.py.
+"""
 
 from megamtp.commands.plan import entry
 

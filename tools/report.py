@@ -1,4 +1,7 @@
-"""Loss curves of a run: python tools/report.py --help. The code is megamtp/commands/report.py."""
+"""Plots the losses of a run: python tools/report.py --help.
+
+The code is in megamtp/commands/report.py.
+"""
 
 from megamtp.commands.report import entry
 

@@ -1,3 +1,1 @@
-"""Checkpoints: what is in them (shards.py), how they are published and found (store.py), and what they become
-(hf.py).
-"""
+"""Checkpoints: their tensors (shards.py), their folders (store.py), and conversion between formats (formats.py)."""

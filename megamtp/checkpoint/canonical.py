@@ -1,10 +1,10 @@
-"""The canonical form of a checkpoint: one folder that depends neither on an engine nor on the number of its ranks.
+"""The canonical format: a folder that depends neither on the engine nor on the number of ranks.
 
-canonical.json                       the model, the step, the run's counters, and the size of every other file
-weights-00001-of-00002.safetensors   every parameter in fp32 by MTPModel's name
-exp_avg-00001-of-00002.safetensors   Adam's moments likewise; exp_avg_sq, too; both or none
-tokenizer.model                      if the run has one
-generation_config.json               ids of special tokens, if the source has a tokenizer of another kind
+canonical.json                       the model, the step, the state of the run, and the size of every other file
+weights-00001-of-00002.safetensors   all parameters in fp32, by MTPModel's names
+exp_avg-00001-of-00002.safetensors   the optimizer's tensors in the same form (also exp_avg_sq); all or none
+tokenizer.model                      a SentencePiece model, if the source has one
+generation_config.json               ids of special tokens, if the source has another kind of tokenizer
 """
 
 import dataclasses
@@ -17,9 +17,9 @@ import torch
 
 from megamtp import __version__
 from megamtp.checkpoint import safetensors_file
-from megamtp.checkpoint.contents import WEIGHT, Contents, check_contents, described_model
-from megamtp.checkpoint.folder import check_sizes, published, write_json
-from megamtp.checkpoint.hf_tokenizer import copied_tokenizer, copy_tokenizer
+from megamtp.checkpoint.contents import WEIGHT, Contents, check_contents, model_from_fields
+from megamtp.checkpoint.folder import atomic_folder, check_sizes, write_json
+from megamtp.checkpoint.hf_tokenizer import copy_tokenizer, find_tokenizer
 from megamtp.checkpoint.safetensors_file import SafetensorsFiles
 from megamtp.checkpoint.special_ids import read_special_ids, write_special_ids
 from megamtp.checkpoint.state import read_state
@@ -33,20 +33,20 @@ NEEDED = {"model": dict, "file_bytes": dict}
 
 
 def write(contents: Contents, directory: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Writes the folder, which appears whole.
+    """Writes the folder atomically.
 
     Args:
-        dtype: fp32, for nothing may be lost.
+        dtype: must be fp32, because the format is lossless.
 
     Raises:
-        CheckpointError: the destination exists or cannot be written, there is no room, or a tensor is missing,
-            misshaped or unknown.
+        CheckpointError: the destination exists or cannot be written, there is not enough space, or a tensor is missing,
+            has a wrong shape, or is unknown.
     """
     if dtype != torch.float32:
-        raise CheckpointError(f"the canonical form is in fp32, not {dtype}; leave --dtype out")
+        raise CheckpointError(f"the canonical format is in fp32, not {dtype}; leave --dtype out")
     check_contents(contents, "the checkpoint")
     num_bytes = sum(math.prod(shape) * 4 for source in contents.sources.values() for shape in source.shapes.values())
-    with published(directory, num_bytes) as folder:
+    with atomic_folder(directory, num_bytes) as folder:
         for kind, source in contents.sources.items():
             files = safetensors_file.split(source.shapes, 4)
             for number, names in enumerate(files, start=1):
@@ -61,8 +61,8 @@ def read(directory: Path) -> Contents:
     """Opens the folder.
 
     Raises:
-        CheckpointError: it is of another format or version, a file is missing or damaged, or a tensor is missing,
-            misshaped or unknown.
+        CheckpointError: the format or the version is unknown, a file is missing or damaged, or a tensor is missing, has
+            a wrong shape, or is unknown.
     """
     description = _read_description(directory)
     try:
@@ -79,17 +79,17 @@ def read(directory: Path) -> Contents:
             sources[kind] = SafetensorsFiles(directory / name for name in files)
     if set(sources) not in ({WEIGHT}, set(kinds)):
         raise CheckpointError(
-            f"{directory} holds {', '.join(sources) or 'nothing'}; expected {kinds[0]}, and all of "
-            f"{', '.join(kinds[1:])} or none"
+            f"{directory} holds {', '.join(sources) or 'no tensors'}; expected {kinds[0]}, and all or none of "
+            f"{', '.join(kinds[1:])}: copy it again"
         )
-    model = described_model(description["model"], directory / DESCRIPTION)
+    model = model_from_fields(description["model"], directory / DESCRIPTION)
     contents = Contents(
         model,
         sources,
         description.get("step"),
         state,
         description.get("sequence_length"),
-        copied_tokenizer(directory),
+        find_tokenizer(directory),
         description.get("tokens_are_bytes", False),
         read_special_ids(directory, model.vocab_size),
     )
@@ -97,18 +97,18 @@ def read(directory: Path) -> Contents:
     return contents
 
 
-def check_same_model(directory: Path, found: ModelConfig, expected: ModelConfig) -> None:
-    """Raises: CheckpointError if they differ, naming the first key; both written out."""
-    for key, value in dataclasses.asdict(found).items():
-        wanted = getattr(expected, key)
-        if value != wanted:
+def check_same_model(directory: Path, model: ModelConfig, expected: ModelConfig) -> None:
+    """Raises CheckpointError if the models differ. Both must have resolved defaults."""
+    for key, value in dataclasses.asdict(model).items():
+        if value != getattr(expected, key):
             raise CheckpointError(
-                f"{directory} is of a model with model.{key}={value}, not {wanted}; set model.{key}={value}"
+                f"{directory} is of a model with model.{key}={value}, expected {getattr(expected, key)}; "
+                f"set model.{key}={value}"
             )
 
 
 def _stem(kind: str) -> str:
-    """How the names of a kind's files begin."""
+    """Returns the beginning of the file names of a kind."""
     return "weights" if kind == WEIGHT else kind
 
 
@@ -118,7 +118,7 @@ def _describe(contents: Contents, folder: Path) -> dict[str, Any]:
         "version": VERSION,
         "code_version": __version__,
         "step": contents.step,
-        "state": contents.state.saved() if contents.state else None,
+        "state": contents.state.to_json() if contents.state else None,
         "sequence_length": contents.sequence_length,
         "tokens_are_bytes": contents.tokens_are_bytes,
         "model": dataclasses.asdict(contents.model),
@@ -130,14 +130,14 @@ def _read_description(directory: Path) -> dict[str, Any]:
     path = directory / DESCRIPTION
     try:
         description = json.loads(path.read_text())
-        found = description["format"], description["version"]
+        format_name, version = description["format"], description["version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error!r}); convert the checkpoint again") from None
-    if found[0] != FORMAT or not isinstance(found[1], int):
-        raise CheckpointError(f"{path} is of format {found[0]} {found[1]}, expected {FORMAT} {VERSION}")
-    if found[1] > VERSION:
+    if format_name != FORMAT or not isinstance(version, int):
+        raise CheckpointError(f"{path} is of format {format_name} {version}, expected {FORMAT} {VERSION}")
+    if version > VERSION:
         raise CheckpointError(
-            f"{path} is of version {found[1]}, written by megamtp {description.get('code_version')}; expected at most "
+            f"{path} is of version {version}, written by megamtp {description.get('code_version')}; expected at most "
             f"{VERSION}: use a newer megamtp"
         )
     for key, kind in NEEDED.items():

@@ -1,7 +1,6 @@
-"""All heads as a folder of transformers with a model of its own (modeling_megamtp.py, which lies in the folder), and
-back.
+"""Exports all heads as a model of transformers whose code (modeling_megamtp.py) lies in the folder, and reads it back.
 
-write(contents, Path("exported"))      # AutoModelForCausalLM.from_pretrained("exported", trust_remote_code=True)
+write(contents, Path("exported"))    # AutoModelForCausalLM.from_pretrained("exported", trust_remote_code=True)
 contents = read(Path("exported"))
 """
 
@@ -15,11 +14,11 @@ from megamtp.checkpoint.contents import (
     check_contents,
     check_tensors,
     parameter_shapes,
-    renamed,
+    rename_tensors,
     require_parallel_heads,
 )
-from megamtp.checkpoint.folder import published
-from megamtp.checkpoint.hf_settings import CONFIG, contents_of, model_config, read_settings, write_settings
+from megamtp.checkpoint.folder import atomic_folder
+from megamtp.checkpoint.hf_settings import CONFIG, make_contents, model_config, read_settings, write_settings
 from megamtp.checkpoint.hf_weights import num_bytes, open_weights, write_weights
 from megamtp.config import ModelConfig
 from megamtp.errors import CheckpointError
@@ -37,15 +36,15 @@ ARCHITECTURE = {
 
 
 def write(contents: Contents, directory: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Writes the folder, which appears whole; an earlier export is replaced.
+    """Writes the folder atomically, and replaces an earlier export.
 
     Raises:
-        CheckpointError: as hf.export.
+        CheckpointError: see hf.export.
     """
     require_parallel_heads(contents, "hf-mtp")
     check_contents(contents, "the checkpoint")
-    weights = renamed(contents.weights, {theirs: ours for ours, theirs in _names(contents.model).items()})
-    with published(directory, num_bytes(weights, dtype), replaceable=True) as folder:
+    weights = rename_tensors(contents.weights, {theirs: ours for ours, theirs in _names(contents.model).items()})
+    with atomic_folder(directory, num_bytes(weights, dtype), replaceable=True) as folder:
         (folder / MODEL_FILE).write_bytes(Path(__file__).with_name(MODEL_FILE).read_bytes())
         write_settings(folder, contents, dtype, ARCHITECTURE | {"num_future_tokens": contents.model.num_future_tokens})
         write_weights(folder, weights, dtype)
@@ -55,7 +54,7 @@ def read(directory: Path) -> Contents:
     """Opens the folder.
 
     Raises:
-        CheckpointError: a file is missing or unreadable, or a tensor is missing, misshaped or unknown.
+        CheckpointError: a file is missing or unreadable, or a tensor is missing, has a wrong shape, or is unknown.
     """
     settings = read_settings(directory)
     if not isinstance(settings.get("num_future_tokens"), int):
@@ -63,14 +62,14 @@ def read(directory: Path) -> Contents:
             f"{directory / CONFIG} has no num_future_tokens; expected the number of heads: export it again"
         )
     model = model_config(settings, directory, settings["num_future_tokens"], MODEL_TYPE)
-    names, shapes = _names(model), parameter_shapes(model)
-    found = open_weights(directory)
-    check_tensors(found.shapes, {theirs: shapes[ours] for ours, theirs in names.items()}, directory)
-    return contents_of(directory, settings, model, renamed(found, names))
+    names, expected = _names(model), parameter_shapes(model)
+    weights = open_weights(directory)
+    check_tensors(weights.shapes, {theirs: expected[ours] for ours, theirs in names.items()}, directory)
+    return make_contents(directory, settings, model, rename_tensors(weights, names))
 
 
 def _names(model: ModelConfig) -> dict[str, str]:
-    """MTPModel's name -> the exported model's."""
+    """Returns {MTPModel's name: the exported model's name}."""
     return hf.names_of(model) | {
         f"heads.{head}.{ours}": f"extra_heads.{head - 1}.{theirs}"
         for head in range(1, model.num_future_tokens)

@@ -1,6 +1,4 @@
-"""What a folder of transformers says beside its weights: config.json, generation_config.json and the tokenizer's
-files.
-"""
+"""The files of a transformers folder besides weights: config.json, generation_config.json and the tokenizer's files."""
 
 import json
 from collections.abc import Mapping
@@ -9,13 +7,13 @@ from typing import Any
 
 import torch
 
-from megamtp.checkpoint.contents import WEIGHT, Contents, checked_model, whole_number
+from megamtp.checkpoint.contents import WEIGHT, Contents, check_model, positive_integer
 from megamtp.checkpoint.folder import write_json
 from megamtp.checkpoint.hf_tokenizer import (
     BYTES_END,
     TOKENIZER,
-    are_bytes,
-    fits,
+    fits_vocabulary,
+    is_byte_tokenizer,
     read_tokenizer,
     write_byte_tokenizer,
     write_tokenizer,
@@ -27,20 +25,20 @@ from megamtp.data.tokenizer import SentencePieceTokenizer
 from megamtp.errors import CheckpointError
 
 CONFIG = "config.json"
-DEFAULT_ROPE_THETA = 10000.0  # of a config.json that does not say: transformers' own
-DEFAULT_POSITIONS = 4096  # of an export of weights that do not say on how many they were trained
+DEFAULT_ROPE_THETA = 10000.0  # the default of transformers
+DEFAULT_POSITIONS = 4096  # exported if the sequence length of training is unknown
 
 
 def write_settings(folder: Path, contents: Contents, dtype: torch.dtype, architecture: Mapping[str, Any]) -> None:
-    """config.json, generation_config.json and the tokenizer.
+    """Writes config.json, generation_config.json and the tokenizer.
 
     Args:
-        architecture: what config.json says beside the numbers of trunk and head 1.
+        architecture: settings of config.json besides those of trunk and head 1.
     """
     model = contents.model
     sequence_length = contents.sequence_length or DEFAULT_POSITIONS
     tokenizer = read_tokenizer(contents.tokenizer, model.vocab_size) if contents.tokenizer else None
-    # Documents follow each other's end piece in training, so that piece, not <s>, is what a text begins with.
+    # In training, every document but the first follows an end piece, so a text begins with that piece, not with <s>.
     end_id = tokenizer.end_of_document_id if tokenizer else BYTES_END if contents.tokens_are_bytes else None
     ids: dict[str, int | list[int] | None] = {"bos_token_id": end_id, "eos_token_id": end_id}
     ids |= contents.special_ids if end_id is None else {}
@@ -68,49 +66,46 @@ def write_settings(folder: Path, contents: Contents, dtype: torch.dtype, archite
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
-    """config.json. Raises CheckpointError."""
+    """Reads config.json. Raises CheckpointError."""
     try:
         settings = json.loads((directory / CONFIG).read_text())
         if not isinstance(settings, dict):
-            raise ValueError("no mapping")
+            raise ValueError("not a mapping")
         return settings
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{directory} is no model of transformers or a damaged one ({error}); copy it again"
+            f"{directory} is not a model of transformers, or it is damaged ({error}); copy it again"
         ) from None
 
 
-def contents_of(
+def make_contents(
     directory: Path, settings: dict[str, Any], model: ModelConfig, weights: TensorSource, notes: tuple[str, ...] = ()
 ) -> Contents:
-    """What a folder of transformers with these `weights` holds, its tokenizer included; or the ids of special tokens
-    without it.
+    """Returns the contents of a transformers folder: these `weights`, and its tokenizer or else its special ids.
 
     Raises:
-        CheckpointError: generation_config.json, or a number of config.json, is damaged.
+        CheckpointError: generation_config.json, or a number in config.json, is damaged.
     """
-    positions, tokenizer, in_bytes = (
-        "max_position_embeddings",
-        directory / TOKENIZER,
-        are_bytes(directory, model.vocab_size),
-    )
-    usable, special_ids = fits(tokenizer, model.vocab_size), {}
+    positions, tokenizer = "max_position_embeddings", directory / TOKENIZER
+    in_bytes = is_byte_tokenizer(directory, model.vocab_size)
+    usable, special_ids = fits_vocabulary(tokenizer, model.vocab_size), {}
     if not usable and not in_bytes:
         special_ids = special_ids_of(settings, model.vocab_size) | read_special_ids(directory, model.vocab_size)
     if not usable and not in_bytes and (tokenizer.exists() or (directory / "tokenizer.json").exists()):
         kept = ", ".join(f"{key} {value}" for key, value in special_ids.items())
         notes += (
-            f"{directory} has a tokenizer, but no SentencePiece model of at most {model.vocab_size} pieces: it stays "
-            "behind" + (f", {kept} are kept" if kept else ""),
+            f"{directory} has a tokenizer, but no SentencePiece model of at most {model.vocab_size} pieces: it is not "
+            "carried over" + (f", {kept} are kept" if kept else ""),
         )
-    if usable and (pieces := SentencePieceTokenizer(tokenizer).vocab_size) < model.vocab_size:
+    if usable and (num_pieces := SentencePieceTokenizer(tokenizer).vocab_size) < model.vocab_size:
         notes += (
-            f"{tokenizer} has {pieces} pieces, the model {model.vocab_size} rows: ids from {pieces} on have no text",
+            f"{tokenizer} has {num_pieces} pieces, but the model has {model.vocab_size} rows: ids from {num_pieces} on "
+            "have no text",
         )
     return Contents(
         model,
         {WEIGHT: weights},
-        sequence_length=whole_number(settings, positions, directory / CONFIG) if positions in settings else None,
+        sequence_length=positive_integer(settings, positions, directory / CONFIG) if positions in settings else None,
         tokenizer=tokenizer if usable else None,
         tokens_are_bytes=in_bytes,
         special_ids=special_ids,
@@ -121,18 +116,18 @@ def contents_of(
 def model_config(
     settings: dict[str, Any], directory: Path, num_future_tokens: int, model_type: str = "llama"
 ) -> ModelConfig:
-    """The model that config.json tells of, with so many heads, head 1 being its last layer.
+    """Returns the model that config.json describes, with `num_future_tokens` heads; its last layer is head 1.
 
     Raises:
-        CheckpointError: it is of another form, or a setting is missing or wrong.
+        CheckpointError: the architecture is not supported, or a setting is missing or wrong.
     """
     path = directory / CONFIG
     rope = _rope(settings, path)
-    _check_form(settings, rope, path, model_type)
+    _check_architecture(settings, rope, path, model_type)
     keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-    dim, num_layers, num_attention_heads, mlp_dim, vocab_size = (whole_number(settings, key, path) for key in keys)
+    dim, num_layers, num_attention_heads, mlp_dim, vocab_size = (positive_integer(settings, key, path) for key in keys)
     if "rms_norm_eps" not in settings:
-        raise CheckpointError(f"{path} has no rms_norm_eps; expected all settings of a Llama: mend it")
+        raise CheckpointError(f"{path} has no rms_norm_eps; expected all settings of a Llama: add it")
     if num_layers < 2:
         raise CheckpointError(
             f"{directory} has one layer; expected two or more: the last becomes head 1, the others the trunk"
@@ -148,30 +143,30 @@ def model_config(
         rope_theta=rope.get("rope_theta", settings.get("rope_theta", DEFAULT_ROPE_THETA)),
         norm_eps=settings["rms_norm_eps"],
     )
-    _expect(path, "head_dim", settings.get("head_dim") or model.head_dim, model.head_dim)
-    return checked_model(model, path)
+    _require(path, "head_dim", settings.get("head_dim") or model.head_dim, model.head_dim)
+    return check_model(model, path)
 
 
 def _rope(settings: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The settings of the rotary embedding that transformers 5 would take, where several keys have some."""
+    """Returns the settings of the rotary embedding, from the same key as transformers 5."""
     rope = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
     if not isinstance(rope, dict):
-        raise CheckpointError(f"{path}: rope_scaling or rope_parameters is {rope!r}; expected a mapping: mend it")
+        raise CheckpointError(f"{path}: rope_scaling or rope_parameters is {rope!r}; expected a mapping: correct it")
     return rope
 
 
-def _check_form(settings: dict[str, Any], rope: dict[str, Any], path: Path, model_type: str) -> None:
-    """Raises: CheckpointError if the model computes anything else than MTPModel with one head."""
-    _expect(path, "model_type", settings.get("model_type"), model_type)
-    _expect(path, "hidden_act", settings.get("hidden_act", "silu"), "silu")
-    _expect(path, "rope_type", rope.get("rope_type") or rope.get("type") or "default", "default")
-    rotated = rope.get("partial_rotary_factor", settings.get("partial_rotary_factor"))
-    _expect(path, "partial_rotary_factor", 1.0 if rotated is None else rotated, 1.0)
-    _expect(path, "attention_bias", settings.get("attention_bias", False), False)
-    _expect(path, "mlp_bias", settings.get("mlp_bias", False), False)
-    _expect(path, "quantization_config", settings.get("quantization_config"), None)
+def _check_architecture(settings: dict[str, Any], rope: dict[str, Any], path: Path, model_type: str) -> None:
+    """Raises CheckpointError if the model does not compute the same as MTPModel with one head."""
+    _require(path, "model_type", settings.get("model_type"), model_type)
+    _require(path, "hidden_act", settings.get("hidden_act", "silu"), "silu")
+    _require(path, "rope_type", rope.get("rope_type") or rope.get("type") or "default", "default")
+    fraction = rope.get("partial_rotary_factor", settings.get("partial_rotary_factor"))
+    _require(path, "partial_rotary_factor", 1.0 if fraction is None else fraction, 1.0)
+    _require(path, "attention_bias", settings.get("attention_bias", False), False)
+    _require(path, "mlp_bias", settings.get("mlp_bias", False), False)
+    _require(path, "quantization_config", settings.get("quantization_config"), None)
 
 
-def _expect(path: Path, key: str, found: Any, expected: Any) -> None:
-    if found != expected:
-        raise CheckpointError(f"{path}: {key} is {found}, expected {expected}: another form of model")
+def _require(path: Path, key: str, value: Any, expected: Any) -> None:
+    if value != expected:
+        raise CheckpointError(f"{path}: {key} is {value}, expected {expected}: unsupported architecture")

@@ -1,4 +1,4 @@
-"""A SentencePiece model, or bytes, as tokenizer files of transformers, which give the same ids."""
+"""Converts a SentencePiece model, or the byte tokenizer, to tokenizer files of transformers that give the same ids."""
 
 import re
 from collections.abc import Iterable
@@ -14,10 +14,11 @@ from megamtp.data.tokenizer import SPACE_MARK, ByteTokenizer, SentencePieceToken
 from megamtp.errors import CheckpointError, InputError
 
 TOKENIZER = "tokenizer.model"
-LARGEST_BYTE_TOKENIZER = 100_000  # bytes of its tokenizer.json; larger ones are others', which take long to read
+# Bytes of tokenizer.json. A larger file belongs to another tokenizer, and would take long to read.
+LARGEST_BYTE_TOKENIZER = 100_000
 BYTES_END = ByteTokenizer.end_of_document_id
 
-# What normalisation and whitespace rules of other tokenizers would change, and the character that stands for a space.
+# Texts that would reveal normalisation or whitespace rules, or another treatment of U+2581.
 PROBES = (
     "\t x\r\n",
     "  two  spaces  ",
@@ -28,24 +29,25 @@ PROBES = (
 
 
 def read_tokenizer(path: Path, vocab_size: int) -> SentencePieceTokenizer:
-    """Raises: CheckpointError if it is no SentencePiece model, or has more pieces than the model has rows."""
+    """Opens a SentencePiece model. Raises CheckpointError if it is none, or has more pieces than the model has rows."""
     try:
         tokenizer = SentencePieceTokenizer(path)
     except InputError as error:
-        raise CheckpointError(f"{error}; mend data.tokenizer of the run") from None
+        raise CheckpointError(f"{error}; correct data.tokenizer of the run") from None
     if tokenizer.vocab_size > vocab_size:
         raise CheckpointError(
-            f"{path} has {tokenizer.vocab_size} pieces, expected the model's {vocab_size} or fewer; mend data.tokenizer"
+            f"{path} has {tokenizer.vocab_size} pieces, expected at most {vocab_size}, the model's vocabulary; correct "
+            "data.tokenizer of the run"
         )
     return tokenizer
 
 
 def copy_tokenizer(contents: Contents, folder: Path) -> None:
-    """Copies the SentencePiece model, if there is one, to where copied_tokenizer looks for it.
+    """Copies the SentencePiece model, if there is one, into `folder`.
 
     Raises:
-        CheckpointError: it cannot be read.
-        OSError: it cannot be written.
+        CheckpointError: the model cannot be read.
+        OSError: the copy cannot be written.
     """
     if contents.tokenizer is None:
         return
@@ -53,17 +55,18 @@ def copy_tokenizer(contents: Contents, folder: Path) -> None:
         model = contents.tokenizer.read_bytes()
     except OSError as error:
         raise CheckpointError(
-            f"{contents.tokenizer} cannot be read ({error.strerror}); mend data.tokenizer of the run"
+            f"{contents.tokenizer} cannot be read ({error.strerror}); correct data.tokenizer of the run"
         ) from None
     (folder / TOKENIZER).write_bytes(model)
 
 
-def copied_tokenizer(folder: Path) -> Path | None:
+def find_tokenizer(folder: Path) -> Path | None:
+    """Returns the copy that `copy_tokenizer` has made in `folder`, or None."""
     return folder / TOKENIZER if (folder / TOKENIZER).exists() else None
 
 
-def fits(path: Path, vocab_size: int) -> bool:
-    """Whether it is a SentencePiece model of no more pieces."""
+def fits_vocabulary(path: Path, vocab_size: int) -> bool:
+    """Returns whether this is a SentencePiece model with at most `vocab_size` pieces."""
     try:
         return SentencePieceTokenizer(path).vocab_size <= vocab_size
     except InputError:
@@ -71,10 +74,12 @@ def fits(path: Path, vocab_size: int) -> bool:
 
 
 def write_tokenizer(folder: Path, tokenizer: SentencePieceTokenizer, sequence_length: int) -> None:
-    """tokenizer.json rather than transformers' own reading of tokenizer.model, which adds a space before the text.
+    """Writes tokenizer.model, and tokenizer.json and tokenizer_config.json for transformers.
+
+    tokenizer.json is needed because transformers' own conversion of tokenizer.model adds a space before the text.
 
     Raises:
-        CheckpointError: the translation does not give SentencePiece's ids.
+        CheckpointError: the tokenizer cannot be translated, see `translate`.
     """
     translated, processor = translate(tokenizer), tokenizer.processor
     end = processor.id_to_piece(tokenizer.end_of_document_id)
@@ -83,7 +88,7 @@ def write_tokenizer(folder: Path, tokenizer: SentencePieceTokenizer, sequence_le
         "bos_token": end,
         "eos_token": end,
         "unk_token": processor.id_to_piece(processor.unk_id()),
-        "split_special_tokens": True,  # "</s>" in a text is four characters, as for SentencePiece
+        "split_special_tokens": True,  # "</s>" in a text is encoded as four characters, as by SentencePiece
         "clean_up_tokenization_spaces": False,
         "model_max_length": sequence_length,
     }
@@ -93,10 +98,12 @@ def write_tokenizer(folder: Path, tokenizer: SentencePieceTokenizer, sequence_le
 
 
 def write_byte_tokenizer(folder: Path, sequence_length: int) -> None:
-    """Bytes as tokens, and BYTES_END.
+    """Writes tokenizer.json and tokenizer_config.json of the byte tokenizer: ids are bytes, and BYTES_END.
 
-    ByteLevel spells each byte as a character: those that can be printed as themselves, the others as those from U+0100
-    on. Source: the byte-level BPE of GPT-2, which `tokenizers` calls ByteLevel.
+    ByteLevel represents each byte by a character: printable bytes by themselves, the others by characters from U+0100
+    on.
+
+    Source: the byte-level BPE of GPT-2, which `tokenizers` calls ByteLevel.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
@@ -118,8 +125,8 @@ def write_byte_tokenizer(folder: Path, sequence_length: int) -> None:
     write_json(folder / "tokenizer_config.json", settings)
 
 
-def are_bytes(folder: Path, vocab_size: int) -> bool:
-    """Whether tokenizer.json there, of a model of so many tokens, is what write_byte_tokenizer writes."""
+def is_byte_tokenizer(folder: Path, vocab_size: int) -> bool:
+    """Returns whether `folder` has the tokenizer that `write_byte_tokenizer` writes, and the vocabulary can hold it."""
     path, probe = folder / "tokenizer.json", "".join(PROBES)
     if vocab_size < ByteTokenizer.vocab_size or not path.exists() or path.stat().st_size > LARGEST_BYTE_TOKENIZER:
         return False
@@ -130,14 +137,13 @@ def are_bytes(folder: Path, vocab_size: int) -> bool:
 
 
 def translate(tokenizer: SentencePieceTokenizer) -> Tokenizer:
-    """SentencePiece's BPE in the `tokenizers` library.
+    """Returns the BPE tokenizer of the `tokenizers` library that is equivalent to a SentencePiece model.
 
-    Its merges are all the ways to cut a piece into two pieces, those of the best piece first. Pieces are written with
-    real spaces, not with SentencePiece's mark U+2581. A mark in the text is first made a space where SentencePiece
-    reads it as one.
+    Its merges are all ways to split a piece into two pieces, in the order of the pieces' scores. Pieces contain real
+    spaces instead of SentencePiece's U+2581. If SentencePiece reads U+2581 in a text as a space, it is replaced first.
 
     Raises:
-        CheckpointError: it is a tokenizer of another kind, or the translation does not give SentencePiece's ids.
+        CheckpointError: the kind of model is not supported, or the result gives other ids than SentencePiece.
     """
     _check_kind(tokenizer)
     processor, ids = tokenizer.processor, range(tokenizer.vocab_size)
@@ -180,12 +186,12 @@ def translate(tokenizer: SentencePieceTokenizer) -> Tokenizer:
 
 
 def _isolate(translated: Tokenizer, symbols: list[str], names: list[str]) -> None:
-    """Makes each of the `symbols` in a text its own token, the longest where several begin.
+    """Lets each of the `symbols` in a text become one token; where several match, the longest.
 
-    Not as added tokens: those are taken out of a text before it gets its dummy prefix, so a text that begins with a
-    symbol would get none. Instead the text is cut around the symbols, and a part that equals a piece becomes that piece
-    without any merge. That must not happen to a part that reads like the name of a control or byte piece, such as
-    "</s>": it is cut where its first token ends.
+    The symbols cannot be added tokens: these are extracted before the dummy prefix is added, so a text that begins with
+    a symbol would get no prefix. Instead, the text is split around the symbols, and a part that equals a piece becomes
+    that piece without merges. This must not happen to a part that equals the name of a control or byte piece (`names`),
+    such as "</s>", so that part is split after its first token.
     """
     longest_first = sorted(symbols, key=len, reverse=True)
     steps = [pre_tokenizers.Split(Regex(_any_of(map(re.escape, longest_first))), "isolated")]
@@ -201,9 +207,7 @@ def _any_of(patterns: Iterable[str]) -> str:
 
 
 def _check_kind(tokenizer: SentencePieceTokenizer) -> None:
-    """Raises: CheckpointError if this is no BPE model, or it changes texts in a way that `translate` does not
-    translate.
-    """
+    """Raises CheckpointError if this is not a BPE model, or if it changes texts in a way that `translate` cannot."""
     trainer, normalizer = tokenizer.proto.trainer_spec, tokenizer.proto.normalizer_spec
     if trainer.model_type not in (TrainerSpec.BPE, TrainerSpec.CHAR):
         raise _refusal(tokenizer, f"it is a {TrainerSpec.ModelType.Name(trainer.model_type).lower()} model")
@@ -216,16 +220,16 @@ def _check_kind(tokenizer: SentencePieceTokenizer) -> None:
 
 
 def _check_translation(tokenizer: SentencePieceTokenizer, translated: Tokenizer, texts: list[str]) -> None:
-    """Raises: CheckpointError if any text becomes other ids than SentencePiece's."""
+    """Raises CheckpointError if any text gets other ids than those of SentencePiece."""
     for text, expected in zip(texts, tokenizer.encode_batch(texts), strict=True):
-        # encode_batch would start threads, and warn in every process forked afterwards
+        # translated.encode_batch would start threads, and cause warnings in every process that is forked afterwards.
         ids = translated.encode(text).ids
         if ids != expected:
-            raise _refusal(tokenizer, f"{text!r} would become {ids}, expected {expected}")
+            raise _refusal(tokenizer, f"{text!r} would become {ids}, not {expected}")
 
 
 def _refusal(tokenizer: SentencePieceTokenizer, reason: str) -> CheckpointError:
     return CheckpointError(
-        f"{tokenizer.path} cannot be exported to hf or hf-mtp: {reason}; expected a BPE model without normalisation "
-        "(prepare_data trains such) or none: unset data.tokenizer"
+        f"{tokenizer.path} cannot be exported to hf or hf-mtp: {reason}; expected a BPE model without normalisation, "
+        "such as prepare_data trains, or no tokenizer: unset data.tokenizer"
     )

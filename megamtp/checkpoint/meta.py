@@ -1,7 +1,9 @@
-"""The form in which the paper's models were released: params.json and consolidated.pth, heads 2 to n as `extra_heads`.
+"""The format of the paper's released models, params.json and consolidated.pth, which is also that of Llama's releases.
 
-Source: arXiv:2404.19737's release; its names are those of Meta's Llama code. `layers` are the trunk and head 1,
-whatever n, so a file without `extra_heads` is a Llama of that code; `n_layers` counts trunk and heads together.
+`layers` are the trunk and head 1; `extra_heads` are heads 2 to n. A file without `extra_heads` is therefore a Llama.
+`n_layers` counts the layers of the trunk and all heads. Names are those of Meta's Llama code.
+
+Source: the released models of Gloeckle et al. 2024, arXiv:2404.19737.
 """
 
 import json
@@ -20,27 +22,28 @@ from megamtp.checkpoint.contents import (
     Rearranged,
     Rows,
     check_contents,
+    check_model,
     check_tensors,
-    checked_model,
     parameter_shapes,
+    positive_integer,
     require_parallel_heads,
-    whole_number,
 )
-from megamtp.checkpoint.folder import published, write_json
-from megamtp.checkpoint.hf_tokenizer import TOKENIZER, copy_tokenizer, fits
+from megamtp.checkpoint.folder import atomic_folder, write_json
+from megamtp.checkpoint.hf_tokenizer import TOKENIZER, copy_tokenizer, fits_vocabulary
 from megamtp.checkpoint.special_ids import read_special_ids, write_special_ids
 from megamtp.checkpoint.tensors import InMemory
-from megamtp.checkpoint.torch_file import Streamed
+from megamtp.checkpoint.torch_file import StreamedTensor
 from megamtp.config import ModelConfig
 from megamtp.errors import CheckpointError
 
 PARAMS, WEIGHTS = "params.json", "consolidated.pth"
-ONE_OF_ONE, ONE_OF_MANY = "consolidated.00.pth", "consolidated.01.pth"  # Llama's, in as many parts as GPUs
-MULTIPLE_OF = 256  # the released models'
+# Llama's releases have one file per GPU of their model parallelism.
+FIRST_FILE, SECOND_FILE = "consolidated.00.pth", "consolidated.01.pth"
+MULTIPLE_OF = 256  # in the released models
 DEFAULT_ROPE_THETA = 10000.0
-DERIVED = "rope.freqs"  # of older files: computed from the settings, so left out
+DERIVED = "rope.freqs"  # in older files; ignored, because it follows from the settings
 
-# MTPModel's names -> Meta's.
+# {MTPModel's name: Meta's name}
 OUTER_NAMES = {
     "embedding.weight": "tok_embeddings.weight",
     "unembedding.norm": "norm.weight",
@@ -61,98 +64,106 @@ ROTATED = ("attention.query.weight", "attention.key.weight")
 
 
 def write(contents: Contents, directory: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Writes the folder, which appears whole, with the tokenizer if there is one; `dtype` as asked for (released:
-    fp16).
+    """Writes the folder atomically, with the tokenizer if there is one.
+
+    Args:
+        dtype: of the weights; the released models are in fp16.
 
     Raises:
-        CheckpointError: the destination exists or cannot be written, there is no room, or a tensor is missing,
-            misshaped or unknown.
+        CheckpointError: the destination exists or cannot be written, there is not enough space, or a tensor is missing,
+            has a wrong shape, or is unknown.
     """
     require_parallel_heads(contents, "meta")
     check_contents(contents, "the checkpoint")
     model = contents.model
     names = _names(model, range(model.num_future_tokens))
     rows = _rows(model, interleave=True)
-    weights = Rearranged(
-        contents.weights, {theirs: Rows(ours, rows.get(_kind(ours))) for ours, theirs in names.items()}
-    )
+    selections = {theirs: Rows(ours, rows.get(_name_in_layer(ours))) for ours, theirs in names.items()}
+    weights = Rearranged(contents.weights, selections)
     num_bytes = sum(map(math.prod, weights.shapes.values())) * dtype.itemsize
-    with published(directory, num_bytes) as folder:
+    with atomic_folder(directory, num_bytes) as folder:
         write_json(folder / PARAMS, _params(model))
         copy_tokenizer(contents, folder)
         write_special_ids(folder, contents.special_ids)
-        torch_file.write(folder / WEIGHTS, {name: Streamed(weights, name, dtype) for name in weights.shapes})
+        torch_file.write(folder / WEIGHTS, {name: StreamedTensor(weights, name, dtype) for name in weights.shapes})
 
 
 def read(directory: Path, num_future_tokens: int = 1) -> Contents:
     """Opens the folder.
 
     Args:
-        num_future_tokens: heads to make of a Llama, which has one: as hf.read. What has `extra_heads` has its own
-            number.
+        num_future_tokens: number of heads to create from a Llama, whose last layer is copied, as in hf.read. Ignored
+            for files with `extra_heads`.
 
     Raises:
-        CheckpointError: a file is missing or unreadable, the model is of another form, or a tensor is missing,
-            misshaped or unknown.
+        CheckpointError: a file is missing or unreadable, the architecture is not supported, or a tensor is missing, has
+            a wrong shape, or is unknown.
     """
     params = _read_params(directory)
     file = _weights_file(directory)
-    found = dict(torch_file.tensors_of(file, torch_file.read(file)))
-    found.pop(DERIVED, None)
-    own_heads = params.get("n_future_tokens", 1)
-    heads = [0] * num_future_tokens if own_heads == 1 else range(own_heads)
-    model = _model(directory, params, found, len(heads), copies=len(heads) - own_heads)
+    tensors = dict(torch_file.require_tensors(file, torch_file.read(file)))
+    tensors.pop(DERIVED, None)
+    saved_heads = params.get("n_future_tokens", 1)
+    heads = [0] * num_future_tokens if saved_heads == 1 else range(saved_heads)
+    model = _model(directory, params, tensors, len(heads), num_copies=len(heads) - saved_heads)
     names, shapes, rows = _names(model, heads), parameter_shapes(model), _rows(model, interleave=False)
     check_tensors(
-        {name: tuple(tensor.shape) for name, tensor in found.items()},
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
         {theirs: shapes[ours] for ours, theirs in names.items()},
         directory,
     )
-    weights = Rearranged(InMemory(found), {ours: Rows(theirs, rows.get(_kind(ours))) for ours, theirs in names.items()})
+    selections = {ours: Rows(theirs, rows.get(_name_in_layer(ours))) for ours, theirs in names.items()}
+    weights = Rearranged(InMemory(tensors), selections)
     tokenizer, notes = _tokenizer(directory, model.vocab_size)
     special_ids = {} if tokenizer else read_special_ids(directory, model.vocab_size)
     return Contents(model, {WEIGHT: weights}, tokenizer=tokenizer, special_ids=special_ids, notes=notes)
 
 
 def _tokenizer(directory: Path, vocab_size: int) -> tuple[Path | None, tuple[str, ...]]:
-    """The SentencePiece model: in the folder or beside it, where Llama's releases have one for all sizes. And notes."""
+    """Returns (the SentencePiece model, notes). Llama's releases keep one model for all sizes in the parent folder."""
     directory = Path(os.path.abspath(directory))
-    found = [path for path in (directory / TOKENIZER, directory.parent / TOKENIZER) if path.is_file()]
-    for path in found:
-        if fits(path, vocab_size):
+    candidates = [path for path in (directory / TOKENIZER, directory.parent / TOKENIZER) if path.is_file()]
+    for path in candidates:
+        if fits_vocabulary(path, vocab_size):
             return path, ()
-    return None, tuple(f"{path} is no SentencePiece model of {vocab_size} pieces: it stays behind" for path in found)
+    notes = (
+        f"{path} is not a SentencePiece model of at most {vocab_size} pieces: it is not carried over"
+        for path in candidates
+    )
+    return None, tuple(notes)
 
 
 def _names(model: ModelConfig, heads: Iterable[int]) -> dict[str, str]:
-    """MTPModel's name -> Meta's; `heads`: which of Meta's heads, from 0, each of ours is."""
+    """Returns {MTPModel's name: Meta's name}. `heads`: for each head of MTPModel, the number of Meta's head, from 0."""
     layers = {f"trunk.{index}": f"layers.{index}" for index in range(model.num_trunk_layers)}
     for ours, theirs in enumerate(heads):
         layers[f"heads.{ours}"] = f"extra_heads.{theirs - 1}" if theirs else f"layers.{model.num_trunk_layers}"
     return OUTER_NAMES | {
-        f"{ours}.{ours_inside}": f"{theirs}.{theirs_inside}"
-        for ours, theirs in layers.items()
-        for ours_inside, theirs_inside in LAYER_NAMES.items()
+        f"{our_layer}.{ours}": f"{their_layer}.{theirs}"
+        for our_layer, their_layer in layers.items()
+        for ours, theirs in LAYER_NAMES.items()
     }
 
 
-def _kind(name: str) -> str:
-    """A parameter's name within its layer."""
+def _name_in_layer(name: str) -> str:
+    """Returns a parameter's name without the prefix of its layer."""
     return name.split(".", maxsplit=2)[-1]
 
 
 def _rows(model: ModelConfig, interleave: bool) -> dict[str, torch.Tensor]:
-    """The order of rows of queries and keys: Meta turns each pair (2k, 2k + 1) of an attention head, we (k, k + K/2).
+    """Returns the row order of query and key matrices, by name in the layer.
+
+    Meta's rotary embedding rotates the pairs (2k, 2k + 1) of an attention head; MTPModel's rotates (k, k + K/2).
 
     Args:
-        interleave: from ours to Meta's; else back.
+        interleave: True converts from MTPModel's order to Meta's; False converts back.
     """
     pairs = (2, model.head_dim // 2) if interleave else (model.head_dim // 2, 2)
     order = torch.arange(model.head_dim).view(pairs).T.flatten()
-    found = {}
+    rows = {}
     for name, num_heads in zip(ROTATED, (model.num_attention_heads, model.key_value_heads), strict=True):
-        found[name] = (model.head_dim * torch.arange(num_heads)[:, None] + order).flatten()
-    return found
+        rows[name] = (model.head_dim * torch.arange(num_heads)[:, None] + order).flatten()
+    return rows
 
 
 def _params(model: ModelConfig) -> dict[str, Any]:
@@ -167,16 +178,16 @@ def _params(model: ModelConfig) -> dict[str, Any]:
         "rope_theta": model.rope_theta,
         "n_future_tokens": model.num_future_tokens,
     }
-    plain = 8 * model.dim // 3
-    if _hidden_dim(params) != model.hidden_dim and model.hidden_dim >= plain:
+    default_dim = 8 * model.dim // 3
+    if _hidden_dim(params) != model.hidden_dim and model.hidden_dim >= default_dim:
         params["multiple_of"] = model.hidden_dim
     elif _hidden_dim(params) != model.hidden_dim:
-        params |= {"multiple_of": 1, "ffn_dim_multiplier": (model.hidden_dim + 0.5) / plain}
+        params |= {"multiple_of": 1, "ffn_dim_multiplier": (model.hidden_dim + 0.5) / default_dim}
     return params
 
 
 def _hidden_dim(params: dict[str, Any]) -> int:
-    """Meta's rule: 8/3 of the width, times a factor if there is one, rounded up to a multiple."""
+    """Returns the SwiGLU dimension by Meta's rule: 8/3 of `dim`, times a factor if there is one, rounded up."""
     hidden = 8 * params["dim"] // 3
     if params.get("ffn_dim_multiplier") is not None:
         hidden = int(params["ffn_dim_multiplier"] * hidden)
@@ -184,18 +195,18 @@ def _hidden_dim(params: dict[str, Any]) -> int:
 
 
 def _model(
-    directory: Path, params: dict[str, Any], found: dict[str, torch.Tensor], num_heads: int, copies: int
+    directory: Path, params: dict[str, Any], tensors: dict[str, torch.Tensor], num_heads: int, num_copies: int
 ) -> ModelConfig:
-    """`copies`: heads that the file does not have."""
-    path, embedding = directory / PARAMS, found.get(OUTER_NAMES["embedding.weight"])
-    if params.get("vocab_size") == -1 and embedding is not None:
-        params = params | {"vocab_size": len(embedding)}  # -1: as many as the tokenizer has
+    """Returns the model with `num_heads` heads, of which `num_copies` are not in the file."""
+    path, embedding = directory / PARAMS, tensors.get(OUTER_NAMES["embedding.weight"])
+    if params.get("vocab_size") == -1 and embedding is not None:  # -1 means the tokenizer's size
+        params = params | {"vocab_size": len(embedding)}
     dim, num_layers, num_attention_heads, vocab_size = (
-        whole_number(params, key, path) for key in ("dim", "n_layers", "n_heads", "vocab_size")
+        positive_integer(params, key, path) for key in ("dim", "n_layers", "n_heads", "vocab_size")
     )
     model = ModelConfig(
         dim=dim,
-        num_layers=num_layers + copies,
+        num_layers=num_layers + num_copies,
         num_future_tokens=num_heads,
         num_attention_heads=num_attention_heads,
         num_key_value_heads=params.get("n_kv_heads"),
@@ -206,7 +217,7 @@ def _model(
     )
     if model.num_trunk_layers < 1:
         raise CheckpointError(f"{path}: n_layers is {num_layers}; expected more than n_future_tokens")
-    return checked_model(model, path)
+    return check_model(model, path)
 
 
 def _read_params(directory: Path) -> dict[str, Any]:
@@ -214,22 +225,24 @@ def _read_params(directory: Path) -> dict[str, Any]:
     try:
         params = json.loads(path.read_text())
         if not isinstance(params, dict):
-            raise ValueError("no mapping")
+            raise ValueError("not a mapping")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); copy it again") from None
     for key in ("multiple_of", "n_future_tokens"):
-        whole_number({"n_future_tokens": 1} | params, key, path)
+        positive_integer({"n_future_tokens": 1} | params, key, path)
     factor = params.get("ffn_dim_multiplier")
     if factor is not None and not (isinstance(factor, float | int) and 0 < factor < math.inf):
-        raise CheckpointError(f"{path}: ffn_dim_multiplier is {factor!r}; expected a number above 0, or null: mend it")
+        raise CheckpointError(
+            f"{path}: ffn_dim_multiplier is {factor!r}; expected a number above 0, or null: correct it"
+        )
     if params.get("use_scaled_rope"):
-        raise CheckpointError(f"{path}: use_scaled_rope is true, expected false: another form of model")
+        raise CheckpointError(f"{path}: use_scaled_rope is true, expected false: unsupported architecture")
     return params
 
 
 def _weights_file(directory: Path) -> Path:
-    if (directory / ONE_OF_MANY).exists():
+    if (directory / SECOND_FILE).exists():
         raise CheckpointError(
-            f"{directory} has {ONE_OF_MANY}: weights cut for several GPUs; expected {WEIGHTS} alone: merge them"
+            f"{directory} has {SECOND_FILE}: weights for several GPUs; expected only {WEIGHTS}: merge them"
         )
-    return directory / (ONE_OF_ONE if (directory / ONE_OF_ONE).exists() else WEIGHTS)
+    return directory / (FIRST_FILE if (directory / FIRST_FILE).exists() else WEIGHTS)

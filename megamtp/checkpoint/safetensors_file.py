@@ -1,11 +1,12 @@
-"""Safetensors files written as a stream and read by slice: of a tensor, no more than a slice is ever in memory.
+"""Writes safetensors files as a stream and reads them by slices, so that only one slice of a tensor is in memory.
 
-    shards = split(shapes, itemsize=4)
-    write(Path("model.safetensors"), source, names, torch.float32)
+    names_of_files = split(shapes, itemsize=4)
+    write(Path("model.safetensors"), source, names_of_files[0], torch.float32)
     source = SafetensorsFiles([Path("model.safetensors")])
 
-Source: the format in the safetensors documentation: the header's length in 8 bytes, the header in JSON, the tensors'
-bytes.
+A file consists of the length of the header (8 bytes), the header (JSON), and the bytes of the tensors.
+
+Source: the documentation of safetensors.
 """
 
 import json
@@ -23,30 +24,35 @@ from megamtp.errors import CheckpointError
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.uint8: "U8"}
-SLICE_ELEMENTS = 2**20  # 4 MiB in fp32: what a conversion holds at a time, and a copy or two of it
-LARGEST_FILE_BYTES = 5 * 10**9  # of checkpoints and exports; the header comes on top
-LARGEST_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+SLICE_ELEMENTS = 2**20  # 4 MiB in fp32; a conversion holds one slice and up to two copies of it
+LARGEST_FILE_BYTES = 5 * 10**9  # of checkpoints and exports, without the header
+LARGEST_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
 
 def slices(num_elements: int) -> Iterable[tuple[int, int]]:
-    """(start, end) of the slices in which a tensor of so many elements is copied."""
+    """Yields the bounds (start, end) of the slices in which a tensor is copied."""
     return ((start, min(start + SLICE_ELEMENTS, num_elements)) for start in range(0, num_elements, SLICE_ELEMENTS))
 
 
 def content(source: TensorSource, name: str, dtype: torch.dtype) -> Iterable[memoryview]:
-    """A tensor's bytes as `dtype`, row-major, slice by slice. Raises: CheckpointError for what fp16 cannot hold."""
+    """Yields the bytes of a tensor as `dtype`, row-major, slice by slice.
+
+    Raises:
+        CheckpointError: fp16 cannot represent a number.
+    """
     for start, end in slices(math.prod(source.shapes[name])):
         numbers = source.read(name, start, end)
-        narrow = numbers.to(dtype)
-        if dtype == torch.float16 and (narrow.isinf() & numbers.isfinite()).any():
+        converted = numbers.to(dtype)
+        if dtype == torch.float16 and (converted.isinf() & numbers.isfinite()).any():
             raise CheckpointError(
-                f"{name} holds {numbers.abs().max():.3g}; expected at most 65504, as fp16 does: choose bf16 or fp32"
+                f"{name} holds {numbers.abs().max():.3g}; expected at most 65504, the limit of fp16: choose bf16 or "
+                "fp32"
             )
-        yield narrow.contiguous().view(torch.uint8).numpy().data
+        yield converted.contiguous().view(torch.uint8).numpy().data
 
 
 def split(shapes: Mapping[str, tuple[int, ...]], itemsize: int) -> list[list[str]]:
-    """The names of each file, in order, so that none is larger than LARGEST_FILE_BYTES unless one tensor alone is."""
+    """Returns the tensor names of each file. A file exceeds LARGEST_FILE_BYTES only if its single tensor does."""
     files: list[list[str]] = [[]]
     size = 0
     for name, shape in shapes.items():
@@ -60,7 +66,12 @@ def split(shapes: Mapping[str, tuple[int, ...]], itemsize: int) -> list[list[str
 
 
 def encode_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
-    """A file's beginning, its length included, for tensors (dtype, shape) that follow each other."""
+    """Returns the header and its length, as bytes.
+
+    Args:
+        tensors: {name: (dtype, shape)}, in the order of their data.
+        metadata: strings for the header's __metadata__.
+    """
     header: dict[str, Mapping[str, object]] = {"__metadata__": metadata}
     offset = 0
     for name, (dtype, shape) in tensors.items():
@@ -68,7 +79,7 @@ def encode_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], me
         header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)  # the data begins at a multiple of 8
+    encoded += b" " * (-len(encoded) % 8)  # aligns the data to 8 bytes
     return len(encoded).to_bytes(8, "little") + encoded
 
 
@@ -84,7 +95,7 @@ def write(path: Path, source: TensorSource, names: Iterable[str], dtype: torch.d
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies: `offset` in bytes from the file's beginning."""
+    """The location of a tensor. `offset`: in bytes, from the start of the file."""
 
     file: Path
     offset: int
@@ -92,11 +103,11 @@ class Entry:
 
 
 class SafetensorsFiles:
-    """A TensorSource over all tensors of the files, which are looked at when it is made and opened for each slice.
+    """A TensorSource over all tensors of some files. It reads the headers at first, and opens a file for each slice.
 
     Raises:
-        CheckpointError: a file is missing, damaged or of other types than fp32, fp16 and bf16, or a tensor is in two
-            files.
+        CheckpointError: a file is missing or damaged, a tensor is not fp32, fp16 or bf16, or two files have the same
+            tensor.
     """
 
     def __init__(self, files: Iterable[Path]):
@@ -109,11 +120,11 @@ class SafetensorsFiles:
                 if isinstance(error, CheckpointError):
                     raise
                 raise CheckpointError(
-                    f"{file} is no whole safetensors file ({error}); expected one: copy it again"
+                    f"{file} is not a complete safetensors file ({error}); expected a complete file: copy it again"
                 ) from None
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> Tensor:
-        """See TensorSource.read; in the file's type."""
+        """See TensorSource.read. The result has the type of the file."""
         entry = self.entries[name]
         start, end, _ = slice(start, end).indices(math.prod(self.shapes[name]))
         numbers = torch.empty(end - start, dtype=entry.dtype)
@@ -123,10 +134,12 @@ class SafetensorsFiles:
                 missing = numbers.nbytes - stream.readinto(numbers.view(torch.uint8).numpy().data)
         except OSError as error:
             raise CheckpointError(
-                f"{entry.file} cannot be read any more ({error.strerror}); start again from a whole copy"
+                f"{entry.file} can no longer be read ({error.strerror}); start again with a complete copy"
             ) from None
         if missing:
-            raise CheckpointError(f"{entry.file} ends inside tensor {name}; expected {missing} bytes more")
+            raise CheckpointError(
+                f"{entry.file} ends inside tensor {name}; expected {missing} more bytes: copy it again"
+            )
         return numbers
 
     def _add(self, file: Path) -> None:
@@ -146,5 +159,5 @@ class SafetensorsFiles:
                 )
             shape, dtype, (start, end) = tuple(tensor["shape"]), DTYPES[tensor["dtype"]], tensor["data_offsets"]
             if end - start != math.prod(shape) * dtype.itemsize or 8 + length + end > size:
-                raise ValueError(f"tensor {name} has no room for its shape {list(shape)}")
+                raise ValueError(f"the data of tensor {name} does not have the size of its shape {list(shape)}")
             self.shapes[name], self.entries[name] = shape, Entry(file, 8 + length + start, dtype)

@@ -1,13 +1,12 @@
-"""The tensors of a checkpoint: safetensors files, one from each rank, that hold slices of the model's tensors.
+"""The tensors of a checkpoint: each rank writes one safetensors file with slices of the model's tensors.
 
-    weight/trunk.0.mlp.up.weight@4096       elements 4096, ... of that parameter's row-major numbers, fp32
-    exp_avg/trunk.0.mlp.up.weight@4096      of a tensor of the optimizer: AdamW's first moment
-    exp_avg_sq/trunk.0.mlp.up.weight@4096   of its second
+    weight/trunk.0.mlp.up.weight@4096       elements from 4096 on of the flattened parameter (row-major), fp32
+    exp_avg/trunk.0.mlp.up.weight@4096      the same elements of AdamW's first moment
+    exp_avg_sq/trunk.0.mlp.up.weight@4096   the same elements of AdamW's second moment
 
-Where a slice begins and ends is up to the engine that wrote it; together they are every element of every tensor, once.
-The metadata of a file have the whole shapes of its tensors. Nothing here reads or writes more than a slice at a time.
-
-slices.json beside them (slices.py) says which file has which elements.
+The engine that writes a checkpoint chooses the bounds of the slices. Together, the slices hold each element of each
+tensor exactly once. The metadata of each file contain the shapes of the whole tensors. slices.json (slices.py) lists
+which file holds which elements. Reading and writing never hold more than one slice in memory.
 """
 
 import contextlib
@@ -30,32 +29,32 @@ from megamtp.checkpoint.tensors import TensorSource
 from megamtp.console import print_warning
 from megamtp.errors import CheckpointError
 
-SHAPES = "shapes"  # in the metadata: JSON of name -> whole shape
+SHAPES = "shapes"  # a key of the metadata; its value is JSON, {name: shape of the whole tensor}
 CHUNK_BYTES = 32 * 2**20
 
-Slices = dict[str, np.ndarray]  # by name, as _sorted makes them
+Slices = dict[str, np.ndarray]  # by name, see _sorted
 
 
 def shard_name(rank: int) -> str:
-    """The file of a rank."""
+    """Returns the name of a rank's file."""
     return f"shard-{rank:05d}.safetensors"
 
 
 def slice_key(kind: str, name: str, start: int) -> str:
-    """How a file names the slice of tensor `name` that begins at element `start`."""
+    """Returns the key of the slice of tensor `name` that begins at element `start`."""
     return f"{kind}/{name}@{start}"
 
 
 def write_shard(path: Path, slices: TensorSource, shapes: Mapping[str, tuple[int, ...]]) -> WrittenFile:
-    """Writes one file, and waits until it is on disk.
+    """Writes a rank's file, and waits until it is on disk.
 
     Args:
-        slices: one-dimensional, fp32 or bytes, by slice_key (other keys are allowed, and left alone by Tensors); read
-            in order, a chunk at a time.
-        shapes: the whole tensors', by name; at least of those that `slices` are of.
+        slices: one-dimensional tensors of fp32 or bytes, by slice_key. They are read in order, a chunk at a time.
+            ShardedTensors ignores keys of another form.
+        shapes: the shapes of the whole tensors, by name; at least of those in `slices`.
 
     Raises:
-        OSError: as when the disk is full.
+        OSError: the file cannot be written, for example because the disk is full.
     """
     sizes = {key: math.prod(shape) for key, shape in slices.shapes.items()}
     tensors = {key: (slices.read(key, 0, 1).dtype, (size,)) for key, size in sizes.items()}
@@ -80,7 +79,7 @@ def _parts(header: bytes, slices: TensorSource, sizes: dict[str, int]) -> Iterat
 
 
 def read_crc32(path: Path) -> int:
-    """Of a whole file, read in chunks. Raises OSError."""
+    """Returns the CRC-32 of a file, which is read in chunks. Raises OSError."""
     crc = 0
     with open(path, "rb", buffering=0) as stream:
         while chunk := stream.read(CHUNK_BYTES):
@@ -89,24 +88,25 @@ def read_crc32(path: Path) -> int:
 
 
 class Shards:
-    """A checkpoint's files, each opened at most once, when something in it is read. Reads are memory-mapped.
+    """The files of a checkpoint. A file is memory-mapped when something in it is first read.
 
     Attributes:
-        shapes: of every tensor, by name.
+        shapes: the shapes of all tensors, by name.
     """
 
     def __init__(self, checkpoint: Path, files: Iterable[str]):
-        """`files`: their names, which the manifest has: whatever else lies there is no part of the checkpoint.
+        """Reads slices.json if it is among the files, and otherwise the headers of all files.
 
-        Without slices.json among them, or for one file alone, the files' own headers say what they hold.
+        Args:
+            files: the names that the manifest lists. Other files in the folder are ignored.
 
         Raises:
             CheckpointError: a file cannot be read.
         """
         self._checkpoint, self._files = checkpoint, list(files)
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._of_all_kinds: Slices | None = None  # where slices.json says so
-        self._of_kind: dict[str, dict[str, list[tuple[int, int, int]]]] = {}  # where headers say so
+        self._slices_of_all_kinds: Slices | None = None  # from slices.json
+        self._slices_by_kind: dict[str, dict[str, list[tuple[int, int, int]]]] = {}  # from headers
         self._opened: dict[int, safe_open] = {}
         if SLICES in self._files:
             self._read_slices(checkpoint / SLICES)
@@ -114,23 +114,23 @@ class Shards:
             for number in range(len(self._files)):
                 self._index(number)
 
-    def tensors(self, kind: str) -> "Tensors":
-        """Those of one kind.
+    def tensors(self, kind: str) -> "ShardedTensors":
+        """Returns all tensors of one kind.
 
         Raises:
             CheckpointError: slices are missing or overlap.
         """
-        found = self.part(kind)
+        tensors = self.available_tensors(kind)
         for name in self.shapes:
-            found.check_complete(name)
-        return found
+            tensors.check_complete(name)
+        return tensors
 
-    def part(self, kind: str) -> "Tensors":
-        """Those of one kind as far as the files have them: to read anything else raises a CheckpointError."""
-        slices = self._of_all_kinds
+    def available_tensors(self, kind: str) -> "ShardedTensors":
+        """Returns the tensors of one kind, of which elements may be missing. Reading those raises CheckpointError."""
+        slices = self._slices_of_all_kinds
         if slices is None:
-            slices = {name: _sorted(found) for name, found in self._of_kind.get(kind, {}).items()}
-        return Tensors(self._checkpoint, kind, self.shapes, slices, self._open)
+            slices = {name: _sorted(bounds) for name, bounds in self._slices_by_kind.get(kind, {}).items()}
+        return ShardedTensors(self._checkpoint, kind, self.shapes, slices, self._open)
 
     def _open(self, number: int) -> tuple[Path, safe_open]:
         file = self._checkpoint / self._files[number]
@@ -146,7 +146,7 @@ class Shards:
             content = json.loads(file.read_bytes())
             self.shapes = {name: tuple(shape) for name, shape in content["shapes"].items()}
             self._files = list(map(str, content["files"]))
-            self._of_all_kinds = {name: _sorted(found) for name, found in content["slices"].items()}
+            self._slices_of_all_kinds = {name: _sorted(bounds) for name, bounds in content["slices"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise _damaged(file, error) from None
 
@@ -154,29 +154,28 @@ class Shards:
         file, opened = self._open(number)
         try:
             self.shapes |= {name: tuple(shape) for name, shape in json.loads(opened.metadata()[SHAPES]).items()}
-            for key in opened.keys():  # noqa: SIM118 - no mapping
+            for key in opened.keys():  # noqa: SIM118 - safe_open is not iterable
                 kind, _, place = key.partition("/")
                 if "@" in place:  # other keys are random states
                     name, start = place.rsplit("@", 1)
                     (size,) = opened.get_slice(key).get_shape()
                     bounds = number, int(start), int(start) + size
-                    self._of_kind.setdefault(kind, {}).setdefault(name, []).append(bounds)
+                    self._slices_by_kind.setdefault(kind, {}).setdefault(name, []).append(bounds)
         except (ValueError, KeyError, TypeError, SafetensorError) as error:
             raise _damaged(file, error) from None
 
 
 def _sorted(slices: list[tuple[int, int, int]]) -> np.ndarray:
-    """int64 [slices, 3]: index of the file, first element, end; by their first element."""
-    found = np.array(slices, dtype=np.int64).reshape(-1, 3)
-    return found[found[:, 1].argsort(kind="stable")]
+    """Returns int64 [slices, 3]: (index of the file, first element, end), sorted by first element."""
+    bounds = np.array(slices, dtype=np.int64).reshape(-1, 3)
+    return bounds[bounds[:, 1].argsort(kind="stable")]
 
 
-class Tensors:
-    """One kind of a checkpoint's tensors, whole, whatever engine cut them into slices: a TensorSource, from
-    Shards.tensors.
+class ShardedTensors:
+    """A TensorSource over the slices of one kind of tensors. Shards.tensors creates it.
 
     Attributes:
-        shapes: of every tensor, by name.
+        shapes: the shapes of all tensors, by name.
     """
 
     def __init__(
@@ -187,53 +186,52 @@ class Tensors:
         slices: Slices,
         open_file: Callable[[int], tuple[Path, safe_open]],
     ):
-        self._checkpoint, self._kind, self.shapes, self._slices, self._open = (
-            checkpoint,
-            kind,
-            shapes,
-            slices,
-            open_file,
-        )
+        self._checkpoint, self._kind, self.shapes = checkpoint, kind, shapes
+        self._slices, self._open = slices, open_file
 
     def check_complete(self, name: str) -> None:
-        """Raises CheckpointError: slices of the tensor are missing or overlap."""
+        """Raises CheckpointError if slices of the tensor are missing or overlap."""
         size, slices = math.prod(self.shapes[name]), self._slices.get(name, np.empty((0, 3), np.int64))
         starts, ends = slices[:, 1], np.concatenate(([0], slices[:, 2]))
         if not np.array_equal(starts, ends[:-1]) or ends[-1] != size:
             bounds = [tuple(pair) for pair in slices[:, 1:].tolist()]
             raise CheckpointError(
-                f"{self._checkpoint}: {self._kind} of {name} is there in slices {bounds}, expected all of its {size} "
-                "elements, once; remove it to go on from an older one"
+                f"{self._checkpoint}: {self._kind} of {name} has slices {bounds}, expected each of its {size} elements "
+                "once; remove the checkpoint to resume from an older one"
             )
 
     def has(self, name: str, start: int, end: int) -> bool:
-        """Whether elements `start` to before `end` are there."""
+        """Returns whether all elements [start, end) are available."""
         return sum(last - first for *_, first, last in self._parts(name, start, end)) == end - start
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> Tensor:
         """See TensorSource.read."""
         if name not in self.shapes:
-            raise CheckpointError(f"{self._checkpoint} has no tensor {name}; remove it to go on from an older one")
+            raise CheckpointError(
+                f"{self._checkpoint} has no tensor {name}; remove the checkpoint to resume from an older one"
+            )
         end = math.prod(self.shapes[name]) if end is None else end
-        result, found = torch.empty(end - start), 0
+        result, num_read = torch.empty(end - start), 0
         for number, begin, first, last in self._parts(name, start, end):
             file, opened = self._open(number)
             try:
-                own = opened.get_slice(slice_key(self._kind, name, begin))
-                result[first - start : last - start] = own[first - begin : last - begin]
+                whole_slice = opened.get_slice(slice_key(self._kind, name, begin))
+                result[first - start : last - start] = whole_slice[first - begin : last - begin]
             except SafetensorError as error:
                 raise _damaged(file, error) from None
-            found += last - first
-        if found != end - start:
+            num_read += last - first
+        if num_read != end - start:
             raise CheckpointError(
-                f"{self._checkpoint} lacks elements of {name} from {start} to {end}; remove it to go on from an older "
-                "one"
+                f"{self._checkpoint} lacks elements of {name} from {start} to {end}; remove the checkpoint to resume "
+                "from an older one"
             )
         return result
 
     def _parts(self, name: str, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-        """(index of the file, first element of its slice, first, last) for each slice with elements `first` to before
-        `last` of those from `start` to before `end`."""
+        """Yields (index of the file, first element of the slice, first, last) for each slice in [start, end).
+
+        [first, last) are the elements of the slice that lie in [start, end).
+        """
         slices = self._slices.get(name, np.empty((0, 3), np.int64))
         begin = max(0, int(np.searchsorted(slices[:, 1], start, side="right")) - 1)
         stop = int(np.searchsorted(slices[:, 1], end, side="left"))
@@ -244,21 +242,21 @@ class Tensors:
 
 
 def _damaged(file: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{file} is damaged ({error}); remove {file.parent} to go on from an older one")
+    return CheckpointError(f"{file} is damaged ({error}); remove {file.parent} to resume from an older one")
 
 
 class Snapshot:
-    """A copy in CPU memory of tensors that training goes on changing, in one buffer that is used again by the next
-    copy.
+    """A copy of tensors in CPU memory, so that training can continue while a checkpoint is written.
 
-    The buffer is page-locked where tensors come from a GPU, so that they come at the full speed of the bus.
+    All copies share one buffer, which the next snapshot reuses. It is page-locked for tensors on a GPU, because only
+    page-locked memory is copied at the full speed of the bus.
     """
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
-    def take(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copies, and returns when all is there; what the last call returned is overwritten."""
+    def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies the tensors, and waits until they have been copied. Overwrites the copies of the previous call."""
         offsets, end = {}, 0
         for key, tensor in tensors.items():
             offsets[key] = end
@@ -278,8 +276,9 @@ class Snapshot:
 
 
 def _page_locked(size: int) -> Tensor:
-    """Not torch's pin_memory, which rounds up to a power of two; pageable, after a warning, where the system
-    refuses.
+    """Returns a page-locked buffer, or, after a warning, a pageable buffer if the system refuses to lock it.
+
+    torch's pin_memory is not used because it rounds sizes up to a power of two.
     """
     buffer = torch.empty(size, dtype=torch.uint8)
     if not page_lock(buffer):
@@ -288,15 +287,16 @@ def _page_locked(size: int) -> Tensor:
 
 
 def page_lock(buffer: Tensor) -> bool:
-    """Page-locks the buffer's memory until the buffer is freed. False if the system refuses.
+    """Page-locks the buffer's memory until the buffer is freed. Returns False if the system refuses.
 
-    CUDA must be told before the memory is freed: otherwise it takes other tensors at that address for page-locked ones.
+    The memory must be unregistered before it is freed. Otherwise, CUDA would treat other tensors at the same address as
+    page-locked.
     """
     cudart = torch.cuda.cudart()
     if cudart.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0) == cudart.cudaError.success:
         weakref.finalize(buffer, cudart.cudaHostUnregister, buffer.data_ptr()).atexit = False
         return True
-    # the error stays with CUDA until somebody is told: better this kernel than a step's
+    # CUDA reports the error again at the next kernel launch. Launch one here, so that no training step fails.
     with contextlib.suppress(RuntimeError):
         torch.zeros(1, device="cuda")
     return False

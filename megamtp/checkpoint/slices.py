@@ -1,9 +1,9 @@
-"""slices.json: which file of a checkpoint has which elements of its tensors.
+"""slices.json lists which elements of the tensors each file of a checkpoint holds.
 
     {"shapes": {NAME: [rows, columns]}, "files": [FILE, ...], "slices": {NAME: [[file, first element, end], ...]}}
 
-`file` is an index into "files". A rank of a job of another size reads this one file, and then opens only the files that
-have its own elements.
+`file` is an index into "files". When a job of another size resumes, each rank reads slices.json and then opens only the
+files that hold its elements.
 """
 
 import json
@@ -20,7 +20,7 @@ SLICES = "slices.json"
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """What a manifest says of a file. `crc32`: zlib's."""
+    """The size and the CRC-32 (zlib) of a file, as the manifest lists them."""
 
     bytes: int
     crc32: int
@@ -28,12 +28,11 @@ class WrittenFile:
 
 @dataclass(frozen=True)
 class FileSlices:
-    """Which elements a file has.
+    """The elements that a file holds.
 
     Attributes:
-        shapes: of the whole tensors, by name.
-        bounds: (first element, end) of each slice of WEIGHT, by name; those of other kinds begin and end where these
-            do.
+        shapes: the shapes of the whole tensors, by name.
+        bounds: (first element, end) of each slice of WEIGHT, by name. Slices of other kinds have the same bounds.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -41,7 +40,7 @@ class FileSlices:
 
 
 def file_slices(slices: TensorSource, shapes: Mapping[str, tuple[int, ...]]) -> FileSlices:
-    """Of the file that write_shard makes of the same."""
+    """Returns the elements in the file that `write_shard` writes from the same arguments."""
     bounds: dict[str, list[tuple[int, int]]] = {}
     for key, (size,) in slices.shapes.items():
         kind, _, place = key.partition("/")
@@ -52,7 +51,7 @@ def file_slices(slices: TensorSource, shapes: Mapping[str, tuple[int, ...]]) -> 
 
 
 def write_slices(path: Path, files: Mapping[str, FileSlices]) -> WrittenFile:
-    """Writes slices.json, and waits until it is on disk. Raises OSError: as when the disk is full."""
+    """Writes slices.json, and waits until it is on disk. Raises OSError."""
     shapes: dict[str, tuple[int, ...]] = {}
     slices: dict[str, list[list[int]]] = {}
     for number, file in enumerate(files.values()):

@@ -1,6 +1,4 @@
-"""What a run's checkpoint holds beside tensors: the optimizer's kind and counts, DeepSpeed's counters, the position
-in the data.
-"""
+"""The state of a run besides tensors: optimizer kind and steps, DeepSpeed's counters, and the position in the data."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,17 +8,17 @@ from typing import Any
 
 from megamtp.errors import CheckpointError
 
-COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # of DeepSpeed's engine
+COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # attributes of DeepSpeed's engine
 
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """What an optimizer keeps.
+    """A description of an optimizer's state.
 
     Attributes:
         kind: optimizer.kind of the configuration.
-        tensors: names of its tensors; every parameter has one of each, fp32 and of the parameter's shape.
-        steps: taken, without skipped ones: of each parameter group, or one number for all of them.
+        tensors: the names of the state tensors of each parameter. They are fp32 and have the parameter's shape.
+        steps: steps taken, without skipped steps: one number for each parameter group, or one number for all groups.
     """
 
     kind: str
@@ -28,18 +26,18 @@ class OptimizerState:
     steps: tuple[int, ...]
 
     def steps_of(self, group: int) -> int:
-        """Raises IndexError: there are fewer groups."""
+        """Returns the steps of a parameter group. Raises IndexError if there are fewer groups."""
         return self.steps[group] if len(self.steps) > 1 else self.steps[0]
 
 
 @dataclass(frozen=True)
 class RunState:
-    """The same on all ranks.
+    """The part of a run's state that is the same on all ranks.
 
     Attributes:
-        counters: DeepSpeed's, by their names in COUNTERS.
-        loss_scale: of the loss scaler under fp16; None without one.
-        data: DataPosition.saved of data/position.py; None if it is not known.
+        counters: DeepSpeed's counters, with the names in COUNTERS.
+        loss_scale: the state of the fp16 loss scaler; None in other precisions.
+        data: the position in the data, see DataPosition.to_json; None if it is not known.
     """
 
     optimizer: OptimizerState
@@ -47,16 +45,19 @@ class RunState:
     loss_scale: dict[str, Any] | None = None
     data: dict[str, Any] | None = None
 
-    def saved(self) -> dict[str, Any]:
-        """As JSON holds it."""
+    def to_json(self) -> dict[str, Any]:
+        """Returns the state as JSON data, which `read_state` reads."""
         return dataclasses.asdict(self)
 
 
 def read_state(saved: Mapping[str, Any], where: Path) -> RunState:
-    """What `RunState.saved` returned, read from the file or folder `where`.
+    """Returns the state of which `RunState.to_json` returned `saved`.
+
+    Args:
+        where: the file or folder that `saved` comes from, for the error message.
 
     Raises:
-        CheckpointError: it lacks a field, or has one of another type.
+        CheckpointError: a field is missing or of another type.
     """
     try:
         optimizer = saved["optimizer"] if "optimizer" in saved else _adamw(saved["adam_steps"])
@@ -72,5 +73,5 @@ def read_state(saved: Mapping[str, Any], where: Path) -> RunState:
 
 
 def _adamw(steps: int) -> dict[str, Any]:
-    """Of checkpoints of megamtp 0.1, which knew one optimizer and one count."""
+    """Returns the optimizer of checkpoints of megamtp 0.1, which had only AdamW and one step count."""
     return {"kind": "adamw", "tensors": ("exp_avg", "exp_avg_sq"), "steps": (steps,)}

@@ -1,8 +1,8 @@
-"""Where checkpoints lie and when they count: RUN/checkpoints/step-0000100, with a manifest that is written last.
+"""The folders of checkpoints, RUN/checkpoints/step-0000100: publishing, reading, verifying and removing them.
 
-A checkpoint is written as step-0000100.partial and renamed when all ranks have finished, so what bears the final name
-is whole. The manifest has the size and the checksum of every file, and of itself, so that what has been damaged since
-is noticed.
+A checkpoint is written to step-0000100.partial, and renamed when all ranks have finished, so a folder with the final
+name is complete. The manifest is written last. It holds the size and the checksum of every file and its own checksum,
+so that later damage is detected.
 """
 
 import dataclasses
@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from megamtp import __version__
-from megamtp.checkpoint.contents import written_out
+from megamtp.checkpoint.contents import resolve_defaults
 from megamtp.checkpoint.folder import check_sizes
 from megamtp.checkpoint.shards import WrittenFile, read_crc32
 from megamtp.config import ModelConfig
 from megamtp.errors import CheckpointError
-from megamtp.files import exchange, sync
+from megamtp.files import exchange, fsync
 
 MANIFEST = "manifest.json"
 FORMAT = 2  # 1 was DeepSpeed's own files
@@ -32,13 +32,13 @@ PARTIAL = ".partial"
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint is of.
+    """The content of manifest.json.
 
     Attributes:
-        step: optimizer steps taken, with skipped ones.
-        world_size, engine_kind, precision: of the job that wrote it. Any other job can read it.
-        model: ModelConfig's fields.
-        state: the rest of an engine's state, as Engine.state has it.
+        step: optimizer steps taken, including skipped ones.
+        world_size, engine_kind, precision: of the job that wrote the checkpoint. Any other job can read it.
+        model: the fields of ModelConfig.
+        state: the state besides tensors, see RunState.to_json.
         files: {"bytes", "crc32"} of every file, by path relative to the checkpoint.
     """
 
@@ -54,25 +54,25 @@ class Manifest:
 
     @property
     def file_bytes(self) -> int:
-        """The size of all files together."""
+        """The total size of all files."""
         return sum(file["bytes"] for file in self.files.values())
 
 
-def folder_of(run_directory: Path, step: int) -> Path:
-    """Where the checkpoint of a step is, or will be."""
+def checkpoint_path(run_directory: Path, step: int) -> Path:
+    """Returns the final path of the checkpoint of a step."""
     return run_directory / "checkpoints" / f"step-{step:07d}"
 
 
-def partial_of(checkpoint: Path) -> Path:
-    """Where it is until it is whole."""
+def partial_path(checkpoint: Path) -> Path:
+    """Returns the path to which a checkpoint is written before it is published."""
     return checkpoint.with_name(checkpoint.name + PARTIAL)
 
 
 def checkpoints(run_directory: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
+    """Returns the complete checkpoints of a run, oldest first."""
     folder = run_directory / "checkpoints"
-    found = [path for path in folder.iterdir() if NAME.fullmatch(path.name)] if os.path.isdir(folder) else []
-    return sorted(found, key=_step)
+    complete = [path for path in folder.iterdir() if NAME.fullmatch(path.name)] if os.path.isdir(folder) else []
+    return sorted(complete, key=_step)
 
 
 def _step(checkpoint: Path) -> int:
@@ -80,25 +80,25 @@ def _step(checkpoint: Path) -> int:
 
 
 def newest_checkpoint(run_directory: Path) -> Path:
-    """Raises: CheckpointError if there is none."""
-    found = checkpoints(run_directory)
-    if not found:
+    """Returns the complete checkpoint with the highest step. Raises CheckpointError if there is none."""
+    complete = checkpoints(run_directory)
+    if not complete:
         raise CheckpointError(
             f"{run_directory} holds no checkpoint; expected {run_directory}/checkpoints/step-*: train there first"
         )
-    return found[-1]
+    return complete[-1]
 
 
 def read_manifest(checkpoint: Path, check_files: bool = True) -> Manifest:
-    """The manifest, after checking that every file is there in its full size.
+    """Returns the manifest, after checking that every file exists and has the right size.
 
     Args:
-        check_files: False leaves the files alone, for ranks of which others look at them: a thousand ranks that look at
-            a thousand files each are a burden to any file system.
+        check_files: False skips that check. On large jobs only some ranks check files, because a thousand ranks that
+            each look up a thousand files would overload the file system.
 
     Raises:
-        CheckpointError: something is missing, cut short, unreadable, or of another format. What to do about damage,
-            which its message leaves out, depends on whether there are other checkpoints.
+        CheckpointError: something is missing, truncated, unreadable, or of another format. The message has no remedy,
+            because the remedy depends on whether there are other checkpoints.
     """
     path = checkpoint / MANIFEST
     try:
@@ -125,15 +125,15 @@ def read_manifest(checkpoint: Path, check_files: bool = True) -> Manifest:
 
 
 class FormatError(CheckpointError):
-    """A checkpoint of another version of this program: whole, but not ours to read, and not ours to pass over."""
+    """A checkpoint of another version of megamtp. It is not damaged, so it must not be skipped or overwritten."""
 
 
 def _check_format(path: Path, content: dict[str, Any]) -> None:
-    found = content.get("format_version", 1)
-    if found != FORMAT and isinstance(found, int):
-        remedy = "read it with the megamtp that wrote it" if found < FORMAT else "install a newer megamtp"
+    version = content.get("format_version", 1)
+    if version != FORMAT and isinstance(version, int):
+        remedy = "read it with the megamtp that wrote it" if version < FORMAT else "install a newer megamtp"
         raise FormatError(
-            f"{path} is of format {found}, written by megamtp {content.get('code_version', 'before 0.1.0')}; "
+            f"{path} is of format {version}, written by megamtp {content.get('code_version', 'before 0.1.0')}; "
             f"expected format {FORMAT} (this is megamtp {__version__}): {remedy}, or choose another folder"
         )
 
@@ -142,45 +142,48 @@ def _crc32(content: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
-def damage(checkpoint: Path, manifest: Manifest, share: int = 0, shares: int = 1) -> str | None:
-    """The first thing in a checkpoint's files that is not as the manifest says; None if all verify. Reads every byte.
+def find_damage(checkpoint: Path, manifest: Manifest, share: int = 0, shares: int = 1) -> str | None:
+    """Compares the checksums of files with the manifest. Returns a message for the first damaged file, or None.
 
     Args:
-        share, shares: looks at every `shares`-th file only, for ranks that read together.
+        share, shares: checks only every `shares`-th file, starting with number `share`, so that ranks can divide the
+            files among them.
     """
     for name in sorted(manifest.files)[share::shares]:
         file, expected = checkpoint / name, manifest.files[name]["crc32"]
         try:
-            found = read_crc32(file)
+            crc32 = read_crc32(file)
         except OSError as error:
             return f"{file} cannot be read: {error.strerror}"
-        if found != expected:
-            return f"{file} has the checksum {found:08x}, expected {expected:08x}"
+        if crc32 != expected:
+            return f"{file} has the checksum {crc32:08x}, expected {expected:08x}"
     return None
 
 
 def check_trained_model(checkpoint: Path, manifest: Manifest, model: ModelConfig) -> None:
-    """Raises: CheckpointError if the checkpoint is of another model."""
-    found = dataclasses.asdict(written_out(ModelConfig(**manifest.model)))
-    for name, setting in dataclasses.asdict(written_out(model)).items():
-        if found[name] != setting:
+    """Raises CheckpointError if the checkpoint belongs to another model."""
+    saved = dataclasses.asdict(resolve_defaults(ModelConfig(**manifest.model)))
+    for name, setting in dataclasses.asdict(resolve_defaults(model)).items():
+        if saved[name] != setting:
             raise CheckpointError(
-                f"{checkpoint} is of another model: model.{name}={found[name]}, expected {setting}; "
+                f"{checkpoint} is of another model: model.{name}={saved[name]}, expected {setting}; "
                 "change the configuration or run.directory"
             )
 
 
 def publish(checkpoint: Path, manifest: Manifest, files: dict[str, WrittenFile]) -> None:
-    """Makes what lies in partial_of(checkpoint) visible in one step, replacing what had the name. One rank alone.
+    """Writes the manifest and renames partial_path(checkpoint) to `checkpoint`, atomically. Only one rank calls it.
+
+    Replaces an existing checkpoint of this name.
 
     Args:
-        files: all that were written there, each already on disk.
+        files: all files of the checkpoint, which must be on disk.
 
     Raises:
-        OSError: as when the disk is full.
-        CheckpointError: a file is not there in its size, as when nodes have a folder of this name each.
+        OSError: the manifest cannot be written, for example because the disk is full.
+        CheckpointError: a file is missing or truncated, for example because the nodes do not share run.directory.
     """
-    partial = partial_of(checkpoint)
+    partial = partial_path(checkpoint)
     check_sizes(
         partial,
         {name: file.bytes for name, file in files.items()},
@@ -188,67 +191,68 @@ def publish(checkpoint: Path, manifest: Manifest, files: dict[str, WrittenFile])
     )
     content = dataclasses.asdict(manifest) | {"files": {name: dataclasses.asdict(file) for name, file in files.items()}}
     (partial / MANIFEST).write_text(json.dumps(content | {"crc32": _crc32(content)}, indent=1))
-    sync(partial / MANIFEST)
-    sync(partial)
+    fsync(partial / MANIFEST)
+    fsync(partial)
     if replaces := checkpoint.exists():
-        exchange(partial, checkpoint, _aside(checkpoint))
+        exchange(partial, checkpoint, _removal_path(checkpoint))
     else:
         os.rename(partial, checkpoint)
     for folder in checkpoint.parents[:2]:  # checkpoints/ may be new, too
-        sync(folder)
+        fsync(folder)
     if replaces:
-        shutil.rmtree(partial, ignore_errors=True)  # what remains of it goes with the leftovers
+        shutil.rmtree(partial, ignore_errors=True)  # remove_leftovers removes the rest
 
 
-def outdated(run_directory: Path, step: int, keep: int, keep_every_steps: int | None) -> list[Path]:
-    """The checkpoints to remove once that of `step` is there: older than the newest `keep`, and at no multiple of
-    the period.
+def find_outdated(run_directory: Path, step: int, keep: int, keep_every_steps: int | None) -> list[Path]:
+    """Returns the checkpoints to remove after that of `step` has been saved.
+
+    Of the checkpoints up to `step`, keeps the newest `keep` and those whose steps are multiples of `keep_every_steps`.
     """
     older = [path for path in checkpoints(run_directory) if _step(path) <= step][:-keep]
     return [path for path in older if not keep_every_steps or _step(path) % keep_every_steps]
 
 
 def remove(checkpoint: Path) -> None:
-    """Takes the name away first, so that a half-removed checkpoint is never taken for a whole one. Raises OSError."""
-    aside = _aside(checkpoint)
-    os.rename(checkpoint, aside)
-    shutil.rmtree(aside)
+    """Removes a checkpoint. Renames it first, so that it never looks complete while it is removed. Raises OSError."""
+    renamed = _removal_path(checkpoint)
+    os.rename(checkpoint, renamed)
+    shutil.rmtree(renamed)
 
 
-def _aside(checkpoint: Path) -> Path:
-    """A free name for what is no checkpoint any more."""
-    aside = checkpoint.with_name(f"{checkpoint.name}.removed{PARTIAL}")
-    shutil.rmtree(aside, ignore_errors=True)
-    return aside
+def _removal_path(checkpoint: Path) -> Path:
+    """Returns an unused path to which a checkpoint is renamed before it is removed."""
+    path = checkpoint.with_name(f"{checkpoint.name}.removed{PARTIAL}")
+    shutil.rmtree(path, ignore_errors=True)
+    return path
 
 
 def remove_leftovers(run_directory: Path) -> list[Path]:
-    """Removes what jobs that were killed while they saved or removed have left, and returns what cannot be removed."""
+    """Removes partial checkpoints of jobs that were killed. Returns the paths that cannot be removed."""
     leftovers = list((run_directory / "checkpoints").glob(f"*{PARTIAL}"))
     for leftover in leftovers:
         shutil.rmtree(leftover, ignore_errors=True)
     return [leftover for leftover in leftovers if leftover.exists()]
 
 
-def verified(checkpoint: Path) -> Manifest:
-    """The manifest of a checkpoint of which every byte has been checked.
+def verify(checkpoint: Path) -> Manifest:
+    """Checks every byte of a checkpoint, and returns its manifest.
 
     Raises:
-        CheckpointError: something is damaged.
+        CheckpointError: something is missing or damaged.
     """
     try:
         manifest = read_manifest(checkpoint)
-        found = damage(checkpoint, manifest)
+        damage = find_damage(checkpoint, manifest)
     except FormatError:
         raise
     except CheckpointError as error:
-        found = str(error)
-    if found:
+        damage = str(error)
+    if damage:
         has_older = any(_step(other) < _step(checkpoint) for other in checkpoints(checkpoint.parent.parent))
         remedy = (
-            f"remove {checkpoint} to go on from an older one"
+            f"remove {checkpoint} to resume from an older one"
             if has_older
             else "restore it, or train in another run.directory"
         )
-        raise CheckpointError(f"{found}; {remedy}")
+        raise CheckpointError(f"{damage}; {remedy}")
     return manifest

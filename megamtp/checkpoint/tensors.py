@@ -1,4 +1,4 @@
-"""Named tensors read by slice: what every checkpoint format offers, and what every converter reads."""
+"""Named tensors that are read by slices. Every checkpoint format is opened as a TensorSource."""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -6,21 +6,21 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-WEIGHT = "weight"  # the kind of tensors beside which an optimizer's have their own names
+WEIGHT = "weight"  # the kind of the parameters' own tensors; other kinds are optimizer state, such as exp_avg
 
 
 class TensorSource(Protocol):
-    """Tensors on disk, of which no more is in memory than what was asked for.
+    """Tensors on disk. Only the elements that are read are in memory.
 
     Attributes:
-        shapes: of every tensor, by name.
+        shapes: the shapes of all tensors, by name.
     """
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> Tensor:
-        """Elements start to end (without it, the last) of a tensor's row-major numbers, in a row: [end - start].
+        """Returns elements [start, end) of a flattened tensor (row-major); end=None: up to the last element.
 
         Raises:
             CheckpointError: the file is damaged.
@@ -28,15 +28,15 @@ class TensorSource(Protocol):
 
 
 class InMemory:
-    """A TensorSource over tensors in memory: `weights` by name."""
+    """A TensorSource over tensors in memory, by name."""
 
     def __init__(self, weights: Mapping[str, Tensor]):
         self.weights = weights
         self.shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> Tensor:
-        """See TensorSource.read. Of a tensor that is not contiguous, only the rows with these elements are copied."""
-        weight = self.weights[name].detach()  # a Parameter would give slices that NumPy refuses
+        """See TensorSource.read. For a tensor that is not contiguous, copies only the rows with these elements."""
+        weight = self.weights[name].detach()  # NumPy does not accept slices of a Parameter
         if weight.is_contiguous():
             return weight.view(-1)[start:end]
         start, end, _ = slice(start, end).indices(weight.numel())
@@ -45,6 +45,6 @@ class InMemory:
         return weight[first : -(-end // width)].reshape(-1)[start - first * width : end - first * width]
 
 
-def whole(source: TensorSource, name: str, dtype: torch.dtype | None = None) -> Tensor:
-    """One tensor of `source` in its shape."""
+def read_tensor(source: TensorSource, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    """Returns a whole tensor of `source` in its shape."""
     return source.read(name).view(source.shapes[name]).to(dtype)

@@ -1,14 +1,14 @@
-"""DeepSpeed's universal checkpoint, which its ZeRO-1, ZeRO-2, ZeRO-3, BF16 and pipeline engines load on any number of
-ranks.
+"""DeepSpeed's universal checkpoint, which DeepSpeed's engines load on any number of ranks.
 
-    FOLDER/latest_universal                         the name of the next folder
-    FOLDER/global_step7/zero/NAME/fp32.pt           each parameter; beside it exp_avg.pt, exp_avg_sq.pt and step.pt
-    FOLDER/global_step7/zero/optimizer_state.pt     what all parameters share
-    FOLDER/global_step7/mp_rank_00_model_states.pt  counters, and under another name the same for ZeRO-3
-    FOLDER/global_step7/tokenizer.model             if the source has one, which DeepSpeed passes over; or
-    generation_config.json
+    FOLDER/latest_universal                           the name of the step's folder
+    FOLDER/global_step7/zero/NAME/fp32.pt             a parameter; beside it exp_avg.pt, exp_avg_sq.pt and step.pt
+    FOLDER/global_step7/zero/optimizer_state.pt       the state that all parameters share
+    FOLDER/global_step7/mp_rank_00_model_states.pt    counters; ZeRO-3 reads a copy with another name
+    FOLDER/global_step7/tokenizer.model               a SentencePiece model, if the source has one; DeepSpeed ignores it
+    FOLDER/global_step7/generation_config.json        ids of special tokens, if the source has another tokenizer
 
-    engine.load_checkpoint("FOLDER")      with {"checkpoint": {"load_universal": true}} in DeepSpeed's configuration
+DeepSpeed's ZeRO-1, ZeRO-2, ZeRO-3, BF16 and pipeline engines load it by engine.load_checkpoint("FOLDER"), with
+{"checkpoint": {"load_universal": true}} in the configuration.
 
 Source: deepspeed/checkpoint/ds_to_universal.py and universal_checkpoint.py; runtime/engine.py; runtime/zero/stage3.py.
 
@@ -26,35 +26,41 @@ import torch
 from torch import Tensor
 
 from megamtp.checkpoint import torch_file
-from megamtp.checkpoint.contents import WEIGHT, Contents, check_contents, described_model, parameter_shapes, written_out
-from megamtp.checkpoint.folder import name_in, published
-from megamtp.checkpoint.hf_tokenizer import copied_tokenizer, copy_tokenizer
+from megamtp.checkpoint.contents import (
+    WEIGHT,
+    Contents,
+    check_contents,
+    model_from_fields,
+    parameter_shapes,
+    resolve_defaults,
+)
+from megamtp.checkpoint.folder import atomic_folder, read_name
+from megamtp.checkpoint.hf_tokenizer import copy_tokenizer, find_tokenizer
 from megamtp.checkpoint.special_ids import read_special_ids, write_special_ids
 from megamtp.checkpoint.state import COUNTERS, OptimizerState, RunState, read_state
 from megamtp.checkpoint.tensors import InMemory
-from megamtp.checkpoint.torch_file import Streamed
+from megamtp.checkpoint.torch_file import StreamedTensor
 from megamtp.config import ModelConfig
 from megamtp.errors import CheckpointError
 
 LATEST = "latest_universal"
 ZERO, SHARED, STEP = "zero", "optimizer_state.pt", "step.pt"
-# ZeRO-3 looks for the second
-MODEL_STATES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
+MODEL_STATES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")  # ZeRO-3 reads the second
 WEIGHT_FILE = "fp32.pt"
-OWN = "megamtp"  # what DeepSpeed does not know of a model, in MODEL_STATES; it returns it as client state
-VERSION = 0.4  # of the format
-CLASSES_OF = ("deepspeed.",)  # objects of these are passed over in its files
+OWN = "megamtp"  # our key in MODEL_STATES, for the model and the run's state; DeepSpeed returns it as client state
+VERSION = 0.4  # of DeepSpeed's format
+OPAQUE = ("deepspeed.",)  # objects of these packages are ignored
 
 
 def write(contents: Contents, directory: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Writes the folder, which appears whole. Learning rate, decay and betas are the loading engine's own.
+    """Writes the folder atomically. It does not contain learning rate, weight decay and betas.
 
     Args:
-        dtype: fp32, for nothing may be lost.
+        dtype: must be fp32, because the format is lossless.
 
     Raises:
-        CheckpointError: there is no optimizer state, the destination exists or cannot be written, there is no room, or
-            a tensor is missing, misshaped or unknown.
+        CheckpointError: there is no optimizer state, the destination exists or cannot be written, there is not enough
+            space, or a tensor is missing, has a wrong shape, or is unknown.
     """
     if dtype != torch.float32:
         raise CheckpointError(f"a universal checkpoint is in fp32, not {dtype}; leave --dtype out")
@@ -66,16 +72,15 @@ def write(contents: Contents, directory: Path, dtype: torch.dtype = torch.float3
     check_contents(contents, "the checkpoint")
     num_bytes = sum(math.prod(shape) * 4 for source in contents.sources.values() for shape in source.shapes.values())
     step = torch.tensor(float(contents.state.optimizer.steps_of(0)))
-    with published(directory, num_bytes) as folder:
+    with atomic_folder(directory, num_bytes) as folder:
         tag = f"global_step{contents.step}"
         (folder / LATEST).write_text(tag)
         for name in contents.weights.shapes:
             parameter = folder / tag / ZERO / name
             parameter.mkdir(parents=True)
             for kind in contents.kinds:
-                torch_file.write(
-                    parameter / _file(kind), {"param": Streamed(contents.sources[kind], name, dtype), "cat_dim": 0}
-                )
+                tensor = StreamedTensor(contents.sources[kind], name, dtype)
+                torch_file.write(parameter / _file(kind), {"param": tensor, "cat_dim": 0})
             torch_file.write_small(parameter / STEP, step)
         torch_file.write_small(folder / tag / ZERO / SHARED, _shared(step, len(contents.weights.shapes)))
         for file in MODEL_STATES:
@@ -85,21 +90,21 @@ def write(contents: Contents, directory: Path, dtype: torch.dtype = torch.float3
 
 
 def read(directory: Path, model: ModelConfig | None = None) -> Contents:
-    """Opens the folder, or one step's folder in it.
+    """Opens the folder, or the folder of one step.
 
     Args:
-        model: for a checkpoint that is not of our writing, and says nothing of its model.
+        model: needed for checkpoints of other programs, which do not describe the model.
 
     Raises:
-        CheckpointError: a file is missing or unreadable, or a tensor is missing, misshaped or unknown.
+        CheckpointError: a file is missing or unreadable, or a tensor is missing, has a wrong shape, or is unknown.
     """
     folder = _step_folder(directory)
     states = _read_states(folder)
     own = states.get(OWN, {})
     if "model" in own:
-        model = described_model(own["model"], folder)
+        model = model_from_fields(own["model"], folder)
     elif model is None:
-        raise CheckpointError(f"{folder} says nothing of its model; expected --config with the run's config.yaml")
+        raise CheckpointError(f"{folder} does not describe its model; expected --config with the run's config.yaml")
     shapes = parameter_shapes(model)
     _check_names(folder / ZERO, shapes)
     counters = {name: states.get(name, 0) for name in COUNTERS}
@@ -114,18 +119,17 @@ def read(directory: Path, model: ModelConfig | None = None) -> Contents:
         step=own.get("step", counters["global_steps"]),
         state=state,
         sequence_length=own.get("sequence_length"),
-        tokenizer=copied_tokenizer(folder),
+        tokenizer=find_tokenizer(folder),
         tokens_are_bytes=own.get("tokens_are_bytes", False),
         special_ids=read_special_ids(folder, model.vocab_size),
     )
 
 
 class UniversalTensors:
-    """A TensorSource over one file of each parameter's folder: tensors in their shape, or flat ones, as ZeRO-3 has
-    them.
+    """A TensorSource over one file in each parameter's folder. Tensors may be flattened, as ZeRO-3 saves them.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or its tensor misshaped.
+        CheckpointError: a file is missing or damaged, or its tensor has a wrong shape.
     """
 
     def __init__(self, zero: Path, file: str, shapes: Mapping[str, tuple[int, ...]]):
@@ -139,19 +143,19 @@ class UniversalTensors:
 
     def _open(self, name: str) -> Tensor:
         path, shape = self.zero / name / self.file, self.shapes[name]
-        found = torch_file.read(path)
-        tensor = found.get("param") if isinstance(found, dict) else found
-        if not isinstance(tensor, Tensor) or tuple(tensor.shape) not in (shape, (math.prod(shape),)):
-            shown = list(tensor.shape) if isinstance(tensor, Tensor) else "no tensor"
-            raise CheckpointError(f"{path}: tensor {name} has shape {shown}, expected {list(shape)}")
-        torch_file.tensors_of(path, {name: tensor})
+        content = torch_file.read(path)
+        tensor = content.get("param") if isinstance(content, dict) else content
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(f"{path} holds no tensor; expected {name} of shape {list(shape)}")
+        if tuple(tensor.shape) not in (shape, (math.prod(shape),)):
+            raise CheckpointError(f"{path}: tensor {name} has shape {list(tensor.shape)}, expected {list(shape)}")
+        torch_file.require_tensors(path, {name: tensor})
         return tensor
 
 
 def _shared(step: Tensor, num_parameters: int) -> dict[str, Any]:
-    """What the engines read from optimizer_state.pt. As many groups as any optimizer can have, none of which sets
-    anything.
-    """
+    """Returns the content of optimizer_state.pt, as far as the engines read it."""
+    # There are as many empty groups as an optimizer can have. Empty groups do not change the engine's settings.
     groups: list[dict[str, list[Tensor]]] = [{"params": []} for _ in range(num_parameters)]
     return {
         "param_groups": groups,
@@ -176,9 +180,9 @@ def _model_states(contents: Contents) -> dict[str, Any]:
         "ds_version": importlib.metadata.version("deepspeed"),
         "universal_checkpoint_info": {"universal_checkpoint_version": VERSION},
         OWN: {
-            "model": dataclasses.asdict(written_out(contents.model)),
+            "model": dataclasses.asdict(resolve_defaults(contents.model)),
             "step": contents.step,
-            "state": contents.state.saved(),
+            "state": contents.state.to_json(),
             "sequence_length": contents.sequence_length,
             "tokens_are_bytes": contents.tokens_are_bytes,
         },
@@ -186,15 +190,16 @@ def _model_states(contents: Contents) -> dict[str, Any]:
 
 
 def is_universal(path: Path) -> bool:
+    """Returns whether this is a universal checkpoint, or the folder of one of its steps."""
     return (path / LATEST).exists() or (path / ZERO / SHARED).exists()
 
 
 def _step_folder(directory: Path) -> Path:
     if not (directory / LATEST).exists():
         return directory
-    folder = directory / name_in(directory / LATEST)
+    folder = directory / read_name(directory / LATEST)
     if not folder.is_dir():
-        raise CheckpointError(f"{directory / LATEST} names {folder.name}, which is not there; copy it again")
+        raise CheckpointError(f"{directory / LATEST} names {folder.name}, which does not exist; copy it again")
     return folder
 
 
@@ -202,7 +207,7 @@ def _read_states(folder: Path) -> dict[str, Any]:
     files = sorted(folder.glob("*mp_rank_*_model_states.pt"))
     if not files:
         raise CheckpointError(f"{folder} has no {MODEL_STATES[0]}; copy it again")
-    states = torch_file.read(files[0], CLASSES_OF)
+    states = torch_file.read(files[0], OPAQUE)
     if not isinstance(states, dict):
         raise CheckpointError(f"{files[0]} holds a {type(states).__name__}, expected a mapping")
     own = states.get(OWN, {})
@@ -216,31 +221,33 @@ def _read_states(folder: Path) -> dict[str, Any]:
 def _check_names(zero: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
     if not zero.is_dir():
         raise CheckpointError(f"{zero.parent} has no folder {ZERO} with its tensors; copy it again")
-    found = {path.name for path in zero.iterdir() if path.is_dir()}
+    names = {path.name for path in zero.iterdir() if path.is_dir()}
     for name, shape in shapes.items():
-        if name not in found:
+        if name not in names:
             raise CheckpointError(f"{zero} has no tensor {name}; expected one of shape {list(shape)}")
-    for name in sorted(found):
+    for name in sorted(names):
         if name not in shapes:
-            raise CheckpointError(f"{zero} has an unknown tensor {name}; expected only its model's {len(shapes)}")
+            raise CheckpointError(
+                f"{zero} has an unknown tensor {name}; expected only the {len(shapes)} tensors of its model"
+            )
 
 
 def _file(kind: str) -> str:
-    """Of a parameter, with its tensor of that kind."""
+    """Returns the name of a parameter's file with the tensor of this kind."""
     return WEIGHT_FILE if kind == WEIGHT else f"{kind}.pt"
 
 
 def _adamw_state(zero: Path, name: str, counters: dict[str, int]) -> RunState:
-    """Of a checkpoint that another program wrote: AdamW's, as its files are named."""
+    """Returns the state of a checkpoint that another program wrote. Its file names are those of Adam's moments."""
     return RunState(OptimizerState("adamw", ("exp_avg", "exp_avg_sq"), (_read_step(zero, name),)), counters)
 
 
 def _read_step(zero: Path, name: str) -> int:
-    """Adam's steps, from a parameter's own file or, as of ZeRO-3, from the shared one."""
+    """Returns Adam's step count, from a parameter's own file or, for ZeRO-3, from the shared file."""
     own = zero / name / STEP
     file = own if own.exists() else zero / SHARED
-    found = torch_file.read(file, CLASSES_OF)
+    content = torch_file.read(file, OPAQUE)
     try:
-        return int(found if file == own else found["optimizer_state_dict"]["state"][0]["step"])
+        return int(content if file == own else content["optimizer_state_dict"]["state"][0]["step"])
     except (LookupError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file} has no step of the optimizer ({error}); convert the checkpoint again") from None
+        raise CheckpointError(f"{file} has no step count ({error}); convert the checkpoint again") from None

@@ -1,1 +1,1 @@
-"""The ranks of a job: where they find each other and how they leave together."""
+"""The ranks of a job: launcher, rendezvous, stop signals, and an emulated cluster on one GPU."""

@@ -1,14 +1,13 @@
-"""A cluster of W ranks on one GPU: this process is rank 0, the others are only the time that talking to them would
-take.
+"""Emulates a cluster of W ranks on one GPU. This process is rank 0; collectives take the predicted network time.
 
-    python -m megamtp.pretrain configs/6.7b_n4.yaml cluster.emulate=64 cluster.flat_bandwidth=100e9
-    cluster.communication_sms=1 ...
+    python -m megamtp.pretrain configs/6.7b_n4.yaml cluster.emulate=64 cluster.flat_bandwidth=100e9 \\
+        cluster.communication_sms=1 ...
 
-A torch.distributed backend: shards, memory, host work, streams and memory traffic are those of one true rank. A gather
-writes the whole output (W copies of the own shard), a reduction reads the whole input (and sums its W pieces); then the
-communication stream is held for as long as the network would need. What is computed from that is not training: no
-checkpoint is written from it. On a CPU nothing is held, but every transfer is written down with its bytes and predicted
-time.
+This is a torch.distributed backend. Shards, memory, host work, streams and memory traffic are those of a real rank. An
+all-gather writes its whole output (W copies of this rank's shard). A reduction reads its whole input and sums the W
+pieces. The communication stream is then blocked until the network would have finished. The results are not those of
+real training, so no checkpoint is written. On a CPU nothing is blocked, but every transfer is logged with its bytes
+and predicted time.
 """
 
 import functools
@@ -26,14 +25,18 @@ from megamtp.cluster.network import Network
 from megamtp.config import ClusterConfig
 
 BACKEND = "emulated"
-LOGGED_TRANSFERS = 100_000
-MAX_GRAPHS = 2048  # of transfers between the same places of memory
+MAX_LOGGED_TRANSFERS = 100_000
+MAX_GRAPHS = 2048  # CUDA graphs of repeated transfers between the same addresses
 
 
 @dataclass(frozen=True)
 class EmulatedTransfer:
-    """One collective: its kind, the bytes of the whole tensors (not of a shard), and the seconds that the network
-    needs.
+    """One collective.
+
+    Attributes:
+        kind: a key of network.PASSES.
+        num_bytes: of the whole tensors, not of a shard.
+        seconds: predicted time on the network.
     """
 
     kind: str
@@ -42,7 +45,7 @@ class EmulatedTransfer:
 
 
 class EmulatedWork(dist.Work):
-    """Like NCCL's: `wait` makes the current stream wait, and the tensors live until then."""
+    """Works like NCCL's: `wait` makes the current stream wait. It keeps a reference to the tensors until then."""
 
     def __init__(self, done: torch.cuda.Event | None, tensors: list[Tensor]):
         super().__init__()
@@ -62,10 +65,10 @@ class EmulatedWork(dist.Work):
 
 
 class EmulatedGroup(dist.ProcessGroup):
-    """The process group of rank 0. Every collective is written down in `transfers`.
+    """The process group of rank 0. It logs every collective in `transfers`.
 
-    What a transfer does on a GPU, with kernels for each tensor, becomes a graph when it comes a second time between the
-    same places of memory: the host then launches it at once, as it does NCCL's.
+    On a GPU a transfer runs several kernels per tensor. A transfer that repeats between the same addresses is captured
+    as a CUDA graph, so that the host launches it once, like a collective of NCCL.
     """
 
     def __init__(self, network: Network, transfers: deque[EmulatedTransfer]):
@@ -73,7 +76,7 @@ class EmulatedGroup(dist.ProcessGroup):
         self._network, self._transfers = network, transfers
         self._size = network.world_size
         self._stream: torch.cuda.Stream | None = None
-        # last used last; None where a transfer has been seen once
+        # By transfer and addresses, least recently used first. None: this transfer has run once and has no graph yet.
         self._graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}
 
     def getBackendName(self) -> str:
@@ -88,7 +91,7 @@ class EmulatedGroup(dist.ProcessGroup):
         return self.pg_name
 
     def _run(self, kind: str, whole: list[Tensor], others: list[Tensor], move: Callable[[], None]) -> EmulatedWork:
-        """Moves the data on the communication stream, and holds that stream until the network would have done it."""
+        """Moves the data on the communication stream and blocks that stream for the network's predicted time."""
         num_bytes = sum(tensor.nbytes for tensor in whole)
         transfer = EmulatedTransfer(kind, num_bytes, self._network.seconds(kind, num_bytes))
         self._transfers.append(transfer)
@@ -101,19 +104,17 @@ class EmulatedGroup(dist.ProcessGroup):
         self._stream.wait_stream(current)
         torch.cuda.set_stream(self._stream)
         try:
-            self._play(
-                transfer,
-                (kind, *((tensor.data_ptr(), tensor.numel(), tensor.dtype) for tensor in (*whole, *others))),
-                move,
-            )
+            addresses = ((tensor.data_ptr(), tensor.numel(), tensor.dtype) for tensor in (*whole, *others))
+            self._launch_or_replay(transfer, (kind, *addresses), move)
         finally:
             torch.cuda.set_stream(current)
         return EmulatedWork(self._stream.record_event(), [*whole, *others])
 
-    def _play(self, transfer: EmulatedTransfer, places: tuple, move: Callable[[], None]) -> None:
-        known = places in self._graphs
-        graph = self._graphs.pop(places, None)
-        if graph is None and known:
+    def _launch_or_replay(self, transfer: EmulatedTransfer, key: tuple, move: Callable[[], None]) -> None:
+        """Launches a transfer at its first call, captures a graph at the second, and replays the graph from then on."""
+        is_repeated = key in self._graphs
+        graph = self._graphs.pop(key, None)
+        if graph is None and is_repeated:
             graph = torch.cuda.CUDAGraph()
             graph.capture_begin(capture_error_mode="thread_local")
             try:
@@ -124,9 +125,9 @@ class EmulatedGroup(dist.ProcessGroup):
             self._launch(transfer, move)
         else:
             graph.replay()
-        self._graphs[places] = graph  # behind all others
+        self._graphs[key] = graph  # the last key is the most recently used one
         if len(self._graphs) > MAX_GRAPHS:
-            del self._graphs[next(iter(self._graphs))]  # what runs of it is freed when it has ended
+            del self._graphs[next(iter(self._graphs))]  # CUDA frees a running graph when it ends
 
     def _launch(self, transfer: EmulatedTransfer, move: Callable[[], None]) -> None:
         mark(self._start)
@@ -143,7 +144,7 @@ class EmulatedGroup(dist.ProcessGroup):
         return self._run("all_gather", outputs, tensors, move)
 
     def _allgather_base(self, output: Tensor, input: Tensor, opts: object = None) -> EmulatedWork:
-        if _lies_in(input, output):
+        if _is_view_of(input, output):
             input = input.clone()
         return self.allgather_into_tensor_coalesced([output], [input])
 
@@ -168,7 +169,7 @@ class EmulatedGroup(dist.ProcessGroup):
 
     def _reduce_scatter_base(self, outputTensor: Tensor, inputTensor: Tensor, opts: object = None) -> EmulatedWork:
         def move() -> None:
-            if _lies_in(outputTensor, inputTensor):
+            if _is_view_of(outputTensor, inputTensor):
                 outputTensor.view(-1).copy_(inputTensor.reshape(self._size, -1).sum(dim=0))
             else:
                 torch.sum(inputTensor.reshape(self._size, -1), dim=0, out=outputTensor.view(-1))
@@ -190,51 +191,54 @@ class EmulatedGroup(dist.ProcessGroup):
 
 
 def join(cluster: ClusterConfig) -> deque[EmulatedTransfer]:
-    """Initialises torch.distributed as rank 0 of `cluster.emulate` ranks; returns the log of transfers, latest last.
+    """Initialises torch.distributed as rank 0 of `cluster.emulate` ranks. Returns the log of transfers, oldest first.
 
-    On a GPU, makes a stream of high priority the current one, which no other code gets: torch hands out 32 streams of
-    each priority in turn, and then the first one again.
+    On a GPU this also makes a high-priority stream the current one. No other code gets this stream: torch has a pool of
+    32 streams for each priority, and other code asks for other priorities.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     network = Network(cluster)
-    transfers: deque[EmulatedTransfer] = deque(maxlen=LOGGED_TRANSFERS)
+    transfers: deque[EmulatedTransfer] = deque(maxlen=MAX_LOGGED_TRANSFERS)
     if torch.cuda.is_available():
-        # Transfers are copied by the whole card, faster than a network would; what computes goes before them, as it
-        # does beside the few multiprocessors of NCCL's kernels.
+        # Emulated copies may use the whole GPU, whereas NCCL's kernels occupy a few multiprocessors. The priority lets
+        # computation run first, as it would beside NCCL.
         torch.cuda.set_stream(torch.cuda.Stream(priority=-2))
     dist.Backend.register_backend(BACKEND, lambda *_: EmulatedGroup(network, transfers), devices=["cpu", "cuda"])
     dist.init_process_group(BACKEND, store=FakeStore(), rank=0, world_size=network.world_size)
     return transfers
 
 
-def _lies_in(shard: Tensor, whole: Tensor) -> bool:
+def _is_view_of(shard: Tensor, whole: Tensor) -> bool:
     return whole.data_ptr() <= shard.data_ptr() < whole.data_ptr() + whole.nbytes
 
 
 def _current_stream() -> torch.cuda.Stream:
-    """By the device's number, which spares torch a search for it: real collectives do not make one either."""
+    """Passes the device's index, so that torch does not look it up: real collectives do not look it up either."""
     return torch.cuda.current_stream(torch.cuda.current_device())
 
 
 def mark(time: Tensor) -> Tensor:
-    """Writes the time at which the current stream gets here to `time`: int64 [1], nanoseconds. Returns it."""
+    """Writes the time at which the current stream runs this to `time` (int64 [1], nanoseconds) and returns `time`."""
     _kernels()[0][(1,)](time, num_warps=1)
     return time
 
 
 def hold(start: Tensor, seconds: float, num_sms: int) -> None:
-    """Keeps the current stream, and some multiprocessors, busy until `seconds` after the time that `mark` noted.
+    """Blocks the current stream and `num_sms` multiprocessors until `seconds` after the time `start` from `mark`.
 
-    One multiprocessor is held by a single waiting warp, which leaves room beside it; several by 16 warps each, which
-    occupy a multiprocessor's registers, as NCCL's do.
+    A single multiprocessor runs one waiting warp, which leaves room for other kernels. Several multiprocessors run 16
+    warps each, which occupy the registers as NCCL's kernels do.
     """
     _kernels()[1][(num_sms,)](start, round(seconds * 1e9), num_warps=1 if num_sms == 1 else 16)
 
 
 @functools.cache
 def _kernels() -> tuple[Any, Any]:
-    """By the card's clock of nanoseconds, not of its cycles, whose length changes with its load."""
+    """Returns the kernels of `mark` and `hold`.
+
+    They read the GPU's nanosecond clock and not its cycle counter, because the length of a cycle changes with the load.
+    """
     import triton
     import triton.language as tl
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megamtp.cluster.ports import reserve_port
 from megamtp.config import ClusterConfig
-from megamtp.errors import InputError, explained
+from megamtp.errors import InputError, translate_os_error
 
 T = TypeVar("T")
 # (rank, local rank, world size) of torch-style launchers, Open MPI, and MPICH, Intel MPI (Hydra) or Slurm's PMI.
@@ -141,7 +141,7 @@ def _told(error: Exception | None) -> str | None:
     """Returns what the other ranks learn of an error: an InputError's message; "" for a defect; None without error."""
     if error is None:
         return None
-    error = explained(error)
+    error = translate_os_error(error)
     return str(error) if isinstance(error, InputError) else ""
 
 

@@ -11,7 +11,7 @@ from typing import TextIO
 
 from megamtp.cluster.environment import find_place
 from megamtp.cluster.signals import SIGNALS
-from megamtp.errors import InputError, explained
+from megamtp.errors import InputError, translate_os_error
 
 REPORT_SECONDS = 10  # for rank 0 to report an error; its launcher then ends the other ranks, which sleep meanwhile
 
@@ -37,7 +37,7 @@ def as_rank(main: Callable[[], int]) -> Callable[[], int]:
             outcome.append(128 + signal.SIGINT)
             raise
         except (InputError, OSError) as error:
-            reported = explained(error)
+            reported = translate_os_error(error)
             if not isinstance(reported, InputError):
                 raise
             with suppress(InputError):  # the launcher's variables may be the error

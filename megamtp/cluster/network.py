@@ -1,16 +1,18 @@
-"""How long collectives take on a network of nodes."""
+"""Predicts how long collectives take on a network of nodes."""
 
 from megamtp.config import ClusterConfig
 
-# of the bytes over a link
+# How often each byte crosses a link. An all-reduce is a reduce-scatter and an all-gather.
 PASSES = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "broadcast": 1, "barrier": 0}
 
 
 class Network:
-    """How long a collective of all ranks takes.
+    """Predicts the time of a collective of all ranks.
 
-    Of a tensor of S bytes, gathered or reduced, S (W - 1) / W cross each rank's link; an all-reduce is both. Between
-    nodes, whose links all carry their part at once, S (N - 1) / N enter each of N nodes. The slower of the two decides.
+    A gather or reduction of S bytes moves S (W - 1) / W over the link of each of W ranks. An all-reduce moves twice as
+    much. Between N nodes, whose links each carry an equal share, S (N - 1) / N enter each node. The slower of the two,
+    inside a node or between nodes, determines the time.
+
     Source: Thakur, Rabenseifner, Gropp 2005, "Optimization of collective communication operations in MPICH", section 4.
     """
 
@@ -19,16 +21,16 @@ class Network:
         self.cluster, self.world_size = cluster, cluster.emulate
 
     def seconds(self, kind: str, num_bytes: int) -> float:
-        """Seconds of one collective over tensors of `num_bytes` in all."""
+        """Returns the seconds of one collective, a key of PASSES, over tensors of `num_bytes` in total."""
         cluster, world_size = self.cluster, self.world_size
         if world_size == 1:
             return 0.0
-        moved = PASSES[kind] * num_bytes
-        share = getattr(cluster.efficiency, kind, 1.0)
+        moved_bytes = PASSES[kind] * num_bytes
+        efficiency = getattr(cluster.efficiency, kind, 1.0)
         if cluster.flat_bandwidth:
-            return cluster.latency + moved * (world_size - 1) / world_size / (cluster.flat_bandwidth * share)
-        ranks = min(world_size, cluster.ranks_per_node)
-        nodes = -(-world_size // cluster.ranks_per_node)
-        inside = moved * (world_size - 1) / world_size / cluster.node_bandwidth
-        between = moved * (nodes - 1) / nodes / (ranks * cluster.network_bandwidth)
-        return cluster.latency + max(inside, between) / share
+            return cluster.latency + moved_bytes * (world_size - 1) / world_size / (cluster.flat_bandwidth * efficiency)
+        ranks_per_node = min(world_size, cluster.ranks_per_node)
+        num_nodes = -(-world_size // cluster.ranks_per_node)
+        inside_node = moved_bytes * (world_size - 1) / world_size / cluster.node_bandwidth
+        between_nodes = moved_bytes * (num_nodes - 1) / num_nodes / (ranks_per_node * cluster.network_bandwidth)
+        return cluster.latency + max(inside_node, between_nodes) / efficiency

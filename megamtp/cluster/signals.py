@@ -1,9 +1,11 @@
-"""Being asked to stop: by SIGTERM, SIGUSR1 or Ctrl-C, or by the death of the launcher.
+"""Requests to stop a job: SIGTERM, SIGUSR1, Ctrl-C, or the death of the launcher.
 
-DeepSpeed's launchers do not pass signals on well: SIGTERM to `deepspeed` ends it and leaves the ranks running; SIGTERM
-to its per-node process reaches one rank after the other. So a rank also watches its ancestors, and the ranks agree
-every step. It looks for them when this module is imported: who looks late may find them dead, and takes himself for one
-that nobody launched. (So does a rank whose launcher dies while Python itself still starts; nothing tells it.)
+DeepSpeed's launchers do not forward signals reliably. SIGTERM to `deepspeed` ends it and leaves the ranks running;
+SIGTERM to its per-node process reaches one rank after another. Each rank therefore also watches its ancestors, and the
+ranks agree in every step whether to stop.
+
+Importing this module looks up the ancestors. A later lookup could miss a launcher that has already died, and the rank
+would believe that it was started without one. (This still happens if the launcher dies while Python itself starts.)
 """
 
 import os
@@ -16,81 +18,86 @@ import psutil
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed", "mpirun", "mpiexec", "hydra_pmi_proxy")
-# the number of our own launch command, which may be gone before a rank could look for it
+# The process id of megamtp's own launch command, which may die before a rank can look it up among its ancestors.
 LAUNCHER_VARIABLE = "MEGAMTP_LAUNCHER"
-LOOK_SECONDS = 1.0  # between looks at the launcher, as long as there are no steps
+POLL_SECONDS = 1.0  # time between checks of the launcher until `listen` is called
 
 
 class StopRequest:
-    """Whether this rank was asked to stop."""
+    """Records whether this rank was asked to stop."""
 
     def __init__(self, launched: bool):
-        """`launched`: a launcher stands above this process, and its death means stop. Until `listen`, it ends the
-        process.
+        """Until `listen` is called, the death of a launcher ends this process.
+
+        Args:
+            launched: this process was started by a launcher, whose death is a request to stop.
         """
         self._received = False
         self._listening = threading.Event()
-        self._watched = list(_ABOVE) if launched else []
-        self._came_too_late = False  # to see our own launch command alive
-        named = os.environ.get(LAUNCHER_VARIABLE)
-        if named:
-            self._watch(int(named))
-        if self._watched or self._came_too_late:
-            threading.Thread(target=self._end_with_launcher, daemon=True).start()
+        self._watched = list(_LAUNCHER_PROCESSES) if launched else []
+        self._launch_command_is_gone = False  # it died before this process could look it up
+        launch_command = os.environ.get(LAUNCHER_VARIABLE)
+        if launch_command:
+            self._watch(int(launch_command))
+        if self._watched or self._launch_command_is_gone:
+            threading.Thread(target=self._exit_with_launcher, daemon=True).start()
 
     def listen(self) -> None:
-        """From here on, signals ask. Before, while a rank waits for its peers and has nothing to save, they end it."""
+        """Installs handlers that turn signals into stop requests.
+
+        Before this call a signal ends the process, because a rank that waits for its peers has nothing to save.
+        """
         self._listening.set()
         for number in SIGNALS:
             signal.signal(number, self._receive)
 
-    def _end_with_launcher(self) -> None:
-        """Peers may have ended, or never begun: a rank that waits for them would do so for half an hour."""
+    def _exit_with_launcher(self) -> None:
+        """Exits if the launcher dies before `listen`: peers may be gone, and waiting for them takes half an hour."""
         while not self._listening.is_set():
             if self._launcher_is_gone() and not self._listening.is_set():
-                with suppress(OSError):  # what it writes to may be gone with the launcher
-                    print("megamtp: ends before its first step: its launcher is gone", file=sys.stderr, flush=True)
+                with suppress(OSError):  # stderr may have been closed with the launcher
+                    print("megamtp: exits before its first step: its launcher is gone", file=sys.stderr, flush=True)
                 os._exit(128 + signal.SIGTERM)
-            self._listening.wait(LOOK_SECONDS)
+            self._listening.wait(POLL_SECONDS)
 
-    def _watch(self, number: int) -> None:
-        """The process of this number, unless it is a later one than this, which has it by chance."""
+    def _watch(self, process_id: int) -> None:
+        """Watches this process. A process that is younger than this one has only reused the id of a dead launcher."""
         try:
-            process = psutil.Process(number)
-            older = process.create_time() <= psutil.Process().create_time()
+            process = psutil.Process(process_id)
+            is_launcher = process.create_time() <= psutil.Process().create_time()
         except psutil.NoSuchProcess:
-            older = False
-        if older:
+            is_launcher = False
+        if is_launcher:
             self._watched.append(process)
         else:
-            self._came_too_late = True
+            self._launch_command_is_gone = True
 
     def _receive(self, number: int, frame: object) -> None:
         if number == signal.SIGINT and self._received:
-            raise KeyboardInterrupt  # asked twice: at once, without saving
+            raise KeyboardInterrupt  # a second Ctrl-C ends the process at once, without saving
         self._received = True
 
     @property
     def asked(self) -> bool:
-        """True from the first signal, or the first death among the launcher's processes, on."""
+        """Whether a signal has arrived or one of the launcher's processes has ended."""
         return self._received or self._launcher_is_gone()
 
     def _launcher_is_gone(self) -> bool:
-        """Changes nothing: signals arrive, and the other thread looks, at any time."""
-        return self._came_too_late or any(_ended(process) for process in self._watched)
+        """Returns whether a launcher process has ended. Changes no state: signals and the thread may interrupt it."""
+        return self._launch_command_is_gone or any(_has_ended(process) for process in self._watched)
 
 
-def _ended(process: psutil.Process) -> bool:
+def _has_ended(process: psutil.Process) -> bool:
     try:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
 
 
-def _ancestors() -> list[psutil.Process]:
-    """The launcher's processes above this one: parents as long as they run DeepSpeed, torchrun or mpirun."""
+def _find_launcher_processes() -> list[psutil.Process]:
+    """Returns the launcher's processes: consecutive parents of this one that run DeepSpeed, torchrun or mpirun."""
     launchers = []
-    with suppress(psutil.Error):  # one that ends meanwhile, or another user's, ends the search
+    with suppress(psutil.Error):  # a process that has just ended, or of another user, ends the search
         process = psutil.Process().parent()
         while process and _is_launcher(process.cmdline()):
             launchers.append(process)
@@ -99,11 +106,14 @@ def _ancestors() -> list[psutil.Process]:
 
 
 def _is_launcher(words: list[str]) -> bool:
-    """By the program's name, or the name of what Python runs; a shell, say, only speaks of launchers."""
+    """Returns whether a command line runs a launcher, as a program or as a module or script of Python.
+
+    Other words do not count: a shell may have a launcher's name among its arguments.
+    """
     program, *others = map(os.path.basename, words or [""])
     if program.startswith("python"):
         program = next((word for word in others if not word.startswith("-")), "")
     return any(program == name or program.startswith(f"{name}.") for name in LAUNCHERS)
 
 
-_ABOVE = _ancestors()
+_LAUNCHER_PROCESSES = _find_launcher_processes()

@@ -1,1 +1,1 @@
-"""Command lines: pretrain lives beside this package, the other tools in it."""
+"""The commands of megamtp except pretraining, which is megamtp/pretrain.py."""

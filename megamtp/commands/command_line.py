@@ -3,38 +3,57 @@
 import argparse
 import errno
 import os
+import shlex
 import signal
 import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from megamtp.console import print_all_characters, print_error
+from megamtp.console import escape_unencodable_characters, print_error
 from megamtp.errors import InputError
 
 OUTPUT_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+COMMAND_VARIABLE = "MEGAMTP_COMMAND"  # a shell script that calls a command names itself here: launch/local.sh
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that describes the command by its module's docstring and raises InputError for wrong
-    arguments.
-    """
+    """An argument parser that raises InputError for wrong arguments."""
 
     def __init__(self, description: str):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        """
+        Args:
+            description: the command's docstring. `%(prog)s` in it becomes the command as it was called.
+        """
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=command_as_called(), description=description, formatter_class=formatter)
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see {self.prog} --help")
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
-        """The value of `--option=--` is `--`, as Python 3.13 reads it; earlier versions drop it and leave an empty
-        list.
-        """
+        """Reads the value of `--option=--` as `--`. Before Python 3.13 argparse drops it and leaves an empty list."""
         if action.option_strings and action.nargs in (None, argparse.ONE_OR_MORE) and arg_strings == ["--"]:
             value = self._get_value(action, "--")
             self._check_value(action, value)
             return value if action.nargs is None else [value]
         return super()._get_values(action, arg_strings)
+
+
+def command_as_called() -> str:
+    """Returns the words that called this program.
+
+    These are `python tools/plan.py` for a script, `megamtp-plan` for an installed command and
+    `python -m megamtp.commands.plan` for a module.
+    """
+    if COMMAND_VARIABLE in os.environ:
+        return os.environ[COMMAND_VARIABLE]
+    specification = sys.modules["__main__"].__spec__
+    if specification:
+        return f"python -m {specification.name}"
+    if sys.argv[0].endswith(".py"):
+        return shlex.join(["python", sys.argv[0]])
+    return os.path.basename(sys.argv[0])
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -43,7 +62,7 @@ def run(main: Callable[[], int | None]) -> None:
     An InputError, or a full disk under the output, is one line on stderr and status 2. The status is 130 after Ctrl-C
     and 141 if the output's reader has gone (`| head`), as shells report it.
     """
-    print_all_characters()
+    escape_unencodable_characters()
     try:
         status = _status(main)
         print(end="", flush=True)

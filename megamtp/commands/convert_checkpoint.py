@@ -1,12 +1,13 @@
-"""Turns a checkpoint into one of another format; SOURCE's own is recognised.
+"""Converts a checkpoint to another format. The source's format is detected.
 
-    python -m megamtp.commands.convert_checkpoint runs/quickstart exported --to hf
-    python -m megamtp.commands.convert_checkpoint runs/quickstart/checkpoints/step-0000100 exported --to meta --dtype
-    fp16 python -m megamtp.commands.convert_checkpoint Llama-2-7b-hf initial --to canonical --num-future-tokens 4
-    python -m megamtp.commands.convert_checkpoint universal runs/new --to zero3        (then pretrain with
-    run.directory=runs/new)
+    %(prog)s runs/quickstart exported --to hf
+    %(prog)s runs/quickstart/checkpoints/step-0000100 exported --to meta --dtype fp16
+    %(prog)s Llama-2-7b-hf initial --to canonical --num-future-tokens 4
+    %(prog)s universal runs/new --to zero3        (then pretrain with run.directory=runs/new)
 
-Adam's moments go along between run, canonical and universal; the other formats hold weights alone.
+Conversions between run, canonical and universal keep Adam's moments. The other formats hold only weights. A
+conversion needs about 0.3 GB of memory, whatever the model's size; only torch files written before torch 1.6 are read
+whole.
 """
 
 import argparse
@@ -19,50 +20,54 @@ from megamtp.checkpoint.folder import check_destination
 from megamtp.commands.command_line import Parser, run
 from megamtp.config import MAX_LAYERS, read_config
 
-ENGINES = ("zero3", "zero1", "pipeline")  # all of which read a run's checkpoint
+ENGINES = ("zero3", "zero1", "pipeline")  # as a destination format, each means "run": all engines read it
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def main() -> None:
-    """Raises InputError."""
+    """Converts the checkpoint. Raises InputError."""
     arguments = _parser().parse_args()
-    check_destination(arguments.destination)  # before the source, which may take long to read
+    check_destination(arguments.destination)  # before the source is read, which may take long
     model = read_config([str(arguments.config)]).model if arguments.config else None
     contents = formats.read(arguments.source, formats.Options(arguments.num_future_tokens, model))
     for note in contents.notes:
         print(note)
-    if arguments.to in ("hf", "hf-mtp") and not contents.ends_texts:
+    if arguments.to in ("hf", "hf-mtp") and not contents.has_end_of_text:
         print(
-            f"{arguments.source} does not say which token ends a text: generate() of the export stops at its longest "
-            "length only"
+            f"{arguments.source} does not say which token ends a text: generate() of the export stops only at its "
+            "maximum length"
         )
     target = "run" if arguments.to in ENGINES else arguments.to
     write = formats.FORMATS[target].write
-    assert write is not None  # of all that the parser lets through
+    assert write is not None  # the parser accepts only writable formats
     write(contents, arguments.destination, DTYPES[arguments.dtype])
     print(f"{arguments.source} -> {arguments.destination}")
 
 
 def _parser() -> Parser:
-    described = "\n".join(f"  {name:12s}{entry.meaning}" for name, entry in formats.FORMATS.items())
-    parser = Parser(f"{__doc__}\nFormats:\n{described}")
+    format_lines = "\n".join(f"  {name:12s}{entry.meaning}" for name, entry in formats.FORMATS.items())
+    parser = Parser(f"{__doc__}\nFormats:\n{format_lines}")
     parser.add_argument(
-        "source", type=Path, help=f"a checkpoint of one of these formats: {', '.join(formats.readable())}"
+        "source", type=Path, help=f"a checkpoint of one of these formats: {', '.join(formats.readable_formats())}"
     )
     parser.add_argument("destination", type=Path, help="a new or empty folder, or an earlier export, which is replaced")
     parser.add_argument(
         "--to",
-        choices=[*formats.writable(), *ENGINES],
+        choices=[*formats.writable_formats(), *ENGINES],
         default="hf",
-        help="format of the destination (default: hf); an engine's is a run's",
+        help="format of the destination (default: hf); zero3, zero1 and pipeline mean run",
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="type of exported weights (default: fp32)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="fp32", help="data type of the exported weights (default: fp32)"
+    )
     parser.add_argument(
         "--num-future-tokens",
         type=_num_heads,
-        help="heads to make of a source with one: its last layer, and copies of it (default: 1)",
+        help="heads to make from a source with one head: its last layer and copies of it (default: 1)",
     )
-    parser.add_argument("--config", type=Path, help="a run's config.yaml, for a source that says nothing of its model")
+    parser.add_argument(
+        "--config", type=Path, help="a run's config.yaml, for a source that does not describe its model"
+    )
     return parser
 
 
@@ -74,6 +79,7 @@ def _num_heads(word: str) -> int:
 
 
 def entry() -> None:
+    """The command line of megamtp-convert."""
     run(main)
 
 

@@ -1,9 +1,9 @@
-"""Continues a prompt with a trained model: an export of convert_checkpoint, a run directory, or one of its checkpoints.
+"""Continues a prompt with a trained model: an exported checkpoint, a run directory, or one of its checkpoints.
 
-    python -m megamtp.commands.generate runs/quickstart --prompt "def main("
-    python -m megamtp.commands.generate exported --max-new-tokens 200 --temperature 0.8 --top-p 0.95 < prompt.py
+    %(prog)s runs/quickstart --prompt "def main("
+    %(prog)s exported --max-new-tokens 200 --temperature 0.8 --top-p 0.95 < prompt.py
 
-Prints the prompt and its continuation, head 1's.
+Prints the prompt and the continuation that head 1, the next-token head, generates.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from megamtp.checkpoint import formats
-from megamtp.checkpoint.tensors import whole
+from megamtp.checkpoint.tensors import read_tensor
 from megamtp.commands.command_line import Parser, run
 from megamtp.config import BYTES
 from megamtp.data.tokenizer import open_tokenizer
@@ -28,11 +28,11 @@ def main() -> None:
     prompt = _prompt(arguments.prompt)
     device = _device(arguments.device)
     model, tokenizer_path = _load(arguments.model, device)
-    tokenizer = open_tokenizer(_required(arguments.tokenizer or tokenizer_path))
+    tokenizer = open_tokenizer(_require_tokenizer(arguments.tokenizer or tokenizer_path))
     if tokenizer.vocab_size > model.config.vocab_size:
         raise InputError(
-            f"{tokenizer.path} has {tokenizer.vocab_size} pieces, expected the model's {model.config.vocab_size} or "
-            "fewer: give the model's tokenizer with --tokenizer"
+            f"{tokenizer.path} has {tokenizer.vocab_size} pieces; expected at most the model's "
+            f"{model.config.vocab_size}: pass the model's tokenizer with --tokenizer"
         )
     prompt_ids = tokenizer.encode(prompt)
     new_ids = generate(
@@ -53,38 +53,48 @@ def _parser() -> Parser:
     parser.add_argument(
         "model", type=Path, help="an exported folder, a run directory (its newest checkpoint), or a checkpoint"
     )
-    parser.add_argument("--prompt", help="text to continue; without it, what is piped in; without either, from scratch")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="fewer if the model ends the text (default: 64)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
-    parser.add_argument("--top-k", type=int, help="sample among the k likeliest tokens")
     parser.add_argument(
-        "--top-p", type=float, help="sample among the likeliest tokens that together reach this probability"
+        "--prompt", help="text to continue (default: standard input if it is piped, else an empty prompt)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=64, help="length limit; the model may end the text earlier (default: 64)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0 (default) always chooses the most likely token"
+    )
+    parser.add_argument("--top-k", type=int, help="sample from the k most likely tokens")
+    parser.add_argument(
+        "--top-p", type=float, help="sample from the most likely tokens that together reach this probability"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the sampling (default: 0)")
     parser.add_argument(
         "--tokenizer",
         type=Path,
-        help="SentencePiece model, or bytes (default: the export's, or the run's data.tokenizer)",
+        help="SentencePiece model, or bytes (default: that of the export, or data.tokenizer of the run)",
     )
     parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one"
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu or cuda (default: cuda if there is a GPU)",
     )
     return parser
 
 
-def _prompt(given: str | None) -> str:
+def _prompt(option: str | None) -> str:
+    """Returns the value of --prompt, or else the piped standard input, or else an empty text."""
     try:
-        prompt = given if given is not None else "" if not sys.stdin or sys.stdin.isatty() else sys.stdin.read()
-        prompt.encode()  # bytes that were no text came in as lone surrogates
+        is_piped = sys.stdin and not sys.stdin.isatty()
+        prompt = option if option is not None else sys.stdin.read() if is_piped else ""
+        prompt.encode()  # fails for bytes that are not UTF-8: Python reads them as lone surrogates
     except UnicodeError as error:
-        raise InputError(f"the prompt is not UTF-8 text ({error}); expected text") from None
+        raise InputError(f"the prompt is not UTF-8 text ({error}); expected UTF-8: convert it first") from None
     return prompt
 
 
 def _device(name: str) -> torch.device:
     try:
         tensor = torch.empty(0, device=name)
-        tensor.cpu()  # where nothing comes back from, as from meta, no text does
+        tensor.cpu()  # fails for devices without data, such as meta
         return tensor.device
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise InputError(
@@ -92,26 +102,27 @@ def _device(name: str) -> torch.device:
         ) from None
 
 
-def _required(path: Path | None) -> Path:
+def _require_tokenizer(path: Path | None) -> Path:
     if path is None:
         raise InputError(
-            "the model has no tokenizer; expected --tokenizer PATH, a SentencePiece model, or --tokenizer bytes"
+            "the model has no tokenizer; expected one: pass a SentencePiece model or `bytes` with --tokenizer"
         )
     return path
 
 
 def _load(source: Path, device: torch.device) -> tuple[MTPModel, Path | None]:
-    """The model on its device, and where its tokenizer should be."""
-    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints what it reads; our output is text alone
+    """Returns the model on the device, and the path of its tokenizer, if it names one."""
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints while it reads a checkpoint
         contents = formats.read(source)
     with torch.device("meta"):
         model = MTPModel(contents.model)
-    weights = {name: whole(contents.weights, name, torch.float32).to(device) for name in contents.weights.shapes}
+    weights = {name: read_tensor(contents.weights, name, torch.float32).to(device) for name in contents.weights.shapes}
     model.load_state_dict(weights, strict=True, assign=True)
     return model, Path(BYTES) if contents.tokens_are_bytes else contents.tokenizer
 
 
 def entry() -> None:
+    """The command line of megamtp-generate."""
     run(main)
 
 

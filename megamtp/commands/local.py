@@ -1,10 +1,9 @@
-"""Runs a training job on this machine: the `deepspeed` launcher, with signals that arrive and no process left behind.
+"""Runs a training job on this machine with the `deepspeed` launcher. Forwards signals and leaves no process behind.
 
-    bash launch/local.sh configs/quickstart.yaml train.steps=100
-    python -m megamtp.commands.local configs/quickstart.yaml train.steps=100     (in an environment that is active)
+    %(prog)s configs/quickstart.yaml train.steps=100
 
-SIGTERM, SIGUSR1 and Ctrl-C reach every rank, so that all save together; the job's exit status becomes this command's.
-MEGAMTP_RANKS chooses the number of ranks: without, one per GPU, or two where there is none.
+SIGTERM, SIGUSR1 and Ctrl-C reach every rank: all ranks save together, and this command exits with the job's status.
+MEGAMTP_RANKS sets the number of ranks. The default is one rank per GPU, or two ranks on a machine without a GPU.
 """
 
 import os
@@ -18,13 +17,13 @@ import psutil
 
 from megamtp.cluster.ports import reserve_port
 from megamtp.cluster.signals import LAUNCHER_VARIABLE
-from megamtp.commands.command_line import run
+from megamtp.commands.command_line import command_as_called, run
 from megamtp.config import print_help
 from megamtp.errors import InputError
 
 GRACE_SECONDS = 120.0
-JOB_VARIABLE = "MEGAMTP_JOB"  # marks the processes of one job, also after their parents have died
-PASSED_ON: dict[int, int] = {
+JOB_VARIABLE = "MEGAMTP_JOB"  # identifies the processes of one job, even after their parents have died
+FORWARDED_AS: dict[int, int] = {
     signal.SIGTERM: signal.SIGTERM,
     signal.SIGINT: signal.SIGTERM,
     signal.SIGUSR1: signal.SIGUSR1,
@@ -32,11 +31,12 @@ PASSED_ON: dict[int, int] = {
 
 
 class Launch:
-    """One launch of `module` on `num_ranks` ranks of this machine. Installs handlers of SIGTERM, SIGINT and SIGUSR1."""
+    """One launch of a module on ranks of this machine."""
 
     def __init__(self, module: str, arguments: list[str], num_ranks: int):
-        self._module, self._name, self._received = module, uuid.uuid4().hex, 0
-        for number in PASSED_ON:
+        """Starts the launcher, and installs handlers of SIGTERM, SIGINT and SIGUSR1 that forward them to the ranks."""
+        self._module, self._job_id, self._received = module, uuid.uuid4().hex, 0
+        for number in FORWARDED_AS:
             signal.signal(number, self._receive)
         command = [
             "-m",
@@ -47,27 +47,27 @@ class Launch:
             str(reserve_port()),
             "--quiet",
         ]
-        # A session of its own: Ctrl-C in the terminal then reaches this process alone, which passes it on in order.
+        # In its own session, the launcher does not get Ctrl-C from the terminal; this process forwards it instead.
         self._launcher = subprocess.Popen(
             [sys.executable, *command, "--module", module, *arguments],
-            env=os.environ | {JOB_VARIABLE: self._name, LAUNCHER_VARIABLE: str(os.getpid())},
+            env=os.environ | {JOB_VARIABLE: self._job_id, LAUNCHER_VARIABLE: str(os.getpid())},
             start_new_session=True,
         )
-        if self._received:
-            self._pass_on()
+        if self._received:  # while the launcher was being started
+            self._forward_signal()
 
     def wait(self) -> int:
-        """The exit status of the job, or 128 + the number of the signal that ended it before it could save.
+        """Waits for the job. Returns its exit status, or 128 + the signal that ended it before it could save.
 
-        Should the launcher die first, its ranks get SIGTERM, and after GRACE_SECONDS SIGKILL; the status is then 1 at
-        least.
+        If the launcher dies before its ranks, they get SIGTERM and, after GRACE_SECONDS, SIGKILL. The status is then at
+        least 1.
         """
         status = self._launcher.wait()
         orphans = self._ranks()
         if orphans:
             _end(orphans)
-        number = PASSED_ON.get(self._received)
-        # as Python says it, and as DeepSpeed's launcher passes it on
+        number = FORWARDED_AS.get(self._received)
+        # Python reports a process ended by a signal as -number, and DeepSpeed's launcher exits with that modulo 256.
         if number and status in (-number, -number & 0xFF):
             return 128 + number
         return max(1, status) if orphans or status < 0 else status
@@ -75,28 +75,28 @@ class Launch:
     def _receive(self, number: int, frame: object) -> None:
         self._received = number
         if hasattr(self, "_launcher"):
-            self._pass_on()
+            self._forward_signal()
 
-    def _pass_on(self) -> None:
+    def _forward_signal(self) -> None:
         ranks = self._ranks()
         if ranks:
-            _send(ranks, PASSED_ON[self._received])
-        elif self._launcher.poll() is None:  # nothing has begun that could be saved
-            os.killpg(self._launcher.pid, PASSED_ON[self._received])
+            _send(ranks, FORWARDED_AS[self._received])
+        elif self._launcher.poll() is None:  # no rank has started, so there is nothing to save
+            os.killpg(self._launcher.pid, FORWARDED_AS[self._received])
 
     def _ranks(self) -> list[psutil.Process]:
-        """The living rank processes: those that run the module itself, not the launcher's that name it."""
-        found = []
+        """Returns the running rank processes of this job, without the launcher's, whose arguments name the module."""
+        ranks = []
         for process in psutil.process_iter():
             try:
                 words = process.cmdline()
-                place = words.index(self._module) if self._module in words else 0
-                is_rank = place and words[place - 1] == "-m" and "deepspeed.launcher.launch" not in words
-                if is_rank and process.environ().get(JOB_VARIABLE) == self._name:
-                    found.append(process)
-            except psutil.Error:  # ended meanwhile, or another user's
+                position = words.index(self._module) if self._module in words else 0
+                is_rank = position and words[position - 1] == "-m" and "deepspeed.launcher.launch" not in words
+                if is_rank and process.environ().get(JOB_VARIABLE) == self._job_id:
+                    ranks.append(process)
+            except psutil.Error:  # the process has just ended, or belongs to another user
                 continue
-        return found
+        return ranks
 
 
 def _send(processes: list[psutil.Process], number: int) -> None:
@@ -116,20 +116,22 @@ def _end(processes: list[psutil.Process]) -> None:
 
 
 def num_ranks() -> int:
-    """Of a job on this machine. Raises InputError: MEGAMTP_RANKS is no number of them."""
+    """Returns the number of ranks of a job on this machine.
+
+    Raises:
+        InputError: MEGAMTP_RANKS is not a number of ranks.
+    """
     import torch
 
-    given = os.environ.get("MEGAMTP_RANKS") or str(torch.cuda.device_count() or 2)
-    if not given.isdecimal() or int(given) < 1:
-        raise InputError(f"MEGAMTP_RANKS={given}; expected a number of ranks")
-    return int(given)
+    text = os.environ.get("MEGAMTP_RANKS") or str(torch.cuda.device_count() or 2)
+    if not text.isdecimal() or int(text) < 1:
+        raise InputError(f"MEGAMTP_RANKS={text}; expected a number of ranks, 1 or more: correct or unset it")
+    return int(text)
 
 
 def main() -> None:
-    """Counts GPUs, shares out the CPU's cores, launches megamtp.pretrain and exits with its status. Raises
-    InputError.
-    """
-    if print_help(sys.argv, __doc__):
+    """Launches megamtp.pretrain and exits with its status. CPU ranks share the cores. Raises InputError."""
+    if print_help(sys.argv, __doc__.replace("%(prog)s", command_as_called())):
         return
     import torch
 

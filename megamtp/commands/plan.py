@@ -1,10 +1,11 @@
-"""Memory and time of a configuration on a cluster, before renting it.
+"""Predicts the memory and the step time of a configuration on a cluster.
 
-    python tools/plan.py configs/6.7b_n4.yaml --gpus 64 --gpu h100
-    python tools/plan.py configs/13b_n4.yaml --gpus 64 engine.kind=pipeline engine.num_stages=8 train.micro_batch_size=1
-    python tools/plan.py configs/13b_n4.yaml --gpus 8 --gpu h100 --bandwidth 100e9 train.micro_batch_size=1
+    %(prog)s configs/6.7b_n4.yaml --gpus 64 --gpu h100
+    %(prog)s configs/13b_n4.yaml --gpus 64 engine.kind=pipeline engine.num_stages=8 train.micro_batch_size=1
+    %(prog)s configs/13b_n4.yaml --gpus 8 --gpu h100 --bandwidth 100e9 train.micro_batch_size=1
 
-Exits with status 1 if it does not fit. Without --bandwidth the network is cluster.*'s: NVLink and 400 Gb/s per GPU.
+Exits with status 1 if the configuration does not fit into the GPUs' memory. Without --bandwidth the network is the one
+of cluster.*, by default NVLink inside a node and 400 Gb/s per GPU between nodes.
 """
 
 import sys
@@ -12,122 +13,125 @@ import sys
 from megamtp.commands.command_line import Parser, run
 from megamtp.config import Config, read_config
 from megamtp.errors import InputError
-from megamtp.planning.loss_choice import faster, other_losses
+from megamtp.planning.loss_choice import describe_speed, with_other_loss_placement
 from megamtp.planning.partition import Partition
-from megamtp.planning.planner import CARDS, DAY, Card, Plan, fitting, plan
+from megamtp.planning.planner import GPUS, SECONDS_PER_DAY, Gpu, Plan, nearest_fitting, plan
 from megamtp.planning.spread import SpreadPartition
 
 GIB = 2**30
 
 
 def main() -> None:
-    """Raises InputError."""
+    """Prints the plan, and exits with status 1 if the configuration does not fit. Raises InputError."""
     parser = Parser(__doc__)
     parser.add_argument(
-        "config", nargs="+", help="a YAML file and key=value settings, as for pretrain; data and run may be left out"
+        "config", nargs="+", help="a YAML file and key=value settings, as for pretraining; data and run may be omitted"
     )
-    parser.add_argument("--gpus", type=int, required=True, help="ranks")
-    parser.add_argument("--gpu", choices=CARDS, default="h100", help="kind of card [h100]")
-    parser.add_argument("--bandwidth", type=float, help="bytes/s of each rank in a flat network")
+    parser.add_argument("--gpus", type=int, required=True, help="number of GPUs, one rank each")
+    parser.add_argument("--gpu", choices=GPUS, default="h100", help="type of GPU [h100]")
+    parser.add_argument("--bandwidth", type=float, help="bytes per second of each rank in a flat network")
     options = parser.parse_intermixed_args()
     flat = [] if options.bandwidth is None else [f"cluster.flat_bandwidth={options.bandwidth}"]
     if options.gpus < 1:
-        parser.error(f"--gpus {options.gpus}: expected 1 or more")
+        parser.error(f"--gpus {options.gpus}; expected 1 or more")
     config = read_config(["data.train=none", "run.directory=none", *options.config, *flat])
-    card = CARDS[options.gpu]
-    found = plan(config, options.gpus, card)
-    print(_stage_table(found.cut, card) if found.cut else _memory_table(found, card))
-    print(_host_table(found, config, options.gpus))
-    if found.peak_bytes > card.memory_bytes:
-        _explain(found, config, options.gpus, card)
+    gpu = GPUS[options.gpu]
+    planned = plan(config, options.gpus, gpu)
+    print(_stage_table(planned.partition, gpu) if planned.partition else _memory_table(planned, gpu))
+    print(_host_table(planned, config, options.gpus))
+    if planned.peak_bytes > gpu.memory_bytes:
+        _print_misfit(planned, config, options.gpus, gpu)
         sys.exit(1)
-    print(_time_table(found, config))
-    if found.cut:
-        print(_other_losses(found, config, options.gpus, card))
+    print(_time_table(planned, config))
+    if planned.partition:
+        print(_other_losses(planned, config, options.gpus, gpu))
 
 
-def _other_losses(found: Plan, config: Config, world_size: int, card: Card) -> str:
-    """Lines about the same pipeline with its losses spread, or whole if they are."""
-    changed, setting = other_losses(config)
+def _other_losses(planned: Plan, config: Config, world_size: int, gpu: Gpu) -> str:
+    """Returns lines about the same pipeline with spread losses, or without them if `config` spreads them."""
+    changed, setting = with_other_loss_placement(config)
     try:
-        other = plan(changed, world_size, card)
+        other = plan(changed, world_size, gpu)
     except InputError as error:
         return f"\nwith {setting}: {error}"
-    assert other.cut is not None
-    ratio, memory = other.step_seconds / found.step_seconds, other.peak_bytes / GIB
-    fits = "" if other.peak_bytes <= card.memory_bytes else ", which does not fit"
+    assert other.partition is not None
+    ratio, memory = other.step_seconds / planned.step_seconds, other.peak_bytes / GIB
+    fits = "" if other.peak_bytes <= gpu.memory_bytes else ", which does not fit"
     return (
-        f"\nwith {setting}: step {other.step_seconds:.3f} s, at most {memory:.2f} GiB{fits}; {other.cut.outcome}\n"
-        f"{faster(setting, ratio)}"
+        f"\nwith {setting}: step {other.step_seconds:.3f} s, at most {memory:.2f} GiB{fits}; "
+        f"{other.partition.balance_summary}\n"
+        f"{describe_speed(setting, ratio)}"
     )
 
 
-def _memory_table(found: Plan, card: Card) -> str:
-    lines = ["| memory of a rank | GiB |", "|---|---|"]
-    lines += [f"| {kind} | {size / GIB:.2f} |" for kind, size in found.memory.items()]
-    return "\n".join([*lines, f"| **together**, of {card.memory_bytes / GIB:.1f} | **{found.peak_bytes / GIB:.2f}** |"])
+def _memory_table(planned: Plan, gpu: Gpu) -> str:
+    lines = ["| memory per rank | GiB |", "|---|---|"]
+    lines += [f"| {kind} | {size / GIB:.2f} |" for kind, size in planned.memory.items()]
+    total = f"| **total** (of {gpu.memory_bytes / GIB:.1f}) | **{planned.peak_bytes / GIB:.2f}** |"
+    return "\n".join([*lines, total])
 
 
-def _stage_table(cut: Partition | SpreadPartition, card: Card) -> str:
-    """Each stage's memory by kind, and the cut."""
-    kinds = list(cut.stages[0].memory_bytes)
+def _stage_table(partition: Partition | SpreadPartition, gpu: Gpu) -> str:
+    """Returns each stage's memory by kind, and the partition."""
+    kinds = list(partition.stages[0].memory_bytes)
     lines = [
-        f"| GiB of a rank, of {card.memory_bytes / GIB:.1f} | {' | '.join(kinds)} | together |",
+        f"| GiB per rank (of {gpu.memory_bytes / GIB:.1f}) | {' | '.join(kinds)} | total |",
         "|---" * (len(kinds) + 2) + "|",
     ]
-    for index, stage in enumerate(cut.stages):
+    for index, stage in enumerate(partition.stages):
         sizes = " | ".join(f"{size / GIB:.2f}" for size in stage.memory_bytes.values())
         lines.append(f"| stage {index} | {sizes} | **{sum(stage.memory_bytes.values()) / GIB:.2f}** |")
-    layers = ",".join(str(stage.num_layers) for stage in cut.stages)
-    return "\n".join([*lines, "", cut.summary(), f"a run makes this cut with engine.stage_layers=[{layers}]"])
+    layers = ",".join(str(stage.num_layers) for stage in partition.stages)
+    return "\n".join(
+        [*lines, "", partition.summary(), f"a run uses this partition with engine.stage_layers=[{layers}]"]
+    )
 
 
-def _host_table(found: Plan, config: Config, world_size: int) -> str:
-    """Memory of the CPU, and the disk."""
-    ranks, sizes = (
-        min(world_size, config.cluster.ranks_per_node),
-        {kind: size for kind, size in found.host_memory.items() if size},
-    )
-    sizes[f"**together, of the {ranks} ranks of a node**"] = ranks * sum(sizes.values())
-    sizes[f"a checkpoint on disk ({config.run.keep_checkpoints} are kept, while another is written)"] = (
-        found.checkpoint_bytes
-    )
+def _host_table(planned: Plan, config: Config, world_size: int) -> str:
+    """Returns host memory and disk space."""
+    ranks = min(world_size, config.cluster.ranks_per_node)
+    sizes = {kind: size for kind, size in planned.host_memory.items() if size}
+    sizes[f"**total of the {ranks} ranks of a node**"] = ranks * sum(sizes.values())
+    checkpoint = f"checkpoint on disk ({config.run.keep_checkpoints} are kept while another is written)"
+    sizes[checkpoint] = planned.checkpoint_bytes
     rows = [f"| {kind} | {size / GIB:.2f} |" for kind, size in sizes.items()]
-    return "\n".join(["", "| host memory of a rank, and disk | GiB |", "|---|---|", *rows])
+    return "\n".join(["", "| host memory per rank, and disk | GiB |", "|---|---|", *rows])
 
 
-def _time_table(found: Plan, config: Config) -> str:
+def _time_table(planned: Plan, config: Config) -> str:
     tokens = config.train.global_batch_tokens
-    per_day = tokens / found.step_seconds * DAY
+    per_day = tokens / planned.step_seconds * SECONDS_PER_DAY
     total = config.train.steps * tokens
-    waiting = "waiting for other stages and pipelines" if found.cut else "exposed communication"
-    waiting += ", weights from the host not planned" if config.engine.offload_parameters else ""
+    waiting = "waiting for other stages and pipelines" if planned.partition else "exposed communication"
+    waiting += ", without weights from the host (not planned)" if config.engine.offload_parameters else ""
+    compute, exposed, optimizer = planned.compute_seconds, planned.exposed_seconds, planned.optimizer_seconds
     rows = {
-        "forward and backward, s a step": f"{found.compute:.3f} ({found.micro_batches} micro-batches)",
-        f"{waiting}, s a step": f"{found.exposed:.3f} ({found.exposed / found.step_seconds:.1%})",
-        "optimizer, s a step": "on the host: not planned" if found.update is None else f"{found.update:.3f}",
-        "**step, s**": f"**{found.step_seconds:.3f}**",
-        "tokens a day": f"{per_day:.3g}",
+        "forward and backward, s per step": f"{compute:.3f} ({planned.num_micro_batches} micro-batches)",
+        f"{waiting}, s per step": f"{exposed:.3f} ({exposed / planned.step_seconds:.1%})",
+        "optimizer, s per step": "on the host: not planned" if optimizer is None else f"{optimizer:.3f}",
+        "**step, s**": f"**{planned.step_seconds:.3f}**",
+        "tokens per day": f"{per_day:.3g}",
         f"days for {config.train.steps} steps, {total:.3g} tokens": f"{total / per_day:.2f}",
     }
     return "\n".join(["", "| time | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
-def _explain(found: Plan, config: Config, world_size: int, card: Card) -> None:
-    largest = max(found.memory, key=found.memory.__getitem__)
+def _print_misfit(planned: Plan, config: Config, world_size: int, gpu: Gpu) -> None:
+    largest = max(planned.memory, key=planned.memory.__getitem__)
     print(
-        f"\ndoes not fit, because {found.peak_bytes / GIB:.1f} GiB are needed of {card.memory_bytes / GIB:.1f}, "
-        f"most of them for {largest} ({found.memory[largest] / GIB:.1f})"
+        f"\ndoes not fit: needs {planned.peak_bytes / GIB:.1f} GiB of {gpu.memory_bytes / GIB:.1f}, "
+        f"most of it for {largest} ({planned.memory[largest] / GIB:.1f})"
     )
-    nearest = fitting(config, world_size, card)
+    nearest = nearest_fitting(config, world_size, gpu)
     print(
-        f"the nearest that fits: {nearest[0]}"
+        f"nearest configuration that fits: {nearest[0]}"
         if nearest
-        else "nothing nearby fits: take more cards, or a smaller model"
+        else "no similar configuration fits: use more GPUs or a smaller model"
     )
 
 
 def entry() -> None:
+    """The command line of megamtp-plan."""
     run(main)
 
 

@@ -1,12 +1,12 @@
-"""Draws a run's losses to RUN_DIRECTORY/loss.png and prints them beside the corpus's unigram entropy.
+"""Plots a run's losses to RUN_DIRECTORY/loss.png and prints them next to the corpus's unigram entropy.
 
-    python -m megamtp.commands.report runs/quickstart
-    python -m megamtp.commands.report runs/quickstart --min-margin 1.0
+    %(prog)s runs/quickstart
+    %(prog)s runs/quickstart --min-margin 1.0
 
-The unigram entropy is the loss of a model that knows how often each token occurs, and nothing else. With --min-margin
-the exit status is 1 unless head 1 has learned that much more. A warning names each head whose last validation loss lies
-above the unigram entropy, or more than 0.02 nats above its lowest: from there on the model has learned its training
-text by heart.
+The unigram entropy is the loss of a model that knows only how often each token occurs. With --min-margin the exit
+status is 1 unless head 1's last validation loss is at least this many nats below it, and the loss of each further head
+is above that of the head before. A warning names each head whose last validation loss is above the unigram entropy, or
+more than 0.02 nats above its lowest: the model then memorises its training text.
 """
 
 import json
@@ -30,87 +30,88 @@ from megamtp.training.metrics import read_record
 
 PICTURE = "loss.png"
 LARGEST_LOSS = float(np.finfo(np.float32).max)  # losses are computed in fp32
-RISE = 0.02  # nats by which a validation loss exceeds its minimum before it is said to rise: 2 % of the perplexity
+MAX_RISE = 0.02  # nats of a validation loss above its minimum before a warning: 2 % of the perplexity
 
 
 @dataclass(frozen=True)
 class Losses:
-    """One kind of record: steps [records], and losses [records, n] in nats per token."""
+    """The records of one kind: steps [records], and losses [records, n] in nats per token."""
 
     steps: np.ndarray
     losses: np.ndarray
 
     def last(self, index: int) -> float | None:
+        """Returns the last loss of one head, or None if there is no record."""
         return float(self.losses[-1, index]) if len(self.steps) else None
 
 
 def main() -> None:
-    """Exits with status 1 if a check asked for fails. Raises InputError."""
+    """Prints the report. Exits with status 1 if a check of --min-margin fails. Raises InputError."""
     parser = Parser(__doc__)
-    parser.add_argument("run_directory", type=Path)
+    parser.add_argument("run_directory", type=Path, help="run.directory of the run")
     parser.add_argument(
         "--min-margin",
         type=float,
         metavar="NATS",
-        help="check that head 1's last validation loss is at least this far below the unigram entropy, and that each "
-        "further head's is above the one before it",
+        help="check that head 1's last validation loss is at least this many nats below the unigram entropy, and that "
+        "the loss of each further head is above that of the head before",
     )
     arguments = parser.parse_args()
     run_directory = arguments.run_directory
-    if not os.path.isfile(run_directory / RESOLVED):  # unlike Path's, False where the name is too long
-        found = f"holds no {RESOLVED}" if os.path.isdir(run_directory) else "is no folder"
-        raise InputError(f"{run_directory} {found}; expected the folder of a run (run.directory): train there first")
+    if not os.path.isfile(run_directory / RESOLVED):  # Path.is_file raises if the name is too long
+        problem = f"has no {RESOLVED}" if os.path.isdir(run_directory) else "is not a folder"
+        raise InputError(f"{run_directory} {problem}; expected the run.directory of a run: train it first")
     config = read_config([str(run_directory / RESOLVED)])
-    training, validation = _read_metrics(run_directory / METRICS, config.model.num_future_tokens)
-    entropy = _unigram_entropy(config)
-    _draw(run_directory, training, validation, entropy)
+    training, validation = read_losses(run_directory / METRICS, config.model.num_future_tokens)
+    entropy = unigram_entropy(config)
+    _save(draw(training, validation, entropy, run_directory.resolve().name), run_directory / PICTURE)
     _print_table(training, validation, entropy)
     _print_warnings(validation, entropy)
     if arguments.min_margin is not None and not _check(validation, entropy, arguments.min_margin):
         sys.exit(1)
 
 
-def _read_metrics(path: Path, num_heads: int) -> tuple[Losses, Losses]:
-    """The training and the validation losses."""
-    found: dict[str, tuple[list[int], list[list[float]]]] = {"train": ([], []), "validation": ([], [])}
+def read_losses(path: Path, num_heads: int) -> tuple[Losses, Losses]:
+    """Returns the training losses and the validation losses."""
+    series: dict[str, tuple[list[int], list[list[float]]]] = {"train": ([], []), "validation": ([], [])}
     try:
         lines = path.read_text(errors="replace").splitlines(keepends=True)
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error}); expected the metrics of a run: train there first") from None
+        raise InputError(f"{path} cannot be read ({error}); expected the metrics of a run: train it first") from None
     for number, line in enumerate(lines, start=1):
         try:
             record = read_record(line)
-            if record["kind"] in found:
-                steps, losses = found[record["kind"]]
+            if record["kind"] in series:
+                steps, losses = series[record["kind"]]
                 losses.append(_losses(record, num_heads))
                 steps.append(record["step"])
         except ValueError as error:
             if number == len(lines) and not line.endswith("\n"):
-                break  # being written, or cut short when the run was killed
+                break  # the run is still writing it, or was killed while it did
             raise InputError(
                 f"{path}, line {number} is damaged ({error!r}); expected a run's metrics: remove the line"
             ) from None
-    if not found["train"][0]:
-        raise InputError(f"{path} holds no training step; expected at least one: train longer")
+    if not series["train"][0]:
+        raise InputError(f"{path} has no training step; expected at least one: train longer")
     training, validation = (
-        Losses(np.array(steps), np.array(losses).reshape(-1, num_heads)) for steps, losses in found.values()
+        Losses(np.array(steps), np.array(losses).reshape(-1, num_heads)) for steps, losses in series.values()
     )
     return training, validation
 
 
 def _losses(record: dict[str, Any], num_heads: int) -> list[float]:
-    """Of each head, NaN where it was no number. Raises: ValueError if they are damaged."""
+    """Returns the loss of each head, NaN for null. Raises ValueError if the record is damaged."""
     losses = record.get("losses")
     if not isinstance(losses, list) or len(losses) != num_heads:
-        raise ValueError(f"no list of losses, one for each of {num_heads} heads")
+        raise ValueError(f"the record has no list of {num_heads} losses, one per head")
     for loss in losses:
         if loss is not None and (type(loss) not in (int, float) or abs(loss) > LARGEST_LOSS):
-            raise ValueError("a loss that is no number of fp32")
+            raise ValueError("a loss is not a number within the range of fp32")
     return [math.nan if loss is None else float(loss) for loss in losses]
 
 
-def _unigram_entropy(config: Config) -> float | None:
-    """Of the validation split, in nats per token, as prepare_data wrote it; None for a corpus of other make."""
+def unigram_entropy(config: Config) -> float | None:
+    """Returns the validation split's unigram entropy in nats per token, or None without prepare_data's summary."""
     if config.data.validation is None:
         return None
     path = Path(config.data.validation).parent / SUMMARY
@@ -119,7 +120,7 @@ def _unigram_entropy(config: Config) -> float | None:
     try:
         entropy = json.loads(path.read_text())["unigram_entropy"]
         if type(entropy) not in (int, float) or not 0 <= entropy <= LARGEST_LOSS:
-            raise ValueError("no number of nats")
+            raise ValueError("not a number of nats")
         return float(entropy)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
@@ -127,7 +128,8 @@ def _unigram_entropy(config: Config) -> float | None:
         ) from None
 
 
-def _draw(run_directory: Path, training: Losses, validation: Losses, entropy: float | None) -> None:
+def draw(training: Losses, validation: Losses, entropy: float | None, title: str) -> Figure:
+    """Returns a figure of every head's training and validation losses, and of the unigram entropy if it is known."""
     figure = Figure(figsize=(9, 5.5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     num_heads = training.losses.shape[1]
@@ -140,81 +142,93 @@ def _draw(run_directory: Path, training: Losses, validation: Losses, entropy: fl
     if entropy is not None:
         axes.axhline(entropy, color="0.3", linestyle="--", linewidth=1, label="unigram entropy")
     axes.set(xlabel="optimizer step", ylabel="loss, nats per token")
-    axes.set_title(run_directory.resolve().name, parse_math=False)  # a name may have dollar signs
+    axes.set_title(title, parse_math=False)  # dollar signs in the name are not formulas
     axes.set_title("dots: validation\nlight lines: training", loc="right", fontsize="small", color="0.3")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    partial = run_directory / f"{PICTURE}.partial"
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> None:
+    partial = path.with_name(f"{path.name}.partial")
     try:
         figure.savefig(partial, format="png")
-        os.replace(partial, run_directory / PICTURE)
+        os.replace(partial, path)
     except OSError as error:
         raise InputError(
-            f"{run_directory / PICTURE} cannot be written: {error.strerror}; make room or the folder writable"
+            f"{path} cannot be written: {error.strerror}; make room, or make the folder writable"
         ) from None
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """The mean of the steps at most 1 % of all away, of those whose loss is a number.
+    """Returns for each step the mean of the finite losses at most 1 % of all steps away.
 
-    At an end these lie on one side: a window that shrank to stay symmetric would leave a spike of single steps there.
+    The range is one-sided at the first and last steps. A range that shrank to stay symmetric would leave the noise of
+    single steps at both ends.
     """
     positions, reach = np.arange(len(values)), len(values) // 100
     first, end = np.maximum(positions - reach, 0), np.minimum(positions + reach + 1, len(values))
-    known = np.isfinite(values)
-    sums, counts = (np.concatenate([[0.0], np.cumsum(each)]) for each in (np.where(known, values, 0.0), known))
-    sums, counts = (each[end] - each[first] for each in (sums, counts))
+    finite = np.isfinite(values)
+    sums, counts = (np.concatenate([[0.0], np.cumsum(terms)]) for terms in (np.where(finite, values, 0.0), finite))
+    sums, counts = (cumulative[end] - cumulative[first] for cumulative in (sums, counts))
     return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0)
 
 
 def _print_table(training: Losses, validation: Losses, entropy: float | None) -> None:
     print(f"{'head':>4}  {'training loss':>13}  {'validation loss':>15}  {'below unigram entropy':>21}")
     for index in range(training.losses.shape[1]):
-        valid = validation.last(index)
-        margin = entropy - valid if entropy is not None and valid is not None else None
-        print(f"{index + 1:>4}  {_shown(training.last(index)):>13}  {_shown(valid):>15}  {_shown(margin):>21}")
+        loss = validation.last(index)
+        margin = entropy - loss if entropy is not None and loss is not None else None
+        print(f"{index + 1:>4}  {_format(training.last(index)):>13}  {_format(loss):>15}  {_format(margin):>21}")
 
 
-def _shown(nats: float | None) -> str:
+def _format(nats: float | None) -> str:
     return "-" if nats is None else f"{nats:.4f}"
 
 
 def _print_warnings(validation: Losses, entropy: float | None) -> None:
     for head, losses in enumerate(validation.losses.T if len(validation.steps) else (), start=1):
         last, lowest = losses[-1], np.fmin.reduce(losses)
-        if last > lowest + RISE:
+        if last > lowest + MAX_RISE:
             step = validation.steps[np.flatnonzero(losses == lowest)[-1]]
             print(
                 f"WARNING: head {head}'s validation loss rises: {last:.4f} is {last - lowest:.4f} above its lowest, "
                 f"{lowest:.4f} at step {step}; train fewer steps, or on more text"
             )
         if entropy is not None and last > entropy:
-            print(f"WARNING: head {head}'s validation loss {last:.4f} lies above the unigram entropy {entropy:.4f}")
+            print(f"WARNING: head {head}'s validation loss {last:.4f} is above the unigram entropy {entropy:.4f}")
 
 
 def _check(validation: Losses, entropy: float | None, min_margin: float) -> bool:
-    """Prints a line for each check; True if all hold."""
+    """Prints a line for each check. Returns whether all checks pass."""
     if not len(validation.steps) or entropy is None:
-        raise InputError(f"--min-margin needs validation losses, and prepare_data's {SUMMARY} beside data.validation")
+        raise InputError(
+            "--min-margin without validation losses or unigram entropy; expected a run with data.validation, and "
+            f"prepare_data's {SUMMARY} next to it: train with these, or omit --min-margin"
+        )
     losses = validation.losses[-1]
     margin = entropy - losses[0]
-    good = bool(margin >= min_margin)  # False for a loss that is no number
-    _say(good, f"head 1's loss {losses[0]:.4f} is {margin:.4f} nats below the unigram entropy, expected {min_margin:g}")
+    passes = bool(margin >= min_margin)  # False for NaN
+    _print_check(
+        passes, f"head 1's loss {losses[0]:.4f} is {margin:.4f} nats below the unigram entropy, expected {min_margin:g}"
+    )
     for index in range(1, len(losses)):
-        above = bool(losses[index] > losses[index - 1])
-        _say(
-            above, f"head {index + 1}'s loss {losses[index]:.4f}, expected above head {index}'s {losses[index - 1]:.4f}"
+        is_above = bool(losses[index] > losses[index - 1])
+        _print_check(
+            is_above,
+            f"head {index + 1}'s loss {losses[index]:.4f}, expected above head {index}'s {losses[index - 1]:.4f}",
         )
-        good = good and above
-    return good
+        passes = passes and is_above
+    return passes
 
 
-def _say(good: bool, finding: str) -> None:
-    print(f"{'OK' if good else 'FAILED'}: {finding}")
+def _print_check(passes: bool, result: str) -> None:
+    print(f"{'OK' if passes else 'FAILED'}: {result}")
 
 
 def entry() -> None:
+    """The command line of megamtp-report."""
     run(main)
 
 

@@ -1,8 +1,8 @@
-"""Several corpora as one endless sequence of windows, each with its share of every stretch of it.
+"""Mixes several corpora into one endless sequence of windows, each with a fixed share of any long stretch.
 
-Weights are rounded to 1/65536. One period of 65,536 windows is laid out when the blend is made, such that up to any
-place every corpus has had its share to within one window; the periods follow one another, and each corpus goes through
-its own epochs.
+Weights are rounded to multiples of 1/65536. The blend is periodic: a period of 65,536 windows is laid out once, such
+that every prefix of the sequence holds each corpus's share to within one window. Each corpus runs through its own
+shuffled epochs.
 """
 
 import heapq
@@ -12,82 +12,85 @@ import numpy as np
 
 from megamtp.data.windows import Window, Windows
 
-PERIOD = 65536
+PERIOD = 65536  # windows
 
 
 class Blend:
-    """Windows of several corpora in one sequence.
+    """An endless sequence of windows from several corpora.
 
     Args:
-        weights: of each, above 0; they are divided by their sum.
-        first_windows: place in each corpus's own endless sequence at which the blend begins; None: at the beginning of
+        weights: one per corpus, above 0; they are divided by their sum.
+        first_windows: for each corpus, the index in its own endless sequence at which the blend starts. None: 0 for
             all.
 
     Attributes:
-        shares: int64, the windows of each corpus in a period.
+        shares: int64 [corpora], the number of windows of each corpus in a period.
     """
 
     def __init__(self, corpora: list[Windows], weights: list[float], first_windows: list[int] | None = None):
-        self.corpora, self.shares = corpora, quantise(weights)
+        self.corpora, self.shares = corpora, windows_per_period(weights)
         self.first_windows = first_windows or [0] * len(corpora)
-        self._corpus = layout(self.shares)
-        self._place = np.empty(PERIOD, np.int64)  # of each window of a period among those of its corpus
-        for index, share in enumerate(self.shares):
-            self._place[self._corpus == index] = np.arange(share)
+        self._corpus = interleave(self.shares)
+        self._offset_in_corpus = np.empty(PERIOD, np.int64)  # counts the windows of the same corpus before this one
+        for corpus, share in enumerate(self.shares):
+            self._offset_in_corpus[self._corpus == corpus] = np.arange(share)
 
-    def at(self, places: np.ndarray) -> list[Window]:
-        """The windows at these places of the endless sequence."""
-        periods, within = np.divmod(places, PERIOD)
-        windows: list = [None] * len(places)
-        for index in np.unique(self._corpus[within]):
-            (own,) = (self._corpus[within] == index).nonzero()
-            own_places = self.first_windows[index] + periods[own] * self.shares[index] + self._place[within[own]]
-            for position, window in zip(own, self.corpora[index].at(own_places), strict=True):
+    def windows_at(self, indices: np.ndarray) -> list[Window]:
+        """Returns the windows at these indices of the endless sequence."""
+        periods, offsets = np.divmod(indices, PERIOD)
+        windows: list = [None] * len(indices)
+        for corpus in np.unique(self._corpus[offsets]):
+            (own,) = (self._corpus[offsets] == corpus).nonzero()
+            own_indices = periods[own] * self.shares[corpus] + self._offset_in_corpus[offsets[own]]
+            own_windows = self.corpora[corpus].windows_at(self.first_windows[corpus] + own_indices)
+            for position, window in zip(own, own_windows, strict=True):
                 windows[position] = window
         return windows
 
     @property
     def targets_can_be_ignored(self) -> bool:
-        """Whether a window may lack targets, so that heads' counts of targets differ."""
+        """Whether some targets may be IGNORED, so that heads may have different numbers of targets."""
         return any(corpus.targets_can_be_ignored for corpus in self.corpora)
 
-    def counts(self, num_windows: int) -> list[int]:
-        """How many of the blend's first windows come from each corpus."""
+    def count_windows(self, num_windows: int) -> list[int]:
+        """Returns how many of the blend's first `num_windows` windows come from each corpus."""
         periods, rest = divmod(num_windows, PERIOD)
         return (periods * self.shares + np.bincount(self._corpus[:rest], minlength=len(self.shares))).tolist()
 
 
-def quantise(weights: list[float]) -> np.ndarray:
-    """int64 [corpora], at least 1 each, PERIOD in all: the nearest to the weights' own proportions."""
+def windows_per_period(weights: list[float]) -> np.ndarray:
+    """Returns int64 [corpora] with sum PERIOD: the weights' proportions, rounded, but at least 1 each."""
     exact = np.array(weights) / math.fsum(weights) * PERIOD
     shares = np.maximum(1, np.floor(exact)).astype(np.int64)
     while (missing := PERIOD - int(shares.sum())) != 0:
-        behind = (exact - shares) * np.sign(missing)
-        behind[(shares == 1) & (missing < 0)] = -np.inf
-        shares[np.argmax(behind)] += np.sign(missing)
+        error = (exact - shares) * np.sign(missing)
+        error[(shares == 1) & (missing < 0)] = -np.inf
+        shares[np.argmax(error)] += np.sign(missing)
     return shares
 
 
-def layout(shares: np.ndarray) -> np.ndarray:
-    """The corpus of each window of a period, int64 [PERIOD]: of the first k, each has within one of k * share / PERIOD.
+def interleave(shares: np.ndarray) -> np.ndarray:
+    """Returns the corpus of each window of a period, int64 [PERIOD].
 
-    A corpus's j-th window may come once its due share exceeds j by 1 / (2 m - 2), of m corpora, and must before it
-    exceeds j by 1 - 1 / (2 m - 2); of those that may come, the one that must come first does.
+    Of the first k windows, each corpus has k * share / PERIOD to within one window. With m corpora, the j-th window of
+    a corpus (from 0) may come as soon as k * share / PERIOD reaches j + 1 / (2 m - 2), and must come before that number
+    exceeds j + 1 - 1 / (2 m - 2). The next window is always the one with the earliest deadline of those that may come.
+
     Source: Tijdeman 1980, "The chairman assignment problem", Discrete Mathematics 32, theorem 1.
     """
     if len(shares) == 1:
         return np.zeros(PERIOD, np.int64)
     parts = 2 * len(shares) - 2
-    may_come: list[list] = [[] for _ in range(PERIOD + 1)]
+    released: list[list] = [[] for _ in range(PERIOD + 1)]
     for corpus, share in enumerate(shares.tolist()):
         for number in range(share):
             release = -(-PERIOD * (number * parts + 1) // (share * parts))
             deadline = PERIOD * (number * parts + parts - 1) // (share * parts)
-            may_come[release].append((deadline, corpus))
+            released[release].append((deadline, corpus))
     waiting: list[tuple[int, int]] = []
-    chosen = np.empty(PERIOD, np.int64)
-    for place in range(PERIOD):
-        for entry in may_come[place + 1]:
-            heapq.heappush(waiting, entry)
-        chosen[place] = heapq.heappop(waiting)[1]
-    return chosen
+    corpora = np.empty(PERIOD, np.int64)
+    for index in range(PERIOD):
+        for window in released[index + 1]:
+            heapq.heappush(waiting, window)
+        corpora[index] = heapq.heappop(waiting)[1]
+    return corpora

@@ -1,4 +1,4 @@
-"""Files that may be compressed, as .gz, .bz2, .xz or .zst.
+"""Opens files that may be compressed, as .gz, .bz2, .xz or .zst.
 
 Tests: tests/unit/data/test_records.py.
 """
@@ -22,7 +22,7 @@ LARGEST_ZSTD_WINDOW = 1 << 31  # what `zstd --long=31` writes
 
 
 class Decompressor(Protocol):
-    """Decompresses one frame; bzip2 and xz call it a stream."""
+    """Decompresses one frame (zstd's term; bzip2 and xz call it a stream)."""
 
     @property
     def eof(self) -> bool: ...
@@ -46,30 +46,33 @@ SUFFIXES = (".gz", *DECOMPRESSORS)
 
 
 def suffix(path: Path) -> str | None:
-    """One of SUFFIXES, if the file is compressed."""
-    found = path.suffix.lower()
-    return found if found in SUFFIXES else None
+    """Returns the suffix of a compressed file, one of SUFFIXES, or None."""
+    lower_case = path.suffix.lower()
+    return lower_case if lower_case in SUFFIXES else None
 
 
 def open_binary(path: Path) -> io.BufferedIOBase:
-    """The file's content.
+    """Opens the decompressed content of a file.
 
-    Reading raises the libraries' errors if it is damaged, EOFError if it is cut off, and InputError if a library is not
-    installed.
+    Reading raises the decompression libraries' errors if the file is damaged, EOFError if it is truncated, and
+    InputError if a library is not installed.
     """
-    found = suffix(path)
-    if found == ".gz":
+    compression = suffix(path)
+    if compression == ".gz":
         return gzip.open(path, "rb")
-    if found:
-        return io.BufferedReader(_FrameStream(path, DECOMPRESSORS[found]), CONTENT_BLOCK_BYTES)
+    if compression:
+        return io.BufferedReader(_FrameStream(path, DECOMPRESSORS[compression]), CONTENT_BLOCK_BYTES)
     return open(path, "rb")
 
 
 class _FrameStream(io.RawIOBase):
-    """The content of a compressed file of any number of frames.
+    """The decompressed content of a file with any number of frames.
 
-    Raises EOFError if the last frame is cut off. What follows a frame must be another frame or zeros (padding):
-    bz2.open and lzma.open would silently ignore anything else, such as a frame whose first bytes are damaged.
+    Only another frame or zeros (padding) may follow a frame. bz2.open and lzma.open would silently ignore anything
+    else, such as a frame whose first bytes are damaged.
+
+    Raises:
+        EOFError: the last frame is truncated.
     """
 
     def __init__(self, path: Path, decompressor: Callable[[], Decompressor]):
@@ -77,7 +80,7 @@ class _FrameStream(io.RawIOBase):
         self._stream = open(path, "rb")  # noqa: SIM115 - closed with this stream
         self._frame: Decompressor | None = None
         self._compressed, self._content = b"", memoryview(b"")
-        self._is_behind_frame = False
+        self._is_after_frame = False
 
     def readable(self) -> bool:
         return True
@@ -86,20 +89,20 @@ class _FrameStream(io.RawIOBase):
         target = memoryview(buffer)
         while not self._content and self._has_compressed():
             self._frame = frame = self._frame or self._decompressor()
-            self._is_behind_frame = False
+            self._is_after_frame = False
             self._content = memoryview(frame.decompress(self._compressed))
             self._compressed = frame.unused_data if frame.eof else b""
             if frame.eof:
-                self._frame, self._is_behind_frame = None, True
+                self._frame, self._is_after_frame = None, True
         length = min(len(target), len(self._content))
         target[:length] = self._content[:length]
         self._content = self._content[length:]
         return length
 
     def _has_compressed(self) -> bool:
-        """Whether any compressed data is left; reads some, and skips padding."""
+        """Returns whether any compressed data is left. Reads some if needed, and skips padding."""
         while block := self._compressed or self._stream.read(COMPRESSED_BLOCK_BYTES):
-            self._compressed = block.lstrip(b"\0") if self._is_behind_frame else block
+            self._compressed = block.lstrip(b"\0") if self._is_after_frame else block
             if self._compressed:
                 return True
         if self._frame:

@@ -1,8 +1,7 @@
-"""Text -> a prepared corpus: tokenizer.model, train and validation .bin/.idx/.crc, lengths.png, and corpus.json, which
-is last.
+"""Prepares a corpus: text in; tokenizer.model, train and validation .bin/.idx/.crc, lengths.png and corpus.json out.
 
-A folder without corpus.json is not a corpus, whatever else lies in it. Until then finished parts are kept in
-.preparation, from which the next call goes on.
+corpus.json is written last: a folder without it is not a corpus. Until then, tokenised shards are kept in the folder
+.preparation, so that a preparation that was interrupted can resume.
 """
 
 import dataclasses
@@ -20,11 +19,11 @@ from pathlib import Path
 import numpy as np
 
 from megamtp.data.documents import Source
-from megamtp.data.jobs import DEFAULT_VOCAB_SIZE, TokenisationJob, make_job, place
 from megamtp.data.length_report import draw_lengths
-from megamtp.data.merge import SPLITS, Parts, Totals, split_limit, write_splits
+from megamtp.data.merge import SPLITS, TokenisedShards, Totals, split_threshold, write_splits
 from megamtp.data.records import FORMAT_OF_SUFFIX, TEXT, Span, content_suffix
-from megamtp.data.shards import Shard, plan
+from megamtp.data.shards import Shard, cut_into_shards
+from megamtp.data.tokenisation import DEFAULT_VOCAB_SIZE, TokenisationTask, describe_inputs, make_task
 from megamtp.data.tokenizer import BYTES, open_tokenizer
 from megamtp.data.workers import tokenise_all
 from megamtp.errors import InputError
@@ -34,26 +33,28 @@ SUMMARY = "corpus.json"
 PICTURE = "lengths.png"
 SKIPPED = "skipped_records.txt"
 WORK = ".preparation"
-# Files that decide whether a folder without corpus.json belongs to another program.
+# If a folder has these files but no corpus.json, they may belong to another program.
 CONTENT = (*(f"{split}{end}" for split in SPLITS for end in (".bin", ".idx")), "tokenizer.model")
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """What corpus.json says. `settings` decides whether a second preparation would make the same corpus.
+    """The content of corpus.json.
 
     Attributes:
-        unigram_entropy: of the validation split's own token frequencies, in nats per token: the loss of the best model
-            that knows no context.
-        duplicates: documents that were dropped because an earlier one has the same text.
-        document_lengths: how many documents have at least so many tokens, their ends included, and fewer than twice as
-            many.
-        space_marks: documents with U+2581, if the tokenizer reads that as a space.
-        end_markers: documents in which an end-of-text marker is written, which is tokenised as ordinary characters.
-        unreadable_files: names of files that were read as text and are not UTF-8.
-        files: how many files of each format were read, unreadable ones included.
-        passed_over: names of what was not read at all, by the reason.
-        skipped_records: bad records that skipped_records.txt lists.
+        settings: a second preparation with equal settings would make the same corpus.
+        documents, tokens: numbers of documents and tokens, by split.
+        unigram_entropy: of the validation split's token frequencies, in nats per token. This is the loss of the best
+            model that does not see the context.
+        duplicates: number of documents that were dropped because an earlier document has the same text.
+        document_lengths: number of documents, by length: key k counts documents of k to 2 k - 1 tokens, with their
+            end-of-document tokens.
+        space_marks: number of documents that contain U+2581, if the tokenizer reads it as a space.
+        end_markers: number of documents that contain an end-of-text marker, which is tokenised as ordinary characters.
+        unreadable_files: names of text files that are not UTF-8.
+        files: number of files that were read, by format, including unreadable ones.
+        passed_over: names of files and folders that were not read, by reason.
+        skipped_records: number of bad records, which are listed in skipped_records.txt.
     """
 
     settings: dict
@@ -83,40 +84,44 @@ def prepare(
     deduplicate: bool = False,
     workers: int | Executor = 1,
 ) -> tuple[Corpus, bool]:
-    """Tokenises all documents into `output`, each ended by the tokenizer's end-of-document id.
+    """Tokenises all documents into `output` and appends the end-of-document token to each.
 
-    Documents go to the validation split by a hash of (seed, name), so the split does not depend on their order.
-    Every error but a full disk is found before an earlier corpus is touched. The files do not depend on `workers`.
+    A hash of (seed, name) decides whether a document is held out for validation, so the split does not depend on the
+    order of documents. The files do not depend on `workers`. All errors except a full disk are detected before an
+    existing corpus is touched.
 
     Args:
-        vocab_size: of the SentencePiece model that is trained on the documents [4096], or that a given tokenizer must
-            have.
+        vocab_size: the size of the SentencePiece model that is trained on the documents [4096], or the size that a
+            given tokenizer must have.
         tokenizer: an existing SentencePiece model, or `bytes`.
-        deduplicate: drop documents whose text an earlier one has.
-        workers: processes that tokenise, or an executor.
+        validation_fraction: the fraction of documents to hold out; at least one document is.
+        seed: of the split and of the tokenizer's training sample.
+        overwrite: replace another corpus.
+        deduplicate: drop documents that have the same text as an earlier one.
+        workers: the number of processes that tokenise, or an executor.
 
     Returns:
-        (the corpus, whether an earlier preparation with the same settings and inputs was found and reused).
+        (the corpus, whether it already existed with the same inputs and settings and was reused).
 
     Raises:
-        InputError: nothing to read or nowhere to write, an input changed meanwhile, or `output` holds another corpus,
-            perhaps of another program, and `overwrite` is not set.
+        InputError: an input is bad or has changed meanwhile, `output` cannot be written, or `output` holds another
+            corpus or another program's files and `overwrite` is not set.
     """
     find_settings = partial(_settings, source, vocab_size, tokenizer, validation_fraction, seed, deduplicate)
     settings = find_settings()
     try:
-        if not overwrite and (existing := _reused(output, settings, tokenizer)):
+        if not overwrite and (existing := _reusable_corpus(output, settings, tokenizer)):
             return existing, True
         with _work_folder(output) as work:
-            in_pieces = source.is_small()
-            skipped = source.duplicates() if in_pieces and deduplicate else None
-            shards = plan(source.files, in_pieces, skipped)
-            job = make_job(source, shards, in_pieces, work, vocab_size, tokenizer, seed, deduplicate)
-            parts = _tokenised(shards, job, workers)
-            limit = split_limit(parts, validation_fraction, place(source))
+            in_pieces = source.has_few_documents()
+            skipped = source.find_duplicates() if in_pieces and deduplicate else None
+            shards = cut_into_shards(source.files, in_pieces, skipped)
+            task = make_task(source, shards, in_pieces, work, vocab_size, tokenizer, seed, deduplicate)
+            tokenised = _tokenise(shards, task, workers)
+            threshold = split_threshold(tokenised, validation_fraction, describe_inputs(source))
             _require_unchanged(settings, find_settings())
-            totals = _publish(parts, limit, output, job)
-            corpus = _summary(totals, source, settings, parts.vocab_size, sum(map(len, skipped or [])))
+            totals = _publish(tokenised, threshold, output, task)
+            corpus = _summary(totals, source, settings, tokenised.vocab_size, sum(map(len, skipped or [])))
             _write_summary(output, corpus, totals)
     except OSError as error:
         problem = f"{output} cannot be written to: {error.strerror}"
@@ -126,21 +131,25 @@ def prepare(
 
 def _require_unchanged(before: object, after: object) -> None:
     if before != after:
-        raise InputError("an input changed while it was read; expected all to stay as they are: wait, then call again")
+        raise InputError(
+            "an input changed while it was read; expected inputs that do not change: wait, then run the command again"
+        )
 
 
 @contextmanager
 def _work_folder(output: Path) -> Iterator[Path]:
-    """Where parts are kept; only one preparation at a time has it. Removed in the end, but for finished parts after
-    a mistake.
+    """Creates the locked folder of tokenised shards. Removes it at the end, unless an error leaves shards to reuse.
+
+    Raises:
+        InputError: another process prepares this corpus.
     """
     work = output / WORK
     output.mkdir(parents=True, exist_ok=True)
     work.mkdir(exist_ok=True)
     with open(work / "lock", "wb") as stream:
-        if not take_lock(stream, output, "see to it that no other process prepares it"):
+        if not take_lock(stream, output, "make sure that no other process prepares it"):
             raise InputError(
-                f"{output} is being prepared by another process; expected one at a time: wait for it or end it"
+                f"another process is preparing {output}; expected one process at a time: wait for it or end it"
             )
         try:
             yield work
@@ -151,38 +160,38 @@ def _work_folder(output: Path) -> Iterator[Path]:
     shutil.rmtree(work)
 
 
-def _tokenised(shards: list[Shard], job: TokenisationJob, workers: int | Executor) -> Parts:
-    """All parts, without duplicates if the job drops them."""
-    _remove_strangers(shards, job)
-    tokenise_all(shards, job, workers)
-    parts = Parts(shards, job, open_tokenizer(job.tokenizer).vocab_size)
-    if job.with_text_hashes:
-        parts.drop_duplicates()
-    return parts
+def _tokenise(shards: list[Shard], task: TokenisationTask, workers: int | Executor) -> TokenisedShards:
+    """Tokenises all shards, and drops duplicates if the task has text hashes."""
+    _remove_stale_files(shards, task)
+    tokenise_all(shards, task, workers)
+    tokenised = TokenisedShards(shards, task, open_tokenizer(task.tokenizer).vocab_size)
+    if task.with_text_hashes:
+        tokenised.drop_duplicates()
+    return tokenised
 
 
-def _remove_strangers(shards: list[Shard], job: TokenisationJob) -> None:
-    """Removes parts and tokenizers of an earlier preparation that had other settings or inputs."""
-    wanted = {"lock", Path(job.tokenizer).name, *(job.key(shard) for shard in shards)}
-    for path in job.folder.iterdir():
-        if path.name.partition(".")[0] not in wanted and path.name not in wanted:
+def _remove_stale_files(shards: list[Shard], task: TokenisationTask) -> None:
+    """Removes files of an earlier preparation that had other settings or inputs."""
+    current = {"lock", Path(task.tokenizer).name, *(task.key(shard) for shard in shards)}
+    for path in task.folder.iterdir():
+        if path.name.partition(".")[0] not in current and path.name not in current:
             path.unlink()
 
 
-def _publish(parts: Parts, limit: int, output: Path, job: TokenisationJob) -> Totals:
-    """Writes all files but the picture and corpus.json, which is removed first."""
+def _publish(tokenised: TokenisedShards, threshold: int, output: Path, task: TokenisationTask) -> Totals:
+    """Removes an old corpus.json, then writes all files but the new one and the picture."""
     (output / SUMMARY).unlink(missing_ok=True)
-    if job.tokenizer == BYTES:
+    if task.tokenizer == BYTES:
         (output / "tokenizer.model").unlink(missing_ok=True)
     else:
-        write_atomically(output / "tokenizer.model", Path(job.tokenizer).read_bytes())
-    if job.skip_bad_records:
+        write_atomically(output / "tokenizer.model", Path(task.tokenizer).read_bytes())
+    if task.skip_bad_records:
         with open_atomically(output / SKIPPED) as stream:
-            for part, _ in parts:
-                stream.writelines(f"{record}\n".encode() for record in part.bad_records)
+            for shard, _ in tokenised:
+                stream.writelines(f"{record}\n".encode() for record in shard.bad_records)
     else:
         (output / SKIPPED).unlink(missing_ok=True)
-    return write_splits(parts, limit, output)
+    return write_splits(tokenised, threshold, output)
 
 
 def _summary(totals: Totals, source: Source, settings: dict, vocab_size: int, dropped: int) -> Corpus:
@@ -206,10 +215,10 @@ def _summary(totals: Totals, source: Source, settings: dict, vocab_size: int, dr
 
 
 def read_corpus(folder: Path) -> Corpus:
-    """The summary of a prepared corpus.
+    """Reads corpus.json from the folder of a corpus.
 
     Raises:
-        InputError: there is none, or it is damaged.
+        InputError: the file is missing or damaged.
     """
     try:
         return Corpus(**json.loads((folder / SUMMARY).read_text()))
@@ -219,8 +228,8 @@ def read_corpus(folder: Path) -> Corpus:
         ) from None
 
 
-def _existing(output: Path) -> Corpus | None:
-    """A whole earlier corpus, or None."""
+def _complete_corpus(output: Path) -> Corpus | None:
+    """Returns the corpus in `output` if it is complete, or None."""
     files = [output / SUMMARY, *(output / f"{split}{end}" for split in SPLITS for end in (".bin", ".idx"))]
     if not all(file.is_file() for file in files):
         return None
@@ -233,31 +242,34 @@ def _write_summary(output: Path, corpus: Corpus, totals: Totals) -> None:
     write_atomically(output / SUMMARY, json.dumps(dataclasses.asdict(corpus), indent=1).encode())
 
 
-def _reused(output: Path, settings: dict, tokenizer: Path | str | None) -> Corpus | None:
-    """A whole earlier corpus with these settings, or None. Raises InputError: it has others, or files would be
-    replaced.
+def _reusable_corpus(output: Path, settings: dict, tokenizer: Path | str | None) -> Corpus | None:
+    """Returns the corpus in `output` if it is complete and has these settings, or None if there is no corpus.
+
+    Raises:
+        InputError: the corpus has other settings, or another program's files would be replaced.
     """
-    corpus = _existing(output)
+    corpus = _complete_corpus(output)
     if corpus is None:
         _refuse_to_replace(output, tokenizer)
     elif corpus.settings != settings:
         raise InputError(
-            f"{output} holds a corpus of other inputs or settings; expected the same: use --overwrite or another folder"
+            f"{output} holds a corpus of other inputs or settings; expected the same ones: use --overwrite or another "
+            "folder"
         )
     elif (output / WORK).exists():
         with _work_folder(output):
-            pass  # removes what a call left that was killed at its very end
+            pass  # removes the work folder of a preparation that was killed after it had written corpus.json
     return corpus
 
 
 def _refuse_to_replace(output: Path, tokenizer: Path | str | None) -> None:
-    """Raises InputError: files of our names lie where neither a corpus nor what a killed call has left does."""
+    """Raises InputError if the files that would be replaced do not come from an earlier preparation."""
     if (output / SUMMARY).exists() or (output / WORK).exists():
         return
     for name in CONTENT:
         if (output / name).exists() and str(output / name) != str(tokenizer):
             raise InputError(
-                f"{output / name} is there without a {SUMMARY}; expected a folder without it: use another or "
+                f"{output / name} exists without a {SUMMARY}; expected a folder without {name}: use another folder or "
                 "--overwrite"
             )
 
@@ -270,22 +282,26 @@ def _settings(
     seed: int,
     deduplicate: bool,
 ) -> dict:
-    """Raises InputError: an input or the tokenizer cannot be read, or the tokenizer's vocabulary is another than
-    vocab_size.
+    """Returns everything that the corpus depends on, as corpus.json holds it.
+
+    Raises:
+        InputError: an input or the tokenizer cannot be read, or the tokenizer does not have `vocab_size` pieces.
     """
     inputs = hashlib.sha256(source.json_key.encode(errors="backslashreplace"))
     try:
         for file in source.files:
             status = file.path.stat()
-            inputs.update(f"\n{file.name}\t{status.st_size}\t{status.st_mtime_ns}{_format_if_untold(file)}".encode())
+            inputs.update(
+                f"\n{file.name}\t{status.st_size}\t{status.st_mtime_ns}{_format_unless_implied(file)}".encode()
+            )
     except OSError as error:
         raise InputError(f"{error.filename}: {error.strerror}; expected a readable file") from None
     model: str | int = DEFAULT_VOCAB_SIZE if vocab_size is None else vocab_size
     if tokenizer:
-        found = open_tokenizer(tokenizer).vocab_size
-        if vocab_size not in (None, found):
+        num_pieces = open_tokenizer(tokenizer).vocab_size
+        if vocab_size not in (None, num_pieces):
             raise InputError(
-                f"{tokenizer} has {found} pieces, expected {vocab_size}: leave --vocab-size out or give another "
+                f"{tokenizer} has {num_pieces} pieces; expected {vocab_size}: leave --vocab-size out or give another "
                 "tokenizer"
             )
         model = BYTES if str(tokenizer) == BYTES else hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest()
@@ -295,19 +311,19 @@ def _settings(
         "validation_fraction": validation_fraction,
         "seed": seed,
     }
-    chosen = {"deduplicate": deduplicate, "skip_bad_records": source.skip_bad_records}
-    return settings | {name: True for name, is_chosen in chosen.items() if is_chosen}
+    flags = {"deduplicate": deduplicate, "skip_bad_records": source.skip_bad_records}
+    return settings | {name: True for name, is_set in flags.items() if is_set}
 
 
-def _format_if_untold(file: Span) -> str:
-    """A file's format, unless its name tells it: only .jsonl, .parquet and the names of text do."""
+def _format_unless_implied(file: Span) -> str:
+    """Returns a file's format, or an empty string if its name implies it, as .jsonl, .parquet and .txt do."""
     suffix = content_suffix(file.path)
-    told = suffix.removeprefix(".") if suffix in (*FORMAT_OF_SUFFIX, ".json") else TEXT
-    return "" if file.format == told else f"\t{file.format}"
+    implied = suffix.removeprefix(".") if suffix in (*FORMAT_OF_SUFFIX, ".json") else TEXT
+    return "" if file.format == implied else f"\t{file.format}"
 
 
 def own_files(output: Path) -> list[Path]:
-    """What a preparation, perhaps a killed one, leaves in `output`, for an input folder that holds it."""
+    """Returns all paths that a preparation may leave in `output`, so that they are not read as inputs."""
     names = (*CONTENT, *(f"{split}.crc" for split in SPLITS), SUMMARY, PICTURE, SKIPPED)
     return [output / WORK, *(output / f"{name}{end}" for name in names for end in ("", ".partial"))]
 

@@ -1,6 +1,4 @@
-"""Raw text -> documents: text files, source trees, JSON lines and Parquet, in an order that does not depend on the
-file system.
-"""
+"""Finds input files (text, source trees, JSON lines, Parquet), in an order that does not depend on the file system."""
 
 import os
 import stat
@@ -13,14 +11,14 @@ from itertools import islice
 from pathlib import Path
 from typing import NoReturn
 
-from megamtp.data.records import FORMATS, TEXT, Reader, Span, recognise
+from megamtp.data.records import FORMATS, TEXT, Reader, Span, detect_format
 from megamtp.errors import InputError
 
 STANDARD_LIBRARY_EXCLUDED = ("test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "__pycache__")
-# Inputs with fewer documents than this are cut into pieces, so that some can be held out for validation.
+# Inputs with fewer documents are cut into pieces, so that some pieces can be held out for validation.
 FEW_DOCUMENTS = 40
 PIECE_CHARACTERS = 16 * 1024
-# What is passed over in folders.
+# Reasons for passing over the contents of folders.
 BINARY, HIDDEN, EXCLUDED = (
     "binary or UTF-16 files",
     "hidden files and folders",
@@ -31,13 +29,13 @@ LINKS, SPECIAL = "links to folders", "sockets, pipes and devices"
 
 @dataclass
 class Source:
-    """Where documents come from.
+    """The input files.
 
     Attributes:
-        files: sorted whole files, each with the name that identifies it whatever folder it lies in.
-        json_key: of a JSON line or Parquet column that holds the text.
-        skip_bad_records: pass over JSON lines and Parquet rows without a text, instead of refusing them.
-        passed_over: sorted names of what else was found, by the reason.
+        files: whole files, sorted by name.
+        json_key: the key of a JSON line, or the Parquet column, that holds the text.
+        skip_bad_records: skip JSON lines and Parquet rows without a valid text, instead of raising an error.
+        passed_over: sorted names of files and folders that are not read, by reason.
     """
 
     files: list[Span]
@@ -46,48 +44,47 @@ class Source:
     passed_over: dict[str, list[str]] = field(default_factory=dict)
 
     def reader(self) -> Reader:
-        """A reader of the files that has passed over nothing yet."""
+        """Returns a new reader for the files."""
         return Reader(self.json_key, self.skip_bad_records)
 
     def documents(self, reader: Reader | None = None) -> Iterator[tuple[str, str]]:
-        """(name, text) of every document that is not empty. Raises InputError as Reader.documents does."""
+        """Yields (name, text) of every document that is not empty. Raises InputError: see Reader.documents."""
         reader = reader or self.reader()
         for file in self.files:
             yield from reader.documents(file)
 
-    def is_small(self) -> bool:
-        """Whether documents are to be cut in pieces: there are fewer than FEW_DOCUMENTS. Reads no more than that
-        number.
-        """
+    def has_few_documents(self) -> bool:
+        """Returns whether there are fewer than FEW_DOCUMENTS documents. Reads at most that many."""
         return sum(1 for _ in islice(self.documents(), FEW_DOCUMENTS)) < FEW_DOCUMENTS
 
-    def duplicates(self) -> list[tuple[str, ...]]:
-        """For each file the names of the documents whose text an earlier one has. All texts are in memory: for few
-        documents.
+    def find_duplicates(self) -> list[tuple[str, ...]]:
+        """Returns for each file the names of documents with the same text as an earlier document.
+
+        Holds all texts in memory, so it is only for few documents.
         """
         seen: set[str] = set()
-        found, reader = [], self.reader()
+        duplicates, reader = [], self.reader()
         for file in self.files:
             names = []
             for document, text in reader.documents(file):
                 if text in seen:
                     names.append(document)
                 seen.add(text)
-            found.append(tuple(names))
-        return found
+            duplicates.append(tuple(names))
+        return duplicates
 
     def pieces(self, reader: Reader | None = None) -> Iterator[tuple[str, str]]:
-        """The documents, or if they are few their pieces."""
-        small = self.is_small()
+        """Yields (name, text) of all documents, or of their pieces if there are few documents."""
+        in_pieces = self.has_few_documents()
         for name, text in self.documents(reader):
-            yield from cut(name, text) if small else [(name, text)]
+            yield from cut_into_pieces(name, text) if in_pieces else [(name, text)]
 
 
-def cut(name: str, text: str, first: int = 0) -> Iterator[tuple[str, str]]:
-    """(name, text) of a document's pieces, which end at the first line end after 16 Ki characters, or at 32 Ki.
+def cut_into_pieces(name: str, text: str, first: int = 0) -> Iterator[tuple[str, str]]:
+    """Yields (name, text) of a document's pieces, which end at the first line end after 16 Ki characters, or at 32 Ki.
 
     Args:
-        first: number of the first of them, if `text` is the rest of a document from there on.
+        first: the number of the first piece, if `text` is the rest of a document.
     """
     start, number = 0, first
     while start < len(text):
@@ -105,24 +102,24 @@ def find_source(
     skip_bad_records: bool = False,
     own_files: Iterable[Path] = (),
 ) -> Source:
-    """All files of the inputs that are text, JSON lines or Parquet.
+    """Finds all text, JSON lines and Parquet files in the inputs, which are files and folders.
 
     Args:
-        exclude: names of files or folders to leave out, wherever they lie; * and ? stand for other characters.
-        file_format: of all files, one of FORMATS; None: each file's is recognised.
-        own_files: of the output, which may lie in an input folder.
+        exclude: patterns of file and folder names to leave out, in any folder; * and ? are wildcards.
+        file_format: the format of all files, one of FORMATS; None: detect the format of each file.
+        own_files: paths of the output, which may lie in an input folder and are not read.
 
     Raises:
-        InputError: an input does not exist or is binary, a folder has a link that points nowhere or cannot be read, a
-            file holds JSON records in another form than JSON lines, or there is no file at all.
+        InputError: an input does not exist or is binary, a folder cannot be read or has a dangling link, a file holds
+            JSON records in another form than JSON lines, or there are no files.
     """
     assert file_format in (None, *FORMATS)
     passed_over: dict[str, list[str]] = defaultdict(list)
     own, files = {os.path.realpath(path) for path in own_files}, []
     for name, path, is_named in _find_all(inputs, exclude, own, passed_over):
-        recognised = file_format or recognise(path, json_key, is_named)
-        if recognised:
-            files.append(Span(name, path, recognised))
+        detected = file_format or detect_format(path, json_key, is_named)
+        if detected:
+            files.append(Span(name, path, detected))
         elif is_named:
             raise InputError(
                 f"{path} is binary or UTF-16 (it has zero bytes); expected UTF-8 text, JSON lines or Parquet: "
@@ -143,15 +140,15 @@ def find_source(
 def _find_all(
     inputs: list[Path], exclude: tuple[str, ...], own: set[str], passed_over: dict[str, list[str]]
 ) -> list[tuple[str, Path, bool]]:
-    """(name, path, whether the user named this file) of each file of the inputs, sorted by name."""
+    """Returns (name, path, whether the user named this file) for each file of the inputs, sorted by name."""
     files = []
     try:
         for given in inputs:
-            found = _find(given, exclude, own, passed_over)
-            files += [(_name(relative), path, path == given) for relative, path in found]
+            for relative, path in _find(given, exclude, own, passed_over):
+                files.append((_name(relative), path, path == given))
     except OSError as error:
         raise InputError(
-            f"{error.filename}: {error.strerror}; expected files that can be read: mend it or leave it out"
+            f"{error.filename}: {error.strerror}; expected files that can be read: fix it or leave it out"
         ) from None
     return sorted(files)
 
@@ -159,7 +156,7 @@ def _find_all(
 def _find(
     given: Path, exclude: tuple[str, ...], own: set[str], passed_over: dict[str, list[str]]
 ) -> Iterator[tuple[Path, Path]]:
-    """(path below the folder `given`, path) of each file; for a file `given`, its name and itself."""
+    """Yields (path relative to the folder `given`, path) of each file. If `given` is a file: its name and path."""
     if given.is_dir():
         for path in _walk(given, exclude, own, passed_over):
             if _is_regular(path):
@@ -167,8 +164,8 @@ def _find(
             else:
                 passed_over[SPECIAL].append(_name(path.relative_to(given)))
     elif not given.is_file():
-        found = "is neither a file nor a folder" if given.exists() else "does not exist"
-        raise InputError(f"{given} {found}; expected a text file, a .jsonl or .parquet file, or a folder")
+        problem = "is neither a file nor a folder" if given.exists() else "does not exist"
+        raise InputError(f"{given} {problem}; expected a text file, a .jsonl or .parquet file, or a folder")
     elif _is_excluded(given.name, exclude):
         passed_over[EXCLUDED].append(_name(Path(given.name)))
     else:
@@ -176,11 +173,12 @@ def _find(
 
 
 def _walk(given: Path, exclude: tuple[str, ...], own: set[str], passed_over: dict[str, list[str]]) -> Iterator[Path]:
-    """Whatever lies below a folder and is no folder, without what is the output's own, excluded or hidden; fills
-    passed_over.
+    """Yields all paths below a folder except folders, the output's own, and excluded or hidden ones.
+
+    Adds excluded and hidden names, and links to folders, to passed_over.
     """
     own_names = {os.path.basename(path) for path in own}
-    for folder, subfolders, names in os.walk(given, onerror=_refuse):
+    for folder, subfolders, names in os.walk(given, onerror=_raise):
         kept = []
         for number, name in enumerate([*subfolders, *names]):
             path, is_folder = Path(folder, name), number < len(subfolders)
@@ -196,7 +194,7 @@ def _walk(given: Path, exclude: tuple[str, ...], own: set[str], passed_over: dic
 
 
 def _reason(path: Path, is_folder: bool, exclude: tuple[str, ...]) -> str | None:
-    """Why a path in a folder is passed over, if it is."""
+    """Returns the reason for passing over a path, or None."""
     if _is_excluded(path.name, exclude):
         return EXCLUDED
     if path.name.startswith("."):
@@ -205,13 +203,13 @@ def _reason(path: Path, is_folder: bool, exclude: tuple[str, ...]) -> str | None
 
 
 def _is_regular(path: Path) -> bool:
-    """Whether it is a file, not a device. Raises InputError: it is a link that points nowhere."""
+    """Returns whether a path is a regular file, not a device. Raises InputError if it is a dangling link."""
     try:
         return stat.S_ISREG(path.stat().st_mode)
     except FileNotFoundError:
         raise InputError(
-            f"{path} is a link to {os.readlink(path)}, which does not exist; expected whole inputs: fetch what is "
-            "missing, remove the link, or leave it out with --exclude"
+            f"{path} is a link to {os.readlink(path)}, which does not exist; expected complete inputs: add the missing "
+            "file, remove the link, or leave it out with --exclude"
         ) from None
 
 
@@ -219,20 +217,20 @@ def _is_excluded(name: str, exclude: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in exclude)
 
 
-def _refuse(error: OSError) -> NoReturn:
+def _raise(error: OSError) -> NoReturn:
     raise error
 
 
 def standard_library() -> Source:
-    """The Python sources of the running interpreter's standard library, without its tests and installed packages."""
+    """Returns the Python files of the running interpreter's standard library, without tests and installed packages."""
     folder = Path(sysconfig.get_paths()["stdlib"])
-    found = _walk(folder, STANDARD_LIBRARY_EXCLUDED, set(), defaultdict(list))
+    paths = _walk(folder, STANDARD_LIBRARY_EXCLUDED, set(), defaultdict(list))
     files = [
-        Span(_name(path.relative_to(folder)), path, TEXT) for path in found if path.suffix == ".py" and path.is_file()
+        Span(_name(path.relative_to(folder)), path, TEXT) for path in paths if path.suffix == ".py" and path.is_file()
     ]
     return Source(sorted(files, key=lambda file: file.name))
 
 
 def _name(path: Path) -> str:
-    """The path as text that can be encoded and printed, even if the file system's name is not UTF-8."""
+    """Returns the path as text that can be printed, even if it is not valid UTF-8."""
     return path.as_posix().encode(errors="backslashreplace").decode()

@@ -1,15 +1,20 @@
-"""Token files in Megatron's format: PREFIX.bin holds every token in a row, PREFIX.idx says where the documents are.
+"""Token files in Megatron-LM's format: PREFIX.bin holds all tokens in a row, and PREFIX.idx indexes the documents.
 
-Either side can read the other's files. The index, little-endian:
+megamtp and Megatron-LM can read each other's files. The index, little-endian:
 
-    9 bytes  magic "MMIDIDX", two zero bytes      int32 [sequences]    lengths, in tokens
-    uint64   version, 1                           int64 [sequences]    where each begins in PREFIX.bin, in bytes
-    uint8    code of the token type, see DTYPES   int64 [documents+1]  first sequence of each document, then the number
-    uint64   number of sequences                                       of sequences
-    uint64   number of documents, plus 1
+    9 bytes                magic "MMIDIDX", two zero bytes
+    uint64                 version, 1
+    uint8                  code of the token type, see DTYPES
+    uint64                 number of sequences
+    uint64                 number of documents, plus 1
+    int32 [sequences]      lengths, in tokens
+    int64 [sequences]      offset of each sequence in PREFIX.bin, in bytes
+    int64 [documents + 1]  first sequence of each document, then the number of sequences
 
-A document is one sequence, or any number. Source: Megatron-LM, megatron/core/datasets/indexed_dataset.py.
-Beside them lies PREFIX.crc if we wrote them (checksums.py); without it, tokens are not checked here.
+A document consists of any number of sequences; megamtp writes one sequence per document. megamtp also writes
+PREFIX.crc (checksums.py). Without that file, tokens are not checked for damage.
+
+Source: Megatron-LM, megatron/core/datasets/indexed_dataset.py.
 """
 
 import os
@@ -33,28 +38,28 @@ DTYPES = {
     code: np.dtype(name).newbyteorder("<")
     for code, name in enumerate(["u1", "i1", "i2", "i4", "i8", "f8", "f4", "u2"], start=1)
 }
-LONGEST_SEQUENCE = 2**31 - 1  # tokens that the index's int32 lengths can say
-WRITTEN_SEQUENCES = 1 << 20  # of the index that are in memory at a time while it is written
+LONGEST_SEQUENCE = 2**31 - 1  # tokens; lengths in the index are int32
+WRITTEN_SEQUENCES = 1 << 20  # whose offsets are in memory at a time while the index is written
 IDENTIFYING_TOKENS = 1 << 14
-CHECKED_SEQUENCES = 1 << 16  # of either end of the index that are checked when it is opened
+CHECKED_SEQUENCES = 1 << 16  # checked at both ends of the index when a dataset is opened
 
 
 def best_dtype(vocab_size: int) -> np.dtype:
-    """The smallest type that Megatron, too, would choose for ids below `vocab_size`."""
+    """Returns the smallest type for token ids below `vocab_size`, the same that Megatron-LM chooses."""
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
 
 def _paths(prefix: Path | str) -> tuple[Path, Path, Path]:
-    """The .bin, .idx and .crc path of a prefix, which may already carry one of the first two suffixes."""
+    """Returns the .bin, .idx and .crc paths of a prefix, which may already end in .bin or .idx."""
     stem = str(prefix).removesuffix(".bin").removesuffix(".idx")
     return Path(stem + ".bin"), Path(stem + ".idx"), Path(stem + ".crc")
 
 
 class IndexedDatasetWriter:
-    """Context manager that writes PREFIX.bin, .idx and .crc under temporary names and publishes them only on a clean
-    exit.
+    """Writes PREFIX.bin, .idx and .crc under temporary names, and renames them when its block ends without exception.
 
-    The .idx comes last and an old one goes first, so a run killed at any time leaves no pair that looks whole.
+    The .idx file is removed first and appears last, so a process that is killed never leaves a mixture of old and new
+    files that looks complete.
     """
 
     def __init__(self, prefix: Path | str, dtype: np.dtype | type):
@@ -71,7 +76,7 @@ class IndexedDatasetWriter:
         """Appends one document, as one sequence or as sequences of `lengths` tokens.
 
         Raises:
-            InputError: a token does not fit the type of the file, or a sequence is longer than the index can say.
+            InputError: a token does not fit the type of the file, or a sequence exceeds LONGEST_SEQUENCE.
         """
         tokens = np.asarray(tokens)
         lengths = [tokens.size] if lengths is None else lengths
@@ -86,15 +91,20 @@ class IndexedDatasetWriter:
             limits = np.iinfo(self.dtype)
             if not limits.min <= tokens.min() <= tokens.max() <= limits.max:
                 raise InputError(
-                    f"found token ids {tokens.min()} to {tokens.max()}, expected {limits.min} to {limits.max} "
+                    f"found token ids {tokens.min()} to {tokens.max()}; expected {limits.min} to {limits.max} "
                     f"for {self.dtype.name}: choose the type with best_dtype"
                 )
         if max(lengths, default=0) > LONGEST_SEQUENCE:
-            raise InputError(f"found a document of {max(lengths)} tokens, expected at most {LONGEST_SEQUENCE}: cut it")
+            raise InputError(
+                f"found a document of {max(lengths)} tokens; expected at most {LONGEST_SEQUENCE}: split it"
+            )
 
     def add_documents(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Appends documents of one sequence each: `tokens` of the file's type [sum of lengths], int32 `lengths`
-        [documents].
+        """Appends documents of one sequence each.
+
+        Args:
+            tokens: [sum of lengths], of the file's type.
+            lengths: int32 [documents].
         """
         self._write(tokens)
         first = len(self._lengths) + 1
@@ -116,14 +126,14 @@ class IndexedDatasetWriter:
             self._partial_bin.unlink(missing_ok=True)
             self._partial_idx.unlink(missing_ok=True)
             self._partial_crc.unlink(missing_ok=True)
-            self._stream.close()  # last, since it raises if the disk is full
+            self._stream.close()  # last, because it raises OSError if the disk is full
 
     def _publish(self) -> None:
         with open(self._partial_idx, "wb") as index:
             self._write_index(index)
             _flush_to_disk(index)
         with open(self._partial_crc, "wb") as checksums:
-            checksums.write(self._checksums.file())
+            checksums.write(self._checksums.file_content())
             _flush_to_disk(checksums)
         _flush_to_disk(self._stream)
         self._idx_path.unlink(missing_ok=True)
@@ -150,11 +160,16 @@ def _flush_to_disk(stream: BinaryIO) -> None:
 
 
 class IndexedDataset:
-    """Memory-mapped documents of PREFIX.bin and .idx: `len` documents, `dataset[i]` the tokens [length] of one.
+    """The memory-mapped documents of a corpus: dataset[i] returns the tokens [length] of document i.
 
-    Opening reads the ends of the index alone, whatever its size; what lies between is checked where it is read, and so
-    are tokens if there is a .crc. `num_tokens` counts tokens; `name` is the prefix, for messages. Raises InputError for
-    files that are missing, truncated, of another format, or that contradict each other.
+    Opening a dataset checks only the two ends of the index, so it takes the same time for any size. The rest of the
+    index is checked where it is read, and so are tokens if there is a .crc file.
+
+    Attributes:
+        name: the prefix, for messages.
+
+    Raises:
+        InputError: a file is missing, truncated or of another format, or the files are inconsistent.
     """
 
     def __init__(self, prefix: Path | str):
@@ -170,9 +185,9 @@ class IndexedDataset:
     def _check_ends(self) -> None:
         lengths, documents = self._lengths, self._documents
         if len(lengths) and self._pointers[0] != 0:
-            raise _bad_file(self._idx_path, "lengths and pointers contradict each other")
+            raise _bad_file(self._idx_path, "its lengths and offsets are inconsistent")
         if documents[0] != 0 or documents[-1] != len(lengths):
-            raise _bad_file(self._idx_path, "document numbers do not rise from 0 to the number of sequences")
+            raise _bad_file(self._idx_path, "its document numbers do not increase from 0 to the number of sequences")
         for first in {0, max(0, len(lengths) - CHECKED_SEQUENCES)}:
             self._check_sequences(first, first + CHECKED_SEQUENCES)
         for first in {0, max(0, len(documents) - CHECKED_SEQUENCES)}:
@@ -180,17 +195,17 @@ class IndexedDataset:
 
     def _check_sequences(self, first: int, stop: int) -> None:
         lengths, pointers = self._lengths[first:stop].astype(np.int64), self._pointers[first : stop + 1]
-        follow = pointers[: len(lengths)] + lengths * self.dtype.itemsize
-        if (lengths < 0).any() or (follow[: len(pointers) - 1] != pointers[1:]).any():
-            raise _bad_file(self._idx_path, "lengths and pointers contradict each other")
+        ends = pointers[: len(lengths)] + lengths * self.dtype.itemsize
+        if (lengths < 0).any() or (ends[: len(pointers) - 1] != pointers[1:]).any():
+            raise _bad_file(self._idx_path, "its lengths and offsets are inconsistent")
 
     def _check_documents(self, first: int, stop: int) -> None:
         documents = self._documents[first:stop]
         if (documents < 0).any() or (documents > len(self._lengths)).any() or (np.diff(documents) < 0).any():
-            raise _bad_file(self._idx_path, "document numbers do not rise from 0 to the number of sequences")
+            raise _bad_file(self._idx_path, "its document numbers do not increase from 0 to the number of sequences")
 
     def _sequence_start(self, sequence: int) -> int:
-        """Tokens before a sequence; before the end, if it is the number of sequences."""
+        """Returns the number of tokens before a sequence, or of all tokens for the number of sequences."""
         if sequence < len(self._lengths):
             return int(self._pointers[sequence]) // self.dtype.itemsize
         return int(self._pointers[-1]) // self.dtype.itemsize + int(self._lengths[-1]) if sequence else 0
@@ -198,12 +213,12 @@ class IndexedDataset:
     def _map_tokens(self) -> np.ndarray:
         expected_bytes = self.num_tokens * self.dtype.itemsize
         try:
-            found_bytes = self._bin_path.stat().st_size
-            if found_bytes != expected_bytes:
-                raise _bad_file(self._bin_path, f"{found_bytes} bytes, but its index says {expected_bytes}")
+            num_bytes = self._bin_path.stat().st_size
+            if num_bytes != expected_bytes:
+                raise _bad_file(self._bin_path, f"{num_bytes} bytes, but its index says {expected_bytes}")
             if self.num_tokens == 0:  # an empty file cannot be mapped
                 return np.empty(0, self.dtype)
-            # a plain view of it, whose slices cost less
+            # Slices of a plain array are cheaper than slices of a memmap.
             return np.asarray(np.memmap(self._bin_path, self.dtype, mode="r"))
         except OSError as error:
             raise _unreadable(self._bin_path, error) from None
@@ -219,18 +234,20 @@ class IndexedDataset:
         return self.tokens(self.document_start(document), self.document_start(document + 1))
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start .. stop of all documents in a row, a read-only view; short if `stop` lies past the end.
+        """Returns a read-only view of tokens [start, stop) of all documents in a row. `stop` may exceed the end.
 
         Raises:
-            InputError: they are not those that were written, by their checksums.
+            InputError: the tokens do not match their checksums.
         """
         if self._checksums:
             self._check_content(self._checksums, start, min(stop, self.num_tokens))
         return self._tokens[start:stop]
 
     def crc32_of_ends(self) -> int:
-        """The CRC-32 of the first and the last 16 Ki tokens, by which a corpus is recognised. Raises InputError: see
-        tokens.
+        """Returns the CRC-32 of the first and the last 16 Ki tokens, which identifies a corpus.
+
+        Raises:
+            InputError: the tokens do not match their checksums.
         """
         first = self.tokens(0, IDENTIFYING_TOKENS)
         last = self.tokens(max(0, self.num_tokens - IDENTIFYING_TOKENS), self.num_tokens)
@@ -238,19 +255,19 @@ class IndexedDataset:
 
     def _check_content(self, checksums: Checksums, start: int, stop: int) -> None:
         size = self.dtype.itemsize
-        damaged = checksums.damaged(start * size, stop * size)
-        if damaged:
-            begin, end = damaged
+        damage = checksums.find_damage(start * size, stop * size)
+        if damage:
+            begin, end = damage
             first, last = self.document_at(begin // size), self.document_at((end - 1) // size)
             documents = f"document {first}" if first == last else f"documents {first} to {last}"
             raise InputError(
-                f"{self._bin_path}: bytes {begin} to {end}, in {documents}, have another checksum than in "
-                f"{self.name}.crc; expected them as they were written: copy the corpus again, or make it again "
+                f"{self._bin_path}: the checksum of bytes {begin} to {end}, in {documents}, differs from "
+                f"{self.name}.crc; expected undamaged tokens: copy the corpus again, or prepare it again "
                 "(prepare_data --overwrite)"
             )
 
     def document_start(self, document: int) -> int:
-        """Tokens before a document; before the end, if it is the number of documents."""
+        """Returns the number of tokens before a document, or of all tokens for the number of documents."""
         sequence = int(self._documents[document])
         if not 0 <= sequence <= len(self._lengths):
             raise _bad_file(
@@ -259,19 +276,19 @@ class IndexedDataset:
         return self._sequence_start(sequence)
 
     def document_at(self, token: int) -> int:
-        """The document that holds the token at this place, by bisection."""
+        """Returns the document that holds the token at this position, found by bisection."""
         return bisect_right(self._documents, self._sequence_at(token)) - 1
 
     def boundaries(self, start: int, stop: int) -> np.ndarray:
-        """int64: the places in (start, stop) at which a document begins, each once, rising; empty documents have none.
+        """Returns the positions in (start, stop) at which a document begins, int64, sorted and unique.
 
         Raises:
-            InputError: the index contradicts itself there.
+            InputError: the index is inconsistent there.
         """
         first_sequence, last_sequence = self._sequence_at(start), self._sequence_at(stop - 1)
         self._check_sequences(first_sequence, last_sequence + 1)
         first, last = (bisect_right(self._documents, sequence) for sequence in (first_sequence, last_sequence))
-        # one more to either side, since a wrong one can mislead bisection
+        # Also check one entry on each side: a wrong entry can lead the bisection to a wrong place.
         self._check_documents(max(0, first - 2), last + 2)
         return np.unique(self._pointers[self._documents[first:last]] // self.dtype.itemsize)
 
@@ -280,8 +297,9 @@ class IndexedDataset:
 
 
 def _check_prefix(prefix: str, bin_path: Path, idx_path: Path) -> None:
-    """Raises InputError where a prefix names no files, which is then more likely misspelt than damaged."""
-    if os.path.exists(bin_path) or os.path.exists(idx_path):  # unlike Path's, False where the name is too long
+    """Raises InputError if a prefix names no files, because it is then probably misspelt."""
+    # Path.exists would raise OSError for a name that is too long.
+    if os.path.exists(bin_path) or os.path.exists(idx_path):
         return
     folder = Path(prefix) if os.path.isdir(prefix) else Path(prefix).parent
     try:
@@ -289,18 +307,18 @@ def _check_prefix(prefix: str, bin_path: Path, idx_path: Path) -> None:
     except OSError:
         present = []
     if os.path.isdir(prefix):
-        found = f"{prefix} is a folder"
+        problem = f"{prefix} is a folder"
     elif prefix.endswith((".bin", ".idx")):
-        found = f"{prefix}: No such file or directory"
+        problem = f"{prefix}: No such file or directory"
     else:
-        found = f"{prefix}.bin and .idx: No such file or directory"
+        problem = f"{prefix}.bin and .idx: No such file or directory"
     examples = f", such as {' or '.join(map(str, present[:3]))}" if present else ""
     several = "; several corpora need a weight each: WEIGHT PREFIX WEIGHT PREFIX ..." if len(prefix.split()) > 1 else ""
-    raise InputError(f"{found}; expected the prefix of a corpus's .bin and .idx files{examples}{several}")
+    raise InputError(f"{problem}; expected the prefix of a corpus's .bin and .idx files{examples}{several}")
 
 
 def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
-    """The token type, and the index's three arrays, memory-mapped."""
+    """Returns the token type and the memory-mapped lengths, offsets and document numbers of an index."""
     try:
         with open(path, "rb") as stream:
             header = stream.read(HEADER.size)
@@ -329,7 +347,7 @@ def _unreadable(path: Path, error: OSError) -> InputError:
     )
 
 
-def _bad_file(path: Path, found: str) -> InputError:
+def _bad_file(path: Path, problem: str) -> InputError:
     return InputError(
-        f"{path}: {found}; expected whole .bin and .idx files of tokens: make them again (prepare_data --overwrite)"
+        f"{path}: {problem}; expected complete .bin and .idx files: prepare the corpus again (prepare_data --overwrite)"
     )

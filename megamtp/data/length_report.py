@@ -1,4 +1,4 @@
-"""The histogram of documents' lengths as a picture."""
+"""Draws the histogram of document lengths."""
 
 import io
 
@@ -6,8 +6,12 @@ import numpy as np
 
 
 def draw_lengths(lengths: np.ndarray) -> bytes:
-    """A PNG of int64 [bins]: how many documents have 2**i to 2**(i+1) - 1 tokens."""
-    from matplotlib.figure import Figure  # takes longer to import than a small corpus to make
+    """Returns a PNG image of the histogram.
+
+    Args:
+        lengths: int64 [bins], the number of documents with 2**i to 2**(i+1) - 1 tokens.
+    """
+    from matplotlib.figure import Figure  # importing matplotlib takes longer than preparing a small corpus
 
     bins = np.flatnonzero(lengths)
     shown = np.arange(bins.min(), bins.max() + 1)

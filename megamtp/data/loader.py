@@ -1,6 +1,4 @@
-"""Which windows each rank reads at each step: the order of windows depends neither on the ranks nor on where a run
-resumes.
-"""
+"""Loads each rank's micro-batches. The order of windows depends neither on the ranks nor on where a run resumes."""
 
 import itertools
 from collections.abc import Iterator
@@ -16,15 +14,18 @@ from megamtp.data.windows import Window, Windows
 from megamtp.errors import InputError
 from megamtp.targets import IGNORED
 
-STEPS_AHEAD = 2  # that are read while the engine is at work
+STEPS_AHEAD = 2  # read by a thread while the engine runs the current step
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch: int64 inputs [B, T] and targets [n, B, T], some of which may be IGNORED.
+    """A micro-batch.
 
-    documents: int64 [B, T], rising in each row: attention stays among the positions of equal ones. None: it does not
-    stop.
+    Attributes:
+        inputs: int64 [B, T].
+        targets: int64 [n, B, T]; some may be IGNORED.
+        documents: int64 [B, T], non-decreasing in each row. Attention is restricted to positions of the same document.
+            None: attention is causal only.
     """
 
     inputs: Tensor
@@ -32,25 +33,26 @@ class Batch:
     documents: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
+        """Returns a copy on another device."""
         documents = None if self.documents is None else self.documents.to(device)
         return Batch(self.inputs.to(device), self.targets.to(device), documents)
 
 
 class WindowSequence(Protocol):
-    """An endless sequence of windows: one corpus in shuffled epochs (Windows), or several (Blend)."""
+    """An endless sequence of windows: shuffled epochs of one corpus (Windows), or several corpora (Blend)."""
 
     @property
     def targets_can_be_ignored(self) -> bool: ...
 
-    def at(self, places: np.ndarray) -> list[Window]: ...
+    def windows_at(self, indices: np.ndarray) -> list[Window]: ...
 
 
 class TrainLoader:
-    """The micro-batches of one rank.
+    """Loads the micro-batches of one rank.
 
-    Steps take windows of the endless sequence in a row, G each; step `first_step` begins at window `first_window`. Of a
-    global batch, micro-batch a of rank r (of D, with B windows each) takes B windows from place (a * D + r) * B. A
-    thread reads the steps that come next; `close` ends it.
+    Each step takes the next G windows of the endless sequence; step `first_step` starts at window `first_window`. Of
+    the G windows, micro-batch a of rank r takes those from (a * D + r) * B to (a * D + r + 1) * B, with D ranks and B
+    windows per micro-batch. A thread reads the next steps ahead until `close` is called.
 
     Raises:
         InputError: the global batch G is not a multiple of D * B.
@@ -79,20 +81,20 @@ class TrainLoader:
         self._ahead: dict[int, Future] = {}
 
     def windows_before(self, step: int) -> int:
-        """How many windows of the sequence the steps before `step` (from 0) have taken."""
+        """Returns the index of the first window of `step` (from 0) in the endless sequence."""
         return self._window_of_step_0 + step * self.global_batch_windows
 
     def micro_batches(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of step `step` (from 0), which are ready if it follows the last one asked for.
+        """Returns this rank's micro-batches of a step (from 0). They have been read ahead if steps are consecutive.
 
         Raises:
-            InputError: a record of this step is damaged.
+            InputError: a window of this step is damaged.
         """
         self._read_ahead(step)
         return self._ahead.pop(step).result()
 
-    def damage(self, step: int) -> str | None:
-        """What is wrong with the records of step `step`, if anything is; waits until it is read."""
+    def read_error(self, step: int) -> str | None:
+        """Waits until a step has been read. Returns the message of an InputError, or None."""
         self._read_ahead(step)
         error = self._ahead[step].exception()
         if error is not None and not isinstance(error, InputError):
@@ -100,7 +102,7 @@ class TrainLoader:
         return None if error is None else str(error)
 
     def _read_ahead(self, step: int) -> None:
-        """Has the thread read this step and the next ones, and forget others."""
+        """Lets the thread read this step and the next ones, and drops all others."""
         if self._reader is None:
             self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="megamtp data")
         wanted = range(step, step + 1 + STEPS_AHEAD)
@@ -111,17 +113,17 @@ class TrainLoader:
                 self._ahead[number] = self._reader.submit(self.read, number)
 
     def read(self, step: int) -> list[Batch]:
-        """What `micro_batches` returns, read now and here."""
+        """Returns the same as `micro_batches`, read in the calling thread."""
         first = self.windows_before(step) + self.rank * self.micro_batch_size
         starts = first + np.arange(self.accumulation) * self.world_size * self.micro_batch_size
-        windows = self.windows.at((starts[:, None] + np.arange(self.micro_batch_size)).flatten())
+        windows = self.windows.windows_at((starts[:, None] + np.arange(self.micro_batch_size)).flatten())
         return [
             _stack(windows[first : first + self.micro_batch_size])
             for first in range(0, len(windows), self.micro_batch_size)
         ]
 
     def close(self) -> None:
-        """Ends the thread when it has read the step it is at."""
+        """Ends the thread after the step that it is reading."""
         if self._reader is not None:
             self._reader.shutdown(cancel_futures=True)
             self._reader = None
@@ -131,21 +133,22 @@ class TrainLoader:
 def evaluation_batches(
     windows: Windows, micro_batch_size: int, rank: int, world_size: int, max_windows: int | None
 ) -> Iterator[Batch]:
-    """The first `max_windows` windows (None: all), each on exactly one rank; every rank gets equally many batches.
+    """Yields the first `max_windows` windows (None: all), each on exactly one rank, in equally many batches per rank.
 
-    A rank without a window left gets one whose targets are all IGNORED: engines need all ranks in every call.
+    Engines need all ranks in every call, so a rank that has no windows left gets windows whose targets are all IGNORED.
     """
-    number = len(windows) if max_windows is None else min(max_windows, len(windows))
-    for first in range(0, number, micro_batch_size * world_size):
-        places = np.arange(micro_batch_size) + first + rank * micro_batch_size
-        batch = _stack([windows[min(int(place), number - 1)] for place in places])
-        batch.targets[:, torch.from_numpy(places >= number)] = IGNORED
+    num_windows = len(windows) if max_windows is None else min(max_windows, len(windows))
+    for first in range(0, num_windows, micro_batch_size * world_size):
+        indices = np.arange(micro_batch_size) + first + rank * micro_batch_size
+        batch = _stack([windows[min(int(index), num_windows - 1)] for index in indices])
+        batch.targets[:, torch.from_numpy(indices >= num_windows)] = IGNORED
         yield batch
 
 
 def read_group(batches: Iterator[Batch], size: int) -> tuple[list[Batch], str | None]:
-    """The next `size` batches, or those that are left, and what is wrong with a record that ends the group early, if
-    one does.
+    """Returns the next `size` batches, or as many as are left or undamaged, and the error message of a damaged window.
+
+    The message is None if no window is damaged.
     """
     group: list[Batch] = []
     try:

@@ -1,6 +1,4 @@
-"""Finished parts -> train and validation files: which documents are duplicates, which are held out, and everything
-in order.
-"""
+"""Merges tokenised shards into train and validation files: drops duplicates and holds out validation documents."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -11,9 +9,9 @@ import numpy as np
 from tqdm import tqdm
 
 from megamtp.data.indexed_dataset import IndexedDatasetWriter, best_dtype
-from megamtp.data.jobs import TokenisationJob, too_few
-from megamtp.data.parts import Part, open_part
 from megamtp.data.shards import Shard
+from megamtp.data.tokenisation import TokenisationTask, too_few_documents
+from megamtp.data.tokenised_shards import TokenisedShard, open_tokenised_shard
 
 SPLITS = ("train", "validation")
 CHUNK_TOKENS = 1 << 24
@@ -22,12 +20,13 @@ BUCKETS = 64
 
 @dataclass
 class Totals:
-    """What was merged.
+    """Statistics of the merged documents.
 
     Attributes:
-        lengths: int64 [32], documents of 2**i to 2**(i+1) - 1 tokens, their ends included.
-        space_marks, end_markers: documents that hold such, as in parts.DOCUMENT.
-        validation_counts: int64 [vocabulary], how often each token is in the validation split.
+        validation_counts: int64 [vocabulary], how often each token occurs in the validation split.
+        num_bytes: the size of all texts in UTF-8 bytes.
+        space_marks, end_markers: the numbers of documents with these columns set, see tokenised_shards.DOCUMENT.
+        lengths: int64 [32], the numbers of documents of 2**i to 2**(i+1) - 1 tokens, with end-of-document tokens.
     """
 
     validation_counts: np.ndarray
@@ -42,107 +41,109 @@ class Totals:
     skipped_records: int = 0
 
 
-class Parts:
-    """The finished parts of all shards in order, opened one at a time, without their duplicates once those are
-    found.
-    """
+class TokenisedShards:
+    """All tokenised shards in order, opened one at a time."""
 
-    def __init__(self, shards: list[Shard], job: TokenisationJob, vocab_size: int):
-        self._shards, self._job, self.vocab_size = shards, job, vocab_size
+    def __init__(self, shards: list[Shard], task: TokenisationTask, vocab_size: int):
+        self._shards, self._task, self.vocab_size = shards, task, vocab_size
         self.dtype = best_dtype(vocab_size)
-        self._kept: list[np.ndarray] | None = None
+        self._kept: list[np.ndarray] | None = None  # by shard; None: all documents
 
     def __len__(self) -> int:
         return len(self._shards)
 
-    def __iter__(self) -> Iterator[tuple[Part, np.ndarray]]:
-        """(part, which of its documents are kept [documents])."""
+    def __iter__(self) -> Iterator[tuple[TokenisedShard, np.ndarray]]:
+        """Yields (shard, bool [documents]: whether each document is kept)."""
         for index, shard in enumerate(self._shards):
-            part = open_part(shard, self._job, self.dtype)
-            yield part, np.ones(len(part.documents), dtype=bool) if self._kept is None else self._kept[index]
+            tokenised = open_tokenised_shard(shard, self._task, self.dtype)
+            yield tokenised, np.ones(len(tokenised.documents), dtype=bool) if self._kept is None else self._kept[index]
 
     def drop_duplicates(self) -> None:
-        """Keeps the first of the documents whose texts have the same hash. Needs 17 bytes a document and some more
-        for a while.
-        """
-        sizes = [len(part.documents) for part, _ in self]
+        """Keeps only the first of documents with the same text hash. Keeps 17 bytes per document in memory."""
+        sizes = [len(shard.documents) for shard, _ in self]
         high, low = np.empty(sum(sizes), dtype=np.uint64), np.empty(sum(sizes), dtype=np.uint64)
         start = 0
-        for part, _ in self:
-            stop = start + len(part.documents)
-            high[start:stop], low[start:stop] = part.documents["text_high"], part.documents["text_low"]
+        for shard, _ in self:
+            stop = start + len(shard.documents)
+            high[start:stop], low[start:stop] = shard.documents["text_high"], shard.documents["text_low"]
             start = stop
         self._kept = np.split(_is_first(high, low), np.cumsum(sizes)[:-1])
 
-    def names(self) -> Iterator[np.ndarray]:
-        """The split hashes of kept documents, part by part."""
-        for part, kept in self:
-            yield part.documents["name"][kept]
+    def split_hashes(self) -> Iterator[np.ndarray]:
+        """Yields the split hashes of the kept documents of each shard."""
+        for shard, kept in self:
+            yield shard.documents["name"][kept]
 
 
 def _is_first(high: np.ndarray, low: np.ndarray) -> np.ndarray:
-    """Which of 128-bit numbers have no equal before them; in buckets, since a sort of all would need more memory."""
+    """Returns whether each 128-bit number is the first of its value.
+
+    Sorts bucket by bucket, because sorting all numbers at once would need more memory.
+    """
     first = np.ones(len(high), dtype=bool)
     bucket_of = (high % BUCKETS).astype(np.uint8)
     for bucket in range(BUCKETS):
-        places = np.flatnonzero(bucket_of == bucket)
-        places = places[np.lexsort((low[places], high[places]))]  # stable: equals stay in order
-        same = (high[places[1:]] == high[places[:-1]]) & (low[places[1:]] == low[places[:-1]])
-        first[places[1:][same]] = False
+        indices = np.flatnonzero(bucket_of == bucket)
+        indices = indices[np.lexsort((low[indices], high[indices]))]  # a stable sort: equal numbers stay in order
+        same = (high[indices[1:]] == high[indices[:-1]]) & (low[indices[1:]] == low[indices[:-1]])
+        first[indices[1:][same]] = False
     return first
 
 
-def split_limit(parts: Parts, validation_fraction: float, place: str) -> int:
-    """Documents whose split hash is below this are held out: at least one, and never all. Memory: a 65536th of the
-    hashes.
+def split_threshold(shards: TokenisedShards, validation_fraction: float, inputs: str) -> int:
+    """Returns the split hash below which documents are held out: at least one document, and never all.
 
-    Documents of one name, from several inputs, stay together.
+    Documents of the same name, from several inputs, have the same hash and stay together. Only a histogram of the
+    hashes' upper 16 bits and one of its bins are in memory.
+
+    Args:
+        inputs: named in the error message.
 
     Raises:
-        InputError: there are fewer than two names. `place` says where in the message.
+        InputError: there are fewer than two different names.
     """
     counts, smallest, largest = np.zeros(1 << 16, dtype=np.int64), None, None
-    for names in parts.names():
-        if len(names):
-            counts += np.bincount((names >> np.uint64(48)).astype(np.int64), minlength=1 << 16)
-            smallest = min(int(names.min()), smallest if smallest is not None else 1 << 64)
-            largest = max(int(names.max()), largest or 0)
+    for hashes in shards.split_hashes():
+        if len(hashes):
+            counts += np.bincount((hashes >> np.uint64(48)).astype(np.int64), minlength=1 << 16)
+            smallest = min(int(hashes.min()), smallest if smallest is not None else 1 << 64)
+            largest = max(int(hashes.max()), largest or 0)
     if smallest == largest:
-        raise too_few(0 if smallest is None else 1, place)
+        raise too_few_documents(0 if smallest is None else 1, inputs)
     total = int(counts.sum())
-    wanted = min(total - 1, max(1, round(validation_fraction * total)))
-    bin_number = int(np.searchsorted(np.cumsum(counts), wanted))
-    in_bin = np.sort(np.concatenate([names[names >> np.uint64(48) == bin_number] for names in parts.names()]))
-    last = int(in_bin[wanted - int(counts[:bin_number].sum()) - 1])
+    num_held_out = min(total - 1, max(1, round(validation_fraction * total)))
+    bin_number = int(np.searchsorted(np.cumsum(counts), num_held_out))
+    in_bin = np.sort(
+        np.concatenate([hashes[hashes >> np.uint64(48) == bin_number] for hashes in shards.split_hashes()])
+    )
+    last = int(in_bin[num_held_out - int(counts[:bin_number].sum()) - 1])
     return last if last == largest else last + 1
 
 
-def write_splits(parts: Parts, limit: int, output: Path) -> Totals:
+def write_splits(shards: TokenisedShards, threshold: int, output: Path) -> Totals:
     """Writes train and validation .bin, .idx and .crc into `output`. Raises OSError."""
-    totals = Totals(np.zeros(parts.vocab_size, dtype=np.int64))
+    totals = Totals(np.zeros(shards.vocab_size, dtype=np.int64))
     with ExitStack() as stack:
-        writers = {split: stack.enter_context(IndexedDatasetWriter(output / split, parts.dtype)) for split in SPLITS}
-        for part, kept in tqdm(parts, unit=" parts", desc="merging", disable=None, dynamic_ncols=True):
-            totals.not_utf8 += part.not_utf8
-            totals.skipped_records += len(part.bad_records)
+        writers = {split: stack.enter_context(IndexedDatasetWriter(output / split, shards.dtype)) for split in SPLITS}
+        for shard, kept in tqdm(shards, unit=" shards", desc="merging", disable=None, dynamic_ncols=True):
+            totals.not_utf8 += shard.not_utf8
+            totals.skipped_records += len(shard.bad_records)
             totals.duplicates += int((~kept).sum())
-            held_out = part.documents["name"] < np.uint64(limit)
-            for documents, tokens in _chunks(part):
-                for split, wanted in (("train", ~held_out), ("validation", held_out)):
-                    _append(
-                        split, writers[split], part.documents[documents], tokens, (wanted & kept)[documents], totals
-                    )
+            held_out = shard.documents["name"] < np.uint64(threshold)
+            for rows, tokens in _chunks(shard):
+                for split, in_split in (("train", ~held_out), ("validation", held_out)):
+                    _append(split, writers[split], shard.documents[rows], tokens, (in_split & kept)[rows], totals)
     return totals
 
 
-def _chunks(part: Part) -> Iterator[tuple[slice, np.ndarray]]:
-    """(documents, their tokens), CHUNK_TOKENS or one document at a time."""
-    ends = np.cumsum(part.documents["length"], dtype=np.int64)
+def _chunks(shard: TokenisedShard) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yields (rows of documents, their tokens), with at most CHUNK_TOKENS tokens or a single document."""
+    ends = np.cumsum(shard.documents["length"], dtype=np.int64)
     start = 0
     while start < len(ends):
         first_token = int(ends[start - 1]) if start else 0
         stop = max(start + 1, int(np.searchsorted(ends, first_token + CHUNK_TOKENS, side="right")))
-        yield slice(start, stop), part.tokens[first_token : int(ends[stop - 1])]
+        yield slice(start, stop), shard.tokens[first_token : int(ends[stop - 1])]
         start = stop
 
 
@@ -151,18 +152,18 @@ def _append(
     writer: IndexedDatasetWriter,
     documents: np.ndarray,
     tokens: np.ndarray,
-    wanted: np.ndarray,
+    selected: np.ndarray,
     totals: Totals,
 ) -> None:
     lengths = documents["length"]
-    selected = tokens if wanted.all() else tokens[np.repeat(wanted, lengths)]
-    lengths = lengths[wanted]
-    writer.add_documents(selected, lengths)
+    tokens = tokens if selected.all() else tokens[np.repeat(selected, lengths)]
+    lengths = lengths[selected]
+    writer.add_documents(tokens, lengths)
     totals.documents[split] += len(lengths)
-    totals.tokens[split] += len(selected)
-    totals.num_bytes += int(documents["bytes"][wanted].sum())
-    totals.space_marks += int(documents["space_mark"][wanted].sum())
-    totals.end_markers += int(documents["end_marker"][wanted].sum())
+    totals.tokens[split] += len(tokens)
+    totals.num_bytes += int(documents["bytes"][selected].sum())
+    totals.space_marks += int(documents["space_mark"][selected].sum())
+    totals.end_markers += int(documents["end_marker"][selected].sum())
     totals.lengths += np.bincount(np.frexp(lengths)[1] - 1, minlength=len(totals.lengths))
     if split == "validation":
-        totals.validation_counts += np.bincount(selected, minlength=len(totals.validation_counts))
+        totals.validation_counts += np.bincount(tokens, minlength=len(totals.validation_counts))

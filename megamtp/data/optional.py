@@ -1,4 +1,4 @@
-"""Libraries that only some inputs need.
+"""Imports libraries that only some kinds of input need.
 
 Tests: tests/unit/data/test_records.py.
 """
@@ -10,9 +10,9 @@ from megamtp.errors import InputError
 
 
 def require(module: str) -> ModuleType:
-    """The module. Raises InputError: its library is not installed."""
+    """Imports and returns a module. Raises InputError if its library is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError:
         library = module.partition(".")[0]
-        raise InputError(f"{library} is not installed, expected for this input; run: pip install {library}") from None
+        raise InputError(f"{library} is not installed; expected it for this input: pip install {library}") from None

@@ -1,7 +1,7 @@
-"""Reads documents out of files: text, JSON lines (either also compressed) and Parquet, whole files or spans of them.
+"""Reads documents from text files, JSON lines (both may be compressed) and Parquet, from whole files or from spans.
 
-A document's name is its file's, for JSON lines with the byte and for Parquet with the row where it begins: what a
-shard's worker can know without reading the shards before.
+A document's name is the name of its file, plus the byte offset of a JSON line or the number of a Parquet row. A worker
+knows these without reading earlier shards.
 """
 
 import codecs
@@ -23,29 +23,29 @@ from megamtp.errors import InputError
 
 TEXT, JSON_LINES, PARQUET = FORMATS = ("text", "jsonl", "parquet")
 FORMAT_OF_SUFFIX = {".jsonl": JSON_LINES, ".ndjson": JSON_LINES, ".parquet": PARQUET}
-# A file's format is recognised by at most so many bytes, of a file that begins as a JSON object by so many.
+# A file's format is detected from its first START_BYTES, or JSON_START_BYTES if it begins like a JSON object.
 START_BYTES = 1 << 16
 JSON_START_BYTES = 1 << 24
 START_LINES = 10
-# JSON can spell these ("\ud800"), UTF-8 cannot.
+# JSON can encode these ("\ud800"), but UTF-8 cannot.
 LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 BLOCK_BYTES = 1 << 20
 PARQUET_ROWS = 1024
-# A number's value is not used; int() refuses those of more than 4300 digits.
+# The values of numbers are not used, and int() refuses more than 4300 digits, so only the first digits are parsed.
 DECODER = json.JSONDecoder(parse_int=lambda digits: int(digits[:9]))
 
 
 @dataclass(frozen=True)
 class Span:
-    """Documents of one file.
+    """A whole file, or a range of its documents.
 
     Attributes:
-        name: identifies the file whatever folder it lies in.
+        name: identifies the file, and does not depend on where the input folder lies.
         format: one of FORMATS.
-        start, stop: JSON lines that begin in these bytes, these row groups of Parquet, or these bytes of a text that is
-            cut in pieces; stop None: all of the file.
-        first_piece: number of the first piece of such a text.
-        skipped: names of documents that are left out.
+        start, stop: a range of bytes in which JSON lines begin, of Parquet row groups, or of the bytes of a text that
+            is cut into pieces. stop=None: up to the end of the file.
+        first_piece: the number of the first piece of a text that is cut into pieces.
+        skipped: names of documents to leave out.
     """
 
     name: str
@@ -58,22 +58,27 @@ class Span:
 
 
 class _BadRecord(Exception):
-    """What was found in a record, and what was expected instead."""
+    """A record without a valid text.
 
-    def __init__(self, found: str, expected: str):
-        super().__init__(found, expected)
-        self.found, self.expected = found, expected
+    Attributes:
+        problem: what the record holds.
+        expected: what it should hold, and the remedy.
+    """
+
+    def __init__(self, problem: str, expected: str):
+        super().__init__(problem, expected)
+        self.problem, self.expected = problem, expected
 
 
 @dataclass
 class Reader:
-    """Reads documents and keeps account of what it passes over.
+    """Reads documents, and records which files and records it skips.
 
     Attributes:
-        json_key: of a JSON line or Parquet column that holds the text.
-        skip_bad_records: pass over JSON lines and Parquet rows without a text, instead of refusing them.
+        json_key: the key of a JSON line, or the Parquet column, that holds the text.
+        skip_bad_records: skip JSON lines and Parquet rows without a valid text, instead of raising an error.
         not_utf8: names of text files that were passed over because they are not UTF-8.
-        bad_records: places of records that were passed over, each with what was found there.
+        bad_records: records that were skipped, as "file:line: problem".
     """
 
     json_key: str = "text"
@@ -82,14 +87,13 @@ class Reader:
     bad_records: list[str] = field(default_factory=list)
 
     def documents(self, span: Span) -> Iterator[tuple[str, str]]:
-        """(name, text) of every document that is not empty.
+        """Yields (name, text) of every document that is not empty.
 
         Raises:
-            InputError: the file cannot be read or is damaged, or a record has no text under json_key and may not be
-                skipped.
+            InputError: the file cannot be read or is damaged, or a record has no valid text and may not be skipped.
         """
         read = {TEXT: self._text, JSON_LINES: self._json_lines, PARQUET: self._parquet}[span.format]
-        with _readable(span.path):
+        with _reading_errors(span.path):
             yield from read(span)
 
     def _text(self, span: Span) -> Iterator[tuple[str, str]]:
@@ -100,7 +104,7 @@ class Reader:
         if span.start == 0:
             content = content.removeprefix(codecs.BOM_UTF8)
         try:
-            text = content.decode()  # not read_text: line ends stay as they are
+            text = content.decode()  # unlike read_text, this keeps line ends unchanged
         except UnicodeDecodeError:
             self.not_utf8.append(span.name)
             return
@@ -110,21 +114,21 @@ class Reader:
     def _json_lines(self, span: Span) -> Iterator[tuple[str, str]]:
         lines_before = None
         with open_binary(span.path) as stream:
-            place = span.start
-            if place:
-                stream.seek(place - 1)
-                place += len(stream.readline()) - 1
+            offset = span.start
+            if offset:
+                stream.seek(offset - 1)
+                offset += len(stream.readline()) - 1
             for number, line in enumerate(stream, start=1):
-                if span.stop is not None and place >= span.stop:
+                if span.stop is not None and offset >= span.stop:
                     break
                 try:
-                    text = _json_text(line.removeprefix(codecs.BOM_UTF8) if place == 0 else line, self.json_key)
+                    text = _json_text(line.removeprefix(codecs.BOM_UTF8) if offset == 0 else line, self.json_key)
                 except _BadRecord as bad:
                     text, lines_before = "", _lines_before(span) if lines_before is None else lines_before
-                    self._pass_over(bad, span, str(lines_before + number))
+                    self._skip(bad, span, str(lines_before + number))
                 if text:
-                    yield f"{span.name}/{place}", text
-                place += len(line)
+                    yield f"{span.name}/{offset}", text
+                offset += len(line)
 
     def _parquet(self, span: Span) -> Iterator[tuple[str, str]]:
         with _open_parquet(span.path) as file:
@@ -138,41 +142,41 @@ class Reader:
                         text = _cell_text(value, self.json_key)
                     except _BadRecord as bad:
                         text = ""
-                        self._pass_over(bad, span, f"row {row}")
+                        self._skip(bad, span, f"row {row}")
                     if text:
                         yield f"{span.name}/{row}", text
                     row += 1
 
-    def _pass_over(self, bad: _BadRecord, span: Span, place: str) -> None:
-        """Raises InputError: bad records may not be skipped."""
+    def _skip(self, bad: _BadRecord, span: Span, line: str) -> None:
+        """Notes a bad record. Raises InputError if bad records may not be skipped."""
         if not self.skip_bad_records:
             raise InputError(
-                f"{span.path}:{place}: {bad.found}; {bad.expected}, or skip bad records with --on-bad-record skip"
+                f"{span.path}:{line}: {bad.problem}; {bad.expected}, or skip bad records with --on-bad-record skip"
             )
-        self.bad_records.append(f"{span.name}:{place}: {bad.found}")
+        self.bad_records.append(f"{span.name}:{line}: {bad.problem}")
 
 
 def content_suffix(path: Path) -> str:
-    """The suffix before any compression's, in small letters."""
+    """Returns a file's suffix in lower case, without the suffix of a compression."""
     return (Path(path.stem).suffix if compression.suffix(path) else path.suffix).lower()
 
 
-def recognise(path: Path, json_key: str, is_named: bool) -> str | None:
-    """The format of a file, one of FORMATS, by its name or else by its first bytes; None: it is binary.
+def detect_format(path: Path, json_key: str, is_named: bool) -> str | None:
+    """Returns a file's format, one of FORMATS, from its name or else from its first bytes. None: the file is binary.
 
-    A file is JSON lines if most of its first ten lines are JSON objects. If it has but one line, a JSON object, it may
-    as well be a program's settings, and has to have json_key.
+    A file is JSON lines if most of its first ten lines are JSON objects. A file with a single line that is a JSON
+    object could also be the settings of a program, so there the object must have json_key.
 
     Args:
-        is_named: the file is named as an input, instead of found in a folder: .json then means JSON lines.
+        is_named: the user named this file, so .json means JSON lines. Otherwise it was found in a folder.
 
     Raises:
-        InputError: it cannot be read, is damaged, or holds records in another form than JSON lines.
+        InputError: the file cannot be read, is damaged, or holds records in another form than JSON lines.
     """
     suffix = content_suffix(path)
-    if found := JSON_LINES if suffix == ".json" and is_named else FORMAT_OF_SUFFIX.get(suffix):
-        return found
-    with _readable(path), open_binary(path) as stream:
+    if implied := JSON_LINES if suffix == ".json" and is_named else FORMAT_OF_SUFFIX.get(suffix):
+        return implied
+    with _reading_errors(path), open_binary(path) as stream:
         start = stream.read(START_BYTES)
         is_whole = len(start) < START_BYTES
         if b"\0" in start:
@@ -184,13 +188,13 @@ def recognise(path: Path, json_key: str, is_named: bool) -> str | None:
     lines = start.split(b"\n")
     if not is_whole and len(lines) == 1 and start.lstrip().startswith(b"{"):
         raise InputError(
-            f"{path}: begins as JSON, with a line of more than {JSON_START_BYTES >> 20} MiB; expected JSON lines or "
-            "text: say which with --format, or leave the file out with --exclude"
+            f"{path}: begins like JSON, with a line of more than {JSON_START_BYTES >> 20} MiB; expected JSON lines or "
+            "text: set --format, or leave the file out with --exclude"
         )
     objects = [_object(line) for line in islice(filter(bytes.strip, lines if is_whole else lines[:-1]), START_LINES)]
     if len(objects) == 1 and is_whole and objects[0] is not None:
         return JSON_LINES if is_named or json_key in objects[0] else TEXT
-    num_objects = sum(found is not None for found in objects)
+    num_objects = sum(json_object is not None for json_object in objects)
     if objects and 2 * num_objects + (objects[0] is not None) > len(objects):
         return JSON_LINES
     _refuse_other_records(path, start, json_key)
@@ -198,7 +202,7 @@ def recognise(path: Path, json_key: str, is_named: bool) -> str | None:
 
 
 def _object(line: bytes) -> dict | None:
-    """The JSON object that is in this line, if there is one."""
+    """Returns the JSON object in a line, or None."""
     if not line.lstrip().startswith(b"{"):
         return None
     try:
@@ -208,9 +212,7 @@ def _object(line: bytes) -> dict | None:
 
 
 def _refuse_other_records(path: Path, start: bytes, json_key: str) -> None:
-    """Raises InputError: the first JSON value at the start of a file, or in an array there, is an object with a
-    text.
-    """
+    """Raises InputError if a file begins with a JSON object that has a text, or with an array of such objects."""
     text = start.decode(errors="replace").lstrip().removeprefix("[").lstrip()
     try:
         record, _ = DECODER.raw_decode(text)
@@ -218,19 +220,20 @@ def _refuse_other_records(path: Path, start: bytes, json_key: str) -> None:
         return
     if isinstance(record, dict) and isinstance(record.get(json_key), str):
         raise InputError(
-            f"{path}: JSON with {json_key!r}, but most of its first lines are not JSON objects; expected one object a "
-            "line: convert it, as with `jq -c`, read it as it is with --format text, or leave it out with --exclude"
+            f"{path}: JSON with {json_key!r}, but most of its first lines are not JSON objects; expected one object "
+            "per line: convert it, for example with `jq -c`, read it as text with --format text, or leave it out with "
+            "--exclude"
         )
 
 
 def num_row_groups(path: Path) -> int:
-    """Of a Parquet file. Raises InputError: it cannot be read or is damaged."""
-    with _readable(path), _open_parquet(path) as file:
+    """Returns the number of row groups in a Parquet file. Raises InputError if it cannot be read or is damaged."""
+    with _reading_errors(path), _open_parquet(path) as file:
         return file.num_row_groups
 
 
 def _lines_before(span: Span) -> int:
-    """The number of lines that begin before the span; read only for a message."""
+    """Returns the number of lines that begin before the span. Only messages need it."""
     if not span.start:
         return 0
     with open(span.path, "rb") as stream:
@@ -243,7 +246,7 @@ def _lines_before(span: Span) -> int:
 def _json_text(line: bytes, json_key: str) -> str:
     if not line.strip():
         return ""
-    one_object = "expected one object a line: mend the line, leave the file out, or read it as text with --format text"
+    one_object = "expected one object per line: fix the line, leave the file out, or read it as text with --format text"
     try:
         record = DECODER.decode(line.decode())
     except (ValueError, RecursionError) as error:
@@ -253,27 +256,27 @@ def _json_text(line: bytes, json_key: str) -> str:
     text = record.get(json_key)
     if not isinstance(text, str):
         if json_key in record:
-            found = "null" if text is None else type(text).__name__
-            raise _BadRecord(f"{json_key!r} is {found}", "expected a string: mend the line or give another --json-key")
+            kind = "null" if text is None else type(text).__name__
+            raise _BadRecord(f"{json_key!r} is {kind}", "expected a string: fix the line or set another --json-key")
         keys = ", ".join(map(repr, record))
-        raise _BadRecord(f"no text under {json_key!r} (found: {keys})", "give the right one with --json-key")
+        raise _BadRecord(f"no text under {json_key!r} (found: {keys})", "set the right key with --json-key")
     if b"\\u" in line and LONE_SURROGATE.search(text):
-        raise _BadRecord(f"half a surrogate pair under {json_key!r}", "expected Unicode text: mend the line")
+        raise _BadRecord(f"half a surrogate pair under {json_key!r}", "expected Unicode text: fix the line")
     return text
 
 
 def _check_column(path: Path, schema: Any, json_key: str) -> None:
     pyarrow = require("pyarrow")
     if json_key not in schema.names:
-        found = ", ".join(map(repr, schema.names))
-        raise InputError(f"{path}: no column {json_key!r} (found: {found}); give the right one with --json-key")
+        names = ", ".join(map(repr, schema.names))
+        raise InputError(f"{path}: no column {json_key!r} (found: {names}); set the right column with --json-key")
     column = values = schema.field(json_key).type
     if pyarrow.types.is_dictionary(column):
         values = column.value_type
     texts = (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view())
     if values not in (*texts, pyarrow.binary(), pyarrow.large_binary(), pyarrow.binary_view()):
         raise InputError(
-            f"{path}: column {json_key!r} holds {column}, expected strings; give the right one with --json-key"
+            f"{path}: column {json_key!r} holds {column}; expected strings: set the right column with --json-key"
         )
 
 
@@ -282,10 +285,10 @@ def _cell_text(value: Any, json_key: str) -> str:
         text = value.as_py()
         text = text.decode() if isinstance(text, bytes) else text
     except UnicodeDecodeError as error:
-        raise _BadRecord(f"not UTF-8 ({error})", "expected text: mend the row or leave the file out") from None
+        raise _BadRecord(f"not UTF-8 ({error})", "expected text: fix the row or leave the file out") from None
     if text is None:
-        found = f"no text under {json_key!r} (found: null)"
-        raise _BadRecord(found, "expected a string: mend the row or leave the file out")
+        problem = f"no text under {json_key!r} (found: null)"
+        raise _BadRecord(problem, "expected a string: fix the row or leave the file out")
     return text
 
 
@@ -294,13 +297,13 @@ def _open_parquet(path: Path) -> Any:
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Errors of reading `path` as one line."""
+def _reading_errors(path: Path) -> Iterator[None]:
+    """Turns errors of reading `path` into InputError."""
     try:
         yield
     except OSError as error:
         raise InputError(
-            f"{path}: {error.strerror or ' '.join(str(error).split())}; expected a readable file: mend it or leave it "
+            f"{path}: {error.strerror or ' '.join(str(error).split())}; expected a readable file: fix it or leave it "
             "out"
         ) from None
     except (EOFError, zlib.error, lzma.LZMAError) as error:
@@ -313,5 +316,5 @@ def _readable(path: Path) -> Iterator[None]:
 
 def _damaged(path: Path, error: Exception) -> InputError:
     return InputError(
-        f"{path}: damaged ({' '.join(str(error).split())}); expected a whole file: fetch it again or leave it out"
+        f"{path}: damaged ({' '.join(str(error).split())}); expected a complete file: copy it again or leave it out"
     )

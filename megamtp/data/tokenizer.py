@@ -1,4 +1,4 @@
-"""Tokenizers: SentencePiece, with the training of a code-friendly BPE model, and bytes."""
+"""Tokenizers: SentencePiece models, training of a BPE model that suits code, and bytes."""
 
 import io
 import random
@@ -16,29 +16,30 @@ from megamtp.data.indexed_dataset import best_dtype
 from megamtp.errors import InputError
 from megamtp.files import write_atomically
 
-# SentencePiece writes spaces as this character, so it reads one in a text as a space.
+# SentencePiece represents a space by this character, so it reads the character in a text as a space.
 SPACE_MARK = "\u2581"
-# How many texts write the end of a text. No tokenizer here reads it, or the name of its own end piece, as anything but
-# characters.
+# A common way to mark the end of a text. All tokenizers here encode it, and the name of their own end-of-document
+# piece, as ordinary characters.
 END_MARKER = "<|endoftext|>"
-# Training reads at most 5000 chunks of 4096 characters, about 20 MB: seconds of work, and merges hardly change beyond
-# it.
+# Training reads at most 5000 chunks of 4096 characters, about 20 MB. That takes seconds, and more text hardly changes
+# the merges.
 CHUNK_CHARACTERS = 4096
 MAX_CHUNKS = 5000
-# How train_sentencepiece trains. Every model records how it was trained, so these also tell our models from others.
+# The options of train_sentencepiece. A model file records its training options, so they also identify our models.
 TRAINER_OPTIONS = {
     "byte_fallback": True,
     "allow_whitespace_only_pieces": True,
     "split_digits": True,
-    "max_sentence_length": 4 * CHUNK_CHARACTERS,  # in UTF-8 bytes; longer ones would be dropped
+    "max_sentence_length": 4 * CHUNK_CHARACTERS,  # in UTF-8 bytes; longer sentences would be dropped
 }
 NORMALIZER_OPTIONS = {"add_dummy_prefix": False, "remove_extra_whitespaces": False}
 NO_NORMALIZATION = "identity"
 
 
 class ByteTokenizer:
-    """Tokens are the bytes of the text's UTF-8, and 256 ends a document. Source: the paper's byte-level models,
-    section 3.3.
+    """Token ids are the bytes of the text in UTF-8; 256 ends a document.
+
+    Source: Gloeckle et al. 2024, section 3.3 (byte-level models).
     """
 
     path = BYTES
@@ -49,11 +50,11 @@ class ByteTokenizer:
     keeps_space_marks = True
 
     def encode(self, text: str) -> list[int]:
-        """The bytes of `text`, without any end-of-document id."""
+        """Returns the bytes of `text`, without an end-of-document id."""
         return list(text.encode())
 
     def encode_documents(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of all texts in a row, each ended by the end-of-document id, and how many each has."""
+        """Returns (tokens of all texts in a row, number of tokens of each text), with end-of-document ids."""
         encoded = [text.encode() for text in texts]
         lengths = np.array([len(text) + 1 for text in encoded], dtype=np.int64)
         tokens = np.frombuffer(b"\0".join([*encoded, b""]), dtype=np.uint8).astype(np.uint16)
@@ -61,24 +62,26 @@ class ByteTokenizer:
         return tokens, lengths
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; bytes that are no UTF-8 become U+FFFD, the end of a document nothing."""
+        """Returns the text of `ids`. Invalid UTF-8 becomes U+FFFD; end-of-document ids are left out."""
         return bytes(int(token) for token in ids if token < 256).decode(errors="replace")
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model file. Raises InputError if it is missing, is no such model, or has no end-of-sequence
-    piece.
+    """A SentencePiece model.
 
-    The ids are those of the SentencePiece library. There is one exception: a model of `train_sentencepiece` encodes
-    U+2581 as the three bytes of its UTF-8, where the library would read a space. With such a model decode(encode(text))
-    == text for every text without lone surrogates.
+    The ids equal those of the SentencePiece library, with one exception: models of `train_sentencepiece` encode U+2581
+    as the three bytes of its UTF-8, where the library would read a space. With these models,
+    decode(encode(text)) == text for every text without lone surrogates.
 
     Attributes:
         processor: the library's tokenizer.
-        proto: the file's content: pieces, and how they were trained.
-        user_defined: ids of the pieces that the library finds in a text before it looks for any other.
-        end_markers: what looks like the end of a document in a text, and becomes ordinary characters.
-        keeps_space_marks: whether U+2581 has ids of its own, as in a model of `train_sentencepiece`.
+        proto: the content of the model file: the pieces and the training options.
+        user_defined: ids of user-defined pieces, which the library matches in a text before all others.
+        end_markers: strings that look like the end of a document, but are encoded as ordinary characters.
+        keeps_space_marks: U+2581 is distinguished from a space, as by models of `train_sentencepiece`.
+
+    Raises:
+        InputError: the file is missing, is not a SentencePiece model, or has no end-of-sequence piece.
     """
 
     def __init__(self, path: Path | str):
@@ -88,8 +91,8 @@ class SentencePieceTokenizer:
         self.end_of_document_id: int = self.processor.eos_id()
         if self.end_of_document_id < 0:
             raise InputError(
-                f"{path}: this tokenizer has no end-of-sequence piece, expected one to end each document with: "
-                "train the tokenizer with an eos_id, or let prepare_data train one"
+                f"{path}: this tokenizer has no end-of-sequence piece; expected one, to end each document: train the "
+                "tokenizer with an eos_id, or let prepare_data train one"
             )
         self.proto = ModelProto.FromString(self.processor.serialized_model_proto())
         user_defined = ModelProto.SentencePiece.USER_DEFINED
@@ -99,11 +102,11 @@ class SentencePieceTokenizer:
         self.keeps_space_marks = not self.user_defined and _is_ours(self.proto)
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of `text`, without any end-of-document id."""
+        """Returns the token ids of `text`, without an end-of-document id."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """The token ids of each text, as `encode` gives them."""
+        """Returns the token ids of each text, as `encode` does."""
         encoded = self.processor.encode(texts, num_threads=1)
         if self.keeps_space_marks:
             for index, text in enumerate(texts):
@@ -112,7 +115,7 @@ class SentencePieceTokenizer:
         return encoded
 
     def encode_documents(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of all texts in a row, each ended by the end-of-document id, and how many each has."""
+        """Returns (tokens of all texts in a row, number of tokens of each text), with end-of-document ids."""
         encoded = self.encode_batch(texts)
         lengths = np.array([len(ids) + 1 for ids in encoded], dtype=np.int64)
         tokens = np.full(lengths.sum(), self.end_of_document_id, dtype=best_dtype(self.vocab_size))
@@ -126,9 +129,7 @@ class SentencePieceTokenizer:
         return first + [token for part in others for token in mark_ids + part]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; control pieces such as the end of a document, and ids beyond the vocabulary, decode to
-        nothing.
-        """
+        """Returns the text of `ids`, without control pieces such as end of document, and ids beyond the vocabulary."""
         return self.processor.decode([int(token) for token in ids if token < self.vocab_size])
 
 
@@ -136,7 +137,7 @@ Tokenizer = SentencePieceTokenizer | ByteTokenizer
 
 
 def open_tokenizer(path: Path | str) -> Tokenizer:
-    """The tokenizer that data.tokenizer or --tokenizer names: `bytes`, or a SentencePiece model. Raises InputError."""
+    """Opens the tokenizer of data.tokenizer or --tokenizer: `bytes`, or a SentencePiece model. Raises InputError."""
     return ByteTokenizer() if str(path) == BYTES else SentencePieceTokenizer(path)
 
 
@@ -145,18 +146,18 @@ def _load(path: Path) -> sentencepiece.SentencePieceProcessor:
         model = path.read_bytes()
     except OSError as error:
         raise InputError(
-            f"{path}: cannot read this tokenizer ({error.strerror}), expected a SentencePiece model: check the path"
+            f"{path}: cannot read this tokenizer ({error.strerror}); expected a SentencePiece model: check the path"
         ) from error
     try:
         if model:
             return sentencepiece.SentencePieceProcessor(model_proto=model)
     except RuntimeError:
         pass
-    raise InputError(f"{path}: not a SentencePiece model, expected one: give a tokenizer.model made by prepare_data")
+    raise InputError(f"{path}: not a SentencePiece model; expected one: use a tokenizer.model made by prepare_data")
 
 
 def _is_ours(model: ModelProto) -> bool:
-    """Whether this is a model of train_sentencepiece."""
+    """Returns whether `train_sentencepiece` has trained this model."""
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     return (
         trainer.model_type == TrainerSpec.BPE
@@ -169,9 +170,11 @@ def _is_ours(model: ModelProto) -> bool:
 def train_sentencepiece(documents: Iterable[str], path: Path, vocab_size: int, seed: int) -> None:
     """Trains a BPE model with byte fallback on a seeded sample of `documents`, and writes it atomically to `path`.
 
-    Whitespace is kept exactly: no normalisation, no added or removed spaces, runs of spaces may become one piece.
-    The same documents, size and seed give the same bytes. Raises InputError if the text cannot fill the vocabulary,
-    or the vocabulary cannot hold the text's characters.
+    Whitespace is kept exactly: there is no normalisation, and no space is added or removed. Runs of spaces may become
+    one piece. The same documents, size and seed give the same bytes.
+
+    Raises:
+        InputError: the text cannot fill the vocabulary, or the vocabulary cannot hold the characters of the text.
     """
     model, sample = io.BytesIO(), _sample_chunks(documents, seed)
     options: dict[str, Any] = {**TRAINER_OPTIONS, **NORMALIZER_OPTIONS}
@@ -185,13 +188,13 @@ def train_sentencepiece(documents: Iterable[str], path: Path, vocab_size: int, s
             minloglevel=2,
             **options,
         )
-    except (RuntimeError, ValueError) as error:  # ValueError: vocab_size is no 32-bit integer
+    except (RuntimeError, ValueError) as error:  # ValueError: vocab_size exceeds 32 bits
         raise InputError(_explain(str(error), vocab_size)) from error
     write_atomically(path, model.getvalue())
 
 
 def _sample_chunks(documents: Iterable[str], seed: int) -> list[str]:
-    """At most MAX_CHUNKS chunks, drawn uniformly in one pass. Source: Vitter's reservoir sampling, algorithm R."""
+    """Returns at most MAX_CHUNKS chunks, sampled uniformly. Source: Vitter 1985, reservoir sampling, algorithm R."""
     generator = random.Random(seed)
     sample: list[str] = []
     for number, chunk in enumerate(_chunks(documents)):
@@ -209,18 +212,18 @@ def _chunks(documents: Iterable[str]) -> Iterator[str]:
 
 
 def _explain(message: str, vocab_size: int) -> str:
-    """SentencePiece's training error as a line of ours."""
+    """Returns our error message for an error of SentencePiece's training."""
     if largest := re.search(r"value <= (\d+)", message):
         return (
-            f"the corpus is too small for a vocabulary of {vocab_size} pieces, expected at most {largest[1]}: "
+            f"the corpus is too small for a vocabulary of {vocab_size} pieces; expected at most {largest[1]}: "
             "lower vocab_size or add text"
         )
     if smallest := re.search(r"required_chars\. \d+ vs (\d+)", message):
         return (
-            f"a vocabulary of {vocab_size} pieces cannot hold the bytes and characters of the corpus, "
+            f"a vocabulary of {vocab_size} pieces cannot hold the bytes and characters of the corpus; "
             f"expected at least {smallest[1]}: raise vocab_size"
         )
     return (
-        f"SentencePiece cannot train {vocab_size} pieces on this corpus ({' '.join(message.split())}), "
-        "expected text, and some hundred pieces or more: check both"
+        f"SentencePiece cannot train {vocab_size} pieces on this corpus ({' '.join(message.split())}); "
+        "expected text, and a few hundred pieces or more: check both"
     )

@@ -1,4 +1,4 @@
-"""A token file -> training windows: T inputs and, for each of them, the n tokens that follow."""
+"""Cuts a token file into training windows: T inputs and, for each input, the n tokens that follow it."""
 
 from typing import NamedTuple
 
@@ -11,14 +11,17 @@ from megamtp.data.shuffle import Shuffle
 from megamtp.errors import InputError
 from megamtp.targets import IGNORED
 
-CHECKED_TOKENS = 1 << 20  # of either end of a corpus, before a run begins
+CHECKED_TOKENS = 1 << 20  # checked at both ends of a corpus before training starts
 
 
 class Window(NamedTuple):
-    """int64 inputs [T] and targets [n, T]; targets[i - 1, t] is the token i positions after inputs[t], or IGNORED.
+    """One training sample.
 
-    documents: int64 [T], the number of the document of each input, from 0 in each window; None if attention may cross
-    them.
+    Attributes:
+        inputs: int64 [T].
+        targets: int64 [n, T]; targets[i - 1, t] is the token i positions after inputs[t], or IGNORED.
+        documents: int64 [T], which document each input belongs to, numbered from 0 in each window. None if attention
+            may cross document boundaries.
     """
 
     inputs: Tensor
@@ -27,21 +30,22 @@ class Window(NamedTuple):
 
 
 class Windows:
-    """Windows of T + n tokens that advance by T through all documents in a row.
+    """Windows of T + n tokens that advance by T tokens through the concatenated documents of a corpus.
 
-    Their number and order do not depend on n, and every token after the first is head 1's target exactly once an epoch
-    (but for a rest shorter than T). Only in the last windows may targets lie beyond the end: they are IGNORED.
+    The number and the order of windows do not depend on n. In each epoch, every token after the first is a target of
+    head 1 exactly once (except for a remainder of fewer than T tokens). Targets beyond the end of the corpus, which
+    occur only in the last windows, are IGNORED.
 
     Args:
         sequence_length: T.
         num_future_tokens: n.
-        seed, stream: of the order of epochs; `stream` tells corpora of one blend apart.
-        vocab_size: tokens are below it.
-        documents: "continue" crosses their boundaries as the paper does; "mask" ignores targets in another document
-            than their input's; "isolate" tells documents apart besides, so that attention does not cross them either.
+        seed, stream: the key of the shuffles. `stream` distinguishes the corpora of a blend.
+        vocab_size: all tokens must be below it.
+        documents: "continue" ignores document boundaries, as the paper does. "mask" ignores targets that lie in another
+            document than their input. "isolate" also keeps attention inside documents.
 
     Raises:
-        InputError: the corpus has no window, or no token ids.
+        InputError: the corpus is shorter than one window, or it holds floating-point numbers.
     """
 
     def __init__(
@@ -56,83 +60,92 @@ class Windows:
     ):
         self.dataset, self.sequence_length, self.num_future_tokens = dataset, sequence_length, num_future_tokens
         self.seed, self.stream, self.vocab_size, self.documents = seed, stream, vocab_size, documents
-        self._reach = 1 + np.stack(np.tril_indices(num_future_tokens))  # all (i, distance) with 1 <= distance <= i <= n
-        self.number = (dataset.num_tokens - 1) // sequence_length
+        # all pairs (i, distance) with 1 <= distance <= i <= n
+        self._heads_and_distances = 1 + np.stack(np.tril_indices(num_future_tokens))
+        self.num_windows = (dataset.num_tokens - 1) // sequence_length
         if dataset.dtype.kind == "f":
             raise InputError(f"{dataset.name} holds {dataset.dtype.name}; expected token ids, which are whole numbers")
-        if self.number < 1:
+        if self.num_windows < 1:
             raise InputError(
                 f"{dataset.name} has {dataset.num_tokens} tokens; expected at least {sequence_length + 1} for windows "
-                f"of train.sequence_length={sequence_length}: shorten them or add text"
+                f"of train.sequence_length={sequence_length}: shorten the windows or add text"
             )
 
     def __len__(self) -> int:
-        return self.number
+        return self.num_windows
 
     def __getitem__(self, index: int) -> Window:
-        """Raises InputError: its tokens are outside the vocabulary, or the index contradicts itself there."""
-        if not 0 <= index < self.number:
-            raise IndexError(f"window {index} of {self.number}")
+        """Returns a window by its position in the corpus.
+
+        Raises:
+            InputError: a token is outside the vocabulary, or the .idx file is inconsistent there.
+        """
+        if not 0 <= index < self.num_windows:
+            raise IndexError(f"window {index} of {self.num_windows}")
         length, start = self.sequence_length, index * self.sequence_length
         tokens = np.full(length + self.num_future_tokens, IGNORED, dtype=np.int64)
-        found = self._read(start, start + len(tokens))
-        tokens[: len(found)] = found
+        available = self._read(start, start + len(tokens))
+        tokens[: len(available)] = available
         window = torch.from_numpy(tokens)
         inputs, targets = window[:length], window[1:].unfold(0, length, 1)
         if self.documents == "continue":
             return Window(inputs, targets, None)
-        boundaries = self.dataset.boundaries(start, start + len(found)) - start
+        boundaries = self.dataset.boundaries(start, start + len(available)) - start
         targets = targets.clone(memory_format=torch.contiguous_format)
-        targets.numpy()[self._crossing(boundaries)] = IGNORED
+        targets.numpy()[self._targets_across(boundaries)] = IGNORED
         if self.documents == "mask":
             return Window(inputs, targets, None)
-        begins = np.zeros(length, np.int64)
-        begins[boundaries[boundaries < length]] = 1
-        return Window(inputs, targets, torch.from_numpy(begins.cumsum()))
+        is_first = np.zeros(length, np.int64)
+        is_first[boundaries[boundaries < length]] = 1
+        return Window(inputs, targets, torch.from_numpy(is_first.cumsum()))
 
-    def _crossing(self, boundaries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(i - 1, t) of all targets i positions after t that have a boundary between: those of the i positions
-        before each.
+    def _targets_across(self, boundaries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (i - 1, t) of all targets that a document boundary separates from their input.
+
+        For head i, these are the targets of the i inputs before each boundary.
         """
-        ahead, before = self._reach
-        heads = np.broadcast_to(ahead - 1, (len(boundaries), len(ahead)))
-        places = boundaries[:, None] - before
-        inside = (places >= 0) & (places < self.sequence_length)
-        return heads[inside], places[inside]
+        heads, distances = self._heads_and_distances
+        rows = np.broadcast_to(heads - 1, (len(boundaries), len(heads)))
+        positions = boundaries[:, None] - distances
+        inside = (positions >= 0) & (positions < self.sequence_length)
+        return rows[inside], positions[inside]
 
-    def at(self, places: np.ndarray) -> list[Window]:
-        """The windows at these places of the endless sequence of shuffled epochs."""
-        numbers = np.empty(len(places), np.int64)
-        for epoch in np.unique(places // self.number):
-            own = places // self.number == epoch
-            numbers[own] = self.shuffled(int(epoch))(places[own] % self.number)
+    def windows_at(self, indices: np.ndarray) -> list[Window]:
+        """Returns the windows at these indices of the endless sequence of shuffled epochs."""
+        numbers = np.empty(len(indices), np.int64)
+        for epoch in np.unique(indices // self.num_windows):
+            own = indices // self.num_windows == epoch
+            numbers[own] = self.epoch_order(int(epoch))(indices[own] % self.num_windows)
         return [self[number] for number in numbers.tolist()]
 
     @property
     def targets_can_be_ignored(self) -> bool:
-        """Whether a window may lack targets, so that heads' counts of targets differ."""
+        """Whether some targets may be IGNORED, so that heads may have different numbers of targets."""
         return (
             self.documents != "continue"
-            or self.number * self.sequence_length + self.num_future_tokens > self.dataset.num_tokens
+            or self.num_windows * self.sequence_length + self.num_future_tokens > self.dataset.num_tokens
         )
 
-    def shuffled(self, epoch: int) -> Shuffle:
-        """The order of the windows in an epoch."""
-        return Shuffle(self.number, self.seed, self.stream, epoch)
+    def epoch_order(self, epoch: int) -> Shuffle:
+        """Returns the permutation of the windows in an epoch."""
+        return Shuffle(self.num_windows, self.seed, self.stream, epoch)
 
     def check_ends(self) -> None:
-        """Reads the first and the last million tokens. Raises InputError: they are outside the vocabulary."""
+        """Checks the first and the last CHECKED_TOKENS tokens. Raises InputError if one is outside the vocabulary."""
         self._read(0, CHECKED_TOKENS)
         self._read(max(0, self.dataset.num_tokens - CHECKED_TOKENS), self.dataset.num_tokens)
 
     def check_first(self, max_windows: int | None, rank: int, world_size: int) -> None:
-        """Reads this rank's share of the tokens of the first windows (None: all), as all ranks' evaluations will.
+        """Checks this rank's share of the tokens that evaluation will read.
+
+        Args:
+            max_windows: the number of windows that evaluation reads; None: all.
 
         Raises:
-            InputError: see check_ends.
+            InputError: a token is outside the vocabulary, or the .idx file is inconsistent.
         """
-        number = self.number if max_windows is None else min(max_windows, self.number)
-        stop = min(number * self.sequence_length + self.num_future_tokens, self.dataset.num_tokens)
+        num_windows = self.num_windows if max_windows is None else min(max_windows, self.num_windows)
+        stop = min(num_windows * self.sequence_length + self.num_future_tokens, self.dataset.num_tokens)
         for start in range(rank * CHECKED_TOKENS, stop, world_size * CHECKED_TOKENS):
             self._read(start, min(start + CHECKED_TOKENS, stop))
             if self.documents != "continue":
@@ -140,12 +153,12 @@ class Windows:
 
     def _read(self, start: int, stop: int) -> np.ndarray:
         tokens = self.dataset.tokens(start, stop)
-        wrong = (tokens < 0) | (tokens >= self.vocab_size)
-        if wrong.any():
-            first = int(wrong.argmax())
+        outside = (tokens < 0) | (tokens >= self.vocab_size)
+        if outside.any():
+            first = int(outside.argmax())
             raise InputError(
                 f"{self.dataset.name}.bin holds token {tokens[first]} in document "
-                f"{self.dataset.document_at(start + first)}, model.vocab_size is {self.vocab_size}; expected ids from "
-                "0 to below it: the file is damaged, or made with another tokenizer than the model's"
+                f"{self.dataset.document_at(start + first)}, but model.vocab_size is {self.vocab_size}; expected ids "
+                f"from 0 to {self.vocab_size - 1}: prepare the corpus again, with the model's tokenizer"
             )
         return tokens

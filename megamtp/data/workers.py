@@ -1,4 +1,4 @@
-"""Who tokenises the shards: this process, worker processes of this machine, or the other ranks of an MPI job."""
+"""Runs tokenisation in this process, in worker processes of this machine, or on the other ranks of an MPI job."""
 
 import ctypes
 import multiprocessing
@@ -13,31 +13,32 @@ from typing import cast
 
 from tqdm import tqdm
 
-from megamtp.data.jobs import TokenisationJob
-from megamtp.data.parts import is_finished, tokenise
 from megamtp.data.shards import Shard
+from megamtp.data.tokenisation import TokenisationTask
+from megamtp.data.tokenised_shards import is_tokenised, tokenise
 from megamtp.errors import InputError
 
 PR_SET_PDEATHSIG = 1  # Linux, sys/prctl.h
-# Set by the launchers of Open MPI, and of MPICH and its relatives.
+# The first is set by Open MPI's launcher, the second by the launchers of MPICH and its derivatives.
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
-def tokenise_all(shards: list[Shard], job: TokenisationJob, workers: int | Executor) -> None:
-    """Writes the parts that are missing, with a progress bar if stderr is a terminal.
+def tokenise_all(shards: list[Shard], task: TokenisationTask, workers: int | Executor) -> None:
+    """Tokenises the shards that are not tokenised yet, with a progress bar if stderr is a terminal.
+
+    After an error, shards that are being tokenised are finished first.
 
     Args:
-        workers: number of processes; one works here. Or an executor with workers of its own.
+        workers: the number of processes, of which 1 means this process, or an executor.
 
     Raises:
-        InputError: of the first shard that has a mistake, or a worker was killed. Parts that were begun are finished
-            first.
-        OSError: a part cannot be written.
+        InputError: an input is bad (the error of the first such shard in the inputs' order), or a worker was killed.
+        OSError: a file cannot be written.
     """
-    missing = [shard for shard in shards if not is_finished(shard, job)]
+    missing = [shard for shard in shards if not is_tokenised(shard, task)]
     total = sum(shard.num_bytes for shard in shards)
     done = total - sum(shard.num_bytes for shard in missing)
-    shown = {
+    bar_options = {
         "total": total,
         "initial": done,
         "unit": "B",
@@ -45,14 +46,14 @@ def tokenise_all(shards: list[Shard], job: TokenisationJob, workers: int | Execu
         "desc": "tokenising",
         "dynamic_ncols": True,
     }
-    # Processes are forked before the bar starts its thread: a fork copies the locks that a thread holds, but not the
-    # thread.
-    with _executor(workers, len(missing)) as executor, tqdm(**shown, disable=None) as bar:
+    # Processes must be forked before the bar starts its thread. A fork copies the locks that a thread holds, but not
+    # the thread that would release them.
+    with _executor(workers, len(missing)) as executor, tqdm(**bar_options, disable=None) as bar:
         if executor:
-            _collect([executor.submit(tokenise, shard, job) for shard in missing], bar)
+            _collect([executor.submit(tokenise, shard, task) for shard in missing], bar)
         else:
             for shard in missing:
-                bar.update(tokenise(shard, job))
+                bar.update(tokenise(shard, task))
 
 
 def _collect(futures: list[Future], bar: tqdm) -> None:
@@ -61,38 +62,41 @@ def _collect(futures: list[Future], bar: tqdm) -> None:
             bar.update(future.result())
     except BrokenProcessPool:
         raise InputError(
-            "a worker process was killed, perhaps for want of memory; expected all to finish: call again, it goes on "
-            "from there, and fewer --workers need less memory"
+            "a worker process was killed, perhaps because memory ran out; expected all workers to finish: run the "
+            "command again to resume, with fewer --workers to use less memory"
         ) from None
     except (InputError, OSError):
         for future in futures:
             future.cancel()
         wait([future for future in futures if not future.cancelled()])
-        for future in futures:  # the first in the inputs' order
+        for future in futures:  # raises the first error in the inputs' order
             if not future.cancelled():
                 future.result()
         raise
 
 
 def _executor(workers: int | Executor, num_shards: int) -> AbstractContextManager[Executor | None]:
-    """None: this process works alone."""
+    """Returns a context manager of the executor, or of None if this process does all the work."""
     if isinstance(workers, Executor):
         return nullcontext(workers)
-    number = min(workers, num_shards)
-    return _processes(number) if number > 1 else nullcontext()
+    num_processes = min(workers, num_shards)
+    return _processes(num_processes) if num_processes > 1 else nullcontext()
 
 
 @contextmanager
-def _processes(number: int) -> Iterator[Executor]:
-    if tqdm.monitor:  # the thread that earlier bars have started; the next bar starts another
+def _processes(num_processes: int) -> Iterator[Executor]:
+    if tqdm.monitor:  # a thread that earlier bars have started; the next bar starts it again
         tqdm.monitor.exit()
     others = set(multiprocessing.active_children())
-    executor = ProcessPoolExecutor(number, multiprocessing.get_context("fork"), _end_with, (os.getpid(),))
+    executor = ProcessPoolExecutor(
+        num_processes, multiprocessing.get_context("fork"), _initialise_worker, (os.getpid(),)
+    )
     try:
-        with _interrupted_later():
-            executor.submit(os.getpid)  # forks all workers; what interrupts a fork is lost in one of Python's own hooks
+        # The first submit forks all workers. Python's at-fork hooks would swallow a KeyboardInterrupt.
+        with _interrupts_delayed():
+            executor.submit(os.getpid)
         yield executor
-    except KeyboardInterrupt:  # begun parts are not waited for
+    except KeyboardInterrupt:  # do not wait for shards that are being tokenised
         for process in set(multiprocessing.active_children()) - others:
             process.kill()
         raise
@@ -101,23 +105,23 @@ def _processes(number: int) -> Iterator[Executor]:
 
 
 @contextmanager
-def _interrupted_later() -> Iterator[None]:
-    """Ctrl-C within the block interrupts at its end. Only the main thread is ever interrupted."""
+def _interrupts_delayed() -> Iterator[None]:
+    """Delays Ctrl-C to the end of the block. Only the main thread can be interrupted."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    noted: list[int] = []
-    handler = signal.signal(signal.SIGINT, lambda number, frame: noted.append(number))
+    received: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
-    if noted:
+    if received:
         signal.raise_signal(signal.SIGINT)
 
 
-def _end_with(parent: int) -> None:
-    """Ends this worker when the process that started it dies, even of SIGKILL, and leaves Ctrl-C to that one."""
+def _initialise_worker(parent: int) -> None:
+    """Lets this worker end when its parent process dies, even from SIGKILL, and ignore Ctrl-C."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if os.getppid() != parent:
@@ -125,14 +129,15 @@ def _end_with(parent: int) -> None:
 
 
 def num_mpi_ranks() -> int:
-    """Of the MPI job that this process is of; 1 if it was not started by mpirun."""
+    """Returns the number of ranks of this process's MPI job; 1 if mpirun did not start it."""
     return max(int(os.environ.get(variable) or 1) for variable in MPI_SIZES)
 
 
 @contextmanager
 def mpi_ranks() -> Iterator[Executor | None]:
-    """On rank 0 an executor of the other ranks' work; on those, which have then worked until rank 0 left this block,
-    None.
+    """Yields on rank 0 an executor that runs work on the other ranks, and None on the other ranks.
+
+    The other ranks enter the block only after rank 0 has left it.
 
     Raises:
         InputError: mpi4py is not installed.
@@ -143,4 +148,4 @@ def mpi_ranks() -> Iterator[Executor | None]:
     except ImportError:
         raise InputError("started by mpirun, but mpi4py is not installed; run: pip install 'megamtp[mpi]'") from None
     with MPICommExecutor(MPI.COMM_WORLD, root=0) as executor:
-        yield cast("Executor | None", executor)  # mpi4py's types have the context manager itself here
+        yield cast("Executor | None", executor)  # mpi4py's type annotations name the context manager itself

@@ -1,1 +1,1 @@
-"""Text from a trained model."""
+"""Generates tokens with a trained model."""

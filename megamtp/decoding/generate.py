@@ -1,4 +1,4 @@
-"""Token by token from head 1, with a key/value cache: greedy, or sampled among the likeliest tokens."""
+"""Decodes token by token from head 1, with a key/value cache: greedy, or top-k and top-p sampling."""
 
 import torch
 from torch import Tensor
@@ -19,42 +19,44 @@ def generate(
     seed: int = 0,
     end_id: int | None = None,
 ) -> list[int]:
-    """The ids that follow `prompt_ids`: `max_new_tokens` of them, or fewer if `end_id` comes (it is not returned).
+    """Returns the token ids that follow `prompt_ids`.
 
     Args:
-        prompt_ids: may be empty if there is an `end_id`: a text begins where another ended.
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_k: samples among the k likeliest tokens.
-        top_p: samples among the likeliest tokens that together reach this probability. Source: Holtzman et al. 2020,
+        prompt_ids: may be empty if `end_id` is given: decoding then starts after `end_id`, as documents do in training.
+        max_new_tokens: number of ids to return; fewer if the model predicts `end_id`, which is not returned.
+        temperature: divides the logits; 0: greedy decoding.
+        top_k: sample among the k likeliest tokens.
+        top_p: sample among the likeliest tokens that together reach this probability. Source: Holtzman et al. 2020,
             arXiv:1904.09751, section 3.1.
+        seed: seed of the sampling.
+        end_id: id that ends a document.
 
     Raises:
-        InputError: a number out of its range, or the model computes infinities.
+        InputError: an argument is out of range, or the model's logits are not finite.
     """
-    _check(model, prompt_ids, max_new_tokens, temperature, top_k, top_p, seed, end_id)
-    assert model.embedding is not None  # which a whole model has
+    _check_arguments(model, prompt_ids, max_new_tokens, temperature, top_k, top_p, seed, end_id)
     device = model.embedding.weight.device
     generator = torch.Generator().manual_seed(seed)
-    pending = prompt_ids if end_id is None else prompt_ids or [end_id]
+    next_inputs = prompt_ids if end_id is None else prompt_ids or [end_id]
     caches: list[KeyValueCache] | None = None
     new_ids: list[int] = []
     while len(new_ids) < max_new_tokens:
-        logits_BV, caches = model.next_token_logits(torch.tensor([pending], device=device), caches)
+        logits_BV, caches = model.next_token_logits(torch.tensor([next_inputs], device=device), caches)
         logits_V = logits_BV[0].float().cpu()
         if not torch.isfinite(logits_V).all():
             raise InputError(
-                f"the model's logits after {len(prompt_ids) + len(new_ids)} tokens are not finite; expected other "
-                "weights"
+                f"the model's logits after {len(prompt_ids) + len(new_ids)} tokens are not finite; expected finite "
+                "logits; use another checkpoint"
             )
-        token = _choose(logits_V, temperature, top_k, top_p, generator)
+        token = _sample(logits_V, temperature, top_k, top_p, generator)
         if token == end_id:
             break
         new_ids.append(token)
-        pending = [token]
+        next_inputs = [token]
     return new_ids
 
 
-def _choose(
+def _sample(
     logits_V: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
 ) -> int:
     if temperature == 0:
@@ -62,12 +64,12 @@ def _choose(
     logits_V, tokens_V = ((logits_V - logits_V.max()).double() / temperature).sort(descending=True, stable=True)
     probabilities_V = logits_V[:top_k].softmax(dim=0)
     if top_p is not None:
-        before_V = probabilities_V.cumsum(dim=0) - probabilities_V
-        probabilities_V = probabilities_V * (before_V < top_p)
+        probability_of_likelier_V = probabilities_V.cumsum(dim=0) - probabilities_V
+        probabilities_V = probabilities_V * (probability_of_likelier_V < top_p)
     return int(tokens_V[torch.multinomial(probabilities_V, 1, generator=generator)])
 
 
-def _check(
+def _check_arguments(
     model: MTPModel,
     prompt_ids: list[int],
     max_new_tokens: int,
@@ -89,8 +91,9 @@ def _check(
     if not 0 <= seed < 2**63:
         raise InputError(f"seed {seed}; expected 0 or more, below 2**63")
     if not prompt_ids and end_id is None:
-        raise InputError("an empty prompt, and no end-of-document id to begin from; expected a prompt")
+        raise InputError("the prompt is empty and the tokenizer has no end-of-document id; expected a prompt")
     if not all(0 <= token < vocab_size for token in prompt_ids):
         raise InputError(
-            f"the prompt holds token ids outside the model's {vocab_size}; expected the model's own tokenizer"
+            f"the prompt has token ids outside the model's vocabulary of {vocab_size}; expected ids of the model's own "
+            "tokenizer"
         )

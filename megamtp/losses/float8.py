@@ -1,14 +1,16 @@
-"""Two of the loss's three products in 8-bit floating point: logits = H W^T in e4m3 x e4m3, dH = G W in e5m2 x e4m3.
+"""Two of the loss's three products in 8-bit floating point: logits H W^T and their backward pass dH = G W.
 
-H and W are scaled by one number each, which makes their largest element e4m3's; G, which lies in [-1, 1] before the
-loss's factor comes in, by a constant. Finer scales would gain nothing: floating-point numbers keep their relative
-precision over all of e4m3's 15 binades (2^-6 to 448 without subnormal numbers), and what is smaller than a 28,000th of
-the largest element hardly counts.
+The logits are products e4m3 x e4m3, dH is e5m2 x e4m3. The third product, dW, stays in bf16.
 
-G is in e5m2, of 2 bits but 30 binades, because much of a softmax is a tail of tiny probabilities. e4m3 rounds those
-below 2^-18 to zero, which bends the mean of dH over positions, at V = 32000 by a fifth and more where the unembedding
-has a direction for how frequent a token is; e5m2's errors, larger for a single position, go to both sides
-(tests/unit/losses/test_float8.py compares them).
+H and W have one scale each, which maps the largest element to the largest e4m3 number. G lies in [-1, 1] before the
+loss's factor is applied, so its scale is a constant. Finer-grained scales would gain nothing: e4m3 keeps its relative
+precision over 15 binades (2^-6 to 448, without subnormal numbers), and elements below 1/28,000 of the largest hardly
+contribute.
+
+G is in e5m2 (2 bits, 30 binades), because most probabilities of a softmax are tiny. e4m3 rounds those below 2^-18 to
+zero, which biases the mean of dH over positions: at V = 32000 by a fifth or more if the unembedding has a direction for
+token frequency. The errors of e5m2 are larger for a single position, but unbiased
+(tests/unit/losses/test_float8.py compares the two).
 
 Source: the formats and their use: Micikevicius et al. 2022, arXiv:2209.05433; the 14 bits of Hopper's sums:
 DeepSeek-V3, arXiv:2412.19437, section 3.3.2.
@@ -20,30 +22,34 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-WEIGHT, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2
-LARGEST = 448.0  # of e4m3
-SMALLEST_AMAX = 2.0**-100  # stands in for 0, by which nothing can be divided
-GRADIENT_SCALE = 2.0**12  # reaches down to 2^-28, and up to 14 times what it would without z-loss
-BLOCK = 128  # rows and columns of a kernel program's tile
+WEIGHT_DTYPE, GRADIENT_DTYPE = torch.float8_e4m3fn, torch.float8_e5m2
+E4M3_MAX = 448.0
+MIN_AMAX = 2.0**-100  # so that the scale of a tensor of zeros is not 0
+GRADIENT_SCALE = 2.0**12  # e5m2 then holds |G| from 2^-28 to 14; with z-loss |G| can exceed 1
+BLOCK_SIZE = 128  # rows and columns of a kernel program's tile
 
 
 class Float8Weight:
-    """The unembedding in e4m3, shared by the uses of one micro-batch: made at the first, gone with this object.
+    """The unembedding in e4m3, made at its first use and shared by all uses in one micro-batch.
 
-    2 V D bytes: the fp8 products want their second factor with the summed dimension contiguous, which is D for logits
-    and V for dH.
+    Takes 2 V D bytes: fp8 products need their second factor contiguous along the summed dimension, which is D for the
+    logits and V for dH.
     """
 
     def __init__(self) -> None:
-        self.rows_VD: Tensor | None = None
-        self.columns_DV: Tensor | None = None
+        self.weight_VD: Tensor | None = None
+        self.transposed_DV: Tensor | None = None
         self.scale: Tensor | None = None
 
     def products(self, weight_VD: Tensor, hidden_ND: Tensor, factor: float) -> "Float8Products":
-        """Of one use, whose gradient with respect to logits is to be multiplied by `factor`."""
-        if self.rows_VD is None:
-            self.columns_DV = torch.empty(weight_VD.T.shape, dtype=WEIGHT, device=weight_VD.device)
-            self.rows_VD, self.scale = quantise(weight_VD, transposed=self.columns_DV)
+        """Returns the fp8 products of one use of the weight.
+
+        Args:
+            factor: factor of the gradient with respect to the logits.
+        """
+        if self.weight_VD is None:
+            self.transposed_DV = torch.empty(weight_VD.T.shape, dtype=WEIGHT_DTYPE, device=weight_VD.device)
+            self.weight_VD, self.scale = quantise(weight_VD, transposed=self.transposed_DV)
         hidden8_ND, hidden_scale = quantise(hidden_ND)
         gradient_scale = torch.full((), factor / GRADIENT_SCALE, dtype=torch.float32, device=hidden_ND.device)
         return Float8Products(self, hidden8_ND, hidden_scale, gradient_scale, hidden_ND.dtype)
@@ -51,7 +57,7 @@ class Float8Weight:
 
 @dataclass(frozen=True)
 class Float8Products:
-    """The two products of one use; what its chunks of rows have in common is made before the first of them."""
+    """The two fp8 products of one use of the weight, for all chunks of rows."""
 
     weight: Float8Weight
     hidden_ND: Tensor
@@ -60,16 +66,16 @@ class Float8Products:
     dtype: torch.dtype
 
     def logits(self, rows: slice) -> Tensor:
-        """[C, V] of some rows, in the dtype that hidden had.
+        """Returns the logits [C, V] of some rows, in the dtype of the unquantised hidden states.
 
-        With the tensor cores' fast accumulation: it keeps some 14 bits of a sum, and D terms of like size, whose
-        factors have 4, do not miss the others.
+        Uses the tensor cores' fast accumulation. It keeps some 14 bits of a sum, which is enough for D terms of similar
+        size whose factors have 4 bits.
         """
-        rows_VD, scale = self.weight.rows_VD, self.weight.scale
-        assert rows_VD is not None and scale is not None
+        weight_VD, scale = self.weight.weight_VD, self.weight.scale
+        assert weight_VD is not None and scale is not None
         return torch._scaled_mm(
             self.hidden_ND[rows],
-            rows_VD.T,
+            weight_VD.T,
             scale_a=self.hidden_scale,
             scale_b=scale,
             out_dtype=self.dtype,
@@ -77,16 +83,16 @@ class Float8Products:
         )
 
     def hidden_gradient(self, gradient_CV: Tensor, out: Tensor) -> None:
-        """out [C, D] = factor * gradient_CV / GRADIENT_SCALE @ weight.
+        """Writes factor * gradient_CV / GRADIENT_SCALE @ weight to `out` [C, D].
 
-        Without fast accumulation: one or two of V terms are large, and 14 bits would cut off the many small ones, all
-        to one side.
+        Does not use fast accumulation: one or two of the V terms are large, and 14 bits would truncate the many small
+        ones, all in the same direction.
         """
-        columns_DV, scale = self.weight.columns_DV, self.weight.scale
-        assert columns_DV is not None and scale is not None
+        transposed_DV, scale = self.weight.transposed_DV, self.weight.scale
+        assert transposed_DV is not None and scale is not None
         torch._scaled_mm(
             gradient_CV,
-            columns_DV.T,
+            transposed_DV.T,
             scale_a=self.gradient_scale,
             scale_b=scale,
             out_dtype=self.dtype,
@@ -96,7 +102,9 @@ class Float8Products:
 
 
 def quantise(x_MN: Tensor, transposed: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(x / scale in e4m3, scale as an fp32 scalar on x's device), where scale makes x's largest element 448.
+    """Returns (x / scale in e4m3, scale), where scale maps the largest element of x to 448.
+
+    The scale is an fp32 scalar on x's device.
 
     Args:
         transposed: [N, M] in e4m3; receives the transpose of the result.
@@ -104,30 +112,30 @@ def quantise(x_MN: Tensor, transposed: Tensor | None = None) -> tuple[Tensor, Te
     amax = torch.linalg.vector_norm(x_MN, float("inf"))
     if x_MN.is_cuda:
         return _triton(x_MN, amax, transposed)
-    amax = amax.float().clamp(min=SMALLEST_AMAX)
-    quantised_MN = (x_MN.float() * (LARGEST / amax)).to(WEIGHT)
+    amax = amax.float().clamp(min=MIN_AMAX)
+    quantised_MN = (x_MN.float() * (E4M3_MAX / amax)).to(WEIGHT_DTYPE)
     if transposed is not None:
         transposed.copy_(quantised_MN.T)
-    return quantised_MN, amax / LARGEST
+    return quantised_MN, amax / E4M3_MAX
 
 
 def _triton(x_MN: Tensor, amax: Tensor, transposed: Tensor | None) -> tuple[Tensor, Tensor]:
     from megamtp.losses import kernels
 
-    quantised_MN = torch.empty_like(x_MN, dtype=WEIGHT)
+    quantised_MN = torch.empty_like(x_MN, dtype=WEIGHT_DTYPE)
     scale = torch.empty((), dtype=torch.float32, device=x_MN.device)
-    rows, columns = x_MN.shape
-    kernels.quantise[(-(-rows // BLOCK), -(-columns // BLOCK))](
+    num_rows, num_columns = x_MN.shape
+    kernels.quantise[(-(-num_rows // BLOCK_SIZE), -(-num_columns // BLOCK_SIZE))](
         x_MN,
         amax,
         quantised_MN,
         transposed,
         scale,
-        rows,
-        columns,
-        largest=LARGEST,
-        smallest_amax=SMALLEST_AMAX,
-        block=BLOCK,
+        num_rows,
+        num_columns,
+        largest=E4M3_MAX,
+        min_amax=MIN_AMAX,
+        block=BLOCK_SIZE,
         num_warps=8,
     )
     return quantised_MN, scale

@@ -1,9 +1,9 @@
-"""What a model costs: parameters, floating-point operations, kept activations. Its modules say so themselves.
+"""The cost of a model: parameters, floating-point operations and saved activations, as its modules report them.
 
-Used for the model-FLOP share, for planning and for cutting the layers into pipeline stages.
+Used for model FLOPs utilisation, for planning, and for cutting the layers into pipeline stages.
 
-Source: paper.md, table S5 (F(n) = 3 [L (2 P_layer + 2 T d) + n 2 V d]: causal attention counted at half, norms and the
-embedding's lookup not at all, recomputation not at all).
+Source: Gloeckle et al. 2024, arXiv:2404.19737, table S5: F(n) = 3 [L (2 P_layer + 2 T d) + n 2 V d]. Causal attention
+counts half of full attention; norms, the embedding lookup and recomputation do not count.
 """
 
 from functools import lru_cache
@@ -15,8 +15,8 @@ from megamtp.config import ModelConfig
 from megamtp.model.layers import LayerCost
 from megamtp.model.mtp import MTPModel
 
-# Dense matrix-product peaks by (part of the device's name, precision), in FLOP/s, without sparsity. Source: NVIDIA data
-# sheets.
+# Peak FLOP/s of dense matrix products by (words of the device's name, precision). Of several entries that match a
+# device, the first counts. Source: NVIDIA data sheets.
 PEAK_FLOPS = {
     ("H200", "bf16"): 989.4e12,
     ("H100 PCIe", "bf16"): 756e12,
@@ -30,66 +30,70 @@ PEAK_FLOPS = {
 
 
 @lru_cache
-def whole_model(model: ModelConfig) -> MTPModel:
-    """The model on torch's meta device: shapes without memory. Raises InputError: its head kind is not known."""
+def meta_model(model: ModelConfig) -> MTPModel:
+    """Returns the model on torch's meta device: shapes without memory.
+
+    Raises:
+        InputError: `model.head_kind` cannot be resolved; see find_kind.
+    """
     with torch.device("meta"):
         return MTPModel(model)
 
 
 @lru_cache
 def layer_cost(model: ModelConfig, sequence_length: int) -> LayerCost:
-    """Of one position in one trunk layer."""
-    return whole_model(model).trunk[0].cost(sequence_length)
+    """Returns the cost of one position in one trunk layer."""
+    return meta_model(model).trunk[0].cost(sequence_length)
 
 
 @lru_cache
 def head_cost(model: ModelConfig, index: int, sequence_length: int) -> LayerCost:
-    """Of one position in the head at `index` (from 0), without its projection to the vocabulary."""
-    return whole_model(model).heads[index].cost(sequence_length)
+    """Returns the cost of one position in the head at `index` (from 0), without the projection to the vocabulary."""
+    return meta_model(model).heads[index].cost(sequence_length)
 
 
 @lru_cache
 def layer_parameters(model: ModelConfig) -> int:
-    """Parameters of one trunk layer, its two norms included."""
-    return _count(whole_model(model).trunk[0])
+    """Returns the number of parameters of one trunk layer, with its two norms."""
+    return _num_parameters(meta_model(model).trunk[0])
 
 
 @lru_cache
 def head_parameters(model: ModelConfig, index: int) -> int:
-    """Parameters of the head at `index` (from 0)."""
-    return _count(whole_model(model).heads[index])
+    """Returns the number of parameters of the head at `index` (from 0)."""
+    return _num_parameters(meta_model(model).heads[index])
 
 
 @lru_cache
 def parameters(model: ModelConfig) -> int:
-    """Parameters of the whole model: embedding, trunk, heads, norm and unembedding."""
-    return _count(whole_model(model))
+    """Returns the number of parameters of the whole model: embedding, trunk, heads and unembedding."""
+    return _num_parameters(meta_model(model))
 
 
 @lru_cache
 def unembedding_parameters(model: ModelConfig) -> int:
-    """Parameters of the unembedding, the final norm included."""
-    return _count(whole_model(model).unembedding)
+    """Returns the number of parameters of the unembedding, with the final norm."""
+    return _num_parameters(meta_model(model).unembedding)
 
 
 def unembedding_flops(model: ModelConfig) -> int:
-    """Floating-point operations of one projection to the vocabulary, forward only, for one position."""
+    """Returns the floating-point operations of one position's projection to the vocabulary, forward only."""
     return 2 * model.vocab_size * model.dim
 
 
 def flops_per_token(model: ModelConfig, sequence_length: int) -> int:
-    """Floating-point operations of forward and backward for one position of a window of `sequence_length`."""
+    """Returns the floating-point operations of one position's forward and backward pass, for all heads."""
     trunk = model.num_trunk_layers * layer_cost(model, sequence_length).flops
     heads = sum(head_cost(model, index, sequence_length).flops for index in range(model.num_future_tokens))
     return 3 * (trunk + heads + model.num_future_tokens * unembedding_flops(model))
 
 
-def _count(module: nn.Module) -> int:
+def _num_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """Peak FLOP/s of a known card at a precision ("bf16", "fp16", "fp32"); None where it is not known."""
+    """Returns the peak FLOP/s of a device in "bf16", "fp16" or "fp32"; None if PEAK_FLOPS does not list it."""
     precision = "bf16" if precision == "fp16" else precision
     for (name, known_precision), flops in PEAK_FLOPS.items():
         if precision == known_precision and all(word in device_name for word in name.split()):

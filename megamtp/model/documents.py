@@ -1,37 +1,39 @@
-"""Several documents in one window, each as if it were alone: attention stays inside them, and positions start at 0
-in each.
-"""
+"""Several documents in one window: attention stays inside each document, and positions start at 0 in each."""
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
 from megamtp.config import ModelConfig
-from megamtp.model.layers import Separation, rotary_tables
+from megamtp.model.layers import DocumentMask, rotary_tables
 
 
 @torch.no_grad()
-def separate(documents_BT: Tensor, model: ModelConfig, dtype: torch.dtype, in_blocks: bool) -> Separation:
-    """What layers must be told of a micro-batch's documents.
+def make_document_mask(
+    documents_BT: Tensor, model: ModelConfig, dtype: torch.dtype, use_block_mask: bool
+) -> DocumentMask:
+    """Returns the attention mask and the rotary tables for a micro-batch's documents.
 
     Args:
-        documents_BT: int64, rising in each row; positions of equal numbers are one document.
+        documents_BT: int64 document numbers, which do not decrease along a row.
         dtype: of the layers' inputs.
-        in_blocks: make a mask for FlexAttention, which skips blocks that no query sees but must be compiled to be of
-            use.
+        use_block_mask: make a BlockMask for FlexAttention, which skips blocks that are masked out entirely but is fast
+            only if compiled.
     """
     batch, length = documents_BT.shape
-    places_T = torch.arange(length, device=documents_BT.device)
-    begins_BT = torch.ones_like(documents_BT, dtype=torch.bool)
-    begins_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
-    positions_BT = places_T - places_T.where(begins_BT, 0).cummax(dim=1).values
+    positions_T = torch.arange(length, device=documents_BT.device)
+    starts_document_BT = torch.ones_like(documents_BT, dtype=torch.bool)
+    starts_document_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
+    document_start_BT = positions_T.where(starts_document_BT, 0).cummax(dim=1).values
     cos_TK, sin_TK = rotary_tables(length, model.head_dim, model.rope_theta, documents_BT.device, dtype)
-    rotary = cos_TK[positions_BT][:, None], sin_TK[positions_BT][:, None]
+    positions_in_document_BT = positions_T - document_start_BT
+    rotary = cos_TK[positions_in_document_BT][:, None], sin_TK[positions_in_document_BT][:, None]
 
-    def seen(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def attends(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & (documents_BT[row, query] == documents_BT[row, key])
 
-    if in_blocks:
-        return Separation(create_block_mask(seen, batch, None, length, length, device=documents_BT.device), rotary)
-    same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
-    return Separation((same_BTT & (places_T[:, None] >= places_T))[:, None], rotary)
+    if use_block_mask:
+        return DocumentMask(create_block_mask(attends, batch, None, length, length, device=documents_BT.device), rotary)
+    same_document_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
+    causal_TT = positions_T[:, None] >= positions_T
+    return DocumentMask((same_document_BTT & causal_TT)[:, None], rotary)

@@ -1,9 +1,10 @@
 """What follows the trunk: n heads, and the unembedding they share.
 
-Head i, counted from 1 as in the paper, predicts the i-th next token; head 1 is the ordinary next-token head. In lists
-and tensors head i sits at index i - 1.
+Head i, counted from 1 as in the paper, predicts the i-th next token; head 1 is the next-token head. Its index in lists
+and tensors is i - 1.
 
-A head kind is a subclass of Head. `model.head_kind` names it: `parallel`, or MODULE:CLASS of a module of your own.
+A head kind is a subclass of Head. `model.head_kind` selects it: `parallel`, or MODULE:CLASS for a class in a module of
+your own.
 """
 
 from collections.abc import Mapping
@@ -16,36 +17,45 @@ from megamtp.config import ModelConfig
 from megamtp.errors import InputError
 from megamtp.extensions import find_kind
 from megamtp.losses.linear_cross_entropy import linear_cross_entropy
-from megamtp.model.layers import KeyValueCache, LayerCost, Separation, TransformerLayer, rms_norm
+from megamtp.model.layers import DocumentMask, KeyValueCache, LayerCost, TransformerLayer, rms_norm
 
 
 class Head(nn.Module):
-    """One head: it turns z into the hidden state whose unembedding predicts a token.
+    """One head: maps z to the hidden state from which the unembedding predicts a token.
 
-    An engine gathers a head's parameters together, before `forward`. They are initialised by their names: see
-    initial.py. A subclass is made as `Kind(model, index, compiled)`: a ModelConfig, the head's index from 0, and
-    whether to run through torch.compile what can be.
+    The model constructs a subclass as `Kind(model, index, compiled)`: the ModelConfig, the head's index from 0, and
+    whether the head may use torch.compile. Initial values follow from the parameters' names: see initial.py. A sharded
+    engine gathers all parameters of a head before `forward`.
     """
 
-    def forward(self, z_BTD: Tensor, separation: Separation | None = None) -> Tensor:
-        """The hidden state [B, T, D], before the final norm.
+    def forward(self, z_BTD: Tensor, document_mask: DocumentMask | None = None) -> Tensor:
+        """Returns the hidden state [B, T, D] before the final norm.
 
         Args:
-            separation: of the documents that the windows hold, where attention is to stay inside them.
+            document_mask: keeps attention inside documents; None: a position attends to all earlier positions.
         """
         raise NotImplementedError
 
     def cost(self, sequence_length: int) -> LayerCost:
-        """What one position of a window of `sequence_length` costs in the forward pass."""
+        """Returns the forward cost of one position of a window of `sequence_length`."""
         raise NotImplementedError
 
     def extend(self, z_BTD: Tensor, cache: KeyValueCache | None) -> tuple[Tensor, KeyValueCache]:
-        """Decoding: the hidden states of T new positions behind the cached ones, and the longer cache."""
-        raise InputError(f"{type(self).__name__} does not decode; expected a head kind with `extend`, such as parallel")
+        """Returns the hidden states of T new positions after the cached ones, and the extended cache, for decoding.
+
+        Raises:
+            InputError: this head kind does not implement decoding.
+        """
+        raise InputError(
+            f"{type(self).__name__} does not decode; expected a head kind with a method `extend`, such as parallel"
+        )
 
 
 class ParallelHead(TransformerLayer, Head):
-    """One transformer layer that reads z. Source: Gloeckle et al. 2024, arXiv:2404.19737, section 2."""
+    """One transformer layer that reads z.
+
+    Source: Gloeckle et al. 2024, arXiv:2404.19737, section 2.
+    """
 
     def __init__(self, model: ModelConfig, index: int, compiled: bool = False):
         TransformerLayer.__init__(self, model, compiled=compiled)
@@ -55,18 +65,22 @@ HEAD_KINDS: Mapping[str, type[Head]] = {"parallel": ParallelHead}
 
 
 def head_class(model: ModelConfig) -> type[Head]:
-    """The class of `model.head_kind`. Raises InputError: that name is not known."""
+    """Returns the class that `model.head_kind` names.
+
+    Raises:
+        InputError: see find_kind.
+    """
     return find_kind(model.head_kind, HEAD_KINDS, Head, "model.head_kind")
 
 
 class Unembedding(nn.Module):
     """The final norm and the projection to the vocabulary, shared by all heads.
 
-    One module holds both parameters directly, so that a sharded engine fetches them together, once.
+    One module holds both parameters directly, so that a sharded engine gathers them together, once.
 
     Args:
-        rows: of the projection; a stage of a pipeline whose losses are spread by vocabulary has some of them, or none.
-        has_norm: whether hidden states are normed here: wherever there is a head.
+        rows: number of rows of the projection in this part of the model; 0 if it has only the norm.
+        has_norm: whether this part has the norm; every part with heads does.
     """
 
     def __init__(self, model: ModelConfig, rows: int, has_norm: bool = True):
@@ -76,7 +90,7 @@ class Unembedding(nn.Module):
         self.eps = model.norm_eps
 
     def normed(self, hidden_BTD: Tensor) -> Tensor:
-        """The hidden state after the final norm."""
+        """Returns the hidden state after the final norm."""
         norm = self.norm
         assert norm is not None
         return rms_norm(hidden_BTD, norm, self.eps)
@@ -84,12 +98,12 @@ class Unembedding(nn.Module):
     def forward(
         self, hidden_BTD: Tensor, targets_BT: Tensor | None = None, **options: Any
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Without targets: logits [B, T, V]. With: (loss, summed negative log-likelihood).
+        """Returns the logits [B, T, V] without targets, else (loss, summed negative log-likelihood).
 
-        The loss is computed in here, not outside, because a sharded engine has the weight only while this runs.
+        The module computes the loss itself, because a sharded engine gathers the weight only while `forward` runs.
 
         Args:
-            options: of linear_cross_entropy.
+            options: passed to linear_cross_entropy.
         """
         normed_BTD, weight = self.normed(hidden_BTD), self.weight
         assert weight is not None

@@ -1,9 +1,11 @@
-"""Initial weights, each drawn from (seed, its own name) alone: every engine, world size and cut starts bitwise alike.
+"""Initial weights: every engine, number of ranks and pipeline partition starts from the same bits.
 
-Matrices: normal with standard deviation 0.02; the two projections that write to the residual stream (attention output,
-SwiGLU down) are divided by sqrt(2 L) with L counting trunk and heads. Norms: 1. Source: Radford et al. 2019 (GPT-2),
-section 2.3, in the form Megatron-LM uses (init_method_std 0.02, scaled_init_method_normal); the multi-token paper
-prints no initialisation.
+Each parameter is drawn from (seed, name of the parameter) alone. Matrices are normal with standard deviation 0.02. The
+two projections that write to the residual stream (attention output, SwiGLU down) are divided by sqrt(2 L), where L
+counts trunk layers and heads. Norms start at 1.
+
+Source: Radford et al. 2019 (GPT-2), section 2.3, in Megatron-LM's form (init_method_std 0.02,
+scaled_init_method_normal). The multi-token paper does not state an initialisation.
 """
 
 import hashlib
@@ -18,7 +20,7 @@ STANDARD_DEVIATION = 0.02
 
 
 def initial_value(name: str, shape: tuple[int, ...], model: ModelConfig, seed: int) -> Tensor:
-    """The fp32 CPU tensor that parameter `name` of MTPModel starts from."""
+    """Returns the initial value of the parameter `name` of MTPModel, as an fp32 CPU tensor."""
     if len(shape) == 1:
         return torch.ones(shape)
     deviation = STANDARD_DEVIATION

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from megamtp.config import ModelConfig
 
 KeyValueCache = tuple[Tensor, Tensor]
-# A layer's parameters in the order in which transformer_layer takes them.
+# Names of a layer's parameters, in the order in which transformer_layer expects them.
 WEIGHTS = (
     "attention_norm.weight",
     "attention.query.weight",
@@ -31,19 +31,23 @@ WEIGHTS = (
 )
 
 
-class Separation(NamedTuple):
-    """Documents of a micro-batch's windows, each of which attention treats as if it were alone; documents.py makes it.
+class DocumentMask(NamedTuple):
+    """Keeps attention inside the documents of a micro-batch, and counts positions from each document's start.
 
-    mask: bool [B, 1, T, T], which keys (last) a query sees; or the same in blocks, for FlexAttention.
-    rotary: (cos, sin) [B, 1, T, K] of each position within its document.
+    documents.py makes it.
+
+    Attributes:
+        attention: bool [B, 1, T, T], true where a query attends to a key (last dimension); or a BlockMask for
+            FlexAttention.
+        rotary: (cos, sin) [B, 1, T, K] of each position within its document.
     """
 
-    mask: Tensor | BlockMask
+    attention: Tensor | BlockMask
     rotary: tuple[Tensor, Tensor]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight over the last dimension. torch computes it in fp32 inside, and on a GPU in one kernel."""
+    """Returns x / rms(x) * weight over the last dimension. torch computes it in fp32, and on a GPU in one kernel."""
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
@@ -51,10 +55,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def rotary_tables(
     num_positions: int, head_dim: int, theta: float, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """(cos, sin), each [num_positions, head_dim], of the two-halves form that transformers' Llama uses.
+    """Returns (cos, sin), each [num_positions, head_dim], for pairs (k, k + K/2) as in transformers' Llama.
 
-    Computed in fp32 (positions lose precision in 16 bits); cached, because every layer of every micro-batch asks for
-    the same. Source: Su et al. 2021, arXiv:2104.09864, equation 34.
+    Computed in fp32, because 16 bits cannot hold large positions exactly. Cached, because all layers of all
+    micro-batches use the same tables.
+
+    Source: Su et al. 2021, arXiv:2104.09864, equation 34.
     """
     with torch.inference_mode(False), torch.no_grad():
         frequencies = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
@@ -64,7 +70,7 @@ def rotary_tables(
 
 
 def rotate(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
-    """Rotates each pair (k, k + K/2) of queries or keys by its position's angle."""
+    """Rotates each pair (k, k + K/2) of queries or keys by the angle of its position."""
     first, second = x_BHTK.chunk(2, dim=-1)
     return x_BHTK * cos_TK + torch.cat((-second, first), dim=-1) * sin_TK
 
@@ -82,12 +88,11 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T. Unlike torch's it keeps the parameter itself for backward, not a transposed view of what it held in
-    forward.
+    """Returns x W^T, and saves the parameter itself for backward, where torch's linear saves a transposed view.
 
-    A sharded engine takes a parameter's memory away between forward and backward, and gives it other memory then; a
-    view would keep the old memory alive, or, where memory is used again, read another layer's weights.
-    tests/distributed/test_gather.py and tests/gpu/test_emulated.py notice.
+    A sharded engine frees a parameter's memory after forward and gathers the weights into other memory for backward. A
+    view would keep the old memory allocated or, where an engine reuses buffers, read the weights of another layer.
+    tests/distributed/test_gather.py and tests/gpu/test_emulated.py fail with torch's linear.
     """
     return _Linear.apply(x, weight)
 
@@ -103,16 +108,16 @@ def attention(
     cache: KeyValueCache | None = None,
     mask: Tensor | BlockMask | None = None,
 ) -> tuple[Tensor, KeyValueCache]:
-    """Causal self-attention; fewer key/value heads than query heads if the weights say so.
+    """Computes causal self-attention, grouped-query if `key` and `value` have fewer rows than `query`.
 
     Args:
         query, key, value, output: weights [out, in].
         rotary: (cos, sin) [T, K] of the new positions, or [B, 1, T, K].
-        mask: see Separation; None: all earlier positions are seen.
         cache: keys and values [B, H_kv, past, K] of earlier positions.
+        mask: see DocumentMask.attention; None: a position attends to itself and all earlier positions.
 
     Returns:
-        (output [B, T, D], keys and values [B, H_kv, past + T, K] of all positions so far).
+        (output [B, T, D], keys and values [B, H_kv, past + T, K] of earlier and new positions).
     """
     batch, length, _ = x_BTD.shape
     queries, keys, values = (
@@ -125,21 +130,24 @@ def attention(
         keys, values = torch.cat((cache[0], keys), dim=2), torch.cat((cache[1], values), dim=2)
     grouped = keys.shape[1] != queries.shape[1]
     if isinstance(mask, BlockMask):
-        mixed = flex_attention(queries, keys, values, block_mask=mask, enable_gqa=grouped)
+        attended = flex_attention(queries, keys, values, block_mask=mask, enable_gqa=grouped)
     else:
-        seen = _causal(length, past, x_BTD.device) if mask is None else {"attn_mask": mask}
-        mixed = F.scaled_dot_product_attention(queries, keys, values, enable_gqa=grouped, **seen)
-    return linear(mixed.transpose(1, 2).reshape(batch, length, -1), output), (keys, values)
+        masking = _causal_masking(length, past, x_BTD.device) if mask is None else {"attn_mask": mask}
+        attended = F.scaled_dot_product_attention(queries, keys, values, enable_gqa=grouped, **masking)
+    return linear(attended.transpose(1, 2).reshape(batch, length, -1), output), (keys, values)
 
 
-def _causal(length: int, past: int, device: torch.device) -> dict:
+def _causal_masking(length: int, past: int, device: torch.device) -> dict:
     if past == 0:
-        return {"is_causal": True}  # the flag, not a mask, selects the flash kernels
+        return {"is_causal": True}  # torch selects flash kernels by this flag, not by a causal mask
     return {"attn_mask": torch.ones(length, past + length, dtype=torch.bool, device=device).tril(past)}
 
 
 def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """down(silu(gate(x)) * up(x)). Source: Shazeer 2020, arXiv:2002.05202."""
+    """Returns down(silu(gate(x)) * up(x)).
+
+    Source: Shazeer 2020, arXiv:2002.05202.
+    """
     return linear(F.silu(linear(x, gate)) * linear(x, up), down)
 
 
@@ -152,9 +160,10 @@ def transformer_layer(
     cache: KeyValueCache | None = None,
     mask: Tensor | BlockMask | None = None,
 ) -> tuple[Tensor, KeyValueCache]:
-    """x + attention(norm(x)), then + mlp(norm(.)), and the keys and values of all positions.
+    """Returns (h + swiglu(norm(h)) with h = x + attention(norm(x)), keys and values of all positions).
 
-    `weights` in the order of WEIGHTS. They are arguments, so that one compiled function serves all layers.
+    Args:
+        weights: in the order of WEIGHTS. They are arguments so that all layers share one compiled function.
     """
     attention_norm, query, key, value, output, mlp_norm, gate, up, down = weights
     normed_BTD = rms_norm(x_BTD, attention_norm, eps)
@@ -171,28 +180,29 @@ def layer_output(
     eps: float,
     mask: Tensor | BlockMask | None = None,
 ) -> Tensor:
-    """transformer_layer without its keys and values, which training does not need: this is what is compiled."""
+    """Returns the layer's output without keys and values: the function that training compiles."""
     return transformer_layer(x_BTD, weights, rotary, head_dim, eps, mask=mask)[0]
 
 
 @functools.cache
 def compiled_layer_output() -> Callable[..., Tensor]:
-    """layer_output, compiled at its first call for each shape; an error, never a silent return to eager, if it
-    cannot be.
-    """
+    """Returns layer_output with torch.compile applied, which compiles at the first call for each shape."""
+    # fullgraph: raise an error instead of running parts of the layer uncompiled.
     return torch.compile(layer_output, dynamic=False, fullgraph=True)
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """What one position of a window costs in the forward pass of a layer or a head; the backward pass takes twice the
-    operations.
+    """The cost of a layer's or a head's forward pass for one position of a window.
+
+    The backward pass takes twice as many floating-point operations.
 
     Attributes:
         matrix_flops: floating-point operations of products with weights.
-        attention_flops: of attention; causal attention is counted at half.
-        kept_elements: kept for the backward pass, without recomputation. Fitted to measured steps in bf16.
-        streamed_elements: of the residual stream that norms, rotation, activation and sums read and write.
+        attention_flops: floating-point operations of attention; causal attention counts half of full attention.
+        kept_elements: activations saved for the backward pass, without recomputation. Fitted to measured steps in bf16.
+        streamed_elements: elements of the residual stream that norms, rotation, activation and sums work on, limited by
+            memory bandwidth. The planner multiplies them by the bytes that a built-in layer moves per element.
     """
 
     matrix_flops: int
@@ -206,7 +216,7 @@ class LayerCost:
 
 
 class Norm(nn.Module):
-    """Holds the weight of an RMSNorm."""
+    """The weight of an RMSNorm."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -214,12 +224,11 @@ class Norm(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """The weights of one layer, a trunk layer or the body of one head, and their use.
+    """One transformer layer: a trunk layer, or a parallel head.
 
     Args:
-        recompute: drop the activations and compute them again in backward. It is done inside `forward`, so that an
-            engine's module hooks see one forward and one backward: one gather for both the recomputation and the
-            gradient.
+        recompute: activation checkpointing. `forward` applies it inside the module, so an engine's module hooks see one
+            forward and one backward: a single gather serves recomputation and gradient.
         compiled: run through torch.compile; all layers share one compiled function.
     """
 
@@ -249,19 +258,19 @@ class TransformerLayer(nn.Module):
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
-        """In the order in which transformer_layer takes them.
+        """The layer's parameters in the order of WEIGHTS.
 
-        Kept, because looking them up takes longer than a launch. An engine that replaces parameters replaces all of a
-        layer's.
+        Cached, because looking them up takes longer than a kernel launch. Comparing the first is enough to notice new
+        parameters: an engine that replaces parameters replaces all of a layer's.
         """
         if self._weights is None or self._weights[0] is not self.attention_norm.weight:
             self._weights = tuple(self.get_parameter(name) for name in WEIGHTS)
         return self._weights
 
     def cost(self, sequence_length: int) -> LayerCost:
-        """What one position of a window of `sequence_length` costs in the forward pass.
+        """Returns the forward cost of one position of a window of `sequence_length`; norms count as free.
 
-        Source: paper.md, table S5: norms are not counted.
+        Source: Gloeckle et al. 2024, arXiv:2404.19737, table S5.
         """
         key_value_dim, dim = self.get_parameter("attention.key.weight").shape
         hidden_dim = len(self.get_parameter("mlp.gate.weight"))
@@ -269,17 +278,21 @@ class TransformerLayer(nn.Module):
         kept_elements = 6 * dim + 2 * key_value_dim + 3 * hidden_dim
         return LayerCost(2 * matrices, 2 * sequence_length * dim, kept_elements, dim)
 
-    def forward(self, x_BTD: Tensor, separation: Separation | None = None) -> Tensor:
-        """`separation`: of the documents that the windows hold, where attention is to stay inside them."""
+    def forward(self, x_BTD: Tensor, document_mask: DocumentMask | None = None) -> Tensor:
+        """Returns the layer's output [B, T, D].
+
+        Args:
+            document_mask: keeps attention inside documents; None: a position attends to all earlier positions.
+        """
         function = compiled_layer_output() if self.compiled else layer_output
-        rotary, mask = (separation.rotary, separation.mask) if separation else (self._rotary(0, x_BTD), None)
+        mask, rotary = document_mask or (None, self._rotary(0, x_BTD))
         arguments = (x_BTD, self.weights, rotary, self.head_dim, self.eps, mask)
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
         return function(*arguments)
 
     def extend(self, x_BTD: Tensor, cache: KeyValueCache | None) -> tuple[Tensor, KeyValueCache]:
-        """Decoding: the layer's output for T new positions behind the cached ones, and the longer cache."""
+        """Returns the output for T new positions after the cached ones, and the extended cache, for decoding."""
         past = cache[0].shape[2] if cache else 0
         return transformer_layer(x_BTD, self.weights, self._rotary(past, x_BTD), self.head_dim, self.eps, cache)
 

@@ -1,16 +1,26 @@
-"""START READING HERE: the multi-token model of Gloeckle et al. 2024 (arXiv:2404.19737).
+"""START READING HERE: the multi-token prediction model of Gloeckle et al. 2024 (arXiv:2404.19737).
 
-    tokens [B, T] -> embedding -> trunk of L - n layers -> z [B, T, D] -> head 1 -> unembedding -> next token
-                                                             |          -> head 2 -> unembedding -> the token after
-                                                             |            ...
-                                                             +--------> head n -> unembedding -> n tokens ahead
+    tokens [B, T] -> embedding -> trunk: L - n layers -> z [B, T, D] -+-> head 1 -> unembedding -> token t + 1
+                                                                      +-> head 2 -> unembedding -> token t + 2
+                                                                      |   ...
+                                                                      +-> head n -> unembedding -> token t + n
 
-Each head is one transformer layer on the same z; the unembedding (final norm and projection) is one for all of them.
-With n = 1 this is the ordinary decoder-only model. part.py has the modules and how they run; heads.py the kinds of
-heads.
+Each head is one transformer layer. All heads read the same z and share one unembedding (final norm and projection to
+the vocabulary). With n = 1 this is an ordinary decoder-only model.
 
-Shape suffixes, here and everywhere: B batch, T positions, D width, V vocabulary, N heads (in losses/: rows), H
-attention heads, K width of an attention head.
+MTPModel is the ModelPart that holds the whole model; each stage of a pipeline is a ModelPart, too. MTPModel.forward
+returns the training loss. Read on in
+
+    part.py         ModelPart: builds the modules, runs the trunk, computes the heads' losses
+    layers.py       one transformer layer
+    heads.py        the kinds of heads, and the unembedding
+    documents.py    several documents in one window
+    initial.py      initial weights
+    ../losses/      fused unembedding and cross-entropy; forward and backward of one head after another
+
+Shape suffixes, here and in all other files: B batch, T positions, D width, V vocabulary, N heads (in losses/: rows),
+H attention heads, K width of an attention head.
+The glossary in .github/CONTRIBUTING.md explains the terms.
 """
 
 from collections.abc import Sequence
@@ -20,13 +30,14 @@ from torch import Tensor, nn
 
 from megamtp.config import HeadLossConfig, ModelConfig
 from megamtp.model.heads import Head, Unembedding
-from megamtp.model.layers import KeyValueCache, Separation, TransformerLayer
+from megamtp.model.layers import DocumentMask, KeyValueCache, TransformerLayer
 from megamtp.model.part import Extent, ModelPart
 
 
 class MTPModel(ModelPart):
-    """The whole model: trunk, heads and unembedding. `forward` is the training loss. For the arguments see
-    ModelPart.
+    """The whole model: embedding, trunk, heads and unembedding.
+
+    Args: see ModelPart.
     """
 
     embedding: nn.Embedding
@@ -45,46 +56,50 @@ class MTPModel(ModelPart):
     def forward(
         self, inputs_BT: Tensor, targets_NBT: Tensor, loss_scales: list[float], documents_BT: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The loss of one micro-batch.
+        """Returns the training loss of one micro-batch.
+
+        With the "sequential" schedule this call also computes the gradients of the heads' parameters, if gradients are
+        enabled; `loss.backward()` then only runs the trunk's backward pass.
 
         Args:
             inputs_BT: int64 token ids.
-            targets_NBT: int64; [i - 1, b, t] is the token i positions after inputs[b, t], or IGNORED.
-            loss_scales: factor of each head's summed cross-entropy; it holds the head's weight and the global count of
-                targets.
-            documents_BT: int64, rising in each row; attention, of trunk and heads, stays among positions of equal ones.
-                None: it does not stop.
+            targets_NBT: int64 token ids; [i - 1, b, t] is the i-th token after inputs_BT[b, t], or IGNORED.
+            loss_scales: factor of each head's loss, which is a sum over targets: the head's weight / its number of
+                targets in the global batch.
+            documents_BT: int64 document numbers, which do not decrease along a row. In trunk and heads, a position
+                attends only to earlier positions with the same number. None: to all earlier positions.
 
         Returns:
-            (loss, nll_sums [n]): the sum over heads of scale * cross-entropy, and each head's bare summed negative
-            log-likelihood.
+            (loss, nll_sums [n]): the sum over heads of scale * loss, and each head's negative log-likelihood, summed
+            over its targets, without scale and z-loss.
         """
-        separation = self.separate(documents_BT)
-        return self.losses(self.z(inputs_BT, separation), targets_NBT, loss_scales, separation)
+        document_mask = self.document_mask(documents_BT)
+        z_BTD = self.z(inputs_BT, document_mask)
+        return self.losses(z_BTD, targets_NBT, loss_scales, document_mask)
 
-    def z(self, inputs_BT: Tensor, separation: Separation | None = None) -> Tensor:
-        """The trunk's output [B, T, D]."""
-        return self.run_trunk(inputs_BT, separation)
+    def z(self, inputs_BT: Tensor, document_mask: DocumentMask | None = None) -> Tensor:
+        """Returns the trunk's output [B, T, D]."""
+        return self.run_trunk(inputs_BT, document_mask)
 
     def logits(self, inputs_BT: Tensor) -> Tensor:
-        """Logits of every head [N, B, T, V]: large; for inspection and tests."""
+        """Returns the logits of every head [N, B, T, V], for inspection and tests: training never holds them all."""
         z_BTD = self.z(inputs_BT)
         return torch.stack([self.unembedding(head(z_BTD)) for head in self.heads])
 
     def next_token_logits(
         self, inputs_BT: Tensor, caches: list[KeyValueCache] | None
     ) -> tuple[Tensor, list[KeyValueCache]]:
-        """Head 1's logits at the last position [B, V], and the key/value caches of the trunk layers and head 1.
+        """Returns head 1's logits at the last position [B, V], and the extended key/value caches.
 
         Args:
-            inputs_BT: the tokens not yet in the caches.
-            caches: what the previous call returned; None at the start.
+            inputs_BT: the tokens that follow the cached ones.
+            caches: one per trunk layer, and one for head 1, as the previous call returned them; None at the start.
         """
         hidden_BTD = self.embedding(inputs_BT)
         layers: list[TransformerLayer | Head] = [*self.trunk, self.heads[0]]
-        past: Sequence[KeyValueCache | None] = caches or [None] * len(layers)
-        extended: list[KeyValueCache] = []
-        for layer, cache in zip(layers, past, strict=True):
-            hidden_BTD, longer = layer.extend(hidden_BTD, cache)
-            extended.append(longer)
-        return self.unembedding(hidden_BTD[:, -1]), extended
+        past_caches: Sequence[KeyValueCache | None] = caches or [None] * len(layers)
+        extended_caches: list[KeyValueCache] = []
+        for layer, past_cache in zip(layers, past_caches, strict=True):
+            hidden_BTD, extended_cache = layer.extend(hidden_BTD, past_cache)
+            extended_caches.append(extended_cache)
+        return self.unembedding(hidden_BTD[:, -1]), extended_caches

@@ -1,7 +1,6 @@
-"""Part of a multi-token model: some of its trunk layers, heads and rows of the unembedding. It runs them and makes
-their losses.
+"""A part of the multi-token model: some trunk layers, some heads and some rows of the unembedding.
 
-MTPModel is the part that has everything; a pipeline's stages are parts that share a model out.
+MTPModel (mtp.py) is the part that holds the whole model. Each stage of a pipeline is a part, too.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,23 +13,26 @@ from torch import Tensor, nn
 from megamtp.config import HeadLossConfig, ModelConfig
 from megamtp.losses.float8 import Float8Products, Float8Weight
 from megamtp.losses.linear_cross_entropy import SharedGradient
-from megamtp.losses.sequential import HeadPhase, PassingHeads, SequentialHeadLoss
+from megamtp.losses.sequential import HeadPhase, IntermediateStageHeads, SequentialHeadLoss
 from megamtp.losses.vocabulary_slice import slice_gradients, slice_statistics
-from megamtp.model.documents import separate
+from megamtp.model.documents import make_document_mask
 from megamtp.model.heads import Unembedding, head_class
-from megamtp.model.layers import Separation, TransformerLayer
+from megamtp.model.layers import DocumentMask, TransformerLayer
 
 M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
 class Extent:
-    """Which of a model's modules a part has.
+    """The layers, heads and rows of the unembedding that a part holds.
+
+    The part with trunk layer 0 also holds the embedding. Every part with heads holds a copy of the final norm.
 
     Attributes:
-        trunk, heads: indices, from 0. The embedding goes with trunk layer 0, a copy of the final norm with every head.
-        rows: of the unembedding: all of them where heads have their losses, a slice where losses are spread by
-            vocabulary.
+        trunk: indices of trunk layers, from 0.
+        heads: indices of heads, from 0: index i - 1 is head i.
+        rows: rows of the unembedding: all of them in a part that computes its own heads' losses, a slice in a part of a
+            pipeline that spreads the losses by vocabulary.
     """
 
     trunk: range
@@ -39,7 +41,7 @@ class Extent:
 
     @classmethod
     def whole(cls, model: ModelConfig) -> "Extent":
-        """Everything."""
+        """Returns the extent of the whole model."""
         return cls(range(model.num_trunk_layers), range(model.num_future_tokens), range(model.vocab_size))
 
     @property
@@ -47,18 +49,22 @@ class Extent:
         return 0 in self.trunk
 
 
-class Numbered(nn.Module, Generic[M]):
-    """Modules under their numbers in the whole model: `modules[number]`, and an iteration over the modules."""
+class NumberedModules(nn.Module, Generic[M]):
+    """Layers or heads of a part, under their indices in the whole model.
+
+    The parameters of layer 3 begin with `3.` and `modules[3]` is layer 3, whichever layers the part holds. Iteration
+    yields the modules in order.
+    """
 
     _modules: dict[str, M]  # type: ignore[assignment]  # torch's may hold None
 
     def __init__(self, modules: Mapping[int, M]):
         super().__init__()
-        for number, module in modules.items():
-            self.add_module(str(number), module)
+        for index, module in modules.items():
+            self.add_module(str(index), module)
 
-    def __getitem__(self, number: int) -> M:
-        return self._modules[str(number)]
+    def __getitem__(self, index: int) -> M:
+        return self._modules[str(index)]
 
     def __iter__(self) -> Iterator[M]:
         return iter(self._modules.values())
@@ -68,16 +74,19 @@ class Numbered(nn.Module, Generic[M]):
 
 
 class ModelPart(nn.Module):
-    """Modules of a model, with the names they have in the whole one. Parameters are uninitialised: see initial.py.
+    """The modules of one part, with the names that they have in the whole model.
+
+    Parameters are uninitialised: see initial.py.
 
     Args:
-        schedule: "sequential" runs each head's backward right behind its forward (losses/sequential.py); "deferred"
-            leaves all of them to the ordinary backward pass. The gradients are the same.
+        schedule: "sequential" runs the backward pass of each head directly after its forward pass
+            (losses/sequential.py); "deferred" leaves the heads to the ordinary backward pass. The gradients are the
+            same.
         recompute_trunk: activation checkpointing of each trunk layer. Heads are never recomputed.
-        compile_layers: run all layers, trunk and heads, through one compiled function.
+        compile_layers: run all layers, of trunk and heads, through one compiled function.
 
     Attributes:
-        head_phase: what the engine does around sequential heads; set by the engine.
+        head_phase: what the engine does around sequential heads. The engine replaces it.
     """
 
     def __init__(
@@ -90,83 +99,83 @@ class ModelPart(nn.Module):
         compile_layers: bool = False,
     ):
         super().__init__()
-        self.config, self.extent, self.head_loss_config, self.schedule = (
-            model,
-            extent,
-            head_loss or HeadLossConfig(),
-            schedule,
-        )
+        self.config, self.extent, self.schedule = model, extent, schedule
+        self.head_loss_config = head_loss or HeadLossConfig()
         self.compile_layers = compile_layers
         self.head_phase = HeadPhase()
         make_head = head_class(model)
         self.embedding = nn.Embedding(model.vocab_size, model.dim) if extent.has_embedding else None
-        self.trunk = Numbered(
+        self.trunk = NumberedModules(
             {index: TransformerLayer(model, recompute_trunk, compile_layers) for index in extent.trunk}
         )
-        self.heads = Numbered({index: make_head(model, index, compile_layers) for index in extent.heads})
+        self.heads = NumberedModules({index: make_head(model, index, compile_layers) for index in extent.heads})
         self.unembedding = (
             Unembedding(model, len(extent.rows), bool(extent.heads)) if extent.heads or extent.rows else None
         )
 
     @property
     def has_last_head(self) -> bool:
-        """Whether z ends here: no later part has a head."""
+        """Whether this part holds head n, so that no later part needs z."""
         return self.config.num_future_tokens - 1 in self.extent.heads
 
     @property
     def unembedding_weight(self) -> nn.Parameter:
-        """[R, D]: the rows that are here, where there are some."""
+        """The part's rows of the unembedding [R, D]; the part must have some."""
         assert self.unembedding is not None and self.unembedding.weight is not None
         return self.unembedding.weight
 
-    def separate(self, documents_BT: Tensor | None) -> Separation | None:
-        """What the layers need to keep attention inside documents; None if it crosses them."""
-        if documents_BT is None:
-            return None
-        in_blocks = self.compile_layers and documents_BT.is_cuda
-        return separate(documents_BT, self.config, next(self.parameters()).dtype, in_blocks)
-
-    def run_trunk(self, x: Tensor, separation: Separation | None = None) -> Tensor:
-        """Through the trunk layers that are here.
+    def document_mask(self, documents_BT: Tensor | None) -> DocumentMask | None:
+        """Returns the mask for the layers of this part, which keeps attention inside documents; None without documents.
 
         Args:
-            x: token ids [B, T] if the embedding is here, else what the part before returned, [B, T, D].
+            documents_BT: see MTPModel.forward.
+        """
+        if documents_BT is None:
+            return None
+        use_block_mask = self.compile_layers and documents_BT.is_cuda
+        return make_document_mask(documents_BT, self.config, next(self.parameters()).dtype, use_block_mask)
+
+    def run_trunk(self, x: Tensor, document_mask: DocumentMask | None = None) -> Tensor:
+        """Runs the part's trunk layers.
+
+        Args:
+            x: token ids [B, T] in the part with the embedding, else the output [B, T, D] of the part before.
 
         Returns:
-            [B, T, D]: z after the last trunk layer.
+            [B, T, D]: the output of the part's last trunk layer; `x` if the part has no trunk layer.
         """
         if self.embedding is not None:
             x = self.embedding(x)
         for layer in self.trunk:
-            x = layer(x, separation)
+            x = layer(x, document_mask)
         return x
 
     def losses(
-        self, z_BTD: Tensor, targets_NBT: Tensor, loss_scales: list[float], separation: Separation | None = None
+        self, z_BTD: Tensor, targets_NBT: Tensor, loss_scales: list[float], document_mask: DocumentMask | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The losses of the heads that are here, over all rows of the unembedding.
+        """Computes the losses of the part's heads; the part must have all rows of the unembedding.
 
         Args:
-            targets_NBT, loss_scales: of all the model's heads; see MTPModel.forward.
+            targets_NBT, loss_scales: of all heads of the model; see MTPModel.forward.
 
         Returns:
-            (result, nll_sums): the loss in the part with the last head, in others z for the heads that follow; and the
-            summed negative log-likelihood of each head that is here.
+            (result, nll_sums): `result` is the loss, summed over the part's heads, if the part has the last head, else
+            z for the next part; `nll_sums` holds the summed negative log-likelihood of each of the part's heads.
         """
-        own, settings, unembedding = list(self.extent.heads), self.head_loss_config, self.unembedding
+        heads, settings, unembedding = list(self.extent.heads), self.head_loss_config, self.unembedding
         assert unembedding is not None
-        learning = torch.is_grad_enabled() and z_BTD.requires_grad
-        sequential = learning and self.schedule == "sequential"
-        shared_gradient, float8_weight, seed = SharedGradient(num_uses=len(own)), Float8Weight(), self.head_phase.seed()
+        sequential = self.schedule == "sequential" and torch.is_grad_enabled() and z_BTD.requires_grad
+        shared_gradient, float8_weight = SharedGradient(num_uses=len(heads)), Float8Weight()
+        loss_gradient = self.head_phase.loss_gradient()
 
         def head_loss(place: int, z_BTD: Tensor) -> tuple[Tensor, Tensor]:
-            index = own[place]
+            index = heads[place]
             return unembedding(
-                self.heads[index](z_BTD, separation),
+                self.heads[index](z_BTD, document_mask),
                 targets_NBT[index],
                 scale=loss_scales[index],
-                seed=seed,
-                seed_is_certain=sequential,
+                loss_gradient=loss_gradient,
+                loss_gradient_is_known=sequential,
                 z_loss=settings.z_loss,
                 chunk_rows=settings.chunk_rows,
                 shared_gradient=shared_gradient,
@@ -174,33 +183,36 @@ class ModelPart(nn.Module):
             )
 
         if sequential:
-            run = SequentialHeadLoss if self.has_last_head else PassingHeads
-            return run.apply(z_BTD, head_loss, len(own), self.head_phase)
-        losses, nll_sums = zip(*(head_loss(place, z_BTD) for place in range(len(own))), strict=True)
+            function = SequentialHeadLoss if self.has_last_head else IntermediateStageHeads
+            return function.apply(z_BTD, head_loss, len(heads), self.head_phase)
+        losses, nll_sums = zip(*(head_loss(place, z_BTD) for place in range(len(heads))), strict=True)
         return torch.stack(losses).sum() if self.has_last_head else z_BTD, torch.stack(nll_sums)
 
-    def normed_heads(self, z_BTD: Tensor, separation: Separation | None = None) -> list[Tensor]:
-        """What the heads that are here make of z, normed [B, T, D] each: for losses that are spread over slices."""
+    def normed_heads(self, z_BTD: Tensor, document_mask: DocumentMask | None = None) -> list[Tensor]:
+        """Returns the output [B, T, D] of each of the part's heads after the final norm, for spread losses."""
         if self.unembedding is None:
             return []
-        return [self.unembedding.normed(head(z_BTD, separation)) for head in self.heads]
+        return [self.unembedding.normed(head(z_BTD, document_mask)) for head in self.heads]
 
     def slice_products(
         self, index: int, hidden_ND: Tensor, float8_weight: Float8Weight, factor: float
     ) -> Float8Products | None:
-        """The products in fp8 of the rows that are here with a head's hidden states; None if its loss is in the
-        model's dtype.
+        """Returns the fp8 products of the part's rows with a head's hidden states; None if its loss is not in fp8.
+
+        Args:
+            index: of the head, from 0.
+            factor: see Float8Weight.products.
         """
         if not self.head_loss_config.in_float8(index):
             return None
         return float8_weight.products(self.unembedding_weight.detach(), hidden_ND, factor)
 
     def slice_statistics(
-        self, hidden_ND: Tensor, targets_N: Tensor, products: Float8Products | None = None
+        self, hidden_ND: Tensor, targets_N: Tensor, float8_products: Float8Products | None = None
     ) -> tuple[Tensor, Tensor]:
-        """See losses/vocabulary_slice.py, for the rows that are here."""
+        """Calls losses/vocabulary_slice.py's slice_statistics for the part's rows."""
         return slice_statistics(
-            hidden_ND, self.unembedding_weight.detach(), targets_N, self.extent.rows.start, products
+            hidden_ND, self.unembedding_weight.detach(), targets_N, self.extent.rows.start, float8_products
         )
 
     def slice_gradients(
@@ -209,11 +221,11 @@ class ModelPart(nn.Module):
         hidden_ND: Tensor,
         targets_N: Tensor,
         log_partition_N: Tensor,
-        sum_RD: Tensor,
+        d_weight_RD: Tensor,
         factor: float,
-        products: Float8Products | None = None,
+        float8_products: Float8Products | None = None,
     ) -> Tensor:
-        """See losses/vocabulary_slice.py, for the rows that are here."""
+        """Calls losses/vocabulary_slice.py's slice_gradients for the part's rows."""
         return slice_gradients(
             logits_NR,
             hidden_ND,
@@ -221,8 +233,8 @@ class ModelPart(nn.Module):
             targets_N,
             self.extent.rows.start,
             log_partition_N,
-            sum_RD,
+            d_weight_RD,
             factor,
             self.head_loss_config.z_loss,
-            products,
+            float8_products,
         )

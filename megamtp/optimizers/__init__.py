@@ -1,1 +1,1 @@
-"""Optimizers: how each is made and what state it keeps; and the learning rate's schedule."""
+"""The kinds of optimizers, with the state that each keeps, and the learning rate schedule."""

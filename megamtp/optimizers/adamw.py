@@ -1,4 +1,7 @@
-"""AdamW. Source: Loshchilov and Hutter 2019, arXiv:1711.05101."""
+"""The AdamW optimizer.
+
+Source: Loshchilov and Hutter 2019, arXiv:1711.05101.
+"""
 
 from collections.abc import Mapping
 
@@ -10,10 +13,10 @@ from megamtp.optimizers.base import OptimizerKind
 
 
 class AdamW(OptimizerKind):
-    """torch's fused AdamW; weight decay for matrices, none for norms.
+    """torch's fused AdamW, with weight decay for matrices and none for norms.
 
-    On a CPU torch's kernel rounds the last elements of a tensor, those that fill no vector register (16 floats at
-    most), in another way than the rest: where shards end decides about last bits.
+    On a CPU, torch's kernel rounds the last elements of a tensor, which do not fill a vector register (of at most 16
+    floats), differently from the others. The last bits of an update therefore depend on where shards end.
     """
 
     tensors = ("exp_avg", "exp_avg_sq")
@@ -22,7 +25,7 @@ class AdamW(OptimizerKind):
     def make(
         cls, settings: OptimizerConfig, parameters: Mapping[str, nn.Parameter], shapes: Mapping[str, tuple[int, ...]]
     ) -> torch.optim.AdamW:
-        """See OptimizerKind.make."""
+        """Returns torch's AdamW; see OptimizerKind.make."""
         matrices = [parameter for name, parameter in parameters.items() if len(shapes[name]) > 1]
         vectors = [parameter for name, parameter in parameters.items() if len(shapes[name]) == 1]
         return torch.optim.AdamW(

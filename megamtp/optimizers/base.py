@@ -1,4 +1,4 @@
-"""What an optimizer kind is: how torch's optimizer is made, and what state it keeps."""
+"""The interface of an optimizer kind: it makes a torch optimizer and declares the state that it keeps."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -8,17 +8,17 @@ from torch import Tensor, nn
 
 from megamtp.config import OptimizerConfig
 
-MASTER_BYTES = 4  # of a parameter's fp32 weight
+MASTER_BYTES = 4  # one fp32 element: of the master weights, or of a state tensor
 
 
 class OptimizerKind:
-    """A kind of optimizer, which works element by element: a shard of a parameter is updated as the whole would be.
+    """A kind of elementwise optimizer: it updates a shard of a parameter as it would update the whole.
 
-    `optimizer.kind` names it: `adamw`, or MODULE:CLASS of a module of your own.
+    `optimizer.kind` selects it: `adamw`, or MODULE:CLASS for a class in a module of your own.
 
     Attributes:
-        tensors: names, in torch's optimizer state, of its tensors: fp32, of the parameter's shape, 0 before the first
-            step. Beside them it counts its steps under "step".
+        tensors: names of the state tensors in torch's optimizer state. Each is fp32, has the parameter's shape, and
+            starts at 0. The state also counts steps under "step".
     """
 
     tensors: ClassVar[tuple[str, ...]]
@@ -27,21 +27,22 @@ class OptimizerKind:
     def make(
         cls, settings: OptimizerConfig, parameters: Mapping[str, nn.Parameter], shapes: Mapping[str, tuple[int, ...]]
     ) -> torch.optim.Optimizer:
-        """torch's optimizer of the parameters.
+        """Returns the torch optimizer of the parameters.
 
         Args:
-            shapes: of the whole parameters, by name; a parameter may be a shard.
+            parameters: by name; each may be a shard.
+            shapes: shapes of the whole parameters, by name.
         """
         raise NotImplementedError
 
     @classmethod
     def state_bytes(cls) -> int:
-        """Bytes of a parameter's fp32 weight and optimizer state: what a checkpoint holds of it."""
+        """Returns the bytes that a checkpoint holds per parameter: the fp32 weight and the optimizer state."""
         return MASTER_BYTES * (1 + len(cls.tensors))
 
     @classmethod
     def prepare(cls, state: dict[str, Tensor], weights: Tensor) -> None:
-        """Fills an empty state of `weights` as the first step would."""
+        """Initialises an empty optimizer state of `weights`, as the first step would."""
         if not state:
             state["step"] = torch.zeros((), device=weights.device)
             state |= {name: torch.zeros_like(weights.detach()) for name in cls.tensors}

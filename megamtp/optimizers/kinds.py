@@ -1,4 +1,4 @@
-"""The kinds of optimizers by name."""
+"""The optimizer kinds that `optimizer.kind` names."""
 
 from collections.abc import Mapping
 
@@ -11,5 +11,9 @@ OPTIMIZERS: Mapping[str, type[OptimizerKind]] = {"adamw": AdamW}
 
 
 def optimizer_kind(settings: OptimizerConfig) -> type[OptimizerKind]:
-    """The class of `optimizer.kind`. Raises InputError: that name is not known."""
+    """Returns the class that `optimizer.kind` names.
+
+    Raises:
+        InputError: see find_kind.
+    """
     return find_kind(settings.kind, OPTIMIZERS, OptimizerKind, "optimizer.kind")

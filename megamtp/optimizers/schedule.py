@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step alone, so that a resumed run needs no scheduler state."""
+"""The learning rate as a function of the step alone: a resumed run needs no scheduler state."""
 
 import math
 
@@ -6,9 +6,12 @@ from megamtp.config import OptimizerConfig
 
 
 def learning_rate(step: int, num_steps: int, optimizer: OptimizerConfig) -> float:
-    """The rate of `step` (from 1 to num_steps): linear warm-up to the peak, then cosine to final_lr_ratio of it.
+    """Returns the learning rate of `step`: linear warm-up to the peak, then cosine decay to final_lr_ratio * peak.
 
-    Source: paper.md, tables S13 and S14.
+    Args:
+        step: from 1 to num_steps.
+
+    Source: Gloeckle et al. 2024, arXiv:2404.19737, tables S13 and S14.
     """
     if step <= optimizer.warmup_steps:
         return optimizer.lr * step / optimizer.warmup_steps

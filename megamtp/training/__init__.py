@@ -1,1 +1,1 @@
-"""The training loop and what it reports."""
+"""The training loop and everything around it: checks before the start, metrics, checkpoints, resuming."""

@@ -1,4 +1,4 @@
-"""The training loop: data, engine, metrics, evaluation, checkpoints, and an orderly end.
+"""The training loop: it reads data, steps the engine, reports metrics, evaluates and saves checkpoints.
 
 Tests: tests/distributed/test_training.py.
 """
@@ -30,29 +30,29 @@ from megamtp.optimizers.schedule import learning_rate
 from megamtp.training.metrics import Metrics
 from megamtp.training.saving import Saver
 
-MAX_SKIPPED = 10  # steps in a row whose gradients are not finite
-# of an evaluation, which are read before the ranks agree to run them: whether to stop, and if any is damaged
-BATCHES_UNASKED = 8
+MAX_NONFINITE_STEPS = 10  # consecutive steps with a non-finite gradient before the run ends
+# During an evaluation the ranks agree once per this many batches whether to stop. An all-reduce per batch costs more.
+BATCHES_PER_CHECK = 8
 
 
 def evaluation_due(config: Config, step: int) -> bool:
-    """Whether an evaluation follows this step."""
+    """Returns whether an evaluation follows this step."""
     due = step % config.run.evaluate_every_steps == 0 or step == config.train.steps
     return config.data.validation is not None and step > 0 and due
 
 
-def leave_to_collections_what_is_to_come() -> None:
-    """Python's garbage collections look no more at what exists by now.
+def freeze_garbage_collector() -> None:
+    """Excludes all existing objects from Python's garbage collections.
 
-    There are hundreds of thousands of objects, libraries' most of them; looking through them takes a rank a tenth of a
-    second, at a time of its own, and all others wait for it: the more ranks, the more steps are lengthened.
+    Libraries create hundreds of thousands of objects. A collection that scans them pauses a rank for a tenth of a
+    second, and all other ranks wait. Each rank pauses at a different time, so more ranks mean more slow steps.
     """
     gc.collect()
     gc.freeze()
 
 
 class Training:
-    """One run on all ranks, from its newest checkpoint (or the beginning) to its last step."""
+    """Trains on all ranks, from a run's newest checkpoint (or from the beginning) to its last step."""
 
     def __init__(
         self,
@@ -62,35 +62,38 @@ class Training:
         position: DataPosition,
         validation: Windows | None,
         stop: StopRequest,
-        first_step: int,
-        owes_evaluation: bool = False,
+        steps_taken: int,
+        evaluate_first: bool = False,
     ):
         """
         Args:
-            position: in the data, from which `train` reads.
-            first_step: steps already taken; the engine has loaded the checkpoint of that step if it is not 0.
-            owes_evaluation: of that step, which the job before was stopped amid or before.
+            position: the position in the data that `train` reads from.
+            steps_taken: if it is not 0, the engine has loaded the checkpoint of this step.
+            evaluate_first: evaluate before the first step, because the previous job was stopped before or during the
+                evaluation after step `steps_taken`.
         """
         self.config, self.engine, self.train, self.validation, self.stop = config, engine, train, validation, stop
         self.position = position
-        self.step, self.owes_evaluation = first_step, owes_evaluation
-        self.num_skipped = 0  # of the last steps, in a row, for what is not finite
-        self._damage: str | None = None  # what is wrong with this rank's data that is needed next
-        self.metrics = Metrics(config, first_step, engine.rank, engine.world_size, engine.device)
+        self.step, self.evaluate_first = steps_taken, evaluate_first
+        self.num_nonfinite_steps = 0  # in a row, up to the current step
+        self._data_error: str | None = None  # what is wrong with the data that this rank needs next
+        self.metrics = Metrics(config, steps_taken, engine.rank, engine.world_size, engine.device)
         self.saver = Saver(config, engine, self.metrics)
 
     def run(self) -> bool:
-        """Trains. False if it ended early, saved, because a rank was asked to stop. Collective.
+        """Trains to the last step. Returns False if a rank was asked to stop: the run is saved and ends early.
+
+        Collective.
 
         Raises:
-            InputError: some rank's data of the next step, or of an evaluation, is damaged; the steps before it are
-                saved. Or, step after step, gradients are not finite; these are not saved. On ranks other than 0 a
-                SystemExit instead, so that it is said once.
+            InputError: on rank 0; other ranks raise SystemExit, so that the error is printed once. Either the data of
+                the next step or of an evaluation is damaged on some rank, after the steps before it were saved. Or
+                too many consecutive steps had a non-finite gradient; these steps are not saved.
         """
         try:
             finished = self._run()
         except BaseException:
-            with suppress(OSError, InputError):  # a full disk, say, is what ends the run
+            with suppress(OSError, InputError):  # the original error, such as a full disk, matters more
                 self.metrics.close()
             raise
         finally:
@@ -102,47 +105,48 @@ class Training:
 
     def _run(self) -> bool:
         run, steps = self.config.run, self.config.train.steps
-        due, stopped, (damaged,) = False, False, self._anywhere(self._is_damaged())
+        save_due, stopped, (damaged,) = False, False, self._on_any_rank(self._next_data_is_damaged())
         first_step = self.step + 1
-        if self.owes_evaluation and not damaged:
+        if self.evaluate_first and not damaged:
             stopped, damaged = self._evaluate()
         while self.step < steps and not stopped and not damaged:
             self.step += 1
-            self._must_end()
+            self._restart_stall_timer()
             stopped, damaged = self._train_step()
             if self.step == first_step:
-                leave_to_collections_what_is_to_come()
+                freeze_garbage_collector()
             if not stopped and evaluation_due(self.config, self.step):
-                stopped, found = self._evaluate()
-                damaged = damaged or found
-            due = due or self.step % run.save_every_steps == 0 or self.step == steps or stopped or damaged
-            if due and not self.num_skipped:  # or bad weights might outlive good ones
+                stopped, validation_is_damaged = self._evaluate()
+                damaged = damaged or validation_is_damaged
+            save_due = save_due or self.step % run.save_every_steps == 0 or self.step == steps or stopped or damaged
+            if save_due and not self.num_nonfinite_steps:  # bad weights must not replace good checkpoints
                 self._save()
-                due = False
-        self._must_end()
+                save_due = False
+        self._restart_stall_timer()
         self.saver.finish()
         if damaged:
-            self._fail(next(error for error in of_all_ranks(self._damage) if error))
+            self._end_all_ranks(next(error for error in of_all_ranks(self._data_error) if error))
         if stopped:
-            saved = (
-                "these steps, which are not finite, are not saved" if self.num_skipped else f"saved at step {self.step}"
-            )
-            self.metrics.say(f"asked to stop: {saved}")
+            outcome = f"saved at step {self.step}"
+            if self.num_nonfinite_steps:
+                outcome = "not saved, because the gradient of the last step is not finite"
+            self.metrics.print_line(f"asked to stop: {outcome}")
         return not stopped
 
-    def _must_end(self) -> None:
-        """From here on this rank has run.stall_seconds until the next call: a peer that hangs, not dies, would keep it
-        for ever.
+    def _restart_stall_timer(self) -> None:
+        """Gives this rank another run.stall_seconds; if they pass, the process prints all tracebacks and exits.
 
-        The watch is a thread of faulthandler's, which needs nothing of Python to print all tracebacks and to end the
-        process; the launcher then ends the others.
+        A peer that hangs without dying would otherwise block this rank forever. The timer is a thread of faulthandler,
+        which works without Python's interpreter lock. The launcher then ends the other ranks.
         """
         if self.config.run.stall_seconds:
             faulthandler.dump_traceback_later(self.config.run.stall_seconds, exit=True)
 
     def _train_step(self) -> tuple[bool, bool]:
-        """One optimizer step and its report: whether any rank was asked to stop, and cannot read the next step's
-        data.
+        """Takes one optimizer step and reports it.
+
+        Returns:
+            Whether any rank was asked to stop, and whether the next step's data is damaged on any rank.
         """
         engine, n = self.engine, self.config.model.num_future_tokens
         with self.metrics.phase("data"):
@@ -153,86 +157,87 @@ class Training:
             lr = learning_rate(self.step, self.config.train.steps, self.config.optimizer)
             result = engine.train_batch(micro_batches, counts, lr)
         with self.metrics.phase("data"):
-            damaged = self._is_damaged()
+            damaged = self._next_data_is_damaged()
         with self.metrics.phase("report"):
+            # One all-reduce sums everything that the ranks must agree on.
             totals = torch.zeros(n + 4, dtype=torch.float64, device=engine.device)
             totals[:n] = result.nll_sums
-            others = (result.gradient_norm, self.stop.asked, damaged, self.saver.has_written)
-            totals[n:] = torch.tensor(others, dtype=torch.float64)
-            # of the losses and, with them, of the gradient's norm, of the wish to stop, of damage ahead and of the
-            # ranks that have written
+            own = (result.gradient_norm, self.stop.asked, damaged, self.saver.has_written)
+            totals[n:] = torch.tensor(own, dtype=torch.float64)
             dist.all_reduce(totals)
-            *nll_sums, norms, wishes, damaged_ranks, written = totals.tolist()
-        by_loss_scale = result.skipped and self.config.train.precision == "fp16"  # which is found so
-        if all(map(math.isfinite, [*nll_sums, norms])) or by_loss_scale or self.config.cluster.emulate:
-            self.num_skipped = 0
+            *nll_sums, gradient_norms, num_stop_requests, num_damaged, num_written = totals.tolist()
+        # fp16 adjusts its loss scale by skipping steps, and an emulated cluster computes meaningless gradients.
+        expected = (result.skipped and self.config.train.precision == "fp16") or self.config.cluster.emulate
+        if all(map(math.isfinite, [*nll_sums, gradient_norms])) or expected:
+            self.num_nonfinite_steps = 0
         else:
-            self._note_not_finite(result.nll_sums, result.skipped)
+            self._report_nonfinite_step(result.nll_sums, result.skipped)
         losses = [nll / max(1, count) for nll, count in zip(nll_sums, counts, strict=True)]
-        self.metrics.training(self.step, losses, result.gradient_norm, lr, result.skipped)
-        if written == engine.world_size:
+        self.metrics.report_step(self.step, losses, result.gradient_norm, lr, result.skipped)
+        if num_written == engine.world_size:
             self.saver.finish()
-        return wishes > 0, damaged_ranks > 0
+        return num_stop_requests > 0, num_damaged > 0
 
-    def _is_damaged(self) -> bool:
-        """Whether this rank's data of the next step is, if there is a next step; waits until it is read, as that
-        step would.
-        """
-        self._damage = self.train.damage(self.step) if self.step < self.config.train.steps else None
-        return self._damage is not None
+    def _next_data_is_damaged(self) -> bool:
+        """Returns whether this rank's data of the next step is damaged. Waits, as that step would, until it is read."""
+        self._data_error = self.train.read_error(self.step) if self.step < self.config.train.steps else None
+        return self._data_error is not None
 
-    def _anywhere(self, *found: bool) -> list[bool]:
-        """Whether each was found on any rank. Collective."""
-        ranks = torch.tensor(found, dtype=torch.float32, device=self.engine.device)
-        dist.all_reduce(ranks)
-        return [number > 0 for number in ranks.tolist()]
+    def _on_any_rank(self, *flags: bool) -> list[bool]:
+        """Returns for each flag whether any rank has set it. Collective."""
+        num_ranks = torch.tensor(flags, dtype=torch.float32, device=self.engine.device)
+        dist.all_reduce(num_ranks)
+        return [number > 0 for number in num_ranks.tolist()]
 
-    def _note_not_finite(self, nll_sums: Tensor, skipped: bool) -> None:
-        """Says whose losses are not finite: a bad card is as likely as a bad setting. Collective.
+    def _report_nonfinite_step(self, nll_sums: Tensor, skipped: bool) -> None:
+        """Prints which ranks have non-finite losses: a faulty GPU is as likely a cause as a bad setting. Collective.
 
         Raises:
-            InputError: there are too many in a row, this is the run's last, or it has changed the weights; as `run`
-                raises it.
+            InputError: as in `run`; this was the last of too many such steps, or the last step of the run, or the step
+                has changed the weights.
         """
-        self.num_skipped += 1
-        finite = bool(nll_sums.isfinite().all())
+        self.num_nonfinite_steps += 1
+        all_finite = bool(nll_sums.isfinite().all())
         place = f"rank {self.engine.rank} ({socket.gethostname()}, local rank {find_place().local_rank})"
-        told = of_all_ranks((self.engine.data_parallel_rank, finite, place))
-        readers = sorted({reader for reader, finite, _ in told if not finite})
-        # In a pipeline, stages that have no losses may be where it began.
-        first = ", ".join(place for reader, _, place in told if readers and reader == readers[0])
-        others = f" and of {len(readers) - 1} others" if len(readers) > 1 else ""
-        found = f"step {self.step}: not finite: " + (
-            f"the losses of {first}{others}" if first else "the gradient; all losses are"
-        )
-        if skipped and self.num_skipped < MAX_SKIPPED and self.step < self.config.train.steps:
-            self.metrics.say(f"megamtp: warning: {found}; the weights stay as they were")
+        reports = of_all_ranks((self.engine.data_parallel_rank, all_finite, place))
+        bad_readers = sorted({reader for reader, all_finite, _ in reports if not all_finite})
+        # Names all stages of a pipeline: the fault may lie in a stage that computes no losses.
+        bad_places = ", ".join(place for reader, _, place in reports if bad_readers and reader == bad_readers[0])
+        more = f" and of {len(bad_readers) - 1} more data-parallel ranks" if len(bad_readers) > 1 else ""
+        problem = f"step {self.step}: all losses are finite, but the gradient is not"
+        if bad_places:
+            problem = f"step {self.step}: the losses of {bad_places}{more} are not finite"
+        if skipped and self.num_nonfinite_steps < MAX_NONFINITE_STEPS and self.step < self.config.train.steps:
+            self.metrics.print_line(f"megamtp: warning: {problem}; the weights are unchanged")
             return
         self.saver.finish()
         saved = checkpoints(Path(self.config.run.directory))
-        self._fail(
-            f"{found}; such steps in a row: {self.num_skipped}. Started again, the run goes on from "
-            f"{saved[-1].name if saved else 'its beginning'}: if that fails at the same step, lower optimizer.lr or "
-            "remove the newest checkpoint; else have that machine looked at"
+        self._end_all_ranks(
+            f"{problem}; non-finite steps in a row: {self.num_nonfinite_steps}. A new job resumes from "
+            f"{saved[-1].name if saved else 'the beginning'}: if it fails at the same step, lower optimizer.lr or "
+            "remove the newest checkpoint; otherwise have that machine checked"
         )
 
-    def _fail(self, error: str) -> NoReturn:
-        """Ends every rank: with an InputError on rank 0, with SystemExit on the others."""
+    def _end_all_ranks(self, error: str) -> NoReturn:
+        """Raises InputError on rank 0 and SystemExit on the others. All ranks call it."""
         raise InputError(error) if self.engine.rank == 0 else SystemExit(2)
 
     def _evaluate(self) -> tuple[bool, bool]:
-        """Whether any rank was asked to stop, and whether any rank's data is damaged: both end the evaluation
-        without a result.
+        """Evaluates and reports the validation losses.
+
+        Returns:
+            Whether any rank was asked to stop, and whether any rank's data is damaged. Both end the evaluation without
+            a report.
         """
         engine, config, validation = self.engine, self.config, self.validation
-        assert validation is not None  # as evaluation_due sees to it
+        assert validation is not None  # evaluation_due requires it
         stopped = damaged = False
 
         def agreed_batches() -> Iterator[Batch]:
-            """This rank's batches, each read once: a group is run when all ranks have read theirs.
+            """Yields this rank's batches in groups, each after all ranks have read their group.
 
-            A rank that met damage amid a group would leave the others waiting; and an evaluation may take longer than a
-            job has from the signal to its end.
+            A rank that stopped at damaged data alone would leave its peers waiting in a collective. The ranks also
+            check for a stop request, since an evaluation may outlast the time between a signal and the job's end.
             """
             nonlocal stopped, damaged
             batches = evaluation_batches(
@@ -243,10 +248,10 @@ class Training:
                 config.run.evaluation_windows,
             )
             while True:
-                self._must_end()
-                group, error = read_group(batches, BATCHES_UNASKED)
-                stopped, damaged = self._anywhere(self.stop.asked, error is not None)
-                self._damage = self._damage or error
+                self._restart_stall_timer()
+                group, error = read_group(batches, BATCHES_PER_CHECK)
+                stopped, damaged = self._on_any_rank(self.stop.asked, error is not None)
+                self._data_error = self._data_error or error
                 if stopped or damaged or not group:
                     return
                 yield from group
@@ -256,15 +261,16 @@ class Training:
             return stopped, damaged
         dist.all_reduce(totals)
         nll_sums, counts = totals.view(2, -1).tolist()
-        self.metrics.validation(self.step, [nll / max(1, count) for nll, count in zip(nll_sums, counts, strict=True)])
+        losses = [nll / max(1, count) for nll, count in zip(nll_sums, counts, strict=True)]
+        self.metrics.report_evaluation(self.step, losses)
         return False, False
 
     def _save(self) -> None:
         if self.config.cluster.emulate:
-            self.metrics.say("an emulated cluster's weights are not trained ones: no checkpoint is written")
+            self.metrics.print_line("no checkpoint is written: an emulated cluster does not train its weights")
             return
-        self._must_end()
+        self._restart_stall_timer()
         blend = self.train.windows
-        assert isinstance(blend, Blend)  # which pretraining makes of any number of corpora
+        assert isinstance(blend, Blend)  # pretrain.py makes a blend even of one corpus
         position = self.position.advanced(blend, self.train.windows_before(self.step))
-        self.saver.begin(self.step, position.saved())
+        self.saver.begin(self.step, position.to_json())

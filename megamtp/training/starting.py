@@ -29,24 +29,24 @@ class Start:
 
     Attributes:
         checkpoint: the newest intact one; None in a new run.
-        step: the steps of the run so far.
-        position: in the training data.
-        notes: lines for the user about the position, where it is not obvious.
-        owes_evaluation: an evaluation follows step `step`, and the job before did not finish it.
+        step: number of steps taken so far.
+        position: position in the training data.
+        notes: lines that explain the position to the user where it is not obvious.
+        evaluate_first: an evaluation follows step `step`, and the previous job did not finish it.
     """
 
     checkpoint: Path | None
     step: int
     position: DataPosition
     notes: list[str]
-    owes_evaluation: bool
+    evaluate_first: bool
 
 
 def check_agreement(run: CheckedRun) -> None:
-    """Compares settings and corpora of all ranks. Collective.
+    """Checks that all ranks have the same settings and corpora. Collective.
 
     Raises:
-        InputError: one rank has others, as where nodes start different scripts; on all ranks.
+        InputError: on all ranks; a rank was started differently, for example by another script on its node.
     """
     if run.config.cluster.emulate:
         return
@@ -54,9 +54,9 @@ def check_agreement(run: CheckedRun) -> None:
     first, *others = of_all_ranks((run.config, [corpus.dataset.num_tokens for corpus in corpora]))
     for rank, other in enumerate(others, start=1):
         if other != first:
-            found = next(iter(differences(first[0], other[0])), f"corpora of {first[1]} -> {other[1]} tokens")
+            difference = next(iter(differences(first[0], other[0])), f"corpora of {first[1]} -> {other[1]} tokens")
             raise InputError(
-                f"rank {rank} is not started as rank 0 is ({found}); expected the same arguments and corpora on all"
+                f"rank {rank} was not started like rank 0 ({difference}); expected the same arguments and corpora"
             )
 
 
@@ -72,22 +72,22 @@ def find_start(run: CheckedRun, place: Place) -> Start | None:
     config, run_directory = run.config, Path(run.config.run.directory)
     newest = None if config.cluster.emulate else newest_verified(run_directory, place.rank, place.world_size)
     step = newest[1].step if newest else 0
-    owes_evaluation = False
+    evaluate_first = False
     if evaluation_due(config, step):
         with raised_by_all():
-            owes_evaluation = place.rank == 0 and lacks_validation(run_directory / METRICS, step)
-        owes_evaluation = any(of_all_ranks(owes_evaluation))
-    if step >= config.train.steps and not owes_evaluation:
+            evaluate_first = place.rank == 0 and lacks_validation(run_directory / METRICS, step)
+        evaluate_first = any(of_all_ranks(evaluate_first))
+    if step >= config.train.steps and not evaluate_first:
         if place.rank == 0:
-            print_line(f"{run_directory} has all its {config.train.steps} steps already; nothing to do")
+            print_line(f"{run_directory} already has all {config.train.steps} steps; nothing to do")
         return None
     with raised_by_all():
         position, notes = find_position(config, run.train, newest)
-    return Start(newest[0] if newest else None, step, position, notes, owes_evaluation)
+    return Start(newest[0] if newest else None, step, position, notes, evaluate_first)
 
 
 def open_loader(run: CheckedRun, start: Start) -> TrainLoader:
-    """Returns this rank's reader of micro-batches, at the start's position."""
+    """Returns the loader that reads this rank's micro-batches from the start's position."""
     train = run.config.train
     windows = run.config.global_batch_windows
     blend = start.position.blend(run.train)
@@ -95,23 +95,23 @@ def open_loader(run: CheckedRun, start: Start) -> TrainLoader:
 
 
 def engine_config(run: CheckedRun, start: Start) -> Config:
-    """Returns the engine's configuration. A resumed run has all its weights, and does not read initial ones again."""
+    """Returns the engine's configuration. A resumed run does not read initial weights again."""
     return without_initial_weights(run.config) if start.checkpoint else run.config
 
 
 def begin(run: CheckedRun, start: Start, loader: TrainLoader, place: Place) -> None:
-    """Seeds the rank's random numbers. On rank 0, prints what the user should know and prepares the run directory.
+    """Seeds this rank's random numbers. Rank 0 also prints notes for the user and prepares the run directory.
 
     Raises:
         OSError: the run directory cannot be written.
     """
-    # A checkpoint holds each rank's random state: it must not depend on what happened before.
+    # Checkpoints contain each rank's random state, which must not depend on what the process did before.
     torch.manual_seed((run.config.train.seed << 24) + place.rank)
     if place.rank > 0:
         return
     report_vocabulary(run.config)
     at_end = start.position.advanced(start.position.blend(run.train), loader.windows_before(run.config.train.steps))
-    for line in (*run.changes, *start.notes, *at_end.passes(), *at_end.warnings()):
+    for line in (*run.changes, *start.notes, *at_end.describe_epochs(), *at_end.warnings()):
         print_line(line)
     _prepare_directory(run.config, is_new=start.checkpoint is None)
 
@@ -123,4 +123,4 @@ def _prepare_directory(config: Config, is_new: bool) -> None:
     if config.run.initial_weights and is_new:
         write_special_ids(run_directory, open_initial_weights(config).special_ids)
     for leftover in remove_leftovers(run_directory):
-        print_warning(f"{leftover} cannot be removed; it is of no use")
+        print_warning(f"{leftover} cannot be removed; it is not needed")

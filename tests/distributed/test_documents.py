@@ -1,7 +1,6 @@
-"""data.documents=isolate: windows that hold several documents train as each piece of a document alone would, on any
-engine.
+"""data.documents=isolate: with any engine, gradients equal those of training on each document's piece alone.
 
-The reference knows documents alone, as lists of tokens, and nothing of windows' boundaries, masks or positions.
+The reference reads documents as lists of tokens: it has no windows, masks or positions.
 """
 
 import functools
@@ -20,9 +19,9 @@ from tests.engine_steps import errors_of_step
 from tests.ranks import run_ranks
 from tests.reference import reference_model, reference_step
 
-LENGTHS = [7, 0, 1, 1, 2, 15, 3, 0, 0, 9, 4, 30, 1, 6, 2, 12, 11]  # documents; windows have 12 tokens
+LENGTHS = [7, 0, 1, 1, 2, 15, 3, 0, 0, 9, 4, 30, 1, 6, 2, 12, 11]  # tokens of each document; a window has 12
 BOUND = 1e-5
-ENGINES = {  # pipelines last: DeepSpeed makes no other engine after one
+ENGINES = {  # pipelines last: DeepSpeed cannot create other engines after one
     "zero3": {},
     "zero3, recomputed": {"train__activation_checkpointing": True},
     "zero3 by DeepSpeed": {"engine__communication": "deepspeed"},
@@ -46,21 +45,23 @@ def make_documents() -> list[list[int]]:
 
 
 def pieces(documents: list[list[int]], window: int, n: int) -> list[Batch]:
-    """What a window holds of each document, in a batch of its own, with targets from that document only."""
-    begin, found, first = window * POSITIONS, [], 0
+    """Returns the window's piece of each document as its own batch, with targets from that document only."""
+    begin, batches, first = window * POSITIONS, [], 0
     for document in documents:
         start, stop = max(begin - first, 0), min(begin + POSITIONS - first, len(document))
         if start < stop:
             after = [*document, *[IGNORED] * n]
             targets = [after[start + head : stop + head] for head in range(1, n + 1)]
-            found.append(Batch(torch.tensor([document[start:stop]]), torch.tensor(targets)[:, None]))
+            batches.append(Batch(torch.tensor([document[start:stop]]), torch.tensor(targets)[:, None]))
         first += len(document)
-    return found
+    return batches
 
 
 def _errors(prefix: str, settings: dict) -> tuple[float, float, int]:
-    """Largest relative error of any gradient and of any loss over two steps, and the number of layer graphs
-    compiled.
+    """Runs two steps.
+
+    Returns:
+        (largest relative error of a gradient, largest relative error of a loss, number of layer graphs compiled).
     """
     from torch._dynamo.utils import counters
 
@@ -85,7 +86,7 @@ def _largest_errors(config: Config, engine, loader: TrainLoader) -> tuple[float,
     number = len(loader.windows)
     for step in range(2):
         places = np.arange(step * config.global_batch_windows, (step + 1) * config.global_batch_windows)
-        order = [int(loader.windows.shuffled(int(place) // number)(place % number)[0]) for place in places]
+        order = [int(loader.windows.epoch_order(int(place) // number)(place % number)[0]) for place in places]
         alone = [piece for window in order for piece in pieces(documents, window, config.model.num_future_tokens)]
         expected = reference_step(config, model, alone)
         counts, *errors = errors_of_step(engine, loader.read(step), expected)
@@ -110,8 +111,8 @@ def errors(tmp_path_factory) -> list[dict]:
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_gradients_are_those_of_each_document_alone(name, errors):
-    for of_rank in errors:
-        gradient_error, loss_error, graphs = of_rank[name]
+def test_gradients_equal_those_of_each_document_alone(name, errors):
+    for rank_errors in errors:
+        gradient_error, loss_error, graphs = rank_errors[name]
         assert gradient_error < BOUND and loss_error < BOUND
         assert graphs == (name == "zero3, compiled")

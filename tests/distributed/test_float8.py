@@ -1,4 +1,4 @@
-"""fp8 losses under the engines, on two ranks: the unembedding is quantised where it is gathered, for all heads."""
+"""fp8 losses with all engines on two ranks: gradients and losses equal the float64 reference."""
 
 import contextlib
 import itertools
@@ -19,13 +19,14 @@ CUTS = {
     "pipeline, spread losses": [3, 2],
 }
 CASES = [*itertools.product(("zero1", "zero3"), ("sequential", "deferred")), *((cut, "sequential") for cut in CUTS)]
-# bf16's bound (test_gradients.py), and on the way back through the unembedding one rounding of the weight and one of
-# the gradient. A head missing or counted twice errs by 25 % at least.
+# bf16's bound (test_gradients.py), and the fp8 rounding of weight and gradient in the backward pass of the unembedding.
+# A head that is missing or counted twice causes an error of at least 25 %.
 BOUND = 0.04 + (E4M3_ERROR**2 + E5M2_ERROR**2) ** 0.5
-LOSS_BOUND = 2e-3  # bf16's: initial logits are of size 0.1, and 4 % of that is little to a loss of 4.7 nats
+LOSS_BOUND = 2e-3  # as in bf16: initial logits are about 0.1, and 4 % of that is little in a loss of 4.7 nats
 
 
 def gradient_errors() -> list[tuple[float, float]]:
+    """Returns (largest gradient error, largest loss error) of each case."""
     from megamtp.engines.build import build_engine
 
     errors = []
@@ -44,32 +45,33 @@ def gradient_errors() -> list[tuple[float, float]]:
             head_loss__chunk_rows=16,
             **cut,
         )
-        with counted_products() as made:
+        with recorded_factors() as factors:
             errors.append(largest_errors(config, build_engine(config), num_steps=3))
         ranks_with_losses = {"pipeline, heads on one stage": [1]}.get(kind, [0, 1])
-        assert (dist.get_rank() in ranks_with_losses) == bool(made), "no fp8 product was made, or one where no loss is"
+        # fp8 products must run on the ranks with losses, and on no other rank.
+        assert (dist.get_rank() in ranks_with_losses) == bool(factors)
     return errors
 
 
 @contextlib.contextmanager
-def counted_products() -> Iterator[list[float]]:
-    """The factors of all uses of an unembedding in fp8."""
-    made, products = [], Float8Weight.products
+def recorded_factors() -> Iterator[list[float]]:
+    """Yields a list that receives the factor of each use of an fp8 unembedding."""
+    factors, products = [], Float8Weight.products
 
-    def counted(self: Float8Weight, weight, hidden, factor):
-        made.append(factor)
+    def recording_products(self: Float8Weight, weight, hidden, factor):
+        factors.append(factor)
         return products(self, weight, hidden, factor)
 
-    Float8Weight.products = counted
+    Float8Weight.products = recording_products
     try:
-        yield made
+        yield factors
     finally:
         Float8Weight.products = products
 
 
 @pytest.fixture(scope="module")
 def errors_of_all() -> dict[tuple, tuple[float, float]]:
-    """The largest of either rank."""
+    """Returns the largest errors over both ranks, by case."""
     by_rank = run_ranks(gradient_errors, 2)
     return {
         case: tuple(map(max, zip(*errors, strict=True)))

@@ -1,4 +1,4 @@
-"""A head kind of a user's own, defined in this file alone: it trains, is saved, resumed elsewhere and converted."""
+"""A user-defined head kind, known only to this file: training, checkpoints, resuming and conversion."""
 
 from pathlib import Path
 
@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megamtp.checkpoint import canonical, formats, store
-from megamtp.checkpoint.tensors import whole
+from megamtp.checkpoint.tensors import read_tensor
 from megamtp.config import ModelConfig, read_config
 from megamtp.errors import InputError
 from megamtp.model.cost import flops_per_token, head_cost, head_parameters, parameters
-from megamtp.model.heads import Head
-from megamtp.model.layers import LayerCost, Separation
+from megamtp.model.heads import HEAD_KINDS, Head
+from megamtp.model.layers import DocumentMask, LayerCost
 from tests.cases import small_config
 from tests.distributed.test_checkpoints import BOUND, FURTHER_STEPS, MICRO_BATCHES, STEPS, _train
 from tests.engine_steps import largest_errors
@@ -24,14 +24,14 @@ NARROW = 8
 
 
 class NarrowHead(Head):
-    """z plus what a narrow layer with a GELU makes of it; no attention, no norm."""
+    """Returns z + up(gelu(down(z))), without attention and norm."""
 
     def __init__(self, model: ModelConfig, index: int, compiled: bool = False):
         super().__init__()
         self.down = nn.Linear(model.dim, NARROW, bias=False)
         self.up = nn.Linear(NARROW, model.dim, bias=False)
 
-    def forward(self, z_BTD: Tensor, separation: Separation | None = None) -> Tensor:
+    def forward(self, z_BTD: Tensor, document_mask: DocumentMask | None = None) -> Tensor:
         return z_BTD + self.up(F.gelu(self.down(z_BTD)))
 
     def cost(self, sequence_length: int) -> LayerCost:
@@ -48,26 +48,32 @@ ENGINES = {
 }
 
 
-def _config(sharers: int, accumulation: int, **settings):
-    return small_config(sharers, accumulation, **KIND | settings)
+# Every test of an engine tests `parallel`.
+KINDS = (KIND["model__head_kind"], *(kind for kind in HEAD_KINDS if kind != "parallel"))
 
 
-def _errors(sharers: int, settings: dict) -> tuple[float, float]:
+def _config(data_parallel_size: int, accumulation: int, **settings):
+    return small_config(data_parallel_size, accumulation, **KIND | settings)
+
+
+def _errors(data_parallel_size: int, settings: dict) -> tuple[float, float]:
     from megamtp.engines.build import build_engine
 
-    config = _config(sharers, 2, **settings)
+    config = _config(data_parallel_size, 2, **settings)
     return largest_errors(config, build_engine(config), num_steps=2)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("engine", ENGINES)
-def test_gradients_equal_the_reference(engine):
-    ranks, sharers, settings = ENGINES[engine]
-    gradient_error, loss_error = map(max, zip(*run_ranks(_errors, ranks, sharers, settings), strict=True))
+def test_gradients_equal_the_reference(engine, kind):
+    ranks, data_parallel_size, settings = ENGINES[engine]
+    settings = settings | {"model__head_kind": kind}
+    gradient_error, loss_error = map(max, zip(*run_ranks(_errors, ranks, data_parallel_size, settings), strict=True))
     assert gradient_error < 1e-5 and loss_error < 1e-5
 
 
 def _saved(directory: str) -> list[list[float]]:
-    """Losses of the steps after the checkpoint."""
+    """Saves a checkpoint; returns the losses of the steps after it."""
     from megamtp.engines.build import build_engine
 
     config = _config(2, MICRO_BATCHES // 2, engine__kind="zero3", run__directory=directory)
@@ -77,54 +83,55 @@ def _saved(directory: str) -> list[list[float]]:
     return _train(config, engine, range(STEPS, STEPS + FURTHER_STEPS))
 
 
-def _resumed(directory: str, sharers: int, settings: dict) -> list[list[float]]:
+def _resumed(directory: str, data_parallel_size: int, settings: dict) -> list[list[float]]:
     from megamtp.engines.build import build_engine
 
-    config = _config(sharers, MICRO_BATCHES // sharers, **settings)
+    config = _config(data_parallel_size, MICRO_BATCHES // data_parallel_size, **settings)
     engine = build_engine(config)
     engine.load(store.newest_checkpoint(Path(directory)))
     return _train(config, engine, range(STEPS, STEPS + FURTHER_STEPS))
 
 
-def test_resumes_elsewhere_and_converts(tmp_path):
+def test_resumes_with_other_engines_and_converts(tmp_path):
     expected = torch.tensor(run_ranks(_saved, 2, str(tmp_path / "run"))[0])
-    for ranks, sharers, settings in ((1, 1, {"engine__kind": "zero3"}), ENGINES["pipeline"]):
-        found = torch.tensor(run_ranks(_resumed, ranks, str(tmp_path / "run"), sharers, settings)[0])
-        torch.testing.assert_close(found, expected, rtol=BOUND, atol=0)
+    for ranks, data_parallel_size, settings in ((1, 1, {"engine__kind": "zero3"}), ENGINES["pipeline"]):
+        losses = torch.tensor(run_ranks(_resumed, ranks, str(tmp_path / "run"), data_parallel_size, settings)[0])
+        torch.testing.assert_close(losses, expected, rtol=BOUND, atol=0)
     model, weights = load_weights(store.newest_checkpoint(tmp_path / "run"))
     assert {"heads.0.down.weight", "heads.2.up.weight"} < weights.keys()
     canonical.write(formats.read(tmp_path / "run"), tmp_path / "canonical")
     converted = canonical.read(tmp_path / "canonical")
     assert converted.model == model and converted.state.optimizer.steps == (STEPS,)
-    assert all(torch.equal(whole(converted.weights, name), tensor) for name, tensor in weights.items())
+    assert all(torch.equal(read_tensor(converted.weights, name), tensor) for name, tensor in weights.items())
     for to in ("hf", "hf-mtp", "meta"):
         with pytest.raises(InputError, match=rf"^{to} cannot hold .*NarrowHead; expected model\.head_kind=parallel"):
             formats.FORMATS[to].write(converted, tmp_path / to)
         assert not (tmp_path / to).exists()
 
 
-def test_costs_are_asked_of_the_head():
-    model = _config(1, 1).model
-    layer = _config(1, 1, model__head_kind="parallel").model
-    assert head_parameters(model, 0) == 2 * model.dim * NARROW
-    assert parameters(layer) - parameters(model) == 3 * (head_parameters(layer, 0) - head_parameters(model, 0))
-    difference = 3 * 3 * (head_cost(layer, 0, 12).flops - head_cost(model, 0, 12).flops)
-    assert flops_per_token(layer, 12) - flops_per_token(model, 12) == difference
+def test_costs_come_from_the_head_class():
+    narrow = _config(1, 1).model
+    parallel = _config(1, 1, model__head_kind="parallel").model
+    assert head_parameters(narrow, 0) == 2 * narrow.dim * NARROW
+    difference = head_parameters(parallel, 0) - head_parameters(narrow, 0)
+    assert parameters(parallel) - parameters(narrow) == 3 * difference
+    difference = head_cost(parallel, 0, 12).flops - head_cost(narrow, 0, 12).flops
+    assert flops_per_token(parallel, 12) - flops_per_token(narrow, 12) == 3 * 3 * difference
 
 
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("paralel", "model.head_kind=paralel; expected parallel, or MODULE:CLASS of your own"),
+        ("paralel", f"model.head_kind=paralel; expected {' or '.join(HEAD_KINDS)}, or MODULE:CLASS of your own"),
         (
             "nowhere.at_all:Head",
-            "cannot be imported (No module named 'nowhere'); expected MODULE:CLASS that Python finds",
+            "cannot be imported (No module named 'nowhere'); expected MODULE:CLASS that Python can import",
         ),
         (f"{__name__}:Missing", "cannot be imported"),
         ("pathlib:Path", "expected a subclass of megamtp.model.heads:Head"),
     ],
 )
-def test_a_kind_that_is_none_is_named(kind, words):
+def test_an_invalid_kind_is_named_in_the_error(kind, words):
     from megamtp.engines.check import check_engine
 
     config = read_config(["configs/quickstart.yaml", "data.train=a", "run.directory=r", f"model.head_kind={kind}"])

@@ -1,6 +1,4 @@
-"""Saving in the background: what is saved is the state at its beginning, and one rank's full disk is every rank's
-error.
-"""
+"""Tests of saving in the background: which state is saved, and errors of one rank become errors of all."""
 
 import errno
 import os
@@ -34,8 +32,13 @@ def _weights(engine) -> dict[str, Tensor]:
     return {name: safe_get_full_fp32_param(parameter).clone() for name, parameter in engine.model.named_parameters()}
 
 
-def _saved_while_training(directory: str) -> tuple[dict[str, Tensor], list[tuple[bool, int]], float]:
-    """(first weights; after each step whether this rank has written and how many are visible; seconds of the copy)."""
+def _save_while_training(directory: str) -> tuple[dict[str, Tensor], list[tuple[bool, int]], float]:
+    """Trains two steps while a checkpoint is written.
+
+    Returns:
+        The weights at the start of the save; for each step whether this rank has written and how many checkpoints are
+        published; the seconds of the copy.
+    """
     from megamtp.engines.zero import ZeroEngine
     from megamtp.training import saving
 
@@ -43,7 +46,7 @@ def _saved_while_training(directory: str) -> tuple[dict[str, Tensor], list[tuple
     engine, write_shard = ZeroEngine(config), saving.write_shard
 
     class Metrics(NoMetrics):
-        def checkpoint(self, *record) -> None:
+        def report_checkpoint(self, *record) -> None:
             reported.append(record)
 
     def slow_write(*arguments):
@@ -66,8 +69,8 @@ def _saved_while_training(directory: str) -> tuple[dict[str, Tensor], list[tuple
     return before, seen, copy_seconds
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
-    results = run_ranks(_saved_while_training, 2, str(tmp_path))
+def test_training_continues_while_a_checkpoint_is_written(tmp_path):
+    results = run_ranks(_save_while_training, 2, str(tmp_path))
     (checkpoint,) = store.checkpoints(tmp_path)
     _, weights = load_weights(checkpoint)
     for before, seen, copy_seconds in results:
@@ -76,8 +79,8 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
         assert 0 < copy_seconds < 5
 
 
-def _failure_of_rank_1(directory: str, error: Exception) -> str:
-    """The error of this rank when rank 1 meets `error` while it writes a second checkpoint."""
+def _error_when_rank_1_fails(directory: str, error: Exception) -> str:
+    """Returns this rank's error when rank 1 raises `error` while it writes a second checkpoint."""
     from megamtp.engines.zero import ZeroEngine
     from megamtp.training import saving
 
@@ -95,9 +98,9 @@ def _failure_of_rank_1(directory: str, error: Exception) -> str:
 
     saving.write_shard = write
     saver.begin(2, {})
-    with pytest.raises(CheckpointError) as found:
+    with pytest.raises(CheckpointError) as raised:
         saver.finish()
-    return str(found.value)
+    return str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -108,21 +111,23 @@ def _failure_of_rank_1(directory: str, error: Exception) -> str:
             "(No space left on device); make room on its disk, and start",
         ),
         (OSError(errno.EACCES, os.strerror(errno.EACCES)), "(Permission denied); change its permissions"),
-        (RuntimeError("a defect"), "(a defect); see to the disk, and start"),
+        (RuntimeError("a defect"), "(a defect); check the disk, and start"),
     ],
 )
-def test_whatever_befalls_one_rank_is_every_ranks_error(error, words, tmp_path):
-    first, second = run_ranks(_failure_of_rank_1, 2, str(tmp_path), error)
+def test_write_error_of_one_rank_is_raised_on_all_ranks(error, words, tmp_path):
+    first, second = run_ranks(_error_when_rank_1_fails, 2, str(tmp_path), error)
     assert first == second
     assert f"step-0000002 cannot be written {words}" in first
     (checkpoint,) = store.checkpoints(tmp_path)
-    assert store.verified(checkpoint).step == 1
+    assert store.verify(checkpoint).step == 1
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [checkpoint.name]
 
 
-def _small_disk(directory: str) -> tuple[str, bool]:
-    """(the error of this rank, whether anything was written) on a disk with room for either rank's part, but not for
-    both.
+def _save_on_small_disk(directory: str) -> tuple[str, bool]:
+    """Saves on a disk with room for either rank's file but not for both.
+
+    Returns:
+        This rank's error, and whether anything was written.
     """
     from megamtp.engines.zero import ZeroEngine
     from megamtp.training import saving
@@ -132,30 +137,30 @@ def _small_disk(directory: str) -> tuple[str, bool]:
     size = sum(tensor.numel() * tensor.element_size() for tensor in engine.state().tensors.values())
     shutil.disk_usage = lambda path: namedtuple("Usage", "free")(size * 3 // 2)
     saving.write_shard = lambda *arguments: written.append(arguments)
-    with pytest.raises(CheckpointError) as found:
+    with pytest.raises(CheckpointError) as raised:
         saving.Saver(config, engine, NoMetrics()).begin(1, {})
-    return str(found.value), bool(written)
+    return str(raised.value), bool(written)
 
 
-def test_there_must_be_room_for_the_parts_of_all_ranks(tmp_path):
-    first, second = run_ranks(_small_disk, 2, str(tmp_path))
+def test_disk_must_have_room_for_the_files_of_all_ranks(tmp_path):
+    first, second = run_ranks(_save_on_small_disk, 2, str(tmp_path))
     assert first == second
     assert "step-0000001 cannot be written (it needs " in first[0] and not first[1]
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
-def _folder_of_each_rank(directory: str) -> str:
-    """The error of this rank when every rank has a run directory of its own."""
+def _save_to_separate_directories(directory: str) -> str:
+    """Returns this rank's error when each rank has its own run directory."""
     from megamtp.engines.zero import ZeroEngine
 
     config = small_config(engine__kind="zero3", run__directory=f"{directory}/{dist.get_rank()}")
-    with pytest.raises(CheckpointError) as found:
+    with pytest.raises(CheckpointError) as raised:
         save(config, ZeroEngine(config), 1)
-    return str(found.value)
+    return str(raised.value)
 
 
-def test_a_run_directory_that_nodes_do_not_share_is_noticed(tmp_path):
-    first, second = run_ranks(_folder_of_each_rank, 2, str(tmp_path))
+def test_run_directory_that_nodes_do_not_share_is_an_error(tmp_path):
+    first, second = run_ranks(_save_to_separate_directories, 2, str(tmp_path))
     assert first == second
     assert (
         "0/checkpoints/step-0000001.partial/shard-00001.safetensors is missing" in first
@@ -165,7 +170,7 @@ def test_a_run_directory_that_nodes_do_not_share_is_noticed(tmp_path):
 
 
 def _loss_scale_and_random_numbers(directory: str) -> list[tuple]:
-    """(fp16's loss scaler, the next random numbers) when they were saved, and when they are loaded."""
+    """Returns (state of fp16's loss scaler, next random numbers) when they were saved and after they were loaded."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
     from megamtp.engines.zero import ZeroEngine
@@ -173,13 +178,13 @@ def _loss_scale_and_random_numbers(directory: str) -> list[tuple]:
     config = small_config(1, engine__kind="zero1", run__directory=directory)
     engine = ZeroEngine(config)
     settings = {"min_scale": 1.0, "delayed_shift": 2, "consecutive_hysteresis": False}
-    scaler = engine.engine.optimizer.loss_scaler = DynamicLossScaler(2.0**16, 3, **settings)
+    scaler = engine.deepspeed_engine.optimizer.loss_scaler = DynamicLossScaler(2.0**16, 3, **settings)
     for overflow in (True, True, False, False, True, False):
         scaler.update_scale(overflow)
     torch.rand(7)
     save(config, engine, 1)
     saved = vars(scaler), torch.rand(3).tolist()
-    loaded = engine.engine.optimizer.loss_scaler = DynamicLossScaler(2.0**16, 3, **settings)
+    loaded = engine.deepspeed_engine.optimizer.loss_scaler = DynamicLossScaler(2.0**16, 3, **settings)
     assert vars(loaded) != vars(scaler)
     engine.load(store.newest_checkpoint(Path(directory)))
     return [saved, (vars(loaded), torch.rand(3).tolist())]

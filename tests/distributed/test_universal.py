@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from megamtp.checkpoint import universal
-from megamtp.checkpoint.contents import WEIGHT, Contents, written_out
-from megamtp.checkpoint.tensors import whole
+from megamtp.checkpoint.contents import WEIGHT, Contents, resolve_defaults
+from megamtp.checkpoint.tensors import read_tensor
 from megamtp.errors import CheckpointError
 from tests.cases import global_batch, own_share, small_config
 from tests.checkpoints import MOMENTS, SMALL, STATE, contents, random_model, with_moments
@@ -53,11 +53,11 @@ def _loaded(folder: str) -> list[tuple]:
         config = small_config(**settings)
         engine = build_engine(config)
         _one_step(engine, config)  # so that there is an optimizer state to be replaced
-        engine.engine._config.load_universal_checkpoint = True
-        path, client = engine.engine.load_checkpoint(folder)
+        engine.deepspeed_engine._config.load_universal_checkpoint = True
+        path, client = engine.deepspeed_engine.load_checkpoint(folder)
         assert path is not None
-        steps = {float(state["step"]) for state in engine.engine.optimizer.optimizer.state.values()}
-        found.append((_state(engine), steps, engine.engine.global_steps, client["megamtp"]["step"]))
+        steps = {float(state["step"]) for state in engine.deepspeed_engine.optimizer.optimizer.state.values()}
+        found.append((_state(engine), steps, engine.deepspeed_engine.global_steps, client["megamtp"]["step"]))
     return found
 
 
@@ -71,7 +71,7 @@ def test_every_engine_of_deepspeed_loads_what_we_write(tmp_path):
             for kind, tensors in state.items():
                 assert tensors
                 for name, tensor in tensors.items():
-                    assert torch.equal(tensor, whole(expected.sources[kind], name)), (kind, name)
+                    assert torch.equal(tensor, read_tensor(expected.sources[kind], name)), (kind, name)
 
 
 def _saved(folder: str) -> dict[str, dict[str, torch.Tensor]]:
@@ -83,7 +83,7 @@ def _saved(folder: str) -> dict[str, dict[str, torch.Tensor]]:
         engine = build_engine(config)
         _one_step(engine, config)
         _one_step(engine, config)
-        engine.engine.save_checkpoint(f"{folder}/{name}", tag="engine")
+        engine.deepspeed_engine.save_checkpoint(f"{folder}/{name}", tag="engine")
     return _state(engine)  # ZeRO-3's, for DeepSpeed's ZeRO-1 does not tell its moments here
 
 
@@ -112,7 +112,7 @@ def test_what_deepspeeds_converter_makes_is_read(tmp_path):
             for parameter, tensor in tensors.items():
                 assert tensor.any()
                 torch.testing.assert_close(
-                    whole(found.sources[kind], parameter), tensor, rtol=tolerance, atol=tolerance
+                    read_tensor(found.sources[kind], parameter), tensor, rtol=tolerance, atol=tolerance
                 )
 
 
@@ -123,9 +123,11 @@ def written(tmp_path) -> Path:
 
 
 def check_equal(found: Contents, expected: Contents) -> None:
-    assert (found.model, found.step, found.state, found.sequence_length) == (written_out(SMALL), 9, STATE, 64)
+    assert (found.model, found.step, found.state, found.sequence_length) == (resolve_defaults(SMALL), 9, STATE, 64)
     for kind, source in expected.sources.items():
-        assert all(torch.equal(whole(found.sources[kind], name), whole(source, name)) for name in source.shapes)
+        assert all(
+            torch.equal(read_tensor(found.sources[kind], name), read_tensor(source, name)) for name in source.shapes
+        )
 
 
 def test_back_bit_for_bit(written):
@@ -184,15 +186,12 @@ DAMAGE = {
         lambda folder: change_states(folder, lambda states: states["megamtp"].update(model=3)),
         "expected a mapping that describes the model; copy it again",
     ),
-    "a word": (
-        lambda folder: save_step(folder, "x"),
-        r"weight/step\.pt has no step of the optimizer \(invalid literal",
-    ),
-    "a vector": (lambda folder: save_step(folder, torch.zeros(3)), r"weight/step\.pt has no step of the optimizer"),
-    "no list": (lambda folder: share_step(folder, 3), r"optimizer_state\.pt has no step of the optimizer"),
+    "a word": (lambda folder: save_step(folder, "x"), r"weight/step\.pt has no step count \(invalid literal"),
+    "a vector": (lambda folder: save_step(folder, torch.zeros(3)), r"weight/step\.pt has no step count"),
+    "no list": (lambda folder: share_step(folder, 3), r"optimizer_state\.pt has no step count"),
     "no state": (
         lambda folder: share_step(folder, {"optimizer_state_dict": {"state": []}}),
-        r"optimizer_state\.pt has no step of the optimizer \(list index out of range\); convert the checkpoint again",
+        r"optimizer_state\.pt has no step count \(list index out of range\); convert the checkpoint again",
     ),
 }
 

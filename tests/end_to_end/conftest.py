@@ -1,4 +1,4 @@
-"""A small corpus, a small model, and how to start jobs as a user would."""
+"""Fixtures of the end-to-end tests: a small corpus, settings of a small model, and a way to start processes."""
 
 import asyncio
 import subprocess
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
-    """A prepared corpus of one of Python's own packages, 400 pieces: the same whatever becomes of megamtp."""
+    """A corpus of the standard library's asyncio package with 400 pieces: changes of megamtp do not change it."""
     folder = tmp_path_factory.mktemp("corpus")
     prepare(find_source([Path(asyncio.__file__).parent]), folder, vocab_size=400, validation_fraction=0.1)
     return folder
@@ -24,7 +24,7 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def arguments(corpus) -> list[str]:
-    """Settings of a model that takes some milliseconds a step; run.directory is left to the test."""
+    """Settings of a model whose steps take some milliseconds. Each test adds its own run.directory."""
     return [
         "model.dim=32",
         "model.num_layers=4",
@@ -51,10 +51,10 @@ def arguments(corpus) -> list[str]:
 
 @pytest.fixture
 def start(request):
-    """start([...]) -> a running process, killed with all its descendants when the test ends."""
+    """start([...]) -> a running process. It is killed with all its descendants when the test ends."""
     from tests.end_to_end.jobs import kill_tree
 
-    started = []
+    processes = []
 
     def start_process(command: list[str], **variables: str) -> subprocess.Popen:
         process = subprocess.Popen(
@@ -65,9 +65,9 @@ def start(request):
             stderr=subprocess.STDOUT,
             text=True,
         )
-        started.append(process)
+        processes.append(process)
         return process
 
     yield start_process
-    for process in started:
+    for process in processes:
         kill_tree(process)

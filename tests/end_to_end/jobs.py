@@ -1,4 +1,4 @@
-"""Commands that start megamtp as a user would, and what they leave behind."""
+"""Helpers that start megamtp as a user would, and read what a run has written."""
 
 import contextlib
 import json
@@ -19,19 +19,19 @@ MODULE = "megamtp.pretrain"
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """This process's environment, for jobs on CPU ranks of one thread."""
+    """Returns the environment variables of a job on CPU ranks with one thread each."""
     own = {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     return os.environ | own | {"CUDA_VISIBLE_DEVICES": "", "DS_IGNORE_CUDA_DETECTION": "TRUE"} | variables
 
 
 def deepspeed(num_ranks: int, module: str = MODULE) -> list[str]:
-    """The deepspeed launcher, ready for a job's arguments."""
+    """Returns the arguments of Python that start the deepspeed launcher, to be followed by those of the job."""
     port = str(reserve_port())
     return ["-m", "deepspeed.launcher.runner", "--num_gpus", str(num_ranks), "--master_port", port, "--module", module]
 
 
 def run(command: list[str], cwd: Path = ROOT, timeout: float = 240, **variables: str) -> subprocess.CompletedProcess:
-    """Runs `python command...` to its end."""
+    """Runs `python command...` and waits until it ends."""
     return subprocess.run(
         [sys.executable, *command],
         env=environment(**variables),
@@ -43,46 +43,46 @@ def run(command: list[str], cwd: Path = ROOT, timeout: float = 240, **variables:
 
 
 def records(run_directory: Path, kind: str = "train") -> list[dict]:
-    """The records of one kind in metrics.jsonl; a line that is being written is left out."""
+    """Returns the records of one kind in metrics.jsonl, without an incomplete last line."""
     lines = (run_directory / "metrics.jsonl").read_text().splitlines(keepends=True)
-    found = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [record for record in found if record["kind"] == kind]
+    complete = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [record for record in complete if record["kind"] == kind]
 
 
 def losses(run_directory: Path) -> list[list[float]]:
-    """Each step's losses per head."""
+    """Returns the losses of each step, per head."""
     return [record["losses"] for record in records(run_directory)]
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 120) -> object:
-    """Polls until the condition is truthy, and returns what it is.
+    """Polls until the condition returns a true value, and returns that value.
 
     Raises:
-        AssertionError: it never was.
+        AssertionError: the condition was not true within `seconds`.
     """
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         with contextlib.suppress(FileNotFoundError):
-            if found := condition():
-                return found
+            if value := condition():
+                return value
         time.sleep(0.05)
-    raise AssertionError(f"nothing after {seconds} s")
+    raise AssertionError(f"the condition was not true within {seconds} s")
 
 
 def ranks(run_directory: Path, module: str = MODULE) -> list[psutil.Process]:
-    """The living rank processes of the job with this run directory, by rank."""
-    found = []
+    """Returns the running rank processes of the job with this run directory, in the order of their ranks."""
+    processes = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             words = process.cmdline()
             if module in words and words[words.index(module) - 1] == "-m" and f"run.directory={run_directory}" in words:
-                found.append((process.environ().get("RANK", "0"), process))
-    # The launchers name the module, too, behind --module.
-    return [process for _, process in sorted(found, key=lambda pair: int(pair[0]))]
+                processes.append((process.environ().get("RANK", "0"), process))
+    # Launchers also have the module's name in their arguments, but after --module.
+    return [process for _, process in sorted(processes, key=lambda pair: int(pair[0]))]
 
 
 def damage(file: Path, kind: str) -> None:
-    """Of a file of a checkpoint: truncated, flipped (one bit) or missing."""
+    """Damages a checkpoint's file. `kind`: truncated, flipped (one bit) or missing."""
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 4
     match kind:
@@ -95,6 +95,7 @@ def damage(file: Path, kind: str) -> None:
 
 
 def kill_tree(process: subprocess.Popen) -> None:
+    """Kills a process and all its descendants."""
     with contextlib.suppress(psutil.NoSuchProcess):
         for child in psutil.Process(process.pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):

@@ -1,11 +1,8 @@
-"""Runs of two ranks killed with SIGKILL at random moments, while they save too, and started again until they are
-finished.
+"""Kills runs of two ranks with SIGKILL at random moments, also during saves, and restarts them until they finish.
 
-    python -m tests.end_to_end.kill_campaign /tmp/campaign --runs 50 configs/quickstart.yaml train.steps=24
-    data.train=...
+    python -m tests.end_to_end.kill_campaign /tmp/kills --runs 50 configs/quickstart.yaml data.train=... train.steps=24
 
-Every final state must be, bit for bit, that of a run that nobody killed. The test suite has a short form in
-test_killed.py.
+Every final state must be bitwise equal to that of an uninterrupted run. test_killed.py runs a short campaign.
 """
 
 import argparse
@@ -15,27 +12,28 @@ import sys
 import time
 from pathlib import Path
 
-from megamtp.checkpoint.store import newest_checkpoint, verified
+from megamtp.checkpoint.store import newest_checkpoint, verify
 from megamtp.cluster.ports import reserve_port
 from tests.end_to_end.jobs import MODULE, ROOT, environment, losses
 
-SAVING_SECONDS = 0.03  # after a save has begun to be seen, within which it is hit
-SURVIVOR_SECONDS = 1.0  # that a rank whose peer was killed has to notice it
+SAVING_SECONDS = 0.03  # a kill during a save comes within this time after the save has begun
+SURVIVOR_SECONDS = 1.0  # time for a rank to notice that its peer was killed
 
 
 class Killer:
-    """Starts a job again and again, killing it; `choice` decides when."""
+    """Starts a job repeatedly and kills it at random times."""
 
     def __init__(self, arguments: list[str], run_directory: Path, seed: int):
-        self.arguments, self.directory, self.choice = (
-            [*arguments, f"run.directory={run_directory}"],
-            run_directory,
-            random.Random(seed),
-        )
+        self.arguments, self.directory = [*arguments, f"run.directory={run_directory}"], run_directory
+        self.random = random.Random(seed)
 
     def run_killed(self, ranks: tuple[int, ...], saving: bool, after_steps: int) -> str:
-        """Starts it, kills `ranks` when it has taken some steps (while it saves, or at any time), and says what has
-        happened.
+        """Starts the job and kills some of its ranks. Returns a line that says what happened.
+
+        Args:
+            ranks: the ranks to kill.
+            saving: kill them during a save.
+            after_steps: number of steps that the job takes before the kill.
         """
         before = self._num_steps()
         processes = self._start()
@@ -43,8 +41,8 @@ class Killer:
             self._wait(processes, lambda: self._num_steps() >= before + after_steps)
             if saving:
                 self._wait(processes, lambda: list((self.directory / "checkpoints").glob("*.partial")))
-            time.sleep(self.choice.uniform(0, SAVING_SECONDS if saving else 0.3))
-            hit = [rank for rank in ranks if processes[rank].poll() is None]
+            time.sleep(self.random.uniform(0, SAVING_SECONDS if saving else 0.3))
+            running = [rank for rank in ranks if processes[rank].poll() is None]
             for rank in ranks:
                 processes[rank].kill()
             for process in processes:
@@ -54,22 +52,22 @@ class Killer:
                 process.kill()
                 process.wait()
         leftovers = [path.name for path in (self.directory / "checkpoints").glob("*.partial")]
-        return f"killed ranks {hit} after {self._num_steps()} steps; left {leftovers}"
+        return f"killed ranks {running} after {self._num_steps()} steps; left {leftovers}"
 
     def run_to_the_end(self) -> None:
-        """Raises: AssertionError with a rank's output if it fails."""
+        """Runs the job until it finishes. Raises AssertionError with the output of a rank that fails."""
         outputs = [(process, process.communicate(timeout=600)[0]) for process in self._start(captured=True)]
         for process, output in outputs:
             assert process.returncode == 0, output
 
     def _num_steps(self) -> int:
-        """That have been reported, by all starts together."""
+        """Returns the number of steps in metrics.jsonl."""
         path = self.directory / "metrics.jsonl"
         return path.read_text().count('"kind": "train"') if path.exists() else 0
 
     def _start(self, captured: bool = False) -> list[subprocess.Popen]:
         output, port = subprocess.PIPE if captured else subprocess.DEVNULL, str(reserve_port())
-        places = [
+        variables_of_ranks = [
             {
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
@@ -82,17 +80,17 @@ class Killer:
         return [
             subprocess.Popen(
                 [sys.executable, "-m", MODULE, *self.arguments],
-                env=environment(**place),
+                env=environment(**variables),
                 cwd=ROOT,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 text=True,
             )
-            for place in places
+            for variables in variables_of_ranks
         ]
 
     def _wait(self, processes: list[subprocess.Popen], condition) -> None:
-        """Until it is true, or a rank has ended."""
+        """Waits until the condition is true or a rank has ended."""
         while not condition() and all(process.poll() is None for process in processes):
             time.sleep(0.001)
 
@@ -105,14 +103,14 @@ def _wait_briefly(process: subprocess.Popen) -> None:
 
 
 def final_state(run_directory: Path) -> tuple[list, dict, dict]:
-    """Losses of all steps, checksums of all that the last checkpoint holds, and its counters."""
-    manifest = verified(newest_checkpoint(run_directory))
+    """Returns the losses of all steps, and the checksums and the counters of the last checkpoint."""
+    manifest = verify(newest_checkpoint(run_directory))
     return losses(run_directory), manifest.files, manifest.state
 
 
 def main() -> None:
-    """Exits with status 1 at the first final state that differs."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Runs the campaign. Exits with status 1 at the first final state that differs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
@@ -123,16 +121,16 @@ def main() -> None:
     for index in range(options.runs):
         killer = Killer(arguments, options.folder / f"killed{index}", options.seed + index)
         ranks, saving = ((0,), (1,), (0, 1))[index % 3], index % 2 == 0
-        told = killer.run_killed(ranks, saving, killer.choice.randint(1, len(expected[0]) * 2 // 3))
-        during_saves += "partial" in told
+        outcome = killer.run_killed(ranks, saving, killer.random.randint(1, len(expected[0]) * 2 // 3))
+        during_saves += "partial" in outcome
         killer.run_to_the_end()
         same = final_state(killer.directory) == expected
-        print(f"run {index}: {told}; {'bitwise equal' if same else 'DIFFERENT'}", flush=True)
+        print(f"run {index}: {outcome}; {'bitwise equal' if same else 'DIFFERENT'}", flush=True)
         if not same:
             sys.exit(1)
     print(
-        f"{options.runs} runs killed, {during_saves} with a checkpoint half-written or half-removed; all ends bitwise "
-        "equal"
+        f"{options.runs} runs killed, {during_saves} with a checkpoint partly written or removed; all final states "
+        "bitwise equal"
     )
 
 

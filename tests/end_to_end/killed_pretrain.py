@@ -1,4 +1,4 @@
-"""megamtp.pretrain, except that every rank kills itself with SIGKILL in the middle of step KILLED_STEP."""
+"""Runs megamtp.pretrain, but each rank kills itself with SIGKILL in the middle of step KILLED_STEP."""
 
 import os
 import signal
@@ -8,28 +8,28 @@ from megamtp.model.layers import TransformerLayer
 from megamtp.training.loop import Training
 
 KILLED_STEP = 13
-LAYERS_RUN = 2  # of that step, by each rank, before it ends
+NUM_LAYERS_RUN = 2  # layers that each rank runs in that step before it dies
 
 
-def die_after(calls, function):
-    remaining = [calls]
+def die_after(num_calls, function):
+    remaining = [num_calls]
 
-    def wrapped(*arguments):
+    def dying_function(*arguments):
         remaining[0] -= 1
         if remaining[0] < 0:
             os.kill(os.getpid(), signal.SIGKILL)
         return function(*arguments)
 
-    return wrapped
+    return dying_function
 
 
 def die_in_killed_step(train_step):
-    def wrapped(training):
+    def dying_train_step(training):
         if training.step == KILLED_STEP:
-            TransformerLayer.forward = die_after(LAYERS_RUN, TransformerLayer.forward)
+            TransformerLayer.forward = die_after(NUM_LAYERS_RUN, TransformerLayer.forward)
         return train_step(training)
 
-    return wrapped
+    return dying_train_step
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Mistakes: one clear line, exit status 2, nothing half-written."""
+"""Tests of bad input: one clear line, exit status 2, and no partial output."""
 
 import json
 import shutil
@@ -20,10 +20,11 @@ from megamtp.data.windows import CHECKED_TOKENS, Windows
 from tests.checkpoints import SMALL, contents, random_model
 from tests.end_to_end.jobs import MODULE, damage, deepspeed, records, run, wait_for
 
-PLAIN = ["-m", MODULE]
+ONE_RANK = ["-m", MODULE]  # without a launcher
 
 
 def truncated(corpus: Path, folder: Path, suffix: str) -> Path:
+    """Copies a corpus's training split and truncates its .bin or .idx file."""
     for end in (".bin", ".idx"):
         shutil.copy(corpus / f"train{end}", folder / f"train{end}")
     content = (folder / f"train{suffix}").read_bytes()
@@ -31,7 +32,8 @@ def truncated(corpus: Path, folder: Path, suffix: str) -> Path:
     return folder / "train"
 
 
-def with_foreign_checksums(corpus: Path, folder: Path) -> Path:
+def with_wrong_checksums(corpus: Path, folder: Path) -> Path:
+    """Copies the training split with the checksums of the validation split."""
     for file in ("train.bin", "train.idx"):
         shutil.copy(corpus / file, folder / file)
     shutil.copy(corpus / "validation.crc", folder / "train.crc")
@@ -39,7 +41,7 @@ def with_foreign_checksums(corpus: Path, folder: Path) -> Path:
 
 
 def flipped(corpus: Path, folder: Path) -> Path:
-    """A validation split with another token of the vocabulary in its first window."""
+    """Copies the validation split with another valid token in its first window."""
     for end in (".bin", ".idx", ".crc"):
         shutil.copy(corpus / f"validation{end}", folder / f"validation{end}")
     content = bytearray((folder / "validation.bin").read_bytes())
@@ -49,12 +51,14 @@ def flipped(corpus: Path, folder: Path) -> Path:
 
 
 def foreign(folder: Path) -> Path:
+    """Writes files that are not a corpus under the names of one."""
     (folder / "foreign.bin").write_bytes(b"\x00" * 64)
     (folder / "foreign.idx").write_bytes(b"something else altogether" * 9)
     return folder / "foreign"
 
 
 def tiny(folder: Path, tokens: list[int]) -> Path:
+    """Writes a corpus of one document, or of none."""
     with IndexedDatasetWriter(folder / "tiny", np.uint16) as writer:
         if tokens:
             writer.add_document(tokens)
@@ -67,6 +71,7 @@ def initial_weights(folder: Path) -> Path:
 
 
 def summarised(folder: Path, vocab_size: int) -> Path:
+    """Writes a corpus whose summary has this vocabulary size."""
     (folder / "corpus.json").write_text(json.dumps({"vocab_size": vocab_size}))
     return tiny(folder, [1, 2] * 50)
 
@@ -78,7 +83,7 @@ def pipeline(num_stages: int) -> list[str]:
 CASES = {
     "unknown key": (lambda corpus, tmp: ["model.dmi=32"], ["model.dmi", "did you mean model.dim?"]),
     "wrong type": (lambda corpus, tmp: ["model.dim=wide"], ["model.dim", "wide", "expected int"]),
-    "no head": (lambda corpus, tmp: ["model.num_future_tokens=0"], ["model.num_future_tokens=0", "at least 1"]),
+    "no heads": (lambda corpus, tmp: ["model.num_future_tokens=0"], ["model.num_future_tokens=0", "at least 1"]),
     "as many heads as layers": (
         lambda corpus, tmp: ["model.num_future_tokens=4"],
         ["model.num_future_tokens=4", "model.num_layers=4"],
@@ -88,15 +93,15 @@ CASES = {
         ["tokens", "10000001", "sequence_length"],
     ),
     "empty corpus": (lambda corpus, tmp: [f"data.train={tiny(tmp, [])}"], ["0 tokens", "expected at least 33"]),
-    "vocabulary of tokenizer": (
+    "vocabulary of the tokenizer": (
         lambda corpus, tmp: ["model.vocab_size=300"],
         ["400 pieces", "model.vocab_size is 300"],
     ),
-    "vocabulary of corpus": (
+    "vocabulary of the corpus": (
         lambda corpus, tmp: [f"data.train={tiny(tmp, [1, 400] * 50)}"],
         ["token 400", "model.vocab_size is 400"],
     ),
-    "vocabulary of corpus's summary": (
+    "vocabulary in the corpus's summary": (
         lambda corpus, tmp: [f"data.train={summarised(tmp, 300)}"],
         ["corpus.json", "vocabulary of 300", "has 400 pieces"],
     ),
@@ -104,17 +109,23 @@ CASES = {
         lambda corpus, tmp: [f"data.train=0.5 {corpus}/train 0.5 /nowhere/train"],
         ["/nowhere/train", "No such file"],
     ),
-    "truncated bin": (lambda corpus, tmp: [f"data.train={truncated(corpus, tmp, '.bin')}"], ["train.bin", "bytes"]),
-    "truncated idx": (lambda corpus, tmp: [f"data.train={truncated(corpus, tmp, '.idx')}"], ["train.idx", "bytes"]),
-    "checksums of another bin": (
-        lambda corpus, tmp: [f"data.train={with_foreign_checksums(corpus, tmp)}"],
-        ["train.crc: it is of", "train.bin has", "remove it"],
+    "truncated .bin file": (
+        lambda corpus, tmp: [f"data.train={truncated(corpus, tmp, '.bin')}"],
+        ["train.bin", "bytes"],
     ),
-    "flipped bit that an evaluation would read": (
+    "truncated .idx file": (
+        lambda corpus, tmp: [f"data.train={truncated(corpus, tmp, '.idx')}"],
+        ["train.idx", "bytes"],
+    ),
+    "checksums of another .bin file": (
+        lambda corpus, tmp: [f"data.train={with_wrong_checksums(corpus, tmp)}"],
+        ["train.crc: it was written for", "train.bin has", "remove it"],
+    ),
+    "flipped bit in the validation split": (
         lambda corpus, tmp: [f"data.validation={flipped(corpus, tmp)}"],
-        ["validation.bin: bytes 0", "another checksum"],
+        ["validation.bin: the checksum of bytes 0", "differs from"],
     ),
-    "foreign idx": (lambda corpus, tmp: [f"data.train={foreign(tmp)}"], ["foreign.idx", "MMIDIDX"]),
+    "foreign .idx file": (lambda corpus, tmp: [f"data.train={foreign(tmp)}"], ["foreign.idx", "MMIDIDX"]),
     "missing corpus": (lambda corpus, tmp: ["data.train=/nowhere/train"], ["/nowhere/train", "No such file"]),
     "folder of a corpus": (
         lambda corpus, tmp: [f"data.train={corpus}"],
@@ -130,7 +141,7 @@ CASES = {
         lambda corpus, tmp: ["train.micro_batch_size=3"],
         ["train.global_batch_tokens=256", "multiple of 96"],
     ),
-    "a home that no shell has put in": (lambda corpus, tmp: ["run.directory=~/run"], ["~/run", "$HOME"]),
+    "unexpanded home directory": (lambda corpus, tmp: ["run.directory=~/run"], ["~/run", "$HOME"]),
     "output is a file": (
         lambda corpus, tmp: [f"run.directory={foreign(tmp)}.bin"],
         ["foreign.bin", "cannot be written"],
@@ -139,10 +150,10 @@ CASES = {
         lambda corpus, tmp: [f"run.directory={tmp}/{'x' * 300}"],
         ["cannot be written to: File name too long"],
     ),
-    "output cannot be made": (lambda corpus, tmp: ["run.directory=/proc/run"], ["/proc/run", "cannot be written"]),
-    "DeepSpeed setting of ours": (
+    "output cannot be created": (lambda corpus, tmp: ["run.directory=/proc/run"], ["/proc/run", "cannot be written"]),
+    "DeepSpeed setting that megamtp sets": (
         lambda corpus, tmp: ["engine.deepspeed.zero_optimization.stage=2"],
-        ["zero_optimization.stage", "clashes"],
+        ["zero_optimization.stage", "conflicts"],
     ),
     "fp16 on a CPU": (lambda corpus, tmp: ["train.precision=fp16"], ["fp16", "without a GPU"]),
     "fp8 on a CPU": (
@@ -151,7 +162,7 @@ CASES = {
     ),
     "infinite learning rate": (lambda corpus, tmp: ["optimizer.lr=inf"], ["optimizer.lr=inf", "a finite number"]),
     "infinite z-loss": (lambda corpus, tmp: ["head_loss.z_loss=inf"], ["head_loss.z_loss=inf", "a finite number"]),
-    "no head counts": (
+    "all head weights are zero": (
         lambda corpus, tmp: ["head_loss.weights=[0,0]"],
         ["head_loss.weights=[0.0, 0.0]", "at least one above 0"],
     ),
@@ -159,13 +170,19 @@ CASES = {
         lambda corpus, tmp: ["engine.deepspeed=[1,2]"],
         ["engine.deepspeed", "expected mapping"],
     ),
-    "DeepSpeed section that is none": (
+    "DeepSpeed section is a number": (
         lambda corpus, tmp: ["engine.deepspeed.zero_optimization=3"],
         ["zero_optimization is 3", "expected a mapping"],
     ),
-    "DeepSpeed value of any kind": (lambda corpus, tmp: ["engine.deepspeed.comms_logger=5"], ["refused by DeepSpeed"]),
-    "no wavelength": (lambda corpus, tmp: ["model.rope_theta=0"], ["model.rope_theta=0", "above 0"]),
-    "interpolation of nothing": (lambda corpus, tmp: ["run.directory=${nothing}"], ["nothing", "expected a value"]),
+    "DeepSpeed value that DeepSpeed rejects": (
+        lambda corpus, tmp: ["engine.deepspeed.comms_logger=5"],
+        ["refused by DeepSpeed"],
+    ),
+    "rope_theta is zero": (lambda corpus, tmp: ["model.rope_theta=0"], ["model.rope_theta=0", "above 0"]),
+    "interpolation of a missing key": (
+        lambda corpus, tmp: ["run.directory=${nothing}"],
+        ["nothing", "expected a value"],
+    ),
     "unknown DeepSpeed section": (
         lambda corpus, tmp: ["engine.deepspeed.amp2.enabled=true"],
         ["amp2", "not known to work"],
@@ -174,7 +191,7 @@ CASES = {
         lambda corpus, tmp: ["engine.deepspeed.zero_optimization.no_such_key=1"],
         ["no_such_key", "not permitted"],
     ),
-    "DeepSpeed value of a wrong type": (
+    "DeepSpeed value of the wrong type": (
         lambda corpus, tmp: ["engine.deepspeed.zero_optimization.allgather_partitions=perhaps"],
         ["allgather_partitions", "perhaps", "boolean"],
     ),
@@ -195,7 +212,7 @@ CASES = {
         lambda corpus, tmp: [*pipeline(2), "engine.stage_layers=[2,1]"],
         ["[2, 1]", "sum to model.num_layers=4"],
     ),
-    "cut of too few stages": (
+    "cut with too few stages": (
         lambda corpus, tmp: [*pipeline(2), "engine.stage_layers=[4]"],
         ["engine.stage_layers=[4]", "2 numbers"],
     ),
@@ -231,7 +248,7 @@ CASES = {
         lambda corpus, tmp: [*pipeline(2), "train.precision=fp16"],
         ["train.precision=fp16", "bf16 or fp32"],
     ),
-    "initial weights that are none": (
+    "initial weights are not a checkpoint": (
         lambda corpus, tmp: [f"run.initial_weights={corpus}"],
         ["run.initial_weights", "canonical.json", "cannot be read"],
     ),
@@ -252,23 +269,23 @@ def assert_one_line(finished, words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_plain_python_says_one_line(case, arguments, corpus, tmp_path):
+def test_mistake_is_one_line(case, arguments, corpus, tmp_path):
     make, words = CASES[case]
     folder = tmp_path / "made"
     folder.mkdir()
-    finished = run([*PLAIN, *arguments, f"run.directory={tmp_path}/run", *make(corpus, folder)])
+    finished = run([*ONE_RANK, *arguments, f"run.directory={tmp_path}/run", *make(corpus, folder)])
     assert_one_line(finished, words)
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("case", ["unknown key", "truncated bin", "batch not divisible", "no cut that fits"])
-def test_launcher_says_it_once(case, arguments, corpus, tmp_path):
-    if case == "batch not divisible":  # by the number of ranks, which only a launcher knows
+@pytest.mark.parametrize("case", ["unknown key", "truncated .bin file", "batch not divisible", "no cut that fits"])
+def test_mistake_is_one_line_under_a_launcher(case, arguments, corpus, tmp_path):
+    if case == "batch not divisible":  # depends on the number of ranks
         make, words = (lambda *_: ["train.micro_batch_size=8"]), ["multiple of 512", "2 ranks"]
     elif case == "no cut that fits":
         make, words = (
             (lambda *_: [*pipeline(2), "engine.stage_memory_bytes=1000"]),
-            ["no cut of 4 layers into 2 stages fits"],
+            ["no partition of 4 layers into 2 stages fits"],
         )
     else:
         make, words = CASES[case]
@@ -283,30 +300,30 @@ def test_launcher_says_it_once(case, arguments, corpus, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("found_by", ["bounds", "checksum"])
-def test_damage_amid_a_corpus_ends_all_ranks_before_they_train_on_it(found_by, arguments, tmp_path):
-    """Two ranks, of which the second would read the damaged record in step 4; the three steps before it are saved."""
+@pytest.mark.parametrize("detected_by", ["bounds", "checksum"])
+def test_damage_inside_a_corpus_ends_all_ranks_before_they_train_on_it(detected_by, arguments, tmp_path):
+    """The second of two ranks would read the damaged record in step 4. The three steps before it are saved."""
     tokens = np.random.default_rng(0).integers(400, size=3_000_000, dtype=np.uint16)
     with IndexedDatasetWriter(tmp_path / "train", np.uint16) as writer:
         for document in np.split(tokens, 3000):
             writer.add_document(document)
     windows = Windows(IndexedDataset(tmp_path / "train"), 32, 2, seed=0)
-    places = windows.shuffled(0)(np.array([26, 27, 30, 31]))  # of step 4's windows, those of the second rank
+    places = windows.epoch_order(0)(np.array([26, 27, 30, 31]))  # the windows of the second rank in step 4
     (place, *_) = (
         int(place) * 32 + 7 for place in places if CHECKED_TOKENS < place * 32 < 3_000_000 - CHECKED_TOKENS - 32
     )
-    wrong = 65535 if found_by == "bounds" else tokens[place] ^ 1
+    wrong = 65535 if detected_by == "bounds" else tokens[place] ^ 1
     with open(tmp_path / "train.bin", "r+b") as stream:
         stream.seek(2 * place)
         stream.write(int(wrong).to_bytes(2, "little"))
-    if found_by == "bounds":
+    if detected_by == "bounds":
         (tmp_path / "train.crc").unlink()
-        words = f"train.bin holds token 65535 in document {place // 1000}, model.vocab_size is 400"
+        words = f"train.bin holds token 65535 in document {place // 1000}, but model.vocab_size is 400"
     else:
         first = 2 * place // 4096 * 4096
         documents = f"documents {first // 2000} to {(first + 4095) // 2000}"
         words = (
-            f"train.bin: bytes {first} to {first + 4096}, in {documents}, have another checksum than in "
+            f"train.bin: the checksum of bytes {first} to {first + 4096}, in {documents}, differs from "
             f"{tmp_path}/train.crc"
         )
     finished = run([*deepspeed(2), *arguments, f"data.train={tmp_path}/train", f"run.directory={tmp_path}/run"])
@@ -319,8 +336,8 @@ def test_damage_amid_a_corpus_ends_all_ranks_before_they_train_on_it(found_by, a
     assert read_manifest(newest_checkpoint(tmp_path / "run")).step == 3
 
 
-def test_damage_of_the_validation_corpus_amid_a_run_ends_all_ranks_saved(arguments, corpus, tmp_path, start):
-    """A bit that flips after the run has begun, before its next evaluation."""
+def test_damage_of_the_validation_corpus_during_a_run_ends_all_ranks_after_a_save(arguments, corpus, tmp_path, start):
+    """A bit flips after the run has started and before its next evaluation."""
     shutil.copytree(corpus, tmp_path / "corpus")
     many = ["train.steps=1000000", "run.evaluate_every_steps=5", f"data.validation={tmp_path}/corpus/validation"]
     process = start([*deepspeed(2), *arguments, *many, f"run.directory={tmp_path}/run"])
@@ -333,7 +350,7 @@ def test_damage_of_the_validation_corpus_amid_a_run_ends_all_ranks_saved(argumen
     assert process.returncode == 2, output
     assert "Traceback" not in output
     (line,) = (line for line in output.splitlines() if line.startswith("megamtp: error: "))
-    assert f"{tmp_path}/corpus/validation.bin: bytes 0 to" in line and "have another checksum than in" in line
+    assert f"{tmp_path}/corpus/validation.bin: the checksum of bytes 0 to" in line
     step = records(tmp_path / "run")[-1]["step"]
     assert step % 5 == 0 and read_manifest(newest_checkpoint(tmp_path / "run")).step == step
     assert records(tmp_path / "run", "validation")[-1]["step"] < step
@@ -360,14 +377,14 @@ pretrain.entry()
 @pytest.mark.parametrize(
     ("failing", "settings"),
     [
-        ("shards.Tensors.read", []),  # of a resumed run
+        ("shards.ShardedTensors.read", []),  # while a run resumes
         ("initial_weights.initial_value", []),
         ("initial_weights.initial_value", pipeline(2)),
     ],
 )
-def test_an_error_that_one_rank_alone_meets_ends_both(failing, settings, trained, arguments, tmp_path, start):
-    """Without a launcher, which would end the other. Rank 1 meets it, and rank 0 prints it."""
-    if failing == "shards.Tensors.read":
+def test_error_of_one_rank_ends_both_ranks(failing, settings, trained, arguments, tmp_path, start):
+    """Rank 1 fails and rank 0 prints the error. There is no launcher, which would end the other rank."""
+    if failing == "shards.ShardedTensors.read":
         shutil.copytree(trained, tmp_path / "run")
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(reserve_port()), "WORLD_SIZE": "2"}
     command = ["-c", FAILS.format(failing), *arguments, *settings, "train.steps=2", f"run.directory={tmp_path}/run"]
@@ -382,14 +399,14 @@ def test_an_error_that_one_rank_alone_meets_ends_both(failing, settings, trained
 @pytest.fixture(scope="module")
 def trained(arguments, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("trained") / "run"
-    finished = run([*PLAIN, *arguments, "train.steps=1", f"run.directory={directory}"])
+    finished = run([*ONE_RANK, *arguments, "train.steps=1", f"run.directory={directory}"])
     assert finished.returncode == 0, finished.stderr
     return directory
 
 
 def test_checkpoint_of_another_model(trained, arguments):
     before = sorted(path.name for path in trained.rglob("*"))
-    finished = run([*PLAIN, *arguments, f"run.directory={trained}", "model.mlp_dim=64"])
+    finished = run([*ONE_RANK, *arguments, f"run.directory={trained}", "model.mlp_dim=64"])
     assert_one_line(finished, ["another model", "model.mlp_dim=48", "expected 64"])
     assert sorted(path.name for path in trained.rglob("*")) == before
 
@@ -398,26 +415,26 @@ def test_checkpoint_of_a_newer_format(trained, arguments, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     manifest = newest_checkpoint(tmp_path / "run") / MANIFEST
     manifest.write_text(manifest.read_text().replace('"format_version": 2', '"format_version": 3'))
-    finished = run([*PLAIN, *arguments, f"run.directory={tmp_path}/run"])
+    finished = run([*ONE_RANK, *arguments, f"run.directory={tmp_path}/run"])
     assert_one_line(finished, ["manifest.json is of format 3", "expected format 2", "newer megamtp"])
 
 
 @pytest.mark.parametrize("kind", ["truncated", "flipped", "missing"])
-def test_only_checkpoint_is_damaged(kind, trained, arguments, tmp_path):
-    """Never a silent beginning from nothing."""
+def test_damage_of_the_only_checkpoint_is_an_error(kind, trained, arguments, tmp_path):
+    """The run must not silently start over."""
     shutil.copytree(trained, tmp_path / "run")
     file = newest_checkpoint(tmp_path / "run") / shard_name(0)
     damage(file, kind)
-    finished = run([*PLAIN, *arguments, "train.steps=2", f"run.directory={tmp_path}/run"])
+    finished = run([*ONE_RANK, *arguments, "train.steps=2", f"run.directory={tmp_path}/run"])
     assert finished.returncode == 2, finished.stderr
     (line,) = [line for line in finished.stderr.splitlines() if "megamtp: error: " in line]
-    assert "none of 1 checkpoints verifies" in line and file.name in line
+    assert "none of 1 checkpoints is intact" in line and file.name in line
     assert "remove them, or choose another run.directory" in line and "older" not in line
     assert "Traceback" not in finished.stderr
     assert len(records(tmp_path / "run")) == 1
 
 
-def test_a_model_whose_name_is_too_long(tmp_path):
+def test_model_name_that_is_too_long(tmp_path):
     finished = run(["-m", "megamtp.commands.generate", str(tmp_path / ("x" * 300)), "--prompt", "a"])
     assert_one_line(finished, ["cannot be read: File name too long"])
 
@@ -431,16 +448,16 @@ def test_missing_checkpoint(command, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_resumed_run_that_is_finished_does_nothing(trained, arguments, tmp_path):
+def test_finished_run_does_nothing(trained, arguments, tmp_path):
     (tmp_path / "entraîné").symlink_to(trained)
-    arguments = [*PLAIN, *arguments, "train.steps=1", f"run.directory={tmp_path}/entraîné"]
-    finished = run(arguments, PYTHONIOENCODING="ascii")  # of a terminal that lacks the name's letters
+    arguments = [*ONE_RANK, *arguments, "train.steps=1", f"run.directory={tmp_path}/entraîné"]
+    finished = run(arguments, PYTHONIOENCODING="ascii")  # as in a terminal that cannot show these letters
     assert finished.returncode == 0, finished.stderr
-    assert "entra\\xeen\\xe9 has all its 1 steps already; nothing to do" in finished.stdout
+    assert "entra\\xeen\\xe9 already has all 1 steps; nothing to do" in finished.stdout
 
 
-def test_a_job_ends_before_python_takes_itself_apart(trained, arguments):
-    """When a thread of gloo can abort it. Here an object that Python would let go of then would."""
+def test_job_exits_before_python_shuts_down(trained, arguments):
+    """While Python shuts down, a thread of gloo can abort the process. Here the destructor of an object would."""
     program = (
         "import os\nfrom megamtp import pretrain\nclass Late:\n    def __del__(self, abort=os.abort):\n        "
         "abort()\n"
@@ -459,22 +476,22 @@ def test_damaged_metrics(trained, arguments, tmp_path):
     metrics = tmp_path / "run/metrics.jsonl"
     metrics.write_text("{not json\n" + metrics.read_text())
     before = metrics.read_text()
-    assert_one_line(run([*PLAIN, *arguments, f"run.directory={tmp_path}/run"]), ["metrics.jsonl, line 1", "damaged"])
+    assert_one_line(run([*ONE_RANK, *arguments, f"run.directory={tmp_path}/run"]), ["metrics.jsonl, line 1", "damaged"])
     assert metrics.read_text() == before
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "tensorboard"])
-def test_a_file_where_a_folder_should_be(arguments, tmp_path, name):
+def test_file_in_the_place_of_a_folder(arguments, tmp_path, name):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / name).write_text("mine")
-    assert_one_line(run([*PLAIN, *arguments, f"run.directory={tmp_path}/run"]), [f"run/{name} is a file", "folder"])
+    assert_one_line(run([*ONE_RANK, *arguments, f"run.directory={tmp_path}/run"]), [f"run/{name} is a file", "folder"])
     assert (tmp_path / "run" / name).read_text() == "mine"
 
 
 def test_full_disk_while_saving(trained, arguments, tmp_path):
-    """A limit of 100 KiB a file stands in for it. The save of step 2 fails while training goes on, and ends it.
+    """A limit of 100 KiB per file acts as the full disk: the save of step 2 fails in the background and ends the run.
 
-    TensorBoard's thread, slowed down here, has not written all events by then; none is lost.
+    TensorBoard's thread, slowed down here, has not yet written all events when the run fails. No event may be lost.
     """
     shutil.copytree(trained, tmp_path / "run")
     limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (102400, 102400)); "
@@ -498,21 +515,21 @@ def test_full_disk_while_saving(trained, arguments, tmp_path):
     events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
     reported = [record["step"] for record in records(tmp_path / "run") if record["step"] > 1]
     assert reported and [event.step for event in events.Scalars("train/lr")] == reported
-    finished = run([*PLAIN, *arguments, "train.steps=2", f"run.directory={tmp_path}/run"])
+    finished = run([*ONE_RANK, *arguments, "train.steps=2", f"run.directory={tmp_path}/run"])
     assert finished.returncode == 0, finished.stderr
 
 
 def assert_same_checkpoints(run_directory: Path, expected: Path) -> None:
-    found, wanted = (newest_checkpoint(directory) for directory in (run_directory, expected))
-    assert found.name == wanted.name
-    assert read_manifest(found) == read_manifest(wanted)
+    newest, expected_newest = (newest_checkpoint(directory) for directory in (run_directory, expected))
+    assert newest.name == expected_newest.name
+    assert read_manifest(newest) == read_manifest(expected_newest)
 
 
 @pytest.mark.parametrize("content", ["", "model: [", "model: {no_such_key: 1}"])
-def test_damaged_configuration_of_the_run_is_written_anew(content, trained, arguments, tmp_path):
+def test_damaged_configuration_of_a_run_is_replaced(content, trained, arguments, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     (tmp_path / "run/config.yaml").write_text(content)
-    finished = run([*PLAIN, *arguments, "train.steps=2", f"run.directory={tmp_path}/run"])
+    finished = run([*ONE_RANK, *arguments, "train.steps=2", f"run.directory={tmp_path}/run"])
     assert finished.returncode == 0, finished.stderr
     assert "what has changed since the run began is not known" in finished.stdout
     assert read_config([str(tmp_path / "run/config.yaml")]).train.steps == 2
@@ -520,10 +537,10 @@ def test_damaged_configuration_of_the_run_is_written_anew(content, trained, argu
 
 def test_lock_that_cannot_be_opened(arguments, tmp_path):
     (tmp_path / "run/lock").mkdir(parents=True)
-    assert_one_line(run([*PLAIN, *arguments, f"run.directory={tmp_path}/run"]), ["run/lock", "Is a directory"])
+    assert_one_line(run([*ONE_RANK, *arguments, f"run.directory={tmp_path}/run"]), ["run/lock", "Is a directory"])
 
 
-def test_disk_that_is_full_from_the_start(arguments, tmp_path):
+def test_disk_is_full_at_the_start(arguments, tmp_path):
     limited = (
         "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); sys.argv[0] = "
         f"'{MODULE}'; "
@@ -539,52 +556,53 @@ def test_disk_that_is_full_from_the_start(arguments, tmp_path):
     assert_one_line(finished, [f"{tmp_path}/run", "cannot be written to"])
 
 
-def test_second_job_ends_soon_under_a_launcher(arguments, tmp_path, start):
+def test_second_job_under_a_launcher_ends_soon(arguments, tmp_path, start):
     endless = [*arguments, "train.steps=1000000", f"run.directory={tmp_path}/run"]
-    start([*PLAIN, *endless])
+    start([*ONE_RANK, *endless])
     wait_for(lambda: records(tmp_path / "run"))
     beginning = time.monotonic()
     finished = run([*deepspeed(2), *endless])
     assert finished.returncode == 2
     assert (finished.stdout + finished.stderr).count("belongs to a running job") == 1
     assert "Traceback" not in finished.stdout + finished.stderr
-    # not the 30 s after which the launcher gives up on a rank that will not go
+    # The launcher kills ranks that do not end within 30 s.
     assert time.monotonic() - beginning < 25
 
 
-def test_second_job_in_one_folder(arguments, tmp_path, start):
+def test_second_job_in_one_run_directory_is_an_error(arguments, tmp_path, start):
     endless = [*arguments, "train.steps=1000000", f"run.directory={tmp_path}/run"]
-    first = start([*PLAIN, *endless])
+    first = start([*ONE_RANK, *endless])
     wait_for(lambda: records(tmp_path / "run"))
-    assert_one_line(run([*PLAIN, *endless]), [f"{tmp_path}/run belongs to a running job", f"process {first.pid}"])
+    assert_one_line(run([*ONE_RANK, *endless]), [f"{tmp_path}/run belongs to a running job", f"process {first.pid}"])
     assert first.poll() is None
     first.kill()
     first.wait()
-    finished = run([*PLAIN, *arguments, "train.steps=2", f"run.directory={tmp_path}/run"])
-    assert finished.returncode == 0, finished.stderr  # the dead job's lock is gone
+    finished = run([*ONE_RANK, *arguments, "train.steps=2", f"run.directory={tmp_path}/run"])
+    assert finished.returncode == 0, finished.stderr  # the lock was released when the first job died
 
 
-def test_resumed_run_says_what_has_changed(trained, arguments, tmp_path):
+def test_resumed_run_prints_changed_settings(trained, arguments, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
-    finished = run([*PLAIN, *arguments, "train.steps=2", "optimizer.lr=0.5", f"run.directory={tmp_path}/run"])
+    finished = run([*ONE_RANK, *arguments, "train.steps=2", "optimizer.lr=0.5", f"run.directory={tmp_path}/run"])
     assert finished.returncode == 0, finished.stderr
     changes = [line for line in finished.stdout.splitlines() if line.startswith("changed since the run began: ")]
     assert any("optimizer.lr: 0.01 -> 0.5" in line for line in changes) and any(
         "train.steps: 1 -> 2" in line for line in changes
     )
-    assert len(changes) == 3  # and run.directory, being a copy
+    assert len(changes) == 3  # and run.directory, because the run is a copy
 
 
-def test_a_learning_rate_that_ruins_the_weights_ends_the_run(arguments, tmp_path):
-    finished = run([*PLAIN, *arguments, "optimizer.lr=1e36", "run.save_every_steps=2", f"run.directory={tmp_path}/run"])
+def test_too_large_learning_rate_ends_the_run(arguments, tmp_path):
+    finished = run(
+        [*ONE_RANK, *arguments, "optimizer.lr=1e36", "run.save_every_steps=2", f"run.directory={tmp_path}/run"]
+    )
     assert finished.returncode == 2
     *_, line = finished.stderr.splitlines()
-    assert line.startswith(
-        "megamtp: error: step 11: not finite: the gradient; all losses are; such steps in a row: 10. Started again"
-    )
-    assert "from its beginning" in line and not (tmp_path / "run/checkpoints").exists()
+    problem = "step 11: all losses are finite, but the gradient is not; non-finite steps in a row: 10"
+    assert line.startswith(f"megamtp: error: {problem}. A new job")
+    assert "resumes from the beginning" in line and not (tmp_path / "run/checkpoints").exists()
     assert [record["skipped"] for record in records(tmp_path / "run")] == [False] + 9 * [True]
-    assert "step 10: not finite: the gradient; all losses are; the weights stay as they were" in finished.stdout
+    assert "step 10: all losses are finite, but the gradient is not; the weights are unchanged" in finished.stdout
 
 
 @pytest.fixture
@@ -596,8 +614,8 @@ def taken_port():
 
 
 def test_one_rank_needs_no_address(arguments, tmp_path, taken_port):
-    """192.0.2.1 is no host's; a rank that waited for it would do so for half an hour."""
-    arguments = [*PLAIN, *arguments, "train.steps=1", f"run.directory={tmp_path}/run"]
+    """No host has the address 192.0.2.1. A rank that tried to connect to it would wait for half an hour."""
+    arguments = [*ONE_RANK, *arguments, "train.steps=1", f"run.directory={tmp_path}/run"]
     finished = run(arguments, timeout=90, MASTER_ADDR="192.0.2.1", MASTER_PORT=taken_port)
     assert finished.returncode == 0, finished.stderr
     assert len(records(tmp_path / "run")) == 1
@@ -613,8 +631,10 @@ def test_taken_port(arguments, tmp_path, taken_port):
     assert f"MASTER_PORT={taken_port}: address already in use; expected" in line and "--master_port" in line
 
 
-def test_launcher_variables_that_name_no_rank(tmp_path):
-    finished = run([*PLAIN, "configs/quickstart.yaml", f"run.directory={tmp_path}/run"], RANK="first", WORLD_SIZE="2")
+def test_launcher_variables_without_a_valid_rank(tmp_path):
+    finished = run(
+        [*ONE_RANK, "configs/quickstart.yaml", f"run.directory={tmp_path}/run"], RANK="first", WORLD_SIZE="2"
+    )
     assert_one_line(finished, ["RANK=first", "expected 0 to"])
     assert not (tmp_path / "run").exists()
 

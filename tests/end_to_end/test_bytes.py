@@ -1,6 +1,4 @@
-"""A byte-level run: text to a corpus of bytes, to a model, to text, to transformers; and where bytes need be named
-again.
-"""
+"""Tests of a byte-level model: prepare, train, generate, export to transformers."""
 
 from transformers import AutoTokenizer
 
@@ -22,7 +20,7 @@ MODEL = [
 ]
 
 
-def test_prepared_trained_generated_and_exported(call_command, tmp_path):
+def test_byte_level_model_from_text_to_export(call_command, tmp_path):
     corpus, directory, exported = tmp_path / "corpus", tmp_path / "run", tmp_path / "hf"
     status, out, err = call_command(
         prepare_data, "--input", ROOT / "configs", "--tokenizer", "bytes", "--output", corpus
@@ -35,7 +33,7 @@ def test_prepared_trained_generated_and_exported(call_command, tmp_path):
     refused = run(["-m", "megamtp.pretrain", *arguments, "model.vocab_size=256"])
     assert refused.returncode == 2
     assert "bytes has 257 pieces, model.vocab_size is 256" in refused.stderr
-    # a multiple of 16, as fp8 products need
+    # 272 is a multiple of 16, as fp8 matrix products require.
     trained = run(["-m", "megamtp.pretrain", *arguments, "model.vocab_size=272"])
     assert trained.returncode == 0, trained.stderr
     assert (
@@ -51,9 +49,9 @@ def test_prepared_trained_generated_and_exported(call_command, tmp_path):
     assert status == 0, err
     assert call_command(generate, exported, *prompted)[:2] == (0, text)
 
-    theirs, ours = AutoTokenizer.from_pretrained(exported), ByteTokenizer()
+    exported_tokenizer, tokenizer = AutoTokenizer.from_pretrained(exported), ByteTokenizer()
     for text in ("caf\u00e9 \t\r\n  x</s><|end|>\0\u2581", "".join(map(chr, range(512)))):
-        ids = theirs(text, add_special_tokens=False)["input_ids"]
-        assert ids == ours.encode(text)
-        assert theirs.decode(ids) == text
-    assert (theirs.eos_token_id, len(theirs)) == (256, 257)
+        ids = exported_tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert ids == tokenizer.encode(text)
+        assert exported_tokenizer.decode(ids) == text
+    assert (exported_tokenizer.eos_token_id, len(exported_tokenizer)) == (256, 257)

@@ -1,4 +1,4 @@
-"""Installed with pip, the commands work from another folder: text to corpus to model to export to text."""
+"""Tests of the installed commands from another folder: prepare, train, convert, generate, report and plan."""
 
 import importlib.metadata
 import os
@@ -33,9 +33,7 @@ MODEL = [
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
-    """The bin folder of a new environment with megamtp installed from a copy of its sources, beside this one's
-    libraries.
-    """
+    """The bin folder of a new environment with megamtp, which uses the libraries of the current environment."""
     folder = tmp_path_factory.mktemp("installed")
     sources = folder / "sources"
     shutil.copytree(ROOT / "megamtp", sources / "megamtp", ignore=shutil.ignore_patterns("__pycache__"))
@@ -49,7 +47,7 @@ def installed(tmp_path_factory) -> Path:
     return folder / "venv/bin"
 
 
-def test_commands_of_an_installation(installed, tmp_path):
+def test_installed_commands(installed, tmp_path):
     def command(name: str, *arguments: str) -> str:
         finished = subprocess.run(
             [str(installed / name), *arguments],
@@ -69,7 +67,7 @@ def test_commands_of_an_installation(installed, tmp_path):
     assert command("megamtp-generate", "hf", "--prompt", "def ", "--max-new-tokens", "5").startswith("def ")
     assert command("megamtp-generate", "run", "--prompt", "def ", "--max-new-tokens", "5").startswith("def ")
     assert "head" in command("megamtp-report", "run")
-    assert "together" in command("megamtp-plan", str(ROOT / "configs/6.7b_n4.yaml"), "--gpus", "64")
+    assert "**total**" in command("megamtp-plan", str(ROOT / "configs/6.7b_n4.yaml"), "--gpus", "64")
     assert (tmp_path / "run/loss.png").read_bytes().startswith(b"\x89PNG")
     assert list((tmp_path / "run/tensorboard").iterdir())
 
@@ -85,7 +83,7 @@ def test_commands_of_an_installation(installed, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["prepare_data", "convert_checkpoint", "generate", "report"])
-def test_tools_are_the_commands(name, tmp_path):
+def test_tools_run_the_commands(name, tmp_path):
     finished = run([str(ROOT / "tools" / f"{name}.py"), "--help"], cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
     assert f"{name}.py" in finished.stdout
@@ -98,7 +96,7 @@ def test_help_of_pretraining_lists_the_keys():
         assert key in finished.stdout
 
 
-def test_help_of_pretraining_that_nobody_reads():
+def test_help_of_pretraining_to_a_closed_pipe():
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "megamtp.pretrain", "--help"]
@@ -109,15 +107,15 @@ def test_help_of_pretraining_that_nobody_reads():
     assert (finished.returncode, finished.stderr) == (0, "")
 
 
-def test_help_of_a_local_job_starts_none():
+def test_help_of_local_starts_no_job():
     finished = run(["-m", "megamtp.commands.local", "--help"])
     assert (finished.returncode, finished.stderr) == (0, "")
     assert finished.stdout.startswith("Runs a training job on this machine")
     assert finished.stdout.count("\n  run.directory ") == 1
 
 
-def test_an_active_environment_is_installed_anew(tmp_path):
-    """The interpreter of an activated .venv outlives that environment's replacement."""
+def test_active_environment_can_be_replaced(tmp_path):
+    """environment.sh installs a new .venv even if its Python is that of the old .venv, which is active."""
     (tmp_path / "launch").mkdir()
     shutil.copy(ROOT / "launch/environment.sh", tmp_path / "launch")
     (tmp_path / "setup.py").write_text('from setuptools import setup\n\nsetup(name="nothing")  # "torch>=999.0"\n')

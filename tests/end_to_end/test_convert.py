@@ -1,4 +1,4 @@
-"""The command that converts: every format to every other, in one line when it cannot, and in little memory."""
+"""Tests of convert_checkpoint: every format to every other, errors in one line, and limited memory."""
 
 import dataclasses
 import json
@@ -16,9 +16,9 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megamtp.checkpoint import canonical, formats
-from megamtp.checkpoint.contents import parameter_shapes, written_out
+from megamtp.checkpoint.contents import parameter_shapes, resolve_defaults
 from megamtp.checkpoint.safetensors_file import encode_header
-from megamtp.checkpoint.tensors import whole
+from megamtp.checkpoint.tensors import read_tensor
 from megamtp.commands import convert_checkpoint
 from megamtp.config import ModelConfig, write_config
 from megamtp.data.indexed_dataset import IndexedDataset
@@ -41,13 +41,14 @@ def convert(monkeypatch, *arguments) -> None:
 
 @pytest.fixture
 def sources(tmp_path, monkeypatch) -> dict[str, Path]:
-    """One checkpoint in each format, of the same model; hf has head 1 alone."""
-    # for a universal checkpoint of a small model has 200 small files
+    """One checkpoint of the same model in each format. The one in hf has only head 1."""
+    # The universal checkpoint has 200 small files, whose fsync is slow.
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    found = {name: tmp_path / "sources/checkpoints" / name for name in formats.writable()}  # a usual name
-    for name, folder in found.items():
+    # "checkpoints" is also the name of a folder in a run directory.
+    folders = {name: tmp_path / "sources/checkpoints" / name for name in formats.writable_formats()}
+    for name, folder in folders.items():
         formats.FORMATS[name].write(with_moments(SMALL), folder, torch.float32)
-    return found
+    return folders
 
 
 def test_every_format_to_every_other(sources, tmp_path, monkeypatch):
@@ -64,21 +65,22 @@ def test_every_format_to_every_other(sources, tmp_path, monkeypatch):
                 continue
             convert(monkeypatch, folder, destination, "--to", target)
             assert formats.detect(destination) == target
-            found = formats.read(destination)
+            converted = formats.read(destination)
             one_head = "hf" in (source, target)
             model = dataclasses.replace(SMALL, num_layers=3, num_future_tokens=1) if one_head else SMALL
-            assert found.model == written_out(model)
-            for kind, tensors in found.sources.items():
+            assert converted.model == resolve_defaults(model)
+            for kind, tensors in converted.sources.items():
                 assert tensors.shapes == parameter_shapes(model)
                 assert all(
-                    torch.equal(whole(tensors, name), whole(expected.sources[kind], name)) for name in tensors.shapes
+                    torch.equal(read_tensor(tensors, name), read_tensor(expected.sources[kind], name))
+                    for name in tensors.shapes
                 )
             keeps_state = {source, target} <= set(WITH_STATE)
-            assert (set(MOMENTS) <= set(found.sources)) == keeps_state
-            assert (found.state == STATE) == keeps_state
+            assert (set(MOMENTS) <= set(converted.sources)) == keeps_state
+            assert (converted.state == STATE) == keeps_state
 
 
-def test_a_model_of_bytes_stays_one(tmp_path, monkeypatch):
+def test_byte_level_model_keeps_its_tokenizer(tmp_path, monkeypatch):
     config = dataclasses.replace(SMALL, vocab_size=257)
     canonical.write(dataclasses.replace(with_moments(config), tokens_are_bytes=True), tmp_path / "canonical")
     for source, target in (("canonical", "universal"), ("universal", "hf-mtp"), ("hf-mtp", "hf"), ("hf", "canonical2")):
@@ -88,8 +90,8 @@ def test_a_model_of_bytes_stays_one(tmp_path, monkeypatch):
     assert ids == list("\u00e9\n".encode())
 
 
-def test_a_run_goes_on_from_a_converted_checkpoint(arguments, tmp_path, monkeypatch):
-    """Run -> canonical -> universal -> run, and on from there: the same numbers as without, to the last bit."""
+def test_run_resumes_from_a_converted_checkpoint(arguments, tmp_path, monkeypatch):
+    """Run -> canonical -> universal -> run, then more steps: bitwise equal to the run without conversions."""
     finished = run(["-m", "megamtp.pretrain", *arguments, f"run.directory={tmp_path}/whole"])
     assert finished.returncode == 0, finished.stderr
     tokenizer = formats.read(tmp_path / "whole").tokenizer
@@ -100,13 +102,15 @@ def test_a_run_goes_on_from_a_converted_checkpoint(arguments, tmp_path, monkeypa
     finished = run(["-m", "megamtp.pretrain", *arguments, f"run.directory={tmp_path}/zero3"])
     assert finished.returncode == 0, finished.stderr
     assert [record["step"] for record in records(tmp_path / "zero3")] == list(range(11, 21))
-    expected, found = (formats.read(tmp_path / name) for name in ("whole", "zero3"))
-    assert (found.model, found.step, found.state) == (expected.model, 20, expected.state)
+    expected, resumed = (formats.read(tmp_path / name) for name in ("whole", "zero3"))
+    assert (resumed.model, resumed.step, resumed.state) == (expected.model, 20, expected.state)
     for kind, tensors in expected.sources.items():
-        assert all(torch.equal(whole(tensors, name), whole(found.sources[kind], name)) for name in tensors.shapes)
+        assert all(
+            torch.equal(read_tensor(tensors, name), read_tensor(resumed.sources[kind], name)) for name in tensors.shapes
+        )
 
 
-def test_what_cannot_be_converted_is_one_line(sources, tmp_path, monkeypatch, capsys):
+def test_conversion_error_is_one_line(sources, tmp_path, monkeypatch, capsys):
     (tmp_path / "other").mkdir()
     (tmp_path / "other/notes.txt").write_text("mine")
     config = tmp_path / "sources/checkpoints/config.yaml"
@@ -115,10 +119,10 @@ def test_what_cannot_be_converted_is_one_line(sources, tmp_path, monkeypatch, ca
     cases = {
         ("canonical", "new", "--to", "zero9"): ["invalid choice", "zero9"],
         ("canonical", "other", "--to", "meta"): ["holds other files", "notes.txt"],
-        ("canonical", "new", "--num-future-tokens", "2"): ["has 3 heads", "--num-future-tokens says 2"],
+        ("canonical", "new", "--num-future-tokens", "2"): ["has 3 heads", "expected --num-future-tokens=2"],
         ("canonical", "new", "--to", "canonical", "--dtype", "bf16"): ["fp32"],
         ("universal", "new", "--config", str(config)): ["model.norm_eps=0.001, not 1.0"],
-        ("../../other", "new"): ["no checkpoint of a known format", "universal"],
+        ("../../other", "new"): ["not a checkpoint of a known format", "universal"],
         ("../../nowhere", "new"): ["does not exist"],
         ("x" * 300, "new"): ["cannot be read: File name too long", "expected a checkpoint"],
         ("canonical", "x" * 300): ["cannot be written: File name too long"],
@@ -139,19 +143,20 @@ def test_what_cannot_be_converted_is_one_line(sources, tmp_path, monkeypatch, ca
 
 
 def head_losses(checkpoint: Path, windows: Windows) -> list[float]:
-    """Of each head, on the windows' first 64."""
-    found = formats.read(checkpoint)
-    model = MTPModel(found.model)
-    model.load_state_dict({name: whole(found.weights, name) for name in found.weights.shapes}, strict=True)
-    batch = windows.at(np.arange(64))
+    """Returns the loss of each head on the first 64 windows."""
+    contents = formats.read(checkpoint)
+    model = MTPModel(contents.model)
+    weights = {name: read_tensor(contents.weights, name) for name in contents.weights.shapes}
+    model.load_state_dict(weights, strict=True)
+    batch = windows.windows_at(np.arange(64))
     with torch.no_grad():
         logits = model.logits(torch.stack([window.inputs for window in batch]))
     targets = torch.stack([window.targets for window in batch], dim=1)
     return [cross_entropy(*pair).item() for pair in zip(logits.flatten(1, 2), targets.flatten(1), strict=True)]
 
 
-def test_training_goes_on_from_a_converted_llama(arguments, tmp_path, monkeypatch):
-    """Head 1's loss before the first step is the original's; every head improves in a short fine-tune."""
+def test_training_starts_from_a_converted_llama(arguments, tmp_path, monkeypatch):
+    """Head 1's first loss equals that of the Llama, and a short training improves all heads."""
     shape = {"dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "mlp_dim": 176}
     common = [
         *arguments,
@@ -172,7 +177,7 @@ def test_training_goes_on_from_a_converted_llama(arguments, tmp_path, monkeypatc
     training, validation = (
         Windows(IndexedDataset(prefixes[f"data.{name}"]), 32, 4, seed=0) for name in ("train", "validation")
     )
-    batch = training.at(np.arange(8))  # of the first step
+    batch = training.windows_at(np.arange(8))  # the windows of the first step
     inputs, targets = (
         torch.stack([window.inputs for window in batch]),
         torch.stack([window.targets[0] for window in batch]),
@@ -185,8 +190,8 @@ def test_training_goes_on_from_a_converted_llama(arguments, tmp_path, monkeypatc
     assert all(new < old - 0.1 for old, new in zip(before, after, strict=True)), (before, after)
 
 
-def test_a_run_keeps_the_ids_of_its_initial_weights_tokenizer(arguments, tmp_path):
-    """It has no tokenizer of its own: its corpus was made elsewhere."""
+def test_run_keeps_the_special_ids_of_its_initial_weights(arguments, tmp_path):
+    """The run has no data.tokenizer, as with a corpus from another program."""
     ids = {"bos_token_id": 7, "eos_token_id": [8, 9]}
     config = ModelConfig(dim=32, num_layers=4, num_future_tokens=2, num_attention_heads=2, mlp_dim=48, vocab_size=400)
     canonical.write(dataclasses.replace(with_moments(config), special_ids=ids), tmp_path / "initial")
@@ -197,7 +202,7 @@ def test_a_run_keeps_the_ids_of_its_initial_weights_tokenizer(arguments, tmp_pat
 
 
 def sparse_canonical(folder: Path, model: ModelConfig, stems: tuple[str, ...] = ("weights",)) -> None:
-    """Zeros that take no room on disk."""
+    """Writes a canonical checkpoint of zeros in sparse files, which need no disk space."""
     folder.mkdir()
     header = encode_header({name: (torch.float32, shape) for name, shape in parameter_shapes(model).items()}, {})
     size = len(header) + 4 * sum(torch.Size(shape).numel() for shape in parameter_shapes(model).values())
@@ -209,7 +214,7 @@ def sparse_canonical(folder: Path, model: ModelConfig, stems: tuple[str, ...] = 
         "format": canonical.FORMAT,
         "version": canonical.VERSION,
         "step": 9,
-        "state": STATE.saved(),
+        "state": STATE.to_json(),
         "model": dataclasses.asdict(model),
         "file_bytes": dict.fromkeys(files, size),
     }
@@ -217,6 +222,7 @@ def sparse_canonical(folder: Path, model: ModelConfig, stems: tuple[str, ...] = 
 
 
 def peak_anonymous_bytes(command: list[str]) -> int:
+    """Runs `python command...` and returns its peak anonymous memory."""
     process = subprocess.Popen(
         [sys.executable, *command],
         env=environment(),
@@ -227,15 +233,15 @@ def peak_anonymous_bytes(command: list[str]) -> int:
     )
     peak = 0
     while process.poll() is None:
-        found = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
-        peak = max(peak, int(found[1]) * 1024 if found else 0)
+        match = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
+        peak = max(peak, int(match[1]) * 1024 if match else 0)
         time.sleep(0.005)
     assert process.returncode == 0, process.stdout.read()
     return peak
 
 
-def test_a_tensor_larger_than_the_limit_is_converted(tmp_path):
-    """The embedding takes 600 MB in fp32; what a process has without converting anything counts, too."""
+def test_tensor_larger_than_the_memory_limit_is_converted(tmp_path):
+    """The embedding takes 600 MB in fp32. The limit of 300 MB includes the memory of the imports."""
     model = ModelConfig(
         dim=64, num_layers=2, num_future_tokens=1, num_attention_heads=2, mlp_dim=64, vocab_size=2_350_000
     )
@@ -248,9 +254,9 @@ def test_a_tensor_larger_than_the_limit_is_converted(tmp_path):
     assert formats.read(tmp_path / "meta").weights.shapes == parameter_shapes(model)
 
 
-def test_a_state_of_tensors_larger_than_the_limit_is_converted(tmp_path):
-    """Embedding and unembedding take 300 MB each in fp32, and so do their moments."""
-    model = written_out(
+def test_state_with_tensors_larger_than_the_memory_limit_is_converted(tmp_path):
+    """Embedding, unembedding and each of their moments take 300 MB in fp32."""
+    model = resolve_defaults(
         ModelConfig(dim=64, num_layers=2, num_future_tokens=1, num_attention_heads=2, mlp_dim=64, vocab_size=1_175_000)
     )
     sparse_canonical(tmp_path / "canonical", model, ("weights", *MOMENTS))

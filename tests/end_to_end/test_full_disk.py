@@ -1,6 +1,4 @@
-"""A full disk: one line, exit status 2; what was whole stays whole, nothing is left of the rest, and with room all
-goes on.
-"""
+"""Tests of a full disk: one line, exit status 2, complete files stay intact, partial ones go, and work can continue."""
 
 import os
 import resource
@@ -12,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megamtp.checkpoint.store import checkpoints, newest_checkpoint, verified
+from megamtp.checkpoint.store import checkpoints, newest_checkpoint, verify
 from tests.end_to_end.jobs import ROOT, deepspeed, environment, records
 
 TMPFS_BYTES = 32 * 2**20
@@ -20,9 +18,7 @@ RANKS = 2
 
 
 class SmallDisk:
-    """A folder on a disk of its own, a tmpfs; or, where this process may not mount one, any folder and a limit of
-    files' sizes.
-    """
+    """A folder on its own small tmpfs, or an ordinary folder with a limit on file sizes if mounting is not allowed."""
 
     def __init__(self, folder: Path):
         self.folder, self._filler, self._limit = folder, folder / "filler", resource.RLIM_INFINITY
@@ -30,9 +26,7 @@ class SmallDisk:
         self.is_mounted = subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
 
     def leave(self, num_bytes: int) -> None:
-        """Fills the disk up to `num_bytes`; without a disk of its own, no rank's file may have more than its share
-        of them.
-        """
+        """Leaves `num_bytes` of free space. Without a tmpfs, limits each file to one rank's share of them instead."""
         if self.is_mounted:
             with open(self._filler, "wb") as stream:
                 os.posix_fallocate(stream.fileno(), 0, shutil.disk_usage(self.folder).free - num_bytes)
@@ -40,11 +34,12 @@ class SmallDisk:
             self._limit = num_bytes // RANKS
 
     def make_room(self) -> None:
+        """Undoes `leave`."""
         self._filler.unlink(missing_ok=True)
         self._limit = resource.RLIM_INFINITY
 
     def run(self, command: list[str]) -> subprocess.CompletedProcess:
-        """Runs `python command...` to its end."""
+        """Runs `python command...` and waits until it ends."""
         return subprocess.run(
             [sys.executable, *command],
             env=environment(),
@@ -67,7 +62,7 @@ def small_disk(tmp_path) -> Iterator[SmallDisk]:
 
 
 def error_of(finished: subprocess.CompletedProcess) -> str:
-    """The one line that says what was wrong."""
+    """Returns the only error line of a command that failed."""
     output = finished.stdout + finished.stderr
     assert finished.returncode == 2, output
     assert "Traceback" not in output
@@ -76,28 +71,28 @@ def error_of(finished: subprocess.CompletedProcess) -> str:
 
 
 @pytest.mark.timeout(600)
-def test_a_checkpoint_that_does_not_fit_ends_the_run_and_spares_the_one_before(small_disk, arguments):
-    """With room for either rank's part of it, but not for both."""
+def test_checkpoint_that_does_not_fit_ends_the_run_and_keeps_the_previous_one(small_disk, arguments):
+    """The disk has room for the file of either rank, but not for both."""
     run = small_disk.folder / "run"
     command = [*deepspeed(RANKS), *arguments, "run.save_every_steps=2", "data.validation=null", f"run.directory={run}"]
     finished = small_disk.run([*command, "train.steps=2"])
     assert finished.returncode == 0, finished.stderr
-    whole = newest_checkpoint(run)
-    before = verified(whole)
-    small_disk.leave(before.file_bytes * 3 // 4)
+    previous = newest_checkpoint(run)
+    manifest = verify(previous)
+    small_disk.leave(manifest.file_bytes * 3 // 4)
     line = error_of(small_disk.run([*command, "train.steps=1000000"]))
     assert f"{run}/checkpoints/step-0000004 cannot be written" in line
     assert ("make room" if small_disk.is_mounted else "allow larger files") in line
-    assert list((run / "checkpoints").iterdir()) == [whole]
-    assert verified(whole) == before
+    assert list((run / "checkpoints").iterdir()) == [previous]
+    assert verify(previous) == manifest
     small_disk.make_room()
     finished = small_disk.run([*command, "train.steps=4"])
     assert finished.returncode == 0, finished.stderr
     assert [record["step"] for record in records(run)] == [1, 2, 3, 4]
-    assert [verified(checkpoint).step for checkpoint in checkpoints(run)] == [2, 4]
+    assert [verify(checkpoint).step for checkpoint in checkpoints(run)] == [2, 4]
 
 
-def test_a_corpus_that_does_not_fit_is_none_and_is_made_later(small_disk, tmp_path):
+def test_corpus_that_does_not_fit_leaves_no_file_and_can_be_prepared_later(small_disk, tmp_path):
     (tmp_path / "text.txt").write_text("some words of it\n" * 100_000)  # 3.4 MB of tokens
     corpus = small_disk.folder / "corpus"
     command = [

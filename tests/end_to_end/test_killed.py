@@ -1,4 +1,4 @@
-"""Killed at any moment, a run goes on from what is whole. The long form: python -m tests.end_to_end.kill_campaign."""
+"""Tests that a run can be killed at any moment. The long version is python -m tests.end_to_end.kill_campaign."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from tests.end_to_end.kill_campaign import Killer, final_state
 
 
 @pytest.mark.timeout(600)
-def test_a_run_killed_four_times_ends_as_one_that_was_not(arguments, tmp_path):
+def test_run_killed_four_times_equals_an_uninterrupted_run(arguments, tmp_path):
     arguments = [
         *arguments,
         "train.steps=24",
@@ -16,13 +16,13 @@ def test_a_run_killed_four_times_ends_as_one_that_was_not(arguments, tmp_path):
     ]
     Killer(arguments, tmp_path / "whole", 0).run_to_the_end()
     killer = Killer(arguments, tmp_path / "killed", 1)
-    told = [
+    outcomes = [
         killer.run_killed((0,), saving=True, after_steps=3),
         killer.run_killed((1,), saving=False, after_steps=2),
         killer.run_killed((0, 1), saving=True, after_steps=1),
         killer.run_killed((1,), saving=True, after_steps=1),
     ]
-    assert all("killed ranks [" in line and "ranks []" not in line for line in told), told
+    assert all("killed ranks [" in line and "ranks []" not in line for line in outcomes), outcomes
     killer.run_to_the_end()
     assert final_state(tmp_path / "killed") == final_state(tmp_path / "whole")
     assert not list((tmp_path / "killed/checkpoints").glob("*.partial"))

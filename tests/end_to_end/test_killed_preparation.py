@@ -1,6 +1,4 @@
-"""prepare_data killed with SIGKILL at random moments and called again: byte for byte what an uninterrupted one
-makes.
-"""
+"""Tests that prepare_data, killed at random moments and called again, makes the same bytes as without a kill."""
 
 import json
 import random
@@ -25,11 +23,11 @@ prepare_data.entry()
 
 @pytest.fixture
 def texts(tmp_path) -> Path:
-    """About 1.5 MB: files, JSON lines, and duplicates of both."""
+    """About 1.5 MB of text files and JSON lines, with duplicates among both."""
     folder, words = tmp_path / "texts", (ROOT / "README.md").read_text().split()
     folder.mkdir()
     generator = random.Random(0)
-    # Each with its number, or two of one word each may be the same.
+    # Each document begins with its number, because two documents of a single word could be equal.
     documents = [
         " ".join([str(number), *generator.choices(words, k=generator.randrange(1, 600))]) for number in range(700)
     ]
@@ -40,7 +38,7 @@ def texts(tmp_path) -> Path:
 
 
 def start(texts: Path, output: Path) -> subprocess.Popen:
-    """A preparation with two workers, about to begin."""
+    """Starts a preparation with two workers, and returns when its imports are done."""
     command = [
         sys.executable,
         "-c",
@@ -61,7 +59,7 @@ def start(texts: Path, output: Path) -> subprocess.Popen:
 
 
 def finish(texts: Path, output: Path) -> dict[str, bytes]:
-    """Prepares to the end; every file of the corpus."""
+    """Runs a preparation to its end. Returns the content of each file of the corpus."""
     process = start(texts, output)
     _, errors = process.communicate(timeout=120)
     assert (process.returncode, errors) == (0, "")
@@ -69,14 +67,14 @@ def finish(texts: Path, output: Path) -> dict[str, bytes]:
 
 
 def kill_after(seconds: float, texts: Path, output: Path) -> None:
-    """Begins a preparation and kills it; its workers end with it."""
+    """Starts a preparation and kills it after `seconds`. Checks that its workers end as well."""
     process = start(texts, output)
     time.sleep(seconds)
     workers = psutil.Process(process.pid).children() if process.poll() is None else []
     process.kill()
     process.communicate(timeout=10)
-    _, alive = psutil.wait_procs(workers, 10)
-    assert alive == []
+    _, running = psutil.wait_procs(workers, 10)
+    assert running == []
 
 
 @pytest.mark.timeout(900)
@@ -89,12 +87,12 @@ def test_killed_at_random_moments_and_resumed(texts, tmp_path, request):
     seconds = time.monotonic() - start_seconds - import_seconds
     whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
     assert len(whole) == 9 and json.loads(whole["corpus.json"])["duplicates"] == 50
-    generator, found_parts = random.Random(0), []
-    for kill in range(num_kills):  # one moment in each of so many equal spans
+    generator, num_parts = random.Random(0), []
+    for kill in range(num_kills):  # at a random moment in each of `num_kills` equal intervals
         output = tmp_path / str(kill)
         kill_after((kill + generator.random()) / num_kills * seconds, texts, output)
         if (output / "corpus.json").exists():
             assert {name: (output / name).read_bytes() for name in whole} == whole
-        found_parts.append(len(list((output / ".preparation").glob("*.json"))))
+        num_parts.append(len(list((output / ".preparation").glob("*.json"))))
         assert finish(texts, output) == whole
-    assert max(found_parts) > 0  # some went on from parts
+    assert max(num_parts) > 0  # some preparations resumed from finished parts

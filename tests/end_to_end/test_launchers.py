@@ -1,4 +1,4 @@
-"""The same job under every launcher: the same losses, whoever starts the ranks."""
+"""Tests that a job gives the same losses under every launcher."""
 
 import subprocess
 import sys
@@ -27,7 +27,7 @@ def assert_same(directory: Path, expected: list[list[float]]) -> None:
 
 
 def launcher(name: str) -> list[str]:
-    """What comes before the job's arguments."""
+    """Returns the arguments of Python that start the launcher, to be followed by those of the job."""
     if name == "deepspeed":
         return deepspeed(2)
     if name == "torchrun":
@@ -52,10 +52,8 @@ def test_launchers_give_the_losses_of_one_rank(name, arguments, expected, tmp_pa
     assert_same(tmp_path / "run", expected)
 
 
-def test_no_warning_of_a_library_is_printed(arguments, tmp_path):
-    """Of DeepSpeed's own traffic, which calls what torch deprecates, and of all else from the start to the last
-    checkpoint.
-    """
+def test_libraries_print_no_warnings(arguments, tmp_path):
+    """From the imports to the last checkpoint, with DeepSpeed's communication, which calls deprecated functions."""
     settings = [
         "train.steps=2",
         "run.tensorboard=true",
@@ -67,9 +65,9 @@ def test_no_warning_of_a_library_is_printed(arguments, tmp_path):
     assert "Warning" not in finished.stderr, finished.stderr
 
 
-def test_local_script_takes_paths_from_where_it_is_called(tmp_path):
+def test_local_script_resolves_paths_in_the_current_folder(tmp_path):
     (tmp_path / "mine.yaml").write_text("model: {dim: wide}\n")
-    (tmp_path / "megamtp").mkdir()  # as of a clone; it is not the package
+    (tmp_path / "megamtp").mkdir()  # a folder with this name, such as a clone, must not be imported
     variables = environment()
     del variables["PYTHONPATH"]
     script = ["bash", str(ROOT / "launch/local.sh"), "mine.yaml"]
@@ -80,7 +78,7 @@ def test_local_script_takes_paths_from_where_it_is_called(tmp_path):
     assert "mine.yaml: model.dim" in line and "expected int" in line
 
 
-def test_a_failed_rank_ends_the_job_under_mpirun():
+def test_failed_rank_ends_the_job_under_mpirun():
     program = (
         "import sys, torch.distributed as dist; from megamtp.config import ClusterConfig; "
         "from megamtp.cluster.environment import errors_shared, find_place; "
@@ -91,11 +89,11 @@ def test_a_failed_rank_ends_the_job_under_mpirun():
     *mpirun, _, _ = launcher("mpirun")
     finished = run([*mpirun, "-c", program], timeout=100)
     assert finished.returncode != 0
-    assert "barrier" in finished.stderr  # rank 0 was told, and did not wait for the other for ever
+    assert "barrier" in finished.stderr  # rank 0 did not wait forever: it was told that the other rank had failed
 
 
-def test_an_error_of_one_rank_is_all_ranks_under_mpirun(arguments, tmp_path, start):
-    """Only rank 0 sees that the folder is another job's."""
+def test_error_of_one_rank_ends_all_ranks_under_mpirun(arguments, tmp_path, start):
+    """Only rank 0 notices that another job uses the run directory."""
     endless = [*arguments, "train.steps=1000000", f"run.directory={tmp_path}/run"]
     start(["-m", MODULE, *endless])
     wait_for(lambda: losses(tmp_path / "run"))
@@ -106,8 +104,8 @@ def test_an_error_of_one_rank_is_all_ranks_under_mpirun(arguments, tmp_path, sta
     assert "Traceback" not in finished.stderr
 
 
-def test_a_defect_of_one_rank_ends_all_ranks_under_mpirun(arguments, tmp_path):
-    """Met before the ranks know each other, while the other rank waits for MPI's message."""
+def test_unexpected_error_of_one_rank_ends_all_ranks_under_mpirun(arguments, tmp_path):
+    """The error comes before the ranks have connected, while the other rank waits for its MPI message."""
     program = (
         "import os\nfrom megamtp import pretrain\ncheck = pretrain.check\n"
         "def fail(config, place):\n    if place.rank:\n        raise OSError(5, 'Input/output error')\n"
@@ -120,7 +118,7 @@ def test_a_defect_of_one_rank_ends_all_ranks_under_mpirun(arguments, tmp_path):
 
 
 def test_two_nodes_give_the_losses_of_one(arguments, expected, tmp_path, start):
-    """Two launches on this machine, each a node with one rank, as `--no_ssh --node_rank` does it on two."""
+    """Two launchers on this machine act as two nodes with one rank each (`--no_ssh --node_rank`)."""
     hosts = tmp_path / "hosts"
     hosts.write_text("node-a slots=1\nnode-b slots=1\n")
     port = reserve_port()
@@ -153,7 +151,7 @@ def test_two_nodes_give_the_losses_of_one(arguments, expected, tmp_path, start):
     assert_same(tmp_path / "run", expected)
 
 
-def test_emulated_cluster_trains_as_one_of_many_ranks_and_writes_no_checkpoint(arguments, tmp_path):
+def test_emulated_cluster_trains_as_one_rank_and_writes_no_checkpoint(arguments, tmp_path):
     settings = ["cluster.emulate=4", "train.global_batch_tokens=256", "train.micro_batch_size=1"]
     finished = run(["-m", MODULE, *arguments, *STEPS, *settings, f"run.directory={tmp_path}/run"])
     assert finished.returncode == 0, finished.stdout + finished.stderr

@@ -1,4 +1,4 @@
-"""launch/quickstart.sh, stopped in the middle of a stage: it says so, leaves no process, and goes on from there."""
+"""Tests of launch/quickstart.sh: it can be stopped and continued, and limits the epochs on a small corpus."""
 
 import os
 import signal
@@ -23,8 +23,8 @@ CORPUS = [
 
 @pytest.fixture
 def quickstart(tmp_path):
-    """quickstart() -> the running script, its output in tmp_path/output."""
-    started = []
+    """quickstart() -> the running script. Its output goes to tmp_path/output."""
+    processes = []
 
     def start() -> subprocess.Popen:
         command = ["bash", "launch/quickstart.sh", "--run", str(tmp_path / "run"), "--corpus", *CORPUS]
@@ -35,14 +35,14 @@ def quickstart(tmp_path):
                 env=environment(),
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                # which tests in the background have ignored
+                # A background process, such as this test may be, ignores SIGINT.
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
-        started.append(process)
-        return started[-1]
+        processes.append(process)
+        return process
 
     yield start
-    for process in started:
+    for process in processes:
         kill_tree(process)
 
 
@@ -52,7 +52,7 @@ def test_stopped_while_it_prepares_the_corpus(quickstart, tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 75
     output = (tmp_path / "output").read_text()
-    assert "Stopped. The same command goes on from there." in output and "2. Pretraining" not in output
+    assert "Stopped. The same command continues from there." in output and "2. Pretraining" not in output
     assert "Traceback" not in output
 
 
@@ -63,13 +63,13 @@ def test_stopped_while_it_trains(number, quickstart, tmp_path):
     process.send_signal(number)
     assert process.wait(timeout=90) == 75
     output = (tmp_path / "output").read_text()
-    assert "Stopped and saved. The same command goes on from there." in output and "3. Loss curves" not in output
+    assert "Stopped and saved. The same command continues from there." in output and "3. Loss curves" not in output
     assert not ranks(tmp_path / "run")
     assert read_manifest(newest_checkpoint(tmp_path / "run")).step == records(tmp_path / "run")[-1]["step"]
 
 
-def test_a_small_corpus_is_passed_over_four_times_at_most(tmp_path):
-    """As the script's own function says, which takes its settings from the corpus's size."""
+def test_small_corpus_is_trained_on_for_four_epochs_at_most(tmp_path):
+    """Calls the script's function that derives settings from the size of the corpus."""
     (tmp_path / "text.txt").write_text("".join(f"line {number} of a small text\n" for number in range(900)))
     corpus, _ = prepare(
         find_source([tmp_path / "text.txt"]), tmp_path / "small", tokenizer="bytes", validation_fraction=0.1

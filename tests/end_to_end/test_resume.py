@@ -1,4 +1,4 @@
-"""Interrupted equals uninterrupted, bit for bit; and the number of ranks changes nothing but the last digits."""
+"""Tests that a resumed run equals an uninterrupted one bitwise, and a run of other ranks up to the order of sums."""
 
 import itertools
 import shutil
@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megamtp.checkpoint.shards import shard_name
 from megamtp.checkpoint.slices import SLICES
-from megamtp.checkpoint.store import checkpoints, read_manifest, verified
+from megamtp.checkpoint.store import checkpoints, read_manifest, verify
 from tests.cases import global_batch, own_share, small_config
 from tests.end_to_end.jobs import MODULE, damage, deepspeed, losses, records, run
 from tests.end_to_end.killed_pretrain import KILLED_STEP
@@ -22,8 +22,8 @@ PIPELINE = ["engine.kind=pipeline", "engine.num_stages=2", "engine.stage_layers=
 SPREAD = "engine.spread_losses=true"
 
 
-# The last one, two pipelines of whole losses, with --full only: 2 x 2 ranks and whole losses come before it, though not
-# together.
+# The last case (two pipelines without spread losses) runs only with --full. The others cover 2 x 2 ranks and pipelines
+# without spread losses, but not together.
 KILLED = [(2, []), (2, [*PIPELINE, "train.precision=bf16"]), (4, [*PIPELINE, SPREAD]), (4, PIPELINE)]
 
 
@@ -41,7 +41,7 @@ def test_killed_and_resumed_equals_uninterrupted(num_ranks, settings, arguments,
     if settings:
         output = finished.stdout + finished.stderr
         assert "embedding, trunk 1-2, head 1" in output and "slowest stage / mean" in output
-        # predicted to be faster, or not
+        # "is predicted to be faster" or "is not predicted to be faster"
         assert f"engine.spread_losses={str(SPREAD not in settings).lower()} is " in output
         assert "megamtp: warning:" in output and "few for 2 stages" in output
     run([*deepspeed(num_ranks, "tests.end_to_end.killed_pretrain"), *arguments, f"run.directory={killed}"])
@@ -55,14 +55,14 @@ def test_killed_and_resumed_equals_uninterrupted(num_ranks, settings, arguments,
         record["losses"] for record in records(whole, "validation")
     ]
     assert losses(whole)[-1][0] < losses(whole)[0][0] - 0.5
-    (_, expected), (_, found) = load_weights(checkpoints(whole)[-1]), load_weights(checkpoints(killed)[-1])
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    (_, expected), (_, weights) = load_weights(checkpoints(whole)[-1]), load_weights(checkpoints(killed)[-1])
+    assert expected.keys() == weights.keys()
+    assert all(torch.equal(expected[name], weights[name]) for name in expected)
 
 
 @pytest.fixture(scope="module")
 def twice_saved(arguments, tmp_path_factory) -> Path:
-    """A run of two ranks under ZeRO-3: 20 steps, checkpoints at 10 and 20."""
+    """A ZeRO-3 run of 20 steps on two ranks, with checkpoints at steps 10 and 20."""
     directory = tmp_path_factory.mktemp("twice_saved") / "run"
     finished = run([*deepspeed(2), *arguments, f"run.directory={directory}"])
     assert finished.returncode == 0, finished.stderr
@@ -70,9 +70,9 @@ def twice_saved(arguments, tmp_path_factory) -> Path:
 
 
 def test_saves_are_reported(twice_saved):
-    found = records(twice_saved, "checkpoint")
-    assert [record["step"] for record in found] == [10, 20]
-    for record, checkpoint in zip(found, checkpoints(twice_saved), strict=True):
+    saves = records(twice_saved, "checkpoint")
+    assert [record["step"] for record in saves] == [10, 20]
+    for record, checkpoint in zip(saves, checkpoints(twice_saved), strict=True):
         index = (checkpoint / SLICES).stat().st_size
         assert record["bytes"] == read_manifest(checkpoint).file_bytes - index
         assert record["bytes_per_second"] == pytest.approx(record["bytes"] / record["write_seconds"])
@@ -80,8 +80,8 @@ def test_saves_are_reported(twice_saved):
 
 
 @pytest.mark.parametrize("kind", ["truncated", "flipped", "missing"])
-def test_resumes_from_the_newest_checkpoint_that_verifies(kind, twice_saved, arguments, tmp_path):
-    """With the damage in what the second rank has written; the end is bit for bit the same."""
+def test_resumes_from_the_newest_intact_checkpoint(kind, twice_saved, arguments, tmp_path):
+    """The file of the second rank is damaged. The final state is bitwise the same."""
     shutil.copytree(twice_saved, tmp_path / "run")
     old, new = checkpoints(tmp_path / "run")
     damage(new / shard_name(1), kind)
@@ -91,11 +91,11 @@ def test_resumes_from_the_newest_checkpoint_that_verifies(kind, twice_saved, arg
     assert f"skipped {new.name}: " in line and shard_name(1) in line
     assert checkpoints(tmp_path / "run") == [old, new]
     assert losses(tmp_path / "run") == losses(twice_saved)
-    assert verified(new).files == verified(checkpoints(twice_saved)[-1]).files
+    assert verify(new).files == verify(checkpoints(twice_saved)[-1]).files
 
 
-def test_another_global_batch_goes_on_at_the_next_window(arguments, tmp_path):
-    """With a learning rate of 0, losses tell which windows a step reads: two halved steps read what one step would."""
+def test_another_global_batch_size_continues_at_the_next_window(arguments, tmp_path):
+    """With a learning rate of 0, losses identify windows: two steps of half the size read the windows of one step."""
     arguments = [*arguments, "optimizer.lr=0", "train.global_batch_tokens=512", "data.validation=null"]
     plain, run_directory = ["-m", MODULE], tmp_path / "run"
 
@@ -107,10 +107,12 @@ def test_another_global_batch_goes_on_at_the_next_window(arguments, tmp_path):
     assert job(tmp_path / "whole", "train.steps=6").returncode == 0
     halved = job(run_directory, "train.steps=8", "train.global_batch_tokens=256")
     assert halved.returncode == 0, halved.stderr
-    expected, found = torch.tensor(losses(tmp_path / "whole")), torch.tensor(losses(run_directory))
-    means = found[4:].view(2, 2, -1).mean(dim=1)
+    expected, actual = torch.tensor(losses(tmp_path / "whole")), torch.tensor(losses(run_directory))
+    means = actual[4:].view(2, 2, -1).mean(dim=1)
     torch.testing.assert_close(means, expected[4:], rtol=1e-6, atol=0)
-    assert (means[0] - expected[2]).abs().min() > 1e-4  # what position = step x batch would read again
+    assert (
+        means[0] - expected[2]
+    ).abs().min() > 1e-4  # not the windows at step x batch size, which the run has trained on
     (corpus,) = read_manifest(checkpoints(run_directory)[-1]).state["data"]["corpora"]
     assert corpus["next_window"] == 4 * 16 + 4 * 8 and corpus["trained_tokens"] == 96 * 32
     refused = job(run_directory, "train.steps=9", "train.sequence_length=64")
@@ -127,55 +129,52 @@ def test_another_global_batch_goes_on_at_the_next_window(arguments, tmp_path):
 
 
 @pytest.mark.timeout(600)
-def test_goes_on_with_another_engine_and_number_of_ranks(twice_saved, arguments, tmp_path):
-    """From step 10 of two ranks under ZeRO-3 in two pipelines of two stages: the same loss curve, but for the order
-    of sums.
-    """
+def test_resumes_with_another_engine_and_number_of_ranks(twice_saved, arguments, tmp_path):
+    """Two pipelines of two stages resume step 10 of two ZeRO-3 ranks: the same losses up to the order of sums."""
     shutil.copytree(twice_saved, tmp_path / "run")
     shutil.rmtree(checkpoints(tmp_path / "run")[-1])
     finished = run([*deepspeed(4), *arguments, *PIPELINE, f"run.directory={tmp_path}/run"])
     assert finished.returncode == 0, finished.stderr
     assert "engine.kind: zero3 -> pipeline" in finished.stdout
-    found, expected = losses(tmp_path / "run"), losses(twice_saved)
-    assert found[:10] == expected[:10] and len(found) == 20
-    torch.testing.assert_close(torch.tensor(found[10:]), torch.tensor(expected[10:]), rtol=1e-5, atol=0)
+    actual, expected = losses(tmp_path / "run"), losses(twice_saved)
+    assert actual[:10] == expected[:10] and len(actual) == 20
+    torch.testing.assert_close(torch.tensor(actual[10:]), torch.tensor(expected[10:]), rtol=1e-5, atol=0)
 
 
 @pytest.mark.timeout(600)
-def test_pipeline_reads_and_reports_what_zero3_does(arguments, tmp_path):
-    """One rank under ZeRO-3, two stages of two pipelines, two with spread losses: the same windows, losses, norms,
-    evaluation.
-    """
+def test_pipeline_reads_and_reports_the_same_as_zero3(arguments, tmp_path):
+    """One ZeRO-3 rank, two pipelines of two stages, and one pipeline with spread losses give the same metrics."""
     arguments = [*arguments, "train.steps=5", "run.evaluate_every_steps=5"]
     for name, ranks, settings in (("zero3", 1, []), ("pipeline", 4, PIPELINE), ("spread", 2, [*PIPELINE, SPREAD])):
         finished = run([*deepspeed(ranks), *arguments, *settings, f"run.directory={tmp_path}/{name}"])
         assert finished.returncode == 0, finished.stderr
     compared = {"train": ("losses", "gradient_norm", "lr"), "validation": ("losses",)}
     for name, (kind, keys) in itertools.product(("pipeline", "spread"), compared.items()):
-        expected, found = (records(tmp_path / run_name, kind) for run_name in ("zero3", name))
-        assert len(expected) == len(found) == (5 if kind == "train" else 1)
-        for one, other in zip(expected, found, strict=True):
+        expected, actual = (records(tmp_path / run_name, kind) for run_name in ("zero3", name))
+        assert len(expected) == len(actual) == (5 if kind == "train" else 1)
+        for expected_record, record in zip(expected, actual, strict=True):
             for key in keys:
-                assert other[key] == pytest.approx(one[key], rel=1e-4)
+                assert record[key] == pytest.approx(expected_record[key], rel=1e-4)
 
 
 def losses_of_ten_steps(world_size: int, kind: str) -> list[list[float]]:
-    """Ten steps' mean losses per head, on two global batches in turn: four micro-batches each, unevenly ignored
-    targets.
+    """Returns the mean losses per head of ten steps on two alternating global batches.
+
+    Each has four micro-batches with different numbers of ignored targets.
     """
     from megamtp.engines.base import count_targets
     from megamtp.engines.zero import ZeroEngine
 
     config = small_config(world_size, accumulation=4 // world_size, engine__kind=kind, model__num_future_tokens=3)
     engine = ZeroEngine(config)
-    found = []
+    losses_of_steps = []
     for step in range(10):
         own = own_share(global_batch(config, step % 2, 4), engine.rank, world_size)
         counts = count_targets(own, True, world_size, engine.device)
         nll_sums = engine.train_batch(own, counts, 1e-2).nll_sums.double()
         dist.all_reduce(nll_sums)
-        found.append([nll / count for nll, count in zip(nll_sums.tolist(), counts, strict=True)])
-    return found
+        losses_of_steps.append([nll / count for nll, count in zip(nll_sums.tolist(), counts, strict=True)])
+    return losses_of_steps
 
 
 def test_losses_do_not_depend_on_the_world_size():
@@ -183,6 +182,6 @@ def test_losses_do_not_depend_on_the_world_size():
     assert one.shape == (10, 3)
     torch.testing.assert_close(two, one, rtol=1e-5, atol=0)
     torch.testing.assert_close(four, one, rtol=1e-5, atol=0)
-    assert (one[0] - one[8]).min() > 0.1  # something was learned, so that a difference had a way to grow
+    assert (one[0] - one[8]).min() > 0.1  # the model has learned, so an error could grow
     zero1 = torch.tensor(run_ranks(losses_of_ten_steps, 2, 2, "zero1")[0])
     torch.testing.assert_close(zero1, one, rtol=1e-5, atol=0)

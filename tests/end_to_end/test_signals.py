@@ -1,4 +1,4 @@
-"""Asked to stop, all ranks save together and exit; whoever was asked, and whoever died."""
+"""Tests of signals and dead launchers: all ranks save together and exit."""
 
 import os
 import signal
@@ -16,15 +16,15 @@ ENDLESS = ["train.steps=1000000", "data.validation=null", "run.save_every_steps=
 
 
 def assert_saved_and_gone(directory) -> None:
-    """A whole checkpoint of the last reported step, and no rank left."""
+    """Asserts that no rank is running and that the checkpoint of the last reported step is complete."""
     wait_for(lambda: not ranks(directory), seconds=60)
     manifest = read_manifest(newest_checkpoint(directory))
     assert manifest.step == records(directory)[-1]["step"]
     assert not list((directory / "checkpoints").glob("*.partial"))
 
 
-def started(start, command, arguments, directory):
-    """A job that has taken some steps."""
+def start_job(start, command, arguments, directory):
+    """Starts a job and returns it when it has taken some steps."""
     process = start([*command, *arguments, *ENDLESS, f"run.directory={directory}"])
     wait_for(lambda: len(records(directory)) >= 3 or process.poll() is not None)
     assert process.poll() is None, process.communicate()[0]
@@ -34,7 +34,7 @@ def started(start, command, arguments, directory):
 
 @pytest.mark.parametrize(("rank", "number"), [(0, signal.SIGTERM), (1, signal.SIGUSR1)])
 def test_signal_to_one_rank_stops_all(rank, number, arguments, tmp_path, start):
-    process = started(start, deepspeed(2), arguments, tmp_path / "run")
+    process = start_job(start, deepspeed(2), arguments, tmp_path / "run")
     ranks(tmp_path / "run")[rank].send_signal(number)
     process.communicate(timeout=90)
     assert process.returncode == 85
@@ -42,7 +42,7 @@ def test_signal_to_one_rank_stops_all(rank, number, arguments, tmp_path, start):
 
 
 def test_signal_to_the_per_node_launcher(arguments, tmp_path, start):
-    process = started(start, deepspeed(2), arguments, tmp_path / "run")
+    process = start_job(start, deepspeed(2), arguments, tmp_path / "run")
     (per_node,) = psutil.Process(process.pid).children()
     per_node.send_signal(signal.SIGTERM)
     process.communicate(timeout=90)
@@ -50,16 +50,16 @@ def test_signal_to_the_per_node_launcher(arguments, tmp_path, start):
 
 
 def test_signal_to_the_deepspeed_process(arguments, tmp_path, start):
-    """It dies at once and leaves its ranks, who notice."""
-    process = started(start, deepspeed(2), arguments, tmp_path / "run")
+    """The process dies at once, and its ranks notice that."""
+    process = start_job(start, deepspeed(2), arguments, tmp_path / "run")
     os.kill(process.pid, signal.SIGTERM)
     process.wait(timeout=30)
     assert_saved_and_gone(tmp_path / "run")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_signal_to_our_launch_command(number, arguments, tmp_path, start):
-    process = started(start, ["-m", "megamtp.commands.local"], arguments, tmp_path / "run")
+def test_signal_to_the_local_command(number, arguments, tmp_path, start):
+    process = start_job(start, ["-m", "megamtp.commands.local"], arguments, tmp_path / "run")
     process.send_signal(number)
     output, _ = process.communicate(timeout=90)
     assert process.returncode == 85
@@ -68,8 +68,8 @@ def test_signal_to_our_launch_command(number, arguments, tmp_path, start):
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.5, 2.0, 4.0])
-def test_signal_before_there_are_ranks_or_steps(seconds, arguments, tmp_path, start):
-    """Nothing may be left, whether the ranks had begun or not."""
+def test_signal_before_the_first_step(seconds, arguments, tmp_path, start):
+    """No process may remain, whether the ranks had started or not."""
     process = start(["-m", "megamtp.commands.local", *arguments, *ENDLESS, f"run.directory={tmp_path}/run"])
     wait_for(lambda: psutil.Process(process.pid).children())
     time.sleep(seconds)
@@ -83,30 +83,30 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 
 
 @pytest.mark.parametrize("command", [deepspeed(2), TORCHRUN], ids=["deepspeed", "torchrun"])
-def test_a_launcher_killed_before_its_ranks_have_met(command, arguments, tmp_path, start):
-    """They end, though they had only begun to import torch, and wait for nobody."""
+def test_ranks_exit_if_their_launcher_is_killed_before_they_connect(command, arguments, tmp_path, start):
+    """The launcher dies while the ranks still import torch."""
     process = start([*command, *arguments, *ENDLESS, f"run.directory={tmp_path}/run"])
-    wait_for(lambda: len(ranks(tmp_path / "run")) == 2 and all(map(has_looked_for_launcher, ranks(tmp_path / "run"))))
+    wait_for(lambda: len(ranks(tmp_path / "run")) == 2 and all(map(has_looked_up_launcher, ranks(tmp_path / "run"))))
     process.send_signal(signal.SIGKILL)
-    output, _ = process.communicate(timeout=90)  # to the end of the last rank, which writes there, too
+    output, _ = process.communicate(timeout=90)  # until the last rank has closed the pipe
     assert not ranks(tmp_path / "run") and not (tmp_path / "run/metrics.jsonl").exists()
     assert "its launcher is gone" in output
 
 
-def has_looked_for_launcher(rank: psutil.Process) -> bool:
-    """It has imported what it looks with; what comes next, torch, takes longer than looking."""
+def has_looked_up_launcher(rank: psutil.Process) -> bool:
+    """Returns whether the rank has imported psutil. The next import, torch, takes longer than the lookup."""
     return any("_psutil_linux" in loaded.path for loaded in rank.memory_maps())
 
 
-def test_killed_launch_command_leaves_no_orphan(arguments, tmp_path, start):
-    process = started(start, ["-m", "megamtp.commands.local"], arguments, tmp_path / "run")
+def test_killed_local_command_leaves_no_orphan(arguments, tmp_path, start):
+    process = start_job(start, ["-m", "megamtp.commands.local"], arguments, tmp_path / "run")
     process.send_signal(signal.SIGKILL)
     process.wait(timeout=30)
     assert_saved_and_gone(tmp_path / "run")
 
 
-def test_dead_launcher_under_our_launch_command(arguments, tmp_path, start):
-    process = started(start, ["-m", "megamtp.commands.local"], arguments, tmp_path / "run")
+def test_dead_launcher_under_the_local_command(arguments, tmp_path, start):
+    process = start_job(start, ["-m", "megamtp.commands.local"], arguments, tmp_path / "run")
     for child in psutil.Process(process.pid).children():
         child.send_signal(signal.SIGKILL)
     process.communicate(timeout=90)
@@ -114,19 +114,19 @@ def test_dead_launcher_under_our_launch_command(arguments, tmp_path, start):
     assert_saved_and_gone(tmp_path / "run")
 
 
-def test_a_rank_that_hangs_ends_the_job(arguments, tmp_path, start):
-    process = started(start, deepspeed(2), [*arguments, "run.stall_seconds=10"], tmp_path / "run")
+def test_hanging_rank_ends_the_job(arguments, tmp_path, start):
+    process = start_job(start, deepspeed(2), [*arguments, "run.stall_seconds=10"], tmp_path / "run")
     _, hung = ranks(tmp_path / "run")
     hung.suspend()
     wait_for(lambda: ranks(tmp_path / "run") == [hung], seconds=60)
-    hung.resume()  # or the launcher would wait half a minute for it
+    hung.resume()  # otherwise the launcher waits half a minute for it
     output, _ = process.communicate(timeout=90)
     assert process.returncode == 1
     assert "Timeout (0:00:10)!" in output and "in _train_step" in output
 
 
-def test_a_signal_amid_a_long_evaluation(arguments, corpus, tmp_path, start):
-    """The step is saved at once; the job that follows evaluates it."""
+def test_signal_during_a_long_evaluation(arguments, corpus, tmp_path, start):
+    """The step is saved at once, and the next job repeats its evaluation."""
     arguments = [*arguments, "train.steps=3", f"run.directory={tmp_path}/run"]
     process = start(["-m", MODULE, *arguments, f"data.validation={corpus}/train", "run.evaluation_windows=null"])
     wait_for(lambda: len(records(tmp_path / "run")) == 3 or process.poll() is not None)
@@ -141,7 +141,7 @@ def test_a_signal_amid_a_long_evaluation(arguments, corpus, tmp_path, start):
     assert "nothing to do" in finished.stdout
 
 
-def test_a_run_outlives_what_reads_its_output(arguments, tmp_path):
+def test_run_continues_if_its_output_cannot_be_written(arguments, tmp_path):
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-m", MODULE, *arguments, f"run.directory={tmp_path}/run"]
         finished = subprocess.run(
@@ -151,8 +151,8 @@ def test_a_run_outlives_what_reads_its_output(arguments, tmp_path):
     assert read_manifest(newest_checkpoint(tmp_path / "run")).step == 20
 
 
-def test_torchrun_starts_killed_ranks_again(arguments, tmp_path, start):
-    """And they go on from the newest checkpoint."""
+def test_torchrun_restarts_killed_ranks(arguments, tmp_path, start):
+    """The restarted ranks resume from the newest checkpoint."""
     torchrun = [
         "-m",
         "torch.distributed.run",

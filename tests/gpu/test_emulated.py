@@ -1,7 +1,7 @@
-"""Grouped traffic on a GPU, with its streams, its used-again memory and compiled layers, against plain autograd.
+"""Compares grouped communication on a GPU (streams, reused memory, compiled layers) with plain autograd.
 
-On the emulated cluster every weight is W copies of the own shard, and every reduction the sum of W pieces of the own
-gradient: both can be computed without any engine, so a race or a stale weight shows as a wrong gradient.
+On the emulated cluster every weight consists of W copies of this rank's shard, and every reduction sums W pieces of
+this rank's gradient. Both can be computed without an engine, so a race or a stale weight shows as a wrong gradient.
 """
 
 import pytest
@@ -19,19 +19,19 @@ pytestmark = pytest.mark.gpu
 WORLD_SIZE, STEPS = 4, 12
 
 
-# (activation checkpointing, modules sent for ahead, micro-batches of a step)
+# (activation checkpointing, modules to prefetch, micro-batches per step)
 CASES = [(False, 2, 1), (True, 2, 2), (False, 0, 1), (False, 5, 3)]
 
 
-def _errors() -> dict[tuple[bool, int, int], list[float]]:
-    """The largest error of any shard of a gradient, in each of some steps on different tokens."""
+def _gradient_errors() -> dict[tuple[bool, int, int], list[float]]:
+    """Returns for each case the largest relative error of any gradient shard in each of STEPS steps."""
     from torch._dynamo.utils import counters
 
     from megamtp.data.loader import Batch
     from megamtp.engines.zero import ZeroEngine
     from megamtp.model.mtp import MTPModel
 
-    found = {}
+    errors_of_cases = {}
     for checkpointing, prefetch, accumulation in CASES:
         config = small_config(
             WORLD_SIZE,
@@ -49,14 +49,14 @@ def _errors() -> dict[tuple[bool, int, int], list[float]]:
             cluster__flat_bandwidth=20e9,
             head_loss__chunk_rows=256,
         )
-        if not found:
+        if not errors_of_cases:
             join_peers(emulated_place(Place(0, 0, 1), config.cluster), config.cluster)
         engine = ZeroEngine(config)
         plain = MTPModel(config.model, config.head_loss, schedule="deferred").cuda()
         with torch.no_grad():
             for parameter, sharded in zip(plain.parameters(), engine.model.parameters(), strict=True):
                 parameter.copy_(sharded.ds_tensor.repeat(WORLD_SIZE)[: parameter.numel()].view_as(parameter))
-        errors = found[checkpointing, prefetch, accumulation] = []
+        errors = errors_of_cases[checkpointing, prefetch, accumulation] = []
         for step in range(STEPS):
             plain.zero_grad()
             batches = []
@@ -66,7 +66,7 @@ def _errors() -> dict[tuple[bool, int, int], list[float]]:
                 batches.append(Batch(tokens[:, :512].contiguous(), tokens[:, 1:].unfold(1, 512, 1).permute(1, 0, 2)))
                 plain(batches[-1].inputs, batches[-1].targets, [1 / 1024 / accumulation] * 3)[0].backward()
             engine.train_batch(batches, [1024 * accumulation] * 3, lr=0.0)
-            sums = engine.engine.optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+            sums = engine.deepspeed_engine.optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
             errors.append(
                 max(
                     relative_error(sums[sharded.ds_id], parameter.grad.view(WORLD_SIZE, -1).sum(0).double())
@@ -75,19 +75,20 @@ def _errors() -> dict[tuple[bool, int, int], list[float]]:
             )
         assert counters["stats"]["unique_graphs"] == 1  # for all layers of all these engines
         assert sum(counters["graph_break"].values()) == 0
-    return found
+    return errors_of_cases
 
 
-def test_gradients_equal_plain_autograds():
-    """fp32 without TF32: what remains is the order of sums over 1024 positions."""
-    found = run_gpu_rank(_errors, backend="none")
-    assert list(found) == CASES
-    for case, errors in found.items():
+def test_gradients_equal_those_of_plain_autograd():
+    """In fp32 without TF32, only the order of sums over 1024 positions differs."""
+    errors_of_cases = run_gpu_rank(_gradient_errors, backend="none")
+    assert list(errors_of_cases) == CASES
+    for case, errors in errors_of_cases.items():
         assert len(errors) == STEPS
         assert max(errors) < 1e-5, case
 
 
-def _held() -> float:
+def _milliseconds_held() -> float:
+    """Returns the duration of 40 holds of 2 ms."""
     time = torch.empty(1, dtype=torch.int64, device="cuda")
     hold(mark(time), 1e-3, 1)
     hold(mark(time), 1e-3, 16)
@@ -98,12 +99,12 @@ def _held() -> float:
     for num_sms in (1, 16):
         for _ in range(20):
             mark(time)
-            torch.cuda._sleep(100_000)  # what the transfer does itself, which counts
+            torch.cuda._sleep(100_000)  # the transfer itself, which is part of the held time
             hold(time, 2e-3, num_sms)
     end.record()
     end.synchronize()
     return start.elapsed_time(end)
 
 
-def test_the_stream_is_held_for_the_time_asked_for():
-    assert _held() == pytest.approx(40 * 2.0, rel=0.02)
+def test_stream_is_held_for_the_requested_time():
+    assert _milliseconds_held() == pytest.approx(40 * 2.0, rel=0.02)

@@ -1,4 +1,4 @@
-"""The fp8 loss on a GPU that multiplies fp8: kernels against torch's casts, gradients against float64, memory, engines.
+"""The fp8 loss on a GPU: kernels against torch's casts, gradients against float64, peak memory, and engines.
 
 Run with: bash launch/test.sh tests/gpu/test_float8.py
 """
@@ -28,7 +28,7 @@ pytestmark = [
     ),
 ]
 
-# Chunks and last chunks that are no multiple of 16 rows among them, and the longest sum over a vocabulary in use.
+# They include chunks and last chunks whose rows are not a multiple of 16, and the largest vocabulary in use.
 CASES = [
     Case(rows, dim, vocabulary, chunk_rows, spread, z_loss, "cuda")
     for (rows, dim, vocabulary, chunk_rows), (spread, z_loss) in itertools.product(
@@ -40,59 +40,59 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_loss_and_gradients(case):
-    found, bounds, in_bf16 = case.errors(float8=True), case.bounds(), case.errors(float8=False)
-    print(f"fp8 {found}\nbounds {bounds}\nbf16 {in_bf16}")
-    for error, bound in zip(found, bounds, strict=True):
+    errors, bounds, bf16_errors = case.errors(float8=True), case.bounds(), case.errors(float8=False)
+    print(f"fp8 {errors}\nbounds {bounds}\nbf16 {bf16_errors}")
+    for error, bound in zip(errors, bounds, strict=True):
         assert error < bound
-    assert in_bf16[0] < bounds[0] / 10
-    assert max(in_bf16[1:]) < 8e-3
-    assert found[1] > 2 * max(in_bf16[1:])  # it was fp8 that ran
+    assert bf16_errors[0] < bounds[0] / 10
+    assert max(bf16_errors[1:]) < 8e-3
+    assert errors[1] > 2 * max(bf16_errors[1:])  # shows that fp8 products ran
 
 
-def test_quantised_as_torch_does_it():
-    """But for a few ties: the kernel's division may differ in its last bit."""
+def test_the_quantising_kernel_equals_torchs_cast():
+    """Except for a few ties: the kernel's division may differ from torch's in the last bit."""
     x = torch.randn(1000, 400, generator=torch.Generator().manual_seed(0)).bfloat16()
-    transposed = torch.empty(400, 1000, dtype=float8.WEIGHT, device="cuda")
-    found, scale = quantise(x.cuda(), transposed)
+    transposed = torch.empty(400, 1000, dtype=float8.WEIGHT_DTYPE, device="cuda")
+    quantised, scale = quantise(x.cuda(), transposed)
     expected, expected_scale = quantise(x)
     assert scale.item() == pytest.approx(expected_scale.item(), rel=1e-6)
-    different = found.cpu().float() != expected.float()
+    different = quantised.cpu().float() != expected.float()
     assert different.float().mean() < 1e-3
-    assert ((found.cpu().float() - expected.float()).abs() <= expected.float().abs() * 2**-2).all()
-    assert torch.equal(transposed.float(), found.float().T)
-    quantised, scale = quantise(torch.zeros(48, 16, dtype=torch.bfloat16, device="cuda"))
-    assert not quantised.float().any() and torch.isfinite(scale)
+    assert ((quantised.cpu().float() - expected.float()).abs() <= expected.float().abs() * 2**-2).all()
+    assert torch.equal(transposed.float(), quantised.float().T)
+    zeros, scale = quantise(torch.zeros(48, 16, dtype=torch.bfloat16, device="cuda"))
+    assert not zeros.float().any() and torch.isfinite(scale)
     assert quantise(torch.full((16, 16), float("nan"), device="cuda").bfloat16())[0].float().isnan().all()
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
-def test_the_kernels_copy_is_its_gradient(z_loss):
-    """The copy and the gradient in place, divided by their factors, differ by their roundings.
+def test_the_kernels_copy_equals_its_gradient(z_loss):
+    """Divided by their factors, the copy and the gradient in place differ only by rounding.
 
-    With and without a copy the gradient is another compilation's, whose fused operations may round to the other
-    neighbour in bf16.
+    With and without a copy, the kernel is compiled separately. Fused operations may then round the gradient to
+    neighbouring bf16 numbers.
     """
     generator = torch.Generator().manual_seed(0)
     logits = (3 * torch.randn(300, 40000, generator=generator)).to("cuda", torch.bfloat16)
     targets = torch.randint(40000, (300,), generator=generator).cuda()
     targets[::7] = -100
-    alone, gradient, copy = logits.clone(), logits.clone(), torch.empty_like(logits, dtype=float8.GRADIENT)
-    softmax_gradient_(alone, targets, 0.3, z_loss)
+    without_copy, gradient, copy = logits.clone(), logits.clone(), torch.empty_like(logits, dtype=float8.GRADIENT_DTYPE)
+    softmax_gradient_(without_copy, targets, 0.3, z_loss)
     softmax_gradient_(gradient, targets, 0.3, z_loss, copy, float8.GRADIENT_SCALE)
-    torch.testing.assert_close(alone, gradient, rtol=2**-7, atol=0)
-    expected, found = gradient.float() / 0.3, copy.float() / float8.GRADIENT_SCALE
-    assert not found[::7].any()
-    assert ((found - expected).abs() <= expected.abs() * (2**-3 + 2**-8) + 2**-29).all()
+    torch.testing.assert_close(without_copy, gradient, rtol=2**-7, atol=0)
+    expected, from_copy = gradient.float() / 0.3, copy.float() / float8.GRADIENT_SCALE
+    assert not from_copy[::7].any()
+    assert ((from_copy - expected).abs() <= expected.abs() * (2**-3 + 2**-8) + 2**-29).all()
 
 
-def test_four_heads_quantise_the_weight_once_and_let_it_go(monkeypatch):
-    made = []
+def test_four_heads_quantise_the_weight_once(monkeypatch):
+    quantised_shapes = []
 
-    def watched(x, transposed=None):
-        made.extend([tuple(x.shape)] if transposed is not None else [])
+    def recording_quantise(x, transposed=None):
+        quantised_shapes.extend([tuple(x.shape)] if transposed is not None else [])
         return quantise(x, transposed)
 
-    monkeypatch.setattr(float8, "quantise", watched)
+    monkeypatch.setattr(float8, "quantise", recording_quantise)
     config = ModelConfig(dim=256, num_layers=6, num_future_tokens=4, num_attention_heads=4, vocab_size=32000)
     tokens = torch.randint(32000, (2, 260), device="cuda")
     targets = torch.stack([tokens[:, 1 + head : 257 + head] for head in range(4)])
@@ -101,19 +101,19 @@ def test_four_heads_quantise_the_weight_once_and_let_it_go(monkeypatch):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(0.0, 0.02)
-        made.clear()
+        quantised_shapes.clear()
         loss, nll_sums = model(tokens[:, :256], targets, [1 / 512] * 4)
         loss.backward()
-        assert made == [(32000, 256)]
+        assert quantised_shapes == [(32000, 256)]
         with torch.no_grad():
-            _, exact = model.eval()(tokens[:, :256], targets, [1 / 512] * 4)
-        assert made == [(32000, 256)]
-        assert not torch.equal(exact, nll_sums)
-        torch.testing.assert_close(nll_sums, exact, rtol=2e-3, atol=0)
+            _, bf16_nll_sums = model.eval()(tokens[:, :256], targets, [1 / 512] * 4)
+        assert quantised_shapes == [(32000, 256)]
+        assert not torch.equal(bf16_nll_sums, nll_sums)
+        torch.testing.assert_close(nll_sums, bf16_nll_sums, rtol=2e-3, atol=0)
 
 
-def test_memory_is_a_chunk_in_24_bits_and_two_copies_of_the_weight():
-    """Besides dH and one fp32 dW; a tenth for hidden in fp8 and cuBLAS' workspace."""
+def test_peak_memory_is_a_chunk_in_24_bits_and_two_fp8_weights():
+    """Beside dH and one fp32 dW. A tenth more is allowed for hidden states in fp8 and cuBLAS' workspace."""
     rows, dim, vocabulary, chunk_rows = 8192, 512, 32000, 4096
     hidden, weight, targets = Case(rows, dim, vocabulary, chunk_rows, 1.0, device="cuda").inputs()
     for _ in range(2):
@@ -125,7 +125,7 @@ def test_memory_is_a_chunk_in_24_bits_and_two_copies_of_the_weight():
         extra = torch.cuda.max_memory_allocated() - before - hidden.nbytes - 2 * weight.nbytes
         loss.backward()
     needed = 3 * chunk_rows * vocabulary + 2 * vocabulary * dim
-    print(f"{extra / 2**20:.0f} MiB, {needed / 2**20:.0f} of them foreseen")
+    print(f"{extra / 2**20:.0f} MiB, {needed / 2**20:.0f} MiB expected")
     assert needed <= extra < 1.1 * needed
 
 

@@ -28,12 +28,12 @@ def test_memory_that_was_page_locked_is_ordinary_again_when_it_is_freed():
         assert torch.ones(size).cuda().sum().item() == size
     snapshot = shards.Snapshot()
     for size in (2**20, 2**22, 2**21):
-        assert torch.equal(snapshot.take({"a": torch.full((size,), 3.0, device="cuda")})["a"], torch.full((size,), 3.0))
+        assert torch.equal(snapshot.copy({"a": torch.full((size,), 3.0, device="cuda")})["a"], torch.full((size,), 3.0))
 
 
 def test_copies_in_pageable_memory_are_as_good(monkeypatch, capsys):
     monkeypatch.setattr(shards, "page_lock", lambda buffer: False)
     tensors = {"a": torch.arange(5.0, device="cuda"), "b": torch.arange(3, device="cuda")}
-    copies = shards.Snapshot().take(tensors)
+    copies = shards.Snapshot().copy(tensors)
     assert all(torch.equal(copies[name], tensor.cpu()) for name, tensor in tensors.items())
     assert "cannot be page-locked: copies for checkpoints take longer; raise ulimit -l" in capsys.readouterr().err

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from megamtp.console import print_all_characters, print_error, print_line, print_warning
+from megamtp.console import escape_unencodable_characters, print_error, print_line, print_warning
 from megamtp.errors import InputError
 
 
@@ -47,6 +47,6 @@ def test_characters_that_an_encoding_lacks_are_printed_as_escapes(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(content, "ascii"))
     with pytest.raises(UnicodeEncodeError):
         print_line("caf\u00e9")
-    print_all_characters()
+    escape_unencodable_characters()
     print_line("caf\u00e9")
     assert content.getvalue() == b"caf\\xe9\n"

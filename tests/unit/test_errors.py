@@ -1,15 +1,15 @@
-"""Errors of the system: which ones a user can remedy, and how."""
+"""Which operating system errors a user can remedy, and the remedies that the messages name."""
 
 import errno
 import os
 
 import pytest
 
-from megamtp.errors import InputError, explained
+from megamtp.errors import InputError, translate_os_error
 
 
 @pytest.mark.parametrize(
-    ("number", "words"),
+    ("number", "message"),
     [
         (errno.ENOSPC, "run/file cannot be written: No space left on device; make room on its disk, and start again"),
         (
@@ -34,14 +34,14 @@ from megamtp.errors import InputError, explained
         ),
     ],
 )
-def test_each_error_names_its_own_remedy(number, words):
-    found = explained(OSError(number, os.strerror(number), "run/file"))
-    assert isinstance(found, InputError) and str(found) == words
-    assert ("make room" in words) == (number in (errno.ENOSPC, errno.EDQUOT))
+def test_each_error_names_its_own_remedy(number, message):
+    error = translate_os_error(OSError(number, os.strerror(number), "run/file"))
+    assert isinstance(error, InputError) and str(error) == message
+    assert ("make room" in message) == (number in (errno.ENOSPC, errno.EDQUOT))
 
 
-def test_a_full_disk_has_no_file_name_where_an_open_file_is_written():
-    assert str(explained(OSError(errno.ENOSPC, "No space left on device"))).startswith(
+def test_full_disk_without_a_file_name():
+    assert str(translate_os_error(OSError(errno.ENOSPC, "No space left on device"))).startswith(
         "a file of the run cannot be written: No "
     )
 
@@ -49,7 +49,7 @@ def test_a_full_disk_has_no_file_name_where_an_open_file_is_written():
 @pytest.mark.parametrize(
     "error",
     [
-        OSError(errno.EACCES, "Permission denied"),  # of a socket, say
+        OSError(errno.EACCES, "Permission denied"),  # without a file: from a socket, for example
         OSError(errno.EPERM, "Operation not permitted"),
         OSError(errno.EIO, "Input/output error", "file"),
         OSError("no number"),
@@ -57,5 +57,5 @@ def test_a_full_disk_has_no_file_name_where_an_open_file_is_written():
         InputError("found; expected"),
     ],
 )
-def test_other_errors_stay_as_they_are(error):
-    assert explained(error) is error
+def test_other_errors_are_returned_unchanged(error):
+    assert translate_os_error(error) is error

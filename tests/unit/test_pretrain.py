@@ -1,4 +1,4 @@
-"""The end of a training that fails before it begins. tests/end_to_end runs whole trainings."""
+"""Tests of a training that fails before it starts. tests/end_to_end runs whole trainings."""
 
 import subprocess
 import sys
@@ -7,13 +7,13 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    "end", ["InputError('a' + chr(10) + 'b')", "FileNotFoundError(28, 'No space left', 'a' + chr(10) + 'b')"]
+    "error", ["InputError('a' + chr(10) + 'b')", "FileNotFoundError(28, 'No space left', 'a' + chr(10) + 'b')"]
 )
-def test_line_breaks_in_an_error_of_training(end):
+def test_line_breaks_in_an_error_are_escaped(error):
     program = (
         "from megamtp import pretrain\nfrom megamtp.errors import InputError\ndef main(arguments):\n    raise {}\n"
     )
-    program = f"{program.format(end)}pretrain.main = main\npretrain.entry()"
+    program = f"{program.format(error)}pretrain.main = main\npretrain.entry()"
     finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert finished.returncode == 2
     assert [line for line in finished.stderr.splitlines() if "a\\nb" in line] == finished.stderr.splitlines()

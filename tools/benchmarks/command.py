@@ -1,4 +1,4 @@
-"""The command line of tools/benchmark.py."""
+"""Runs a benchmark: python tools/benchmark.py NAME. Its options: python tools/benchmark.py NAME --help."""
 
 import importlib
 import sys
@@ -7,6 +7,7 @@ from megamtp.commands.command_line import run
 from megamtp.errors import InputError
 
 COMMANDS = {
+    "quickstart": "losses that launch/quickstart.sh has reached: reads its run, trains nothing",
     "overhead": "step time of n heads over that of one: ours, FSDP2, and a step without engine and communication",
     "world": "step time against the number of ranks: ours, FSDP2, and DeepSpeed as shipped",
     "links": "latency and bandwidth among real GPUs, beside what the emulated cluster makes of them",
@@ -22,6 +23,7 @@ COMMANDS = {
     "bandwidth",
     "recovery": "a pretraining on all GPUs, a rank of which is killed: losses, throughput, and what the kill cost",
     "learning": "whether fp8 losses learn as well as bf16's: a 0.3B model trained with both",
+    "results": "writes tools/results/README.md from the JSON files beside it: measures nothing",
 }
 
 

@@ -1,6 +1,6 @@
 """What a corpus costs to open and to read: our windows beside megatron-core's GPTDataset, where it is installed.
 
-    python tools/benchmark.py data --output results
+    %(prog)s --output results
 
 Corpora of documents of 1000 tokens; the largest, 10^12 tokens by default, has 10^9 documents in a sparse index, and 2
 GB of checksums. Opening is what a job does before its first batch: ours, and GPTDataset without its cache and with it.
@@ -53,13 +53,11 @@ def main(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
         opened = [result for size in options.sizes for result in measure_opening(Path(folder), size, megatron, options)]
         read = measure_reading(Path(folder), options.read_tokens, options.read_steps, megatron)
-    note = "" if megatron else "\n\nmegatron-core is not installed: nothing to compare with."
-    shown = f"{opening_table(opened)}\n\n{reading_table(read)}{note}"
     output.write(
         options,
         {"T": T, "n": HEADS, "micro-batch": MICRO_BATCH, "load of the machine": f"{load:.1f}"},
         opened + read,
-        shown,
+        tables(opened + read),
         draw(opened),
     )
 
@@ -197,14 +195,19 @@ def _anonymous() -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
 
 
-def opening_table(results: list[dict]) -> str:
-    rows = [[f"{r['tokens']:.0e}", r["name"], f"{r['seconds']:.3f}", f"{r['mebibytes']:.1f}"] for r in results]
-    return output.table(["tokens", "opened by", "seconds", "memory, MiB"], rows)
-
-
-def reading_table(results: list[dict]) -> str:
-    rows = [[r["name"], f"{r['tokens_per_second'] / 1e6:.1f}"] for r in results]
-    return output.table(["read by", "million tokens per second of one core"], rows)
+def tables(results: list[dict]) -> str:
+    opened, read = ([r for r in results if r["part"] == part] for part in ("opening", "reading"))
+    opening = output.table(
+        ["tokens", "opened by", "seconds", "memory, MiB"],
+        [[f"{r['tokens']:.0e}", r["name"], f"{r['seconds']:.3f}", f"{r['mebibytes']:.1f}"] for r in opened],
+    )
+    reading = output.table(
+        ["read by", "million tokens per second of one core"],
+        [[r["name"], f"{r['tokens_per_second'] / 1e6:.1f}"] for r in read],
+    )
+    compared = any(r["name"] in (FIRST, AGAIN) for r in opened)
+    note = "" if compared else "\n\nmegatron-core is not installed: nothing to compare with."
+    return f"{opening}\n\n{reading}{note}"
 
 
 def draw(results: list[dict]) -> Figure:

@@ -1,7 +1,7 @@
 """Whether fp8 losses learn as well as bf16's: the 0.3B model with 4 heads, trained on the same data from the same
 weights.
 
-    python tools/benchmark.py learning --prepare TEXT ... --data corpus --output results
+    %(prog)s --prepare TEXT ... --data corpus --output results
 
 Each training is a run of megamtp.pretrain in --runs: called again, what was interrupted goes on, and of what is
 finished only the metrics are read.
@@ -92,7 +92,7 @@ def main(arguments: list[str]) -> None:
         "training loss": f"mean of the last {LAST_STEPS}",
     }
     options.output.mkdir(parents=True, exist_ok=True)
-    output.write(options, settings, results(learned), table(learned), draw(learned))
+    output.write(options, settings, results(learned), tables(results(learned)), draw(learned))
 
 
 def _settings(data: Path, run: Path, steps: int) -> list[str]:
@@ -151,7 +151,7 @@ def results(learned: dict[str, Learned]) -> list[dict]:
     ]
 
 
-def table(learned: dict[str, Learned]) -> str:
+def tables(results: list[dict]) -> str:
     header = ["losses", "head", "training loss", "difference", "validation loss", "difference"]
     return output.table(
         header,
@@ -164,7 +164,7 @@ def table(learned: dict[str, Learned]) -> str:
                 f"{r['validation']:.4f}",
                 f"{r['validation_difference']:+.2%}",
             ]
-            for r in results(learned)
+            for r in results
         ],
     )
 

@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> None:
             if kind in found
         },
     }
-    output.write(options, settings, results, _table(results), _draw(results))
+    output.write(options, settings, results, tables(results), _draw(results))
 
 
 def fit(found: dict[str, dict[int, float]], world_size: int) -> Network:
@@ -114,7 +114,7 @@ def _collective(kind: str, num_bytes: int, device: torch.device) -> Callable[[],
     return lambda: dist.all_reduce(whole)
 
 
-def _table(results: list[dict]) -> str:
+def tables(results: list[dict]) -> str:
     rows = [
         [
             result["kind"],

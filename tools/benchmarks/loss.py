@@ -1,7 +1,7 @@
 """The loss of one head, forward and backward: time over that of its three matrix products at the card's rate, and
 memory.
 
-    python tools/benchmark.py loss --output results
+    %(prog)s --output results
 
 Extra memory is what is alive besides inputs, dH and one sum of dW. "One of 4 heads": a quarter of the time of four
 losses that share dW and, in fp8, the quantised weight. liger-kernel and cut-cross-entropy take part where installed.
@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> None:
     for dim, vocabulary in options.shapes:
         results += _measure_shape(options.rows, dim, vocabulary, rate, options.rounds)
     settings = {"positions": options.rows, "floor": f"three products at {rate / 1e12:.0f} TFLOP/s, measured"}
-    output.write(options, settings, results, _table(results), _draw(results))
+    output.write(options, settings, results, tables(results), _draw(results))
 
 
 def _rate(width: int) -> float:
@@ -167,7 +167,7 @@ def _contestants(hidden: Tensor, peaked: Tensor, weight: Tensor, targets: Tensor
     return found
 
 
-def _table(results: list[dict]) -> str:
+def tables(results: list[dict]) -> str:
     header = ["d", "V", "loss", "dW summed in", "ms", "over floor", "extra memory, GiB"]
     rows = [
         [

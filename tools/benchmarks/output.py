@@ -1,10 +1,14 @@
-"""What every benchmark leaves: a Markdown table on the terminal and in NAME.md, every number in NAME.json, and
-NAME.png.
+"""Every benchmark prints a Markdown table and writes every number to NAME.json and a picture to NAME.png.
+
+A benchmark's module has a function `tables(results)`, which makes its Markdown from the results in NAME.json:
+`write` prints it, and benchmarks/results.py writes it to tools/results/README.md.
 """
 
 import argparse
 import datetime
 import json
+import os
+import platform
 import shlex
 import statistics
 import sys
@@ -33,8 +37,8 @@ def parser(description: str, name: str) -> Parser:
     """With the options of every benchmark."""
     parser = Parser(description)
     parser.prog += f" {name}"
-    parser.add_argument("--output", type=Path, help="folder of what is written [results; with --smoke: a new one]")
-    parser.add_argument("--name", default=name, help=f"files are called so, with .md, .json and .png [{name}]")
+    parser.add_argument("--output", type=Path, help="folder for the files [results; with --smoke: a new one]")
+    parser.add_argument("--name", default=name, help=f"name of the files, with .json and .png [{name}]")
     parser.add_argument(
         "--smoke",
         action="store_true",
@@ -90,11 +94,14 @@ def make_folder(options: argparse.Namespace) -> None:
 
 def circumstances() -> dict[str, str]:
     """Where, when and how: card, versions, date, command."""
+    cpu = f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
+    ranks = find_place().world_size
+    launcher = ["python"] if ranks == 1 else ["torchrun", "--nproc-per-node", str(ranks)]
     return {
-        "card": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "card": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
-        "command": shlex.join(["python", "tools/benchmark.py", *sys.argv[1:]]),
+        "command": shlex.join([*launcher, "tools/benchmark.py", *sys.argv[1:]]),
     }
 
 
@@ -115,27 +122,34 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def heading(where: dict[str, str], settings: dict) -> str:
+    """One line that says on what, when and with which settings something was measured."""
+    shown = (f"{name} {_with_unit(name, value)}" for name, value in settings.items())
+    return f"{where['card']}, torch {where['torch']}, {where['date']}; {', '.join(shown)}"
+
+
+def _with_unit(name: str, value: object) -> object:
+    """A network's speed in GB/s and its latency in µs; they are kept in bytes/s and s."""
+    if value == "null":  # a bandwidth that differs inside and between nodes
+        return value
+    if name in ("bandwidth", "in nodes", "between nodes"):
+        return f"{float(str(value)) / 1e9:g} GB/s"
+    return f"{float(str(value)) * 1e6:g} µs" if name == "latency" else value
+
+
 def write(options: argparse.Namespace, settings: dict, results: list[dict], shown: str, picture: Figure) -> None:
-    """Prints `shown` under its circumstances and settings, and writes the three files; of several ranks, the first
-    does.
-    """
+    """Prints `shown` under its circumstances and settings, and writes both files; of several ranks, the first does."""
     if find_place().rank > 0:
         return
     where = circumstances()
-    heading = (
-        f"{where['card']}, torch {where['torch']}, {where['date']}; "
-        f"{', '.join(f'{k} {v}' for k, v in settings.items())}"
-    )
-    text = f"{heading}\n\n{shown}\n\n`{where['command']}`\n"
-    content: dict[str, Any] = {"circumstances": where, "settings": settings, "results": results}
+    content: dict[str, object] = {"circumstances": where, "settings": settings, "results": results}
     if options.smoke:
-        text = f"A smoke run: these numbers mean nothing. Its files are in {options.output}.\n\n{text}"
         content["smoke"] = True
+        print(f"A smoke run: these numbers mean nothing. Its files are in {options.output}.\n")
     stem = options.output / options.name
-    Path(f"{stem}.md").write_text(text)
     Path(f"{stem}.json").write_text(json.dumps(content, indent=1))
     picture.savefig(f"{stem}.png")
-    print(text, flush=True)
+    print(f"{heading(where, settings)}\n\n{shown}\n\n`{where['command']}`\n", flush=True)
 
 
 def figure(

@@ -1,10 +1,9 @@
-"""Step time of n heads over that of one, forward and backward, on one GPU as a rank of an emulated cluster (paper.md,
+"""Step time of n heads over that of one, forward and backward, on one GPU as a rank of an emulated cluster (the paper,
 table S5).
 
-    python tools/benchmark.py overhead --sizes 6.7b --heads 1 4 --output results
-    python tools/benchmark.py overhead --bandwidth null --sms 16 --name overhead_nodes_16sms --output results
-    torchrun --nproc-per-node 2 tools/benchmark.py overhead --sizes 6.7b --rebuild --name nccl --output results
-    (real ranks)
+    %(prog)s --sizes 6.7b --heads 1 4 --output results
+    %(prog)s --bandwidth null --sms 16 --name overhead_nodes_16sms --output results
+    torchrun --nproc-per-node 2 tools/benchmark.py overhead --sizes 6.7b --rebuild --name nccl    (real ranks)
 
 A size has a process of its own, in which variants take turns. "plain" has neither engine nor communication; "hosted /
 bare" is a variant's n = 1 step over it.
@@ -75,7 +74,7 @@ def main(arguments: list[str]) -> None:
                 if result["variant"] == "ours":
                     result["first_step_seconds"] = Fresh(_first_step, by_heads[result["heads"]]).result()
         results += measured
-        output.write(options, settings, results, _table(results, options.heads), _draw(results))
+        output.write(options, settings, results, tables(results), _draw(results))
 
 
 def _measure_size(size: str, configs: dict[int, Config], options: argparse.Namespace) -> list[dict]:
@@ -122,7 +121,8 @@ def _first_step(config: Config) -> float:
         return time.perf_counter() - start
 
 
-def _table(results: list[dict], heads: list[int]) -> str:
+def tables(results: list[dict]) -> str:
+    heads = list(dict.fromkeys(r["heads"] for r in results))
     by = {(r["size"], r["variant"], r["heads"]): r for r in results}
     header = ["size", "variant", *(f"n={n}, ms" for n in heads), *(f"n={n} / n=1" for n in heads[1:]), "FLOP ratio"]
     header += ["hosted / bare, n=1", "TFLOP/s, n=1", "peak memory n / 1", "exposed in heads"]
@@ -158,7 +158,7 @@ def _table(results: list[dict], heads: list[int]) -> str:
 def _milliseconds(result: dict | None) -> str:
     if not result:
         return "-"
-    retries = result["allocation_retries"]
+    retries = result.get("allocation_retries", 0)  # older results have none
     return output.spread(result["milliseconds"]) + (f", {retries} times without memory" if retries else "")
 
 

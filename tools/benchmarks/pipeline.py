@@ -1,6 +1,6 @@
 """A pipeline's step, played with the times of its stages as they are on one GPU, and the memory of each stage.
 
-    python tools/benchmark.py pipeline --output results
+    %(prog)s --output results
 
 Three plans: "naive", equal numbers of layers and all heads last; "whole layers", the best cut; "spread losses", the
 best one with losses spread by vocabulary. The fastest is chosen (**). Played are the schedule's passes and transfers
@@ -93,7 +93,7 @@ def main(arguments: list[str]) -> None:
         "measured": options.measured,
         **({"set": " ".join(options.set)} if options.set else {}),
     }
-    output.write(options, settings, results, f"{_table(results)}\n\n{_verdicts(results)}", _draw(results, boxes))
+    output.write(options, settings, results, tables(results), _draw(results, boxes))
 
 
 def _configs(size: str, options: argparse.Namespace) -> dict[tuple[int, int, int], Config]:
@@ -209,6 +209,10 @@ def _memory_errors(result: dict) -> list[float]:
     """Measured over planned, less 1, of the stages that were measured."""
     pairs = zip(result["peak_bytes"], result["planned_bytes"], strict=True)
     return [peak / planned - 1 for peak, planned in pairs if peak is not None]
+
+
+def tables(results: list[dict]) -> str:
+    return f"{_table(results)}\n\n{_verdicts(results)}"
 
 
 def _table(results: list[dict]) -> str:

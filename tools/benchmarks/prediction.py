@@ -2,8 +2,7 @@
 
     torchrun --nproc-per-node 2 tools/benchmark.py overhead --sizes 1.3b --rebuild --name overhead_nccl --output results
     python tools/benchmark.py overhead --sizes 1.3b --world-size 2 ... --name overhead_nccl_emulated --output results
-    python tools/benchmark.py prediction --measured results/overhead_nccl.json --emulated
-    results/overhead_nccl_emulated.json
+    %(prog)s --measured results/overhead_nccl.json --emulated results/overhead_nccl_emulated.json
 
 The emulated run takes what `links` has measured: --bandwidth, --set cluster.latency=... cluster.efficiency={...}. Needs
 no GPU.
@@ -53,7 +52,7 @@ def main(arguments: list[str]) -> None:
         "measured": settings["date"],
         "emulated": emulation["date"],
     }
-    output.write(options, shown, results, f"{table(results)}\n\n{verdict(results)}", _draw(results))
+    output.write(options, shown, results, tables(results), _draw(results))
 
 
 def read(path: Path) -> tuple[dict, Cells]:
@@ -73,7 +72,11 @@ def ratio(result: dict) -> float:
     return statistics.median(result["emulated"]) / statistics.median(result["measured"])
 
 
-def table(results: list[dict]) -> str:
+def tables(results: list[dict]) -> str:
+    return f"{_table(results)}\n\n{_verdict(results)}"
+
+
+def _table(results: list[dict]) -> str:
     rows = [
         [
             result["size"],
@@ -88,7 +91,7 @@ def table(results: list[dict]) -> str:
     return output.table(["size", "n", "variant", "real ranks, ms", "emulated, ms", "emulated / real"], rows)
 
 
-def verdict(results: list[dict]) -> str:
+def _verdict(results: list[dict]) -> str:
     errors = [abs(ratio(result) - 1) for result in results]
     within = sum(error <= MOST_WRONG for error in errors)
     word = "holds" if within == len(errors) else "FAILS"

@@ -1,6 +1,6 @@
 """Preparation's throughput on this machine's CPU: one worker beside bare SentencePiece, and more workers beside one.
 
-    python tools/benchmark.py prepare --input TEXT ... --output results
+    %(prog)s --input TEXT ... --output results
 
 Each round measures, one after another in turn: `sentencepiece.encode` of all texts, which are in memory already, on one
 thread; tokenising the same files into parts by one worker; and by 2 and more workers. The tokenizer is trained before.
@@ -23,8 +23,8 @@ from matplotlib.figure import Figure
 from benchmarks import corpora, output
 from megamtp.data import shards, workers
 from megamtp.data.documents import Source, find_source, standard_library
-from megamtp.data.jobs import TokenisationJob
-from megamtp.data.parts import BATCH_DOCUMENTS
+from megamtp.data.tokenisation import TokenisationTask
+from megamtp.data.tokenised_shards import BATCH_DOCUMENTS
 from megamtp.data.tokenizer import train_sentencepiece
 from megamtp.errors import InputError
 
@@ -49,8 +49,11 @@ def main(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory(dir=options.output) as folder:
         times, num_bytes = measure(source, Path(folder), options.vocab_size, options.workers, options.rounds)
     settings = {"text": f"{num_bytes / 1e6:.1f} MB", "vocabulary": options.vocab_size, "rounds": options.rounds}
-    results = [{"variant": name, "seconds": own.wall, "cpu_seconds": own.cpu} for name, own in times.items()]
-    output.write(options, settings, results, shown(times, num_bytes), picture(times, num_bytes))
+    results = [
+        {"variant": name, "bytes": num_bytes, "seconds": own.wall, "cpu_seconds": own.cpu}
+        for name, own in times.items()
+    ]
+    output.write(options, settings, results, tables(results), picture(times, num_bytes))
 
 
 @dataclass
@@ -102,22 +105,22 @@ def _bare(texts: list[str], model: Path) -> Callable[[], None]:
 
 
 def _ours(source: Source, parts: Path, model: Path, number: int) -> Callable[[], None]:
-    job = TokenisationJob(parts, str(model), "", source.json_key, 0, False, False)
-    return lambda: workers.tokenise_all(shards.plan(source.files, in_pieces=False), job, number)
+    job = TokenisationTask(parts, str(model), "", source.json_key, 0, False, False)
+    return lambda: workers.tokenise_all(shards.cut_into_shards(source.files, in_pieces=False), job, number)
 
 
 def _name(number: int) -> str:
     return f"{number} worker{'s' if number > 1 else ''}"
 
 
-def shown(times: dict[str, Times], num_bytes: int) -> str:
+def tables(results: list[dict]) -> str:
     """Speed of each variant, and what it is of SentencePiece's and of one worker's, round by round."""
-    rows = []
-    for name, own in times.items():
-        by_clock = output.spread([num_bytes / 1e6 / value for value in own.wall], 2)
-        by_core = output.spread([num_bytes / 1e6 / value for value in own.cpu], 2)
-        bare = _ratio(own.cpu, times[BARE].cpu) if name != BARE else ""
-        one = _ratio(own.wall, times[_name(1)].wall) if name not in (BARE, _name(1)) else ""
+    by_name, rows = {result["variant"]: result for result in results}, []
+    for name, own in by_name.items():
+        by_clock = output.spread([own["bytes"] / 1e6 / value for value in own["seconds"]], 2)
+        by_core = output.spread([own["bytes"] / 1e6 / value for value in own["cpu_seconds"]], 2)
+        bare = _ratio(own["cpu_seconds"], by_name[BARE]["cpu_seconds"]) if name != BARE else ""
+        one = _ratio(own["seconds"], by_name[_name(1)]["seconds"]) if name not in (BARE, _name(1)) else ""
         rows.append([name, by_clock, by_core, bare, one])
     return output.table(["variant", "MB/s", "MB/s per core", "per core, x sentencepiece", "MB/s, x 1 worker"], rows)
 

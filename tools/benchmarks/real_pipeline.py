@@ -60,9 +60,7 @@ def main(arguments: list[str]) -> None:
     if torch.cuda.is_available():  # last, for the profiler slows what comes after it
         results = [found | computed(found, settings) for found in results]
     used = {name: settings[name] for name in ("micro-batches", "T", "pipelines", "link", "latency")}
-    output.write(
-        options, used | {"steps": options.steps}, results, f"{_table(results)}\n\n{_verdict(results)}", _draw(results)
-    )
+    output.write(options, used | {"steps": options.steps}, results, tables(results), _draw(results))
 
 
 def _read(path: Path) -> tuple[dict, list[dict]]:
@@ -142,7 +140,8 @@ class Run:
         batch = Batch(tokens[:, : train.sequence_length].contiguous(), targets)
         self.micro_batches = [batch] * config.accumulation(self.engine.data_parallel_size)
         self.counts = [config.train.global_batch_tokens] * n
-        self._take_step, self.engine.engine._take_model_step = self.engine.engine._take_model_step, self._end_of_passes
+        deepspeed_engine = engine.deepspeed_engine
+        self._take_step, deepspeed_engine._take_model_step = deepspeed_engine._take_model_step, self._end_of_passes
         self.end = 0.0
 
     def step(self) -> float:
@@ -172,6 +171,10 @@ class Run:
 def _ratio(result: dict) -> float:
     """Predicted over measured."""
     return result["planned_step"] / statistics.median(result["seconds"])
+
+
+def tables(results: list[dict]) -> str:
+    return f"{_table(results)}\n\n{_verdict(results)}"
 
 
 def _table(results: list[dict]) -> str:

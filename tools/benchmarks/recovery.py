@@ -1,7 +1,7 @@
 """A real pretraining, one rank of which is killed: losses, throughput, what the kill cost, and what the trained model
 writes.
 
-    python tools/benchmark.py recovery --prepare TEXT ... --data corpus --output results
+    %(prog)s --prepare TEXT ... --data corpus --output results
 
 megamtp.commands.local trains on all GPUs of this machine, on two CPU ranks where there is none. A rank gets SIGKILL at
 step --kill-at; the job, which ends by that, is started again, and goes on from its newest checkpoint. The trained model
@@ -96,7 +96,7 @@ def main(arguments: list[str]) -> None:
         "steps": options.steps,
         **({"set": " ".join(options.set)} if options.set else {}),
     }
-    output.write(options, settings, [result], _table(result), _draw(result, options.heads))
+    output.write(options, settings, [result], tables([result]), _draw(result, options.heads))
 
 
 def _settings(options: argparse.Namespace) -> list[str]:
@@ -201,7 +201,8 @@ def _sample(run: Path, prompt: str) -> str:
         return subprocess.run([sys.executable, *command], check=True, capture_output=True, text=True).stdout
 
 
-def _table(result: dict) -> str:
+def tables(results: list[dict]) -> str:
+    [result] = results
     training = [record for record in result["records"] if record["kind"] == "train"]
     *_, validation = (record for record in result["records"] if record["kind"] == "validation")
     rows = [

@@ -1,6 +1,6 @@
 """What checkpoints cost a training: step time while one is written, how long training stands still, and bandwidth.
 
-    python tools/benchmark.py saving --size 1.3b --output results
+    %(prog)s --size 1.3b --output results
 
 The training is megamtp.commands.local with random tokens on all GPUs of this machine; what it writes goes to a folder
 in --scratch and is removed. Its metrics tell which steps ran while a checkpoint was written: those between the copy of
@@ -84,8 +84,7 @@ def main(arguments: list[str]) -> None:
     }
     settings |= {"set": " ".join(options.set)} if options.set else {}
     results = [vars(step) for step in steps] + checkpoints
-    shown = "\n\n".join([_steps_table(steps), _checkpoints_table(checkpoints), verdict(steps)])
-    output.write(options, settings, results, shown, _draw(steps))
+    output.write(options, settings, results, tables(results), _draw(steps))
 
 
 def _settings(options: argparse.Namespace, folder: Path) -> list[str]:
@@ -123,6 +122,12 @@ def _medians(steps: list[Step]) -> tuple[float, float]:
         statistics.median(step.seconds for step in steps if step.saving is saving) for saving in (False, True)
     )
     return other, saving
+
+
+def tables(results: list[dict]) -> str:
+    checkpoints = [result for result in results if result.get("kind") == "checkpoint"]
+    steps = [Step(**result) for result in results if result.get("kind") != "checkpoint"]
+    return "\n\n".join([_steps_table(steps), _checkpoints_table(checkpoints), verdict(steps)])
 
 
 def verdict(steps: list[Step]) -> str:

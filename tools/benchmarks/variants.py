@@ -17,7 +17,7 @@ from megamtp.data.loader import Batch
 from megamtp.engines.zero import ZeroEngine
 from megamtp.model.initial import STANDARD_DEVIATION
 from megamtp.model.mtp import MTPModel
-from megamtp.training.loop import leave_to_collections_what_is_to_come
+from megamtp.training.loop import freeze_garbage_collector
 
 NAMES = ("plain", "ours", "ours fp8", "fsdp2 one backward", "fsdp2 per head", "deepspeed as shipped")
 LARGE = 2**24  # bytes
@@ -114,10 +114,10 @@ class Ours(Variant):
 
     def build(self) -> None:
         self.engine = ZeroEngine(self.config)
-        self.engine.engine.train()
+        self.engine.deepspeed_engine.train()
 
     def forward_and_backward(self) -> Tensor:
-        engine = self.engine.engine
+        engine = self.engine.deepspeed_engine
         for index in range(self.micro_batches):
             engine.set_gradient_accumulation_boundary(index == self.micro_batches - 1)
             loss, _ = engine(self.batch.inputs, self.batch.targets, self.scales)
@@ -127,7 +127,7 @@ class Ours(Variant):
         return loss
 
     def finish(self) -> None:
-        self.engine.engine.step()
+        self.engine.deepspeed_engine.step()
 
 
 class OursFloat8(Ours):
@@ -243,7 +243,7 @@ def measure(
                 torch.cuda.reset_peak_memory_stats()
             dist.barrier()
             retries = _allocation_retries()
-            leave_to_collections_what_is_to_come()  # as training does
+            freeze_garbage_collector()  # as training does
             milliseconds = [variant.step() for _ in range(steps)]
             gc.unfreeze()
             output.say(f"{cell}: {output.spread(milliseconds)} ms")

@@ -1,6 +1,6 @@
 """Step time, forward and backward, against the number of ranks of the emulated cluster: what sharding costs the host.
 
-    python tools/benchmark.py world --output results
+    %(prog)s --output results
 
 A process is a rank of one cluster only, so each number of ranks has a process of its own, in which the variants take
 turns; rounds go through the numbers upwards and downwards by turns. DeepSpeed as shipped takes part at few numbers: it
@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> None:
         **emulation.settings(jobs[0][0], options),
         "steps": options.rounds * options.steps,
     }
-    output.write(options, settings, results, _table(results), _draw(results, options.size))
+    output.write(options, settings, results, tables(results), _draw(results, options.size))
 
 
 def _measure(jobs: list[WorldJob], options: argparse.Namespace) -> list[dict]:
@@ -117,7 +117,7 @@ def _over_first(steps: dict[int, list[float]]) -> dict[int, float]:
     return {ranks: median / first for ranks, median in medians.items()}
 
 
-def _table(results: list[dict]) -> str:
+def tables(results: list[dict]) -> str:
     columns = [(name, steps, _over_first(steps)) for name, steps in _by_variant(results).items()]
     header = ["ranks"] + [
         cell for name, steps, _ in columns for cell in (f"{name}, ms", f"over {next(iter(steps))} ranks")

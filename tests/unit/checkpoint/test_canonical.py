@@ -1,4 +1,4 @@
-"""The canonical form: back bit for bit, and what is refused."""
+"""The canonical format: bit-exact round trips, and refusal of bad checkpoints."""
 
 import dataclasses
 import json
@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from megamtp.checkpoint import canonical, folder, safetensors_file
-from megamtp.checkpoint.contents import written_out
-from megamtp.checkpoint.tensors import whole
+from megamtp.checkpoint.contents import resolve_defaults
+from megamtp.checkpoint.tensors import read_tensor
 from megamtp.errors import CheckpointError
 from tests.checkpoints import SMALL, STATE, with_moments
 
@@ -26,14 +26,16 @@ def edit(written: Path, **settings) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
 
 
-def test_everything_comes_back_bit_for_bit_from_several_files(written):
-    found, expected = canonical.read(written), with_moments(SMALL)
+def test_round_trip_through_several_files_is_bit_exact(written):
+    contents, expected = canonical.read(written), with_moments(SMALL)
     assert len(list(written.glob("exp_avg_sq-*"))) > 1
-    assert (found.model, found.step, found.state, found.sequence_length) == (written_out(SMALL), 9, STATE, 64)
-    assert found.sources.keys() == expected.sources.keys()
+    assert (contents.model, contents.step, contents.state) == (resolve_defaults(SMALL), 9, STATE)
+    assert contents.sequence_length == 64
+    assert contents.sources.keys() == expected.sources.keys()
     for kind, source in expected.sources.items():
-        assert list(found.sources[kind].shapes) == list(source.shapes)
-        assert all(torch.equal(whole(found.sources[kind], name), whole(source, name)) for name in source.shapes)
+        assert list(contents.sources[kind].shapes) == list(source.shapes)
+        for name in source.shapes:
+            assert torch.equal(read_tensor(contents.sources[kind], name), read_tensor(source, name))
 
 
 @pytest.mark.parametrize(
@@ -61,7 +63,7 @@ def test_everything_comes_back_bit_for_bit_from_several_files(written):
         ({"model": dataclasses.asdict(SMALL) | {"num_layers": 4}}, r"unknown tensor trunk.1"),
     ],
 )
-def test_other_versions_and_models_are_refused(written, settings, message):
+def test_wrong_versions_and_models_are_refused(written, settings, message):
     edit(written, **settings)
     with pytest.raises(CheckpointError, match=message) as caught:
         canonical.read(written)
@@ -69,29 +71,29 @@ def test_other_versions_and_models_are_refused(written, settings, message):
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1])])
-def test_a_missing_or_truncated_file_is_named(written, damage):
+def test_missing_or_truncated_file_is_refused(written, damage):
     file = sorted(written.glob("exp_avg-*"))[1]
     damage(file)
     with pytest.raises(CheckpointError, match=f"{file.name} .*expected [0-9]+ bytes"):
         canonical.read(written)
 
 
-def test_an_existing_destination_and_a_full_disk_are_refused_before_anything_is_written(written, monkeypatch):
+def test_existing_destination_and_full_disk_are_refused_before_writing(written, monkeypatch):
     before = {path.name: path.read_bytes() for path in written.iterdir()}
     with pytest.raises(CheckpointError, match="holds other files"):
         canonical.write(with_moments(SMALL), written)
     assert before == {path.name: path.read_bytes() for path in written.iterdir()}
     usage = folder.shutil.disk_usage(written)
     monkeypatch.setattr(folder.shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(CheckpointError, match=r"needs [0-9,]+ bytes, 1,000 are free there"):
+    with pytest.raises(CheckpointError, match=r"needs [0-9,]+ bytes, but only 1,000 are free there"):
         canonical.write(with_moments(SMALL), written.parent / "deep" / "down")
     assert [path.name for path in written.parent.iterdir()] == ["canonical"]
 
 
-def test_a_tokenizer_that_is_gone_is_named(tmp_path):
+def test_missing_tokenizer_is_named(tmp_path):
     source = dataclasses.replace(with_moments(SMALL), tokenizer=tmp_path / "tokenizer.model")
     with pytest.raises(
-        CheckpointError, match=r"tokenizer.model cannot be read \(No such file or directory\); mend data.tokenizer"
+        CheckpointError, match=r"tokenizer.model cannot be read \(No such file or directory\); correct data.tokenizer"
     ):
         canonical.write(source, tmp_path / "canonical")
     assert not list(tmp_path.iterdir())

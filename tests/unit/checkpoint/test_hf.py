@@ -1,4 +1,4 @@
-"""Trunk and head 1 as a Llama of transformers: equal logits, back bit for bit, and what is refused."""
+"""The hf format: transformers computes the same logits, round trips are bit-exact, and bad input is refused."""
 
 import dataclasses
 from pathlib import Path
@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from megamtp.checkpoint import canonical, hf, safetensors_file
-from megamtp.checkpoint.tensors import whole
+from megamtp.checkpoint.tensors import read_tensor
 from megamtp.config import ModelConfig
 from megamtp.errors import CheckpointError
 from megamtp.model.mtp import MTPModel
@@ -18,8 +18,8 @@ from tests.llama import save_llama
 
 
 def read_back(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
-    found = hf.read(folder)
-    return found.model, {name: whole(found.weights, name) for name in found.weights.shapes}
+    contents = hf.read(folder)
+    return contents.model, {name: read_tensor(contents.weights, name) for name in contents.weights.shapes}
 
 
 @pytest.fixture
@@ -40,12 +40,12 @@ def test_transformers_computes_the_same_logits(tmp_path, key_value_heads, num_fu
     assert llama.dtype == torch.float32
     tokens = torch.randint(VOCABULARY, (2, 64), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected, found = model.logits(tokens)[0], llama(tokens).logits
+        expected, logits = model.logits(tokens)[0], llama(tokens).logits
     assert expected.std() > 0.5
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
 
-def test_reading_an_export_gives_the_weights_back_bit_for_bit(exported):
+def test_round_trip_is_bit_exact(exported):
     config, weights = read_back(exported)
     assert config == dataclasses.replace(SMALL, num_layers=3, num_future_tokens=1)
     expected = random_model(SMALL).state_dict()
@@ -54,7 +54,7 @@ def test_reading_an_export_gives_the_weights_back_bit_for_bit(exported):
     MTPModel(config).load_state_dict(weights, strict=True)
 
 
-def test_what_transformers_saves_can_be_read(exported, tmp_path):
+def test_model_that_transformers_has_saved_is_read(exported, tmp_path):
     AutoModelForCausalLM.from_pretrained(exported).save_pretrained(tmp_path / "saved")
     config, weights = read_back(tmp_path / "saved")
     expected_config, expected = read_back(exported)
@@ -82,7 +82,7 @@ def reshape(tensors):
         (reshape, r"tensor model\.layers\.1\.mlp\.up_proj\.weight has shape \[47, 32\], expected \[48, 32\]"),
     ],
 )
-def test_a_wrong_tensor_is_named_when_reading(exported, damage, message):
+def test_wrong_tensor_is_refused_when_reading(exported, damage, message):
     tensors = load_file(exported / "model.safetensors")
     damage(tensors)
     save_file(tensors, exported / "model.safetensors")
@@ -102,7 +102,7 @@ def test_a_wrong_tensor_is_named_when_reading(exported, damage, message):
         ),
     ],
 )
-def test_a_wrong_tensor_is_named_when_exporting(tmp_path, name, value, message):
+def test_wrong_tensor_is_refused_when_exporting(tmp_path, name, value, message):
     weights = random_model(SMALL).state_dict() | {name: value}
     if value is None:
         del weights[name]
@@ -113,21 +113,21 @@ def test_a_wrong_tensor_is_named_when_exporting(tmp_path, name, value, message):
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:100])])
-def test_a_missing_or_truncated_file_is_refused_in_one_line(exported, file, damage):
+def test_missing_or_truncated_file_is_refused_in_one_line(exported, file, damage):
     damage(exported / file)
     with pytest.raises(CheckpointError) as caught:
         hf.read(exported)
     assert "\n" not in str(caught.value)
 
 
-def test_an_earlier_export_is_replaced_as_a_whole(exported):
+def test_earlier_export_is_replaced(exported):
     larger = dataclasses.replace(SMALL, mlp_dim=64)
     hf.export(contents(larger, random_model(larger).state_dict()), exported)
     assert hf.read(exported).model.mlp_dim == 64
     assert [path.name for path in exported.parent.iterdir()] == ["exported"]
 
 
-def test_a_folder_of_something_else_is_refused_and_left_alone(exported):
+def test_folder_with_other_files_is_refused_and_not_touched(exported):
     (exported / "notes.txt").write_text("mine")
     before = {path.name: path.read_bytes() for path in exported.iterdir()}
     with pytest.raises(CheckpointError, match="holds other files"):
@@ -135,11 +135,11 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(exported):
     assert before == {path.name: path.read_bytes() for path in exported.iterdir()}
 
 
-def test_all_files_can_be_read_by_whom_the_folder_can(exported):
+def test_all_files_have_the_same_permissions(exported):
     assert {path.stat().st_mode for path in exported.iterdir()} == {(exported / "config.json").stat().st_mode}
 
 
-def test_an_empty_folder_is_filled_and_a_file_refused(tmp_path):
+def test_empty_folder_is_accepted_and_file_is_refused(tmp_path):
     weights = random_model(SMALL).state_dict()
     (tmp_path / "empty").mkdir()
     hf.export(contents(SMALL, weights), tmp_path / "empty")
@@ -148,7 +148,7 @@ def test_an_empty_folder_is_filled_and_a_file_refused(tmp_path):
         hf.export(contents(SMALL, weights), tmp_path / "file")
 
 
-def test_a_failed_export_leaves_the_earlier_one_and_nothing_else(exported, monkeypatch):
+def test_failed_export_leaves_the_earlier_export_unchanged(exported, monkeypatch):
     def full_disk(*_, **__):
         raise OSError(28, "No space left on device")
 
@@ -160,35 +160,37 @@ def test_a_failed_export_leaves_the_earlier_one_and_nothing_else(exported, monke
     assert before == {path.name: path.read_bytes() for path in exported.iterdir()}
 
 
-def test_an_unwritable_parent_is_one_line(tmp_path):
+def test_unwritable_parent_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be written"):
         hf.export(contents(SMALL, random_model(SMALL).state_dict()), tmp_path / "file" / "exported")
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_head_1_of_a_converted_llama_computes_what_it_did(tmp_path, tied):
+def test_head_1_of_a_converted_llama_computes_the_same_logits(tmp_path, tied):
     theirs = save_llama(tmp_path / "llama", tied)
     opened = hf.read(tmp_path / "llama", num_future_tokens=3)
     assert [("ties its unembedding" in note) for note in opened.notes] == [True] * tied
     canonical.write(opened, tmp_path / "canonical")
-    found = canonical.read(tmp_path / "canonical")
-    assert (found.model.num_layers, found.model.num_trunk_layers, found.model.num_future_tokens) == (6, 3, 3)
-    ours = MTPModel(found.model)
-    ours.load_state_dict({name: whole(found.weights, name) for name in found.weights.shapes}, strict=True)
+    converted = canonical.read(tmp_path / "canonical")
+    model = converted.model
+    assert (model.num_layers, model.num_trunk_layers, model.num_future_tokens) == (6, 3, 3)
+    ours = MTPModel(model)
+    weights = {name: read_tensor(converted.weights, name) for name in converted.weights.shapes}
+    ours.load_state_dict(weights, strict=True)
     tokens = torch.randint(VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         logits, expected = ours.logits(tokens), theirs(tokens).logits
     assert expected.std() > 0.3
     torch.testing.assert_close(logits[0], expected, rtol=0, atol=1e-5)
-    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])  # heads start as copies
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])  # heads 2 and 3 are copies
 
 
-def test_weights_in_16_bits_become_fp32_and_come_back(tmp_path):
+def test_16_bit_weights_survive_the_conversion_to_fp32(tmp_path):
     save_llama(tmp_path / "llama").bfloat16().save_pretrained(tmp_path / "half")
     canonical.write(hf.read(tmp_path / "half", 2), tmp_path / "canonical")
-    assert whole(canonical.read(tmp_path / "canonical").weights, "heads.1.mlp.up.weight").dtype == torch.float32
+    assert read_tensor(canonical.read(tmp_path / "canonical").weights, "heads.1.mlp.up.weight").dtype == torch.float32
     hf.export(canonical.read(tmp_path / "canonical"), tmp_path / "back", torch.bfloat16)
-    expected, found = (LlamaForCausalLM.from_pretrained(tmp_path / name) for name in ("half", "back"))
-    assert found.dtype == torch.bfloat16
-    assert all(torch.equal(tensor, found.state_dict()[name]) for name, tensor in expected.state_dict().items())
+    expected, exported = (LlamaForCausalLM.from_pretrained(tmp_path / name) for name in ("half", "back"))
+    assert exported.dtype == torch.bfloat16
+    assert all(torch.equal(tensor, exported.state_dict()[name]) for name, tensor in expected.state_dict().items())

@@ -1,4 +1,4 @@
-"""config.json of transformers' models: what is taken from it, and which models are refused."""
+"""Reading config.json of transformers: its settings, and refusal of unsupported models."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ ROPE = {"rope_type": "default", "rope_theta": 500.0}
         {"rope_scaling": ROPE, "rope_parameters": ROPE | {"rope_theta": 77.0}},
     ],
 )
-def test_wavelengths_are_those_that_transformers_takes(tmp_path, settings):
+def test_rope_theta_is_read_from_the_same_key_as_by_transformers(tmp_path, settings):
     theirs = save_llama(tmp_path / "llama", rope_parameters=ROPE)
     path = tmp_path / "llama/config.json"
     others = {key: value for key, value in json.loads(path.read_text()).items() if not key.startswith("rope")}
@@ -53,7 +53,7 @@ def test_wavelengths_are_those_that_transformers_takes(tmp_path, settings):
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type is linear, expected default"),
         ({"rope_parameters": "linear"}, "is 'linear'; expected a mapping"),
         ({"vocab_size": None}, "vocab_size is None; expected a whole number"),
-        ({"num_attention_heads": 0}, "num_attention_heads is 0; expected a whole number, at least 1"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0; expected a whole number of at least 1"),
         ({"num_attention_heads": True}, "num_attention_heads is True; expected a whole number"),
         ({"num_key_value_heads": 3}, "num_key_value_heads=3; expected a divisor of model.num_attention_heads=4"),
         ({"rms_norm_eps": "small"}, "model.norm_eps is 'small'; expected a number"),
@@ -63,7 +63,7 @@ def test_wavelengths_are_those_that_transformers_takes(tmp_path, settings):
         ({"intermediate_size": 64}, r"model.layers.0.mlp.gate_proj.weight has shape \[48, 32\], expected \[64, 32\]"),
     ],
 )
-def test_another_form_of_model_is_refused_by_name(tmp_path, settings, message):
+def test_unsupported_architectures_and_settings_are_refused(tmp_path, settings, message):
     save_llama(tmp_path / "llama")
     path = tmp_path / "llama/config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
@@ -79,7 +79,7 @@ def exported(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("key", ["hidden_size", "model_type", "rms_norm_eps"])
-def test_a_configuration_without_a_key_is_refused(exported, key):
+def test_config_without_a_key_is_refused(exported, key):
     settings = json.loads((exported / "config.json").read_text())
     del settings[key]
     (exported / "config.json").write_text(json.dumps(settings))
@@ -87,11 +87,10 @@ def test_a_configuration_without_a_key_is_refused(exported, key):
         hf.read(exported)
 
 
-def test_a_tokenizer_that_stays_behind_is_said_so(exported):
+def test_note_about_a_tokenizer_that_is_not_carried_over(exported):
     assert not hf.read(exported).notes
     (exported / "tokenizer.json").write_text(json.dumps({"long": "x" * hf_tokenizer.LARGEST_BYTE_TOKENIZER}))
-    found = hf.read(exported)
-    assert found.tokenizer is None
-    assert ["has a tokenizer, but no SentencePiece model of at most 300 pieces" in note for note in found.notes] == [
-        True
-    ]
+    read = hf.read(exported)
+    assert read.tokenizer is None
+    (note,) = read.notes
+    assert "has a tokenizer, but no SentencePiece model of at most 300 pieces" in note

@@ -1,4 +1,4 @@
-"""Exported tokenizers: transformers gives our ids and texts; tokenizers that it cannot imitate are refused."""
+"""Exported tokenizers: transformers gives the same ids and texts, and unsupported tokenizers are refused."""
 
 import argparse
 import dataclasses
@@ -49,7 +49,7 @@ def tokenizer_path(tmp_path_factory) -> Path:
     return path
 
 
-def test_the_exported_tokenizer_gives_our_ids(tmp_path, tokenizer_path):
+def test_exported_tokenizer_gives_our_ids(tmp_path, tokenizer_path):
     config = dataclasses.replace(SMALL, vocab_size=700)
     hf.export(contents(config, random_model(config).state_dict(), tokenizer_path), tmp_path / "exported")
     theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "exported"), SentencePieceTokenizer(tokenizer_path)
@@ -73,16 +73,16 @@ def test_the_exported_tokenizer_gives_our_ids(tmp_path, tokenizer_path):
 
 @pytest.fixture(scope="module")
 def exported_kinds(tmp_path_factory) -> dict:
-    """(ours, transformers') of a tokenizer of every kind that can be exported, and of bytes."""
-    folder, found = tmp_path_factory.mktemp("kinds"), {}
+    """Returns (our tokenizer, transformers' tokenizer) for each kind that can be exported, including bytes."""
+    folder, pairs = tmp_path_factory.mktemp("kinds"), {}
     for kind in tokenizer_kinds.EXPORTED:
         ours = SentencePieceTokenizer(tokenizer_kinds.train_kind(kind, folder / f"{kind}.model"))
         (folder / kind).mkdir()
         hf_tokenizer.write_tokenizer(folder / kind, ours, 64)
-        found[kind] = ours, AutoTokenizer.from_pretrained(folder / kind)
+        pairs[kind] = ours, AutoTokenizer.from_pretrained(folder / kind)
     (folder / "bytes").mkdir()
     hf_tokenizer.write_byte_tokenizer(folder / "bytes", 64)
-    return found | {"bytes": (ByteTokenizer(), AutoTokenizer.from_pretrained(folder / "bytes"))}
+    return pairs | {"bytes": (ByteTokenizer(), AutoTokenizer.from_pretrained(folder / "bytes"))}
 
 
 @settings(max_examples=150, deadline=None)
@@ -92,15 +92,16 @@ def exported_kinds(tmp_path_factory) -> dict:
 @example("<fim>")
 @example("<fim>a <fim_x>\u2581\u2581b")
 @example("<fim></s><fim_x><0x0A>[INST]<fim><unk>")
-def test_every_exported_tokenizer_gives_the_prepared_ids(exported_kinds, text):
+def test_every_kind_of_exported_tokenizer_gives_our_ids(exported_kinds, text):
     for kind, (ours, theirs) in exported_kinds.items():
         ids = ours.encode(text)
         assert theirs(text)["input_ids"] == ids, kind
-        if "no bytes" not in kind and kind != "characters":  # else SentencePiece writes unknown characters as U+2047
+        # Without byte pieces, SentencePiece decodes unknown characters as U+2047.
+        if "no bytes" not in kind and kind != "characters":
             assert theirs.decode(ids) == theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids), kind
 
 
-def test_symbols_are_tokens_of_their_own(exported_kinds):
+def test_each_user_defined_symbol_is_one_token(exported_kinds):
     for kind in (kind for kind in exported_kinds if "symbols" in kind):
         ours, theirs = exported_kinds[kind]
         symbols = [ours.processor.id_to_piece(token) for token in ours.user_defined]
@@ -120,7 +121,7 @@ def test_symbols_are_tokens_of_their_own(exported_kinds):
         ("spaces as suffixes", "its pieces end, rather than begin, with spaces"),
     ],
 )
-def test_a_tokenizer_that_cannot_be_translated_is_refused(tmp_path, kind, reason):
+def test_tokenizer_that_cannot_be_translated_is_refused(tmp_path, kind, reason):
     path = tokenizer_kinds.train_kind(kind, tmp_path / "foreign.model")
     config = dataclasses.replace(SMALL, vocab_size=SentencePieceTokenizer(path).vocab_size)
     with pytest.raises(CheckpointError, match=rf"foreign\.model cannot be exported to hf or hf-mtp: {reason}"):
@@ -128,6 +129,6 @@ def test_a_tokenizer_that_cannot_be_translated_is_refused(tmp_path, kind, reason
     assert not (tmp_path / "exported").exists()
 
 
-def test_a_tokenizer_of_another_size_is_refused(tokenizer_path):
-    with pytest.raises(CheckpointError, match="700 pieces, expected the model's 300"):
+def test_tokenizer_with_too_many_pieces_is_refused(tokenizer_path):
+    with pytest.raises(CheckpointError, match="700 pieces, expected at most 300"):
         hf_tokenizer.read_tokenizer(tokenizer_path, SMALL.vocab_size)

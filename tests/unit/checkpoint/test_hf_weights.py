@@ -1,4 +1,4 @@
-"""The tensors of transformers' folders: of one file or several, of older folders, and those that are refused."""
+"""Weights in transformers' folders: in one file or several, pickled or not, and refusal of damaged folders."""
 
 import json
 
@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from megamtp.checkpoint import canonical, hf, safetensors_file
-from megamtp.checkpoint.tensors import whole
+from megamtp.checkpoint.tensors import read_tensor
 from megamtp.errors import CheckpointError
 from megamtp.model.mtp import MTPModel
 from tests.checkpoints import SMALL, contents, random_model
@@ -16,10 +16,10 @@ from tests.llama import save_llama
 
 
 @pytest.mark.parametrize("num_files", [1, 2])
-def test_weights_of_older_folders_are_read(tmp_path, num_files):
+def test_pickled_weights_are_read(tmp_path, num_files):
     theirs = save_llama(tmp_path / "llama")
     opened = hf.read(tmp_path / "llama").weights
-    expected = {name: whole(opened, name) for name in opened.shapes}
+    expected = {name: read_tensor(opened, name) for name in opened.shapes}
     for file in (tmp_path / "llama").glob("model*"):
         file.unlink()
     files = (
@@ -34,13 +34,13 @@ def test_weights_of_older_folders_are_read(tmp_path, num_files):
         torch.save(tensors, tmp_path / "llama" / file)
     if num_files > 1:
         (tmp_path / "llama/pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    found = hf.read(tmp_path / "llama").weights
-    assert found.shapes.keys() == expected.keys()
-    assert all(torch.equal(whole(found, name), tensor) for name, tensor in expected.items())
+    pickled = hf.read(tmp_path / "llama").weights
+    assert pickled.shapes.keys() == expected.keys()
+    assert all(torch.equal(read_tensor(pickled, name), tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_weights_of_the_old_format_and_transposed_ones_are_read(tmp_path, zipped):
+def test_transposed_weights_are_read_in_both_formats_of_torch(tmp_path, zipped):
     save_llama(tmp_path / "llama")
     opened = hf.read(tmp_path / "llama").weights
     theirs = LlamaForCausalLM.from_pretrained(tmp_path / "llama").state_dict()
@@ -50,17 +50,17 @@ def test_weights_of_the_old_format_and_transposed_ones_are_read(tmp_path, zipped
     assert not tensors["lm_head.weight"].is_contiguous()
     torch.save(tensors, tmp_path / "llama/pytorch_model.bin", _use_new_zipfile_serialization=zipped)
     canonical.write(hf.read(tmp_path / "llama"), tmp_path / "canonical")
-    found = canonical.read(tmp_path / "canonical").weights
+    weights = canonical.read(tmp_path / "canonical").weights
     for ours, name in hf.names_of(hf.read(tmp_path / "llama").model).items():
-        assert torch.equal(whole(found, ours), theirs[name])
-    assert found.shapes == opened.shapes
+        assert torch.equal(read_tensor(weights, ours), theirs[name])
+    assert weights.shapes == opened.shapes
 
 
-def test_a_folder_without_weights_and_a_damaged_index_are_refused(tmp_path):
+def test_folder_without_weights_and_damaged_index_are_refused(tmp_path):
     save_llama(tmp_path / "llama")
     index = tmp_path / "llama/model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"model.norm.weight": None}}))
-    with pytest.raises(CheckpointError, match=r"index.json cannot be read \(weight_map has values that are no names\)"):
+    with pytest.raises(CheckpointError, match=r"index.json cannot be read \(weight_map has values that are not"):
         hf.read(tmp_path / "llama")
     index.unlink()
     with pytest.raises(
@@ -69,7 +69,7 @@ def test_a_folder_without_weights_and_a_damaged_index_are_refused(tmp_path):
         hf.read(tmp_path / "llama")
 
 
-def test_rotary_frequencies_of_older_files_are_left_out(tmp_path):
+def test_rotary_frequencies_in_older_files_are_ignored(tmp_path):
     save_llama(tmp_path / "llama")
     index = tmp_path / "llama/model.safetensors.index.json"
     content = json.loads(index.read_text())
@@ -82,11 +82,11 @@ def test_rotary_frequencies_of_older_files_are_left_out(tmp_path):
     )
 
 
-def test_a_large_model_is_split_into_files_and_read_back(tmp_path, monkeypatch):
+def test_large_model_is_split_into_several_files(tmp_path, monkeypatch):
     monkeypatch.setattr(safetensors_file, "LARGEST_FILE_BYTES", 40_000)
     model = random_model(SMALL)
     hf.export(contents(SMALL, model.state_dict()), tmp_path / "exported")
     assert len(list((tmp_path / "exported").glob("*.safetensors"))) > 1
     weights = hf.read(tmp_path / "exported").weights
-    assert all(torch.equal(whole(weights, name), model.state_dict()[name]) for name in weights.shapes)
+    assert all(torch.equal(read_tensor(weights, name), model.state_dict()[name]) for name in weights.shapes)
     AutoModelForCausalLM.from_pretrained(tmp_path / "exported")

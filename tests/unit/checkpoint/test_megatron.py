@@ -1,6 +1,4 @@
-"""Megatron-LM's checkpoints: weights fused as its own loader fuses them come back bit for bit; other forms are
-refused.
-"""
+"""Megatron-LM's checkpoints: fused weights are split bit-exactly, and unsupported checkpoints are refused."""
 
 import argparse
 import dataclasses
@@ -14,8 +12,8 @@ import pytest
 import torch
 
 from megamtp.checkpoint import megatron
-from megamtp.checkpoint.contents import written_out
-from megamtp.checkpoint.tensors import whole
+from megamtp.checkpoint.contents import resolve_defaults
+from megamtp.checkpoint.tensors import read_tensor
 from megamtp.errors import CheckpointError
 from megamtp.model.mtp import MTPModel
 from tests.checkpoints import SMALL, random_model
@@ -53,32 +51,32 @@ def settings(**changes) -> argparse.Namespace:
 
 
 def fused(model: MTPModel, with_engine: bool) -> dict[str, torch.Tensor]:
-    """Megatron-Core's weights of the same model."""
+    """Returns the same weights in the form of Megatron-Core, with or without Transformer Engine."""
     ours = model.state_dict()
     groups, dim = CONFIG.key_value_heads, CONFIG.dim
-    found = {
+    weights = {
         "embedding.word_embeddings.weight": ours["embedding.weight"],
         "decoder.final_layernorm.weight": ours["unembedding.norm"],
         "output_layer.weight": ours["unembedding.weight"],
     }
     for index, layer in enumerate(LAYERS):
-        query, key, value = (ours[f"{layer}.attention.{part}.weight"] for part in ("query", "key", "value"))
-        together = torch.cat([part.reshape(groups, -1, dim) for part in (query, key, value)], dim=1).reshape(-1, dim)
+        matrices = [ours[f"{layer}.attention.{kind}.weight"] for kind in ("query", "key", "value")]
+        query_key_value = torch.cat([matrix.reshape(groups, -1, dim) for matrix in matrices], dim=1).reshape(-1, dim)
         gate_up = torch.cat((ours[f"{layer}.mlp.gate.weight"], ours[f"{layer}.mlp.up.weight"]))
         norms = ["self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight"]
         norms = norms if with_engine else ["input_layernorm.weight", "pre_mlp_layernorm.weight"]
-        inside = {
+        layer_weights = {
             norms[0]: ours[f"{layer}.attention_norm.weight"],
             norms[1]: ours[f"{layer}.mlp_norm.weight"],
-            "self_attention.linear_qkv.weight": together,
+            "self_attention.linear_qkv.weight": query_key_value,
             "self_attention.linear_proj.weight": ours[f"{layer}.attention.output.weight"],
             "mlp.linear_fc1.weight": gate_up,
             "mlp.linear_fc2.weight": ours[f"{layer}.mlp.down.weight"],
         }
-        found |= {f"decoder.layers.{index}.{name}": tensor.clone() for name, tensor in inside.items()}
+        weights |= {f"decoder.layers.{index}.{name}": tensor.clone() for name, tensor in layer_weights.items()}
         if with_engine:
-            found[f"decoder.layers.{index}.mlp.linear_fc1._extra_state"] = None
-    return found
+            weights[f"decoder.layers.{index}.mlp.linear_fc1._extra_state"] = None
+    return weights
 
 
 def save(folder: Path, weights: dict, args: argparse.Namespace, **more) -> None:
@@ -90,7 +88,7 @@ def save(folder: Path, weights: dict, args: argparse.Namespace, **more) -> None:
 
 @pytest.fixture
 def foreign_enum(monkeypatch) -> enum.Enum:
-    """Of a module that is only there while it is saved."""
+    """Returns a value of a class whose module exists only while the checkpoint is saved."""
     module = types.ModuleType("megatron.enums")
     module.Backend = enum.Enum("Backend", {"flash": 1}, module="megatron.enums")
     monkeypatch.setitem(sys.modules, "megatron", types.ModuleType("megatron"))
@@ -99,7 +97,7 @@ def foreign_enum(monkeypatch) -> enum.Enum:
 
 
 @pytest.mark.parametrize("with_engine", [True, False])
-def test_fused_weights_come_back_bit_for_bit(tmp_path, monkeypatch, foreign_enum, with_engine):
+def test_fused_weights_are_split_bit_exactly(tmp_path, monkeypatch, foreign_enum, with_engine):
     model = random_model(CONFIG)
     random_states = [{"np_rng_state": np.random.get_state(), "torch_rng_state": torch.get_rng_state()}]
     save(
@@ -110,29 +108,29 @@ def test_fused_weights_come_back_bit_for_bit(tmp_path, monkeypatch, foreign_enum
     )
     monkeypatch.delitem(sys.modules, "megatron.enums")
     monkeypatch.delitem(sys.modules, "megatron")
-    found = megatron.read(tmp_path / "megatron", num_future_tokens=3)
-    assert found.model == dataclasses.replace(written_out(CONFIG), num_layers=5, num_future_tokens=3)
-    assert (found.sequence_length, ["padded to 300" in note for note in found.notes]) == (64, [True])
+    read = megatron.read(tmp_path / "megatron", num_future_tokens=3)
+    assert read.model == dataclasses.replace(resolve_defaults(CONFIG), num_layers=5, num_future_tokens=3)
+    assert (read.sequence_length, ["padded to 300" in note for note in read.notes]) == (64, [True])
     expected = model.state_dict()
-    for name in found.weights.shapes:
+    for name in read.weights.shapes:
         source = name.replace("heads.1.", "heads.0.").replace("heads.2.", "heads.0.")
-        assert torch.equal(whole(found.weights, name), expected[source]), name
-    MTPModel(found.model).load_state_dict(
-        {name: whole(found.weights, name) for name in found.weights.shapes}, strict=True
+        assert torch.equal(read_tensor(read.weights, name), expected[source]), name
+    MTPModel(read.model).load_state_dict(
+        {name: read_tensor(read.weights, name) for name in read.weights.shapes}, strict=True
     )
 
 
-def test_a_tied_unembedding_is_untied_and_said_so(tmp_path):
+def test_tied_unembedding_is_untied_with_a_note(tmp_path):
     weights = fused(random_model(CONFIG), True)
     del weights["output_layer.weight"]
     save(tmp_path / "megatron", weights, settings(untie_embeddings_and_output_weights=False, vocab_size=None))
-    found = megatron.read(tmp_path / "megatron")
-    assert ["ties its unembedding" in note for note in found.notes] == [True]
-    assert torch.equal(whole(found.weights, "unembedding.weight"), weights["embedding.word_embeddings.weight"])
+    read = megatron.read(tmp_path / "megatron")
+    assert ["ties its unembedding" in note for note in read.notes] == [True]
+    assert torch.equal(read_tensor(read.weights, "unembedding.weight"), weights["embedding.word_embeddings.weight"])
 
 
-def test_arguments_of_an_older_megatron_are_understood(tmp_path):
-    """It had no rotary_base, and another name for norm_epsilon."""
+def test_arguments_of_older_megatron_versions_are_read(tmp_path):
+    """They have no rotary_base, and another name for norm_epsilon."""
     older = settings(layernorm_epsilon=1e-6)
     del older.rotary_base, older.norm_epsilon
     save(tmp_path / "megatron", fused(random_model(CONFIG), False), older)
@@ -140,7 +138,7 @@ def test_arguments_of_an_older_megatron_are_understood(tmp_path):
     assert (model.rope_theta, model.norm_eps) == (10000, 1e-6)
 
 
-def test_a_latest_iteration_that_names_no_folder_is_one_line(tmp_path):
+def test_invalid_latest_iteration_is_refused_in_one_line(tmp_path):
     save(tmp_path / "megatron", {}, settings())
     for content in ("²".encode(), b"\xff\xfe", b"x" * 300, b"9" * 5000, b"../\0", b""):
         (tmp_path / "megatron/latest_checkpointed_iteration.txt").write_bytes(content)
@@ -171,7 +169,7 @@ def test_a_latest_iteration_that_names_no_folder_is_one_line(tmp_path):
         ({"ffn_hidden_size": 64}, r"decoder.layers.0.mlp.linear_fc1.weight has shape \[96, 32\], expected \[128, 32\]"),
     ],
 )
-def test_other_forms_are_refused_by_name(tmp_path, changes, message):
+def test_unsupported_architectures_and_settings_are_refused(tmp_path, changes, message):
     save(tmp_path / "megatron", fused(random_model(CONFIG), True), settings(**changes))
     with pytest.raises(CheckpointError, match=message) as caught:
         megatron.read(tmp_path / "megatron")

@@ -1,4 +1,4 @@
-"""The released form against Meta's own arithmetic, and back bit for bit."""
+"""The format of the released models: Meta's arithmetic gives the same logits, and round trips are bit-exact."""
 
 import dataclasses
 import json
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from megamtp.checkpoint import formats, hf, meta
-from megamtp.checkpoint.contents import written_out
-from megamtp.checkpoint.tensors import whole
+from megamtp.checkpoint.contents import resolve_defaults
+from megamtp.checkpoint.tensors import read_tensor
 from megamtp.data.tokenizer import train_sentencepiece
 from megamtp.errors import CheckpointError
 from megamtp.model.mtp import MTPModel
@@ -18,20 +18,21 @@ from tests.checkpoints import SMALL, VOCABULARY, contents, random_model
 
 
 def released_logits(params: dict, weights: dict[str, Tensor], tokens_BT: Tensor) -> list[Tensor]:
-    """Every head's logits from the released weights, with rotations as products of complex numbers of neighbouring
-    pairs.
+    """Computes the logits of all heads from weights in Meta's format.
+
+    As in Meta's code, neighbouring elements are pairs that the rotary embedding multiplies as complex numbers.
     """
     num_heads, theta, eps, n = params["n_heads"], params["rope_theta"], params["norm_eps"], params["n_future_tokens"]
     width = params["dim"] // num_heads
     frequencies = theta ** (-torch.arange(0, width, 2) / width)
-    turns_TK = torch.polar(torch.ones(()), torch.outer(torch.arange(tokens_BT.shape[1]), frequencies))
+    rotations_TK = torch.polar(torch.ones(()), torch.outer(torch.arange(tokens_BT.shape[1]), frequencies))
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:
         return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
 
     def rotate(x_BTHK: Tensor) -> Tensor:
-        turned = torch.view_as_complex(x_BTHK.unflatten(-1, (-1, 2))) * turns_TK[:, None]
-        return torch.view_as_real(turned).flatten(-2)
+        rotated = torch.view_as_complex(x_BTHK.unflatten(-1, (-1, 2))) * rotations_TK[:, None]
+        return torch.view_as_real(rotated).flatten(-2)
 
     def layer(x: Tensor, prefix: str) -> Tensor:
         w = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
@@ -56,7 +57,7 @@ def released_logits(params: dict, weights: dict[str, Tensor], tokens_BT: Tensor)
     return [norm(layer(z, head), weights["norm.weight"]) @ weights["output.weight"].T for head in heads]
 
 
-def test_the_released_arithmetic_gives_every_heads_logits(tmp_path):
+def test_metas_arithmetic_gives_the_logits_of_all_heads(tmp_path):
     model = random_model(SMALL)
     meta.write(contents(SMALL, model.state_dict()), tmp_path / "meta")
     params = json.loads((tmp_path / "meta/params.json").read_text())
@@ -65,24 +66,24 @@ def test_the_released_arithmetic_gives_every_heads_logits(tmp_path):
     assert {name.split(".")[1] for name in weights if name.startswith("extra_heads")} == {"0", "1"}
     tokens = torch.randint(VOCABULARY, (2, 30), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected, found = model.logits(tokens), released_logits(params, weights, tokens)
-    for head, logits in enumerate(found):
-        torch.testing.assert_close(logits, expected[head], rtol=0, atol=1e-5)
+        expected, logits = model.logits(tokens), released_logits(params, weights, tokens)
+    for head, head_logits in enumerate(logits):
+        torch.testing.assert_close(head_logits, expected[head], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("mlp_dim", [None, 48, 100, 85, 200])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_back_bit_for_bit(tmp_path, mlp_dim, dtype):
+def test_round_trip_is_bit_exact(tmp_path, mlp_dim, dtype):
     config = dataclasses.replace(SMALL, mlp_dim=mlp_dim)
     weights = {name: weight.to(dtype) for name, weight in random_model(config).state_dict().items()}
     meta.write(contents(config, weights), tmp_path / "meta", dtype)
-    found = meta.read(tmp_path / "meta")
-    assert found.model == written_out(config)
-    assert found.weights.shapes.keys() == weights.keys()
-    assert all(torch.equal(whole(found.weights, name), weights[name]) for name in weights)
+    read = meta.read(tmp_path / "meta")
+    assert read.model == resolve_defaults(config)
+    assert read.weights.shapes.keys() == weights.keys()
+    assert all(torch.equal(read_tensor(read.weights, name), weights[name]) for name in weights)
 
 
-def test_a_llama_without_heads_becomes_a_multi_token_model(tmp_path):
+def test_llama_becomes_a_multi_token_model(tmp_path):
     config = dataclasses.replace(SMALL, num_layers=3, num_future_tokens=1)
     model = random_model(config)
     meta.write(contents(config, model.state_dict()), tmp_path / "meta")
@@ -92,14 +93,15 @@ def test_a_llama_without_heads_becomes_a_multi_token_model(tmp_path):
     path.write_text(json.dumps(params | {"vocab_size": -1}))
     weights = torch.load(tmp_path / "meta/consolidated.pth")
     torch.save(weights | {"rope.freqs": torch.zeros(4)}, tmp_path / "meta/consolidated.00.pth")
-    found = meta.read(tmp_path / "meta", num_future_tokens=4)
-    assert found.model == dataclasses.replace(
-        written_out(config), num_layers=6, num_future_tokens=4, rope_theta=10000.0
+    read = meta.read(tmp_path / "meta", num_future_tokens=4)
+    assert read.model == dataclasses.replace(
+        resolve_defaults(config), num_layers=6, num_future_tokens=4, rope_theta=10000.0
     )
-    ours = MTPModel(found.model)
-    ours.load_state_dict({name: whole(found.weights, name) for name in found.weights.shapes}, strict=True)
+    ours = MTPModel(read.model)
+    ours.load_state_dict({name: read_tensor(read.weights, name) for name in read.weights.shapes}, strict=True)
     for head in ours.heads:
-        assert all(torch.equal(one, other) for one, other in zip(head.weights, model.heads[0].weights, strict=True))
+        for weight, expected in zip(head.weights, model.heads[0].weights, strict=True):
+            assert torch.equal(weight, expected)
 
 
 def remove(weights: dict) -> None:
@@ -122,7 +124,7 @@ def reshape(weights: dict) -> None:
         (reshape, r"tensor output.weight has shape \[299, 32\], expected \[300, 32\]"),
     ],
 )
-def test_a_wrong_tensor_is_named(tmp_path, damage, message):
+def test_wrong_tensor_is_refused(tmp_path, damage, message):
     meta.write(contents(SMALL, random_model(SMALL).state_dict()), tmp_path / "meta")
     weights = torch.load(tmp_path / "meta/consolidated.pth")
     damage(weights)
@@ -131,10 +133,10 @@ def test_a_wrong_tensor_is_named(tmp_path, damage, message):
         meta.read(tmp_path / "meta")
 
 
-def test_parts_and_scaled_rotations_are_refused(tmp_path):
+def test_several_files_and_scaled_rope_are_refused(tmp_path):
     meta.write(contents(SMALL, random_model(SMALL).state_dict()), tmp_path / "meta")
     (tmp_path / "meta/consolidated.01.pth").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="cut for several GPUs"):
+    with pytest.raises(CheckpointError, match="weights for several GPUs"):
         meta.read(tmp_path / "meta")
     path = tmp_path / "meta/params.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"use_scaled_rope": True}))
@@ -148,13 +150,13 @@ def test_parts_and_scaled_rotations_are_refused(tmp_path):
         ({"dim": "32"}, "params.json: dim is '32'; expected a whole number"),
         ({"n_layers": None}, "n_layers is None; expected a whole number"),
         ({"n_layers": 3}, "n_layers is 3; expected more than n_future_tokens"),
-        ({"n_future_tokens": 0}, "n_future_tokens is 0; expected a whole number, at least 1"),
+        ({"n_future_tokens": 0}, "n_future_tokens is 0; expected a whole number of at least 1"),
         ({"ffn_dim_multiplier": -1.0}, "ffn_dim_multiplier is -1.0; expected a number above 0"),
         ({"norm_eps": None}, "model.norm_eps is None; expected a number"),
         ({"n_kv_heads": 3}, "num_key_value_heads=3; expected a divisor"),
     ],
 )
-def test_numbers_of_no_model_are_refused(tmp_path, settings, message):
+def test_invalid_numbers_are_refused(tmp_path, settings, message):
     meta.write(contents(SMALL, random_model(SMALL).state_dict()), tmp_path / "meta")
     path = tmp_path / "meta/params.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
@@ -163,7 +165,7 @@ def test_numbers_of_no_model_are_refused(tmp_path, settings, message):
 
 
 @pytest.mark.parametrize("place", ["meta", "."])
-def test_the_tokenizer_of_metas_releases_is_found_in_their_folder_or_beside_it(tmp_path, monkeypatch, place):
+def test_tokenizer_of_metas_releases_is_found_in_the_folder_or_its_parent(tmp_path, monkeypatch, place):
     texts = [Path(module.__file__).read_text() for module in (dataclasses, json, formats)]
     train_sentencepiece(texts, tmp_path / "made.model", vocab_size=500, seed=0)
     config = dataclasses.replace(SMALL, vocab_size=500)

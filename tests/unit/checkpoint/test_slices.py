@@ -1,4 +1,4 @@
-"""slices.json: which file has which elements, by hand."""
+"""slices.json: its content for hand-written files."""
 
 import json
 import zlib
@@ -9,20 +9,20 @@ from megamtp.checkpoint.slices import FileSlices, WrittenFile, file_slices, writ
 from megamtp.checkpoint.tensors import InMemory
 
 
-def test_the_slices_of_a_file_are_those_of_its_weights():
-    """The optimizer's tensors have the same bounds; random states are of no parameter. Names may have an "@"."""
-    held = {
+def test_slices_of_a_file_are_those_of_its_weights():
+    """Optimizer tensors have the same bounds, random states belong to no parameter, and names may contain "@"."""
+    tensors = {
         "weight/matrix@40": torch.zeros(20),
         "weight/matrix@0": torch.zeros(17),
         "weight/a@b@0": torch.zeros(4),
         "exp_avg/matrix@40": torch.zeros(20),
         "random/cpu": torch.zeros(3, dtype=torch.uint8),
     }
-    found = file_slices(InMemory(held), {"matrix": (6, 10), "a@b": (4,), "elsewhere": (2, 2)})
-    assert found == FileSlices({"matrix": (6, 10), "a@b": (4,)}, {"matrix": [(40, 60), (0, 17)], "a@b": [(0, 4)]})
+    slices = file_slices(InMemory(tensors), {"matrix": (6, 10), "a@b": (4,), "elsewhere": (2, 2)})
+    assert slices == FileSlices({"matrix": (6, 10), "a@b": (4,)}, {"matrix": [(40, 60), (0, 17)], "a@b": [(0, 4)]})
 
 
-def test_the_slices_of_all_files(tmp_path):
+def test_content_of_the_file(tmp_path):
     files = {
         "first": FileSlices({"matrix": (6, 10)}, {"matrix": [(0, 17), (40, 60)]}),
         "empty": FileSlices({}, {}),

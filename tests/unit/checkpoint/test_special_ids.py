@@ -1,4 +1,4 @@
-"""The ids that end a text survive conversions where the tokenizer cannot; where they are not known, that is said."""
+"""Special ids survive conversions even if the tokenizer does not, and a note tells if they are unknown."""
 
 import dataclasses
 import json
@@ -17,8 +17,9 @@ IDS = {"bos_token_id": 7, "eos_token_id": [8, 9], "pad_token_id": 10}
 
 @pytest.fixture
 def llama(tmp_path) -> Path:
-    """With a tokenizer that is no SentencePiece model; config.json and generation_config.json differ, as Llama 3's
-    do.
+    """Writes a Llama whose tokenizer is not a SentencePiece model.
+
+    config.json and generation_config.json have different eos_token_id, as in Llama 3.
     """
     folder = tmp_path / "llama"
     hf.export(contents(SMALL, random_model(SMALL).state_dict()), folder)
@@ -36,29 +37,28 @@ def exported_ids(folder: Path) -> list[dict]:
     return [{key: value for key, value in each.items() if key.endswith("_token_id")} for each in settings]
 
 
-@pytest.mark.parametrize("way", [["hf"], ["hf-mtp"], ["canonical", "hf"], ["meta", "canonical", "hf-mtp", "hf"]])
-def test_ids_of_another_tokenizer_are_kept_by_weights(tmp_path, llama, way):
-    found = formats.read(llama)
-    assert (
-        found.special_ids == IDS and "bos_token_id 7, eos_token_id [8, 9], pad_token_id 10 are kept" in found.notes[0]
-    )
-    for number, target in enumerate(way):
-        formats.FORMATS[target].write(found, tmp_path / f"{number}", torch.float32)
-        found = formats.read(tmp_path / f"{number}")
+@pytest.mark.parametrize("targets", [["hf"], ["hf-mtp"], ["canonical", "hf"], ["meta", "canonical", "hf-mtp", "hf"]])
+def test_conversions_of_weights_keep_special_ids(tmp_path, llama, targets):
+    read = formats.read(llama)
+    assert read.special_ids == IDS
+    assert "bos_token_id 7, eos_token_id [8, 9], pad_token_id 10 are kept" in read.notes[0]
+    for number, target in enumerate(targets):
+        formats.FORMATS[target].write(read, tmp_path / f"{number}", torch.float32)
+        read = formats.read(tmp_path / f"{number}")
     assert exported_ids(tmp_path / f"{number}") == [IDS, IDS]
 
 
-def test_ids_of_another_tokenizer_are_kept_by_states(tmp_path, monkeypatch):
+def test_conversions_of_training_states_keep_special_ids(tmp_path, monkeypatch):
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
-    found = dataclasses.replace(with_moments(SMALL), special_ids=IDS)
+    state = dataclasses.replace(with_moments(SMALL), special_ids=IDS)
     for target in ("run", "universal", "canonical", "hf"):
-        formats.FORMATS[target].write(found, tmp_path / target, torch.float32)
-        found = formats.read(tmp_path / target)
-        assert found.special_ids == IDS
+        formats.FORMATS[target].write(state, tmp_path / target, torch.float32)
+        state = formats.read(tmp_path / target)
+        assert state.special_ids == IDS
     assert exported_ids(tmp_path / "hf") == [IDS, IDS]
 
 
-def test_values_that_are_no_tokens_are_left_out_and_a_damaged_file_is_refused(tmp_path):
+def test_values_outside_the_vocabulary_are_ignored_and_damaged_file_is_refused(tmp_path):
     path = tmp_path / "generation_config.json"
     path.write_text(json.dumps({"bos_token_id": -1, "eos_token_id": [2, 300], "pad_token_id": "2"}))
     assert read_special_ids(tmp_path, 300) == {}

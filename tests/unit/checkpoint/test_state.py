@@ -1,4 +1,4 @@
-"""The state of a run as a manifest holds it."""
+"""The state of a run in a manifest."""
 
 import json
 from pathlib import Path
@@ -13,11 +13,11 @@ STATE = RunState(OptimizerState("adamw", ("exp_avg", "exp_avg_sq"), (7, 5)), COU
 WHERE = Path("run/manifest.json")
 
 
-def test_a_state_comes_back_from_json():
-    assert read_state(json.loads(json.dumps(STATE.saved())), WHERE) == STATE
+def test_round_trip_through_json():
+    assert read_state(json.loads(json.dumps(STATE.to_json())), WHERE) == STATE
 
 
-def test_the_one_optimizer_of_megamtp_0_1():
+def test_state_of_megamtp_0_1_is_read():
     saved = {"adam_steps": 7, "counters": COUNTERS, "loss_scale": None}
     assert read_state(saved, WHERE) == RunState(OptimizerState("adamw", ("exp_avg", "exp_avg_sq"), (7,)), COUNTERS)
 
@@ -31,13 +31,13 @@ def test_the_one_optimizer_of_megamtp_0_1():
         ("counters", {**COUNTERS, "skipped_steps": "two"}),
     ],
 )
-def test_a_damaged_state_is_one_line(key, value):
+def test_damaged_state_is_refused_in_one_line(key, value):
     with pytest.raises(CheckpointError, match=r"^run/manifest\.json: the state of the run cannot be read \([^\n]*$"):
-        read_state(STATE.saved() | {key: value}, WHERE)
+        read_state(STATE.to_json() | {key: value}, WHERE)
 
 
 def test_steps_of_parameter_groups():
     assert [STATE.optimizer.steps_of(group) for group in (0, 1)] == [7, 5]
     with pytest.raises(IndexError):
         STATE.optimizer.steps_of(2)
-    assert OptimizerState("adamw", (), (7,)).steps_of(3) == 7  # one number is that of all groups
+    assert OptimizerState("adamw", (), (7,)).steps_of(3) == 7  # a single number is for all groups

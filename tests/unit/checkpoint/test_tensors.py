@@ -1,15 +1,15 @@
-"""Tensors in memory, read by slice."""
+"""Tensors in memory are read by slices."""
 
 import pytest
 import torch
 
-from megamtp.checkpoint.tensors import InMemory, whole
+from megamtp.checkpoint.tensors import InMemory, read_tensor
 
 MATRIX = torch.arange(12.0).view(3, 4)
 
 
 @pytest.mark.parametrize("matrix", [MATRIX, MATRIX.t().contiguous().t()], ids=["contiguous", "transposed"])
-def test_slices_are_of_the_row_major_numbers(matrix):
+def test_slices_are_row_major(matrix):
     source = InMemory({"matrix": torch.nn.Parameter(matrix)})
     assert source.shapes == {"matrix": (3, 4)}
     for start in range(13):
@@ -19,7 +19,7 @@ def test_slices_are_of_the_row_major_numbers(matrix):
     assert source.read("matrix").tolist() == list(range(12))
 
 
-def test_a_whole_tensor_has_its_shape_and_the_dtype_that_is_asked_for():
+def test_read_tensor_returns_the_shape_and_the_requested_dtype():
     source = InMemory({"matrix": MATRIX})
-    assert torch.equal(whole(source, "matrix"), MATRIX)
-    assert torch.equal(whole(source, "matrix", torch.bfloat16), MATRIX.bfloat16())
+    assert torch.equal(read_tensor(source, "matrix"), MATRIX)
+    assert torch.equal(read_tensor(source, "matrix", torch.bfloat16), MATRIX.bfloat16())

@@ -1,4 +1,4 @@
-"""Collectives under the names that every supported torch has, between two ranks."""
+"""Tests of collectives under names that work with every supported torch, between two ranks."""
 
 import torch
 import torch.distributed as dist
@@ -6,8 +6,8 @@ import torch.distributed as dist
 from tests.ranks import run_ranks
 
 
-def _collect() -> tuple[list[float], list[float]]:
-    """(what this rank gathers of both ranks, its part of their sum)."""
+def _gather_and_reduce() -> tuple[list[float], list[float]]:
+    """Returns what this rank gathers from both ranks, and its shard of their sum."""
     from megamtp.cluster.collectives import all_gather_single, reduce_scatter_single
 
     rank = dist.get_rank()
@@ -17,6 +17,6 @@ def _collect() -> tuple[list[float], list[float]]:
     return gathered.tolist(), summed.tolist()
 
 
-def test_parts_are_gathered_in_the_order_of_ranks_and_sums_are_shared_out():
+def test_shards_are_gathered_and_reduced_in_the_order_of_ranks():
     gathered = [1.0, 2.0, 11.0, 12.0]
-    assert run_ranks(_collect, 2) == [(gathered, [11.0, 22.0]), (gathered, [33.0, 44.0])]
+    assert run_ranks(_gather_and_reduce, 2) == [(gathered, [11.0, 22.0]), (gathered, [33.0, 44.0])]

@@ -1,4 +1,4 @@
-"""The emulated cluster: what one step of one rank of many sends."""
+"""Tests of the emulated cluster: the transfers of one step of one rank."""
 
 import pytest
 
@@ -34,21 +34,20 @@ def _transfers_of_a_step(world_size: int) -> list[tuple[str, int, float]]:
 
 @pytest.mark.parametrize("world_size", [2, 64])
 def test_bytes_counts_and_times_of_a_step(world_size):
-    """3 trunk layers, 2 heads, embedding and unembedding, in bf16: each shard of a parameter is padded to whole
-    elements.
-    """
-    (found,) = run_ranks(_transfers_of_a_step, 1, world_size, backend="none")
+    """3 trunk layers, 2 heads, embedding and unembedding in bf16. Each parameter is padded to shards of equal size."""
+    (transfers,) = run_ranks(_transfers_of_a_step, 1, world_size, backend="none")
 
     def padded(*sizes: int) -> int:
         return 2 * sum(-(-size // world_size) * world_size for size in sizes)
 
     layer = padded(16, 16, *[256] * 4, *[24 * 16] * 3)
     embedding, unembedding = padded(97 * 16), padded(16, 97 * 16)
-    gathers = [num_bytes for kind, num_bytes, _ in found if kind == "all_gather"]
-    reductions = [num_bytes for kind, num_bytes, _ in found if kind == "reduce_scatter"]
-    # Forward: everything once. Backward: the trunk again; heads and unembedding are kept, the embedding is not needed.
+    gathers = [num_bytes for kind, num_bytes, _ in transfers if kind == "all_gather"]
+    reductions = [num_bytes for kind, num_bytes, _ in transfers if kind == "reduce_scatter"]
+    # Forward gathers everything once. Backward gathers the trunk again: the weights of heads and unembedding are kept,
+    # and the embedding is not needed.
     assert sorted(gathers) == sorted([embedding, unembedding, *[layer] * (3 + 2 + 3)])
     assert sorted(reductions) == sorted([embedding, unembedding, *[layer] * (3 + 2)])
-    for kind, num_bytes, seconds in found:
+    for kind, num_bytes, seconds in transfers:
         if kind in ("all_gather", "reduce_scatter"):
             assert seconds == pytest.approx(num_bytes * (world_size - 1) / world_size / 1e9)

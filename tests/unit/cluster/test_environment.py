@@ -1,4 +1,4 @@
-"""Which rank this process is, as each launcher says it."""
+"""Tests of how a process reads its rank from the variables of each launcher."""
 
 import pytest
 
@@ -44,7 +44,7 @@ def test_place_under_each_launcher(variables, expected, monkeypatch):
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "65536"}, "MASTER_PORT=65536"),
     ],
 )
-def test_variables_that_name_no_rank(variables, words, monkeypatch):
+def test_variables_without_a_valid_rank_are_an_error(variables, words, monkeypatch):
     set_variables(variables, monkeypatch)
     with pytest.raises(InputError, match=words):
         find_place()

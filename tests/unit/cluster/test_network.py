@@ -1,4 +1,4 @@
-"""How long collectives take, by hand."""
+"""Tests of the predicted times of collectives, computed by hand."""
 
 import pytest
 
@@ -12,7 +12,7 @@ GIGABYTE = 10**9
     ("kind", "passes"), [("all_gather", 1), ("reduce_scatter", 2), ("all_reduce", 2), ("broadcast", 1), ("barrier", 0)]
 )
 def test_flat_network(kind, passes):
-    """Reductions at half the bandwidth count twice; an all-reduce is a reduction and a gather."""
+    """A reduce-scatter at half the bandwidth counts twice; an all-reduce is a reduce-scatter and an all-gather."""
     cluster = ClusterConfig(
         emulate=64, flat_bandwidth=100e9, latency=1e-3, efficiency=EfficiencyConfig(reduce_scatter=0.5)
     )
@@ -20,7 +20,7 @@ def test_flat_network(kind, passes):
     assert Network(cluster).seconds(kind, GIGABYTE) == pytest.approx(expected)
 
 
-def test_nodes_are_as_fast_as_their_slower_part():
+def test_slower_of_node_and_network_determines_the_time():
     cluster = ClusterConfig(latency=0.0, ranks_per_node=8, node_bandwidth=400e9, network_bandwidth=50e9)
 
     def seconds(world_size: int) -> float:
@@ -29,7 +29,7 @@ def test_nodes_are_as_fast_as_their_slower_part():
     assert seconds(1) == 0.0
     assert seconds(4) == pytest.approx(GIGABYTE * 3 / 4 / 400e9)
     assert seconds(8) == pytest.approx(GIGABYTE * 7 / 8 / 400e9)
-    # Two nodes: half of the bytes enter through 8 links of 50e9 together; inside, 15/16 of them over 400e9.
+    # Two nodes: half of the bytes enter a node through 8 links of 50e9 each; inside, 15/16 of them move at 400e9.
     assert seconds(16) == pytest.approx(GIGABYTE * 15 / 16 / 400e9)
     slow = ClusterConfig(**{**vars(cluster), "emulate": 64, "network_bandwidth": 10e9})
     assert Network(slow).seconds("all_gather", GIGABYTE) == pytest.approx(GIGABYTE * 7 / 8 / 80e9)

@@ -1,4 +1,4 @@
-"""Ports that are reserved for a job's ranks."""
+"""Tests of the ports that are reserved for the ranks of a job."""
 
 import socket
 
@@ -8,7 +8,7 @@ import torch.distributed as dist
 from megamtp.cluster.ports import reserve_port
 
 
-def test_a_reserved_port_is_free_for_the_ranks_alone():
+def test_only_the_ranks_can_use_a_reserved_port():
     ports = {reserve_port() for _ in range(50)}
     assert len(ports) == 50
     for port in ports:

@@ -1,4 +1,4 @@
-"""Whom a rank takes for its launcher, and what it does when that is gone."""
+"""Tests of how a rank recognises its launcher, and what it does when the launcher dies."""
 
 import os
 import signal
@@ -33,15 +33,15 @@ time.sleep(60)
         ("", False),
     ],
 )
-def test_a_launcher_is_known_by_what_it_runs(command, expected):
+def test_launcher_is_recognised_by_its_command_line(command, expected):
     assert signals._is_launcher(command.split()) == expected
 
 
-def test_a_shell_that_speaks_of_a_launcher_is_none():
+def test_shell_that_starts_a_launcher_is_no_launcher():
     assert not signals._is_launcher(["bash", "-c", "torchrun -m megamtp.pretrain & sleep 1"])
 
 
-def test_a_signal_amid_a_look_at_the_launcher_is_kept(monkeypatch):
+def test_signal_during_a_check_of_the_launcher_is_kept(monkeypatch):
     request = StopRequest(False)
     request._watched = [None]
 
@@ -49,37 +49,41 @@ def test_a_signal_amid_a_look_at_the_launcher_is_kept(monkeypatch):
         request._receive(signal.SIGTERM, None)
         return False
 
-    monkeypatch.setattr(signals, "_ended", interrupted)
+    monkeypatch.setattr(signals, "_has_ended", interrupted)
     assert not request._launcher_is_gone()
-    monkeypatch.setattr(signals, "_ended", lambda process: False)
+    monkeypatch.setattr(signals, "_has_ended", lambda process: False)
     assert request.asked
 
 
-def waiting(launcher: int, **streams) -> subprocess.Popen:
+def start_waiting_process(launcher: int, **streams) -> subprocess.Popen:
+    """Starts a process that watches the process id `launcher`."""
     environment = os.environ | {LAUNCHER_VARIABLE: str(launcher)}
     return subprocess.Popen([sys.executable, "-c", WAITING], env=environment, text=True, **streams)
 
 
-def test_a_rank_without_its_launcher_ends_where_nobody_reads_its_errors():
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
+def test_rank_without_its_launcher_exits_even_if_stderr_cannot_be_written():
+    launcher = subprocess.Popen([sys.executable, "-c", ""])
+    launcher.wait()
     with open("/dev/full", "w") as full:
-        assert waiting(gone.pid, stderr=full, stdout=subprocess.DEVNULL).wait(timeout=30) == 128 + signal.SIGTERM
+        assert (
+            start_waiting_process(launcher.pid, stderr=full, stdout=subprocess.DEVNULL).wait(timeout=30)
+            == 128 + signal.SIGTERM
+        )
 
 
-def test_a_process_of_the_launchers_number_that_came_later_is_not_it():
-    later = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+def test_younger_process_with_the_launchers_id_is_not_the_launcher():
+    younger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     request = StopRequest(False)
-    request._watch(later.pid)
-    later.kill()
-    later.wait()
+    request._watch(younger.pid)
+    younger.kill()
+    younger.wait()
     assert request.asked
 
 
-def test_a_rank_waits_on_while_its_launcher_lives():
-    process = waiting(os.getpid(), stdout=subprocess.PIPE)
+def test_rank_keeps_waiting_while_its_launcher_lives():
+    process = start_waiting_process(os.getpid(), stdout=subprocess.PIPE)
     assert process.stdout.readline() == "False\n"
     with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(timeout=2 * signals.LOOK_SECONDS)
+        process.wait(timeout=2 * signals.POLL_SECONDS)
     process.kill()
     process.communicate()

@@ -1,4 +1,4 @@
-"""What convert_checkpoint prints. tests/end_to_end/test_convert.py converts every format to every other."""
+"""Tests of what convert_checkpoint prints. tests/end_to_end/test_convert.py converts every format to every other."""
 
 import dataclasses
 import sys
@@ -9,7 +9,7 @@ from megamtp.commands import convert_checkpoint
 from tests.checkpoints import SMALL, contents, random_model
 
 
-def test_an_export_without_an_end_is_said(tmp_path, monkeypatch, capsys):
+def test_notes_that_the_source_has_no_end_token(tmp_path, monkeypatch, capsys):
     def convert(source: Path, target: str) -> str:
         monkeypatch.setattr(sys, "argv", ["convert", str(source), str(tmp_path / f"to-{target}"), "--to", target])
         convert_checkpoint.main()

@@ -1,4 +1,4 @@
-"""The command that continues a prompt: runs, checkpoints and exports alike, and wrong arguments in one line."""
+"""Tests of the generate command: models from runs, checkpoints and exports, and wrong arguments in one line."""
 
 import argparse
 import dataclasses
@@ -55,7 +55,7 @@ def call(monkeypatch, tool, *arguments) -> None:
     tool.main()
 
 
-def test_a_run_its_checkpoint_and_its_export_say_the_same(run_directory, model, tmp_path, monkeypatch, capsys):
+def test_run_checkpoint_and_export_generate_the_same_text(run_directory, model, tmp_path, monkeypatch, capsys):
     checkpoint = run_directory / "checkpoints" / "step-0000003"
     call(monkeypatch, convert_checkpoint, run_directory, tmp_path / "exported", "--to", "hf")
     call(monkeypatch, convert_checkpoint, checkpoint, tmp_path / "exported")
@@ -69,15 +69,15 @@ def test_a_run_its_checkpoint_and_its_export_say_the_same(run_directory, model, 
 
 
 @pytest.mark.parametrize("target", ["hf", "hf-mtp", "meta", "canonical"])
-def test_a_model_of_more_rows_than_its_tokenizer_has_pieces(model, tmp_path, monkeypatch, capsys, target):
-    """Its further ids can be drawn, and stand for no text."""
+def test_model_with_more_rows_than_the_tokenizer_has_pieces(model, tmp_path, monkeypatch, capsys, target):
+    """The additional ids can be sampled and decode to no text."""
     tokenizer_path = tmp_path / "spm.model"
     train_sentencepiece([Path(argparse.__file__).read_text()], tokenizer_path, vocab_size=400, seed=0)
     formats.FORMATS[target].write(contents(TEXT_MODEL, model.state_dict(), tokenizer_path), tmp_path / "exported")
     tokenizer = SentencePieceTokenizer(tokenizer_path)
     ids = tokenizer.encode("def main(")
-    drawn = generate(model, ids, 30, temperature=1.0, end_id=tokenizer.end_of_document_id)
-    assert max(drawn) >= 400 > min(drawn)
+    sampled = generate(model, ids, 30, temperature=1.0, end_id=tokenizer.end_of_document_id)
+    assert max(sampled) >= 400 > min(sampled)
     call(
         monkeypatch,
         command,
@@ -89,16 +89,16 @@ def test_a_model_of_more_rows_than_its_tokenizer_has_pieces(model, tmp_path, mon
         "--temperature",
         1.0,
     )
-    assert capsys.readouterr().out == tokenizer.decode([token for token in ids + drawn if token < 400]) + "\n"
+    assert capsys.readouterr().out == tokenizer.decode([token for token in ids + sampled if token < 400]) + "\n"
     if target == "hf":
-        theirs = AutoTokenizer.from_pretrained(tmp_path / "exported")
-        assert theirs.decode([*ids, 400, 499]) == tokenizer.decode([*ids, 400, 499]) == "def main("
+        exported_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "exported")
+        assert exported_tokenizer.decode([*ids, 400, 499]) == tokenizer.decode([*ids, 400, 499]) == "def main("
         logits = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")(torch.tensor([ids])).logits
         torch.testing.assert_close(logits, model.logits(torch.tensor([ids]))[0], rtol=0, atol=1e-4)
         assert [note for note in formats.read(tmp_path / "exported").notes if "400 pieces, the model 500 rows" in note]
 
 
-def test_the_prompt_can_be_piped_in(run_directory, monkeypatch, capsys):
+def test_prompt_can_be_piped_in(run_directory, monkeypatch, capsys):
     call(monkeypatch, command, run_directory, "--prompt", "x = ", "--device", "cpu")
     expected = capsys.readouterr().out
     monkeypatch.setattr(sys, "stdin", io.StringIO("x = "))
@@ -121,7 +121,7 @@ def test_bad_arguments_are_input_errors(run_directory, monkeypatch, arguments, m
         call(monkeypatch, command, run_directory, "--prompt", "x", "--device", "cpu", *arguments)
 
 
-def test_text_that_the_terminal_cannot_show_or_the_disk_not_hold(run_directory):
+def test_output_that_the_terminal_cannot_show_or_the_disk_cannot_store(run_directory):
     program = [sys.executable, "-m", command.__name__, str(run_directory), "--prompt", "é", "--device", "cpu"]
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     finished = subprocess.run(program, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
@@ -136,7 +136,7 @@ def test_text_that_the_terminal_cannot_show_or_the_disk_not_hold(run_directory):
 
 
 @pytest.mark.parametrize("tool", [convert_checkpoint, command])
-def test_a_missing_checkpoint_is_one_line_and_status_2(tool, tmp_path, monkeypatch, capsys):
+def test_missing_checkpoint_is_one_line_and_status_2(tool, tmp_path, monkeypatch, capsys):
     arguments = [tmp_path / "nowhere", *([tmp_path / "exported"] if tool is convert_checkpoint else ["--prompt", "x"])]
     with pytest.raises(CheckpointError):
         call(monkeypatch, tool, *arguments)

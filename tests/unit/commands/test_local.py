@@ -1,4 +1,4 @@
-"""A job on this machine: how many ranks it has, which processes they are, and its exit status.
+"""Tests of the local command: the number of ranks, the processes that are ranks, and the exit status.
 
 tests/end_to_end/test_signals.py and test_launchers.py launch whole jobs.
 """
@@ -20,27 +20,27 @@ from megamtp.errors import InputError
 SLEEPER = "print('started', flush=True); import time; time.sleep(100)"
 
 
-def launch(module: str = "module", name: str = "job", received: int = 0, status: int = 0) -> local.Launch:
-    """A launch whose launcher has ended with this status, without a launcher."""
-    found = local.Launch.__new__(local.Launch)
-    found._module, found._name, found._received = module, name, received
-    found._launcher = SimpleNamespace(wait=lambda: status)
-    return found
+def launch(module: str = "module", job_id: str = "job", received: int = 0, status: int = 0) -> local.Launch:
+    """Returns a Launch without processes, whose launcher seems to have ended with this status."""
+    result = local.Launch.__new__(local.Launch)
+    result._module, result._job_id, result._received = module, job_id, received
+    result._launcher = SimpleNamespace(wait=lambda: status)
+    return result
 
 
-@pytest.mark.parametrize(("given", "cards", "expected"), [("3", 8, 3), ("", 4, 4), (None, 4, 4), (None, 0, 2)])
-def test_number_of_ranks(given, cards, expected, monkeypatch):
+@pytest.mark.parametrize(("variable", "num_gpus", "expected"), [("3", 8, 3), ("", 4, 4), (None, 4, 4), (None, 0, 2)])
+def test_number_of_ranks(variable, num_gpus, expected, monkeypatch):
     monkeypatch.delenv("MEGAMTP_RANKS", raising=False)
-    if given is not None:
-        monkeypatch.setenv("MEGAMTP_RANKS", given)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    if variable is not None:
+        monkeypatch.setenv("MEGAMTP_RANKS", variable)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
     assert local.num_ranks() == expected
 
 
-@pytest.mark.parametrize("given", ["0", "-1", "two", "1.5"])
-def test_what_is_no_number_of_ranks_is_refused(given, monkeypatch):
-    monkeypatch.setenv("MEGAMTP_RANKS", given)
-    with pytest.raises(InputError, match=f"MEGAMTP_RANKS={given}; expected a number of ranks"):
+@pytest.mark.parametrize("variable", ["0", "-1", "two", "1.5"])
+def test_invalid_number_of_ranks_is_an_error(variable, monkeypatch):
+    monkeypatch.setenv("MEGAMTP_RANKS", variable)
+    with pytest.raises(InputError, match=f"MEGAMTP_RANKS={variable}; expected a number of ranks"):
         local.num_ranks()
 
 
@@ -50,10 +50,10 @@ def test_what_is_no_number_of_ranks_is_refused(given, monkeypatch):
         (0, 0, 0),
         (0, 2, 2),
         (0, -signal.SIGKILL, 1),
-        (signal.SIGTERM, 0, 0),  # it has saved
+        (signal.SIGTERM, 0, 0),  # the job has saved
         (signal.SIGTERM, -signal.SIGTERM, 143),
         (signal.SIGTERM, 256 - signal.SIGTERM, 143),
-        (signal.SIGINT, 256 - signal.SIGTERM, 143),  # ranks get SIGTERM for it
+        (signal.SIGINT, 256 - signal.SIGTERM, 143),  # forwarded to the ranks as SIGTERM
         (signal.SIGUSR1, -signal.SIGUSR1, 128 + signal.SIGUSR1),
         (signal.SIGUSR1, 1, 1),
     ],
@@ -64,7 +64,7 @@ def test_exit_status(received, status, expected):
 
 @pytest.fixture
 def start(tmp_path):
-    """start(module, *arguments, job=NAME) -> a process that runs a module of this name and sleeps."""
+    """start(module, *arguments, job=ID) -> a process of this job that runs a sleeping module of this name."""
     processes = []
 
     def start_module(module: str, *arguments: str, job: str) -> subprocess.Popen:
@@ -91,18 +91,18 @@ def test_ranks_are_the_processes_of_this_job_that_run_its_module(start):
     assert [process.pid for process in launch("sleeping_rank")._ranks()] == [rank.pid]
 
 
-def test_ranks_without_a_launcher_are_ended_and_the_job_has_failed(start, monkeypatch):
+def test_ranks_that_outlive_the_launcher_are_ended_and_the_job_fails(start, monkeypatch):
     rank, ended = start("sleeping_rank", job="job"), []
     monkeypatch.setattr(local, "_end", ended.extend)
     assert launch("sleeping_rank").wait() == 1
     assert [process.pid for process in ended] == [rank.pid]
 
 
-def test_a_rank_that_ignores_sigterm_is_killed(monkeypatch):
+def test_rank_that_ignores_sigterm_is_killed(monkeypatch):
     monkeypatch.setattr(local, "GRACE_SECONDS", 0.3)
     program = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + SLEEPER
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as rank:
         assert rank.stdout.readline() == b"started\n"
-        began = time.monotonic()
+        start_seconds = time.monotonic()
         local._end([psutil.Process(rank.pid)])
-        assert rank.wait(10) == -signal.SIGKILL and time.monotonic() - began > 0.3
+        assert rank.wait(10) == -signal.SIGKILL and time.monotonic() - start_seconds > 0.3

@@ -1,4 +1,4 @@
-"""The command line of prepare_data: what it prints, and each mistake in one line with exit status 2."""
+"""Tests of the command line of prepare_data: its summary, and one line with exit status 2 for each mistake."""
 
 import fcntl
 import gzip
@@ -42,7 +42,7 @@ def call(tmp_path, monkeypatch, call_command):
     Path("empty").mkdir()
     Path("middle").mkdir()
     Path("middle/a.txt").write_text(TEXT)
-    Path("middle/b.txt").symlink_to("/proc/self/mem")  # opens, and every read fails
+    Path("middle/b.txt").symlink_to("/proc/self/mem")  # can be opened, but not read
     Path("middle/c.txt").write_text(TEXT)
     Path("bytes.jsonl").write_bytes(b'{"text": "good"}\n{"text": "caf\xe9"}\n')
     Path("cut.jsonl.gz").write_bytes(gzip.compress(TEXT.encode())[:-10])
@@ -55,13 +55,13 @@ CASES = {
     "missing input": (["--input", "text.txt", "none"], ["none does not exist"]),
     "nothing found": (["--input", "empty"], ["no text files in empty"]),
     "nothing left": (["--input", "text.txt", "--exclude", "text.txt"], ["no text files in text.txt"]),
-    "empty input": (["--input", ""], ["--input", "found an empty name", "--help"]),
-    "empty output": (["--input", "text.txt", "--output", ""], ["--output", "found an empty name"]),
-    "empty tokenizer": (["--input", "text.txt", "--tokenizer", ""], ["--tokenizer", "found an empty name"]),
+    "empty input": (["--input", ""], ["--input", "the name is empty", "--help"]),
+    "empty output": (["--input", "text.txt", "--output", ""], ["--output", "the name is empty"]),
+    "empty tokenizer": (["--input", "text.txt", "--tokenizer", ""], ["--tokenizer", "the name is empty"]),
     "name too long": (["--input", "x" * 300], ["File name too long"]),
     "too little text": (
         ["--input", "short.txt"],
-        ["found 1 documents", "short.txt; expected", "cut in pieces: add text"],
+        ["found 1 documents", "short.txt; expected", "cut into pieces: add text"],
     ),
     "nothing readable": (
         ["--input", "latin.txt"],
@@ -85,7 +85,7 @@ CASES = {
     "damaged parquet": (["--input", "cut.parquet"], ["cut.parquet: damaged"]),
     "bytes and another vocabulary": (
         ["--input", "text.txt", "--tokenizer", "bytes", "--vocab-size", "300"],
-        ["bytes has 257 pieces, expected 300"],
+        ["bytes has 257 pieces; expected 300"],
     ),
     "no worker": (["--input", "text.txt", "--workers", "0"], ["--workers 0"]),
     "no validation": (
@@ -128,7 +128,7 @@ def test_mistake_is_one_line(case, call):
 @pytest.mark.parametrize(
     ("tokenizer", "marks", "ends"), [("ours", 0, 3), ("bytes", 0, 2), ("dummy prefix", 2, 3), ("normalising", 2, 3)]
 )
-def test_characters_that_are_not_read_as_they_look_are_counted(call, tokenizer, marks, ends):
+def test_special_characters_in_texts_are_counted(call, tokenizer, marks, ends):
     texts = [
         "a\u2581b",
         "one\u2581</s>two",
@@ -145,14 +145,16 @@ def test_characters_that_are_not_read_as_they_look_are_counted(call, tokenizer, 
     arguments = ["--input", "marks.jsonl", "--tokenizer", model, "--output", "out", "--deduplicate"]
     status, out, err = call(*arguments)
     assert (status, err) == (0, "")
-    counted = dict(reversed(line.split(" documents hold ")) for line in out.splitlines() if " documents hold " in line)
-    found = {"the character U+2581, which this tokenizer reads as a space": str(marks)} if marks else {}
-    words = "it is tokenised as ordinary characters and ends no document"
-    assert counted == {f"an end-of-text marker such as </s> or <|endoftext|>: {words}": str(ends), **found}
+    counted = dict(
+        reversed(line.split(" documents contain ")) for line in out.splitlines() if " documents contain " in line
+    )
+    space_marks = {"the character U+2581, which this tokenizer reads as a space": str(marks)} if marks else {}
+    words = "it is tokenised as ordinary characters and does not end the document"
+    assert counted == {f"an end-of-text marker such as </s> or <|endoftext|>: {words}": str(ends), **space_marks}
     assert call(*arguments)[1] == out.replace(" nats", " nats (reused)")
 
 
-def test_prepares_reuses_refuses_and_overwrites(call):
+def test_corpus_is_prepared_reused_and_overwritten(call):
     arguments = ["--input", "text.txt", "latin.txt", "--output", "out", *SMALL]
     status, first, err = call(*arguments)
     assert (status, err) == (0, "")
@@ -168,8 +170,8 @@ def test_prepares_reuses_refuses_and_overwrites(call):
     assert "(reused)" not in out
 
 
-def test_what_was_read_passed_over_and_skipped_is_printed(call):
-    """From an input folder that also holds the output, which is no input of a second call."""
+def test_summary_counts_files_that_were_read_and_passed_over(call):
+    """The input folder also holds the output, which a second call must not read."""
     for name in ("in/.git", "in/tests"):
         Path(name).mkdir(parents=True)
     Path("in/perl.pm").write_text(TEXT)
@@ -193,17 +195,17 @@ def test_what_was_read_passed_over_and_skipped_is_printed(call):
         shutil.rmtree("in/out", ignore_errors=True)
 
 
-def test_tokenizer_of_another_vocabulary(call):
+def test_tokenizer_with_another_vocabulary_size_is_an_error(call):
     assert call("--input", "text.txt", "--output", "out", *SMALL)[0] == 0
     again = ["--input", "text.txt", "--output", "again", "--tokenizer", "out/tokenizer.model"]
     status, out, err = call(*again, "--vocab-size", "300")
     assert (status, out) == (2, "")
-    assert err.startswith("megamtp: error: out/tokenizer.model has 290 pieces, expected 300: ")
+    assert err.startswith("megamtp: error: out/tokenizer.model has 290 pieces; expected 300: ")
     assert not Path("again").exists()
     assert call(*again, *SMALL)[0] == 0
 
 
-def test_progress_on_a_terminal(call):
+def test_progress_bars_on_a_terminal(call):
     terminal, end = pty.openpty()
     fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))
     arguments = ["--input", "text.txt", "text.txt", "--tokenizer", "bytes", "--output", "out"]
@@ -218,11 +220,11 @@ def test_progress_on_a_terminal(call):
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_disk_that_is_full_while_parts_are_written(call, workers):
-    """A limit of a file's size stands for the disk's; with room again, the same command goes on."""
+def test_full_disk_while_parts_are_written(call, workers):
+    """A limit on file sizes acts as the full disk. With room again, the same command continues."""
     Path("long").mkdir()
     for number in range(3):
-        Path(f"long/{number}.txt").write_text("x" * (500_000 << number))  # the last is a shard of its own
+        Path(f"long/{number}.txt").write_text("x" * (500_000 << number))  # the last file is a separate shard
     arguments = ["--input", "long", "--tokenizer", "bytes", "--output", "out", "--workers", workers]
     finished = subprocess.run(
         [sys.executable, "-m", "megamtp.commands.prepare_data", *arguments],
@@ -244,7 +246,7 @@ def test_disk_that_is_full_while_parts_are_written(call, workers):
 @pytest.mark.parametrize(
     "arguments", [["--input", "text.txt"], ["--output", "out"], ["--input", "a", "--standard-library"]]
 )
-def test_wrong_usage(call, arguments):
+def test_wrong_usage_refers_to_help(call, arguments):
     status, out, err = call(*arguments)
     assert (status, out) == (2, "")
     assert re.fullmatch(r"megamtp: error: .+; see .* --help\n", err)

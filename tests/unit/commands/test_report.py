@@ -1,4 +1,4 @@
-"""The report's picture, table and checks on invented metrics."""
+"""Tests of the report's plot, table, warnings and checks on invented metrics."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ LEARNED = [2.5, 3.25, 3.75]
 
 
 def write_run(folder: Path, validation: list[float] | None, entropy: float | None = ENTROPY) -> Path:
-    """400 steps of three heads whose losses fall from ln(2000); the last validation losses as given."""
+    """Writes a run of 400 steps and three heads. Losses fall from ln(2000) to `validation`."""
     run, corpus = folder / "quickstart", folder / "corpus"
     run.mkdir()
     corpus.mkdir()
@@ -45,7 +45,7 @@ def write_run(folder: Path, validation: list[float] | None, entropy: float | Non
 
 
 def call(monkeypatch, *arguments) -> int:
-    """The exit status."""
+    """Calls the command and returns its exit status."""
     monkeypatch.setattr(sys, "argv", ["report", *map(str, arguments)])
     try:
         report.main()
@@ -61,7 +61,7 @@ def picture_size(run: Path) -> tuple[int, int]:
     return struct.unpack(">II", content[16:24])
 
 
-def test_the_picture_and_the_table(tmp_path, monkeypatch, capsys):
+def test_plot_and_table(tmp_path, monkeypatch, capsys):
     run = write_run(tmp_path, LEARNED)
     assert call(monkeypatch, run) == 0
     width, height = picture_size(run)
@@ -86,7 +86,7 @@ def test_the_picture_and_the_table(tmp_path, monkeypatch, capsys):
         ([math.nan, 3.25, 3.75], 1.0, ["FAILED", "FAILED", "OK"]),
     ],
 )
-def test_the_checks_and_the_exit_status(tmp_path, monkeypatch, capsys, validation, min_margin, verdicts):
+def test_checks_of_min_margin_and_exit_status(tmp_path, monkeypatch, capsys, validation, min_margin, verdicts):
     status = call(monkeypatch, write_run(tmp_path, validation), "--min-margin", min_margin)
     lines = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()[4:]]
     assert [verdict for verdict in lines if verdict != "WARNING"] == verdicts
@@ -94,9 +94,7 @@ def test_the_checks_and_the_exit_status(tmp_path, monkeypatch, capsys, validatio
 
 
 @pytest.mark.parametrize(("validation", "entropy"), [(None, ENTROPY), (LEARNED, None)])
-def test_without_validation_or_entropy_there_is_a_picture_but_no_check(
-    tmp_path, monkeypatch, capsys, validation, entropy
-):
+def test_min_margin_requires_validation_losses_and_entropy(tmp_path, monkeypatch, capsys, validation, entropy):
     run = write_run(tmp_path, validation, entropy)
     assert call(monkeypatch, run) == 0
     picture_size(run)
@@ -105,29 +103,29 @@ def test_without_validation_or_entropy_there_is_a_picture_but_no_check(
         call(monkeypatch, run, "--min-margin", 1)
 
 
-def test_a_name_with_dollar_signs_is_no_formula(tmp_path, monkeypatch):
+def test_run_name_with_dollar_signs_is_not_a_formula(tmp_path, monkeypatch):
     run = write_run(tmp_path, LEARNED).rename(tmp_path / r"a$\none{$")
     assert call(monkeypatch, run) == 0
     picture_size(run)
 
 
-def test_skipped_steps_leave_a_gap_in_no_mean(tmp_path, monkeypatch):
+def test_smoothed_losses_ignore_skipped_steps(tmp_path, monkeypatch):
     run = write_run(tmp_path, LEARNED)
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     kept = [line for number, line in enumerate(lines, start=1) if not 150 <= number <= 152]
     skipped = [json.dumps({"kind": "train", "step": step, "losses": [None] * 3}) + "\n" for step in range(150, 153)]
     (run / "metrics.jsonl").write_text("".join([*lines[:149], *skipped, *lines[152:]]))
-    training, _ = report._read_metrics(run / "metrics.jsonl", 3)
+    training, _ = report.read_losses(run / "metrics.jsonl", 3)
     assert np.isnan(training.losses).sum() == 9 and len(training.steps) == 400
     smooth = report._smooth(training.losses[:, 0])
     assert np.isfinite(smooth).all()
     losses = [json.loads(line)["losses"][0] for line in kept if json.loads(line)["kind"] == "train"]
-    assert smooth[150] == pytest.approx(np.mean(losses[146:152]))  # steps 147 to 155, three of them without
+    assert smooth[150] == pytest.approx(np.mean(losses[146:152]))  # steps 147 to 155, of which three have no loss
     assert smooth[-20] == pytest.approx(np.mean(losses[-24:-15]))
     assert np.isnan(report._smooth(np.array([1.0, np.nan]))[1])
 
 
-def test_a_last_line_still_being_written_is_left_out(tmp_path, monkeypatch):
+def test_incomplete_last_line_is_ignored(tmp_path, monkeypatch):
     run = write_run(tmp_path, LEARNED)
     with open(run / report.METRICS, "a") as stream:
         stream.write('{"kind": "train", "st')
@@ -154,7 +152,7 @@ def test_a_last_line_still_being_written_is_left_out(tmp_path, monkeypatch):
         '{"kind": "train", "step": 1, "losses": ' + "[" * 100_000 + "]" * 100_000 + "}",
     ],
 )
-def test_a_damaged_line_is_named(tmp_path, monkeypatch, line):
+def test_error_names_a_damaged_line(tmp_path, monkeypatch, line):
     run = write_run(tmp_path, LEARNED)
     lines = (run / report.METRICS).read_text().splitlines()
     lines[6] = line
@@ -165,8 +163,8 @@ def test_a_damaged_line_is_named(tmp_path, monkeypatch, line):
     assert not (run / "loss.png").exists()
 
 
-def test_the_smooth_curve_has_no_spike_at_an_end():
-    """Noise of single steps, one of them large and last, is averaged at the ends as elsewhere; no end stands out."""
+def test_smoothed_losses_have_no_spike_at_the_ends():
+    """Noise is averaged at the first and last steps as it is elsewhere, even if the last step is an outlier."""
     noise = np.random.default_rng(0).normal(0, 1, 4000)
     smooth = report._smooth(3 + noise)
     assert np.abs(smooth - 3).max() < 5 / math.sqrt(41)  # at an end 41 steps, elsewhere 81
@@ -177,7 +175,7 @@ def test_the_smooth_curve_has_no_spike_at_an_end():
 @pytest.mark.parametrize(
     ("losses", "warnings"),
     [
-        ([4.0, 3.0, 3.0 + report.RISE / 2], []),
+        ([4.0, 3.0, 3.0 + report.MAX_RISE / 2], []),
         (
             [4.0, 3.0, 3.25],
             ["head 1's validation loss rises: 3.2500 is 0.2500 above its lowest, 3.0000 at step 80; train fewer"],
@@ -185,14 +183,14 @@ def test_the_smooth_curve_has_no_spike_at_an_end():
         ([math.nan, 3.0, 3.25], ["head 1's validation loss rises"]),
         ([4.0, 3.0, math.nan], []),
         ([math.nan] * 3, []),
-        ([5.6], ["head 1's validation loss 5.6000 lies above the unigram entropy 5.5000"]),
+        ([5.6], ["head 1's validation loss 5.6000 is above the unigram entropy 5.5000"]),
         (
             [5.0, 5.6],
-            ["head 1's validation loss rises", "head 1's validation loss 5.6000 lies above the unigram entropy"],
+            ["head 1's validation loss rises", "head 1's validation loss 5.6000 is above the unigram entropy"],
         ),
     ],
 )
-def test_a_validation_loss_that_rises_or_is_above_the_entropy_is_named(tmp_path, monkeypatch, capsys, losses, warnings):
+def test_warnings_about_validation_losses(tmp_path, monkeypatch, capsys, losses, warnings):
     run = write_run(tmp_path, None)
     with open(run / report.METRICS, "a") as stream:
         for step, loss in enumerate(losses, start=1):
@@ -203,23 +201,23 @@ def test_a_validation_loss_that_rises_or_is_above_the_entropy_is_named(tmp_path,
             }
             stream.write(json.dumps(record) + "\n")
     assert call(monkeypatch, run) == 0
-    found = capsys.readouterr().out.splitlines()[4:]
-    assert len(found) == len(warnings)
-    for line, start in zip(found, warnings, strict=True):
+    lines = capsys.readouterr().out.splitlines()[4:]
+    assert len(lines) == len(warnings)
+    for line, start in zip(lines, warnings, strict=True):
         assert line.startswith(f"WARNING: {start}")
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("x" * 300, "x is no folder"),
-        ("none", "none is no folder"),
-        ("a=b", "a=b is no folder"),
-        ("", "holds no config.yaml"),
+        ("x" * 300, "x is not a folder"),
+        ("none", "none is not a folder"),
+        ("a=b", "a=b is not a folder"),
+        ("", "has no config.yaml"),
     ],
 )
-def test_a_folder_without_a_run_is_named(tmp_path, monkeypatch, name, words):
-    with pytest.raises(InputError, match=f"{words}; expected the folder of a run"):
+def test_error_names_a_folder_without_a_run(tmp_path, monkeypatch, name, words):
+    with pytest.raises(InputError, match=f"{words}; expected the run.directory of a run"):
         call(monkeypatch, tmp_path / name)
     assert list(tmp_path.iterdir()) == []
 
@@ -240,7 +238,7 @@ def test_missing_metrics_are_one_line_and_status_2(tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize(
     "entropy", ["", '"unigram_entropy": 1e400', '"unigram_entropy": NaN', f'"unigram_entropy": {"9" * 400}']
 )
-def test_a_damaged_corpus_file_is_refused(tmp_path, monkeypatch, entropy):
+def test_damaged_corpus_summary_is_an_error(tmp_path, monkeypatch, entropy):
     run = write_run(tmp_path, LEARNED)
     (tmp_path / "corpus" / "corpus.json").write_text(f"{{{entropy}}}")
     with pytest.raises(InputError, match=r"corpus\.json is damaged"):

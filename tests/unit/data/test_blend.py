@@ -1,4 +1,4 @@
-"""Blends: shares to within one window at every place, whole epochs of each corpus, and what data.train may say."""
+"""Blends: shares are exact to within one window, each corpus runs through whole epochs, and data.train is parsed."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megamtp.config import DataConfig, read_config, write_config
-from megamtp.data.blend import PERIOD, Blend, layout, quantise
+from megamtp.data.blend import PERIOD, Blend, interleave, windows_per_period
 from megamtp.data.windows import Windows
 from megamtp.errors import InputError
 from tests.unit.data.test_windows import Tokens
@@ -20,8 +20,8 @@ WEIGHTS = st.lists(st.floats(1e-7, 1e7), min_size=1, max_size=7)
 
 @settings(max_examples=200, deadline=None)
 @given(WEIGHTS)
-def test_shares_are_the_nearest(weights):
-    shares, exact = quantise(weights), np.array(weights) / math.fsum(weights) * PERIOD
+def test_shares_are_nearest_to_the_weights(weights):
+    shares, exact = windows_per_period(weights), np.array(weights) / math.fsum(weights) * PERIOD
     assert shares.sum() == PERIOD and shares.min() >= 1
     assert (np.abs(shares - exact) <= 1).all() or (exact < 1).any()
 
@@ -29,16 +29,16 @@ def test_shares_are_the_nearest(weights):
 @settings(max_examples=12, deadline=None)
 @given(WEIGHTS)
 def test_every_prefix_is_within_one_window_of_the_shares(weights):
-    shares = quantise(weights)
-    chosen, places = layout(shares), np.arange(1, PERIOD + 1)
+    shares = windows_per_period(weights)
+    corpora, lengths = interleave(shares), np.arange(1, PERIOD + 1)
     for corpus, share in enumerate(shares.tolist()):
-        taken = np.cumsum(chosen == corpus)
-        assert (np.abs(taken * PERIOD - places * share) <= PERIOD).all()
+        taken = np.cumsum(corpora == corpus)
+        assert (np.abs(taken * PERIOD - lengths * share) <= PERIOD).all()
         assert taken[-1] == share
 
 
-def test_each_corpus_goes_through_its_own_epochs():
-    """Corpora of 40, 5 and 1000 windows, 1 : 1 : 2; places beyond one period."""
+def test_each_corpus_runs_through_its_own_epochs():
+    """Blends corpora of 40, 5 and 1000 windows as 1 : 1 : 2, across the end of a period."""
     sizes, firsts = [40, 5, 1000], [0, 10_000, 20_000]
     corpora = [
         Windows(Tokens(size * 2 + 1, list(range(first, first + size * 2 + 1))), 2, 1, seed=4, stream=stream)
@@ -46,30 +46,32 @@ def test_each_corpus_goes_through_its_own_epochs():
     ]
     blend = Blend(corpora, [1, 1, 2])
     start = PERIOD - 200
-    heads = [int(window.inputs[0]) for window in blend.at(np.arange(start, start + 400))]
+    first_tokens = [int(window.inputs[0]) for window in blend.windows_at(np.arange(start, start + 400))]
     for corpus, size, first, share in zip(corpora, sizes, firsts, (0.25, 0.25, 0.5), strict=True):
-        found = [head for head in heads if first <= head < first + 10_000]
+        own = [token for token in first_tokens if first <= token < first + 10_000]
         before = round(start * share)
-        assert len(found) == 400 * share
-        expected = corpus.at(np.arange(before, before + len(found)))
-        assert found == [int(window.inputs[0]) for window in expected]
-        epoch = found[-before % size :][:size]
+        assert len(own) == 400 * share
+        expected = corpus.windows_at(np.arange(before, before + len(own)))
+        assert own == [int(window.inputs[0]) for window in expected]
+        epoch = own[-before % size :][:size]
         assert len(set(epoch)) == len(epoch)
     shuffled = np.random.default_rng(0).permutation(400)
-    assert [int(window.inputs[0]) for window in blend.at(start + shuffled)] == [heads[place] for place in shuffled]
+    windows = blend.windows_at(start + shuffled)
+    assert [int(window.inputs[0]) for window in windows] == [first_tokens[index] for index in shuffled]
 
 
-def test_counts_and_beginnings_of_corpora():
+def test_window_counts_and_first_windows():
     blend = Blend([Windows(Tokens(11), 2, 1, seed=0), Windows(Tokens(21), 2, 1, seed=0, stream=1)], [0.3, 0.7])
-    assert blend.counts(0) == [0, 0] and blend.counts(2 * PERIOD) == [2 * 19661, 2 * 45875]
+    assert blend.count_windows(0) == [0, 0] and blend.count_windows(2 * PERIOD) == [2 * 19661, 2 * 45875]
     for number in (1, 7, 1000, PERIOD + 1000):
-        first, second = blend.counts(number)
+        first, second = blend.count_windows(number)
         assert first + second == number and abs(first - 0.3 * number) <= 1
     later = Blend(blend.corpora, [0.3, 0.7], [3, 8])
-    own = [corpus.at(np.array([first])) for corpus, first in zip(blend.corpora, later.first_windows, strict=True)]
-    found = later.at(np.arange(5))
-    places = [layout(later.shares).tolist().index(corpus) for corpus in (0, 1)]
-    assert [int(window.inputs[0]) for (window,) in own] == [int(found[place].inputs[0]) for place in places]
+    for corpus, first_window in enumerate(later.first_windows):
+        (expected,) = blend.corpora[corpus].windows_at(np.array([first_window]))
+        first_index = interleave(later.shares).tolist().index(corpus)
+        (window,) = later.windows_at(np.array([first_index]))
+        assert int(window.inputs[0]) == int(expected.inputs[0])
     assert not blend.targets_can_be_ignored
     assert Blend([blend.corpora[0], Windows(Tokens(11), 2, 2, seed=0)], [1, 1]).targets_can_be_ignored
 
@@ -84,17 +86,17 @@ def test_counts_and_beginnings_of_corpora():
         ("2 'my corpus/train'\n1e-1 b", [(2.0, "my corpus/train"), (0.1, "b")]),
     ],
 )
-def test_data_train(train, corpora):
+def test_data_train_is_parsed(train, corpora):
     assert DataConfig(train=train).train_corpora == corpora
 
 
 @pytest.mark.parametrize("train", ["0.7 a 0.3", "0.7 a b 0.3", "0 a 1 b", "-1 a 1 b", "nan a 1 b", "inf a 1 b"])
-def test_bad_blend_is_named(train):
+def test_bad_data_train_is_refused(train):
     with pytest.raises(InputError, match=rf"^data\.train={train}; expected WEIGHT PREFIX .*$"):
         _ = DataConfig(train=train).train_corpora
 
 
-def test_blend_whose_weights_have_no_sum():
+def test_weights_whose_sum_overflows_are_refused():
     assert DataConfig(train="8e307 a 8e307 b").train_corpora == [(8e307, "a"), (8e307, "b")]
     with pytest.raises(
         InputError, match=r"^data\.train=1e308 a 1e308 b; expected weights whose sum is a finite number$"
@@ -102,7 +104,7 @@ def test_blend_whose_weights_have_no_sum():
         _ = DataConfig(train="1e308 a 1e308 b").train_corpora
 
 
-def test_resolved_blend_is_read_back_with_absolute_paths(tmp_path, monkeypatch):
+def test_blend_in_a_written_configuration_has_absolute_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = read_config([*SMALL, "data.train=0.7 a/train 0.3 'my corpus/train'", "data.documents=mask"])
     write_config(config, tmp_path / "config.yaml")

@@ -1,4 +1,4 @@
-"""A preparation: what it holds, when it is reused or refused, and that an interrupted one does not look whole."""
+"""Prepared corpora: their content, when they are reused or refused, and interrupted preparations."""
 
 import errno
 import fcntl
@@ -24,14 +24,14 @@ SPLITS = ("train", "validation")
 
 
 @pytest.fixture(autouse=True)
-def quick_picture(monkeypatch):
-    """Drawing takes longer than all else; test_length_report.py has the picture."""
+def no_picture(monkeypatch):
+    """Skips drawing, which takes longer than everything else and is tested in test_length_report.py."""
     monkeypatch.setattr(corpus_module, "draw_lengths", lambda lengths: bytes(lengths))
 
 
 @pytest.fixture
 def source(tmp_path) -> Source:
-    """50 documents, and one file that is not UTF-8."""
+    """Writes 50 documents, and one file that is not UTF-8."""
     (tmp_path / "texts").mkdir()
     for number in range(50):
         text = "".join(f"def f{line}(x):\r\n\treturn x * {number}  \u2581\n" for line in range(number % 7 + 1))
@@ -45,11 +45,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def split_texts(folder: Path, split: str) -> list[str]:
-    """The documents of a split, decoded, each without its end."""
+    """Returns the texts of a split's documents, and checks that each ends with the end-of-document id."""
     tokenizer = SentencePieceTokenizer(folder / "tokenizer.model")
-    found = list(IndexedDataset(folder / split))
-    assert all(tokens[-1] == tokenizer.end_of_document_id for tokens in found)
-    return [tokenizer.decode(tokens[:-1]) for tokens in found]
+    documents = list(IndexedDataset(folder / split))
+    assert all(tokens[-1] == tokenizer.end_of_document_id for tokens in documents)
+    return [tokenizer.decode(tokens[:-1]) for tokens in documents]
 
 
 def refusal(*arguments, **options) -> str:
@@ -59,13 +59,13 @@ def refusal(*arguments, **options) -> str:
     return str(error.value)
 
 
-def test_what_a_corpus_holds(source, tmp_path):
+def test_content_of_a_corpus(source, tmp_path):
     corpus, reused = prepare(source, tmp_path / "out", VOCAB_SIZE, validation_fraction=0.1)
     texts = [text for _, text in source.documents()]
     train, validation = (split_texts(tmp_path / "out", split) for split in SPLITS)
     assert not reused
     assert sorted(train + validation) == sorted(texts)
-    assert [text for text in texts if text not in validation] == train  # in the source's order
+    assert [text for text in texts if text not in validation] == train  # in the order of the inputs
     assert corpus.documents == {"train": 45, "validation": 5} == {"train": len(train), "validation": len(validation)}
     assert corpus.tokens == {split: IndexedDataset(tmp_path / "out" / split).num_tokens for split in SPLITS}
     assert corpus.bytes_per_token == sum(len(text.encode()) for text in texts) / sum(corpus.tokens.values())
@@ -83,7 +83,7 @@ def test_unigram_entropy(source, tmp_path):
     assert corpus.unigram_entropy == pytest.approx(expected, rel=1e-12)
 
 
-def test_same_preparation_is_reused(source, tmp_path):
+def test_existing_corpus_is_reused(source, tmp_path):
     first, _ = prepare(source, tmp_path / "out", VOCAB_SIZE)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     second, reused = prepare(find_source([tmp_path / "texts"]), tmp_path / "out", VOCAB_SIZE)
@@ -95,7 +95,7 @@ def test_same_preparation_is_reused(source, tmp_path):
 @pytest.mark.parametrize(
     "change", ["vocab_size", "validation_fraction", "seed", "tokenizer", "json_key", "text", "file"]
 )
-def test_another_preparation_is_refused_unless_it_may_overwrite(source, tmp_path, change):
+def test_other_inputs_or_settings_are_refused_without_overwrite(source, tmp_path, change):
     out, options = tmp_path / "out", {"vocab_size": VOCAB_SIZE, "validation_fraction": 0.02, "seed": 0}
     prepare(source, out, **options)
     before = contents(out)
@@ -117,7 +117,7 @@ def test_another_preparation_is_refused_unless_it_may_overwrite(source, tmp_path
 
 
 def interrupted_at(monkeypatch, call: int, *arguments, **options) -> bool:
-    """Prepares, raising at the given call of os.replace, which publishes each file; whether there was such a call."""
+    """Prepares a corpus and interrupts it at a call of os.replace. Returns False if there are fewer calls."""
     replace, calls = os.replace, []
 
     def interrupt(*paths):
@@ -136,7 +136,7 @@ def interrupted_at(monkeypatch, call: int, *arguments, **options) -> bool:
 
 
 def test_corpus_of_an_earlier_version_is_read_and_reused(source, tmp_path):
-    """From before corpus.json told of files, of what was passed over and of skipped records."""
+    """In earlier versions, corpus.json has no files, passed_over and skipped_records."""
     prepare(source, tmp_path / "out", VOCAB_SIZE)
     summary = json.loads((tmp_path / "out/corpus.json").read_text())
     for name in ("files", "passed_over", "skipped_records"):
@@ -147,7 +147,7 @@ def test_corpus_of_an_earlier_version_is_read_and_reused(source, tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"file_format": "text"}, {"skip_bad_records": True}])
-def test_another_reading_of_the_same_files_is_another_corpus(tmp_path, change):
+def test_other_settings_for_the_same_files_make_another_corpus(tmp_path, change):
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "line {number}"}}\n' for number in range(50)))
     prepare(find_source([tmp_path / "a.jsonl"]), tmp_path / "out", tokenizer="bytes")
     assert "other inputs or settings" in refusal(
@@ -155,7 +155,7 @@ def test_another_reading_of_the_same_files_is_another_corpus(tmp_path, change):
     )
 
 
-def test_interrupted_preparation_is_no_corpus_and_can_be_restarted(source, tmp_path, monkeypatch):
+def test_interrupted_preparation_is_not_a_corpus_and_can_be_restarted(source, tmp_path, monkeypatch):
     prepare(source, tmp_path / "whole", VOCAB_SIZE)
     whole = contents(tmp_path / "whole")
     for call in count():
@@ -188,10 +188,10 @@ def test_split_depends_on_the_seed_and_not_on_the_order(source, tmp_path):
     for number, (files, seed) in enumerate([(source.files, 0), (source.files[::-1], 0), (source.files, 1)]):
         prepare(Source(files), tmp_path / str(number), VOCAB_SIZE, validation_fraction=0.3, seed=seed)
         validation.append(split_texts(tmp_path / str(number), "validation"))
-    one, reversed_order, other_seed = validation
-    assert one == reversed_order[::-1]
-    assert len(one) == len(other_seed) == 15
-    assert set(one) != set(other_seed)
+    first, reversed_order, other_seed = validation
+    assert first == reversed_order[::-1]
+    assert len(first) == len(other_seed) == 15
+    assert set(first) != set(other_seed)
 
 
 @pytest.mark.parametrize(("fraction", "expected"), [(1e-9, 1), (0.5, 25), (0.999999, 49)])
@@ -200,19 +200,19 @@ def test_neither_split_is_empty(source, tmp_path, fraction, expected):
     assert corpus.documents == {"train": 50 - expected, "validation": expected}
 
 
-def test_documents_of_one_name_stay_together(tmp_path):
+def test_documents_with_the_same_name_are_in_the_same_split(tmp_path):
     inputs = [tmp_path / "a", tmp_path / "b"]
     for folder in inputs:
         folder.mkdir()
         (folder / "x.txt").write_text(f"the text of {folder.name} " * 20)
-    assert "found 1 documents that differ in name" in refusal(find_source(inputs), tmp_path / "out", 275)
+    assert "found 1 documents with different names" in refusal(find_source(inputs), tmp_path / "out", 275)
     (tmp_path / "a/y.txt").write_text("one more")
     corpus, _ = prepare(find_source(inputs), tmp_path / "out", 275)
     assert sorted(corpus.documents.values()) == [1, 2]
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"", b"too short to be cut"])
-def test_too_little_text_leaves_nothing(tmp_path, content):
+def test_too_little_text_is_refused_and_leaves_no_files(tmp_path, content):
     (tmp_path / "a.txt").write_bytes(content)
     message = refusal(find_source([tmp_path / "a.txt"]), tmp_path / "out", VOCAB_SIZE)
     assert message.startswith(f"found {int(content[:1] == b't')} documents")
@@ -238,7 +238,7 @@ def test_full_disk(source, tmp_path, name):
 @pytest.mark.parametrize(
     "wrong", [{"vocab_size": 3}, {"vocab_size": 10**6}, {"tokenizer": "texts/00.py"}, {"tokenizer": "none"}]
 )
-def test_mistake_leaves_nothing_new_and_the_old_corpus_whole(source, tmp_path, wrong):
+def test_wrong_options_leave_no_files_and_do_not_touch_an_old_corpus(source, tmp_path, wrong):
     options = {name: tmp_path / value if name == "tokenizer" else value for name, value in wrong.items()}
     (tmp_path / "out").mkdir()
     refusal(source, tmp_path / "out", **options)
@@ -250,7 +250,7 @@ def test_mistake_leaves_nothing_new_and_the_old_corpus_whole(source, tmp_path, w
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"vocab_size": 3}', b"\xff"])
-def test_damaged_summary_is_named_and_can_be_overwritten(source, tmp_path, content):
+def test_damaged_summary_is_refused_and_can_be_overwritten(source, tmp_path, content):
     corpus, _ = prepare(source, tmp_path / "out", VOCAB_SIZE)
     (tmp_path / "out/corpus.json").write_bytes(content)
     message = refusal(source, tmp_path / "out", VOCAB_SIZE)
@@ -259,18 +259,20 @@ def test_damaged_summary_is_named_and_can_be_overwritten(source, tmp_path, conte
     assert prepare(source, tmp_path / "out", VOCAB_SIZE, overwrite=True) == (corpus, False)
 
 
-def test_input_that_changes_meanwhile(source, tmp_path, monkeypatch):
-    """What was read before and after would be mixed; the next call reads it anew."""
-    split_limit = corpus_module.split_limit
+def test_input_that_changes_during_the_preparation_is_refused(source, tmp_path, monkeypatch):
+    """The corpus would mix old and new content. The next preparation reads the input again."""
+    split_threshold = corpus_module.split_threshold
 
     def change(*arguments):
         (tmp_path / "texts/00.py").write_text("another text")
-        return split_limit(*arguments)
+        return split_threshold(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(corpus_module, "split_limit", change)
+        patch.setattr(corpus_module, "split_threshold", change)
         message = refusal(source, tmp_path / "out", VOCAB_SIZE)
-    assert message == "an input changed while it was read; expected all to stay as they are: wait, then call again"
+    assert message == (
+        "an input changed while it was read; expected inputs that do not change: wait, then run the command again"
+    )
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".preparation"]
     prepare(source, tmp_path / "out", VOCAB_SIZE)
     prepare(source, tmp_path / "fresh", VOCAB_SIZE)
@@ -278,11 +280,11 @@ def test_input_that_changes_meanwhile(source, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["train.bin", "validation.idx", "tokenizer.model"])
-def test_files_of_another_program_are_not_replaced_unasked(source, tmp_path, name):
+def test_files_of_another_program_are_not_replaced_without_overwrite(source, tmp_path, name):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_bytes(b"precious")
     assert refusal(source, tmp_path / "out", VOCAB_SIZE) == (
-        f"{tmp_path}/out/{name} is there without a corpus.json; expected a folder without it: use another or "
+        f"{tmp_path}/out/{name} exists without a corpus.json; expected a folder without {name}: use another folder or "
         "--overwrite"
     )
     assert contents(tmp_path / "out") == {name: b"precious"}
@@ -291,7 +293,7 @@ def test_files_of_another_program_are_not_replaced_unasked(source, tmp_path, nam
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
-def test_given_tokenizer_may_lie_in_the_output(source, tmp_path):
+def test_given_tokenizer_may_lie_in_the_output_folder(source, tmp_path):
     prepare(source, tmp_path / "first", VOCAB_SIZE)
     (tmp_path / "out").mkdir()
     shutil.copy(tmp_path / "first/tokenizer.model", tmp_path / "out/tokenizer.model")
@@ -299,14 +301,14 @@ def test_given_tokenizer_may_lie_in_the_output(source, tmp_path):
     assert contents(tmp_path / "out")["train.bin"] == contents(tmp_path / "first")["train.bin"]
 
 
-def test_reuse_leaves_a_preparation_that_is_under_way_alone(source, tmp_path):
-    """One that is about to overwrite the corpus; what a killed one has left is removed."""
+def test_reuse_removes_the_work_folder_of_a_killed_preparation_but_not_of_a_running_one(source, tmp_path):
+    """The running preparation is about to overwrite the corpus."""
     prepare(source, tmp_path / "out", VOCAB_SIZE)
     (tmp_path / "out/.preparation").mkdir()
     with open(tmp_path / "out/.preparation/lock", "wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert refusal(source, tmp_path / "out", VOCAB_SIZE).startswith(
-            f"{tmp_path}/out is being prepared by another process"
+            f"another process is preparing {tmp_path}/out; "
         )
         assert (tmp_path / "out/.preparation/lock").exists()
     _, reused = prepare(source, tmp_path / "out", VOCAB_SIZE)

@@ -1,4 +1,4 @@
-"""Documents: found in one order wherever they lie, read as they are, and every bad file named with its line."""
+"""Documents: a reproducible order, exact content, and error messages that name the file and the line."""
 
 import bz2
 import gzip
@@ -35,7 +35,7 @@ def refusal(function, *arguments) -> str:
     return str(error.value)
 
 
-def found(*inputs: Path, **options) -> list[tuple[str, str]]:
+def read(*inputs: Path, **options) -> list[tuple[str, str]]:
     return list(find_source(list(inputs), **options).documents())
 
 
@@ -45,19 +45,18 @@ def test_order_and_names_do_not_depend_on_the_file_system(tmp_path, monkeypatch)
     for seed in range(5):
 
         def shuffled(folder, onerror, seed=seed):
-            for place, folders, names in random.Random(seed).sample(
-                found := list(walk(folder, onerror=onerror)), len(found)
-            ):
-                yield place, folders, random.Random(seed).sample(names, len(names))
+            visits = list(walk(folder, onerror=onerror))
+            for path, folders, names in random.Random(seed).sample(visits, len(visits)):
+                yield path, folders, random.Random(seed).sample(names, len(names))
 
         monkeypatch.setattr(os, "walk", shuffled)
         folder = write(tmp_path / f"{seed}/corpus", dict(random.Random(seed).sample(list(TREE.items()), len(TREE))))
-        assert found(folder) == expected
+        assert read(folder) == expected
     inputs = [write(tmp_path / "other", {"c.py": "c"}), folder, tmp_path / "0/corpus/b.py"]
-    assert found(*inputs) == found(*reversed(inputs))
+    assert read(*inputs) == read(*reversed(inputs))
 
 
-def test_whatever_is_utf8_text_is_text(tmp_path):
+def test_every_utf8_file_in_a_folder_is_read_as_text(tmp_path):
     files = {
         **TREE,
         "LICENSE": "free",
@@ -73,16 +72,16 @@ def test_whatever_is_utf8_text_is_text(tmp_path):
     assert (reader.not_utf8, source.passed_over) == (["picture.png"], {documents.BINARY: ["zip"]})
 
 
-def test_a_folder_of_json_lines_by_any_name(tmp_path):
+def test_json_lines_are_detected_by_content(tmp_path):
     line = '{"text": "words"}\n'
     compressed = {"a.jsonl.bz2": bz2.compress, "b.JSONL.XZ": lzma.compress, "c.ndjson.gz": gzip.compress}
     files = {name: compress(line.encode()) for name, compress in compressed.items()}
     write(tmp_path, files | {"d.jsonl": line, "e.NDJSON": line, "part-00000": line * 2, "f.json": line})
-    assert Counter(text for _, text in found(tmp_path)) == {"words": 8}
+    assert Counter(text for _, text in read(tmp_path)) == {"words": 8}
     assert {file.format for file in find_source([tmp_path]).files} == {JSON_LINES}
 
 
-def test_what_is_passed_over_in_folders_is_told(tmp_path):
+def test_passed_over_files_are_reported_by_reason(tmp_path):
     write(
         tmp_path,
         {**TREE, ".git/config": "x", ".editorconfig": "x", "build/a.py": "x", "a/build/b.py": "x", "z.lock": "x"},
@@ -97,20 +96,18 @@ def test_what_is_passed_over_in_folders_is_told(tmp_path):
         documents.LINKS: ["link"],
         documents.SPECIAL: ["pipe"],
     }
-    assert found(tmp_path / ".git") == [("config", "x")] and found(tmp_path / ".editorconfig") == [
-        (".editorconfig", "x")
-    ]
+    assert read(tmp_path / ".git") == [("config", "x")] and read(tmp_path / ".editorconfig") == [(".editorconfig", "x")]
 
 
 @pytest.mark.parametrize("name", ["a/broken.py", "broken.jsonl", "broken", "broken.bin"])
-def test_link_that_points_nowhere_is_named_unless_it_is_left_out(tmp_path, name):
-    """As in a part of a download, whose text would be missing."""
+def test_dangling_link_is_refused_unless_it_is_excluded(tmp_path, name):
+    """Incomplete downloads leave such links; their text would be missing from the corpus."""
     write(tmp_path, TREE)
     (tmp_path / name).symlink_to("../blobs/none")
     own = {"own_files": [tmp_path / "out/broken.bin"]}
     message = refusal(partial(find_source, **own), [tmp_path])
     assert message.startswith(f"{tmp_path}/{name} is a link to ../blobs/none, which does not exist; expected ")
-    assert found(tmp_path, exclude=("broken*",)) == sorted(TREE.items())
+    assert read(tmp_path, exclude=("broken*",)) == sorted(TREE.items())
     (tmp_path / name).unlink()
     (tmp_path / name).symlink_to(tmp_path / name)
     assert refusal(partial(find_source, **own), [tmp_path]).startswith(
@@ -118,7 +115,7 @@ def test_link_that_points_nowhere_is_named_unless_it_is_left_out(tmp_path, name)
     )
 
 
-def test_binary_file_that_is_named_is_refused(tmp_path):
+def test_binary_file_that_the_user_named_is_refused(tmp_path):
     write(tmp_path, {**TREE, "all.tar": b"a.txt" + bytes(500)})
     message = refusal(find_source, [tmp_path / "a.txt", tmp_path / "all.tar"])
     assert message.startswith(f"{tmp_path}/all.tar is binary or UTF-16 (it has zero bytes); expected UTF-8 text, ")
@@ -136,7 +133,7 @@ def test_format_of_all_inputs_can_be_given(tmp_path, file_format, expected):
         assert list(source.documents()) == expected
 
 
-def test_json_files_hold_json_lines_but_are_settings_in_a_source_tree(tmp_path):
+def test_json_files_are_json_lines_or_the_settings_of_a_source_tree(tmp_path):
     line = '{"text": "two words"}'
     write(
         tmp_path,
@@ -148,12 +145,12 @@ def test_json_files_hold_json_lines_but_are_settings_in_a_source_tree(tmp_path):
         ("x/Mod.PY", "x = 1"),
         ("y.json.GZ/0", "two words"),
     ]
-    assert found(tmp_path) == records
-    assert found(tmp_path / "loose.json") == records[:1]
+    assert read(tmp_path) == records
+    assert read(tmp_path / "loose.json") == records[:1]
     settings = '{\n  "key": 1\n}\n'
     write(tmp_path, {"settings.json": settings})
-    assert found(tmp_path)[1] == ("settings.json", settings)
-    assert refusal(found, tmp_path / "settings.json").startswith(f"{tmp_path}/settings.json:1: not JSON ")
+    assert read(tmp_path)[1] == ("settings.json", settings)
+    assert refusal(read, tmp_path / "settings.json").startswith(f"{tmp_path}/settings.json:1: not JSON ")
 
 
 def test_files_that_are_not_utf8_are_passed_over_and_reported(tmp_path):
@@ -170,34 +167,34 @@ def test_files_that_are_not_utf8_are_passed_over_and_reported(tmp_path):
 
 def test_names_that_are_not_utf8_can_be_printed(tmp_path):
     (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("text")
-    ((name, text),) = found(tmp_path)
+    ((name, text),) = read(tmp_path)
     assert (name, text) == ("caf\\udce9.txt", "text")
     assert name.encode().isascii()
 
 
-def test_exclusion(tmp_path):
+def test_excluded_names(tmp_path):
     write(tmp_path, TREE)
-    assert [name for name, _ in found(tmp_path, exclude=("b", "B.py"))] == ["a.txt", "a/z.txt", "b.py"]
-    assert [name for name, _ in found(tmp_path, exclude=("a",))] == ["B.py", "a.txt", "b.py"]
-    assert [name for name, _ in found(tmp_path / "a.txt", tmp_path / "b.py", exclude=("b.py",))] == ["a.txt"]
+    assert [name for name, _ in read(tmp_path, exclude=("b", "B.py"))] == ["a.txt", "a/z.txt", "b.py"]
+    assert [name for name, _ in read(tmp_path, exclude=("a",))] == ["B.py", "a.txt", "b.py"]
+    assert [name for name, _ in read(tmp_path / "a.txt", tmp_path / "b.py", exclude=("b.py",))] == ["a.txt"]
     assert "no text files" in refusal(find_source, [tmp_path / "a.txt"], ("a.txt",))
 
 
-def test_missing_input_is_named(tmp_path):
+def test_missing_input_is_refused(tmp_path):
     write(tmp_path, TREE)
     assert refusal(find_source, [tmp_path, tmp_path / "none"]).startswith(f"{tmp_path}/none does not exist; expected ")
     assert "File name too long" in refusal(find_source, [tmp_path / ("x" * 300)])
 
 
-def test_named_pipe_is_no_input(tmp_path):
+def test_named_pipe_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe.txt")
     assert refusal(find_source, [tmp_path / "pipe.txt"]).startswith(
         f"{tmp_path}/pipe.txt is neither a file nor a folder; expected "
     )
 
 
-def test_folder_that_cannot_be_read_is_named_unless_it_is_left_out(tmp_path, monkeypatch):
-    """Never a corpus that lacks its files in silence."""
+def test_unreadable_folder_is_refused_unless_it_is_excluded(tmp_path, monkeypatch):
+    """A corpus must never silently lack files."""
     write(tmp_path, TREE)
     listing = os.scandir
 
@@ -208,31 +205,31 @@ def test_folder_that_cannot_be_read_is_named_unless_it_is_left_out(tmp_path, mon
 
     monkeypatch.setattr(os, "scandir", scandir)
     assert refusal(find_source, [tmp_path]) == (
-        f"{tmp_path}/a/b: Permission denied; expected files that can be read: mend it or leave it out"
+        f"{tmp_path}/a/b: Permission denied; expected files that can be read: fix it or leave it out"
     )
-    assert [name for name, _ in found(tmp_path, exclude=("b",))] == ["B.py", "a.txt", "a/z.txt", "b.py"]
+    assert [name for name, _ in read(tmp_path, exclude=("b",))] == ["B.py", "a.txt", "a/z.txt", "b.py"]
 
 
-def test_nothing_found(tmp_path):
+def test_inputs_without_text_are_refused(tmp_path):
     write(tmp_path, {"picture.png": b"\x89PNG\0", ".hidden": "x"})
     passed_over = "passed over 1 binary or UTF-16 files, passed over 1 hidden files and folders"
     assert refusal(find_source, [tmp_path]).startswith(f"no text files in {tmp_path}, {passed_over}; expected ")
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
-def test_file_that_vanished_is_named(tmp_path, name):
+def test_file_that_has_been_removed_is_named(tmp_path, name):
     source = find_source([write(tmp_path, {name: '{"text": "a"}'})])
     (tmp_path / name).unlink()
     assert refusal(list, source.documents()).startswith(f"{tmp_path}/{name}: No such file")
 
 
-def test_jsonl_lines_are_documents(tmp_path):
+def test_each_json_line_is_a_document(tmp_path):
     texts = ["one\n\u2581two\r\n", "", "three"]
     lines = [json.dumps({"id": 1, "body": text}) for text in texts]
     path = write(tmp_path, {"a.jsonl": "\n".join([*lines[:2], " ", lines[2]])}) / "a.jsonl"
     expected = [("a.jsonl/0", texts[0]), (f"a.jsonl/{sum(len(line) + 1 for line in [*lines[:2], ' '])}", "three")]
-    assert found(path, json_key="body") == expected
-    assert found(tmp_path, json_key="body") == expected
+    assert read(path, json_key="body") == expected
+    assert read(tmp_path, json_key="body") == expected
 
 
 @pytest.mark.parametrize(
@@ -241,9 +238,9 @@ def test_jsonl_lines_are_documents(tmp_path):
         (b'{"txt": "a", "new\\nline": 1}', ["no text under 'text'", "found: 'txt', 'new\\nline'", "--json-key"]),
         (b'{"text": 3}', ["'text' is int; expected a string"]),
         (b'{"text": null}', ["'text' is null; expected a string"]),
-        (b'["text"]', ["a JSON list", "one object a line"]),
-        (b"3", ["a JSON int", "one object a line"]),
-        (b'{"text": "a"', ["not JSON", "one object a line"]),
+        (b'["text"]', ["a JSON list", "one object per line"]),
+        (b"3", ["a JSON int", "one object per line"]),
+        (b'{"text": "a"', ["not JSON", "one object per line"]),
         (b"plain text", ["not JSON"]),
         (b'{"text": "caf\xe9"}', ["not JSON", "utf-8"]),
         (b"[" * 100_000, ["not JSON", "recursion"]),
@@ -258,7 +255,7 @@ def test_bad_jsonl_line_is_named(tmp_path, line, words):
 
 
 @pytest.mark.parametrize("number", [1, 39, 40])
-def test_few_documents_are_cut_in_pieces(tmp_path, number):
+def test_few_documents_are_cut_into_pieces(tmp_path, number):
     text = "".join(f"line {line}\n" for line in range(4000))
     source = find_source([write(tmp_path, {f"{index:02}.txt": text for index in range(number)})])
     pieces = list(source.pieces())
@@ -289,7 +286,7 @@ def test_pieces_end_at_line_ends_unless_a_line_is_too_long(tmp_path, monkeypatch
     assert [piece for _, piece in source.pieces()] == expected
 
 
-def test_standard_library_is_python_without_tests():
+def test_standard_library_contains_python_files_without_tests():
     source = standard_library()
     names = [file.name for file in source.files]
     assert {"argparse.py", "json/decoder.py"} <= set(names)

@@ -1,4 +1,4 @@
-"""The picture of documents' lengths: a bar for each power of two that occurs, and the same bytes every time."""
+"""The histogram of document lengths has a bar for each power of two that occurs, and the image is deterministic."""
 
 import io
 
@@ -10,12 +10,12 @@ from megamtp.data.length_report import draw_lengths
 
 
 @pytest.mark.parametrize("counts", [{0: 3}, {1: 5, 4: 2}, {power: power + 1 for power in range(31)}])
-def test_bars(counts):
+def test_bars_have_the_heights_of_the_counts(counts):
     lengths = np.zeros(32, dtype=np.int64)
     lengths[list(counts)] = list(counts.values())
-    content = draw_lengths(lengths)
-    assert content == draw_lengths(lengths)
-    image = imread(io.BytesIO(content))
+    png = draw_lengths(lengths)
+    assert png == draw_lengths(lengths)
+    image = imread(io.BytesIO(png))
     assert image.shape == (400, 700, 4)
     blue = np.abs(image[:, :, :3] - np.array([31, 119, 180]) / 255).max(-1) < 0.02  # matplotlib's first colour
     columns = blue.any(0)

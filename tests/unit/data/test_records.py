@@ -1,4 +1,4 @@
-"""Documents of each kind of file, whole or in spans, and each kind of damage in one line that names the place."""
+"""Readers of all formats, for whole files and spans, and one-line error messages for every kind of damage."""
 
 import bz2
 import gzip
@@ -15,7 +15,7 @@ from pyarrow import parquet
 
 from megamtp.data import records, shards
 from megamtp.data.documents import find_source
-from megamtp.data.records import JSON_LINES, PARQUET, Reader, Span, recognise
+from megamtp.data.records import JSON_LINES, PARQUET, Reader, Span, detect_format
 from megamtp.data.records import TEXT as TEXT_FORMAT
 from megamtp.errors import InputError
 
@@ -25,7 +25,7 @@ LINES = "".join(json.dumps({"text": text, "id": 1}, ensure_ascii=False) + "\n" f
 
 
 def gz(content: bytes) -> bytes:
-    """The same bytes at any time, so that test ids are the same in every worker."""
+    """Compresses without a time stamp, so that test ids are the same in all pytest workers."""
     return gzip.compress(content, mtime=0)
 
 
@@ -35,20 +35,20 @@ def zst(content: bytes, frames: int = 1) -> bytes:
     return b"".join(compressor.compress(content[bounds[frame] : bounds[frame + 1]]) for frame in range(frames))
 
 
-def parquet_bytes(column: pyarrow.Array, rows_a_group: int = 50, name: str = "text") -> bytes:
+def parquet_bytes(column: pyarrow.Array, rows_per_group: int = 50, name: str = "text") -> bytes:
     stream = io.BytesIO()
     table = pyarrow.table({"id": list(range(len(column))), name: column})
-    parquet.write_table(table, stream, row_group_size=rows_a_group, compression="zstd")
+    parquet.write_table(table, stream, row_group_size=rows_per_group, compression="zstd")
     return stream.getvalue()
 
 
-def found(path: Path, json_key: str = "text") -> list[tuple[str, str]]:
-    return list(Reader(json_key).documents(Span("a", path, recognise(path, json_key, is_named=True))))
+def read(path: Path, json_key: str = "text") -> list[tuple[str, str]]:
+    return list(Reader(json_key).documents(Span("a", path, detect_format(path, json_key, is_named=True))))
 
 
 def refusal(path: Path, json_key: str = "text") -> str:
     with pytest.raises(InputError) as error:
-        found(path, json_key)
+        read(path, json_key)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -80,10 +80,10 @@ def refusal(path: Path, json_key: str = "text") -> str:
         (".parquet", parquet_bytes(pyarrow.array([text.encode() for text in TEXTS]).dictionary_encode())),
     ],
 )
-def test_the_same_documents_from_every_kind_of_file(tmp_path, suffix, content):
+def test_every_format_yields_the_same_documents(tmp_path, suffix, content):
     path = tmp_path / f"some.file{suffix}"
     path.write_bytes(content)
-    documents = found(path)
+    documents = read(path)
     assert [text for _, text in documents] == TEXTS
     assert len({name for name, _ in documents}) == len(TEXTS)
     assert [text for _, text in find_source([tmp_path]).documents()] == TEXTS
@@ -102,18 +102,18 @@ def test_compressed_text_is_one_document(tmp_path, suffix, compress):
 
 
 @pytest.mark.parametrize("size", [100, 3000, 10**6])
-def test_row_groups_in_shards(tmp_path, monkeypatch, size):
+def test_row_groups_are_divided_among_shards(tmp_path, monkeypatch, size):
     monkeypatch.setattr(shards, "MIN_SHARD_BYTES", size)
     path = tmp_path / "a.parquet"
     path.write_bytes(parquet_bytes(pyarrow.array(["", *TEXTS])))
-    planned = shards.plan([Span("a", path, PARQUET)], False)
+    planned = shards.cut_into_shards([Span("a", path, PARQUET)], False)
     assert len(planned) == {100: 8, 3000: path.stat().st_size // 3000, 10**6: 1}[size]
     assert sum(shard.num_bytes for shard in planned) == path.stat().st_size
-    assert [document for shard in planned for document in shard.documents(Reader())] == found(path)
-    documents = found(path)
+    assert [document for shard in planned for document in shard.documents(Reader())] == read(path)
+    documents = read(path)
     assert documents[0] == ("a/1", TEXTS[0])
     path.write_bytes(parquet_bytes(pyarrow.array(["", *TEXTS]).dictionary_encode()))
-    planned = shards.plan([Span("a", path, PARQUET)], False)
+    planned = shards.cut_into_shards([Span("a", path, PARQUET)], False)
     assert [document for shard in planned for document in shard.documents(Reader())] == documents
 
 
@@ -150,12 +150,12 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("case", DAMAGED)
-def test_damaged_file_is_named(tmp_path, case):
+def test_damaged_file_is_refused(tmp_path, case):
     suffix, content, words = DAMAGED[case]
     path = tmp_path / f"a{suffix}"
     path.write_bytes(content)
     if words is None:
-        assert found(path) == []
+        assert read(path) == []
         return
     message = refusal(path)
     assert message.startswith(f"{path}: ") and words in message, message
@@ -166,9 +166,9 @@ RECORDS = {
     "wrong column": (
         pyarrow.array(["a"]),
         "body",
-        "no column 'body' (found: 'id', 'text'); give the right one with --json-key",
+        "no column 'body' (found: 'id', 'text'); set the right column with --json-key",
     ),
-    "numbers": (pyarrow.array([1, 2]), "text", "column 'text' holds int64, expected strings"),
+    "numbers": (pyarrow.array([1, 2]), "text", "column 'text' holds int64; expected strings"),
     "null in a dictionary": (
         pyarrow.array(["a", None]).dictionary_encode(),
         "text",
@@ -185,7 +185,7 @@ RECORDS = {
 
 
 @pytest.mark.parametrize("case", RECORDS)
-def test_bad_row_is_named(tmp_path, case):
+def test_bad_row_is_refused(tmp_path, case):
     column, json_key, words = RECORDS[case]
     path = tmp_path / "a.parquet"
     path.write_bytes(parquet_bytes(column))
@@ -193,7 +193,7 @@ def test_bad_row_is_named(tmp_path, case):
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, None), (3000, 6000), (6000, None)])
-def test_bad_line_of_a_span_has_its_number_in_the_file(tmp_path, start, stop):
+def test_bad_line_of_a_span_is_reported_with_its_line_number_in_the_file(tmp_path, start, stop):
     lines = LINES.splitlines(keepends=True)
     bad = next(number for number in range(len(lines)) if sum(map(len, lines[:number])) >= start + 500)
     lines[bad] = b'{"text": "caf\xe9"}\n'
@@ -206,7 +206,7 @@ def test_bad_line_of_a_span_has_its_number_in_the_file(tmp_path, start, stop):
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".jsonl.gz", ".txt.zst", ".parquet"])
 def test_file_that_cannot_be_read_is_named(tmp_path, suffix):
     path = tmp_path / f"a{suffix}"
-    path.symlink_to("/proc/self/mem")  # opens, and every read fails
+    path.symlink_to("/proc/self/mem")  # can be opened, but every read fails
     assert refusal(path).startswith(f"{path}: ")
     path.unlink()
     assert refusal(path).startswith(f"{path}: ")
@@ -218,7 +218,7 @@ def test_missing_library_is_named(tmp_path, monkeypatch, suffix, library):
     path.write_bytes(b"content")
     for module in [library, *(name for name in sys.modules if name.startswith(f"{library}."))]:
         monkeypatch.setitem(sys.modules, module, None)
-    assert refusal(path) == f"{library} is not installed, expected for this input; run: pip install {library}"
+    assert refusal(path) == f"{library} is not installed; expected it for this input: pip install {library}"
 
 
 RECORD, SETTINGS = b'{"text": "a"}\n', b'{\n  "name": "a",\n  "text": 1\n}\n'
@@ -230,7 +230,7 @@ RECORD, SETTINGS = b'{"text": "a"}\n', b'{\n  "name": "a",\n  "text": 1\n}\n'
         ("Module.PM", b"package Module;\n", TEXT_FORMAT),
         ("LICENSE", b"caf\xc3\xa9", TEXT_FORMAT),
         ("empty", b"", TEXT_FORMAT),
-        ("latin", b"caf\xe9", TEXT_FORMAT),  # found when all of it is read
+        ("latin", b"caf\xe9", TEXT_FORMAT),  # the reader detects that it is not UTF-8
         ("archive.tar", b"name" + bytes(100), None),
         ("wide", "text".encode("utf-16"), None),
         ("archive.tgz", gz(bytes(100)), None),
@@ -256,16 +256,16 @@ RECORD, SETTINGS = b'{"text": "a"}\n', b'{\n  "name": "a",\n  "text": 1\n}\n'
         ("deep", b'{"a":' * 100_000, TEXT_FORMAT),
     ],
 )
-def test_format_is_recognised_in_a_folder(tmp_path, monkeypatch, name, content, expected):
+def test_format_of_a_file_in_a_folder(tmp_path, monkeypatch, name, content, expected):
     monkeypatch.setattr(records, "START_BYTES", 400)
     (tmp_path / name).write_bytes(content)
-    assert recognise(tmp_path / name, "text", is_named=False) == expected
+    assert detect_format(tmp_path / name, "text", is_named=False) == expected
 
 
-def test_a_file_that_is_named_is_settings_less_often(tmp_path):
+def test_json_file_that_the_user_named_is_json_lines(tmp_path):
     for name, content in (("a.json", SETTINGS), ("b.json", b'{"name": "a"}'), ("c", b'{"name": "a"}')):
         (tmp_path / name).write_bytes(content)
-        assert recognise(tmp_path / name, "text", is_named=True) == JSON_LINES
+        assert detect_format(tmp_path / name, "text", is_named=True) == JSON_LINES
 
 
 @pytest.mark.parametrize(
@@ -277,34 +277,34 @@ def test_a_file_that_is_named_is_settings_less_often(tmp_path):
         RECORD + b"prose\nprose\n",
     ],
 )
-def test_records_in_another_form_are_no_prose(tmp_path, content):
+def test_json_records_in_another_form_are_refused(tmp_path, content):
     path = tmp_path / "a.json"
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"a\.json: JSON with 'text', but most of its first .*--format text"):
-        recognise(path, "text", is_named=False)
-    assert recognise(path, "body", is_named=False) == TEXT_FORMAT
+        detect_format(path, "text", is_named=False)
+    assert detect_format(path, "body", is_named=False) == TEXT_FORMAT
 
 
-def test_json_whose_first_line_has_no_end(tmp_path, monkeypatch):
+def test_json_with_a_very_long_first_line_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "START_BYTES", 400)
     monkeypatch.setattr(records, "JSON_START_BYTES", 1 << 20)
     path = tmp_path / "part"
     path.write_bytes(b'{"text": "' + b"a" * (1 << 21) + b'"}\n')
-    with pytest.raises(InputError, match=r"begins as JSON, with a line of more than 1 MiB; .*--format.*--exclude"):
-        recognise(path, "text", is_named=True)
+    with pytest.raises(InputError, match=r"begins like JSON, with a line of more than 1 MiB; .*--format.*--exclude"):
+        detect_format(path, "text", is_named=True)
 
 
-def test_byte_order_mark_is_no_text(tmp_path):
+def test_byte_order_mark_is_removed(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbftext \xef\xbb\xbf")
     (tmp_path / "empty.txt").write_bytes(b"\xef\xbb\xbf")
-    assert found(tmp_path / "a.txt") == [("a", "text \ufeff")] and found(tmp_path / "empty.txt") == []
+    assert read(tmp_path / "a.txt") == [("a", "text \ufeff")] and read(tmp_path / "empty.txt") == []
 
 
 @pytest.mark.parametrize("number", ["9" * 5000, "-" + "9" * 5000, f"[{'9' * 5000}]", "9" * 5000 + ".5", "1e9999"])
-def test_number_of_any_length_in_another_field(tmp_path, number):
+def test_numbers_of_any_length_are_accepted_in_other_fields(tmp_path, number):
     path = tmp_path / "a.jsonl"
     path.write_text(f'{{"id": {number}, "text": "a"}}\n')
-    assert found(path) == [("a/0", "a")]
+    assert read(path) == [("a/0", "a")]
     path.write_text(f'{{"text": {"9" * 5000}}}\n')
     assert "'text' is int; expected a string" in refusal(path)
 
@@ -322,13 +322,13 @@ BAD_LINES = {
 
 @pytest.mark.parametrize("size", [50, 10**6])
 def test_bad_records_are_skipped_and_listed(tmp_path, monkeypatch, size):
-    """With their line in the file, in whichever shard they are."""
+    """The list has their line numbers in the file, even if the file is divided among shards."""
     monkeypatch.setattr(shards, "MIN_SHARD_BYTES", size)
     good = LINES.splitlines()[: len(BAD_LINES)]
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\n".join(line for pair in zip(BAD_LINES, good, strict=True) for line in pair))
     reader = Reader(skip_bad_records=True)
-    planned = shards.plan([Span("a", path, JSON_LINES)], False)
+    planned = shards.cut_into_shards([Span("a", path, JSON_LINES)], False)
     assert [text for shard in planned for _, text in shard.documents(reader)] == TEXTS[: len(BAD_LINES)]
     listed = [f"a:{2 * number + 1}: " for number in range(len(BAD_LINES))]
     assert all(map(str.startswith, reader.bad_records, listed)) and len(reader.bad_records) == len(listed)

@@ -1,4 +1,4 @@
-"""The tokenizer: nothing lost on the way to ids and back, the same model every time, and clear words about bad ones."""
+"""Tokenizers: lossless round trips, deterministic training, and refusal of bad models."""
 
 import argparse
 import io
@@ -29,7 +29,7 @@ def tokenizer(tmp_path_factory) -> SentencePieceTokenizer:
 
 
 def foreign_model(path: Path, **options) -> Path:
-    """A model trained with SentencePiece's own defaults and `options`."""
+    """Writes a model that is trained with SentencePiece's default options and `options`."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS[0].splitlines()),
@@ -65,12 +65,12 @@ def test_decoding_undoes_encoding(tokenizer, text):
 
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory) -> dict[str, tuple[SentencePieceTokenizer, sentencepiece.SentencePieceProcessor]]:
-    """(ours, the library's) of a model of every kind but ours."""
-    folder, found = tmp_path_factory.mktemp("kinds"), {}
+    """Returns (our tokenizer, the library's tokenizer) for a model of each kind except our own."""
+    folder, tokenizers = tmp_path_factory.mktemp("kinds"), {}
     for kind in tokenizer_kinds.KINDS.keys() - {tokenizer_kinds.OURS}:
         path = tokenizer_kinds.train_kind(kind, folder / f"{kind}.model")
-        found[kind] = SentencePieceTokenizer(path), sentencepiece.SentencePieceProcessor(model_file=str(path))
-    return found
+        tokenizers[kind] = SentencePieceTokenizer(path), sentencepiece.SentencePieceProcessor(model_file=str(path))
+    return tokenizers
 
 
 @settings(max_examples=150, deadline=None)
@@ -78,7 +78,7 @@ def foreign(tmp_path_factory) -> dict[str, tuple[SentencePieceTokenizer, sentenc
 @example("\u2581")
 @example("a\u2581b \u2581")
 @example("\u2581\u2581 <fim>\u2581self")
-def test_ids_of_other_tokenizers_are_the_librarys(foreign, text):
+def test_ids_equal_those_of_the_library(foreign, text):
     for kind, (ours, library) in foreign.items():
         ids = library.encode(text)
         assert ours.encode(text) == ids, kind
@@ -86,7 +86,7 @@ def test_ids_of_other_tokenizers_are_the_librarys(foreign, text):
         assert not ours.keeps_space_marks
 
 
-def test_ids_beyond_the_vocabulary_decode_to_nothing(tokenizer):
+def test_decoding_leaves_out_ids_beyond_the_vocabulary(tokenizer):
     ids = tokenizer.encode("one")
     assert tokenizer.decode([VOCAB_SIZE, *ids, VOCAB_SIZE + 9]) == "one"
     assert ByteTokenizer().decode([97, 257, 271]) == "a"
@@ -97,7 +97,7 @@ def test_ids_beyond_the_vocabulary_decode_to_nothing(tokenizer):
 @example(["\u2581", "", "a\u2581b", ""])
 @example(["def f():", TEXTS[0]])
 @example([])
-def test_documents_in_a_row_are_the_single_ones_with_their_ends(tokenizer, texts):
+def test_encode_documents_concatenates_texts_with_end_of_document_ids(tokenizer, texts):
     for encoder in (tokenizer, ByteTokenizer()):
         tokens, lengths = encoder.encode_documents(texts)
         single = [[*encoder.encode(text), encoder.end_of_document_id] for text in texts]
@@ -106,7 +106,7 @@ def test_documents_in_a_row_are_the_single_ones_with_their_ends(tokenizer, texts
         assert tokens.dtype == "uint16"
 
 
-def test_bytes():
+def test_byte_tokenizer():
     tokenizer = open_tokenizer("bytes")
     assert tokenizer.encode("a\u00e9\0") == [97, 0xC3, 0xA9, 0]
     assert (tokenizer.vocab_size, tokenizer.end_of_document_id) == (257, 256)
@@ -114,13 +114,13 @@ def test_bytes():
     assert tokenizer.decode([0xC3, 97]) == "\ufffda"
 
 
-def test_end_of_document_decodes_to_nothing(tokenizer):
+def test_decoding_leaves_out_end_of_document_ids(tokenizer):
     end = tokenizer.end_of_document_id
     assert tokenizer.decode([*tokenizer.encode("one "), end, *tokenizer.encode(" two"), end]) == "one  two"
     assert tokenizer.vocab_size == VOCAB_SIZE
 
 
-def test_merges_were_learned(tokenizer):
+def test_training_learns_merges(tokenizer):
     assert len(tokenizer.encode(TEXTS[0])) < 0.6 * len(TEXTS[0])
     assert len(tokenizer.encode(" " * 8)) < 8
     assert len(tokenizer.encode("2024")) == 4
@@ -139,27 +139,27 @@ def test_training_is_deterministic_and_seeded(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content", [b"", b"not a model", b"\x00" * 100, TEXTS[0].encode()])
-def test_foreign_file(tmp_path, content):
+def test_file_that_is_not_a_model_is_refused(tmp_path, content):
     (tmp_path / "bad.model").write_bytes(content)
     assert refusal(SentencePieceTokenizer, tmp_path / "bad.model").startswith(
         f"{tmp_path}/bad.model: not a SentencePiece model"
     )
 
 
-def test_truncated_model(tokenizer, tmp_path):
+def test_truncated_model_is_refused(tokenizer, tmp_path):
     content = tokenizer.path.read_bytes()
     (tmp_path / "cut.model").write_bytes(content[: len(content) // 2])
     assert "cut.model: not a SentencePiece model" in refusal(SentencePieceTokenizer, tmp_path / "cut.model")
 
 
-def test_missing_file_and_folder(tmp_path):
+def test_missing_file_and_folder_are_refused(tmp_path):
     assert "none.model: cannot read this tokenizer (No such file" in refusal(
         SentencePieceTokenizer, tmp_path / "none.model"
     )
     assert f"{tmp_path}: cannot read this tokenizer (Is a directory)" in refusal(SentencePieceTokenizer, tmp_path)
 
 
-def test_model_without_end_of_sequence(tmp_path):
+def test_model_without_end_of_sequence_piece_is_refused(tmp_path):
     message = refusal(SentencePieceTokenizer, foreign_model(tmp_path / "endless.model", eos_id=-1))
     assert message.startswith(f"{tmp_path}/endless.model: this tokenizer has no end-of-sequence piece")
 
@@ -170,7 +170,7 @@ def test_model_without_byte_pieces_reads_a_space_mark_as_a_space(tmp_path):
 
 
 @pytest.mark.parametrize(("wrong", "words"), [(3, "expected at least"), (10**6, "expected at most")])
-def test_vocabulary_too_small_or_too_large(tmp_path, wrong, words):
+def test_vocabulary_size_that_is_too_small_or_too_large_is_refused(tmp_path, wrong, words):
     message = refusal(train_sentencepiece, TEXTS, tmp_path / "tokenizer.model", wrong, 0)
     assert f"a vocabulary of {wrong} pieces" in message
     assert list(tmp_path.iterdir()) == []
@@ -182,13 +182,13 @@ def test_vocabulary_too_small_or_too_large(tmp_path, wrong, words):
 @pytest.mark.parametrize(
     ("vocab_size", "texts"), [(-5, TEXTS), (0, TEXTS), (1, TEXTS), (10**10, TEXTS), (300, []), (300, ["\n"])]
 )
-def test_what_cannot_be_trained_at_all(tmp_path, vocab_size, texts):
+def test_training_without_text_or_with_an_impossible_size_is_refused(tmp_path, vocab_size, texts):
     message = refusal(train_sentencepiece, texts, tmp_path / "tokenizer.model", vocab_size, 0)
     assert f"cannot train {vocab_size} pieces on this corpus" in message
     assert list(tmp_path.iterdir()) == []
 
 
-def test_interrupted_write_keeps_the_old_content(tmp_path, monkeypatch):
+def test_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "file"
     write_atomically(path, b"old")
 

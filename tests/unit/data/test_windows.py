@@ -1,6 +1,4 @@
-"""Windows: every token a target exactly once, whatever n, and IGNORED only beyond the end, or the document's where
-asked.
-"""
+"""Windows: each token is a target exactly once for any n, and targets are IGNORED exactly where they should be."""
 
 import subprocess
 import sys
@@ -20,7 +18,7 @@ from megamtp.targets import IGNORED
 
 
 class Tokens:
-    """Stands in for an IndexedDataset. By default token i is i, so that a token tells its place."""
+    """A fake IndexedDataset. By default, token i has the id i."""
 
     name, dtype = "tokens", np.dtype(np.int64)
 
@@ -35,7 +33,7 @@ class Tokens:
 
 
 def order(windows: Windows, epoch: int) -> list[int]:
-    return windows.shuffled(epoch)(np.arange(len(windows))).tolist()
+    return windows.epoch_order(epoch)(np.arange(len(windows))).tolist()
 
 
 @st.composite
@@ -47,18 +45,18 @@ def shapes(draw) -> tuple[int, int, int]:
 
 @settings(max_examples=100, deadline=None)
 @given(shapes())
-def test_every_token_is_head_1s_target_exactly_once(shape):
+def test_each_token_is_a_target_of_head_1_exactly_once(shape):
     num_tokens, length, n = shape
     windows = Windows(Tokens(num_tokens), length, n, seed=0)
     targets = torch.cat([windows[index].targets[0] for index in order(windows, 0)]).sort().values
     assert targets.tolist() == list(range(1, len(windows) * length + 1))
-    rest = num_tokens - 1 - len(targets)
-    assert 0 <= rest < length
+    remainder = num_tokens - 1 - len(targets)
+    assert 0 <= remainder < length
 
 
 @settings(max_examples=100, deadline=None)
 @given(shapes())
-def test_targets_follow_their_inputs_and_are_ignored_beyond_the_end_only(shape):
+def test_targets_follow_their_inputs_and_are_ignored_only_beyond_the_end(shape):
     num_tokens, length, n = shape
     windows = Windows(Tokens(num_tokens), length, n, seed=0)
     ignored = False
@@ -66,8 +64,8 @@ def test_targets_follow_their_inputs_and_are_ignored_beyond_the_end_only(shape):
         inputs, targets, _ = windows[index]
         assert inputs.dtype == targets.dtype == torch.int64
         assert inputs.tolist() == list(range(index * length, (index + 1) * length))
-        places = inputs + torch.arange(1, n + 1)[:, None]
-        assert torch.equal(targets, torch.where(places < num_tokens, places, IGNORED))
+        expected = inputs + torch.arange(1, n + 1)[:, None]
+        assert torch.equal(targets, torch.where(expected < num_tokens, expected, IGNORED))
         ignored |= bool((targets == IGNORED).any())
     assert windows.targets_can_be_ignored == ignored
 
@@ -76,25 +74,25 @@ def test_targets_follow_their_inputs_and_are_ignored_beyond_the_end_only(shape):
 @given(shapes(), st.integers(0, 3), st.integers(0, 3))
 def test_number_and_order_do_not_depend_on_n(shape, seed, epoch):
     num_tokens, length, n = shape
-    one, many = (Windows(Tokens(num_tokens), length, heads, seed) for heads in (1, n))
-    assert len(one) == len(many)
-    assert order(one, epoch) == order(many, epoch)
-    assert sorted(order(one, epoch)) == list(range(len(one)))
-    assert all(torch.equal(one[index][0], many[index][0]) for index in range(len(one)))
+    single, multi = (Windows(Tokens(num_tokens), length, num_heads, seed) for num_heads in (1, n))
+    assert len(single) == len(multi)
+    assert order(single, epoch) == order(multi, epoch)
+    assert sorted(order(single, epoch)) == list(range(len(single)))
+    assert all(torch.equal(single[index][0], multi[index][0]) for index in range(len(single)))
 
 
 def test_order_depends_on_seed_and_epoch():
     keys = [(seed, stream, epoch) for seed in range(3) for stream in range(2) for epoch in range(3)]
     orders = [order(Windows(Tokens(200), 2, 1, seed, stream), epoch) for seed, stream, epoch in keys]
-    assert all(orders.count(found) == 1 for found in orders)
+    assert all(orders.count(each) == 1 for each in orders)
     assert orders[0] == order(Windows(Tokens(200), 2, 4, 0), 0)
 
 
-def test_at_goes_on_from_epoch_to_epoch():
+def test_windows_at_indices_of_several_epochs():
     windows = Windows(Tokens(12), 2, 1, seed=3)
-    places = np.array([0, 4, 5, 11, 14, 7])
-    expected = [order(windows, place // 5)[place % 5] for place in places.tolist()]
-    assert [int(window.inputs[0]) // 2 for window in windows.at(places)] == expected
+    indices = np.array([0, 4, 5, 11, 14, 7])
+    expected = [order(windows, index // 5)[index % 5] for index in indices.tolist()]
+    assert [int(window.inputs[0]) // 2 for window in windows.windows_at(indices)] == expected
 
 
 def test_windows_cross_documents(tmp_path):
@@ -111,7 +109,7 @@ def test_windows_cross_documents(tmp_path):
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 8])
-def test_corpus_too_short(num_tokens):
+def test_corpus_that_is_too_short_is_refused(num_tokens):
     with pytest.raises(
         InputError, match=rf"^tokens has {num_tokens} tokens; expected at least 9 .*sequence_length=8.*$"
     ):
@@ -133,7 +131,7 @@ def write(prefix, documents: list[list[int]], dtype: type = np.int32) -> Indexed
 
 @settings(max_examples=100, deadline=None)
 @given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=12), length=st.integers(1, 8), n=st.integers(1, 5))
-def test_masked_targets_are_those_of_another_document(tmp_path_factory, lengths, length, n):
+def test_targets_in_another_document_are_masked(tmp_path_factory, lengths, length, n):
     owners = [number for number, size in enumerate(lengths) for _ in range(size)]
     if len(owners) <= length:
         return
@@ -147,44 +145,47 @@ def test_masked_targets_are_those_of_another_document(tmp_path_factory, lengths,
         assert documents is None and crossing[index].documents is None
         for head in range(n):
             for position, owner in enumerate(owners[index * length : (index + 1) * length]):
-                place = index * length + position + head + 1
-                expected = owner if place < len(owners) and owners[place] == owner else IGNORED
+                target = index * length + position + head + 1
+                expected = owner if target < len(owners) and owners[target] == owner else IGNORED
                 assert targets[head, position] == expected
         assert torch.equal(inputs, crossing[index].inputs)
         assert torch.equal(targets, isolated[index].targets)
-        changes = (inputs[1:] != inputs[:-1]).long().cumsum(0)  # tokens are their document's number
+        changes = (inputs[1:] != inputs[:-1]).long().cumsum(0)  # each token is the number of its document
         assert isolated[index].documents.tolist() == [0, *changes.tolist()]
 
 
 @pytest.mark.parametrize(
-    ("tokens", "place"), [([[0, 1], [], [99, 0, 5], [100, 1]], 3), ([[100, 0, 0]], 0), ([[0], [-1, 0]], 1)]
+    ("tokens", "document"), [([[0, 1], [], [99, 0, 5], [100, 1]], 3), ([[100, 0, 0]], 0), ([[0], [-1, 0]], 1)]
 )
-def test_token_outside_the_vocabulary(tmp_path, tokens, place):
+def test_token_outside_the_vocabulary_is_refused(tmp_path, tokens, document):
     windows = Windows(write(tmp_path / "wrong", tokens), 2, 1, seed=0, vocab_size=100)
-    wrong = next(token for document in tokens for token in document if not 0 <= token < 100)
-    words = rf"^{tmp_path}/wrong\.bin holds token {wrong} in document {place}, model\.vocab_size is 100; expected .*$"
-    with pytest.raises(InputError, match=words):
+    wrong = next(token for part in tokens for token in part if not 0 <= token < 100)
+    message = (
+        rf"^{tmp_path}/wrong\.bin holds token {wrong} in document {document}, but model\.vocab_size is 100; "
+        rf"expected ids from 0 to 99: prepare .*$"
+    )
+    with pytest.raises(InputError, match=message):
         windows.check_ends()
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(InputError, match=message):
         list(windows)
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(InputError, match=message):
         windows.check_first(None, 0, 1)
     if wrong == 100:
         Windows(windows.dataset, 2, 1, seed=0, vocab_size=101).check_ends()
 
 
-def test_what_evaluations_read_is_checked_and_no_more(tmp_path, monkeypatch):
+def test_exactly_the_tokens_of_the_evaluation_are_checked(tmp_path, monkeypatch):
     monkeypatch.setattr("megamtp.data.windows.CHECKED_TOKENS", 4)
     windows = Windows(write(tmp_path / "late", [[5] * 19, [100] + [5] * 20]), 4, 3, seed=0, vocab_size=100)
     windows.check_ends()
     windows.check_first(4, 0, 1)  # tokens 0 to 18
-    for more in (5, 99, None):
+    for max_windows in (5, 99, None):
         with pytest.raises(InputError, match="holds token 100 in document 1"):
-            windows.check_first(more, 0, 1)
+            windows.check_first(max_windows, 0, 1)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-def test_all_ranks_together_check_each_token_once(tmp_path, monkeypatch, world_size):
+def test_ranks_divide_the_check_of_tokens(tmp_path, monkeypatch, world_size):
     monkeypatch.setattr("megamtp.data.windows.CHECKED_TOKENS", 4)
     windows = Windows(write(tmp_path / "all", [[5] * 43]), 4, 3, seed=0)
     read, read_tokens = [], windows._read
@@ -198,7 +199,7 @@ def test_all_ranks_together_check_each_token_once(tmp_path, monkeypatch, world_s
     assert sorted(read) == list(range(39)) and max(shares) <= -(-10 // world_size) * 4
 
 
-def test_floats_are_no_tokens(tmp_path):
+def test_floating_point_numbers_are_refused(tmp_path):
     with pytest.raises(InputError, match=rf"^{tmp_path}/floats holds float32; expected token ids"):
         Windows(write(tmp_path / "floats", [[1, 2, 3]], np.float32), 2, 1, seed=0)
 
@@ -227,23 +228,23 @@ print(len(dataset), dataset.num_tokens, opened, time.process_time() - start - op
 """
 
 
-def test_a_trillion_tokens_open_in_a_second(tmp_path):
+def test_opening_a_trillion_tokens_takes_less_than_a_second(tmp_path):
     write_sparse(tmp_path / "sparse", TRILLION, BILLION, block_bytes=2**20)
     command = [sys.executable, "-c", OPEN_AND_READ, str(tmp_path / "sparse")]
     finished = subprocess.run(command, capture_output=True, text=True, check=True)
     documents, tokens, opened, read, more_mebibytes, mebibytes, length = map(float, finished.stdout.split())
     assert (documents, tokens, length) == (BILLION, TRILLION, 4096)
-    # of the processor's time, which other processes do not lengthen; the files are holes
+    # These are seconds of CPU time, which does not depend on other processes. The files are sparse.
     assert opened < 1 and read < 1
     assert more_mebibytes < 40 and mebibytes < 200
     assert (tmp_path / "sparse.idx").stat().st_blocks * 512 < 2**20
 
 
-def test_boundaries_are_checked_where_they_matter():
+def test_document_boundaries_are_checked_unless_they_are_ignored():
     class Damaged(Tokens):
         def boundaries(self, start: int, stop: int) -> np.ndarray:
-            raise InputError("the index contradicts itself")
+            raise InputError("the index is inconsistent")
 
     Windows(Damaged(40), 4, 1, 0).check_first(None, 0, 1)
-    with pytest.raises(InputError, match="the index contradicts itself"):
+    with pytest.raises(InputError, match="the index is inconsistent"):
         Windows(Damaged(40), 4, 1, 0, documents="mask").check_first(None, 0, 1)

@@ -1,4 +1,4 @@
-"""Many workers: the same bytes as one, their mistakes in one line, and what is left of them when one is killed."""
+"""Several workers: the same bytes as with one worker, errors in one line, and killed workers."""
 
 import os
 import random
@@ -15,7 +15,7 @@ import zstandard
 from pyarrow import parquet
 
 from megamtp.data import corpus as corpus_module
-from megamtp.data import documents, parts, shards, workers
+from megamtp.data import documents, shards, tokenised_shards, workers
 from megamtp.data.corpus import prepare
 from megamtp.data.documents import Source, find_source
 from megamtp.data.records import JSON_LINES, Reader, Span
@@ -26,7 +26,7 @@ VOCAB_SIZE = 300
 
 @pytest.fixture
 def texts(tmp_path, monkeypatch) -> Path:
-    """Shards of 1000 bytes: 60 files; JSON lines and Parquet that make several; compressed JSON lines."""
+    """Writes inputs for shards of 1000 bytes: 60 texts, and JSON lines and Parquet that are cut into several shards."""
     monkeypatch.setattr(shards, "MIN_SHARD_BYTES", 1000)
     folder = tmp_path / "texts"
     folder.mkdir()
@@ -48,7 +48,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("options", [{}, {"deduplicate": True, "tokenizer": "bytes"}])
 def test_same_bytes_for_any_number_of_workers(texts, tmp_path, options):
     source = find_source([texts])
-    assert len(shards.plan(source.files, False)) > 8
+    assert len(shards.cut_into_shards(source.files, False)) > 8
     for number in (1, 2, 5):
         prepare(source, tmp_path / str(number), None if options else VOCAB_SIZE, workers=number, **options)
     assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "5")
@@ -62,8 +62,8 @@ def test_same_bytes_for_any_size_of_shards(texts, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("options", [{"vocab_size": 280}, {"tokenizer": "bytes", "deduplicate": True}])
-def test_one_long_text_is_shared_among_workers(tmp_path, monkeypatch, options):
-    """In shards that end where pieces do, also within a line of several bytes a character."""
+def test_long_text_is_divided_among_workers(tmp_path, monkeypatch, options):
+    """Shards end where pieces end, even inside a line of multi-byte characters."""
     monkeypatch.setattr(documents, "PIECE_CHARACTERS", 100)
     (tmp_path / "texts").mkdir()
     for name in ("a.txt", "b.txt"):
@@ -75,24 +75,26 @@ def test_one_long_text_is_shared_among_workers(tmp_path, monkeypatch, options):
         monkeypatch.setattr(shards, "MIN_SHARD_BYTES", size)
         corpus, _ = prepare(source, tmp_path / f"{size}-{number}", workers=number, **options)
         written.append(contents(tmp_path / f"{size}-{number}"))
-    assert len(shards.plan(source.files, True)) > 20
-    if "tokenizer" in options:  # a trained one depends on where its sample is cut
+    assert len(shards.cut_into_shards(source.files, True)) > 20
+    if "tokenizer" in options:  # a trained tokenizer depends on how its sample is cut into chunks
         assert written[0] == written[1] and corpus.duplicates == 1
     assert written[1] == written[2]
     assert corpus.unreadable_files == ["latin.txt"]
 
 
 @pytest.mark.parametrize("size", [1, 7, 50, 10**6])
-def test_every_json_line_is_in_one_shard(tmp_path, monkeypatch, size):
-    """Also where lines end at a bound, and where a bound is within a character."""
+def test_every_json_line_is_in_exactly_one_shard(tmp_path, monkeypatch, size):
+    """Some lines end at a shard boundary, and some boundaries lie inside a character."""
     monkeypatch.setattr(shards, "MIN_SHARD_BYTES", size)
     lines = ['{"text": "' + "\u00e9" * (number % 4) + f'{number}"}}' for number in range(20)]
     path = tmp_path / "a.jsonl"
     path.write_text("\n" + "\n".join(lines) + "\n\n" + lines[0])
     file = Span("a.jsonl", path, JSON_LINES)
-    found = [document for shard in shards.plan([file], False) for document in shard.documents(Reader())]
-    assert found == list(Source([file]).documents())
-    assert [text for _, text in found] == [line[10:-2] for line in [*lines, lines[0]]]
+    documents_of_shards = [
+        document for shard in shards.cut_into_shards([file], False) for document in shard.documents(Reader())
+    ]
+    assert documents_of_shards == list(Source([file]).documents())
+    assert [text for _, text in documents_of_shards] == [line[10:-2] for line in [*lines, lines[0]]]
 
 
 def test_skipped_records_are_the_same_for_any_number_of_workers(texts, tmp_path):
@@ -116,15 +118,15 @@ def test_skipped_records_are_the_same_for_any_number_of_workers(texts, tmp_path)
     assert "skipped_records.txt" not in contents(tmp_path / "1")
 
 
-def mistake(source: Source, output: Path, **options) -> str:
+def refusal(source: Source, output: Path, **options) -> str:
     with pytest.raises(InputError) as error:
         prepare(source, output, **options)
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
-def test_mistake_of_a_worker_is_one_line_and_the_finished_parts_are_kept(texts, tmp_path, monkeypatch):
-    source, read_documents = find_source([texts]), parts._documents
+def test_shards_that_were_tokenised_before_an_error_are_reused(texts, tmp_path, monkeypatch):
+    source, read_documents = find_source([texts]), tokenised_shards._documents
     prepare(source, tmp_path / "whole", tokenizer="bytes")
 
     def full_disk(shard, *arguments):
@@ -133,48 +135,51 @@ def test_mistake_of_a_worker_is_one_line_and_the_finished_parts_are_kept(texts, 
         return read_documents(shard, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(parts, "_documents", full_disk)
+        patch.setattr(tokenised_shards, "_documents", full_disk)
         with pytest.raises(InputError, match="cannot be written to: No space left on device"):
             prepare(source, tmp_path / "out", tokenizer="bytes", workers=2)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".preparation"]
     finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/.preparation").glob("*.json")}
     assert finished
-    begun = []
-    monkeypatch.setattr(parts, "_documents", lambda *arguments: begun.append(arguments) or read_documents(*arguments))
+    started = []
+    monkeypatch.setattr(
+        tokenised_shards, "_documents", lambda *arguments: started.append(arguments) or read_documents(*arguments)
+    )
     prepare(source, tmp_path / "out", tokenizer="bytes")
-    assert len(begun) == len(shards.plan(source.files, False)) - len(finished)
+    assert len(started) == len(shards.cut_into_shards(source.files, False)) - len(finished)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
     ("options", "left"), [({"vocab_size": VOCAB_SIZE}, []), ({"tokenizer": "bytes"}, [".preparation"])]
 )
-def test_first_mistake_in_the_inputs_order_is_named(texts, tmp_path, options, left):
+def test_first_bad_record_in_the_inputs_order_is_named(texts, tmp_path, options, left):
     content = (texts / "a.jsonl").read_text().splitlines()
     content[100] = content[250] = '{"txt": ""}'
     (texts / "a.jsonl").write_text("\n".join(content))
-    message = mistake(find_source([texts]), tmp_path / "out", **options, workers=3)
+    message = refusal(find_source([texts]), tmp_path / "out", **options, workers=3)
     assert message.startswith(f"{texts}/a.jsonl:101: no text under 'text' (found: 'txt')")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == left  # read to train on, or to tokenise
+    # With a vocabulary size, the error occurs while the tokenizer's sample is read, before any shard is tokenised.
+    assert [path.name for path in (tmp_path / "out").iterdir()] == left
 
 
-def test_preparation_that_stopped_at_a_bad_record_goes_on_where_these_are_skipped(texts, tmp_path, monkeypatch):
-    """And one that skipped them, ended before its corpus was whole, leaves no part with a bad record to one that
-    does not.
-    """
+def test_preparation_that_failed_at_a_bad_record_resumes_if_bad_records_are_skipped(texts, tmp_path, monkeypatch):
+    """Conversely, a preparation that does not skip bad records does not reuse shards that have skipped some."""
     with open(texts / "a.jsonl", "a") as stream:
         stream.write('{"text": null}\n')
     strict, lenient = find_source([texts]), find_source([texts], skip_bad_records=True)
     prepare(lenient, tmp_path / "whole", tokenizer="bytes")
-    assert "'text' is null" in mistake(strict, tmp_path / "out", tokenizer="bytes")
+    assert "'text' is null" in refusal(strict, tmp_path / "out", tokenizer="bytes")
     finished = len(list((tmp_path / "out/.preparation").glob("*.json")))
-    begun, read_documents = [], parts._documents
+    started, read_documents = [], tokenised_shards._documents
     with monkeypatch.context() as patch:
-        patch.setattr(parts, "_documents", lambda *arguments: begun.append(arguments) or read_documents(*arguments))
-        patch.setattr(corpus_module, "split_limit", full_disk)
-        assert "No space" in mistake(lenient, tmp_path / "out", tokenizer="bytes")
-    assert finished and len(begun) == len(shards.plan(strict.files, False)) - finished
-    assert "'text' is null" in mistake(strict, tmp_path / "out", tokenizer="bytes")
+        patch.setattr(
+            tokenised_shards, "_documents", lambda *arguments: started.append(arguments) or read_documents(*arguments)
+        )
+        patch.setattr(corpus_module, "split_threshold", full_disk)
+        assert "No space" in refusal(lenient, tmp_path / "out", tokenizer="bytes")
+    assert finished and len(started) == len(shards.cut_into_shards(strict.files, False)) - finished
+    assert "'text' is null" in refusal(strict, tmp_path / "out", tokenizer="bytes")
     prepare(lenient, tmp_path / "out", tokenizer="bytes")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
@@ -183,8 +188,8 @@ def full_disk(*_) -> None:
     raise OSError(28, "No space left on device")
 
 
-def test_killed_worker(texts, tmp_path, monkeypatch):
-    source, read_documents = find_source([texts]), parts._documents
+def test_preparation_resumes_after_a_killed_worker(texts, tmp_path, monkeypatch):
+    source, read_documents = find_source([texts]), tokenised_shards._documents
 
     def killed(shard, *arguments):
         if shard.spans[0].name > "30":
@@ -192,8 +197,8 @@ def test_killed_worker(texts, tmp_path, monkeypatch):
         return read_documents(shard, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(parts, "_documents", killed)
-        assert mistake(source, tmp_path / "out", vocab_size=VOCAB_SIZE, workers=2).startswith(
+        patch.setattr(tokenised_shards, "_documents", killed)
+        assert refusal(source, tmp_path / "out", vocab_size=VOCAB_SIZE, workers=2).startswith(
             "a worker process was killed"
         )
     prepare(source, tmp_path / "out", VOCAB_SIZE, workers=2)
@@ -203,32 +208,30 @@ def test_killed_worker(texts, tmp_path, monkeypatch):
 
 SLOW = """
 import signal, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells let their background jobs ignore
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let background jobs ignore SIGINT
 from pathlib import Path
-from megamtp.data import documents, parts, shards
+from megamtp.data import documents, shards, tokenised_shards
 from megamtp.data.corpus import prepare
 from megamtp.data.documents import find_source
 shards.MIN_SHARD_BYTES = 1000
-parts._documents = lambda *arguments: time.sleep(100)
+tokenised_shards._documents = lambda *arguments: time.sleep(100)
 prepare(find_source([Path(sys.argv[1])]), Path(sys.argv[2]), tokenizer="bytes", workers=2)
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_workers_end_with_their_parent_and_another_preparation_waits_for_none(texts, tmp_path, number):
+def test_workers_end_when_their_parent_is_killed(texts, tmp_path, number):
     process = subprocess.Popen([sys.executable, "-c", SLOW, texts, tmp_path / "out"], stderr=subprocess.DEVNULL)
     parent = psutil.Process(process.pid)
     while len(children := parent.children()) < 2:
         assert process.poll() is None
         time.sleep(0.02)
     time.sleep(0.1)
-    assert mistake(find_source([texts]), tmp_path / "out").startswith(
-        f"{tmp_path}/out is being prepared by another process"
-    )
+    assert refusal(find_source([texts]), tmp_path / "out").startswith(f"another process is preparing {tmp_path}/out; ")
     process.send_signal(number)
     process.wait(10)
-    gone, alive = psutil.wait_procs(children, 10)
-    assert (len(gone), alive) == (2, [])
+    ended, running = psutil.wait_procs(children, 10)
+    assert (len(ended), running) == (2, [])
     prepare(find_source([texts]), tmp_path / "out", VOCAB_SIZE)
 
 
@@ -240,13 +243,13 @@ from megamtp.data.corpus import prepare
 from megamtp.data.documents import find_source
 shards.MIN_SHARD_BYTES = 1000
 os.register_at_fork(before=lambda: print([thread.name for thread in threading.enumerate()]))
-for name in ("once", "again"):
+for name in ("first", "second"):
     prepare(find_source([Path(sys.argv[1])]), Path(sys.argv[2]) / name, tokenizer="bytes", workers=2)
 """
 
 
-def test_no_other_thread_lives_when_workers_are_forked(texts, tmp_path):
-    """As tqdm's, which may hold a lock at that moment, and would never release it in the worker."""
+def test_no_other_thread_runs_when_workers_are_forked(texts, tmp_path):
+    """A lock that another thread (such as tqdm's) holds during the fork would never be released in the worker."""
     finished = subprocess.run(
         [sys.executable, "-c", FORKED, texts, tmp_path], capture_output=True, text=True, timeout=60
     )
@@ -259,17 +262,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 from megamtp.data import workers
 os.register_at_fork(before=lambda: os.kill(os.getpid(), signal.SIGINT))
 with workers._processes(2):
-    print("went on")
+    print("continued")
 """
 
 
-def test_ctrl_c_amid_the_fork_of_a_worker_is_not_lost():
-    """As it would be in the hook of a module, which logging has, too: Python prints and forgets what is raised
-    there.
-    """
+def test_ctrl_c_during_the_fork_of_a_worker_is_not_lost():
+    """Python prints and then ignores exceptions in at-fork hooks, which modules such as logging register."""
     finished = subprocess.run([sys.executable, "-c", INTERRUPTED_FORK], capture_output=True, text=True, timeout=60)
     assert finished.returncode == -signal.SIGINT and "KeyboardInterrupt" in finished.stderr
-    assert "went on" not in finished.stdout and "ignored" not in finished.stderr
+    assert "continued" not in finished.stdout and "ignored" not in finished.stderr
 
 
 RANK = """
@@ -281,18 +282,18 @@ prepare_data.entry()
 
 
 def mpirun(ranks: int, *arguments) -> subprocess.CompletedProcess:
-    """The command with shards of 1000 bytes under mpirun, which lies beside Python."""
+    """Runs prepare_data with shards of 1000 bytes under the mpirun in Python's folder."""
     launcher = Path(sys.executable).with_name("mpirun")
     command = [launcher, "-n", str(ranks), sys.executable, "-c", RANK, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=100)
 
 
-def test_mpi_ranks(texts, tmp_path):
+def test_same_bytes_with_mpi_ranks(texts, tmp_path):
     prepare(find_source([texts]), tmp_path / "out", VOCAB_SIZE)
     arguments = ["--input", texts, "--vocab-size", str(VOCAB_SIZE)]
-    done = mpirun(3, *arguments, "--output", tmp_path / "ranks")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert len(done.stdout.splitlines()) == 6
+    finished = mpirun(3, *arguments, "--output", tmp_path / "ranks")
+    assert (finished.returncode, finished.stderr) == (0, "")
+    assert len(finished.stdout.splitlines()) == 6
     assert contents(tmp_path / "ranks") == contents(tmp_path / "out")
     failed = mpirun(2, *arguments, "--output", tmp_path / "wrong", "--json-key", "body")
     assert failed.returncode == 2
@@ -301,7 +302,7 @@ def test_mpi_ranks(texts, tmp_path):
     assert not (tmp_path / "wrong").exists() or list((tmp_path / "wrong").iterdir()) == []
 
 
-def test_mpi_without_its_library(monkeypatch):
+def test_mpirun_without_mpi4py_is_refused(monkeypatch):
     monkeypatch.setenv("PMI_SIZE", "2")
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     assert workers.num_mpi_ranks() == 2

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megamtp.checkpoint import hf
-from megamtp.decoding.generate import _choose, generate
+from megamtp.decoding.generate import _sample, generate
 from megamtp.errors import InputError
 from megamtp.model.mtp import MTPModel
 from tests.checkpoints import TEXT_MODEL, contents, text_model
@@ -80,7 +80,7 @@ def test_samples_follow_the_truncated_distribution(model, top_k, top_p):
             kept[token] = probability
         total += probability
     generator = torch.Generator().manual_seed(0)
-    draws = [_choose(logits, 0.7, top_k, top_p, generator) for _ in range(4000)]
+    draws = [_sample(logits, 0.7, top_k, top_p, generator) for _ in range(4000)]
     assert set(draws) <= kept.keys()
     for token, probability in kept.items():
         expected = probability / sum(kept.values())

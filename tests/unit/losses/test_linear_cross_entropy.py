@@ -1,4 +1,4 @@
-"""The fused loss: values and gradients against plain float64, options, 16 bits, and what is alive in memory."""
+"""The fused loss: values and gradients against float64, options, 16-bit gradients, and memory for logits."""
 
 import math
 import weakref
@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megamtp.losses.float8 import Float8Weight
 from megamtp.losses.linear_cross_entropy import SharedGradient, linear_cross_entropy
 from megamtp.targets import IGNORED
+from tests.reference import relative_error
 
 ROWS, DIM, VOCABULARY = 23, 16, 37
 
@@ -24,14 +25,15 @@ def inputs(dtype=torch.float64):
     return hidden, weight, targets
 
 
-def plain(hidden, weight, targets, scale, z_loss):
+def reference(hidden, weight, targets, scale, z_loss):
+    """Returns (loss, nll sum) from float64 logits and ordinary autograd."""
     logits = hidden.double() @ weight.double().T
     nll = F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED)
     z = (logits.logsumexp(-1).square() * (targets != IGNORED)).sum()
     return scale * (nll + z_loss * z), nll
 
 
-def test_by_hand():
+def test_loss_of_one_row_computed_by_hand():
     hidden, weight = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     loss, nll = linear_cross_entropy(hidden, weight, torch.tensor([0]), scale=2.0)
     assert nll.item() == pytest.approx(math.log(1 + math.exp(-1)))
@@ -42,46 +44,49 @@ def test_by_hand():
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
 def test_equals_plain_autograd(chunk_rows, z_loss):
     hidden, weight, targets = inputs()
-    expected, expected_nll = plain(hidden, weight, targets, 0.3, z_loss)
+    expected, expected_nll = reference(hidden, weight, targets, 0.3, z_loss)
     expected_gradients = torch.autograd.grad(expected, (hidden, weight))
     loss, nll = linear_cross_entropy(hidden, weight, targets, scale=0.3, z_loss=z_loss, chunk_rows=chunk_rows)
     gradients = torch.autograd.grad(loss, (hidden, weight))
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(nll, expected_nll)
-    for found, wanted in zip(gradients, expected_gradients, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-13)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-11, atol=1e-13)
 
 
-def test_another_seed_than_announced_is_still_right():
+def test_backward_may_receive_another_gradient_than_announced():
     hidden, weight, targets = inputs()
-    expected = torch.autograd.grad(plain(hidden, weight, targets, 1.0, 0.0)[0] * 5, (hidden, weight))
-    loss, _ = linear_cross_entropy(hidden, weight, targets, seed=1024.0)
-    for found, wanted in zip(torch.autograd.grad(loss * 5, (hidden, weight)), expected, strict=True):
-        torch.testing.assert_close(found, wanted)
+    expected = torch.autograd.grad(reference(hidden, weight, targets, 1.0, 0.0)[0] * 5, (hidden, weight))
+    loss, _ = linear_cross_entropy(hidden, weight, targets, loss_gradient=1024.0)
+    for gradient, expected_gradient in zip(torch.autograd.grad(loss * 5, (hidden, weight)), expected, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_a_certain_seed_gives_the_same_and_is_not_looked_at(dtype):
+def test_a_known_loss_gradient_changes_no_bit_and_is_not_read_in_backward(dtype):
     hidden, weight, targets = inputs(dtype)
     gradients = []
-    for certain, received in ((False, 8.0), (True, 8.0), (True, float("nan"))):
-        loss, _ = linear_cross_entropy(hidden, weight, targets, scale=0.3, seed=8.0, seed_is_certain=certain)
+    for is_known, received in ((False, 8.0), (True, 8.0), (True, float("nan"))):
+        loss, _ = linear_cross_entropy(
+            hidden, weight, targets, scale=0.3, loss_gradient=8.0, loss_gradient_is_known=is_known
+        )
         gradients.append(torch.autograd.grad(loss, (hidden, weight), torch.full_like(loss, received)))
-    for found in gradients[1:]:
-        assert all(map(torch.equal, found, gradients[0]))
+    for with_known_gradient in gradients[1:]:
+        assert all(map(torch.equal, with_known_gradient, gradients[0]))
 
 
-def test_seed_protects_small_fp16_gradients():
-    """A gradient of 1e-6 of a loss scaled by 2^-20 is lost in fp16 unless the seed comes in before the cast."""
+def test_loss_gradient_keeps_small_fp16_gradients_from_underflowing():
+    """Gradients of a loss scaled by 2^-22 underflow in fp16 unless they are multiplied before the cast."""
     hidden, weight, targets = inputs(torch.float16)
-    scale, seed = 2.0**-22, 2.0**16
-    expected = torch.autograd.grad(plain(hidden, weight, targets, scale * seed, 0.0)[0], hidden)[0].double()
-    loss, _ = linear_cross_entropy(hidden, weight, targets, scale=scale, seed=seed)
-    (found,) = torch.autograd.grad(loss, hidden, torch.tensor(seed))
-    assert ((found.double() - expected).norm() / expected.norm()).item() < 2e-2
-    late, _ = linear_cross_entropy(hidden, weight, targets, scale=scale)
-    (lost,) = torch.autograd.grad(late, hidden, torch.tensor(seed))
-    assert ((lost.double() - expected).norm() / expected.norm()).item() > 0.1
+    scale, loss_gradient = 2.0**-22, 2.0**16
+    scaled_loss, _ = reference(hidden, weight, targets, scale * loss_gradient, 0.0)
+    expected = torch.autograd.grad(scaled_loss, hidden)[0].double()
+    loss, _ = linear_cross_entropy(hidden, weight, targets, scale=scale, loss_gradient=loss_gradient)
+    (gradient,) = torch.autograd.grad(loss, hidden, torch.tensor(loss_gradient))
+    assert relative_error(gradient, expected) < 2e-2
+    loss, _ = linear_cross_entropy(hidden, weight, targets, scale=scale)
+    (underflowed,) = torch.autograd.grad(loss, hidden, torch.tensor(loss_gradient))
+    assert relative_error(underflowed, expected) > 0.1
 
 
 def test_all_ignored_gives_zero_loss_and_gradients():
@@ -93,7 +98,7 @@ def test_all_ignored_gives_zero_loss_and_gradients():
 
 
 @pytest.mark.parametrize("float8_weight", [None, Float8Weight()])
-def test_no_rows_have_no_loss(float8_weight):
+def test_without_rows_the_loss_is_zero(float8_weight):
     hidden, weight = (
         torch.empty(0, 16, dtype=torch.bfloat16, requires_grad=True),
         torch.ones(32, 16, dtype=torch.bfloat16),
@@ -106,26 +111,25 @@ def test_no_rows_have_no_loss(float8_weight):
 def test_large_logits_do_not_overflow():
     hidden, weight, targets = inputs(torch.float32)
     loss, _ = linear_cross_entropy(hidden * 1e4, weight, targets)
-    torch.testing.assert_close(loss.double(), plain(hidden * 1e4, weight, targets, 1.0, 0.0)[0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(loss.double(), reference(hidden * 1e4, weight, targets, 1.0, 0.0)[0], rtol=1e-5, atol=0)
 
 
 def test_bf16_gradients():
-    """bf16 keeps 8 bits: an operand rounded at 2^-9 in the softmax gradient, another in the result, gives about 0.4
-    %.
-    """
+    """bf16 has 8 bits: rounding at 2^-9 in the softmax gradient and again in the result gives about 0.4 %."""
     hidden, weight, targets = inputs(torch.bfloat16)
-    expected = torch.autograd.grad(plain(hidden, weight, targets, 1.0, 0.0)[0], (hidden, weight))
+    expected = torch.autograd.grad(reference(hidden, weight, targets, 1.0, 0.0)[0], (hidden, weight))
     loss, _ = linear_cross_entropy(hidden, weight, targets, chunk_rows=5)
     assert loss.dtype == torch.float32
-    for found, wanted in zip(torch.autograd.grad(loss, (hidden, weight)), expected, strict=True):
-        assert found.dtype == torch.bfloat16
-        assert ((found.double() - wanted.double()).norm() / wanted.double().norm()).item() < 8e-3
+    for gradient, expected_gradient in zip(torch.autograd.grad(loss, (hidden, weight)), expected, strict=True):
+        assert gradient.dtype == torch.bfloat16
+        assert relative_error(gradient, expected_gradient.double()) < 8e-3
 
 
-def test_uses_share_one_weight_gradient():
-    """Three heads' dW leave as one, rounded once; only the last use returns it."""
+def test_uses_of_one_weight_share_its_gradient():
+    """Only the last of three uses returns dW, the sum over all three."""
     hidden, weight, targets = inputs()
-    expected = torch.autograd.grad(sum(plain(hidden * k, weight, targets, 1.0, 0.0)[0] for k in (1, 2, 3)), weight)[0]
+    losses = [reference(hidden * k, weight, targets, 1.0, 0.0)[0] for k in (1, 2, 3)]
+    (expected,) = torch.autograd.grad(sum(losses), weight)
     shared = SharedGradient(num_uses=3)
     for k in (1, 2, 3):
         loss, _ = linear_cross_entropy(hidden * k, weight, targets, shared_gradient=shared)
@@ -135,7 +139,7 @@ def test_uses_share_one_weight_gradient():
     assert shared.total_VD is None
 
 
-def test_no_gradient_work_without_need():
+def test_no_gradient_is_computed_under_no_grad():
     hidden, weight, targets = inputs()
     with torch.no_grad():
         shared = SharedGradient(num_uses=1)
@@ -145,23 +149,23 @@ def test_no_gradient_work_without_need():
 
 
 class VocabularyMemory(TorchDispatchMode):
-    """The largest sum, in elements, of living storages with a vocabulary-sized dimension and at least two rows.
+    """Records the peak memory, in elements, of tensors with a vocabulary-sized dimension and at least two rows.
 
-    Unembedding weights and their gradients, of shape [V, D], are excepted.
+    Unembedding weights and their gradients, of shape [V, D], do not count.
     """
 
     def __init__(self, vocabulary: int, dim: int):
         super().__init__()
         self.vocabulary, self.dim = vocabulary, dim
-        self.alive: dict[int, int] = {}
-        self.peak = self.seen = 0
+        self.live_elements: dict[int, int] = {}
+        self.peak = self.num_tensors = 0
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         result = function(*arguments, **(options or {}))
         for tensor in result if isinstance(result, (tuple, list)) else [result]:
             if isinstance(tensor, torch.Tensor):
                 self._watch(tensor)
-        self.peak = max(self.peak, sum(self.alive.values()))
+        self.peak = max(self.peak, sum(self.live_elements.values()))
         return result
 
     def _watch(self, tensor) -> None:
@@ -171,15 +175,15 @@ class VocabularyMemory(TorchDispatchMode):
         if tensor.numel() < 2 * self.vocabulary:
             return
         storage = tensor.untyped_storage()
-        if storage._cdata not in self.alive:
-            self.seen += 1
-            self.alive[storage._cdata] = storage.nbytes() // tensor.element_size()
-            weakref.finalize(storage, self.alive.pop, storage._cdata, None)
+        if storage._cdata not in self.live_elements:
+            self.num_tensors += 1
+            self.live_elements[storage._cdata] = storage.nbytes() // tensor.element_size()
+            weakref.finalize(storage, self.live_elements.pop, storage._cdata, None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("schedule", ["sequential", "deferred"])
-def test_no_more_than_two_chunks_of_logits_are_alive(dtype, schedule):
+def test_at_most_two_chunks_of_logits_exist_at_a_time(dtype, schedule):
     from megamtp.config import HeadLossConfig, ModelConfig
     from megamtp.model.mtp import MTPModel
 
@@ -189,5 +193,5 @@ def test_no_more_than_two_chunks_of_logits_are_alive(dtype, schedule):
     tokens, targets = torch.randint(vocabulary, (2, 40)), torch.randint(vocabulary, (3, 2, 40))
     with VocabularyMemory(vocabulary, dim) as memory:
         model(tokens, targets, [1.0] * 3)[0].backward()
-    assert memory.seen >= 3 * 80 // chunk_rows
+    assert memory.num_tensors >= 3 * 80 // chunk_rows
     assert memory.peak <= 2 * chunk_rows * vocabulary

@@ -1,11 +1,11 @@
-"""Heads one after another: what they add up, and in which precision."""
+"""Sequential heads: which gradients they sum, when, and in which precision."""
 
 import torch
 
 from megamtp.losses.linear_cross_entropy import SharedGradient
-from megamtp.losses.sequential import HeadPhase, PassingHeads, SequentialHeadLoss
+from megamtp.losses.sequential import HeadPhase, IntermediateStageHeads, SequentialHeadLoss
 
-# In bf16, whose numbers above 256 are even, 256 + 1 + 1 + ... stays 256; 264 is representable.
+# In bf16, numbers from 256 to 512 are even: 256 + 1 + 1 + ... stays 256. The exact sum, 264, is representable.
 CONTRIBUTIONS = [256.0] + 8 * [1.0]
 
 
@@ -33,7 +33,7 @@ def test_dw_is_summed_in_fp32():
     assert torch.equal(totals[-1], torch.full((4, 3), 264.0))
 
 
-def test_parameters_get_their_gradients_before_backward_and_z_after_it():
+def test_parameter_gradients_exist_after_forward_and_dz_after_backward():
     weight = torch.ones(3, requires_grad=True)
     z = torch.arange(3.0, requires_grad=True)
 
@@ -48,7 +48,7 @@ def test_parameters_get_their_gradients_before_backward_and_z_after_it():
     assert torch.equal(z.grad, torch.full((3,), 30.0))
 
 
-def test_heads_that_z_passes_add_their_dz_to_that_of_the_others():
+def test_heads_of_an_intermediate_stage_add_their_dz_to_that_of_later_stages():
     weight = torch.ones(3, requires_grad=True)
     z = torch.arange(3.0, requires_grad=True)
 
@@ -56,10 +56,10 @@ def test_heads_that_z_passes_add_their_dz_to_that_of_the_others():
         loss = ((index + 1) * weight * z_head).sum()
         return loss, loss.detach()
 
-    passed, nll_sums = PassingHeads.apply(z, head_loss, 2, HeadPhase())
+    forwarded_z, nll_sums = IntermediateStageHeads.apply(z, head_loss, 2, HeadPhase())
     assert torch.equal(weight.grad, 3 * z.detach())
-    assert torch.equal(passed, z)
+    assert torch.equal(forwarded_z, z)
     assert nll_sums.tolist() == [3.0, 6.0]
-    (passed * torch.tensor([1.0, 10.0, 100.0])).sum().backward()
+    (forwarded_z * torch.tensor([1.0, 10.0, 100.0])).sum().backward()
     assert torch.equal(z.grad, torch.tensor([4.0, 13.0, 103.0]))
     assert torch.equal(weight.grad, 3 * z.detach())

@@ -28,7 +28,7 @@ def test_probabilities_take_the_place_of_the_logits():
 
 def test_the_gradient_is_the_probability_without_that_of_the_target():
     found, copy = logits(), torch.empty(3, 2)
-    nll, squared = softmax_gradient_(found, TARGETS, factor=2.0, z_loss=0.0, copy_CV=copy, copy_scale=16.0)
+    nll, squared = softmax_gradient_(found, TARGETS, factor=2.0, z_loss=0.0, copy_CV=copy, copy_factor=16.0)
     assert nll.tolist() == pytest.approx(NLL)
     assert squared.tolist() == pytest.approx([math.log(4) ** 2, (5 + math.log(4)) ** 2, 0.0])
     expected = [-3 / 4, 3 / 4, 1 / 4, -1 / 4, 0.0, 0.0]

@@ -4,7 +4,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from megamtp.model import layers
-from megamtp.model.documents import separate
+from megamtp.model.documents import make_document_mask
 from tests.models import built_model, model_config
 
 
@@ -12,9 +12,9 @@ def test_documents_are_separate():
     """Trunk and heads: each document's logits are those it has alone, wherever it lies in the window."""
     model, tokens = built_model(model_config()), torch.randint(50, (2, 12))
     documents = torch.tensor([[0] * 5 + [1] + [2] * 6, [3] * 12])
-    separation = separate(documents, model.config, torch.float64, in_blocks=False)
-    z = model.z(tokens, separation)
-    logits = torch.stack([model.unembedding(head(z, separation)) for head in model.heads])
+    mask = make_document_mask(documents, model.config, torch.float64, use_block_mask=False)
+    z = model.z(tokens, mask)
+    logits = torch.stack([model.unembedding(head(z, mask)) for head in model.heads])
     for row, first, last in ((0, 0, 5), (0, 5, 6), (0, 6, 12), (1, 0, 12)):
         torch.testing.assert_close(logits[:, row, first:last], model.logits(tokens[row : row + 1, first:last])[:, 0])
     assert (model.logits(tokens)[:, 0, 6:] - logits[:, 0, 6:]).abs().max() > 1e-3
@@ -29,7 +29,7 @@ def test_masks_in_blocks_are_the_same_mask_and_need_one_graph():
     compiled = torch.compile(layers.layer_output, dynamic=False, fullgraph=True, backend="aot_eager")
     for _ in range(3):
         x, documents = torch.randn(2, 20, 32), torch.randint(2, (2, 20)).cumsum(1)
-        plain, blocks = (separate(documents, config, torch.float32, in_blocks) for in_blocks in (False, True))
-        found = compiled(x, layer.weights, blocks.rotary, layer.head_dim, layer.eps, blocks.mask)
+        plain, blocks = (make_document_mask(documents, config, torch.float32, blocks) for blocks in (False, True))
+        found = compiled(x, layer.weights, blocks.rotary, layer.head_dim, layer.eps, blocks.attention)
         torch.testing.assert_close(found, layer(x, plain), rtol=1e-4, atol=1e-5)
     assert counters["stats"]["unique_graphs"] == 1

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megamtp.errors import InputError
-from megamtp.model.heads import Head, ParallelHead, Unembedding, head_class
+from megamtp.model.heads import HEAD_KINDS, Head, ParallelHead, Unembedding, head_class
 from tests.models import built_model, model_config
 
 
@@ -47,10 +47,11 @@ class Own(Head):
 def test_a_kind_is_found_by_name():
     assert head_class(model_config()) is ParallelHead
     assert head_class(model_config(head_kind=f"{__name__}:Own")) is Own
-    with pytest.raises(InputError, match=r"model\.head_kind=deep; expected parallel, or MODULE:CLASS of your own"):
+    names = " or ".join(HEAD_KINDS)
+    with pytest.raises(InputError, match=rf"model\.head_kind=deep; expected {names}, or MODULE:CLASS of your own"):
         head_class(model_config(head_kind="deep"))
 
 
 def test_a_kind_that_cannot_decode_is_named():
-    with pytest.raises(InputError, match="Own does not decode; expected a head kind with `extend`"):
+    with pytest.raises(InputError, match="Own does not decode; expected a head kind with a method `extend`"):
         Own().extend(torch.zeros(1, 1, 32), None)

@@ -1,4 +1,4 @@
-"""Parts of a model, one after the other, are the model: losses, gradients and names, wherever it is cut."""
+"""Parts run one after another equal the whole model for any cut: losses, gradients and parameter names."""
 
 import itertools
 
@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from megamtp.config import HeadLossConfig, ModelConfig
-from megamtp.losses.softmax_gradient import IGNORED
 from megamtp.model.initial import initial_value
 from megamtp.model.mtp import MTPModel
-from megamtp.model.part import Extent, ModelPart, Numbered
+from megamtp.model.part import Extent, ModelPart, NumberedModules
+from megamtp.targets import IGNORED
 
 MODEL = ModelConfig(
     dim=16, num_layers=5, num_future_tokens=3, num_attention_heads=4, num_key_value_heads=2, mlp_dim=24, vocab_size=53
@@ -19,7 +19,7 @@ CUTS = [[0, 1, 5], [0, 2, 5], [0, 3, 5], [0, 4, 5], [0, 1, 3, 5], [0, 2, 3, 4, 5
 
 
 def extent(first: int, end: int) -> Extent:
-    """Of the layers first, ..., end - 1, trunk and then heads."""
+    """Returns the extent of layers first, ..., end - 1, counted over the trunk and then the heads."""
     trunk, heads = MODEL.num_trunk_layers, range(max(first, 2) - 2, max(end, 2) - 2)
     return Extent(range(min(first, trunk), min(end, trunk)), heads, range(MODEL.vocab_size if heads else 0))
 
@@ -39,68 +39,69 @@ def initialised(part: ModelPart) -> ModelPart:
 
 
 @pytest.mark.parametrize("cut", CUTS, ids=str)
-def test_parts_in_a_row_are_the_model(cut):
-    """z goes from part to part, and its gradient back, as between a pipeline's stages."""
+def test_parts_run_in_order_equal_the_model(cut):
+    """Passes activations from part to part, and gradients back, as a pipeline's stages do."""
     inputs, targets = batch()
     settings = HeadLossConfig(z_loss=1e-3, chunk_rows=5)
     model = initialised(MTPModel(MODEL, settings, "deferred").double())
     loss, nll_sums = model(inputs, targets, SCALES)
     loss.backward()
     parts = [initialised(ModelPart(MODEL, extent(*bounds), settings).double()) for bounds in itertools.pairwise(cut)]
-    received, results, found_sums = [inputs], [], []
+    received, results, part_nll_sums = [inputs], [], []
     for part in parts:
         x = part.run_trunk(received[-1])
         if part.extent.heads:
             x, sums = part.losses(x, targets, SCALES)
-            found_sums.append(sums)
+            part_nll_sums.append(sums)
         results.append(x)
         received.append(x.detach().requires_grad_())
-    gradient = None  # the last part returned the loss, whose backward pass takes no gradient
-    for x, start in zip(results[::-1], received[-2::-1], strict=True):
-        x.backward(gradient)
-        gradient = start.grad
+    gradient = None  # the last part returns the loss, whose backward pass takes no gradient
+    for result, part_input in zip(results[::-1], received[-2::-1], strict=True):
+        result.backward(gradient)
+        gradient = part_input.grad
     assert parts[-1].has_last_head and not any(part.has_last_head for part in parts[:-1])
-    torch.testing.assert_close(torch.cat(found_sums), nll_sums)
+    torch.testing.assert_close(torch.cat(part_nll_sums), nll_sums)
     gradients: dict[str, torch.Tensor] = {}
     for part in parts:
         for name, parameter in part.named_parameters():
             gradients[name] = gradients.get(name, 0) + parameter.grad
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert gradients.keys() == expected.keys()
-    for name, found in gradients.items():
-        torch.testing.assert_close(found, expected[name], rtol=1e-9, atol=1e-12)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-12)
 
 
-def test_slices_of_the_unembedding_are_the_whole():
-    """Rows share out logits' columns, and dH; the final norm is where the heads are."""
+def test_slices_of_the_unembedding_equal_the_whole():
+    """Each slice computes some columns of the logits; the part with the heads holds the final norm."""
     inputs, _ = batch()
     model = initialised(MTPModel(MODEL).double())
     z = model.z(inputs)
     rows = [range(0, 20), range(20, 53)]
     slices = [
-        initialised_rows(ModelPart(MODEL, Extent(range(0), range(0), own), HeadLossConfig()).double(), model)
-        for own in rows
+        with_rows_of(model, ModelPart(MODEL, Extent(range(0), range(0), slice_rows), HeadLossConfig()).double())
+        for slice_rows in rows
     ]
-    host = initialised(ModelPart(MODEL, Extent(range(0), range(3), range(0))).double())
-    assert host.unembedding.weight is None and all(part.unembedding.norm is None for part in slices)
-    (hidden, *_) = host.normed_heads(z)
+    heads = initialised(ModelPart(MODEL, Extent(range(0), range(3), range(0))).double())
+    assert heads.unembedding.weight is None and all(part.unembedding.norm is None for part in slices)
+    (hidden, *_) = heads.normed_heads(z)
     targets = torch.full((16,), IGNORED)
     logits = [part.slice_statistics(hidden.flatten(0, 1), targets)[0] for part in slices]
     torch.testing.assert_close(torch.cat(logits, dim=1), model.logits(inputs)[0].flatten(0, 1))
 
 
-def initialised_rows(part: ModelPart, model: MTPModel) -> ModelPart:
+def with_rows_of(model: MTPModel, part: ModelPart) -> ModelPart:
+    """Copies the model's unembedding rows to the part."""
     with torch.no_grad():
         part.unembedding.weight.copy_(model.unembedding.weight[part.extent.rows.start : part.extent.rows.stop])
     return part
 
 
-def test_numbers_are_those_of_the_whole_model():
+def test_parameters_have_the_names_of_the_whole_model():
     part = ModelPart(MODEL, extent(1, 4))
     assert [
         name.split(".")[:2] for name in ("trunk.1.mlp.up.weight", "heads.0.mlp.up.weight", "heads.1.mlp.up.weight")
     ] == [name.split(".")[:2] for name, _ in part.named_parameters() if name.endswith("mlp.up.weight")]
     assert part.embedding is None and len(part.trunk) == 1 and len(part.heads) == 2
-    assert isinstance(part.trunk, Numbered) and part.trunk[1] is next(iter(part.trunk))
+    assert isinstance(part.trunk, NumberedModules) and part.trunk[1] is next(iter(part.trunk))
     with pytest.raises(KeyError):
         part.trunk[0]

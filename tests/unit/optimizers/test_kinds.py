@@ -6,7 +6,7 @@ from megamtp.config import OptimizerConfig
 from megamtp.errors import InputError
 from megamtp.optimizers.adamw import AdamW
 from megamtp.optimizers.base import OptimizerKind
-from megamtp.optimizers.kinds import optimizer_kind
+from megamtp.optimizers.kinds import OPTIMIZERS, optimizer_kind
 
 
 class Own(OptimizerKind):
@@ -21,7 +21,7 @@ def test_a_kind_is_built_in_or_a_users_own():
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("adam", "optimizer.kind=adam; expected adamw, or MODULE:CLASS of your own"),
+        ("adam", f"optimizer.kind=adam; expected {' or '.join(OPTIMIZERS)}, or MODULE:CLASS of your own"),
         ("torch.optim:AdamW", "expected a subclass of megamtp.optimizers.base:OptimizerKind"),
     ],
 )

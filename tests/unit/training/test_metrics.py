@@ -1,4 +1,4 @@
-"""What a run reports: the records' numbers, and each step once however often the run is resumed."""
+"""Tests of metrics.jsonl: the numbers in its records, and each step once after any number of resumes."""
 
 import json
 import math
@@ -18,11 +18,11 @@ def config_at(folder: Path, **settings) -> Config:
     return small_config(run__directory=folder, run__tensorboard=False, **settings)
 
 
-def report(config: Config, resumed_step: int, steps: range, rank: int = 0) -> None:
+def write_metrics(config: Config, resumed_step: int, steps: range, rank: int = 0) -> None:
     metrics = Metrics(config, resumed_step, rank, world_size=2, device=torch.device("cpu"))
     for step in steps:
         metrics.seconds = {"data": 0.5, "train": 1.5}
-        metrics.training(step, [1.0 + step, 2.0], gradient_norm=0.1, lr=1e-3, skipped=False)
+        metrics.report_step(step, [1.0 + step, 2.0], gradient_norm=0.1, lr=1e-3, skipped=False)
     metrics.close()
 
 
@@ -30,9 +30,9 @@ def records(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_record_holds_the_steps_numbers(tmp_path):
+def test_record_of_a_step(tmp_path):
     config = config_at(tmp_path, run__peak_flops=1e6)
-    report(config, 0, range(1, 2))
+    write_metrics(config, 0, range(1, 2))
     (record,) = records(tmp_path)
     assert (record["kind"], record["step"], record["losses"]) == ("train", 1, [2.0, 2.0])
     assert record["tokens_per_second"] == pytest.approx(config.train.global_batch_tokens / 2.0)
@@ -42,11 +42,11 @@ def test_a_record_holds_the_steps_numbers(tmp_path):
     assert record["peak_memory_bytes"] > 1e6
 
 
-def test_what_is_no_number_is_null(tmp_path):
+def test_nonfinite_numbers_are_null(tmp_path):
     metrics = Metrics(config_at(tmp_path), 0, 0, world_size=1, device=torch.device("cpu"))
     metrics.seconds = {"train": 1.0}
-    metrics.training(1, [math.nan, 2.0], gradient_norm=math.inf, lr=1e-3, skipped=True)
-    metrics.validation(1, [math.inf, 2.0])
+    metrics.report_step(1, [math.nan, 2.0], gradient_norm=math.inf, lr=1e-3, skipped=True)
+    metrics.report_evaluation(1, [math.inf, 2.0])
     metrics.close()
     training, validation = (
         json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "metrics.jsonl").open()
@@ -54,23 +54,23 @@ def test_what_is_no_number_is_null(tmp_path):
     assert training["losses"] == validation["losses"] == [None, 2.0] and training["gradient_norm"] is None
 
 
-def test_a_resumed_run_drops_later_steps_and_a_torn_line(tmp_path):
+def test_resumed_run_drops_later_steps_and_an_incomplete_line(tmp_path):
     config = config_at(tmp_path)
-    report(config, 0, range(1, 8))
-    for torn in (b'{"kind": "train", "st', b'{"\xff\xfe\x80'):
+    write_metrics(config, 0, range(1, 8))
+    for incomplete in (b'{"kind": "train", "st', b'{"\xff\xfe\x80'):
         with open(tmp_path / "metrics.jsonl", "ab") as stream:
-            stream.write(torn)
-        report(config, 5, range(6, 8))
+            stream.write(incomplete)
+        write_metrics(config, 5, range(6, 8))
         assert [record["step"] for record in records(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
 
 
-def test_a_damaged_line_is_named_though_it_is_no_text(tmp_path):
+def test_error_names_a_damaged_line_that_is_not_text(tmp_path):
     config = config_at(tmp_path)
-    report(config, 0, range(1, 3))
+    write_metrics(config, 0, range(1, 3))
     with open(tmp_path / "metrics.jsonl", "ab") as stream:
         stream.write(b"\xff\xfe\n")
     with pytest.raises(InputError, match=r"metrics\.jsonl, line 3 is damaged .*: remove the line"):
-        report(config, 2, range(3, 5))
+        write_metrics(config, 2, range(3, 5))
 
 
 @pytest.mark.parametrize(
@@ -84,23 +84,23 @@ def test_a_damaged_line_is_named_though_it_is_no_text(tmp_path):
         "3",
     ],
 )
-def test_a_damaged_record_is_named_whatever_its_damage(tmp_path, line):
+def test_error_names_any_damaged_record(tmp_path, line):
     (tmp_path / "metrics.jsonl").write_text(line + "\n")
     with pytest.raises(InputError, match=r"metrics\.jsonl, line 1 is damaged [^\n]*: remove the line"):
         lacks_validation(tmp_path / "metrics.jsonl", 1)
 
 
 def test_only_rank_0_writes(tmp_path):
-    report(config_at(tmp_path), 0, range(1, 3), rank=1)
+    write_metrics(config_at(tmp_path), 0, range(1, 3), rank=1)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_fewer_lines_on_request_but_always_the_last(tmp_path):
-    report(config_at(tmp_path, run__log_every_steps=8, train__steps=20), 0, range(1, 21))
+def test_log_every_steps_always_keeps_the_last_step(tmp_path):
+    write_metrics(config_at(tmp_path, run__log_every_steps=8, train__steps=20), 0, range(1, 21))
     assert [record["step"] for record in records(tmp_path)] == [8, 16, 20]
 
 
-def test_phases_add_up():
+def test_repeated_phases_are_summed():
     metrics = Metrics(config_at("unused"), 0, rank=1, world_size=1, device=torch.device("cpu"))
     for _ in range(2):
         with metrics.phase("train"):

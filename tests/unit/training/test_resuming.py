@@ -1,4 +1,4 @@
-"""The checkpoint that a run goes on from: damaged ones are skipped, those of a later format are not."""
+"""Tests of the checkpoint that a run resumes from: damaged ones are skipped, those of a newer format are errors."""
 
 import json
 
@@ -10,10 +10,10 @@ from megamtp.training import resuming
 from tests.unit.checkpoint.test_store import damage, publish
 
 
-def test_a_run_passes_over_damage_but_over_no_other_format(tmp_path, monkeypatch, capsys):
-    """A checkpoint of a later version is newer than what it would go on from, and it would overwrite that."""
+def test_damaged_checkpoints_are_skipped_but_newer_formats_are_errors(tmp_path, monkeypatch, capsys):
+    """A run that skipped a checkpoint of a newer format would resume from an older one and overwrite the newer one."""
     monkeypatch.setattr(resuming, "of_all_ranks", lambda own: [own])
-    monkeypatch.setattr(resuming.dist, "broadcast_object_list", lambda found, src: None)
+    monkeypatch.setattr(resuming.dist, "broadcast_object_list", lambda objects, src: None)
     for step in (1, 2, 3):
         publish(tmp_path, step)
     (tmp_path / "checkpoints" / "step-0000003" / "shard-1").write_bytes(b"weightz")
@@ -26,16 +26,16 @@ def test_a_run_passes_over_damage_but_over_no_other_format(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("kind", ["truncated", "manifest cut short", "flipped bit"])
-def test_a_run_of_which_no_checkpoint_is_whole_has_no_older_one_to_go_on_from(kind, tmp_path, monkeypatch):
+def test_error_if_all_checkpoints_are_damaged(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(resuming, "of_all_ranks", lambda own: [own])
-    monkeypatch.setattr(resuming.dist, "broadcast_object_list", lambda found, src: None)
+    monkeypatch.setattr(resuming.dist, "broadcast_object_list", lambda objects, src: None)
     for step in (1, 2):
         damage(publish(tmp_path, step), kind)
-    with pytest.raises(CheckpointError, match=r"none of 2 checkpoints verifies .*step-0000002") as error:
+    with pytest.raises(CheckpointError, match=r"none of 2 checkpoints is intact .*step-0000002") as error:
         resuming.newest_verified(tmp_path, 0, 1)
     assert "older" not in str(error.value)
-    assert str(error.value).endswith("; restore one, or begin anew: remove them, or choose another run.directory")
-    if kind != "flipped bit":  # which takes reading all bytes
-        with pytest.raises(CheckpointError) as at_once:
+    assert str(error.value).endswith("; restore one, or start over: remove them, or choose another run.directory")
+    if kind != "flipped bit":  # newest_readable does not read all bytes
+        with pytest.raises(CheckpointError) as same_error:
             resuming.newest_readable(tmp_path, check_files=True)
-        assert str(at_once.value) == str(error.value)
+        assert str(same_error.value) == str(error.value)

@@ -8,7 +8,7 @@ from benchmarks import data
 from tests.measurements import rows
 
 
-def test_data_opens_and_reads_what_it_invents(tmp_path, monkeypatch):
+def test_data_opens_and_reads_what_it_invents(tmp_path, monkeypatch, capsys):
     """Both sides, in this process and on small files; the numbers are of no interest."""
     monkeypatch.setattr(
         data, "Fresh", lambda function, *arguments: SimpleNamespace(result=lambda: function(*arguments))
@@ -24,5 +24,5 @@ def test_data_opens_and_reads_what_it_invents(tmp_path, monkeypatch):
     assert list(read) == [*data.READERS, "GPTDataset"] and min(read.values()) > 1000
     assert [path.name for path in tmp_path.iterdir()] == ["results"]
     assert (tmp_path / "results/data.png").stat().st_size > 10_000
-    shown = [row[:2] for row in rows((tmp_path / "results/data.md").read_text())]
+    shown = [row[:2] for row in rows(capsys.readouterr().out)]
     assert shown[:2] == [["tokens", "opened by"], ["1e+05", data.OURS]] and shown[-1][0] == "GPTDataset"

@@ -29,7 +29,7 @@ def test_the_table_compares_with_the_first(tmp_path):
         name: learning.read(write_metrics(tmp_path / name, factor), STEPS)
         for name, factor in (("bf16", 1), ("fp8", 1.002))
     }
-    *_, one, two = learning.table(learned).splitlines()
+    *_, one, two = learning.tables(learning.results(learned)).splitlines()
     assert one == "| fp8 | 1 | 4.0080 | +0.20% | 4.5080 | +0.18% |"
     assert two == "| fp8 | 2 | 5.0100 | +0.20% | 5.5100 | +0.18% |"
     first = learning.results(learned)[0]
@@ -54,13 +54,13 @@ def test_an_unfinished_run_is_named(tmp_path):
         learning.read(path, STEPS)
 
 
-def test_finished_trainings_are_only_read(tmp_path, monkeypatch):
+def test_finished_trainings_are_only_read(tmp_path, monkeypatch, capsys):
     for name in ("bf16", "fp8"):
         (tmp_path / name).mkdir()
         write_metrics(tmp_path / name / "metrics.jsonl", 1.0)
     monkeypatch.setattr(learning, "call", lambda *arguments: pytest.fail(f"called {arguments}"))
     learning.main(["--data", "none", "--runs", str(tmp_path), "--steps", str(STEPS), "--output", str(tmp_path)])
-    assert "| fp8 | 1 | 4.0000 | +0.00% | 4.5000 | +0.00% |" in (tmp_path / "learning.md").read_text()
+    assert "| fp8 | 1 | 4.0000 | +0.00% | 4.5000 | +0.00% |" in capsys.readouterr().out
 
 
 def test_a_missing_corpus_is_named(tmp_path):

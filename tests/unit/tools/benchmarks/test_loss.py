@@ -20,7 +20,7 @@ def test_loss_says_in_what_dtype_gradients_are_summed(tmp_path):
         for dim, vocabulary in loss.SHAPES
         for index, name in enumerate(names)
     ]
-    _, *found = rows(loss._table(results))
+    _, *found = rows(loss.tables(results))
     assert len(found) == 12
     assert found[0] == ["2048", "32000", "ours", "float32", "5.00 [4.00, 6.00]", "1.20", "0.50"]
     assert (found[3][3], found[3][-1]) == ("bfloat16", "-")

@@ -32,14 +32,14 @@ def test_overhead_shows_ratios_and_first_steps(tmp_path):
         overhead_result("ours", 4, 645, exposure=exposed, first_step_seconds=31.5),
         overhead_result("fsdp2 per head", 4, 900),
     ]
-    header, plain, ours, per_head = rows(overhead._table(results, [1, 4]))
+    header, plain, ours, per_head = rows(overhead.tables(results))
     assert header[-1] == "first step, s"
     assert plain[2:6] == ["600.0 [599.0, 602.0]", "633.0 [632.0, 635.0], 3 times without memory", "1.055", "1.054"]
     assert ours[4:] == ["1.040", "1.054", "1.033", "565", "1.000 of 32.0 GiB", "1.50%", "30.0, 31.5"]
     assert (per_head[2], per_head[4], per_head[-2:]) == ("-", "-", ["-", "-"])
     assert len({len(header), len(plain), len(ours), len(per_head)}) == 1
     warm = [{key: value for key, value in result.items() if key != "first_step_seconds"} for result in results]
-    assert rows(overhead._table(warm, [1, 4]))[0] == header[:-1]
+    assert rows(overhead.tables(warm))[0] == header[:-1]
     overhead._draw(results).savefig(tmp_path / "overhead.png")
     assert (tmp_path / "overhead.png").stat().st_size > 10_000
 
@@ -78,7 +78,7 @@ def test_overhead_has_a_process_for_each_size_and_traces_last_in_it(tmp_path, mo
         for what, of in (("measured", cells), ("traced", cells[-2:]))
     ]
     assert own == ["_measure_size", "first_step", "first_step"] * 2
-    found = rows((tmp_path / "overhead.md").read_text())[1:]
+    found = rows(overhead.tables(json.loads((tmp_path / "overhead.json").read_text())["results"]))[1:]
     assert {(row[0], row[1]): row[-2] for row in found} == {
         (size, name): "-" if name == "plain" else "5.50%" for size in ("0.3b", "6.7b") for name in names
     }

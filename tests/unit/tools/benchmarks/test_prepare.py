@@ -4,20 +4,22 @@ import json
 
 import pytest
 from benchmarks import prepare
-from benchmarks.prepare import BARE, Times
+from benchmarks.prepare import BARE
 
 from megamtp.errors import InputError
 
 
 def test_table_of_invented_times():
     times = {
-        BARE: Times([2.0, 4.0], [2.0, 2.0]),
-        "1 worker": Times([4.0, 5.0], [4.0, 2.5]),
-        "2 workers": Times([2.0, 2.5], [4.0, 4.0]),
+        BARE: ([2.0, 4.0], [2.0, 2.0]),
+        "1 worker": ([4.0, 5.0], [4.0, 2.5]),
+        "2 workers": ([2.0, 2.5], [4.0, 4.0]),
     }
-    rows = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in prepare.shown(times, 10_000_000).splitlines()
+    results = [
+        {"variant": name, "bytes": 10_000_000, "seconds": wall, "cpu_seconds": cpu}
+        for name, (wall, cpu) in times.items()
     ]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in prepare.tables(results).splitlines()]
     assert rows[2] == [BARE, "3.75 [2.50, 5.00]", "5.00 [5.00, 5.00]", "", ""]
     assert rows[3] == ["1 worker", "2.25 [2.00, 2.50]", "3.25 [2.50, 4.00]", "0.65 [0.50, 0.80]", ""]
     assert rows[4][3:] == ["0.50 [0.50, 0.50]", "2.00 [2.00, 2.00]"]
@@ -37,11 +39,7 @@ def test_small_measurement(tmp_path, capsys):
         "2",
     ]
     prepare.main(arguments)
-    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == [
-        "prepare.json",
-        "prepare.md",
-        "prepare.png",
-    ]
+    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == ["prepare.json", "prepare.png"]
     written = json.loads((tmp_path / "results/prepare.json").read_text())
     assert [result["variant"] for result in written["results"]] == [BARE, "1 worker", "2 workers"]
     assert all(len(result[key]) == 2 for result in written["results"] for key in ("seconds", "cpu_seconds"))

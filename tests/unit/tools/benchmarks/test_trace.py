@@ -9,7 +9,7 @@ from tests.measurements import invented_trace, rows
 
 
 @pytest.mark.parametrize(("exposed", "status", "word"), [(1.0, 0, "holds"), (8.5, 1, "FAILS")])
-def test_trace_tells_whether_the_head_phase_is_exposed(tmp_path, monkeypatch, exposed, status, word):
+def test_trace_tells_whether_the_head_phase_is_exposed(tmp_path, monkeypatch, exposed, status, word, capsys):
     class Invented(variants.Variant):
         def __init__(self, config):
             self.prefetches = config.engine.prefetch_modules > 0
@@ -36,7 +36,7 @@ def test_trace_tells_whether_the_head_phase_is_exposed(tmp_path, monkeypatch, ex
     except SystemExit as end:
         ended = end.code
     assert ended == status
-    shown = (tmp_path / "trace.md").read_text()
+    shown = capsys.readouterr().out
     share = exposed + 9 * 0.5
     assert f"prefetch as configured: head phase: exposed {share:.2f} % <= 6 %: {word}" in shown
     assert "no prefetch: head phase: exposed 14.00 % <= 6 %: FAILS" in shown

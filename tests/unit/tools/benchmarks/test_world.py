@@ -7,7 +7,7 @@ from tests.measurements import rows
 MEASURED = {"ours": 150.0, "fsdp2 one backward": 190.0, "deepspeed as shipped": 250.0}
 
 
-def test_world_goes_up_and_down_and_divides_by_the_first(tmp_path, monkeypatch):
+def test_world_goes_up_and_down_and_divides_by_the_first(tmp_path, monkeypatch, capsys):
     """A step as long as it was given, and longer by the number of times that its process was made."""
     made = []
 
@@ -24,7 +24,7 @@ def test_world_goes_up_and_down_and_divides_by_the_first(tmp_path, monkeypatch):
     monkeypatch.setattr(output, "start", lambda options: None)
     world.main(["--world-sizes", "8", "64", "512", "--output", str(tmp_path), "--steps", "3"])
     assert made == [8, 64, 512, 512, 64, 8]
-    header, *found = rows((tmp_path / "world.md").read_text())
+    header, *found = rows(capsys.readouterr().out)
     assert header[1:3] == ["ours, ms", "over 8 ranks"]
     assert [row[0] for row in found] == ["8", "64", "512"]
     assert [row[1] for row in found] == ["153.5 [151.0, 156.0]", "153.5 [152.0, 155.0]", "153.5 [153.0, 154.0]"]

@@ -1,4 +1,4 @@
-"""What is done with every shard: which tokenizer, perhaps trained now, and how documents are treated."""
+"""What is done with every shard of the inputs: the tokenizer, which may be trained here, and the document settings."""
 
 import dataclasses
 import hashlib
@@ -15,21 +15,23 @@ from megamtp.data.tokenizer import BYTES, train_sentencepiece
 from megamtp.errors import InputError
 from megamtp.files import write_atomically
 
-PART_FORMAT = 2
+FORMAT = 2  # of the files of tokenised shards
 DEFAULT_VOCAB_SIZE = 4096
-# The tokenizer's sample is drawn from all inputs if they are no larger than this, else from as many bytes of them.
+# A tokenizer is trained on a sample of all inputs if they are no larger than this, else of about this many bytes.
 TRAINING_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
-class TokenisationJob:
-    """What is done with every shard.
+class TokenisationTask:
+    """The settings of tokenisation, the same for all shards.
 
     Attributes:
-        folder: of the parts.
-        tokenizer: `bytes` or a SentencePiece model whose SHA-256 is tokenizer_digest.
-        with_text_hashes: hash the documents' texts, too.
-        skip_bad_records: as of Reader.
+        folder: where tokenised shards are written.
+        tokenizer: `bytes`, or the path of a SentencePiece model.
+        tokenizer_digest: the SHA-256 of the model, or `bytes`.
+        json_key, skip_bad_records: see Reader.
+        in_pieces: documents are cut into pieces.
+        with_text_hashes: also compute hashes of the documents' texts.
     """
 
     folder: Path
@@ -42,14 +44,15 @@ class TokenisationJob:
     skip_bad_records: bool = False
 
     def key(self, shard: Shard) -> str:
-        """Changes with all that a part depends on; those without bad records are the same whether these are skipped
-        or not.
+        """Returns a hash of everything that a tokenised shard depends on.
+
+        It does not depend on skip_bad_records, because shards without bad records are the same either way.
         """
-        settings = dataclasses.asdict(self) | {"folder": PART_FORMAT, "tokenizer": "", "skip_bad_records": ""}
+        settings = dataclasses.asdict(self) | {"folder": FORMAT, "tokenizer": "", "skip_bad_records": ""}
         return hashlib.sha256(f"{json.dumps(settings)}\n{shard.fingerprint}".encode()).hexdigest()[:32]
 
 
-def make_job(
+def make_task(
     source: Source,
     shards: list[Shard],
     in_pieces: bool,
@@ -58,25 +61,26 @@ def make_job(
     tokenizer: Path | str | None,
     seed: int,
     deduplicate: bool,
-) -> TokenisationJob:
-    """The job of preparing `shards` of `source` with parts in the folder `work`; the other arguments are
-    corpus.prepare's.
+) -> TokenisationTask:
+    """Returns the task of tokenising `shards` of `source` into the folder `work`. Trains a tokenizer if none is given.
+
+    The other arguments are those of corpus.prepare.
 
     Raises:
         InputError: there is too little text, or the tokenizer cannot be trained or read.
         OSError: `work` cannot be written to.
     """
-    if in_pieces and (found := _count_names(source, reader := source.reader())) < 2:
-        raise too_few(found, place(source), reader)
+    if in_pieces and (num_names := _count_names(source, reader := source.reader())) < 2:
+        raise too_few_documents(num_names, describe_inputs(source), reader)
     path = _tokenizer(source, shards, work, vocab_size, tokenizer, seed)
     digest = BYTES if path == BYTES else hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    return TokenisationJob(
+    return TokenisationTask(
         work, path, digest, source.json_key, seed, in_pieces, deduplicate and not in_pieces, source.skip_bad_records
     )
 
 
 def _count_names(source: Source, reader: Reader) -> int:
-    """How many names of documents or pieces there are, up to 2."""
+    """Returns the number of different names of documents or pieces, but at most 2."""
     names: set[str] = set()
     for name, _ in source.pieces(reader):
         names.add(name)
@@ -88,8 +92,9 @@ def _count_names(source: Source, reader: Reader) -> int:
 def _tokenizer(
     source: Source, shards: list[Shard], work: Path, vocab_size: int | None, tokenizer: Path | str | None, seed: int
 ) -> str:
-    """`bytes`, or a model in the work folder: a copy of the given one, or one that is trained, if not an earlier
-    call did that.
+    """Returns `bytes`, or the path of a model in the work folder: a copy of the given model, or a trained one.
+
+    A model that an earlier call has trained is reused.
     """
     if str(tokenizer) == BYTES:
         return BYTES
@@ -107,23 +112,29 @@ def _tokenizer(
 
 
 def _training_texts(source: Source, shards: list[Shard], seed: int) -> Iterator[str]:
-    left = TRAINING_BYTES
-    chosen = set()
+    remaining_bytes = TRAINING_BYTES
+    sample = set()
     for number in random.Random(seed).sample(range(len(shards)), len(shards)):
-        if left > 0:
-            chosen.add(number)
-            left -= shards[number].num_bytes
-    for number in sorted(chosen):
+        if remaining_bytes > 0:
+            sample.add(number)
+            remaining_bytes -= shards[number].num_bytes
+    for number in sorted(sample):
         yield from (text for _, text in shards[number].documents(source.reader()))
 
 
-def place(source: Source) -> str:
-    """The inputs, for a message."""
+def describe_inputs(source: Source) -> str:
+    """Returns the name of the first input file, and whether there are others, for a message."""
     return f"{source.files[0].path}{' and others' if len(source.files) > 1 else ''}"
 
 
-def too_few(found: int, place: str, reader: Reader | None = None) -> InputError:
-    """The refusal of inputs that cannot be split; `reader` has passed over some of them."""
+def too_few_documents(num_names: int, inputs: str, reader: Reader | None = None) -> InputError:
+    """Returns the error for inputs that cannot be split into train and validation documents.
+
+    Args:
+        num_names: the number of different document names.
+        inputs: as describe_inputs returns.
+        reader: names the files and records that it has passed over.
+    """
     skipped, remedy = "", "add text"
     if reader and reader.bad_records:
         skipped += f", skipped {len(reader.bad_records)} bad records, the first: {reader.bad_records[0]}"
@@ -133,6 +144,6 @@ def too_few(found: int, place: str, reader: Reader | None = None) -> InputError:
         )
         remedy = "convert files to UTF-8, or add text"
     return InputError(
-        f"found {found} documents that differ in name in {place}{skipped}; "
-        f"expected at least two, or one long enough to be cut in pieces: {remedy}"
+        f"found {num_names} documents with different names in {inputs}{skipped}; "
+        f"expected at least two, or one that is long enough to be cut into pieces: {remedy}"
     )

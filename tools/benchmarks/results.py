@@ -1,0 +1,107 @@
+"""Writes tools/results/README.md from the JSON files beside it, so that no measured number is typed by hand.
+
+    python tools/benchmark.py results
+
+Each file becomes a section with machine, settings, command, tables and picture. A file may hold a "note", added by hand
+after a measurement: what its reader has to know besides the numbers. paper.json has the paper's own numbers.
+"""
+
+import importlib
+import inspect
+import json
+import re
+import shlex
+from pathlib import Path
+from types import ModuleType
+
+from benchmarks import output, summary
+from benchmarks.command import COMMANDS
+from megamtp.commands.command_line import Parser
+from megamtp.errors import InputError
+
+FOLDER = Path(__file__).parents[1] / "results"
+PAPER = "paper"
+SUMMARY = "What four heads cost"
+# card: results of `overhead` on it that together have all sizes
+SUMMARIES = {"H100": ("overhead", "overhead_13b"), "H200": ("overhead_h200", "overhead_h200_13b")}
+INTRODUCTION = """\
+# Measurements
+
+<!-- Written by `python tools/benchmark.py results` from the JSON files in this folder: change those, not this file. -->
+
+Each section names the machine, the versions, the date, the settings and the command that measures it again. Times such
+as 100.0 [98.0, 103.0] are the median, the least and the largest. "ours" is megamtp; "plain" is the same model without
+engine and communication; n is the number of heads, T the positions of a window, V the vocabulary, d the width.
+"""
+
+
+def main(arguments: list[str]) -> None:
+    """Raises InputError."""
+    parser = Parser(__doc__)
+    parser.prog += " results"
+    parser.parse_args(arguments)
+    path = FOLDER / "README.md"
+    path.write_text(page(FOLDER))
+    print(path)
+
+
+def page(folder: Path) -> str:
+    """The Markdown of a folder's results. Raises InputError: a file is not of a benchmark."""
+    contents = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    paper = contents.pop(PAPER)
+    stems = {name: [stem for stem in contents if _benchmark(stem, contents[stem]) == name] for name in COMMANDS}
+    modules = {name: importlib.import_module(f"benchmarks.{name}") for name in COMMANDS if stems[name]}
+    lines = [f"- {_link(SUMMARY)}"]
+    sections = [_summary(contents, paper)]
+    for name, module in modules.items():
+        files = [f"{stem}.json" for stem in stems[name]]
+        lines.append(f"- {_link(name)}: {_sentence(module)} {', '.join(map(_link, files))}")
+        sections += [f"## {name}", _sentence(module), *(_section(folder, s, contents[s], module) for s in stems[name])]
+    return "\n\n".join([INTRODUCTION + "\n" + "\n".join(lines), *sections]) + "\n"
+
+
+def _benchmark(stem: str, content: dict) -> str:
+    """The name of the benchmark whose command wrote a file."""
+    words = shlex.split(content["circumstances"]["command"])
+    name = words[words.index("tools/benchmark.py") + 1] if "tools/benchmark.py" in words else ""
+    if name not in COMMANDS:
+        raise InputError(f"{stem}.json: its command is {shlex.join(words)}; expected one of tools/benchmark.py")
+    return name
+
+
+def _summary(contents: dict[str, dict], paper: dict) -> str:
+    """How much longer a step with four heads takes, on each card."""
+    parts = [f"## {SUMMARY}", f"Step time, forward and backward. The paper's: {paper['source']}."]
+    for card, stems in SUMMARIES.items():
+        parts.append(f"### {SUMMARY}: {card}")
+        parts += [f"{_link(f'{s}.json')}: {_heading(contents[s])}" for s in stems]
+        parts.append(summary.table([r for stem in stems for r in contents[stem]["results"]], paper["results"]))
+    return "\n\n".join(parts)
+
+
+def _section(folder: Path, stem: str, content: dict, module: ModuleType) -> str:
+    parts = [f"### {stem}.json", _heading(content), f"`{content['circumstances']['command']}`"]
+    parts += [content["note"]] if "note" in content else []
+    parts.append(module.tables(content["results"]))
+    picture = folder / f"{stem}.png"
+    parts += [f"![{stem}]({picture.name})"] if picture.exists() else []
+    return "\n\n".join(parts)
+
+
+def _heading(content: dict) -> str:
+    return output.heading(content["circumstances"], content["settings"])
+
+
+def _sentence(module: ModuleType) -> str:
+    """What a benchmark measures: the first paragraph of its module's docstring."""
+    return " ".join((inspect.getdoc(module) or "").split("\n\n")[0].split())
+
+
+def _link(title: str) -> str:
+    """To a heading of the same page."""
+    return f"[{title}](#{anchor(title)})"
+
+
+def anchor(title: str) -> str:
+    """The name that GitHub gives a heading."""
+    return re.sub(r"[^a-z0-9 _-]", "", title.lower()).replace(" ", "-")
