@@ -17,9 +17,16 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "TRUE")
 _context = get_context("forkserver")
-# The last one makes torch import its compiler, which every engine's optimizer does otherwise, for two seconds.
 _context.set_forkserver_preload(
-    ["torch", "deepspeed", "tests.ranks", "megamtp.engines.build", "deepspeed.runtime.zero.muon.original_muon"]
+    [
+        "torch",
+        "deepspeed",
+        "tests.ranks",
+        "megamtp.engines.build",
+        # makes torch import its compiler, which every engine's optimizer does otherwise, for two seconds
+        "deepspeed.runtime.zero.muon.original_muon",
+        "matplotlib.figure",  # which all benchmarks import, for a second
+    ]
 )
 
 

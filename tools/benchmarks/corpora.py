@@ -6,6 +6,7 @@ import argparse
 import json
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +18,8 @@ from megamtp.data.corpus import SUMMARY
 from megamtp.data.indexed_dataset import HEADER, LONGEST_SEQUENCE, MAGIC, VERSION, IndexedDatasetWriter
 from megamtp.errors import InputError
 
+SMOKE_TEXT = Path(__file__).parents[2] / "megamtp/data"  # for smoke runs: our own programs
+SMOKE: dict[str, Any] = {"data": Path("corpus"), "prepare": [str(SMOKE_TEXT)], "vocab_size": 512}
 UINT16 = 8  # its code in the index
 CHUNK = 1 << 20
 

@@ -34,6 +34,7 @@ from megamtp.errors import InputError
 T, HEADS, VOCABULARY, DOCUMENT_TOKENS = 4096, 4, 32000, 1000
 LARGEST_INDEX = 10**11  # tokens up to which the index is written in full
 MICRO_BATCH, READ_STEPS = 8, 400
+SMOKE = {"sizes": [1e5], "megatron_limit": 0.0, "read_tokens": 1e5, "read_steps": 2}
 OURS, FIRST, AGAIN = "ours", "GPTDataset, first time", "GPTDataset, from its cache"
 # (which corpus, data.documents) of each
 READERS = {
@@ -51,7 +52,7 @@ def main(arguments: list[str]) -> None:
     megatron, load = find_spec("megatron") is not None, os.getloadavg()[0]
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
         opened = [result for size in options.sizes for result in measure_opening(Path(folder), size, megatron, options)]
-        read = measure_reading(Path(folder), options.read_tokens, megatron)
+        read = measure_reading(Path(folder), options.read_tokens, options.read_steps, megatron)
     output.write(
         options,
         {"T": T, "n": HEADS, "micro-batch": MICRO_BATCH, "load of the machine": f"{load:.1f}"},
@@ -71,7 +72,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--read-tokens", type=float, default=1e8, help="of the corpus that is read [1e8]")
     parser.add_argument("--scratch", type=Path, help="folder for the corpora [the system's]")
-    options = parser.parse_args(arguments)
+    parser.set_defaults(read_steps=READ_STEPS)
+    options = output.parse(parser, arguments, SMOKE)
     for name in ("sizes", "read_tokens"):
         for value in np.atleast_1d(getattr(options, name)):
             if not 1e5 <= value <= 1e13:
@@ -91,13 +93,13 @@ def measure_opening(folder: Path, size: float, megatron: bool, options: argparse
         path.unlink()
 
 
-def measure_reading(folder: Path, read_tokens: float, megatron: bool) -> list[dict]:
+def measure_reading(folder: Path, read_tokens: float, read_steps: int, megatron: bool) -> list[dict]:
     write_random(folder / "random", round(read_tokens), DOCUMENT_TOKENS, VOCABULARY)
     for end in (".bin", ".idx"):
         os.link(folder / f"random{end}", folder / f"unchecked{end}")
     results = []
     for name, (corpus, documents) in (READERS | ({"GPTDataset": ("random", None)} if megatron else {})).items():
-        rate = Fresh(_reading, str(folder / corpus), documents).result()
+        rate = Fresh(_reading, str(folder / corpus), documents, read_steps).result()
         results.append({"part": "reading", "name": name, "tokens_per_second": rate})
     return results
 
@@ -148,7 +150,7 @@ def _opening(open_corpus: Callable[[str], TrainLoader | Dataset[object]], prefix
     return seconds, peak[0]
 
 
-def _reading(prefix: str, documents: str | None) -> float:
+def _reading(prefix: str, documents: str | None, read_steps: int) -> float:
     """Tokens per second of one core, whatever else the machine does, of a file in the page cache."""
     read: Callable[[int], object]
     if documents is None:
@@ -160,9 +162,9 @@ def _reading(prefix: str, documents: str | None) -> float:
     Path(f"{prefix}.bin").read_bytes()
     read(0)
     start = time.process_time()
-    for step in range(1, READ_STEPS + 1):
+    for step in range(1, read_steps + 1):
         read(step)
-    return READ_STEPS * MICRO_BATCH * T / (time.process_time() - start)
+    return read_steps * MICRO_BATCH * T / (time.process_time() - start)
 
 
 def _import_all(open_corpus: Callable) -> None:

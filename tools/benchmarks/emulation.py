@@ -4,6 +4,7 @@ benchmarks of steps.
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,6 +18,14 @@ from megamtp.errors import InputError
 CONFIGS = Path(__file__).parents[2] / "configs"
 MICRO_BATCHES = {"0.3b": 4, "0.6b": 4, "1.3b": 2, "3b": 2, "6.7b": 2, "13b": 1}
 SEQUENCE_LENGTH = 4096
+TINY = [  # settings of a model for smoke runs
+    "model.dim=64",
+    "model.mlp_dim=128",
+    "model.num_layers=6",
+    "model.num_attention_heads=2",
+    "model.vocab_size=512",
+]
+SMOKE: dict[str, Any] = {"micro_batch": 1, "steps": 2, "set": TINY, "sequence_length": 64}
 
 
 def parser(description: str, name: str) -> Parser:
@@ -30,6 +39,7 @@ def parser(description: str, name: str) -> Parser:
     parser.add_argument("--micro-batches", type=output.positive, default=1, help="micro-batches of a rank's step [1]")
     parser.add_argument("--steps", type=output.positive, default=5, help="measured steps in a turn [5]")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings")
+    parser.set_defaults(sequence_length=SEQUENCE_LENGTH)
     return parser
 
 
@@ -58,9 +68,9 @@ def config(size: str, heads: int, world_size: int, options: argparse.Namespace, 
             "data.train=none",
             "run.directory=none",
             *([] if find_place().world_size > 1 else cluster),
-            f"train.sequence_length={SEQUENCE_LENGTH}",
+            f"train.sequence_length={options.sequence_length}",
             f"train.micro_batch_size={micro_batch}",
-            f"train.global_batch_tokens={SEQUENCE_LENGTH * micro_batch * options.micro_batches * world_size}",
+            f"train.global_batch_tokens={options.sequence_length * micro_batch * options.micro_batches * world_size}",
             *options.set,
             *settings,
         ]
@@ -75,7 +85,7 @@ def config(size: str, heads: int, world_size: int, options: argparse.Namespace, 
 def settings(config: Config, options: argparse.Namespace) -> dict[str, object]:
     """What a table of steps says about its cluster."""
     cluster = config.cluster
-    further = {"T": SEQUENCE_LENGTH, "micro-batches": options.micro_batches}
+    further = {"T": options.sequence_length, "micro-batches": options.micro_batches}
     further |= {"set": " ".join(options.set)} if options.set else {}
     if not cluster.emulate:
         return {"network": "NCCL", **further}

@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from benchmarks import corpora, output
+from benchmarks import corpora, emulation, output
 from benchmarks.processes import call
 from megamtp.errors import InputError
 from megamtp.training.metrics import FILE as METRICS
@@ -26,6 +26,18 @@ VARIANTS = {
     "bf16": [],
     "fp8": ["head_loss.precision=fp8"],
     "fp8-further": ["head_loss.precision=fp8", "head_loss.fp8_first_head=false"],
+}
+SMOKE = corpora.SMOKE | {
+    "variants": ["bf16"],  # fp8 needs a GPU
+    "steps": 40,
+    "runs": Path("runs"),
+    "set": [
+        *emulation.TINY,
+        "train.sequence_length=32",
+        "train.global_batch_tokens=128",
+        "run.evaluate_every_steps=20",
+        "run.evaluation_windows=4",
+    ],
 }
 LAST_STEPS = 100  # whose mean is the final training loss
 POINT_STEPS = 20  # whose mean is one point of a curve
@@ -65,7 +77,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--runs", type=Path, default=Path("runs/learning"), help="folder of the trainings [runs/learning]"
     )
-    options = parser.parse_args(arguments)
+    options = output.parse(parser, arguments, SMOKE)
     corpora.prepare(options)
     learned = {}
     for name in options.variants:

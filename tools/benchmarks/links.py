@@ -18,6 +18,7 @@ import torch.distributed as dist
 from matplotlib.figure import Figure
 
 from benchmarks import output
+from benchmarks.device import find_device, record_time, seconds_between, synchronize
 from megamtp.cluster.collectives import all_gather_single, reduce_scatter_single
 from megamtp.cluster.emulated import hold, mark
 from megamtp.cluster.environment import find_place
@@ -29,6 +30,7 @@ from megamtp.errors import InputError
 KINDS = ("all_gather", "reduce_scatter", "all_reduce")
 SIZES = [2**power for power in range(12, 31, 2)]  # bytes of the whole tensor
 REPEATS = 10  # in a row, of which one's time is a tenth
+SMOKE = {"sizes": [2**12, 2**18, 2**24], "rounds": 1}
 HEAD_START = 5e-3  # seconds in which the host has started them all
 
 
@@ -38,13 +40,14 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--rounds", type=output.positive, default=5, help=f"times of {REPEATS} collectives in a row [5]"
     )
-    options = parser.parse_args(arguments)
+    parser.set_defaults(sizes=SIZES)
+    options = output.parse(parser, arguments, SMOKE)
     place = find_place()
     if place.world_size == 1:
         raise InputError("one process; expected several ranks: start it with torchrun --nproc-per-node GPUS")
     output.start(options)
     join_peers(place, ClusterConfig())
-    found = {kind: {size: _seconds(kind, size, options.rounds) for size in SIZES} for kind in KINDS}
+    found = {kind: {size: _seconds(kind, size, options.rounds) for size in options.sizes} for kind in KINDS}
     network = fit(found, place.world_size)
     results = [
         {"kind": kind, "bytes": size, "seconds": seconds, "predicted": network.seconds(kind, size)}
@@ -67,9 +70,10 @@ def main(arguments: list[str]) -> None:
 
 def fit(found: dict[str, dict[int, float]], world_size: int) -> Network:
     """The flat network whose times are those found for the largest tensors, and in the mean for the smallest two."""
-    latency = statistics.mean(found[kind][SIZES[0]] for kind in KINDS[:2])
+    smallest, *_, largest = found[KINDS[0]]
+    latency = statistics.mean(found[kind][smallest] for kind in KINDS[:2])
     reached = {
-        kind: PASSES[kind] * SIZES[-1] * (world_size - 1) / world_size / (times[SIZES[-1]] - latency)
+        kind: PASSES[kind] * largest * (world_size - 1) / world_size / (times[largest] - latency)
         for kind, times in found.items()
     }
     bandwidth = reached[KINDS[0]]
@@ -82,26 +86,27 @@ def fit(found: dict[str, dict[int, float]], world_size: int) -> Network:
 
 def _seconds(kind: str, num_bytes: int, rounds: int) -> float:
     """Of one collective over a whole tensor of so many bytes, the median."""
-    call = _collective(kind, num_bytes)
+    device = find_device()
+    call = _collective(kind, num_bytes, device)
     for _ in range(3):
         call()
-    times, barrier_end = [], torch.zeros(1, dtype=torch.int64, device="cuda")
+    times, barrier_end = [], torch.zeros(1, dtype=torch.int64, device=device)
     for _ in range(rounds):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         dist.barrier()
-        hold(mark(barrier_end), HEAD_START, num_sms=1)
-        start.record()
+        if device.type == "cuda":
+            hold(mark(barrier_end), HEAD_START, num_sms=1)
+        start = record_time(device)
         for _ in range(REPEATS):
             call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 1000 / REPEATS)
+        end = record_time(device)
+        synchronize(device)
+        times.append(seconds_between(start, end) / REPEATS)
     return statistics.median(times)
 
 
-def _collective(kind: str, num_bytes: int) -> Callable[[], object]:
-    whole = torch.zeros(num_bytes // 2, dtype=torch.bfloat16, device="cuda")
-    own = torch.zeros(len(whole) // dist.get_world_size(), dtype=whole.dtype, device="cuda")
+def _collective(kind: str, num_bytes: int, device: torch.device) -> Callable[[], object]:
+    whole = torch.zeros(num_bytes // 2, dtype=torch.bfloat16, device=device)
+    own = torch.zeros(len(whole) // dist.get_world_size(), dtype=whole.dtype, device=device)
     if kind == "all_gather":
         return lambda: all_gather_single(whole[: len(own) * dist.get_world_size()], own)
     if kind == "reduce_scatter":

@@ -9,10 +9,12 @@ The losses take turns, on random weights; cut-cross-entropy, which skips what it
 """
 
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +22,15 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks import output
+from benchmarks.device import find_device
 from megamtp.losses.float8 import Float8Weight
 from megamtp.losses.linear_cross_entropy import SharedGradient, default_chunk_rows, linear_cross_entropy
 from megamtp.training.preflight import FLOAT8_CAPABILITY
 
 HEADS, OF_HEADS = 4, ", one of 4 heads"
 SHAPES = [(2048, 32000), (4096, 32000), (4096, 128256)]
+PRODUCT_WIDTH = 8192  # of the square product that tells the card's rate
+SMOKE = {"rows": 128, "rounds": 1, "shapes": [(128, 512)], "product_width": 128}
 CHUNK_ROWS = (2048, 4096, 8192)  # beside the default
 DEVIATION = 0.02  # of random weights
 TARGET_LOGIT = 14.0  # where the softmax has a peak
@@ -46,29 +51,38 @@ def main(arguments: list[str]) -> None:
     parser = output.parser(__doc__, "loss")
     parser.add_argument("--rows", type=output.positive, default=8192, help="positions [8192]")
     parser.add_argument("--rounds", type=output.positive, default=3, help="turns of each loss, 0.1 s or more each [3]")
-    options = parser.parse_args(arguments)
+    parser.set_defaults(shapes=SHAPES, product_width=PRODUCT_WIDTH)
+    options = output.parse(parser, arguments, SMOKE)
     output.start(options)
-    rate, results = _rate(), []
-    for dim, vocabulary in SHAPES:
+    rate, results = _rate(options.product_width), []
+    for dim, vocabulary in options.shapes:
         results += _measure_shape(options.rows, dim, vocabulary, rate, options.rounds)
     settings = {"positions": options.rows, "floor": f"three products at {rate / 1e12:.0f} TFLOP/s, measured"}
     output.write(options, settings, results, tables(results), _draw(results))
 
 
-def _rate() -> float:
+def _rate(width: int) -> float:
     """FLOP/s of a large bf16 product on this card."""
-    from triton.testing import do_bench
+    left, right = torch.randn(2, width, width, device=find_device(), dtype=torch.bfloat16)
+    return 2 * width**3 / (statistics.median(_milliseconds(lambda: left @ right, warmup=100, rep=500)) / 1e3)
 
-    left, right = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
-    return 2 * 8192**3 / (do_bench(lambda: left @ right, warmup=100, rep=500, return_mode="median") / 1e3)
+
+def _milliseconds(run: Callable[[], object], **how: Any) -> list[float]:
+    """As Triton's do_bench measures them, whose arguments `how` are; on a CPU, of a single run."""
+    if torch.cuda.is_available():
+        from triton.testing import do_bench
+
+        return do_bench(run, return_mode="all", **how)
+    start = time.perf_counter()
+    run()
+    return [1e3 * (time.perf_counter() - start)]
 
 
 def _measure_shape(rows: int, dim: int, vocabulary: int, rate: float, rounds: int) -> list[dict]:
-    from triton.testing import do_bench
-
-    hidden = torch.randn(rows, dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    weight = (torch.randn(vocabulary, dim, device="cuda") * DEVIATION).bfloat16().requires_grad_()
-    targets = torch.randint(vocabulary, (rows,), device="cuda")
+    device = find_device()
+    hidden = torch.randn(rows, dim, device=device, dtype=torch.bfloat16, requires_grad=True)
+    weight = (torch.randn(vocabulary, dim, device=device) * DEVIATION).bfloat16().requires_grad_()
+    targets = torch.randint(vocabulary, (rows,), device=device)
     peaked = (0.3 * hidden + weight[targets] * TARGET_LOGIT / (DEVIATION**2 * dim)).detach().requires_grad_()
     inputs, floor = [hidden, peaked, weight], 6 * rows * dim * vocabulary / rate * 1e3
     contestants = _contestants(hidden, peaked, weight, targets)
@@ -77,7 +91,7 @@ def _measure_shape(rows: int, dim: int, vocabulary: int, rate: float, rounds: in
     for turn in range(rounds):
         first = turn * len(names) // rounds  # what runs before leaves the card hot or cold: each time another
         for name in names[first:] + names[:first]:
-            milliseconds[name] += do_bench(contestants[name].run, rep=100, return_mode="all", grad_to_none=inputs)
+            milliseconds[name] += _milliseconds(contestants[name].run, rep=100, grad_to_none=inputs)
     results = []
     for name, contestant in contestants.items():
         times = [time / contestant.num_uses for time in milliseconds[name]]
@@ -90,7 +104,7 @@ def _measure_shape(rows: int, dim: int, vocabulary: int, rate: float, rounds: in
                 "sum_dtype": str(contestant.sum_dtype).removeprefix("torch."),
                 "milliseconds": times,
                 "over_floor": median / floor,
-                "extra_bytes": None if name == PRODUCTS else _extra_bytes(contestant, inputs),
+                "extra_bytes": None if name == PRODUCTS or not hidden.is_cuda else _extra_bytes(contestant, inputs),
             }
         )
         print(f"d={dim} V={vocabulary} {name}: {output.spread(times, 2)} ms, {median / floor:.2f} x floor", flush=True)
@@ -126,7 +140,7 @@ def _contestants(hidden: Tensor, peaked: Tensor, weight: Tensor, targets: Tensor
 
         return Contestant(run, torch.float32, HEADS)
 
-    bare, gradient = hidden.detach(), torch.randn(len(hidden), len(weight), device="cuda", dtype=torch.bfloat16)
+    bare, gradient = hidden.detach(), torch.randn(len(hidden), len(weight), device=hidden.device, dtype=torch.bfloat16)
     found = {
         "ours": ours(None),
         **{f"ours, {rows} rows": ours(rows) for rows in CHUNK_ROWS if rows != default_chunk_rows(len(weight), 2)},
@@ -134,18 +148,18 @@ def _contestants(hidden: Tensor, peaked: Tensor, weight: Tensor, targets: Tensor
         "logits in memory, fp32": learn(lambda: F.cross_entropy((hidden @ weight.T).float(), targets, reduction="sum")),
         PRODUCTS: Contestant(lambda: (bare @ weight.detach().T, gradient @ weight.detach(), gradient.T @ bare)),
     }
-    if torch.cuda.get_device_capability() >= FLOAT8_CAPABILITY:
+    if not hidden.is_cuda or torch.cuda.get_device_capability() >= FLOAT8_CAPABILITY:
         found["ours, fp8"] = learn(
             lambda: linear_cross_entropy(hidden, weight, targets, float8_weight=Float8Weight())[0], torch.float32
         )
         found[f"ours, fp8{OF_HEADS}"] = learn_heads(float8=True)
-    if find_spec("liger_kernel"):
+    if hidden.is_cuda and find_spec("liger_kernel"):
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger
 
         for name, dtype in (("liger-kernel", None), ("liger-kernel, accum_dtype fp32", torch.float32)):
             loss = partial(liger, hidden, weight, targets, reduction="sum", accum_dtype=dtype)
             found[name] = learn(loss, dtype or weight.dtype)
-    if find_spec("cut_cross_entropy"):
+    if hidden.is_cuda and find_spec("cut_cross_entropy"):
         from cut_cross_entropy import linear_cross_entropy as cut
 
         found["cut-cross-entropy"] = learn(lambda: cut(hidden, weight, targets, reduction="sum"))

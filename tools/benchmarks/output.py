@@ -12,7 +12,9 @@ import platform
 import shlex
 import statistics
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import torch
@@ -35,14 +37,49 @@ def parser(description: str, name: str) -> Parser:
     """With the options of every benchmark."""
     parser = Parser(description)
     parser.prog += f" {name}"
-    parser.add_argument("--output", type=Path, default=Path("results"), help="folder of what is written [results]")
-    parser.add_argument("--name", default=name, help=f"files are called so, with .json and .png [{name}]")
+    parser.add_argument("--output", type=Path, help="folder for the files [results; with --smoke: a new one]")
+    parser.add_argument("--name", default=name, help=f"name of the files, with .json and .png [{name}]")
+    parser.add_argument(
+        "--smoke",
+        action="store_true",
+        help="run at a tiny size, to see that the benchmark works: what is measured means nothing",
+    )
     return parser
 
 
-def start(options: argparse.Namespace, on_gpu: bool = True) -> None:
-    """Before the first measurement. Raises InputError: no GPU, though it is measured, or nowhere to write."""
-    if on_gpu and not torch.cuda.is_available():
+def parse(parser: Parser, arguments: list[str], smoke: dict[str, Any]) -> argparse.Namespace:
+    """Reads the options of a benchmark; --smoke replaces their defaults by the values in `smoke`.
+
+    An option in `smoke` is not required then. A relative path in it becomes one below the folder of --output, which is
+    a new temporary folder by default: nothing of a smoke run is written beside real results.
+    """
+    required = [action for action in parser._actions if action.required]
+    for action in required:
+        action.required = False
+    options = parser.parse_args(arguments)
+    output = options.output or (_temporary_folder() if options.smoke else Path("results"))
+    parser.set_defaults(output=output)
+    if options.smoke:
+        parser.set_defaults(
+            **{name: output / value if isinstance(value, Path) else value for name, value in smoke.items()}
+        )
+    for action in required:
+        action.required = not (options.smoke and action.dest in smoke)
+    return parser.parse_args(arguments)
+
+
+def _temporary_folder() -> Path:
+    """A new folder on the first rank; the other ranks write nothing."""
+    return Path(tempfile.mkdtemp(prefix="megamtp_smoke_") if find_place().rank == 0 else tempfile.gettempdir())
+
+
+def start(options: argparse.Namespace, on_gpu: bool = True, smoke_on_cpu: bool = True) -> None:
+    """Before the first measurement. Raises InputError: no GPU, though it is measured, or nowhere to write.
+
+    Args:
+        smoke_on_cpu: a smoke run may take the CPU where there is no GPU.
+    """
+    if on_gpu and not torch.cuda.is_available() and not (options.smoke and smoke_on_cpu):
         raise InputError("no GPU; expected one: benchmarks measure a GPU's time")
     make_folder(options)
 
@@ -105,10 +142,12 @@ def write(options: argparse.Namespace, settings: dict, results: list[dict], show
     if find_place().rank > 0:
         return
     where = circumstances()
+    content = {"circumstances": where, "settings": settings, "results": results}
+    if options.smoke:
+        content["smoke"] = True
+        print(f"A smoke run: these numbers mean nothing. Its files are in {options.output}.\n")
     stem = options.output / options.name
-    Path(f"{stem}.json").write_text(
-        json.dumps({"circumstances": where, "settings": settings, "results": results}, indent=1)
-    )
+    Path(f"{stem}.json").write_text(json.dumps(content, indent=1))
     picture.savefig(f"{stem}.png")
     print(f"{heading(where, settings)}\n\n{shown}\n\n`{where['command']}`\n", flush=True)
 

@@ -28,6 +28,7 @@ from megamtp.errors import InputError
 from megamtp.model.cost import flops_per_token
 
 TRACED = ("ours", "ours fp8")
+SMOKE = emulation.SMOKE | {"sizes": ["0.3b"], "heads": [1, 2], "world_size": 2, "rounds": 1}
 
 
 def main(arguments: list[str]) -> None:
@@ -47,7 +48,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--cold", action="store_true", help="also the first step of ours, in a process with empty caches"
     )
-    options = parser.parse_args(arguments)
+    options = output.parse(parser, arguments, SMOKE)
     if options.heads[0] != 1:
         raise InputError(
             f"--heads {' '.join(map(str, options.heads))}; expected 1 first, which the others are divided by"
@@ -94,7 +95,7 @@ def _measure_size(size: str, configs: dict[int, Config], options: argparse.Names
             "variant": name,
             "heads": n,
             "micro_batch": configs[n].train.micro_batch_size,
-            "flops": flops_per_token(configs[n].model, emulation.SEQUENCE_LENGTH)
+            "flops": flops_per_token(configs[n].model, options.sequence_length)
             * configs[n].train.global_batch_tokens
             / ranks,
             **dataclasses.asdict(found[label]),
@@ -145,7 +146,7 @@ def tables(results: list[dict]) -> str:
                 f"{base / bare:.3f}" if base and bare else "-",
                 f"{one['flops'] / base / 1e9:.0f}" if one else "-",
                 f"{last['peak_bytes'] / one['peak_bytes']:.3f} of {one['peak_bytes'] / 2**30:.1f} GiB"
-                if last and one
+                if last and one and one["peak_bytes"]
                 else "-",
                 _exposed_share(last),
                 *[_first_steps(cells)] * cold,

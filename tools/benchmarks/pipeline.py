@@ -11,11 +11,12 @@ shard, which is not measured.
 import argparse
 import statistics
 import time
+from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 
 from benchmarks import emulation, output, plans, timeline
+from benchmarks.device import find_device
 from benchmarks.processes import Fresh
 from megamtp.config import Config, read_config
 from megamtp.errors import InputError
@@ -23,6 +24,17 @@ from megamtp.model.cost import flops_per_token
 from megamtp.planning.links import Link
 from megamtp.planning.partition import Stage
 
+SMOKE: dict[str, Any] = {
+    "sizes": ["6.7b"],
+    "heads": [1, 2],
+    "vocabularies": [512],
+    "stages": [2],
+    "micro_batches": 4,
+    "sequence_length": 64,
+    "pipelines": 1,
+    "measured": 1,
+    "set": [*emulation.TINY, "train.precision=fp32"],
+}
 MOST_IMBALANCE, MOST_OVER_FLOPS, MOST_MEMORY_ERROR = 1.05, 0.02, 0.1
 GIB = 2**30
 
@@ -52,9 +64,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--measured", type=output.positive, default=6, help="micro-batches that each stage is timed with [6]"
     )
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="[cuda]; cpu: to try this program")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings")
-    options = parser.parse_args(arguments)
+    options = output.parse(parser, arguments, SMOKE)
     if options.heads[0] != 1:
         raise InputError(
             f"--heads {' '.join(map(str, options.heads))}; expected 1 first, which the others are divided by"
@@ -66,7 +77,7 @@ def main(arguments: list[str]) -> None:
         )
     for size in options.sizes:
         _configs(size, options)  # refuses what cannot be, before anything is measured
-    output.start(options, on_gpu=options.device == "cuda")
+    output.start(options)
     results = []
     for size in options.sizes:
         results += _sizes_results(size, options)
@@ -143,7 +154,7 @@ def measure_size(size: str, options: argparse.Namespace) -> list[dict]:
     """A result for each configuration and plan. Stages are first measured with all numbers of micro-batches that
     plans ask for.
     """
-    meter = plans.Meter(torch.device(options.device), options.measured)
+    meter = plans.Meter(find_device(), options.measured)
     link = Link(options.link_bandwidth, options.latency)
     cases = []
     wanted: dict[tuple, tuple[Config, Stage, set[int]]] = {}

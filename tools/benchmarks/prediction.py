@@ -18,6 +18,8 @@ from benchmarks import output
 from megamtp.errors import InputError
 
 MOST_WRONG = 0.1
+RESULTS = Path(__file__).parents[1] / "results"
+SMOKE = {"measured": RESULTS / "overhead_nccl.json", "emulated": RESULTS / "overhead_nccl_emulated.json"}
 Cells = dict[tuple[str, int, str], list[float]]  # milliseconds by (size, heads, variant)
 
 
@@ -26,7 +28,7 @@ def main(arguments: list[str]) -> None:
     parser = output.parser(__doc__, "prediction")
     parser.add_argument("--measured", type=Path, required=True, metavar="JSON", help="of `overhead` on real ranks")
     parser.add_argument("--emulated", type=Path, required=True, metavar="JSON", help="of `overhead` on one GPU")
-    options = parser.parse_args(arguments)
+    options = output.parse(parser, arguments, SMOKE)
     (settings, measured), (emulation, emulated) = read(options.measured), read(options.emulated)
     if settings["ranks"] != emulation["ranks"] or measured.keys() != emulated.keys():
         raise InputError(

@@ -20,7 +20,7 @@ from pathlib import Path
 import sentencepiece
 from matplotlib.figure import Figure
 
-from benchmarks import output
+from benchmarks import corpora, output
 from megamtp.data import shards, workers
 from megamtp.data.documents import Source, find_source, standard_library
 from megamtp.data.tokenisation import TokenisationTask
@@ -29,6 +29,7 @@ from megamtp.data.tokenizer import train_sentencepiece
 from megamtp.errors import InputError
 
 BARE = "sentencepiece"
+SMOKE = {"input": [corpora.SMOKE_TEXT], "vocab_size": 400, "rounds": 1}
 
 
 def main(arguments: list[str]) -> None:
@@ -40,7 +41,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--vocab-size", type=output.positive, default=4096, help="of the tokenizer [4096]")
     parser.add_argument("--workers", nargs="+", type=output.positive, default=[1, 2], help="numbers of processes [1 2]")
     parser.add_argument("--rounds", type=output.positive, default=5)
-    options = parser.parse_args(arguments)
+    options = output.parse(parser, arguments, SMOKE)
     if 1 not in options.workers:
         raise InputError(f"--workers {options.workers}; expected 1 among them: it is what others are compared to")
     output.start(options, on_gpu=False)

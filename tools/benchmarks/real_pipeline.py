@@ -23,6 +23,7 @@ import torch.distributed as dist
 from matplotlib.figure import Figure
 
 from benchmarks import exposure, output, pipeline, plans, variants
+from benchmarks.device import synchronize
 from megamtp.cluster.environment import find_place, of_all_ranks
 from megamtp.config import ClusterConfig, Config
 from megamtp.data.loader import Batch
@@ -34,6 +35,7 @@ from megamtp.planning.partition import imbalance
 
 WARM_UP = 2  # steps that do not count: the first ones compile
 MOST_WRONG = 0.1
+SMOKE = {"steps": 2}
 
 
 def main(arguments: list[str]) -> None:
@@ -42,8 +44,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--predicted", type=Path, required=True, metavar="JSON", help="what `pipeline` has written")
     parser.add_argument("--heads", nargs="+", type=output.positive, help="of the plans that are run [all there]")
     parser.add_argument("--steps", type=output.positive, default=5, help="measured steps [5]")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="[cuda]; cpu: to try this program")
-    options = parser.parse_args(arguments)
+    options = output.parse(parser, arguments, SMOKE)
     settings, predictions = _read(options.predicted)
     place = find_place()
     predictions = [found for found in predictions if not options.heads or found["heads"] in options.heads]
@@ -53,10 +54,10 @@ def main(arguments: list[str]) -> None:
         raise InputError(
             f"{place.world_size} ranks; expected as many as a plan in {options.predicted} has, {sizes}: use torchrun"
         )
-    output.start(options, on_gpu=options.device == "cuda")
+    output.start(options)
     join_peers(place, ClusterConfig())
     results = [found | {"seconds": measured(found, settings, options)} for found in chosen]
-    if options.device == "cuda":  # last, for the profiler slows what comes after it
+    if torch.cuda.is_available():  # last, for the profiler slows what comes after it
         results = [found | computed(found, settings) for found in results]
     used = {name: settings[name] for name in ("micro-batches", "T", "pipelines", "link", "latency")}
     output.write(options, used | {"steps": options.steps}, results, tables(results), _draw(results))
@@ -162,8 +163,7 @@ class Run:
         self._take_step(lr_kwargs)
 
     def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(self.device)
         return time.perf_counter()
 
 

@@ -32,6 +32,22 @@ from megamtp.errors import InputError
 from megamtp.training.metrics import FILE as METRICS
 from megamtp.training.metrics import records_until
 
+SMOKE = corpora.SMOKE | {
+    "heads": 2,
+    "steps": 80,
+    "save_every": 10,
+    "kill_at": 25,
+    "rank": 0,
+    "run": Path("run"),
+    "set": [
+        *emulation.TINY,
+        "train.sequence_length=32",
+        "train.micro_batch_size=2",
+        "train.global_batch_tokens=128",
+        "train.precision=fp32",
+        "run.evaluation_windows=4",
+    ],
+}
 POINT_STEPS = 20  # whose mean is one point of a curve
 
 
@@ -52,7 +68,7 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--prompt", default="def main(", help="[def main(]")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings")
-    options = parser.parse_args(arguments)
+    options = output.parse(parser, arguments, SMOKE)
     if not options.save_every < options.kill_at < options.steps:
         raise InputError(
             f"--save-every {options.save_every} --kill-at {options.kill_at} --steps {options.steps}; expected them in "

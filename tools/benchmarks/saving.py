@@ -27,6 +27,14 @@ from megamtp.errors import InputError
 from megamtp.training.metrics import FILE as METRICS
 from megamtp.training.metrics import records_until
 
+SMOKE = {
+    "size": "0.3b",
+    "heads": 2,
+    "steps": 9,
+    "save_every": 4,
+    "tokens": 512,
+    "set": [*emulation.TINY, "train.sequence_length=64", "train.precision=fp32"],
+}
 WARM_UP = 2  # steps that do not count: they compile
 MOST_SLOWER = 1.1
 
@@ -53,7 +61,7 @@ def main(arguments: list[str]) -> None:
         "--scratch", type=Path, help="where checkpoints are written for a while [the system's folder for that]"
     )
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings")
-    options = parser.parse_args(arguments)
+    options = output.parse(parser, arguments, SMOKE)
     output.make_folder(options)
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
         config = read_config(_settings(options, Path(folder)))

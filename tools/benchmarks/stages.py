@@ -9,13 +9,13 @@ import collections
 import gc
 import itertools
 import statistics
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from benchmarks.device import record_time, seconds_between
 from megamtp.config import Config
 from megamtp.data.loader import Batch
 from megamtp.engines.base import DTYPES
@@ -194,16 +194,16 @@ def _times(stage: MeasuredStage, micro_batches: int) -> dict[Kind, list[float]]:
     marks = []
     for index in range(WARM_UP + micro_batches):
         passed = Passed(stage.receive())
-        found = [_mark(stage.device)]
+        found = [record_time(stage.device)]
         for kind in stage.kinds:
             stage.run(kind, passed)
-            found.append(_mark(stage.device))
+            found.append(record_time(stage.device))
         if index == 0 and stage.device.type == "cuda":
             torch.cuda.synchronize()  # the compiler has worked meanwhile
         marks.append(found)
     _check(stage, passed)
     return {
-        kind: [_seconds(found[place], found[place + 1]) / stage.num_uses(kind) for found in marks[WARM_UP:]]
+        kind: [seconds_between(found[place], found[place + 1]) / stage.num_uses(kind) for found in marks[WARM_UP:]]
         for place, kind in enumerate(stage.kinds)
     }
 
@@ -243,18 +243,3 @@ def _peaks(stage: MeasuredStage, counts: list[int]) -> Iterable[tuple[int, int]]
 
 def _allocated(device: torch.device) -> int:
     return torch.cuda.memory_allocated() if device.type == "cuda" else 0
-
-
-def _mark(device: torch.device) -> torch.cuda.Event | float:
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def _seconds(start: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
-    if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
-        return start.elapsed_time(end) / 1e3
-    assert isinstance(start, float) and isinstance(end, float)
-    return end - start

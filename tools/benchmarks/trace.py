@@ -19,6 +19,7 @@ from benchmarks.exposure import LONG, Trace, union
 
 CONFIGURED, NONE, PLAIN = "prefetch as configured", "no prefetch", "plain"
 UNSEEN = 0.1  # milliseconds between kernels that no picture can show, but that would make it paler
+SMOKE = emulation.SMOKE | {"size": "0.3b", "heads": 2, "world_size": 2, "limit": 100.0}
 COLORS = {"head phase": "0.9", "computing": "tab:blue", "communicating": "tab:green", "exposed": "tab:red"}
 
 
@@ -31,13 +32,13 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--limit", type=float, default=3.0, metavar="PERCENT", help="largest exposed share of the head phase [3]"
     )
-    options = parser.parse_args(arguments)
+    options = output.parse(parser, arguments, SMOKE)
     settings_of = {CONFIGURED: [], NONE: ["engine.prefetch_modules=0"], PLAIN: []}
     configs = {
         name: emulation.config(options.size, options.heads, emulation.num_ranks(options.world_size), options, *settings)
         for name, settings in settings_of.items()
     }
-    output.start(options)
+    output.start(options, smoke_on_cpu=False)  # a CPU has no streams to trace
     emulation.join(configs[CONFIGURED])
     makers = {
         name: partial(variants.Plain if name == PLAIN else variants.Ours, config) for name, config in configs.items()

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from benchmarks import exposure, output
+from benchmarks.device import find_device, record_time, seconds_between, synchronize
 from megamtp.config import Config
 from megamtp.data.loader import Batch
 from megamtp.engines.zero import ZeroEngine
@@ -35,7 +36,8 @@ class Variant:
         self.micro_batches = config.accumulation(dist.get_world_size())
         n, vocabulary = config.model.num_future_tokens, config.model.vocab_size
         shape = config.train.micro_batch_size, config.train.sequence_length
-        tokens = torch.randint(vocabulary, (shape[0], shape[1] + n), device="cuda")
+        self.device = find_device()
+        tokens = torch.randint(vocabulary, (shape[0], shape[1] + n), device=self.device)
         self.batch = Batch(tokens[:, : shape[1]].contiguous(), tokens[:, 1:].unfold(1, shape[1], 1).permute(1, 0, 2))
         self.scales = [1.0 / (shape[0] * shape[1])] * n
         self.build()
@@ -58,15 +60,14 @@ class Variant:
         """What follows a step and is not measured."""
 
     def step(self) -> float:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
+        start = record_time(self.device)
         loss = self.forward_and_backward()
-        end.record()
-        torch.cuda.synchronize()
+        end = record_time(self.device)
+        synchronize(self.device)
         if not torch.isfinite(loss):
             raise RuntimeError(f"{type(self).__name__}: the loss is {loss}")
         self.finish()
-        return start.elapsed_time(end)
+        return 1e3 * seconds_between(start, end)
 
     def trace(self, times: int = 3) -> exposure.Trace:
         """Of `times` profiled steps the one whose head phase, or where none is named the step, has the median
@@ -81,10 +82,11 @@ class Variant:
 
 
 def _random_model(config: Config, schedule: str, model_class: type[MTPModel] = MTPModel) -> MTPModel:
-    """A bf16 model on the GPU, whole, with compiled layers."""
+    """A bf16 model on the device, whole; on a GPU with compiled layers."""
+    device = find_device()
     with torch.device("meta"):
-        model = model_class(config.model, config.head_loss, schedule, compile_layers=True)
-    model = model.to(torch.bfloat16).to_empty(device="cuda")
+        model = model_class(config.model, config.head_loss, schedule, compile_layers=device.type == "cuda")
+    model = model.to(torch.bfloat16).to_empty(device=device)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(0.0, STANDARD_DEVIATION)
@@ -155,7 +157,7 @@ class TrunkFirst(MTPModel):
 
 
 def _shard(model: MTPModel) -> None:
-    mesh = init_device_mesh("cuda", (dist.get_world_size(),))
+    mesh = init_device_mesh(find_device().type, (dist.get_world_size(),))
     for layer in [*model.trunk, *model.heads, model.embedding]:
         fully_shard(layer, mesh=mesh)
     fully_shard(model.unembedding, mesh=mesh, reshard_after_forward=False)
@@ -237,14 +239,15 @@ def measure(
             if cell not in kept:
                 cell_found.kept_bytes = torch.cuda.memory_allocated() - before
             resting = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
+            if torch.cuda.is_available():  # a CPU's memory is not counted
+                torch.cuda.reset_peak_memory_stats()
             dist.barrier()
-            retries = torch.cuda.memory_stats()["num_alloc_retries"]
+            retries = _allocation_retries()
             freeze_garbage_collector()  # as training does
             milliseconds = [variant.step() for _ in range(steps)]
             gc.unfreeze()
             output.say(f"{cell}: {output.spread(milliseconds)} ms")
-            cell_found.allocation_retries += torch.cuda.memory_stats()["num_alloc_retries"] - retries
+            cell_found.allocation_retries += _allocation_retries() - retries
             cell_found.milliseconds += milliseconds
             peak = torch.cuda.max_memory_allocated() - resting + cell_found.kept_bytes
             cell_found.peak_bytes = max(cell_found.peak_bytes, peak)
@@ -257,13 +260,19 @@ def measure(
     return found
 
 
+def _allocation_retries() -> int:
+    return torch.cuda.memory_stats().get("num_alloc_retries", 0)  # nothing is counted on a CPU
+
+
 def traces(makers: Mapping[str, Callable[[], Variant]]) -> dict[str, exposure.Trace]:
     """Of each cell, made anew. Nothing that is measured may follow: once it has run, the profiler slows every later
-    launch.
+    launch. Nothing on a CPU, which has no streams to trace.
 
     Source: pytorch/pytorch issue 144455 (CUPTI stays attached).
     """
-    found = {}
+    found: dict[str, exposure.Trace] = {}
+    if not torch.cuda.is_available():
+        return found
     for cell, make in makers.items():
         others, variant = set(storages()), make()
         for _ in range(WARM_UP):

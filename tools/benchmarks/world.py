@@ -22,6 +22,7 @@ from megamtp.config import Config
 from megamtp.errors import InputError
 
 SHIPPED = "deepspeed as shipped"
+SMOKE = emulation.SMOKE | {"size": "0.3b", "world_sizes": [2, 4], "shipped_at": [2], "rounds": 1}
 WorldJob = tuple[Config, list[str]]  # of one number of ranks, and the variants to measure there
 
 
@@ -45,7 +46,7 @@ def main(arguments: list[str]) -> None:
         "--shipped-at", nargs="*", type=int, default=[8, 512], metavar="RANKS", help=f"where {SHIPPED} runs [8 512]"
     )
     parser.add_argument("--rounds", type=output.positive, default=2, help="turns of each number of ranks [2]")
-    options = parser.parse_args(arguments)
+    options = output.parse(parser, arguments, SMOKE)
     if (launched := emulation.num_ranks(1)) > 1:
         raise InputError(
             f"under a launcher of {launched} ranks; expected one process: the numbers of ranks are emulated"

@@ -11,6 +11,8 @@ from megamtp.decoding.generate import generate
 from megamtp.model.mtp import MTPModel
 from tests.checkpoints import SMALL, VOCABULARY, contents, random_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def model() -> MTPModel:

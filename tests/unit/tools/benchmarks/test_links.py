@@ -26,15 +26,15 @@ def test_links_are_found_again():
 def test_collectives_are_timed_after_a_head_start_on_the_card(monkeypatch):
     """The kernels are stand-ins with the real ones' signatures."""
     mark, hold, call = create_autospec(links.mark, side_effect=lambda time: time), create_autospec(links.hold), Mock()
-    event = Mock(return_value=Mock(elapsed_time=Mock(return_value=20.0)))
     zeros = torch.zeros
     monkeypatch.setattr(links, "mark", mark)
     monkeypatch.setattr(links, "hold", hold)
     monkeypatch.setattr(links, "_collective", Mock(return_value=call))
     monkeypatch.setattr(links.dist, "barrier", Mock())
     monkeypatch.setattr(links.torch, "zeros", lambda *size, dtype, device: zeros(*size, dtype=dtype))
-    monkeypatch.setattr(links.torch.cuda, "Event", event)
-    monkeypatch.setattr(links.torch.cuda, "synchronize", Mock())
+    monkeypatch.setattr(links, "find_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(links, "record_time", Mock(side_effect=[0.0, 20e-3] * 3))
+    monkeypatch.setattr(links, "synchronize", create_autospec(links.synchronize))
     assert links._seconds("all_gather", 4096, rounds=3) == pytest.approx(20e-3 / links.REPEATS)
     assert call.call_count == 3 + 3 * links.REPEATS
     (time,), _ = mark.call_args

@@ -1,5 +1,6 @@
 """Work in a process of its own."""
 
+import argparse
 import math
 import os
 
@@ -13,7 +14,7 @@ def test_a_fresh_process_answers_or_says_how_it_ended():
     first, second = processes.Fresh(os.getpid), processes.Fresh(os.getpid)
     assert len({first.result(), second.result(), os.getpid()}) == 3
     with pytest.raises(InputError, match="no GPU"):
-        processes.Fresh(output.start, None).result()
+        processes.Fresh(output.start, argparse.Namespace(smoke=False)).result()
     for failing in (processes.Fresh(math.sqrt, -1), processes.Fresh(os._exit, 1)):
         with pytest.raises(RuntimeError, match="ended with status 1"):
             failing.result()

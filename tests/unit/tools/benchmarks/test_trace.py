@@ -29,7 +29,7 @@ def test_trace_tells_whether_the_head_phase_is_exposed(tmp_path, monkeypatch, ex
     monkeypatch.setattr(variants, "measure", measure)
     monkeypatch.setattr(variants, "traces", lambda makers: {name: make().trace() for name, make in makers.items()})
     monkeypatch.setattr(emulation, "join", lambda config: None)
-    monkeypatch.setattr(output, "start", lambda options: None)
+    monkeypatch.setattr(output, "start", lambda options, smoke_on_cpu: None)
     try:
         trace.main(["--output", str(tmp_path), "--limit", "6"])
         ended = 0
