@@ -50,7 +50,7 @@ def _train(run: CheckedRun, place: Place) -> bool:
         return True
     with raised_by_all():
         loader = open_loader(run, start)
-    engine = build_engine(engine_config(run, start), run.cut)
+    engine = build_engine(engine_config(run, start), run.partition)
     with raised_by_all():
         begin(run, start, loader, place)
     if start.checkpoint:

@@ -1,4 +1,4 @@
-"""Steps of an engine whose gradients are kept for comparison."""
+"""Steps of an engine that record its gradients and compare them with the float64 reference."""
 
 import math
 
@@ -18,38 +18,43 @@ from tests.reference import Reference, reference_model, reference_step, relative
 def step_with_gradients(
     engine: ZeroEngine | PipelineEngine, batches: list[Batch], lr: float = 0.0
 ) -> tuple[StepResult, list[int], dict[str, Tensor]]:
-    """One train_batch over this rank's share of `batches`: its result, the target counts, the whole gradients of its
-    parameters.
+    """Runs train_batch on this rank's share of `batches`.
+
+    Returns:
+        (result, target counts, whole gradients of this rank's parameters by name).
     """
     gradients: dict[str, Tensor] = {}
     own = own_share(batches, engine.data_parallel_rank, engine.data_parallel_size)
     counts = count_targets(own, True, engine.data_parallel_size, engine.device)
-    take_step = engine.engine._take_model_step
+    take_step = engine.deepspeed_engine._take_model_step
 
-    def keep_gradients_and_step(lr_kwargs: dict | None) -> None:
-        loss_scale = getattr(engine.engine.optimizer, "loss_scale", 1)
+    def record_gradients_and_step(lr_kwargs: dict | None) -> None:
+        loss_scale = getattr(engine.deepspeed_engine.optimizer, "loss_scale", 1)
         for name, parameter in engine.model.named_parameters():
             gradients[name] = safe_get_full_grad(parameter).cpu() / loss_scale
         take_step(lr_kwargs)
 
-    engine.engine._take_model_step = keep_gradients_and_step
+    engine.deepspeed_engine._take_model_step = record_gradients_and_step
     try:
         return engine.train_batch(own, counts, lr), counts, gradients
     finally:
-        del engine.engine._take_model_step
+        del engine.deepspeed_engine._take_model_step
 
 
 def names_on_all_ranks(gradients: dict[str, Tensor]) -> set[str]:
-    """The parameters that any rank has a gradient of."""
+    """Returns the names of the parameters of which any rank has a gradient. Collective."""
     names: list[list[str]] = [[]] * dist.get_world_size()
     dist.all_gather_object(names, list(gradients))
-    return {name for of_rank in names for name in of_rank}
+    return {name for rank_names in names for name in rank_names}
 
 
 def largest_gradient_error(
     engine: ZeroEngine | PipelineEngine, gradients: dict[str, Tensor], expected: dict[str, Tensor]
 ) -> float:
-    """Of this rank's gradients; of a slice (engines/stage.py), against the same rows."""
+    """Returns the largest relative error of this rank's gradients.
+
+    The gradient of a slice (RowSlice of engines/stage.py) is compared with the same rows of the reference.
+    """
     parameters, errors = dict(engine.model.named_parameters()), []
     for name, gradient in gradients.items():
         first = getattr(parameters[name], "first_element", 0)
@@ -59,9 +64,10 @@ def largest_gradient_error(
 
 
 def largest_errors(config: Config, engine: ZeroEngine | PipelineEngine, num_steps: int) -> tuple[float, float]:
-    """(gradients', losses') largest relative error against the float64 reference over some steps at learning rate 0.
+    """Returns the largest relative (gradient error, loss error) against the float64 reference.
 
-    The first steps record ZeRO-3's trace, the later ones prefetch by it; both must be right.
+    Runs `num_steps` steps at learning rate 0. Under ZeRO-3 the first steps record the order of fetches and later steps
+    prefetch in that order; both kinds must be correct.
     """
     model, num_micro_batches = (
         reference_model(config),
@@ -78,8 +84,10 @@ def largest_errors(config: Config, engine: ZeroEngine | PipelineEngine, num_step
 def errors_of_step(
     engine: ZeroEngine | PipelineEngine, batches: list[Batch], expected: Reference
 ) -> tuple[list[int], float, float]:
-    """One step at learning rate 0: the target counts, and the largest relative errors: of gradients and their norm;
-    of losses.
+    """Runs one step at learning rate 0.
+
+    Returns:
+        (target counts, largest relative error of the gradients and their norm, largest relative error of the losses).
     """
     result, counts, gradients = step_with_gradients(engine, batches)
     assert names_on_all_ranks(gradients) == expected.gradients.keys()

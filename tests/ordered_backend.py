@@ -1,7 +1,7 @@
-"""A torch.distributed backend whose sums run over the ranks in their order, whatever the layout of the buffers.
+"""A torch.distributed backend that sums over the ranks in rank order, for any layout of the buffers.
 
-gloo and NCCL add in an order that depends on where an element lies, so two layouts of the same gradients may differ in
-the last bit. Under this backend they may not: what differs is a defect.
+gloo and NCCL sum in an order that depends on an element's position in the buffer, so two layouts of the same gradients
+may differ in the last bit. With this backend the results must have the same bits; a difference is a defect.
 """
 
 import torch
@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-class Done(dist.Work):
+class CompletedWork(dist.Work):
     def wait(self, timeout=None) -> bool:
         return True
 
@@ -18,7 +18,7 @@ class Done(dist.Work):
 
 
 class OrderedGroup(dist.ProcessGroup):
-    """All collectives that the engines use, through gloo's all-gather."""
+    """All collectives that the engines use, implemented with gloo's all-gather."""
 
     def __init__(self, store, rank: int, size: int, timeout):
         super().__init__(rank, size)
@@ -36,44 +36,44 @@ class OrderedGroup(dist.ProcessGroup):
     def group_name(self) -> str:
         return self.pg_name
 
-    def _all(self, tensor: Tensor) -> list[Tensor]:
+    def _gather(self, tensor: Tensor) -> list[Tensor]:
         pieces = [torch.empty_like(tensor) for _ in range(self._size)]
         self._gloo.allgather([pieces], [tensor.contiguous()]).wait()
         return pieces
 
     def _sum(self, tensor: Tensor) -> Tensor:
-        first, *others = self._all(tensor)
+        first, *others = self._gather(tensor)
         for other in others:
             first = first + other
         return first
 
     def _allgather_base(self, output, tensor, opts=None):
-        output.view(-1).copy_(torch.cat([piece.view(-1) for piece in self._all(tensor)]))
-        return Done()
+        output.view(-1).copy_(torch.cat([piece.view(-1) for piece in self._gather(tensor)]))
+        return CompletedWork()
 
     all_gather_single = _allgather_base
 
     def allgather_into_tensor_coalesced(self, outputs, tensors, opts=None):
         for output, tensor in zip(outputs, tensors, strict=True):
             self._allgather_base(output, tensor)
-        return Done()
+        return CompletedWork()
 
     def allgather(self, outputs, tensors, opts=None):
         for output, tensor in zip(outputs, tensors, strict=True):
-            for place, piece in zip(output, self._all(tensor), strict=True):
+            for place, piece in zip(output, self._gather(tensor), strict=True):
                 place.copy_(piece)
-        return Done()
+        return CompletedWork()
 
     def _reduce_scatter_base(self, output, tensor, opts=None):
         output.view(-1).copy_(self._sum(tensor.view(-1)).chunk(self._size)[self._rank])
-        return Done()
+        return CompletedWork()
 
     reduce_scatter_single = _reduce_scatter_base
 
     def reduce_scatter_tensor_coalesced(self, outputs, tensors, opts=None):
         for output, tensor in zip(outputs, tensors, strict=True):
             self._reduce_scatter_base(output, tensor)
-        return Done()
+        return CompletedWork()
 
     def allreduce(self, tensors, opts=None):
         for tensor in tensors:
@@ -81,15 +81,15 @@ class OrderedGroup(dist.ProcessGroup):
                 self._gloo.allreduce([tensor], opts).wait()
             else:
                 tensor.copy_(self._sum(tensor))
-        return Done()
+        return CompletedWork()
 
     def broadcast(self, tensors, opts=None):
         self._gloo.broadcast(tensors, opts).wait()
-        return Done()
+        return CompletedWork()
 
     def barrier(self, opts=None):
         self._gloo.barrier().wait()
-        return Done()
+        return CompletedWork()
 
 
 def register() -> None:

@@ -1,6 +1,6 @@
-"""Runs a function on several gloo ranks: `run_ranks(function, 2, argument)` -> what each rank returned.
+"""Runs a function on several gloo ranks: `run_ranks(function, 2, argument)` returns the result of each rank.
 
-Ranks are forked from a server that has imported torch and DeepSpeed already, which makes a two-rank test take seconds.
+Ranks are forked from a server process that has already imported torch and DeepSpeed, so a two-rank test takes seconds.
 """
 
 import contextlib
@@ -23,9 +23,9 @@ _context.set_forkserver_preload(
         "deepspeed",
         "tests.ranks",
         "megamtp.engines.build",
-        # makes torch import its compiler, which every engine's optimizer does otherwise, for two seconds
+        # Imports torch's compiler, which takes two seconds; otherwise every engine's optimizer imports it.
         "deepspeed.runtime.zero.muon.original_muon",
-        "matplotlib.figure",  # which all benchmarks import, for a second
+        "matplotlib.figure",  # all benchmarks import it, which takes a second
     ]
 )
 
@@ -33,14 +33,14 @@ _context.set_forkserver_preload(
 def run_ranks(
     function: Callable[..., Any], world_size: int, *arguments: Any, timeout_seconds: float = 250, backend: str = "gloo"
 ) -> list[Any]:
-    """Calls function(*arguments) on every CPU rank; function must be a module's top-level function.
+    """Calls function(*arguments) on every CPU rank, and returns the result of each rank.
 
     Args:
-        backend: gloo, ordered (see ordered_backend.py), or none for a function that initialises torch.distributed
-            itself.
+        function: a top-level function of a module.
+        backend: gloo, ordered (see ordered_backend.py), or none if the function initialises torch.distributed itself.
 
     Raises:
-        AssertionError: with the traceback of every rank that failed.
+        AssertionError: a rank failed. The message has the tracebacks of all failed ranks.
     """
     return _run(_context, backend, function, world_size, arguments, timeout_seconds)
 
@@ -48,8 +48,10 @@ def run_ranks(
 def run_gpu_rank(
     function: Callable[..., Any], *arguments: Any, timeout_seconds: float = 250, backend: str = "nccl"
 ) -> Any:
-    """Calls function(*arguments) on one rank with one GPU, in a new process, and returns what it returned.
-    `backend`: or none.
+    """Calls function(*arguments) in a new process with one GPU, and returns its result.
+
+    Args:
+        backend: nccl, or none if the function initialises torch.distributed itself.
     """
     (result,) = run_gpu_ranks(function, 1, *arguments, timeout_seconds=timeout_seconds, backend=backend)
     return result
@@ -58,7 +60,7 @@ def run_gpu_rank(
 def run_gpu_ranks(
     function: Callable[..., Any], world_size: int, *arguments: Any, timeout_seconds: float = 250, backend: str = "nccl"
 ) -> list[Any]:
-    """As run_ranks, with a GPU for each rank."""
+    """Like run_ranks, with one GPU per rank."""
     return _run(get_context("spawn"), backend, function, world_size, arguments, timeout_seconds, accelerator="cuda")
 
 
@@ -86,7 +88,7 @@ def _run(
 
 @contextlib.contextmanager
 def _accelerator(name: str) -> Iterator[None]:
-    """What processes started here tell DeepSpeed, which asks once, when it is imported."""
+    """Sets DS_ACCELERATOR for processes started in the block. DeepSpeed reads it once, when it is imported."""
     before = os.environ["DS_ACCELERATOR"]
     os.environ["DS_ACCELERATOR"] = name
     try:
@@ -96,19 +98,19 @@ def _accelerator(name: str) -> Iterator[None]:
 
 
 def _wait(processes: list, folder: Path, timeout_seconds: float) -> list[str]:
-    """Waits for all; when one fails, the others, which would wait for it for ever, are killed."""
+    """Waits for all ranks, and returns their failures. If a rank fails, kills the others, which would wait forever."""
     remaining = timeout_seconds
     while any(process.is_alive() for process in processes) and remaining > 0:
         if any(process.exitcode for process in processes):
             break
-        alive = next((process for process in processes if process.is_alive()), None)
-        if alive:
-            alive.join(0.1)
+        running = next((process for process in processes if process.is_alive()), None)
+        if running:
+            running.join(0.1)
         remaining -= 0.1
     failures = []
     for rank, process in enumerate(processes):
         if process.is_alive() and not any(other.exitcode for other in processes):
-            failures.append(f"rank {rank} still ran after {timeout_seconds} s")
+            failures.append(f"rank {rank} was still running after {timeout_seconds} s")
         process.join(2.0)
         if process.is_alive():
             process.kill()
@@ -117,7 +119,7 @@ def _wait(processes: list, folder: Path, timeout_seconds: float) -> list[str]:
         if report.exists():
             failures.append(f"rank {rank}:\n{report.read_text()}")
         elif process.exitcode and not failures:
-            failures.append(f"rank {rank} ended with status {process.exitcode}")
+            failures.append(f"rank {rank} exited with status {process.exitcode}")
     return failures
 
 

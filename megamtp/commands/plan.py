@@ -13,9 +13,9 @@ import sys
 from megamtp.commands.command_line import Parser, run
 from megamtp.config import Config, read_config
 from megamtp.errors import InputError
-from megamtp.planning.loss_choice import faster, other_losses
+from megamtp.planning.loss_choice import describe_speed, with_other_loss_placement
 from megamtp.planning.partition import Partition
-from megamtp.planning.planner import CARDS, DAY, Card, Plan, fitting, plan
+from megamtp.planning.planner import GPUS, SECONDS_PER_DAY, Gpu, Plan, nearest_fitting, plan
 from megamtp.planning.spread import SpreadPartition
 
 GIB = 2**30
@@ -28,60 +28,63 @@ def main() -> None:
         "config", nargs="+", help="a YAML file and key=value settings, as for pretraining; data and run may be omitted"
     )
     parser.add_argument("--gpus", type=int, required=True, help="number of GPUs, one rank each")
-    parser.add_argument("--gpu", choices=CARDS, default="h100", help="type of GPU [h100]")
+    parser.add_argument("--gpu", choices=GPUS, default="h100", help="type of GPU [h100]")
     parser.add_argument("--bandwidth", type=float, help="bytes per second of each rank in a flat network")
     options = parser.parse_intermixed_args()
     flat = [] if options.bandwidth is None else [f"cluster.flat_bandwidth={options.bandwidth}"]
     if options.gpus < 1:
         parser.error(f"--gpus {options.gpus}; expected 1 or more")
     config = read_config(["data.train=none", "run.directory=none", *options.config, *flat])
-    card = CARDS[options.gpu]
-    planned = plan(config, options.gpus, card)
-    print(_stage_table(planned.cut, card) if planned.cut else _memory_table(planned, card))
+    gpu = GPUS[options.gpu]
+    planned = plan(config, options.gpus, gpu)
+    print(_stage_table(planned.partition, gpu) if planned.partition else _memory_table(planned, gpu))
     print(_host_table(planned, config, options.gpus))
-    if planned.peak_bytes > card.memory_bytes:
-        _print_misfit(planned, config, options.gpus, card)
+    if planned.peak_bytes > gpu.memory_bytes:
+        _print_misfit(planned, config, options.gpus, gpu)
         sys.exit(1)
     print(_time_table(planned, config))
-    if planned.cut:
-        print(_other_losses(planned, config, options.gpus, card))
+    if planned.partition:
+        print(_other_losses(planned, config, options.gpus, gpu))
 
 
-def _other_losses(planned: Plan, config: Config, world_size: int, card: Card) -> str:
+def _other_losses(planned: Plan, config: Config, world_size: int, gpu: Gpu) -> str:
     """Returns lines about the same pipeline with spread losses, or without them if `config` spreads them."""
-    changed, setting = other_losses(config)
+    changed, setting = with_other_loss_placement(config)
     try:
-        other = plan(changed, world_size, card)
+        other = plan(changed, world_size, gpu)
     except InputError as error:
         return f"\nwith {setting}: {error}"
-    assert other.cut is not None
+    assert other.partition is not None
     ratio, memory = other.step_seconds / planned.step_seconds, other.peak_bytes / GIB
-    fits = "" if other.peak_bytes <= card.memory_bytes else ", which does not fit"
+    fits = "" if other.peak_bytes <= gpu.memory_bytes else ", which does not fit"
     return (
-        f"\nwith {setting}: step {other.step_seconds:.3f} s, at most {memory:.2f} GiB{fits}; {other.cut.outcome}\n"
-        f"{faster(setting, ratio)}"
+        f"\nwith {setting}: step {other.step_seconds:.3f} s, at most {memory:.2f} GiB{fits}; "
+        f"{other.partition.balance_summary}\n"
+        f"{describe_speed(setting, ratio)}"
     )
 
 
-def _memory_table(planned: Plan, card: Card) -> str:
+def _memory_table(planned: Plan, gpu: Gpu) -> str:
     lines = ["| memory per rank | GiB |", "|---|---|"]
     lines += [f"| {kind} | {size / GIB:.2f} |" for kind, size in planned.memory.items()]
-    total = f"| **total** (of {card.memory_bytes / GIB:.1f}) | **{planned.peak_bytes / GIB:.2f}** |"
+    total = f"| **total** (of {gpu.memory_bytes / GIB:.1f}) | **{planned.peak_bytes / GIB:.2f}** |"
     return "\n".join([*lines, total])
 
 
-def _stage_table(cut: Partition | SpreadPartition, card: Card) -> str:
-    """Returns each stage's memory by kind, and the cut."""
-    kinds = list(cut.stages[0].memory_bytes)
+def _stage_table(partition: Partition | SpreadPartition, gpu: Gpu) -> str:
+    """Returns each stage's memory by kind, and the partition."""
+    kinds = list(partition.stages[0].memory_bytes)
     lines = [
-        f"| GiB per rank (of {card.memory_bytes / GIB:.1f}) | {' | '.join(kinds)} | total |",
+        f"| GiB per rank (of {gpu.memory_bytes / GIB:.1f}) | {' | '.join(kinds)} | total |",
         "|---" * (len(kinds) + 2) + "|",
     ]
-    for index, stage in enumerate(cut.stages):
+    for index, stage in enumerate(partition.stages):
         sizes = " | ".join(f"{size / GIB:.2f}" for size in stage.memory_bytes.values())
         lines.append(f"| stage {index} | {sizes} | **{sum(stage.memory_bytes.values()) / GIB:.2f}** |")
-    layers = ",".join(str(stage.num_layers) for stage in cut.stages)
-    return "\n".join([*lines, "", cut.summary(), f"a run uses this cut with engine.stage_layers=[{layers}]"])
+    layers = ",".join(str(stage.num_layers) for stage in partition.stages)
+    return "\n".join(
+        [*lines, "", partition.summary(), f"a run uses this partition with engine.stage_layers=[{layers}]"]
+    )
 
 
 def _host_table(planned: Plan, config: Config, world_size: int) -> str:
@@ -97,14 +100,15 @@ def _host_table(planned: Plan, config: Config, world_size: int) -> str:
 
 def _time_table(planned: Plan, config: Config) -> str:
     tokens = config.train.global_batch_tokens
-    per_day = tokens / planned.step_seconds * DAY
+    per_day = tokens / planned.step_seconds * SECONDS_PER_DAY
     total = config.train.steps * tokens
-    waiting = "waiting for other stages and pipelines" if planned.cut else "exposed communication"
+    waiting = "waiting for other stages and pipelines" if planned.partition else "exposed communication"
     waiting += ", without weights from the host (not planned)" if config.engine.offload_parameters else ""
+    compute, exposed, optimizer = planned.compute_seconds, planned.exposed_seconds, planned.optimizer_seconds
     rows = {
-        "forward and backward, s per step": f"{planned.compute:.3f} ({planned.micro_batches} micro-batches)",
-        f"{waiting}, s per step": f"{planned.exposed:.3f} ({planned.exposed / planned.step_seconds:.1%})",
-        "optimizer, s per step": "on the host: not planned" if planned.update is None else f"{planned.update:.3f}",
+        "forward and backward, s per step": f"{compute:.3f} ({planned.num_micro_batches} micro-batches)",
+        f"{waiting}, s per step": f"{exposed:.3f} ({exposed / planned.step_seconds:.1%})",
+        "optimizer, s per step": "on the host: not planned" if optimizer is None else f"{optimizer:.3f}",
         "**step, s**": f"**{planned.step_seconds:.3f}**",
         "tokens per day": f"{per_day:.3g}",
         f"days for {config.train.steps} steps, {total:.3g} tokens": f"{total / per_day:.2f}",
@@ -112,13 +116,13 @@ def _time_table(planned: Plan, config: Config) -> str:
     return "\n".join(["", "| time | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
-def _print_misfit(planned: Plan, config: Config, world_size: int, card: Card) -> None:
+def _print_misfit(planned: Plan, config: Config, world_size: int, gpu: Gpu) -> None:
     largest = max(planned.memory, key=planned.memory.__getitem__)
     print(
-        f"\ndoes not fit: needs {planned.peak_bytes / GIB:.1f} GiB of {card.memory_bytes / GIB:.1f}, "
+        f"\ndoes not fit: needs {planned.peak_bytes / GIB:.1f} GiB of {gpu.memory_bytes / GIB:.1f}, "
         f"most of it for {largest} ({planned.memory[largest] / GIB:.1f})"
     )
-    nearest = fitting(config, world_size, card)
+    nearest = nearest_fitting(config, world_size, gpu)
     print(
         f"nearest configuration that fits: {nearest[0]}"
         if nearest

@@ -149,19 +149,22 @@ class EngineConfig(Section):
 
     kind: str = option(
         "zero3",
-        "zero3: parameters, gradients and optimizer state sharded; zero1: optimizer state only; pipeline: layers cut "
-        "into stages, and zero1 among pipelines",
+        "zero3: parameters, gradients and optimizer state sharded; zero1: optimizer state only; pipeline: layers "
+        "divided among stages, and zero1 among pipelines",
         one_of=("zero3", "zero1", "pipeline"),
     )
     num_stages: int | None = option(None, "pipeline: stages; a divisor of the number of ranks", only=PIPELINE)
     stage_layers: list[int] | None = option(
-        None, "pipeline: layers of each stage, trunk and then heads; null: the fastest cut", at_least=1, only=PIPELINE
+        None,
+        "pipeline: layers of each stage, trunk and then heads; null: the fastest partition",
+        at_least=1,
+        only=PIPELINE,
     )
     spread_losses: bool = option(
         False, "pipeline: every stage computes a part of each loss, from its rows of the unembedding", only=PIPELINE
     )
     stage_memory_bytes: float | None = option(
-        None, "pipeline: memory of a rank that the chosen cut needs at most", above=0, only=PIPELINE
+        None, "pipeline: memory of a rank that the chosen partition needs at most", above=0, only=PIPELINE
     )
     communication: str = option(
         "grouped",

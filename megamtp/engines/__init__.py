@@ -1,1 +1,1 @@
-"""Engines host the model on many ranks. The training loop knows base.Engine alone; build.py picks one."""
+"""Engines train the model on many ranks. The training loop uses only base.Engine; build.py builds the engine."""

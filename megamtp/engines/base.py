@@ -1,4 +1,4 @@
-"""What the training loop asks of an engine, and the normalisation of the loss that all engines share."""
+"""The interface between the training loop and an engine, and the loss normalisation that all engines share."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16} 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step, as this rank saw it.
+    """The results of one optimizer step on this rank.
 
     Attributes:
-        nll_sums: [n] on the device: each head's negative log-likelihood summed over this rank's valid targets; 0 where
-            another rank computes that head.
-        gradient_norm: norm of the whole gradient before clipping; not finite in a skipped step.
-        skipped: the gradient was not finite, and DeepSpeed has left the weights as they were.
+        nll_sums: [n] on the device: each head's negative log-likelihood, summed over this rank's valid targets. 0 for a
+            head that another rank computes.
+        gradient_norm: norm of the whole gradient over all ranks, before clipping. Not finite if the step was skipped.
+        skipped: whether DeepSpeed left the weights unchanged because the gradient was not finite.
     """
 
     nll_sums: Tensor
@@ -35,13 +35,13 @@ class StepResult:
 
 @dataclass(frozen=True)
 class EngineState:
-    """What must be saved to go on as if nothing had happened.
+    """The state that a checkpoint needs so that a resumed run equals an uninterrupted one.
 
     Attributes:
         tensors: this rank's slices of weights and optimizer tensors by slice_key (checkpoint/shards.py), and its random
-            states; in place.
-        shapes: of the whole parameters that they are slices of, by name.
-        run: the rest, the same on all ranks, for the manifest.
+            number states. They are not copies.
+        shapes: shapes of the whole parameters, by name.
+        run: the remaining state for the manifest, the same on all ranks.
     """
 
     tensors: dict[str, Tensor]
@@ -50,11 +50,10 @@ class EngineState:
 
 
 class Engine(Protocol):
-    """A model, its optimizer and its ranks. Every method but `state` is collective: all ranks call it, in the same
-    order.
+    """A model and its optimizer on all ranks. All methods except `state` are collective: every rank must call them.
 
-    Ranks of the same data_parallel_rank (of data_parallel_size) read the same micro-batches: the stages of one
-    pipeline.
+    Ranks with the same data_parallel_rank (of data_parallel_size) are the stages of one pipeline: they read the same
+    micro-batches.
     """
 
     rank: int
@@ -64,66 +63,71 @@ class Engine(Protocol):
     device: torch.device
 
     def train_batch(self, micro_batches: list[Batch], target_counts: list[int], lr: float) -> StepResult:
-        """One optimizer step over this rank's micro-batches (all ranks have equally many).
+        """Runs one optimizer step over this rank's micro-batches. All ranks have the same number of them.
 
         Args:
-            target_counts: each head's number of valid targets in the whole step, over all ranks: see count_targets.
+            target_counts: each head's number of valid targets in the whole step, over all ranks; see count_targets.
+            lr: the learning rate of this step.
         """
 
     def evaluate(self, batches: Iterable[Batch]) -> Tensor:
-        """[n + n] on the device: each head's summed negative log-likelihood, then its number of valid targets, of this
-        rank.
+        """Returns [n + n] on the device: this rank's negative log-likelihood summed per head, then its target counts.
 
-        Both are 0 where another rank computes that head.
+        The target counts are numbers of valid targets. Both are 0 for a head that another rank computes.
         """
 
     def state(self) -> EngineState:
-        """This rank's part of weights, optimizer and random states, in place: copy it before the next step. Not
-        collective.
+        """Returns this rank's weights, optimizer state and random number states. Not collective.
+
+        The tensors are not copies: the next step changes them.
         """
 
     def load(self, checkpoint: Path) -> None:
-        """Restores `state` from a checkpoint of any engine at any world size, bit for bit. (Random states only of the
-        same engine at the same world size; others start anew.) Collective.
+        """Restores `state` from a checkpoint of any engine at any world size, bit for bit.
+
+        Random number states are restored only from the same engine.kind at the same world size; otherwise they get new
+        seeds.
 
         Raises:
-            CheckpointError: files are damaged, or of another model.
+            CheckpointError: a file is damaged, or the checkpoint belongs to another model.
         """
 
 
 def compiles_layers(train: TrainConfig, device: torch.device) -> bool:
-    """Whether layers run through torch.compile."""
+    """Returns whether layers run through torch.compile: train.compile, or by default whether there is a GPU."""
     return device.type == "cuda" if train.compile is None else train.compile
 
 
-def on_device(micro_batches: Iterable[Batch], device: torch.device) -> list[Batch]:
-    """All before the first pass: to copy them later would each time wait for what the device is doing."""
+def move_to_device(micro_batches: Iterable[Batch], device: torch.device) -> list[Batch]:
+    """Copies all micro-batches up front: a later copy would wait for queued GPU work."""
     return [batch.to(device) for batch in micro_batches]
 
 
 def count_targets(
     micro_batches: list[Batch], can_be_ignored: bool, data_parallel_size: int, device: torch.device
 ) -> list[int]:
-    """Each head's number of valid targets in a step, over all ranks and micro-batches (N_i).
+    """Returns each head's number of valid targets N_i in a step, over all ranks and micro-batches.
 
-    Collective (one all-reduce of n integers), except when no target can be ignored: then it is a constant.
+    Collective (one all-reduce of n integers) if targets can be ignored; otherwise the numbers are known.
     """
     if not can_be_ignored:
         positions = sum(batch.targets[0].numel() for batch in micro_batches) * data_parallel_size
         return [positions] * len(micro_batches[0].targets)
     counts = torch.stack([(batch.targets != IGNORED).sum(dim=(1, 2)) for batch in micro_batches]).sum(dim=0).to(device)
     dist.all_reduce(counts)
-    readers = dist.get_world_size() // data_parallel_size  # of every micro-batch
-    return [count // readers for count in counts.tolist()]
+    ranks_per_micro_batch = dist.get_world_size() // data_parallel_size
+    return [count // ranks_per_micro_batch for count in counts.tolist()]
 
 
-def loss_scales(weights: list[float], target_counts: list[int], averaged_ranks: int, accumulation: int) -> list[float]:
-    """The factor of each head's summed cross-entropy: weight_i * D * A / N_i, and 0 where a head has no target.
+def loss_scales(
+    weights: list[float], target_counts: list[int], num_averaged_ranks: int, num_micro_batches: int
+) -> list[float]:
+    """Returns the factor of each head's summed cross-entropy: weight_i * D * A / N_i, or 0 for a head without targets.
 
-    D and A undo the averages over ranks and micro-batches that the engine takes, so that what remains is the mean over
-    all valid targets of the step, however they are spread. D is 1 where gradients are summed over the ranks.
+    D and A undo the averages over ranks and micro-batches that DeepSpeed takes, so the result is the mean over all
+    valid targets of the step, no matter how they are distributed. D is 1 where gradients are summed over the ranks.
     """
     return [
-        weight * averaged_ranks * accumulation / count if count else 0.0
+        weight * num_averaged_ranks * num_micro_batches / count if count else 0.0
         for weight, count in zip(weights, target_counts, strict=True)
     ]

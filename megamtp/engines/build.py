@@ -1,4 +1,4 @@
-"""Picks the engine that `engine.kind` names.
+"""Builds the engine that `engine.kind` names.
 
 Tests: tests/distributed/test_checkpoints.py.
 """
@@ -12,15 +12,15 @@ from megamtp.planning.partition import Partition
 from megamtp.planning.spread import SpreadPartition
 
 
-def build_engine(config: Config, cut: Partition | SpreadPartition | None = None) -> Engine:
-    """Builds the model on all ranks. torch.distributed must be initialised; collective.
+def build_engine(config: Config, partition: Partition | SpreadPartition | None = None) -> Engine:
+    """Builds the engine with its model on all ranks. Collective; torch.distributed must be initialised.
 
     Args:
-        cut: of a pipeline, where check_engine has already found it.
+        partition: the stages of a pipeline, as check_engine returns them. None: the best partition.
     """
     if config.engine.kind != "pipeline":
         return ZeroEngine(config)
     if config.engine.spread_losses:
-        assert not isinstance(cut, Partition)
-        return SpreadPipelineEngine(config, cut)
-    return PipelineEngine(config, cut)
+        assert not isinstance(partition, Partition)
+        return SpreadPipelineEngine(config, partition)
+    return PipelineEngine(config, partition)

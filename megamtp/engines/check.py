@@ -1,23 +1,24 @@
-"""What can be wrong about an engine, found before peers and devices are met; light to import."""
+"""Checks the configuration of an engine before torch.distributed is initialised. Imports no engine."""
 
 from megamtp.config import Config
 from megamtp.engines.deepspeed.settings import deepspeed_config
 from megamtp.model.heads import head_class
 from megamtp.optimizers.kinds import optimizer_kind
-from megamtp.planning.partition import Partition, data_parallel_place
-from megamtp.planning.spread import SpreadPartition, best_cut
+from megamtp.planning.partition import Partition, data_parallel_rank_and_size
+from megamtp.planning.spread import SpreadPartition, best_partition
 
 
 def check_engine(
     config: Config, rank: int, world_size: int
 ) -> tuple[tuple[int, int], Partition | SpreadPartition | None]:
-    """(data_parallel_rank, data_parallel_size) that the engine will have, and a pipeline's best cut.
+    """Returns the engine's (data_parallel_rank, data_parallel_size), and the best partition of a pipeline.
 
     Raises:
-        InputError: ranks, batch, layers or settings do not go together, or a kind of head or optimizer is not known.
+        InputError: ranks, batch, layers or settings do not fit together, or the head or optimizer kind is unknown.
     """
     head_class(config.model)
     optimizer_kind(config.optimizer)
-    place = data_parallel_place(config, rank, world_size)
-    deepspeed_config(config, place[1])
-    return place, best_cut(config, place[1]) if config.engine.kind == "pipeline" else None
+    rank_and_size = data_parallel_rank_and_size(config, rank, world_size)
+    _, data_parallel_size = rank_and_size
+    deepspeed_config(config, data_parallel_size)
+    return rank_and_size, best_partition(config, data_parallel_size) if config.engine.kind == "pipeline" else None

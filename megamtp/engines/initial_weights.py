@@ -1,4 +1,4 @@
-"""Where a new model's weights come from: drawn, or those of a converted checkpoint (run.initial_weights).
+"""Initial weights of a new model: random, or from a converted checkpoint (run.initial_weights).
 
 Tests: tests/distributed/test_initial_weights.py.
 """
@@ -19,10 +19,10 @@ from megamtp.model.initial import initial_value
 
 
 def initial_weights(config: Config) -> Callable[[str, tuple[int, ...]], Tensor]:
-    """(a parameter's name in MTPModel, its shape) -> the fp32 CPU tensor from which it starts.
+    """Returns a function (parameter name in MTPModel, its shape) -> initial fp32 tensor on the CPU.
 
     Raises:
-        InputError: as open_initial_weights.
+        InputError: see open_initial_weights.
     """
     if config.run.initial_weights:
         weights = open_initial_weights(config).weights
@@ -31,12 +31,16 @@ def initial_weights(config: Config) -> Callable[[str, tuple[int, ...]], Tensor]:
 
 
 def without_initial_weights(config: Config) -> Config:
-    """The same with run.initial_weights unset."""
+    """Returns the configuration with run.initial_weights unset."""
     return dataclasses.replace(config, run=dataclasses.replace(config.run, initial_weights=None))
 
 
 def open_initial_weights(config: Config) -> Contents:
-    """Raises: InputError if run.initial_weights is no canonical checkpoint of this model."""
+    """Opens the checkpoint run.initial_weights.
+
+    Raises:
+        InputError: it is not a canonical checkpoint of this model.
+    """
     assert config.run.initial_weights is not None
     directory = Path(config.run.initial_weights)
     try:

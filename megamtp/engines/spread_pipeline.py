@@ -1,8 +1,7 @@
-"""The pipeline engine with losses spread by vocabulary: DeepSpeed's executor, optimizer and reductions, but our own
-schedule.
+"""The pipeline engine with losses spread by vocabulary: DeepSpeed's executor, optimizer and reductions, our schedule.
 
-DeepSpeed's 1F1B has no place for a loss whose answer comes later, from all stages; its pipeline engine takes any
-schedule, though, and instructions that it did not know.
+DeepSpeed's 1F1B schedule has no pass for a loss that depends on data from all stages. But its pipeline engine executes
+any schedule, also with new instructions.
 
 Tests: tests/distributed/test_spread_pipeline.py.
 """
@@ -13,44 +12,49 @@ import torch
 
 from megamtp.config import Config
 from megamtp.data.loader import Batch
-from megamtp.engines.deepspeed import pipeline as hosting
-from megamtp.engines.deepspeed.head_phase import backward_seed
+from megamtp.engines.deepspeed import pipeline as deepspeed_pipeline
+from megamtp.engines.deepspeed.head_phase import outer_loss_gradient
 from megamtp.engines.pipeline import PipelineEngine
-from megamtp.engines.spread_passes import SpreadPasses
+from megamtp.engines.spread_passes import SpreadPassRunner
 from megamtp.planning.spread import SpreadPartition
-from megamtp.planning.spread_schedule import PATTERNS, Exchange, Kind, Pass, SpreadSchedule
+from megamtp.planning.spread_schedule import PATTERNS, PassKind, SpreadSchedule, StagePass, TransferTimes
 
 
 class SpreadPipelineEngine(PipelineEngine):
-    """The Engine of engine.kind pipeline with engine.spread_losses."""
+    """The Engine for engine.kind pipeline with engine.spread_losses."""
 
-    cut: SpreadPartition
+    partition: SpreadPartition
 
-    def __init__(self, config: Config, cut: SpreadPartition | None = None):
-        super().__init__(config, cut)
-        self.transfers = self.cut.schedule.transfers()
-        self.passes = SpreadPasses(
-            self.part, self.cut, self.stage.ranks, self.data_parallel_rank, partial(backward_seed, self.engine)
+    def __init__(self, config: Config, partition: SpreadPartition | None = None):
+        super().__init__(config, partition)
+        self.transfers = self.partition.schedule.transfers()
+        loss_gradient = partial(outer_loss_gradient, self.deepspeed_engine)
+        self.runner = SpreadPassRunner(
+            self.part, self.partition, self.stage_module.ranks, self.data_parallel_rank, loss_gradient
         )
-        hosting.replace_schedules(self.engine, self._training_passes, self._evaluation_passes, self.passes.run)
+        deepspeed_pipeline.replace_schedules(
+            self.deepspeed_engine, self._training_passes, self._evaluation_passes, self.runner.run
+        )
 
     def _begin(self, micro_batches: list[Batch], loss_scales: list[float]) -> None:
         super()._begin(micro_batches, loss_scales)
         if torch.is_grad_enabled():
-            self.passes.begin(micro_batches, loss_scales, self.transfers, learning=True)
+            self.runner.begin(micro_batches, loss_scales, self.transfers, training=True)
         else:
-            self.evaluation = SpreadSchedule(self.cut.schedule.times, len(micro_batches), Exchange(), PATTERNS[0])
-            self.passes.begin(micro_batches, loss_scales, self.evaluation.transfers(), learning=False)
+            times = self.partition.schedule.times
+            self.evaluation = SpreadSchedule(times, len(micro_batches), TransferTimes(), PATTERNS[0])
+            self.runner.begin(micro_batches, loss_scales, self.evaluation.transfers(), training=False)
 
-    def _training_passes(self) -> list[Pass]:
-        return self.cut.schedule.orders[self.passes.stage]
+    def _training_passes(self) -> list[StagePass]:
+        return self.partition.schedule.orders[self.runner.stage]
 
-    def _evaluation_passes(self) -> list[Pass]:
-        return [work for work in self.evaluation.orders[self.passes.stage] if work.kind != Kind.BACKWARD]
+    def _evaluation_passes(self) -> list[StagePass]:
+        stage_passes = self.evaluation.orders[self.runner.stage]
+        return [stage_pass for stage_pass in stage_passes if stage_pass.kind != PassKind.BACKWARD]
 
     def _reduce_unembedding(self, engine: object) -> None:
-        self.passes.finish()  # reductions are transfers, too: after all others, on all ranks
+        self.runner.finish()  # on all ranks, reductions start after all transfers
         super()._reduce_unembedding(engine)
 
     def _end(self) -> None:
-        self.passes.finish()
+        self.runner.finish()

@@ -12,12 +12,12 @@ from torch import Tensor
 from megamtp.cluster.environment import raised_by_all
 from megamtp.config import Config
 from megamtp.data.loader import Batch
-from megamtp.engines.base import DTYPES, StepResult, compiles_layers, loss_scales, on_device
-from megamtp.engines.deepspeed import host as hosting
-from megamtp.engines.deepspeed.head_phase import DeepSpeedHeadPhase
+from megamtp.engines.base import DTYPES, StepResult, compiles_layers, loss_scales, move_to_device
+from megamtp.engines.deepspeed import host
+from megamtp.engines.deepspeed.grouped_communication import GroupedCommunication
+from megamtp.engines.deepspeed.head_phase import ZeroHeadPhase
 from megamtp.engines.deepspeed.members import full_shape
 from megamtp.engines.deepspeed.settings import deepspeed_config
-from megamtp.engines.deepspeed.traffic import GroupedTraffic
 from megamtp.engines.hosted import HostedEngine
 from megamtp.engines.initial_weights import initial_weights
 from megamtp.model.heads import head_class
@@ -28,10 +28,10 @@ from megamtp.targets import IGNORED
 
 
 class ZeroEngine(HostedEngine):
-    """The Engine of engine.kind zero1 and zero3. torch.distributed must be initialised.
+    """The Engine for engine.kind zero1 and zero3. torch.distributed must be initialised.
 
     Attributes:
-        traffic: what stands in for DeepSpeed's gathers and reductions; None where they are DeepSpeed's own.
+        communication: replaces DeepSpeed's gathers and reductions under engine.communication=grouped; else None.
     """
 
     model: MTPModel
@@ -39,51 +39,54 @@ class ZeroEngine(HostedEngine):
     def __init__(self, config: Config):
         super().__init__(config, (dist.get_rank(), dist.get_world_size()))
         self.host(_build_model(config, deepspeed_config(config, self.data_parallel_size), self.device))
-        self.traffic = None
+        self.communication = None
         if config.engine.kind == "zero3" and config.engine.communication == "grouped":
             modules = [self.model.embedding, *self.model.trunk, *self.model.heads, self.model.unembedding]
-            self.traffic = GroupedTraffic(self.engine, modules, config.engine.prefetch_modules)
-        self.head_phase = self.model.head_phase = DeepSpeedHeadPhase(self.engine, self.model, self.traffic)
+            self.communication = GroupedCommunication(self.deepspeed_engine, modules, config.engine.prefetch_modules)
+        self.head_phase = ZeroHeadPhase(self.deepspeed_engine, self.model, self.communication)
+        self.model.head_phase = self.head_phase
 
     def train_batch(self, micro_batches: list[Batch], target_counts: list[int], lr: float) -> StepResult:
         """See Engine.train_batch."""
-        self.engine.train()
-        # Where the reduction does not divide by the number of ranks, the loss is not multiplied by it.
-        averaged_ranks = self.world_size if self.traffic is None or self.traffic.scatter.divides else 1
-        scales = loss_scales(self.config.head_weights, target_counts, averaged_ranks, len(micro_batches))
-        hosting.set_learning_rate(self.engine, lr)
+        engine = self.deepspeed_engine
+        engine.train()
+        # A reduction that sums over the ranks needs no factor that undoes an average.
+        averages = self.communication is None or self.communication.reducer.averages
+        num_averaged_ranks = self.world_size if averages else 1
+        scales = loss_scales(self.config.head_weights, target_counts, num_averaged_ranks, len(micro_batches))
+        host.set_learning_rate(engine, lr)
         nll_sums = torch.zeros(self.config.model.num_future_tokens, device=self.device)
-        with self.head_phase.whole_or_nothing():
-            for index, batch in enumerate(on_device(micro_batches, self.device)):
-                # (c) DeepSpeed tells its optimizer only when the outer backward starts; the heads' reductions come
-                # before it.
-                self.engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
-                loss, micro_nll_sums = self.engine(batch.inputs, batch.targets, scales, batch.documents)
-                self.engine.backward(loss)
-                self.engine.step()
-                nll_sums += micro_nll_sums
+        with self.head_phase.discard_gradients_on_error():
+            for index, batch in enumerate(move_to_device(micro_batches, self.device)):
+                # (c) of head_phase.py: DeepSpeed itself sets this at the start of the outer backward pass, which is too
+                # late for the heads' reductions.
+                engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
+                loss, micro_batch_nll_sums = engine(batch.inputs, batch.targets, scales, batch.documents)
+                engine.backward(loss)
+                engine.step()
+                nll_sums += micro_batch_nll_sums
         result = self.step_result(nll_sums)
         if result.skipped and self.config.engine.kind == "zero1" and self.config.engine.offload_optimizer:
-            hosting.forget_skipped_gradients(self.engine)
+            host.discard_skipped_gradients(engine)
         return result
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> Tensor:
         """See Engine.evaluate."""
-        self.engine.eval()
+        self.deepspeed_engine.eval()
         scales = [1.0] * self.config.model.num_future_tokens
         totals = torch.zeros(2, len(scales), dtype=torch.float64, device=self.device)
         with self.head_phase.evaluating():
             for batch in (batch.to(self.device) for batch in batches):
-                _, nll_sums = self.engine(batch.inputs, batch.targets, scales, batch.documents)
+                _, nll_sums = self.deepspeed_engine(batch.inputs, batch.targets, scales, batch.documents)
                 totals += torch.stack((nll_sums, (batch.targets != IGNORED).sum(dim=(1, 2))))
         return totals.flatten()
 
 
 def _build_model(config: Config, settings: dict, device: torch.device) -> MTPModel:
-    """The model with its initial weights; under ZeRO-3 no rank ever holds more than one whole parameter."""
+    """Builds the model with its initial weights. Under ZeRO-3 no rank ever holds more than one whole parameter."""
     sharded = config.engine.kind == "zero3"
-    with hosting.sharded_construction(settings) if sharded else torch.device("meta"):
+    with host.sharded_construction(settings) if sharded else torch.device("meta"):
         model = MTPModel(
             config.model,
             config.head_loss,
@@ -92,11 +95,11 @@ def _build_model(config: Config, settings: dict, device: torch.device) -> MTPMod
             compile_layers=compiles_layers(config.train, device),
         )
     if sharded:
-        hosting.gather_whole(model, (TransformerLayer, head_class(config.model)))
+        host.gather_as_one_module(model, (TransformerLayer, head_class(config.model)))
     else:
         model = model.to(DTYPES[config.train.precision]).to_empty(device=device)
     if config.cluster.emulate and sharded:
-        hosting.fill_shards(model, STANDARD_DEVIATION)
+        host.fill_shards(model, STANDARD_DEVIATION)
     elif sharded:
         _initialise_shards(model, config)
     else:
@@ -107,15 +110,16 @@ def _build_model(config: Config, settings: dict, device: torch.device) -> MTPMod
 
 @torch.no_grad()
 def _initialise(model: MTPModel, config: Config) -> None:
-    """Gives every parameter its initial value."""
+    """Sets every parameter to its initial value."""
     initial = initial_weights(config)
     for name, parameter in model.named_parameters():
         parameter.copy_(initial(name, tuple(parameter.shape)))
 
 
 def _initialise_shards(model: MTPModel, config: Config) -> None:
-    """Gives every parameter its initial value: each rank draws or reads every D-th, all at the same time.
-    Collective.
+    """Sets every sharded parameter to its initial value. Collective.
+
+    Each of the D ranks draws or reads every D-th parameter, all ranks at the same time.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     with raised_by_all():
@@ -129,6 +133,6 @@ def _initialise_shards(model: MTPModel, config: Config) -> None:
                 name, parameter = group[rank]
                 value = initial(name, full_shape(parameter))
         for owner, (_, parameter) in enumerate(group):
-            with hosting.set_whole([parameter], owner), torch.no_grad():
+            with host.gathered_for_update([parameter], owner), torch.no_grad():
                 if owner == rank and value is not None:
                     parameter.copy_(value)

@@ -1,1 +1,1 @@
-"""Arithmetic before a run: cuts into stages, schedules, memory and times. No process group and no DeepSpeed."""
+"""Arithmetic before a run: partitions into stages, schedules, memory and times. No process groups, no DeepSpeed."""

@@ -1,36 +1,48 @@
-"""How long what stages send each other is under way."""
+"""Times of the transfers between pipeline stages."""
 
 from dataclasses import dataclass
 
 from megamtp.config import Config
 from megamtp.model.cost import unembedding_parameters
-from megamtp.planning.spread_schedule import Exchange
+from megamtp.planning.spread_schedule import TransferTimes
 
 
 @dataclass(frozen=True)
 class Link:
-    """Between any two stages: bytes per second, and seconds before the first byte."""
+    """The connection between any two stages.
+
+    Attributes:
+        bandwidth: bytes per second.
+        latency: seconds before the first byte arrives.
+    """
 
     bandwidth: float
     latency: float
 
-    def seconds(self, size: float, hops: int = 1) -> float:
-        return hops * self.latency + size / self.bandwidth
+    def seconds(self, size_bytes: float, num_hops: int = 1) -> float:
+        """Returns the time of a transfer that `num_hops` links forward in small pieces."""
+        return num_hops * self.latency + size_bytes / self.bandwidth
 
-    def exchange(self, config: Config) -> Exchange:
-        """Broadcasts and sums go from stage to stage in a chain, piece by piece; each slice's statistics to all
+    def transfer_times(self, config: Config) -> TransferTimes:
+        """Returns the times of one micro-batch's transfers.
+
+        Broadcasts and sums run from stage to stage in a chain, in small pieces. Every slice sends its statistics to all
         others.
         """
-        train, hops = config.train, config.engine.pipeline_stages - 1
+        train, num_hops = config.train, config.engine.pipeline_stages - 1
         positions = train.micro_batch_size * train.sequence_length
-        hidden = positions * config.model.dim * (4 if train.precision == "fp32" else 2)
-        return Exchange(self.seconds(hidden), self.seconds(hidden, hops), self.seconds(12 * positions * hops, hops))
+        hidden_bytes = positions * config.model.dim * (4 if train.precision == "fp32" else 2)
+        return TransferTimes(
+            self.seconds(hidden_bytes),
+            self.seconds(hidden_bytes, num_hops),
+            self.seconds(12 * positions * num_hops, num_hops),
+        )
 
-    def tied(self, config: Config, num_copies: int) -> float:
-        """Summing the fp32 gradients of all copies of the unembedding, once a step."""
-        size = 4 * unembedding_parameters(config.model)
-        return 2 * self.seconds(size * (num_copies - 1) / num_copies, num_copies - 1) if num_copies > 1 else 0.0
+    def unembedding_reduction(self, config: Config, num_copies: int) -> float:
+        """Returns the time of summing the fp32 gradients of all copies of the unembedding, once per step."""
+        size_bytes = 4 * unembedding_parameters(config.model)
+        return 2 * self.seconds(size_bytes * (num_copies - 1) / num_copies, num_copies - 1) if num_copies > 1 else 0.0
 
 
-# In FLOPs for seconds, where nothing was measured: 50 GB/s, and meanwhile an H100's 600 TFLOP/s.
-NOMINAL = Link(bandwidth=50e9 / 600e12, latency=20e-6 * 600e12)
+# For plans without measured times, in FLOPs instead of seconds: 50 GB/s and 20 us, while an H100 does 600 TFLOP/s.
+NOMINAL_LINK = Link(bandwidth=50e9 / 600e12, latency=20e-6 * 600e12)

@@ -1,6 +1,4 @@
-"""What the parts of a stage's passes cost for one micro-batch: what the partition weighs. In FLOPs, or in seconds
-once measured.
-"""
+"""Costs of the parts of a stage's passes, for one micro-batch: FLOPs, or seconds where they were measured."""
 
 from dataclasses import dataclass
 
@@ -11,17 +9,18 @@ from megamtp.planning.stage_memory import StageContents
 
 @dataclass(frozen=True)
 class PassCosts:
-    """All in one unit.
+    """Costs for one micro-batch, all in the same unit.
 
     Attributes:
-        layer_forward, layer_backward: a trunk layer, recomputation apart.
+        layer_forward, layer_backward: one trunk layer, without recomputation.
         head_forward, head_backward: each head, by index, without its loss.
-        loss: a head's unembedding and cross-entropy, forward and backward.
-        copy: what a stage with heads pays once for its copy of the unembedding, such as adding its gradient to the sum.
-        embedding: lookup and gradient, of the first stage.
-        slice_statistics: per row of the unembedding, of a loss spread by vocabulary: logits, and what the slices
-            exchange.
-        slice_gradients: the same, with that known: the gradients of the hidden states and of the slice.
+        loss: one head's unembedding and cross-entropy, forward and backward.
+        unembedding_copy: paid once by a stage with heads for its copy of the unembedding, such as adding its gradient
+            to the fp32 sum.
+        embedding: lookup and gradient, on the first stage.
+        slice_statistics: per row of the unembedding, for a loss spread by vocabulary: the logits and their statistics.
+        slice_gradients: per row, once all slices know the statistics: the gradients of the hidden states and of the
+            slice.
     """
 
     layer_forward: float
@@ -29,36 +28,39 @@ class PassCosts:
     head_forward: tuple[float, ...]
     head_backward: tuple[float, ...]
     loss: float
-    copy: float
+    unembedding_copy: float
     embedding: float
     slice_statistics: float
     slice_gradients: float
 
     def trunk_forward(self, contents: StageContents) -> float:
-        """Of a stage's embedding and trunk layers."""
-        return contents.num_trunk * self.layer_forward + contents.has_embedding * self.embedding / 2
+        """Returns the forward cost of a stage's embedding and trunk layers."""
+        return contents.num_trunk_layers * self.layer_forward + contents.has_embedding * self.embedding / 2
 
     def trunk_backward(self, contents: StageContents, recompute: bool) -> float:
-        """Of a stage's embedding and trunk layers."""
+        """Returns the backward cost of a stage's embedding and trunk layers, with recomputation if asked for."""
         layer = self.layer_backward + (self.layer_forward if recompute else 0)
-        return contents.num_trunk * layer + contents.has_embedding * self.embedding / 2
+        return contents.num_trunk_layers * layer + contents.has_embedding * self.embedding / 2
 
     def heads_forward(self, heads: range) -> float:
-        """Without losses."""
+        """Returns the forward cost of the heads, without their losses."""
         return sum(self.head_forward[index] for index in heads)
 
     def heads_backward(self, heads: range) -> float:
-        """Without losses."""
+        """Returns the backward cost of the heads, without their losses."""
         return sum(self.head_backward[index] for index in heads)
 
     def heads_and_losses(self, heads: range) -> float:
-        """Both passes of heads whose losses are not spread."""
+        """Returns the cost of both passes of the heads with their losses, where losses are not spread."""
         passes = self.heads_forward(heads) + self.heads_backward(heads)
-        return passes + len(heads) * self.loss + bool(heads) * self.copy
+        return passes + len(heads) * self.loss + bool(heads) * self.unembedding_copy
 
 
 def flop_costs(config: Config) -> PassCosts:
-    """FLOPs: no lookup, no addition, no transfer. A product with the slice makes logits, two make gradients."""
+    """Returns the costs in FLOPs. Lookups, additions and transfers count as zero.
+
+    A slice needs one matrix product for its logits and two for its gradients.
+    """
     model, train = config.model, config.train
     positions = train.micro_batch_size * train.sequence_length
     layer = positions * layer_cost(model, train.sequence_length).flops
@@ -72,7 +74,7 @@ def flop_costs(config: Config) -> PassCosts:
         head_forward=tuple(heads),
         head_backward=tuple(2 * head for head in heads),
         loss=3 * positions * unembedding_flops(model),
-        copy=0,
+        unembedding_copy=0,
         embedding=0,
         slice_statistics=product,
         slice_gradients=2 * product,

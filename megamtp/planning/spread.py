@@ -1,11 +1,11 @@
-"""The best plan whose losses are spread by vocabulary: layers stay whole, and the unembedding's rows fill the stages
-up.
+"""Partitions the layers into pipeline stages whose losses are spread by vocabulary.
 
-Every stage holds some rows of the unembedding, perhaps none, and computes those columns of all heads' logits
-(losses/vocabulary_slice.py); there is one copy of the unembedding in all, cut, and none is tied. Rows are shared out so
-that the slowest stage is as fast as can be; where layers leave room for it, all stages are then alike.
+Layers are not divided, but the rows of the unembedding are: they fill up the faster stages. Every stage has some rows,
+or none, and computes those columns of all heads' logits (losses/vocabulary_slice.py). So there is one copy of the
+unembedding in total, and no weights are tied. Rows are assigned so that the slowest stage is as fast as possible; if
+the layers allow it, all stages take equally long.
 
-This plans; engines/spread_pipeline.py runs it, and tools/benchmark.py pipeline plays it with measured times.
+engines/spread_pipeline.py runs such a partition. `tools/benchmark.py pipeline` simulates it with measured times.
 """
 
 import itertools
@@ -15,33 +15,33 @@ from dataclasses import dataclass, replace
 
 from megamtp.config import Config
 from megamtp.errors import InputError
-from megamtp.planning.links import NOMINAL
+from megamtp.planning.links import NOMINAL_LINK
 from megamtp.planning.partition import (
     Partition,
     Stage,
     bubble,
-    cheapest_cut,
+    cheapest_bounds,
     contents_between,
+    describe_stages,
     heads_between,
     imbalance,
-    partition,
-    stage_lines,
+    whole_loss_partition,
 )
 from megamtp.planning.pass_costs import PassCosts, flop_costs
-from megamtp.planning.spread_schedule import Exchange, SpreadSchedule, StageTimes, fastest_schedule
+from megamtp.planning.spread_schedule import SpreadSchedule, StageTimes, TransferTimes, fastest_schedule
 from megamtp.planning.stage_memory import StageContents, stage_memory
 
-ROW_MULTIPLE, LARGE_SLICE = 128, 1024  # rows of large slices are a multiple: what matrix products like
-FLOAT8_MULTIPLE = 16  # rows of a slice, as fp8 products need
+ROW_MULTIPLE, LARGE_SLICE = 128, 1024  # large slices have a multiple of 128 rows, for fast matrix products
+FLOAT8_MULTIPLE = 16  # fp8 products need a multiple of 16 rows
 
 
 @dataclass(frozen=True)
 class SpreadPartition:
-    """A cut of all layers into stages with slices of the unembedding, and what its schedule makes of it.
+    """All layers as stages with slices of the unembedding, and their schedule.
 
     Attributes:
-        stages: `forward` and `backward` are without losses.
-        schedule: of the same, with losses.
+        stages: `forward` and `backward` do not include losses.
+        schedule: its times include losses.
     """
 
     stages: list[Stage]
@@ -49,97 +49,106 @@ class SpreadPartition:
 
     @property
     def costs(self) -> list[float]:
-        """Of one micro-batch in each stage, losses included."""
+        """The cost of one micro-batch on each stage, with losses."""
         num_heads = sum(times.num_heads for times in self.schedule.times)
         return [times.total(num_heads) for times in self.schedule.times]
 
     @property
     def imbalance(self) -> float:
-        """Slowest stage over the mean: 1 is perfect."""
+        """The cost of the slowest stage over the mean: 1 is perfect."""
         return imbalance(self.costs)
 
     @property
     def bubble(self) -> float:
-        """The share of a step in which the average stage has nothing to do, transfers apart."""
-        return bubble(self.schedule.with_times(self.schedule.times, Exchange()).play(), len(self.stages))
+        """The share of a step in which the average stage is idle, if transfers take no time."""
+        return bubble(self.schedule.with_times(self.schedule.times, TransferTimes()).simulate(), len(self.stages))
 
-    def step(self, exchange: Exchange) -> float:
-        """Of all micro-batches, in the unit of the costs."""
-        return max(done.end for done in self.schedule.with_times(self.schedule.times, exchange).play())
+    def step_time(self, transfer_times: TransferTimes) -> float:
+        """Returns the time of all micro-batches of a step, in the unit of the costs."""
+        schedule = self.schedule.with_times(self.schedule.times, transfer_times)
+        return max(timed_pass.end for timed_pass in schedule.simulate())
 
-    def priced(self, config: Config, costs: PassCosts, exchange: Exchange) -> "SpreadPartition":
-        """The same layers, rows and orders, in the unit of `costs` and `exchange`."""
-        passes = [_passes(config, costs, stage.first, stage.end) for stage in self.stages]
-        pairs = list(zip(self.stages, passes, strict=True))
+    def with_costs(self, config: Config, costs: PassCosts, transfer_times: TransferTimes) -> "SpreadPartition":
+        """Returns the same layers, rows and orders with other costs, in the unit of `costs` and `transfer_times`."""
+        pass_costs = [_forward_and_backward(config, costs, stage.first, stage.end) for stage in self.stages]
+        pairs = list(zip(self.stages, pass_costs, strict=True))
         stages = [replace(stage, forward=forward, backward=backward) for stage, (forward, backward) in pairs]
-        times = [_times(stage.contents, both, costs) for stage, both in pairs]
-        return SpreadPartition(stages, self.schedule.with_times(times, exchange))
+        times = [_stage_times(stage.contents, both, costs) for stage, both in pairs]
+        return SpreadPartition(stages, self.schedule.with_times(times, transfer_times))
 
     def summary(self) -> str:
-        """A line for each stage, and one for the whole."""
-        return "\n".join([*stage_lines(self.stages, self.costs), self.outcome])
+        """Returns a line for each stage, and `balance_summary`."""
+        return "\n".join([*describe_stages(self.stages, self.costs), self.balance_summary])
 
     @property
-    def outcome(self) -> str:
-        """The summary's last line. Transfers are not in it."""
-        micro_batches = self.schedule.micro_batches
+    def balance_summary(self) -> str:
+        """One line about imbalance and bubble, without transfers."""
+        num_micro_batches = self.schedule.num_micro_batches
         return (
-            f"slowest stage / mean {self.imbalance:.3f}; {micro_batches} micro-batches: predicted bubble "
+            f"slowest stage / mean {self.imbalance:.3f}; {num_micro_batches} micro-batches: predicted bubble "
             f"{self.bubble:.1%}"
         )
 
 
-def best_cut(config: Config, data_parallel_size: int) -> Partition | SpreadPartition:
-    """The best one by FLOPs, as engine.spread_losses asks for it; see `spread` and `partition`.
+def best_partition(config: Config, data_parallel_size: int) -> Partition | SpreadPartition:
+    """Returns the best partition by FLOPs, with whole or spread losses as engine.spread_losses says.
 
     Raises:
-        InputError: it does not fit into engine.stage_memory_bytes.
+        InputError: it does not fit engine.stage_memory_bytes.
     """
     if config.engine.spread_losses:
-        return spread(config, data_parallel_size)
-    return partition(config, data_parallel_size)
+        return spread_loss_partition(config, data_parallel_size)
+    return whole_loss_partition(config, data_parallel_size)
 
 
-def spread(
-    config: Config, data_parallel_size: int, costs: PassCosts | None = None, exchange: Exchange | None = None
+def spread_loss_partition(
+    config: Config, data_parallel_size: int, costs: PassCosts | None = None, transfer_times: TransferTimes | None = None
 ) -> SpreadPartition:
-    """The one with engine.stage_layers, or else the best one, by `costs` and `exchange`, in one unit: FLOPs unless
-    given.
+    """Returns the partition given by engine.stage_layers, or the best partition by `costs` and `transfer_times`.
+
+    Args:
+        costs, transfer_times: in the same unit. None: FLOPs, and transfers over the nominal link.
 
     Raises:
-        InputError: it does not fit into engine.stage_memory_bytes.
+        InputError: the partition does not fit engine.stage_memory_bytes.
     """
     model, costs = config.model, costs or flop_costs(config)
-    pairs = list(itertools.pairwise([0, *itertools.accumulate(spread_layers(config, costs))]))
-    passes = [_passes(config, costs, *pair) for pair in pairs]
-    small = FLOAT8_MULTIPLE if config.head_loss.precision == "fp8" else 1
-    multiple = ROW_MULTIPLE if model.vocab_size >= LARGE_SLICE * config.engine.pipeline_stages else small
-    shares = share_rows([sum(both) for both in passes], _row_cost(config, costs), model.vocab_size, multiple)
-    contents = [contents_between(config, *pair, rows) for pair, rows in zip(pairs, shares, strict=True)]
-    times = [_times(held, both, costs) for held, both in zip(contents, passes, strict=True)]
-    schedule = fastest_schedule(times, config.accumulation(data_parallel_size), exchange or NOMINAL.exchange(config))
+    bounds = list(itertools.pairwise([0, *itertools.accumulate(spread_layers(config, costs))]))
+    pass_costs = [_forward_and_backward(config, costs, *pair) for pair in bounds]
+    small_multiple = FLOAT8_MULTIPLE if config.head_loss.precision == "fp8" else 1
+    slices_are_large = model.vocab_size >= LARGE_SLICE * config.engine.pipeline_stages
+    multiple = ROW_MULTIPLE if slices_are_large else small_multiple
+    rows = share_rows([sum(both) for both in pass_costs], _row_cost(config, costs), model.vocab_size, multiple)
+    contents = [contents_between(config, *pair, stage_rows) for pair, stage_rows in zip(bounds, rows, strict=True)]
+    times = [
+        _stage_times(stage_contents, both, costs) for stage_contents, both in zip(contents, pass_costs, strict=True)
+    ]
+    transfer_times = transfer_times or NOMINAL_LINK.transfer_times(config)
+    schedule = fastest_schedule(times, config.accumulation(data_parallel_size), transfer_times)
     stages = [
         Stage(
             *pair,
             heads_between(config, *pair),
-            held,
+            stage_contents,
             *both,
-            stage_memory(config, data_parallel_size, held, schedule.alive(index)),
+            stage_memory(config, data_parallel_size, stage_contents, schedule.max_in_flight(index)),
         )
-        for index, (pair, held, both) in enumerate(zip(pairs, contents, passes, strict=True))
+        for index, (pair, stage_contents, both) in enumerate(zip(bounds, contents, pass_costs, strict=True))
     ]
-    found, limit = SpreadPartition(stages, schedule), config.engine.stage_memory_bytes or math.inf
+    limit = config.engine.stage_memory_bytes or math.inf
     if max(sum(stage.memory_bytes.values()) for stage in stages) > limit:
         raise InputError(
-            f"spread losses do not fit engine.stage_memory_bytes={limit:.3g} of each rank; raise engine.num_stages, "
-            "lower train.micro_batch_size or set train.activation_checkpointing=true"
+            f"spread losses do not fit engine.stage_memory_bytes={limit:.3g} per rank; raise engine.num_stages, lower "
+            "train.micro_batch_size or set train.activation_checkpointing=true"
         )
-    return found
+    return SpreadPartition(stages, schedule)
 
 
 def spread_layers(config: Config, costs: PassCosts) -> list[int]:
-    """engine.stage_layers, or else layers as even, by `costs`, as can be where rows of the unembedding can fill the
-    rest up.
+    """Returns each stage's number of layers: engine.stage_layers, or else the best numbers by `costs`.
+
+    In the best partition no stage takes longer than the mean with losses, if that is possible, so that rows of the
+    unembedding can fill up all stages; among such partitions, the layers are as even as possible.
     """
     if config.engine.stage_layers:
         return config.engine.stage_layers
@@ -147,44 +156,49 @@ def spread_layers(config: Config, costs: PassCosts) -> list[int]:
     losses = _row_cost(config, costs) * config.model.vocab_size
 
     def cost(_: int, first: int, end: int) -> float:
-        return sum(_passes(config, costs, first, end))
+        return sum(_forward_and_backward(config, costs, first, end))
 
-    slowest, _ = cheapest_cut(num_layers, num_stages, cost, max)
-    level = max(slowest, (sum(_passes(config, costs, 0, num_layers)) + losses) / num_stages)
-    _, bounds = cheapest_cut(
-        num_layers, num_stages, lambda *place: cost(*place) ** 2 if cost(*place) <= level else math.inf, operator.add
+    slowest, _ = cheapest_bounds(num_layers, num_stages, cost, max)
+    limit = max(slowest, (sum(_forward_and_backward(config, costs, 0, num_layers)) + losses) / num_stages)
+    _, bounds = cheapest_bounds(
+        num_layers, num_stages, lambda *stage: cost(*stage) ** 2 if cost(*stage) <= limit else math.inf, operator.add
     )
     return [end - first for first, end in itertools.pairwise(bounds)]
 
 
-def share_rows(levels: list[float], row_cost: float, num_rows: int, multiple: int) -> list[int]:
-    """Rows of each stage that make the highest of level + rows * row_cost lowest: multiples of `multiple` but for a
-    remainder.
+def share_rows(stage_costs: list[float], row_cost: float, num_rows: int, multiple: int) -> list[int]:
+    """Returns the rows of each stage that minimise the largest cost: that of its layers plus that of its rows.
+
+    The numbers of rows are multiples of `multiple`, except for a remainder.
     """
-    lowest = sorted(levels)
-    for count in range(len(levels), 0, -1):
-        level = (sum(lowest[:count]) + num_rows * row_cost) / count
-        if level >= lowest[count - 1]:
+    ascending = sorted(stage_costs)
+    for count in range(len(stage_costs), 0, -1):
+        level = (sum(ascending[:count]) + num_rows * row_cost) / count
+        if level >= ascending[count - 1]:
             break
-    exact = [max(0.0, level - own) / row_cost for own in levels]
-    shares = [int(rows / multiple) * multiple for rows in exact]
-    while (left := num_rows - sum(shares)) > 0:
-        stage = max(range(len(levels)), key=lambda index: exact[index] - shares[index])
-        shares[stage] += min(multiple, left)
-    return shares
+    exact = [max(0.0, level - cost) / row_cost for cost in stage_costs]
+    rows = [int(share / multiple) * multiple for share in exact]
+    while (left := num_rows - sum(rows)) > 0:
+        stage = max(range(len(stage_costs)), key=lambda index: exact[index] - rows[index])
+        rows[stage] += min(multiple, left)
+    return rows
 
 
 def _row_cost(config: Config, costs: PassCosts) -> float:
     return config.model.num_future_tokens * (costs.slice_statistics + costs.slice_gradients)
 
 
-def _times(contents: StageContents, passes: tuple[float, float], costs: PassCosts) -> StageTimes:
+def _stage_times(contents: StageContents, forward_and_backward: tuple[float, float], costs: PassCosts) -> StageTimes:
     rows = contents.rows
-    return StageTimes(*passes, rows * costs.slice_statistics, rows * costs.slice_gradients, contents.num_heads)
+    statistics, gradients = rows * costs.slice_statistics, rows * costs.slice_gradients
+    return StageTimes(*forward_and_backward, statistics, gradients, contents.num_heads)
 
 
-def _passes(config: Config, costs: PassCosts, first: int, end: int) -> tuple[float, float]:
-    """(forward, backward) of the layers first, ..., end - 1 without losses. Heads are never recomputed."""
+def _forward_and_backward(config: Config, costs: PassCosts, first: int, end: int) -> tuple[float, float]:
+    """Returns the (forward, backward) cost of the layers first, ..., end - 1, without losses.
+
+    Only trunk layers are recomputed, never heads.
+    """
     contents = contents_between(config, first, end)
     forward = costs.trunk_forward(contents) + costs.heads_forward(contents.heads)
     backward = costs.trunk_backward(contents, config.train.activation_checkpointing)

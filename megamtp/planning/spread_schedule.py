@@ -1,12 +1,13 @@
-"""1F1B with losses spread by vocabulary, played.
+"""The 1F1B schedule with losses spread by vocabulary, and its simulation.
 
-    FORWARD     trunk layers, and the layers of the stage's heads; what those return goes to all slices
-    STATISTICS  a slice's logits of one stage's heads, and what the slices exchange about them
-    GRADIENTS   the same, with the exchange done: the slice's gradient, and its part of dH
-    BACKWARD    once the next stage's gradient is here and, in a stage with heads, the sum of dH: heads and trunk layers
+    FORWARD     trunk layers, and the stage's heads as layers; the heads' outputs go to all slices
+    STATISTICS  a slice's logits for the heads of one stage, and their statistics, which all slices exchange
+    GRADIENTS   after that exchange: the slice's gradient, and its part of the gradient dH of the heads' outputs
+    BACKWARD    heads and trunk layers, once the next stage's gradient and, for heads, the sum of dH have arrived
 
-Every stage repeats the four in one order, each for the micro-batch whose data are there by then. The answer to a
-forward pass comes up to two rounds later, for which stages hold more micro-batches than in plain 1F1B.
+Every stage repeats the four kinds of passes in one order, each for the micro-batch whose data have arrived by then. The
+gradient for a forward pass arrives up to two rounds later, so stages have more micro-batches in flight than in plain
+1F1B.
 
 Source: Yeung et al. 2024, arXiv:2411.05288, section 5.
 """
@@ -19,8 +20,8 @@ import math
 from dataclasses import dataclass
 
 
-class Kind(enum.IntEnum):
-    """Of a pass."""
+class PassKind(enum.IntEnum):
+    """The kinds of passes, described above."""
 
     FORWARD = 0
     STATISTICS = 1
@@ -28,9 +29,10 @@ class Kind(enum.IntEnum):
     BACKWARD = 3
 
 
-class Carries(enum.Enum):
-    """What a transfer does: STATISTICS and HIDDEN_GRADIENT are exchanges of all slices about the losses of one
-    stage's heads.
+class TransferKind(enum.Enum):
+    """What a transfer sends, and where.
+
+    In STATISTICS and HIDDEN_GRADIENT all slices exchange data about the losses of one stage's heads.
     """
 
     ACTIVATIONS = "to the next stage"
@@ -40,16 +42,20 @@ class Carries(enum.Enum):
     GRADIENT = "to the stage before"
 
 
-NEIGHBOUR = {Carries.ACTIVATIONS: 1, Carries.GRADIENT: -1}  # from a transfer's stage to the one that it goes to
+NEIGHBOUR_OFFSET = {TransferKind.ACTIVATIONS: 1, TransferKind.GRADIENT: -1}  # receiving stage - sending stage
 PATTERNS = [
-    (Kind.FORWARD, *others) for others in itertools.permutations((Kind.BACKWARD, Kind.STATISTICS, Kind.GRADIENTS))
+    (PassKind.FORWARD, *others)
+    for others in itertools.permutations((PassKind.BACKWARD, PassKind.STATISTICS, PassKind.GRADIENTS))
 ]
 
 
 @dataclass(frozen=True)
 class StageTimes:
-    """Of one micro-batch in one stage; `statistics` and `gradients` of one head's loss. `num_heads`: heads with
-    layers here.
+    """Times of one micro-batch's passes through one stage.
+
+    Attributes:
+        statistics, gradients: for the loss of one head.
+        num_heads: heads that are layers of this stage.
     """
 
     forward: float
@@ -59,244 +65,279 @@ class StageTimes:
     num_heads: int
 
     def total(self, num_heads: int) -> float:
-        """All its passes, of a model with so many heads."""
+        """Returns the time of all passes, for a model with `num_heads` heads."""
         return self.forward + self.backward + num_heads * (self.statistics + self.gradients)
 
 
 @dataclass(frozen=True)
-class Exchange:
-    """Times of transfers, during which stages may work.
+class TransferTimes:
+    """Times of transfers, during which stages can compute.
 
     Attributes:
-        hand: one micro-batch to the next stage, or its gradient back.
-        hidden: one head's hidden states from its stage to all slices, or their gradients from all slices back, summed.
-        statistics: of one head, from all slices to all slices.
+        send_activation: one micro-batch to the next stage, or its gradient to the previous stage.
+        broadcast_hidden: one head's hidden states from its stage to all slices, or the sum of their gradients from all
+            slices back.
+        gather_statistics: one head's statistics from all slices to all slices.
     """
 
-    hand: float = 0.0
-    hidden: float = 0.0
-    statistics: float = 0.0
+    send_activation: float = 0.0
+    broadcast_hidden: float = 0.0
+    gather_statistics: float = 0.0
 
 
 @dataclass(frozen=True)
-class Pass:
-    """Of one micro-batch through one stage; in STATISTICS and GRADIENTS for the heads of stage `host`, else host is
-    the stage.
+class StagePass:
+    """One pass of one micro-batch through one stage.
+
+    Attributes:
+        head_stage: the stage whose heads have the losses of a STATISTICS or GRADIENTS pass; else the same as `stage`.
     """
 
     stage: int
-    kind: Kind
-    host: int
+    kind: PassKind
+    head_stage: int
     micro_batch: int
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """Of one micro-batch; `stage` gives the data or, where all slices do, has the heads that they are about."""
+    """One transfer for one micro-batch.
 
-    carries: Carries
+    Attributes:
+        stage: the stage that sends; where all slices send, the stage whose heads the data belong to.
+    """
+
+    kind: TransferKind
     stage: int
     micro_batch: int
 
 
 @dataclass(frozen=True)
-class SpreadWork:
-    """A pass, from `start` to `end`."""
+class TimedStagePass:
+    """A pass, from time `start` to time `end`."""
 
-    work: Pass
+    stage_pass: StagePass
     start: float
     end: float
 
 
 class SpreadSchedule:
-    """The passes of all stages of `times`, in the order of a pattern that is repeated every period, or with `slack`
-    seconds more.
+    """The order of all stages' passes: a pattern of pass kinds, repeated once per period.
 
-    Slack may save rounds: a gradient that just misses its place in the round of the stage before waits for the next
-    one.
+    The period is what the slowest stage needs for one micro-batch, plus `slack`. Slack may save whole rounds: without
+    it, a gradient that just misses its turn in the previous stage's round waits for the next round.
 
     Attributes:
-        hosts: the stages that have heads.
-        slices: those that take part in losses: they have rows of the unembedding, or heads.
+        head_stages: the stages that have heads.
+        loss_stages: the stages that take part in losses: they have rows of the unembedding, or heads.
         orders: each stage's passes, first to last.
     """
 
     def __init__(
         self,
         times: list[StageTimes],
-        micro_batches: int,
-        exchange: Exchange,
-        pattern: tuple[Kind, ...],
+        num_micro_batches: int,
+        transfer_times: TransferTimes,
+        pattern: tuple[PassKind, ...],
         slack: float = 0.0,
     ):
-        self.times, self.micro_batches, self.exchange = times, micro_batches, exchange
-        self.hosts = [index for index, stage in enumerate(times) if stage.num_heads]
-        self.slices = [
+        self.times, self.num_micro_batches, self.transfer_times = times, num_micro_batches, transfer_times
+        self.head_stages = [index for index, stage in enumerate(times) if stage.num_heads]
+        self.loss_stages = [
             index for index, stage in enumerate(times) if stage.statistics or stage.gradients or stage.num_heads
         ]
         period = self.period + slack
-        first = self._first_starts(pattern, period)
+        first_starts = self._first_starts(pattern, period)
 
-        def start(work: Pass) -> tuple[float, Kind, int]:
-            """A pass comes after those it needs, on all stages: they start earlier or, taking no time, are of an
-            earlier kind.
+        def start(stage_pass: StagePass) -> tuple[float, PassKind, int]:
+            """Returns a key that sorts every pass after the passes it depends on, on all stages.
+
+            A dependency starts earlier or, if it takes no time, is of an earlier kind.
             """
-            return first[work.stage, work.kind, work.host] + work.micro_batch * period, work.kind, work.micro_batch
+            first_start = first_starts[stage_pass.stage, stage_pass.kind, stage_pass.head_stage]
+            return first_start + stage_pass.micro_batch * period, stage_pass.kind, stage_pass.micro_batch
 
         self.orders = []
         for stage in range(len(times)):
-            places = itertools.product(self._kinds(stage, pattern), range(micro_batches))
-            self.orders.append(sorted((Pass(stage, *place, micro_batch) for place, micro_batch in places), key=start))
+            slots = itertools.product(self._slots(stage, pattern), range(num_micro_batches))
+            self.orders.append(sorted((StagePass(stage, *slot, micro_batch) for slot, micro_batch in slots), key=start))
 
     @property
     def period(self) -> float:
-        """Of one micro-batch: what the slowest stage takes for it."""
+        """The time of one micro-batch on the slowest stage."""
         num_heads = sum(stage.num_heads for stage in self.times)
         return max(stage.total(num_heads) for stage in self.times)
 
-    def with_times(self, times: list[StageTimes], exchange: Exchange) -> "SpreadSchedule":
-        """The same orders, in stages and transfers that take other times."""
+    def with_times(self, times: list[StageTimes], transfer_times: TransferTimes) -> "SpreadSchedule":
+        """Returns a schedule with the same orders and other times."""
         other = copy.copy(self)
-        other.times, other.exchange = times, exchange
+        other.times, other.transfer_times = times, transfer_times
         return other
 
-    def alive(self, stage: int) -> int:
-        """The most micro-batches that the stage has between their forward and their backward pass."""
-        steps = [{Kind.FORWARD: 1, Kind.BACKWARD: -1}.get(work.kind, 0) for work in self.orders[stage]]
-        return max(itertools.accumulate(steps))
+    def max_in_flight(self, stage: int) -> int:
+        """Returns the largest number of micro-batches that the stage has in flight.
 
-    def play(self) -> list[SpreadWork]:
-        """Every pass as soon as its stage is free and its data there."""
-        ends: dict[Pass, float] = {}
-        played: list[SpreadWork] = []
-        free, places = [0.0] * len(self.times), [0] * len(self.times)
+        A micro-batch is in flight between its forward and its backward pass.
+        """
+        changes = [
+            {PassKind.FORWARD: 1, PassKind.BACKWARD: -1}.get(stage_pass.kind, 0) for stage_pass in self.orders[stage]
+        ]
+        return max(itertools.accumulate(changes))
+
+    def simulate(self) -> list[TimedStagePass]:
+        """Returns all passes with their times: each starts when its stage is free and its data have arrived."""
+        ends: dict[StagePass, float] = {}
+        timed_passes: list[TimedStagePass] = []
+        free_at, next_index = [0.0] * len(self.times), [0] * len(self.times)
         total = sum(map(len, self.orders))
-        while len(played) < total:
+        while len(timed_passes) < total:
             for stage, order in enumerate(self.orders):
-                while places[stage] < len(order) and (arrival := self._arrival(order[places[stage]], ends)) is not None:
-                    work = order[places[stage]]
-                    start = max(free[stage], arrival)
-                    free[stage] = ends[work] = start + self._duration(work.stage, work.kind, work.host)
-                    played.append(SpreadWork(work, start, free[stage]))
-                    places[stage] += 1
-        return played
+                while (
+                    next_index[stage] < len(order)
+                    and (arrival := self._arrival_time(order[next_index[stage]], ends)) is not None
+                ):
+                    stage_pass = order[next_index[stage]]
+                    start = max(free_at[stage], arrival)
+                    duration = self._duration(stage_pass.stage, stage_pass.kind, stage_pass.head_stage)
+                    free_at[stage] = ends[stage_pass] = start + duration
+                    timed_passes.append(TimedStagePass(stage_pass, start, free_at[stage]))
+                    next_index[stage] += 1
+        return timed_passes
 
     def transfers(self) -> list[Transfer]:
-        """All of a step, as their data are there when the schedule is played.
+        """Returns all transfers of a step, in the order in which the simulation makes their data available.
 
-        Whoever begins its own in this order, and runs its passes in theirs, has always begun what a pass needs: what
-        comes before it here was made by passes that come before it there.
+        If every rank starts its transfers in this order and runs its passes in theirs, no pass waits for a transfer
+        that cannot start: all transfers before it here get their data from passes before it there.
         """
-        played, found = self.play(), []
-        ready: collections.Counter[tuple[Carries, int, int]] = collections.Counter()
-        for index in sorted(range(len(played)), key=lambda index: (played[index].end, index)):
-            work = played[index].work
-            carried: list[Carries] = []
-            if work.kind == Kind.FORWARD:
-                carried += [Carries.ACTIVATIONS] if work.stage + 1 < len(self.times) else []
-                carried += [Carries.HIDDEN] if work.stage in self.hosts else []
-            elif work.kind == Kind.BACKWARD:
-                carried += [Carries.GRADIENT] if work.stage else []
+        timed_passes, transfers = self.simulate(), []
+        num_ready: collections.Counter[tuple[TransferKind, int, int]] = collections.Counter()
+        for index in sorted(range(len(timed_passes)), key=lambda index: (timed_passes[index].end, index)):
+            stage_pass = timed_passes[index].stage_pass
+            kinds: list[TransferKind] = []
+            if stage_pass.kind == PassKind.FORWARD:
+                kinds += [TransferKind.ACTIVATIONS] if stage_pass.stage + 1 < len(self.times) else []
+                kinds += [TransferKind.HIDDEN] if stage_pass.stage in self.head_stages else []
+            elif stage_pass.kind == PassKind.BACKWARD:
+                kinds += [TransferKind.GRADIENT] if stage_pass.stage else []
             else:
-                exchanged = Carries.STATISTICS if work.kind == Kind.STATISTICS else Carries.HIDDEN_GRADIENT
-                ready[exchanged, work.host, work.micro_batch] += 1
-                carried += [exchanged] if ready[exchanged, work.host, work.micro_batch] == len(self.slices) else []
-            found += [Transfer(carries, work.host, work.micro_batch) for carries in carried]
-        return found
+                is_statistics = stage_pass.kind == PassKind.STATISTICS
+                kind = TransferKind.STATISTICS if is_statistics else TransferKind.HIDDEN_GRADIENT
+                num_ready[kind, stage_pass.head_stage, stage_pass.micro_batch] += 1
+                all_ready = num_ready[kind, stage_pass.head_stage, stage_pass.micro_batch] == len(self.loss_stages)
+                kinds += [kind] if all_ready else []
+            transfers += [Transfer(kind, stage_pass.head_stage, stage_pass.micro_batch) for kind in kinds]
+        return transfers
 
     def takes_part(self, stage: int, transfer: Transfer) -> bool:
-        if transfer.carries in NEIGHBOUR:
-            return stage in (transfer.stage, transfer.stage + NEIGHBOUR[transfer.carries])
-        return stage in self.slices
+        """Returns whether the stage sends or receives in the transfer."""
+        if transfer.kind in NEIGHBOUR_OFFSET:
+            return stage in (transfer.stage, transfer.stage + NEIGHBOUR_OFFSET[transfer.kind])
+        return stage in self.loss_stages
 
-    def gives(self, stage: int, transfer: Transfer) -> bool:
-        """Of a stage that takes part: whether it has to make something first."""
-        return stage == transfer.stage or transfer.carries in (Carries.STATISTICS, Carries.HIDDEN_GRADIENT)
+    def sends(self, stage: int, transfer: Transfer) -> bool:
+        """Returns whether a stage that takes part sends data, which one of its passes has to compute first."""
+        return stage == transfer.stage or transfer.kind in (TransferKind.STATISTICS, TransferKind.HIDDEN_GRADIENT)
 
-    def _kinds(self, stage: int, pattern: tuple[Kind, ...]) -> list[tuple[Kind, int]]:
-        """(kind, host) of what a stage does for each micro-batch, in the pattern's order."""
-        found: list[tuple[Kind, int]] = []
+    def _slots(self, stage: int, pattern: tuple[PassKind, ...]) -> list[tuple[PassKind, int]]:
+        """Returns (kind, head stage) of a stage's passes for each micro-batch, in the pattern's order."""
+        slots: list[tuple[PassKind, int]] = []
         for kind in pattern:
-            if kind in (Kind.FORWARD, Kind.BACKWARD):
-                found.append((kind, stage))
-            elif stage in self.slices:
-                found += [(kind, host) for host in self.hosts]
-        return found
+            if kind in (PassKind.FORWARD, PassKind.BACKWARD):
+                slots.append((kind, stage))
+            elif stage in self.loss_stages:
+                slots += [(kind, head_stage) for head_stage in self.head_stages]
+        return slots
 
-    def _first_starts(self, pattern: tuple[Kind, ...], period: float) -> dict[tuple[int, Kind, int], float]:
-        """When (stage, kind, host) would start for micro-batch 0 if each stage repeated the pattern, once a period,
-        without end.
+    def _first_starts(self, pattern: tuple[PassKind, ...], period: float) -> dict[tuple[int, PassKind, int], float]:
+        """Returns when each (stage, kind, head stage) starts for micro-batch 0 in the steady state.
 
-        A stage's round begins with its forward pass; any other pass takes its place in the first round by which its
-        data are there.
+        In the steady state each stage repeats the pattern once per period, without end. A stage's round begins with its
+        forward pass; any other pass runs in the first round by whose slot its data have arrived.
         """
-        first: dict[Pass, float] = {}
-        places: list[dict[tuple[Kind, int], float]] = [{} for _ in self.times]
-        begin = 0.0
+        starts: dict[StagePass, float] = {}
+        slot_starts: list[dict[tuple[PassKind, int], float]] = [{} for _ in self.times]
+        round_start = 0.0
         for stage in range(len(self.times)):
-            place = begin
-            for kind, host in self._kinds(stage, pattern):
-                places[stage][kind, host] = place
-                place += self._duration(stage, kind, host)
-            first[Pass(stage, Kind.FORWARD, stage, 0)] = begin
-            begin += self.times[stage].forward + self.exchange.hand
-        ends = {work: start + self._duration(work.stage, work.kind, work.host) for work, start in first.items()}
-        losses = itertools.product((Kind.STATISTICS, Kind.GRADIENTS), self.hosts, self.slices)
-        sequence = [Pass(stage, kind, host, 0) for kind, host, stage in losses]
-        sequence += [Pass(stage, Kind.BACKWARD, stage, 0) for stage in reversed(range(len(self.times)))]
-        for work in sequence:
-            place = places[work.stage][work.kind, work.host]
-            arrival = self._arrival(work, ends)
+            slot_start = round_start
+            for kind, head_stage in self._slots(stage, pattern):
+                slot_starts[stage][kind, head_stage] = slot_start
+                slot_start += self._duration(stage, kind, head_stage)
+            starts[StagePass(stage, PassKind.FORWARD, stage, 0)] = round_start
+            round_start += self.times[stage].forward + self.transfer_times.send_activation
+        ends = {
+            stage_pass: start + self._duration(stage_pass.stage, stage_pass.kind, stage_pass.head_stage)
+            for stage_pass, start in starts.items()
+        }
+        losses = itertools.product((PassKind.STATISTICS, PassKind.GRADIENTS), self.head_stages, self.loss_stages)
+        sequence = [StagePass(stage, kind, head_stage, 0) for kind, head_stage, stage in losses]
+        sequence += [StagePass(stage, PassKind.BACKWARD, stage, 0) for stage in reversed(range(len(self.times)))]
+        for stage_pass in sequence:
+            slot_start = slot_starts[stage_pass.stage][stage_pass.kind, stage_pass.head_stage]
+            arrival = self._arrival_time(stage_pass, ends)
             assert arrival is not None
-            rounds = math.ceil((arrival - place) / period - 1e-9)
-            first[work] = max(arrival, place + period * max(0, rounds))
-            ends[work] = first[work] + self._duration(work.stage, work.kind, work.host)
-        return {(work.stage, work.kind, work.host): start for work, start in first.items()}
+            num_rounds = math.ceil((arrival - slot_start) / period - 1e-9)
+            starts[stage_pass] = max(arrival, slot_start + period * max(0, num_rounds))
+            ends[stage_pass] = starts[stage_pass] + self._duration(
+                stage_pass.stage, stage_pass.kind, stage_pass.head_stage
+            )
+        return {
+            (stage_pass.stage, stage_pass.kind, stage_pass.head_stage): start for stage_pass, start in starts.items()
+        }
 
-    def _duration(self, stage: int, kind: Kind, host: int) -> float:
+    def _duration(self, stage: int, kind: PassKind, head_stage: int) -> float:
         times = self.times[stage]
-        if kind in (Kind.FORWARD, Kind.BACKWARD):
-            return times.forward if kind == Kind.FORWARD else times.backward
-        return self.times[host].num_heads * (times.statistics if kind == Kind.STATISTICS else times.gradients)
+        if kind in (PassKind.FORWARD, PassKind.BACKWARD):
+            return times.forward if kind == PassKind.FORWARD else times.backward
+        return self.times[head_stage].num_heads * (times.statistics if kind == PassKind.STATISTICS else times.gradients)
 
-    def _arrival(self, work: Pass, ends: dict[Pass, float]) -> float | None:
-        """When all that a pass needs is there; None while that is not known."""
-        needs = self._needs(work)
-        if any(need not in ends for need, _ in needs):
+    def _arrival_time(self, stage_pass: StagePass, ends: dict[StagePass, float]) -> float | None:
+        """Returns when all data of a pass have arrived, or None if a pass it depends on is not in `ends` yet."""
+        dependencies = self._dependencies(stage_pass)
+        if any(dependency not in ends for dependency, _ in dependencies):
             return None
-        return max((ends[need] + delay for need, delay in needs), default=0.0)
+        return max((ends[dependency] + delay for dependency, delay in dependencies), default=0.0)
 
-    def _needs(self, work: Pass) -> list[tuple[Pass, float]]:
-        """The passes whose results it works on, and how long those are under way."""
-        exchange, stage, micro_batch = self.exchange, work.stage, work.micro_batch
-        num_heads = self.times[work.host].num_heads
-        if work.kind == Kind.FORWARD:
-            return [(Pass(stage - 1, Kind.FORWARD, stage - 1, micro_batch), exchange.hand)] if stage else []
-        if work.kind == Kind.STATISTICS:
-            delay = 0.0 if stage == work.host else num_heads * exchange.hidden
-            return [(Pass(work.host, Kind.FORWARD, work.host, micro_batch), delay)]
-        if work.kind == Kind.GRADIENTS:
-            delay = num_heads * exchange.statistics
-            return [(Pass(index, Kind.STATISTICS, work.host, micro_batch), delay) for index in self.slices]
-        needs = [(Pass(stage, Kind.FORWARD, stage, micro_batch), 0.0)]
+    def _dependencies(self, stage_pass: StagePass) -> list[tuple[StagePass, float]]:
+        """Returns the passes whose results a pass needs, and the transfer time of each result."""
+        transfer_times, stage, micro_batch = self.transfer_times, stage_pass.stage, stage_pass.micro_batch
+        head_stage, num_heads = stage_pass.head_stage, self.times[stage_pass.head_stage].num_heads
+        if stage_pass.kind == PassKind.FORWARD:
+            if not stage:
+                return []
+            return [(StagePass(stage - 1, PassKind.FORWARD, stage - 1, micro_batch), transfer_times.send_activation)]
+        if stage_pass.kind == PassKind.STATISTICS:
+            delay = 0.0 if stage == head_stage else num_heads * transfer_times.broadcast_hidden
+            return [(StagePass(head_stage, PassKind.FORWARD, head_stage, micro_batch), delay)]
+        if stage_pass.kind == PassKind.GRADIENTS:
+            delay = num_heads * transfer_times.gather_statistics
+            return [
+                (StagePass(index, PassKind.STATISTICS, head_stage, micro_batch), delay) for index in self.loss_stages
+            ]
+        dependencies = [(StagePass(stage, PassKind.FORWARD, stage, micro_batch), 0.0)]
         if stage + 1 < len(self.times):
-            needs.append((Pass(stage + 1, Kind.BACKWARD, stage + 1, micro_batch), exchange.hand))
+            next_backward = StagePass(stage + 1, PassKind.BACKWARD, stage + 1, micro_batch)
+            dependencies.append((next_backward, transfer_times.send_activation))
         if num_heads:
-            delay = num_heads * exchange.hidden
-            needs += [(Pass(index, Kind.GRADIENTS, stage, micro_batch), delay) for index in self.slices]
-        return needs
+            delay = num_heads * transfer_times.broadcast_hidden
+            dependencies += [
+                (StagePass(index, PassKind.GRADIENTS, stage, micro_batch), delay) for index in self.loss_stages
+            ]
+        return dependencies
 
 
-def fastest_schedule(times: list[StageTimes], micro_batches: int, exchange: Exchange) -> SpreadSchedule:
-    """That of the pattern and slack whose step ends first.
+def fastest_schedule(times: list[StageTimes], num_micro_batches: int, transfer_times: TransferTimes) -> SpreadSchedule:
+    """Returns the schedule with the shortest step, over all patterns and a few values of slack.
 
-    They are compared with few micro-batches, for more of them only repeat what the middle ones do.
+    Candidates are compared with few micro-batches: further ones only repeat the middle of the step.
     """
-    few = min(micro_batches, 4 * len(times))
+    few = min(num_micro_batches, 4 * len(times))
 
-    def end(pattern: tuple[Kind, ...], slack: float) -> float:
-        return max(done.end for done in SpreadSchedule(times, few, exchange, pattern, slack).play())
+    def step_time(pattern: tuple[PassKind, ...], slack: float) -> float:
+        schedule = SpreadSchedule(times, few, transfer_times, pattern, slack)
+        return max(timed_pass.end for timed_pass in schedule.simulate())
 
-    slacks = [count * exchange.hand for count in (range(0, 5, 2) if exchange.hand else (0,))]
-    pattern, slack = min(itertools.product(PATTERNS, slacks), key=lambda choice: end(*choice))
-    return SpreadSchedule(times, micro_batches, exchange, pattern, slack)
+    send_time = transfer_times.send_activation
+    slacks = [count * send_time for count in (range(0, 5, 2) if send_time else (0,))]
+    pattern, slack = min(itertools.product(PATTERNS, slacks), key=lambda candidate: step_time(*candidate))
+    return SpreadSchedule(times, num_micro_batches, transfer_times, pattern, slack)

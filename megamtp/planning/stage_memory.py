@@ -1,8 +1,8 @@
-"""Bytes of one rank of a pipeline at its peak, by kind.
+"""Peak memory of one pipeline rank in bytes, by kind.
 
-Weights in the model's dtype; gradients summed in fp32, whole; AdamW's three fp32 numbers per parameter sharded over the
-pipelines (ZeRO-1); what the micro-batches between their forward and backward pass keep; and what comes and goes within
-one pass, at its most.
+Weights are in the model's dtype. Gradients are summed in fp32 and not sharded. The optimizer's state is sharded over
+the pipelines (ZeRO-1). Activations are what the micro-batches in flight keep. "Within a pass" is the largest amount of
+memory that a pass allocates and frees again.
 """
 
 from dataclasses import dataclass
@@ -12,21 +12,21 @@ from megamtp.losses.linear_cross_entropy import default_chunk_rows
 from megamtp.model.cost import head_cost, head_parameters, layer_cost, layer_parameters
 from megamtp.optimizers.kinds import optimizer_kind
 
-OPTIMIZER = "optimizer"  # the kind that data parallelism divides
+OPTIMIZER = "optimizer"  # the kind that data parallelism shards
 
 
 @dataclass(frozen=True)
 class StageContents:
-    """What a stage holds.
+    """The modules of a stage.
 
     Attributes:
         heads: indices, from 0.
-        rows: of the unembedding: all in a stage whose heads have their losses there, a slice of them where losses are
-            spread.
-        spread: losses are spread by vocabulary, over all stages with rows.
+        rows: number of rows of the unembedding: all rows in a stage that computes its heads' losses, a slice where
+            losses are spread.
+        spread: whether losses are spread by vocabulary over all stages with rows.
     """
 
-    num_trunk: int
+    num_trunk_layers: int
     heads: range
     has_embedding: bool
     rows: int
@@ -34,113 +34,126 @@ class StageContents:
 
     @property
     def num_heads(self) -> int:
+        """The number of heads."""
         return len(self.heads)
 
 
-def stage_memory(config: Config, data_parallel_size: int, contents: StageContents, alive: int) -> dict[str, int]:
-    """With `alive` micro-batches between their forward and their backward pass."""
+def stage_memory(
+    config: Config, data_parallel_size: int, contents: StageContents, num_in_flight: int
+) -> dict[str, int]:
+    """Returns the bytes of one rank at its peak, by kind.
+
+    Args:
+        num_in_flight: micro-batches between their forward and their backward pass.
+    """
     model, train = config.model, config.train
-    width = 4 if train.precision == "fp32" else 2
-    parameters = contents.num_trunk * layer_parameters(model)
+    dtype_bytes = 4 if train.precision == "fp32" else 2
+    parameters = contents.num_trunk_layers * layer_parameters(model)
     parameters += sum(head_parameters(model, index) for index in contents.heads)
     parameters += (contents.has_embedding * model.vocab_size + contents.rows) * model.dim + bool(
         contents.rows
     ) * model.dim
-    kept = _kept(config, contents, width)
+    saved = _saved_bytes(config, contents, dtype_bytes)
     return {
-        "weights": width * parameters,
+        "weights": dtype_bytes * parameters,
         "gradients": 4 * parameters,
         OPTIMIZER: optimizer_kind(config.optimizer).state_bytes() * parameters // data_parallel_size,
-        "activations": alive * kept,
+        "activations": num_in_flight * saved,
         "within a pass": max(
-            _largest_pass(config, contents, width), _embedding_gradient(config, contents, width) - kept
+            _largest_pass_bytes(config, contents, dtype_bytes),
+            _embedding_gradient_bytes(config, contents, dtype_bytes) - saved,
         ),
     }
 
 
-def chunk_bytes(config: Config, width: int) -> int:
-    """The logits of a head that live at once, `width` bytes each."""
+def chunk_bytes(config: Config, logit_bytes: int) -> int:
+    """Returns the bytes of one chunk of a head's logits, the part that is in memory at once."""
     tokens, vocabulary = config.train.micro_batch_size * config.train.sequence_length, config.model.vocab_size
     return (
-        width
+        logit_bytes
         * vocabulary
-        * min(tokens, config.head_loss.chunk_rows or default_chunk_rows(vocabulary, bytes_per_logit=width))
+        * min(tokens, config.head_loss.chunk_rows or default_chunk_rows(vocabulary, bytes_per_logit=logit_bytes))
     )
 
 
-def _boundary(config: Config, width: int) -> int:
-    return config.train.micro_batch_size * config.train.sequence_length * config.model.dim * width
+def _boundary_bytes(config: Config, dtype_bytes: int) -> int:
+    """Returns the bytes of one activation [B, T, D], which stages send to each other."""
+    return config.train.micro_batch_size * config.train.sequence_length * config.model.dim * dtype_bytes
 
 
-def _saved_by_layer(config: Config, width: int) -> int:
-    """What a trunk layer keeps of a micro-batch."""
+def _bytes_saved_by_layer(config: Config, dtype_bytes: int) -> int:
+    """Returns the bytes that one trunk layer saves of a micro-batch for its backward pass."""
     train = config.train
     elements = layer_cost(config.model, train.sequence_length).kept_elements
-    return train.micro_batch_size * train.sequence_length * elements * width
+    return train.micro_batch_size * train.sequence_length * elements * dtype_bytes
 
 
-def _saved_by_heads(config: Config, heads: range, width: int) -> list[int]:
-    """What each head keeps of a micro-batch."""
+def _bytes_saved_by_heads(config: Config, heads: range, dtype_bytes: int) -> list[int]:
+    """Returns the bytes that each head saves of a micro-batch for its backward pass."""
     train = config.train
     elements = [head_cost(config.model, index, train.sequence_length).kept_elements for index in heads]
-    return [train.micro_batch_size * train.sequence_length * kept * width for kept in elements]
+    return [train.micro_batch_size * train.sequence_length * kept * dtype_bytes for kept in elements]
 
 
-def _kept(config: Config, contents: StageContents, width: int) -> int:
-    """Of each micro-batch: what the stage receives and sends, its heads' dz, and what its layers keep for their
-    backward pass.
+def _saved_bytes(config: Config, contents: StageContents, dtype_bytes: int) -> int:
+    """Returns the bytes that each micro-batch in flight keeps.
 
-    Heads whose losses are spread keep as the trunk does, and with them what they sent away; others are done with when z
-    passes.
+    These are the stage's input and output, its heads' dz, and what its layers save for their backward pass. Heads with
+    spread losses save as much as trunk layers do, and their outputs. Other heads have run their backward pass already.
     """
-    boundary = _boundary(config, width)
-    trunk = contents.num_trunk * (boundary if config.train.activation_checkpointing else _saved_by_layer(config, width))
+    boundary = _boundary_bytes(config, dtype_bytes)
+    layer = boundary if config.train.activation_checkpointing else _bytes_saved_by_layer(config, dtype_bytes)
+    trunk = contents.num_trunk_layers * layer
     if contents.spread:
-        return (
-            2 * boundary + trunk + sum(saved + 2 * boundary for saved in _saved_by_heads(config, contents.heads, width))
-        )
+        heads = _bytes_saved_by_heads(config, contents.heads, dtype_bytes)
+        return 2 * boundary + trunk + sum(saved + 2 * boundary for saved in heads)
     return (2 + bool(contents.num_heads)) * boundary + trunk
 
 
-def _largest_pass(config: Config, contents: StageContents, width: int) -> int:
-    """A layer's backward pass or a loss, whichever needs more beside what is kept."""
-    model, train, boundary = config.model, config.train, _boundary(config, width)
-    # The last of its gradients, a matrix of the MLP's; and two of x's.
-    layer = width * model.hidden_dim * model.dim + 2 * boundary
-    if train.activation_checkpointing and contents.num_trunk:
-        layer += _saved_by_layer(config, width)
+def _largest_pass_bytes(config: Config, contents: StageContents, dtype_bytes: int) -> int:
+    """Returns the bytes that a layer's backward pass or a loss allocates, whichever are more."""
+    model, train, boundary = config.model, config.train, _boundary_bytes(config, dtype_bytes)
+    # The layer's last weight gradient, a matrix of the MLP, and two gradients of x.
+    layer = dtype_bytes * model.hidden_dim * model.dim + 2 * boundary
+    if train.activation_checkpointing and contents.num_trunk_layers:
+        layer += _bytes_saved_by_layer(config, dtype_bytes)
     if contents.spread:
-        return max(layer, _slice_pass(config, contents, width))
+        return max(layer, _slice_pass_bytes(config, contents, dtype_bytes))
     if not contents.num_heads:
         return layer
     vocabulary = model.vocab_size * model.dim
-    rounding = (4 + width) * vocabulary  # the sum of dW in fp32, and as autograd gets it
-    chunk = 4 * vocabulary + chunk_bytes(config, width)
-    if config.head_loss.precision == "fp8":  # two copies of the weight, one of hidden and one of the chunk's gradient
-        chunk += 2 * vocabulary + boundary // width + chunk_bytes(config, 1)
-    # the sum, while a head that is not the last runs its layer backward
+    rounding = (4 + dtype_bytes) * vocabulary  # the sum of dW in fp32, and its copy in the model's dtype for autograd
+    chunk = 4 * vocabulary + chunk_bytes(config, dtype_bytes)
+    if config.head_loss.precision == "fp8":  # two fp8 copies of the weight, one of hidden, one of the chunk's gradient
+        chunk += 2 * vocabulary + boundary // dtype_bytes + chunk_bytes(config, 1)
+    # The sum of dW waits while every head but the last runs its layer's backward pass.
     waiting = 4 * vocabulary if contents.num_heads > 1 else 0
-    # dz in fp32, the gradient of the running head's z, what its layer returned, that normed, and its gradient.
-    saved = max(_saved_by_heads(config, contents.heads, width))
-    head = 4 * boundary // width + 4 * boundary + saved + max(rounding, chunk, waiting + layer)
+    # dz in fp32; and for the running head the gradient of its z, its layer's output, that output normed, its gradient.
+    saved = max(_bytes_saved_by_heads(config, contents.heads, dtype_bytes))
+    head = 4 * boundary // dtype_bytes + 4 * boundary + saved + max(rounding, chunk, waiting + layer)
     return max(layer, head)
 
 
-def _slice_pass(config: Config, contents: StageContents, width: int) -> int:
-    """All heads' hidden states, their gradients, and this slice's logits, which wait for the other slices' statistics.
+def _slice_pass_bytes(config: Config, contents: StageContents, dtype_bytes: int) -> int:
+    """Returns the bytes of a pass over all heads' losses in this stage's slice.
 
-    And the slice's gradient: in fp32, and as autograd gets it.
+    These are the hidden states of all heads, their gradients, the slice's logits, which are kept until the statistics
+    of the other slices arrive, and the slice's gradient: in fp32, and in the model's dtype for autograd.
     """
     if not contents.rows:
         return 0
     model, tokens = config.model, config.train.micro_batch_size * config.train.sequence_length
-    losses = model.num_future_tokens * (2 * _boundary(config, width) + tokens * contents.rows * width)
-    slices = contents.rows * model.dim
+    losses = model.num_future_tokens * (2 * _boundary_bytes(config, dtype_bytes) + tokens * contents.rows * dtype_bytes)
+    slice_elements = contents.rows * model.dim
     if config.head_loss.precision == "fp8":  # copies of the slice, of all hidden states and of one head's gradient
-        losses += 2 * slices + model.num_future_tokens * tokens * model.dim + (width + 1) * tokens * contents.rows
-    return losses + (4 + width) * slices
+        losses += 2 * slice_elements + model.num_future_tokens * tokens * model.dim
+        losses += (dtype_bytes + 1) * tokens * contents.rows
+    return losses + (4 + dtype_bytes) * slice_elements
 
 
-def _embedding_gradient(config: Config, contents: StageContents, width: int) -> int:
-    """In the model's dtype; by then the micro-batch has nothing else left."""
-    return width * config.model.vocab_size * config.model.dim if contents.has_embedding else 0
+def _embedding_gradient_bytes(config: Config, contents: StageContents, dtype_bytes: int) -> int:
+    """Returns the bytes of the embedding's gradient in the model's dtype.
+
+    It is the last gradient of a micro-batch, whose other activations are freed by then.
+    """
+    return dtype_bytes * config.model.vocab_size * config.model.dim if contents.has_embedding else 0

@@ -44,7 +44,7 @@ class CheckedRun:
     train: list[Windows]
     validation: Windows | None
     readers: tuple[int, int]  # data-parallel rank and size
-    cut: Partition | SpreadPartition | None  # the stages of a pipeline
+    partition: Partition | SpreadPartition | None  # the stages of a pipeline
     changes: list[str]  # lines about settings that differ from those of the run so far
     lock: TextIO | None  # open on rank 0 while the job runs
 
@@ -55,7 +55,7 @@ def check(config: Config, place: Place) -> CheckedRun:
     Raises:
         InputError: the first mistake.
     """
-    readers, cut = check_engine(config, place.rank, place.world_size)
+    readers, partition = check_engine(config, place.rank, place.world_size)
     if config.train.precision == "fp16" and not torch.cuda.is_available():
         raise InputError("train.precision=fp16 without a GPU; expected fp32 or bf16: DeepSpeed's fp16 needs a GPU")
     if config.head_loss.precision == "fp8":
@@ -82,7 +82,7 @@ def check(config: Config, place: Place) -> CheckedRun:
         records_until(run_directory / METRICS, newest[1].step if newest else 0)
         if newest and (run_directory / RESOLVED).exists():
             changes = _changes(run_directory / RESOLVED, config)
-    return CheckedRun(config, train, validation, readers, cut, changes, lock)
+    return CheckedRun(config, train, validation, readers, partition, changes, lock)
 
 
 def find_position(

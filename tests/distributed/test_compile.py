@@ -1,6 +1,4 @@
-"""One compiled layer function serves trunk and heads under ZeRO-3, without graph breaks, recompilations or a return
-to eager.
-"""
+"""ZeRO-3 runs trunk and heads through one compiled function, without graph breaks, recompilation or eager fallback."""
 
 import functools
 
@@ -15,9 +13,9 @@ N = 3
 
 
 def _graphs_and_error(checkpointing: bool) -> tuple[int, int, float]:
-    """(layer graphs compiled, graph breaks, largest error of any gradient) of three training steps and an evaluation.
+    """Returns (compiled layer graphs, graph breaks, largest gradient error) of three training steps and an evaluation.
 
-    With the backend "aot_eager", which needs no compiler but traces, guards and recompiles as any other.
+    The backend "aot_eager" needs no compiler, but traces, guards and recompiles like any other backend.
     """
     from torch._dynamo.utils import counters
 
@@ -37,16 +35,16 @@ def _graphs_and_error(checkpointing: bool) -> tuple[int, int, float]:
     )
     engine = ZeroEngine(config)
     error, _ = largest_errors(config, engine, num_steps=3)
-    training = counters["stats"]["unique_graphs"]
+    num_training_graphs = counters["stats"]["unique_graphs"]
     engine.evaluate(own_share(global_batch(config, 9, 2), engine.rank, 2))
     engine.evaluate(own_share(global_batch(config, 10, 2), engine.rank, 2))
-    assert counters["stats"]["unique_graphs"] == training + 1  # without gradients
-    return training, sum(counters["graph_break"].values()), error
+    assert counters["stats"]["unique_graphs"] == num_training_graphs + 1  # one graph without gradients
+    return num_training_graphs, sum(counters["graph_break"].values()), error
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_one_graph_serves_all_layers(checkpointing):
-    for graphs, breaks, error in run_ranks(_graphs_and_error, 2, checkpointing):
-        assert graphs == 1
-        assert breaks == 0
+def test_all_layers_share_one_graph(checkpointing):
+    for num_graphs, num_breaks, error in run_ranks(_graphs_and_error, 2, checkpointing):
+        assert num_graphs == 1
+        assert num_breaks == 0
         assert error < 1e-5

@@ -1,6 +1,4 @@
-"""Grouped gathers and reductions: DeepSpeed's own results bit for bit, memory that is used again, and nothing left
-when removed.
-"""
+"""Grouped communication: the same bits as DeepSpeed's own communication, reused memory, and complete removal."""
 
 import warnings
 
@@ -16,7 +14,7 @@ from tests.reference import relative_error
 
 
 def _three_steps(communication: str, world_size: int, settings: dict) -> dict[str, torch.Tensor]:
-    """Weights, gradients' shards and losses after three steps with clipping and weight decay."""
+    """Returns losses, gradient norms, weights and momentum of three steps with clipping and weight decay."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     from megamtp.engines.base import count_targets
@@ -31,20 +29,20 @@ def _three_steps(communication: str, world_size: int, settings: dict) -> dict[st
         **settings,
     )
     engine = ZeroEngine(config)
-    found = {}
+    tensors = {}
     for step in range(3):
         own = own_share(global_batch(config, step, 2 * world_size), engine.rank, world_size)
         result = engine.train_batch(own, count_targets(own, True, world_size, engine.device), lr=1e-2)
-        found[f"losses of step {step}"] = result.nll_sums
-        found[f"norm of step {step}"] = torch.tensor(result.gradient_norm)
+        tensors[f"losses of step {step}"] = result.nll_sums
+        tensors[f"norm of step {step}"] = torch.tensor(result.gradient_norm)
     for name, parameter in engine.model.named_parameters():
-        found[name] = safe_get_full_fp32_param(parameter).clone()
-        found[f"momentum of {name}"] = safe_get_full_optimizer_state(parameter, "exp_avg").clone()
-    return found
+        tensors[name] = safe_get_full_fp32_param(parameter).clone()
+        tensors[f"momentum of {name}"] = safe_get_full_optimizer_state(parameter, "exp_avg").clone()
+    return tensors
 
 
-# 97 x 16 weights and norms of 16 elements: padded at 3 ranks; at 4, shards of 4 elements. With 29 columns nothing
-# divides.
+# The weights of 97 x 16 elements and norms of 16 elements have padding on 3 ranks, and shards of 4 elements on 4 ranks.
+# With 29 columns no number of ranks divides evenly.
 SETTINGS = {
     "fp32": {},
     "bf16": {"train__precision": "bf16"},
@@ -54,112 +52,115 @@ SETTINGS = {
 
 
 def _differences(world_size: int) -> dict[str, list[str]]:
-    """For each of SETTINGS, what the two ways of communication disagree on; raises if there was little to compare."""
+    """Returns the names of the tensors that differ between the two kinds of communication, for each of SETTINGS."""
     differing = {}
     for name, settings in SETTINGS.items():
-        grouped, shipped = (
+        grouped, deepspeed = (
             _three_steps(communication, world_size, settings) for communication in ("grouped", "deepspeed")
         )
-        assert grouped.keys() == shipped.keys() and len(grouped) > 2 * 40
-        differing[name] = [key for key in shipped if not torch.equal(grouped[key], shipped[key])]
+        assert grouped.keys() == deepspeed.keys() and len(grouped) > 2 * 40
+        differing[name] = [key for key in deepspeed if not torch.equal(grouped[key], deepspeed[key])]
     return differing
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_equals_deepspeeds_own_bit_for_bit(world_size):
+def test_equals_deepspeeds_communication_bit_for_bit(world_size):
     for differing in run_ranks(_differences, world_size, world_size, backend="ordered"):
         assert differing == {name: [] for name in SETTINGS}
 
 
-def _offloaded_equals_resident() -> list[str]:
-    """Names of what differs by more than the rounding of the gradient's norm, which AdamW enlarges where a gradient
-    is near 0.
+def _differences_with_offload() -> list[str]:
+    """Returns the names of the tensors that offloading changes by more than rounding.
+
+    The gradient norm is rounded differently, and AdamW amplifies the difference where a gradient is close to 0.
     """
-    resident = _three_steps("grouped", 2, {})
+    on_device = _three_steps("grouped", 2, {})
     offloaded = _three_steps("grouped", 2, {"engine__offload_optimizer": True, "engine__offload_parameters": True})
-    return [name for name in resident if relative_error(offloaded[name], resident[name]) > 1e-4]
+    return [name for name in on_device if relative_error(offloaded[name], on_device[name]) > 1e-4]
 
 
-def test_shards_in_cpu_memory_train_alike():
-    for differing in run_ranks(_offloaded_equals_resident, 2):
+def test_offloading_does_not_change_the_training():
+    for differing in run_ranks(_differences_with_offload, 2):
         assert differing == []
 
 
 def _buffers_of_steps() -> tuple[int, int, int]:
-    """(buffers after 2 steps, after 5, weights still gathered at the end)."""
+    """Returns (buffers after 2 steps, buffers after 5 steps, units whose weights are gathered at the end)."""
     from megamtp.engines.zero import ZeroEngine
     from tests.engine_steps import step_with_gradients
 
     config = small_config(engine__kind="zero3", model__num_layers=9, model__num_future_tokens=3)
     engine = ZeroEngine(config)
-    gather = engine.traffic.gather
-
-    def number() -> int:
-        return sum(len(free) for free in gather._free.values())
-
-    numbers = []
+    gatherer = engine.communication.gatherer
+    num_buffers = []
     for step in range(5):
         step_with_gradients(engine, global_batch(config, step, 2))
         engine.evaluate(own_share(global_batch(config, 9, 2), engine.rank, 2))
-        gather.release_all()
-        numbers.append(number())
-    return numbers[1], numbers[-1], sum(unit.buffer is not None for unit in gather._units)
+        gatherer.release_all()
+        num_buffers.append(sum(len(buffers) for buffers in gatherer._free_buffers.values()))
+    return num_buffers[1], num_buffers[-1], sum(unit.buffer is not None for unit in gatherer._units)
 
 
-def test_weights_live_in_few_buffers_that_are_used_again():
-    """Nine layers need four buffers: a pinned head's or a running layer's, two on their way, one just left."""
-    early, late, held = run_ranks(_buffers_of_steps, 2)[0]
-    assert early == late <= 4 + 2  # and the embedding's and the unembedding's
-    assert held == 0
+def test_few_buffers_are_reused_for_all_weights():
+    """Nine layers need four buffers: one for the running layer or pinned head, two prefetched ones, one just released.
+
+    Embedding and unembedding have one buffer each.
+    """
+    after_2_steps, after_5_steps, num_gathered = run_ranks(_buffers_of_steps, 2)[0]
+    assert after_2_steps == after_5_steps <= 4 + 2
+    assert num_gathered == 0
 
 
-def _names_of_works() -> set[str]:
-    """What gloo calls the gathers of one step."""
-    from megamtp.engines.deepspeed.gather import Gather
+def _gloo_work_names() -> set[str]:
+    """Returns gloo's names of the gathers in three steps."""
+    from megamtp.engines.deepspeed.gather import WeightGatherer
 
     names = set()
-    gather = Gather._gather
+    all_gather = WeightGatherer._all_gather
 
-    def note(*arguments) -> list[dist.Work]:
-        works = gather(*arguments)
+    def recording_all_gather(*arguments) -> list[dist.Work]:
+        works = all_gather(*arguments)
         names.update(str(work._get_op_type()).removeprefix("OpType.") for work in works)
         return works
 
-    Gather._gather = note
+    WeightGatherer._all_gather = recording_all_gather
     _three_steps("grouped", 2, {})
     return names
 
 
 def test_gloo_works_have_short_names():
-    """torch's gloo frees a longer name twice when its two threads end a work at the same time (see Gather._gather)."""
-    names = run_ranks(_names_of_works, 2)[0]
+    """torch's gloo backend frees a longer name twice if its two threads finish a work at the same time.
+
+    See WeightGatherer._all_gather.
+    """
+    names = run_ranks(_gloo_work_names, 2)[0]
     assert names and all(len(name) <= 15 for name in names), names
 
 
-def _removed() -> tuple[list[bool], float]:
-    """Whether each part was replaced and restored, and the largest error of any gradient after the removal."""
+def _replaced_and_restored() -> tuple[list[bool], float]:
+    """Returns whether each part was replaced and restored, and the largest gradient error after the removal."""
     from megamtp.engines.zero import ZeroEngine
     from tests.engine_steps import largest_errors
 
     config = small_config(engine__kind="zero3")
     engine = ZeroEngine(config)
     largest_errors(config, engine, num_steps=2)
-    optimizer, traffic = engine.engine.optimizer, engine.traffic
-    own = traffic._replaced
-    replaced = optimizer.parameter_offload.param_coordinator is not own[0]
-    traffic.remove()
+    optimizer, communication = engine.deepspeed_engine.optimizer, engine.communication
+    coordinator, stream = communication._replaced
+    replaced = optimizer.parameter_offload.param_coordinator is not coordinator
+    communication.remove()
     restored = [
-        optimizer.parameter_offload.param_coordinator is own[0],
-        optimizer.reduce_and_partition_stream is own[1],
+        optimizer.parameter_offload.param_coordinator is coordinator,
+        optimizer.reduce_and_partition_stream is stream,
         "independent_gradient_partition_epilogue" not in vars(optimizer),
     ]
-    engine.traffic = engine.head_phase.traffic = None
+    engine.communication = engine.head_phase.communication = None
     return [replaced, *restored], largest_errors(config, engine, num_steps=3)[0]
 
 
-def test_removal_leaves_deepspeed_as_it_was():
-    for places, error in run_ranks(_removed, 2):
-        assert all(places)
+def test_removal_restores_deepspeeds_communication():
+    for replaced_and_restored, error in run_ranks(_replaced_and_restored, 2):
+        assert all(replaced_and_restored)
         assert error < 1e-5
 
 
@@ -176,11 +177,11 @@ def _train_without_deprecated_calls() -> bool:
     return bool(result.nll_sums.isfinite().all())
 
 
-def test_gathers_are_called_by_names_that_torch_does_not_deprecate():
+def test_gathers_do_not_call_deprecated_functions_of_torch():
     assert run_ranks(_train_without_deprecated_calls, 2) == [True, True]
 
 
-def test_another_deepspeed_is_refused_in_one_line():
+def test_unsupported_deepspeed_is_refused():
     check_version("0.19.9")
     with pytest.raises(InputError) as error:
         check_version("0.20.1")

@@ -1,7 +1,6 @@
-"""Every parameter's gradient on two ranks equals the float64 single-process reference, whatever the engine and its
-settings.
+"""Every gradient of the ZeRO engines on two ranks equals the float64 single-process reference, with all settings.
 
-Targets are always ignored unevenly over ranks, micro-batches and heads, and one micro-batch has none valid.
+Ranks, micro-batches and heads have different shares of ignored targets, and one micro-batch has no valid target.
 """
 
 import itertools
@@ -21,18 +20,19 @@ FACTORS = {
     "activation_checkpointing": (False, True),
 }
 OFFLOAD = {"engine__offload_optimizer": True, "engine__offload_parameters": True}
-# fp32: measured 5e-7, of which the sums over 24 to 96 positions are the most.
+# fp32: measured 5e-7, mostly from sums over 24 to 96 positions.
 FP32_BOUND = 1e-5
-# bf16: one rounding errs by up to 2^-9 = 0.2 %; some fifty of them, independent, lie on the path to the deepest
-# gradient: sqrt(50) * 0.2 % = 1.4 %, and 1.5 % is the most that was measured. A head missing or counted twice errs by
-# 25 % at least.
+# bf16: one rounding has an error of at most 2^-9 = 0.2 %. About fifty independent roundings lie on the path to the
+# deepest gradient: sqrt(50) * 0.2 % = 1.4 %; the largest measured error is 1.5 %. A head that is missing or counted
+# twice gives an error of at least 25 %.
 BF16_BOUND = 0.04
 BF16_LOSS_BOUND = 2e-3
 
 
 def pairwise(factors: dict[str, tuple]) -> list[tuple]:
-    """Few cases in which every pair of two factors' values occurs (greedy: the case with the most new pairs, again
-    and again).
+    """Returns few cases that contain every pair of values of two factors.
+
+    Greedy algorithm: always adds the case with the most new pairs.
     """
     positions = list(itertools.combinations(range(len(factors)), 2))
     product = list(itertools.product(*factors.values()))
@@ -46,7 +46,7 @@ def pairwise(factors: dict[str, tuple]) -> list[tuple]:
 
 
 def gradient_errors(cases: list[tuple]) -> list[tuple[float, float]]:
-    """On each rank: largest relative error of any gradient and of any loss over three steps, for each case."""
+    """Returns each case's largest relative (gradient error, loss error) over three steps, on each rank."""
     from megamtp.engines.zero import ZeroEngine
 
     errors = []
@@ -76,7 +76,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(scope="module")
 def errors_of_all(request) -> dict[tuple, tuple[float, float]]:
-    """All selected cases, run in one group of ranks."""
+    """Returns the errors of all selected cases, which run in one group of ranks."""
     cases = [
         item.callspec.params["case"]
         for item in request.session.items
@@ -94,9 +94,9 @@ def test_gradients_equal_the_reference(case, errors_of_all):
     assert loss_error < (BF16_LOSS_BOUND if bf16 else FP32_BOUND)
 
 
-def test_pairwise_cases_hold_every_pair():
+def test_pairwise_cases_contain_every_pair():
     cases = pairwise(FACTORS)
     for i, j in itertools.combinations(range(len(FACTORS)), 2):
-        found = {(case[i], case[j]) for case in cases}
-        assert found == set(itertools.product(list(FACTORS.values())[i], list(FACTORS.values())[j]))
+        pairs = {(case[i], case[j]) for case in cases}
+        assert pairs == set(itertools.product(list(FACTORS.values())[i], list(FACTORS.values())[j]))
     assert len(cases) < 32

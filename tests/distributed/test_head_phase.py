@@ -1,6 +1,4 @@
-"""What DeepSpeed is told around the heads: each of (a) to (e), how often parameters travel, and evaluation's own
-trace.
-"""
+"""The corrections (a) to (e) of head_phase.py, the number of gathers and reductions, and the trace of evaluations."""
 
 from collections import Counter
 
@@ -22,50 +20,54 @@ def zero3(communication: str, **settings) -> Config:
     )
 
 
-def _errors(settings: dict, loss_scale: float | None = None) -> float:
+def _gradient_error(settings: dict, loss_scale: float | None = None) -> float:
     from megamtp.engines.zero import ZeroEngine
 
     config = small_config(model__num_future_tokens=N, **settings)
     engine = ZeroEngine(config)
     if loss_scale:
-        engine.engine.optimizer.override_loss_scale(loss_scale)
+        engine.deepspeed_engine.optimizer.override_loss_scale(loss_scale)
     return largest_errors(config, engine, num_steps=3)[0]
 
 
-def error_of(**settings) -> float:
-    return max(run_ranks(_errors, 2, settings))
+def gradient_error(**settings) -> float:
+    return max(run_ranks(_gradient_error, 2, settings))
 
 
 @pytest.mark.parametrize("kind", ["zero1", "zero3"])
-def test_a_heads_start_with_the_outer_backwards_seed(kind):
-    assert error_of(accumulation=2, engine__kind=kind) < 1e-5
+def test_a_heads_start_from_the_outer_loss_gradient(kind):
+    assert gradient_error(accumulation=2, engine__kind=kind) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["zero1", "zero3"])
-def test_a_heads_know_the_loss_scale(kind):
-    """fp16's, which on a CPU stands in front of fp32 gradients; the trunk's and the heads' must be scaled alike."""
-    assert max(run_ranks(_errors, 2, {"engine__kind": kind}, 256.0)) < 1e-5
+def test_a_heads_use_the_loss_scale(kind):
+    """The loss scale of fp16, here with fp32 gradients, must scale the gradients of trunk and heads alike."""
+    assert max(run_ranks(_gradient_error, 2, {"engine__kind": kind}, 256.0)) < 1e-5
 
 
 @pytest.mark.parametrize(("communication", "bucket"), [("grouped", 300), ("deepspeed", 300), ("deepspeed", 100_000)])
-def test_b_shared_gradients_wait_for_the_last_head(communication, bucket):
-    assert error_of(engine__kind="zero3", engine__communication=communication, engine__reduce_bucket_size=bucket) < 1e-5
+def test_b_shared_gradients_are_reduced_after_the_last_head(communication, bucket):
+    assert (
+        gradient_error(engine__kind="zero3", engine__communication=communication, engine__reduce_bucket_size=bucket)
+        < 1e-5
+    )
 
 
 @pytest.mark.parametrize(
     "settings", [{"engine__kind": "zero1"}, {"engine__kind": "zero3", "engine__offload_optimizer": True}]
 )
-def test_c_heads_know_the_last_micro_batch(settings):
-    assert error_of(accumulation=2, engine__reduce_bucket_size=300, **settings) < 1e-5
+def test_c_optimizer_learns_of_the_last_micro_batch_before_the_heads(settings):
+    assert gradient_error(accumulation=2, engine__reduce_bucket_size=300, **settings) < 1e-5
 
 
-def test_d_bf16_optimizer_keeps_the_heads_gradients():
-    assert error_of(accumulation=2, engine__kind="zero1", train__precision="bf16") < 0.04
+def test_d_bf16_optimizer_sums_the_heads_gradients():
+    assert gradient_error(accumulation=2, engine__kind="zero1", train__precision="bf16") < 0.04
 
 
 def _errors_after_interruptions(settings: dict) -> list[float]:
-    """Interrupts steps between two heads, within a layer's backward, or before the trunk's; gradients' errors in
-    later steps.
+    """Returns the gradient errors of steps after interrupted steps.
+
+    Steps are interrupted between two heads, within a layer's backward pass, and before the trunk's backward pass.
     """
     from megamtp.engines.zero import ZeroEngine
 
@@ -74,7 +76,7 @@ def _errors_after_interruptions(settings: dict) -> list[float]:
     largest_errors(config, engine, num_steps=2)
     errors = []
     for micro_batch in (0, 1):
-        for owner, method in ((engine.model.heads[1], "forward"), (engine.engine, "backward")):
+        for owner, method in ((engine.model.heads[1], "forward"), (engine.deepspeed_engine, "backward")):
             _interrupt(config, engine, owner, method, after_calls=micro_batch)
             errors.append(largest_errors(config, engine, num_steps=2)[0])
         _interrupt_within_a_layer(config, engine, after_calls=micro_batch)
@@ -83,7 +85,7 @@ def _errors_after_interruptions(settings: dict) -> list[float]:
 
 
 def _interrupt_within_a_layer(config: Config, engine, after_calls: int) -> None:
-    """Takes a step that is interrupted when a head has some of its gradients."""
+    """Runs a step that is interrupted when a head has some of its gradients."""
     calls = []
 
     def interrupt(gradient: torch.Tensor) -> None:
@@ -98,7 +100,7 @@ def _interrupt_within_a_layer(config: Config, engine, after_calls: int) -> None:
 
 
 def _interrupt(config: Config, engine, owner: object, method: str, after_calls: int) -> None:
-    """Takes a step in which owner.method is interrupted at the call after `after_calls` good ones."""
+    """Runs a step that is interrupted in the call of owner.method after `after_calls` complete calls."""
     original, calls = getattr(owner, method), []
 
     def interrupted(*arguments):
@@ -124,99 +126,101 @@ def _interrupt(config: Config, engine, owner: object, method: str, after_calls: 
         {"engine__kind": "zero3", "engine__communication": "deepspeed"},
     ],
 )
-def test_e_an_interrupted_step_leaves_nothing_behind(settings):
+def test_e_interrupted_steps_leave_no_gradients(settings):
     bound = 0.04 if "train__precision" in settings else 1e-5
     for errors in run_ranks(_errors_after_interruptions, 2, settings):
         assert len(errors) == 6
         assert all(error < bound for error in errors), errors
 
 
-class Traffic:
-    """Which parameters are gathered and reduced under ZeRO-3, in order, by name."""
+class CommunicationLog:
+    """The names of the parameters that ZeRO-3 gathers and reduces, in order."""
 
     def __init__(self, engine):
         self.clear()
         self._names = {parameter.ds_id: name for name, parameter in engine.model.named_parameters()}
-        if engine.traffic:
-            self._watch_units(engine.traffic)
+        if engine.communication:
+            self._record_grouped(engine.communication)
         else:
-            self._watch_deepspeed(engine)
+            self._record_deepspeed(engine)
 
     def clear(self) -> None:
         self.gathers: list[str] = []
         self.reductions: list[str] = []
-        self.log: list[tuple[str, str]] = []
+        self.events: list[tuple[str, str]] = []
 
     def _gathered(self, parameters) -> None:
-        found = sorted(self._names[parameter.ds_id] for parameter in parameters)
-        self.gathers += found
-        self.log += [("gather", name) for name in found]
+        names = sorted(self._names[parameter.ds_id] for parameter in parameters)
+        self.gathers += names
+        self.events += [("gather", name) for name in names]
 
     def _reduced(self, parameters) -> None:
         self.reductions += [self._names[parameter.ds_id] for parameter in parameters]
 
-    def _watch_units(self, traffic) -> None:
-        send_for, send = traffic.gather._send_for, traffic.scatter._send
+    def _record_grouped(self, communication) -> None:
+        gatherer, reducer = communication.gatherer, communication.reducer
+        start_gather, start_reduction = gatherer._start_gather, reducer._start_reduction
 
-        def watched_send_for(unit):
+        def recording_start_gather(unit):
             if unit.buffer is None:
                 self._gathered(unit.parameters)
-            send_for(unit)
+            start_gather(unit)
 
-        def watched_send(unit):
+        def recording_start_reduction(unit):
             self._reduced(unit.parameters)
-            send(unit)
+            start_reduction(unit)
 
-        traffic.gather._send_for, traffic.scatter._send = watched_send_for, watched_send
+        gatherer._start_gather, reducer._start_reduction = recording_start_gather, recording_start_reduction
 
-    def _watch_deepspeed(self, engine) -> None:
+    def _record_deepspeed(self, engine) -> None:
         for parameter in engine.model.parameters():
             gather = parameter.all_gather_coalesced
 
-            def watched_gather(parameters, *arguments, gather=gather, **options):
+            def recording_gather(parameters, *arguments, gather=gather, **options):
                 self._gathered(parameters)
                 return gather(parameters, *arguments, **options)
 
-            parameter.all_gather_coalesced = watched_gather
-        optimizer = engine.engine.optimizer
+            parameter.all_gather_coalesced = recording_gather
+        optimizer = engine.deepspeed_engine.optimizer
         attribute = "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads"
         reduce = getattr(optimizer, attribute)
 
-        def watched_reduce(communication_dtype):
+        def recording_reduce(communication_dtype):
             self._reduced(optimizer.ipg_buckets[communication_dtype].params)
             return reduce(communication_dtype)
 
-        setattr(optimizer, attribute, watched_reduce)
+        setattr(optimizer, attribute, recording_reduce)
 
 
-def _traffic_of_steps(communication: str, checkpointing: bool) -> list[tuple[bool, Counter, Counter]]:
-    """(prefetch trace complete, gathers, reductions) of each of five one-micro-batch steps; the first records the
-    trace.
+def _communication_of_steps(communication: str, checkpointing: bool) -> list[tuple[bool, Counter, Counter]]:
+    """Returns (whether the trace is complete, gathers, reductions) of each of five steps with one micro-batch.
+
+    The first step records the trace.
     """
     from megamtp.engines.zero import ZeroEngine
 
     config = zero3(communication, train__activation_checkpointing=checkpointing)
     engine = ZeroEngine(config)
-    traffic = Traffic(engine)
+    log = CommunicationLog(engine)
     records = []
     for step in range(5):
-        traffic.clear()
+        log.clear()
         step_with_gradients(engine, global_batch(config, step, 2))
-        complete = engine.engine.optimizer.parameter_offload.get_param_coordinator().is_complete_trace()
-        records.append((complete, Counter(traffic.gathers), Counter(traffic.reductions)))
+        complete = engine.deepspeed_engine.optimizer.parameter_offload.get_param_coordinator().is_complete_trace()
+        records.append((complete, Counter(log.gathers), Counter(log.reductions)))
     return records
 
 
 @pytest.mark.parametrize("communication", COMMUNICATIONS)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_heads_and_unembedding_travel_once(communication, checkpointing):
-    records, _ = run_ranks(_traffic_of_steps, 2, communication, checkpointing)
+def test_heads_and_unembedding_are_gathered_and_reduced_once(communication, checkpointing):
+    records, _ = run_ranks(_communication_of_steps, 2, communication, checkpointing)
     assert [complete for complete, _, _ in records] == [False, True, True, True, True]
     for _, gathers, reductions in records:
-        once = [name for name in gathers if name.startswith(("heads.", "unembedding."))]
-        assert len(once) == 9 * N + 2
-        assert all(gathers[name] == 1 for name in once)
-        assert all(reductions[name] == 1 for name in once)
+        heads = [name for name in gathers if name.startswith(("heads.", "unembedding."))]
+        assert len(heads) == 9 * N + 2
+        assert all(gathers[name] == 1 for name in heads)
+        assert all(reductions[name] == 1 for name in heads)
         trunk = [name for name in gathers if name.startswith("trunk.")]
         assert len(trunk) == 9 * (5 - N)
         assert all(gathers[name] <= 2 and reductions[name] == 1 for name in trunk)
@@ -227,98 +231,98 @@ def _events_of_a_prefetching_step(communication: str) -> list[tuple[str, str]]:
 
     config = zero3(communication)
     engine = ZeroEngine(config)
-    traffic = Traffic(engine)
+    log = CommunicationLog(engine)
     for index, head in enumerate(engine.model.heads):
         head.attention_norm.weight.register_post_accumulate_grad_hook(
-            lambda _, index=index: traffic.log.append(("gradient", f"heads.{index}.attention_norm.weight"))
+            lambda _, index=index: log.events.append(("gradient", f"heads.{index}.attention_norm.weight"))
         )
     for step in range(4):
-        traffic.clear()
+        log.clear()
         step_with_gradients(engine, global_batch(config, step, 2))
-    return traffic.log
+    return log.events
 
 
 @pytest.mark.parametrize("communication", COMMUNICATIONS)
-def test_next_head_is_fetched_before_this_heads_backward_ends(communication):
-    log, _ = run_ranks(_events_of_a_prefetching_step, 2, communication)
+def test_next_head_is_prefetched_during_the_backward_pass_of_a_head(communication):
+    events, _ = run_ranks(_events_of_a_prefetching_step, 2, communication)
     for index in range(N - 1):
-        gathered = log.index(("gather", f"heads.{index + 1}.attention_norm.weight"))
-        assert gathered < log.index(("gradient", f"heads.{index}.attention_norm.weight"))
+        gathered = events.index(("gather", f"heads.{index + 1}.attention_norm.weight"))
+        assert gathered < events.index(("gradient", f"heads.{index}.attention_norm.weight"))
 
 
 MICRO_BATCHES = 3
 
 
-def _traffic_of_an_accumulating_step() -> tuple[list[tuple[str, str]], list[str]]:
-    """(events of a step of several micro-batches with a complete trace, modules whose weights are still there after
-    it).
-    """
+def _events_of_an_accumulating_step() -> tuple[list[tuple[str, str]], list[str]]:
+    """Returns (events of a step with several micro-batches and a complete trace, modules still gathered after it)."""
     from megamtp.engines.zero import ZeroEngine
 
     config = zero3("grouped", accumulation=MICRO_BATCHES)
     engine = ZeroEngine(config)
-    traffic = Traffic(engine)
+    log = CommunicationLog(engine)
     first_layer = engine.model.trunk[0].attention_norm.weight
     first_layer.register_post_accumulate_grad_hook(
-        lambda _: traffic.log.append(("gradient", "trunk.0.attention_norm.weight"))
+        lambda _: log.events.append(("gradient", "trunk.0.attention_norm.weight"))
     )
     for step in range(2):
-        traffic.clear()
+        log.clear()
         step_with_gradients(engine, global_batch(config, step, 2 * MICRO_BATCHES))
-    left = [type(unit.module).__name__ for unit in engine.traffic.gather._units if unit.buffer is not None]
-    return traffic.log, left
+    units = engine.communication.gatherer._units
+    return log.events, [type(unit.module).__name__ for unit in units if unit.buffer is not None]
 
 
-def test_a_micro_batch_begins_with_weights_that_the_last_one_left_or_sent_for():
-    log, left = run_ranks(_traffic_of_an_accumulating_step, 2)[0]
+def test_micro_batches_start_with_kept_or_prefetched_weights():
+    events, still_gathered = run_ranks(_events_of_an_accumulating_step, 2)[0]
     first_layer, embedding = "trunk.0.attention_norm.weight", "embedding.weight"
-    gathers = Counter(name for kind, name in log if kind == "gather")
+    gathers = Counter(name for kind, name in events if kind == "gather")
     assert gathers["trunk.1.attention_norm.weight"] == 2 * MICRO_BATCHES  # forward and backward
     assert gathers[first_layer] == MICRO_BATCHES + 1  # kept from each backward pass for the next forward pass
     assert gathers[embedding] == MICRO_BATCHES
-    ends = [place for place, event in enumerate(log) if event == ("gradient", first_layer)]
-    arrivals = [place for place, event in enumerate(log) if event == ("gather", embedding)]
-    assert len(ends) == MICRO_BATCHES
-    # during the backward pass before
-    assert all(arrival < end for arrival, end in zip(arrivals[1:], ends, strict=False))
-    assert left == []
+    backward_ends = [index for index, event in enumerate(events) if event == ("gradient", first_layer)]
+    embedding_gathers = [index for index, event in enumerate(events) if event == ("gather", embedding)]
+    assert len(backward_ends) == MICRO_BATCHES
+    # The next micro-batch's embedding is gathered during the backward pass.
+    assert all(gather < end for gather, end in zip(embedding_gathers[1:], backward_ends, strict=False))
+    assert still_gathered == []
 
 
 def _trace_around_evaluation(communication: str) -> tuple[list[bool], list[str], list[str]]:
+    """Returns (whether the trace is complete at each point, gathers of a step before and after evaluations)."""
     from megamtp.engines.zero import ZeroEngine
 
     config = zero3(communication)
     engine = ZeroEngine(config)
-    traffic = Traffic(engine)
+    log = CommunicationLog(engine)
 
-    def complete() -> bool:
-        return engine.engine.optimizer.parameter_offload.get_param_coordinator().is_complete_trace()
+    def is_complete() -> bool:
+        return engine.deepspeed_engine.optimizer.parameter_offload.get_param_coordinator().is_complete_trace()
 
     def gathers_of_step(step: int) -> list[str]:
-        traffic.clear()
+        log.clear()
         step_with_gradients(engine, global_batch(config, step, 2))
-        return list(traffic.gathers)
+        return list(log.gathers)
 
     for step in range(4):
         before = gathers_of_step(step)
-    states = [complete()]
+    complete = [is_complete()]
     for _ in range(3):
         engine.evaluate(own_share(global_batch(config, 9, 6), engine.rank, 2))
-        states.append(complete())
+        complete.append(is_complete())
         after = gathers_of_step(5)
-        states.append(complete())
-    return states, before, after
+        complete.append(is_complete())
+    return complete, before, after
 
 
 @pytest.mark.parametrize("communication", COMMUNICATIONS)
-def test_evaluation_leaves_the_prefetch_trace_intact(communication):
-    (states, before, after), _ = run_ranks(_trace_around_evaluation, 2, communication)
-    assert all(states)
+def test_evaluations_do_not_disturb_the_prefetch_trace(communication):
+    (complete, before, after), _ = run_ranks(_trace_around_evaluation, 2, communication)
+    assert all(complete)
     assert before == after
     assert len(before) > 9 * 5
 
 
 def _evaluation_and_reference(settings: dict) -> tuple[list[float], list[float]]:
+    """Returns each head's loss in an evaluation by the engine and by the reference."""
     import torch.distributed as dist
 
     from megamtp.engines.zero import ZeroEngine
@@ -335,5 +339,5 @@ def _evaluation_and_reference(settings: dict) -> tuple[list[float], list[float]]
 
 @pytest.mark.parametrize("kind", ["zero1", "zero3"])
 def test_evaluation_equals_the_reference(kind):
-    for found, expected in run_ranks(_evaluation_and_reference, 2, {"engine__kind": kind}):
-        torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-6, atol=0)
+    for losses, expected in run_ranks(_evaluation_and_reference, 2, {"engine__kind": kind}):
+        torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-6, atol=0)

@@ -1,4 +1,4 @@
-"""Engines start from the weights of a canonical checkpoint."""
+"""Engines start from the weights of a canonical checkpoint (run.initial_weights)."""
 
 import torch
 import torch.distributed as dist
@@ -17,26 +17,27 @@ ENGINES = [
 ]
 
 
-def _evaluated(folder: str, kinds: list[dict]) -> list[torch.Tensor]:
+def _nll_sums(folder: str, engines: list[dict]) -> list[torch.Tensor]:
+    """Returns each engine's negative log-likelihoods, summed over all ranks."""
     from megamtp.engines.build import build_engine
 
-    found = []
-    for settings in kinds:
+    nll_sums = []
+    for settings in engines:
         config = small_config(run__initial_weights=folder, **settings)
         engine = build_engine(config)
         batches = global_batch(config, 0, engine.data_parallel_size)
         totals = engine.evaluate(batches[engine.data_parallel_rank :: engine.data_parallel_size])
         dist.all_reduce(totals)
-        found.append(totals.view(2, -1)[0])
-    return found
+        nll_sums.append(totals.view(2, -1)[0])
+    return nll_sums
 
 
-def test_every_engine_evaluates_the_given_weights(tmp_path):
+def test_every_engine_starts_from_the_given_weights(tmp_path):
     config = small_config()
     model: MTPModel = random_model(config.model).double()
     canonical.write(contents(config.model, model.float().state_dict()), tmp_path / "initial")
-    results = run_ranks(_evaluated, 2, str(tmp_path / "initial"), ENGINES)
-    for settings, found in zip(ENGINES, results[0], strict=True):
+    results = run_ranks(_nll_sums, 2, str(tmp_path / "initial"), ENGINES)
+    for settings, nll_sums in zip(ENGINES, results[0], strict=True):
         batches = global_batch(config, 0, settings.get("world_size", 2))
-        nll_sums = sum(model.double()(batch.inputs, batch.targets, [1.0] * 2)[1] for batch in batches)
-        assert relative_error(found.double(), nll_sums.detach().double()) < 1e-5
+        expected = sum(model.double()(batch.inputs, batch.targets, [1.0] * 2)[1] for batch in batches)
+        assert relative_error(nll_sums.double(), expected.detach().double()) < 1e-5

@@ -10,7 +10,7 @@ from megamtp.checkpoint.tensors import read_tensor
 from megamtp.errors import CheckpointError, InputError
 from megamtp.optimizers.base import OptimizerKind
 from megamtp.optimizers.kinds import OPTIMIZERS
-from megamtp.planning.planner import CARDS, plan
+from megamtp.planning.planner import GPUS, plan
 from tests.cases import small_config
 from tests.distributed.test_checkpoints import BOUND, FURTHER_STEPS, MICRO_BATCHES, STEPS, _train
 from tests.ranks import run_ranks
@@ -133,7 +133,7 @@ def test_resuming_with_another_optimizer_is_refused(tmp_path):
 def test_the_plan_counts_the_optimizers_state():
     adamw = small_config(2, 1, train__precision="bf16")
     own = small_config(2, 1, train__precision="bf16", **{"optimizer__kind": KIND["optimizer__kind"]})
-    with_adamw, with_own = (plan(config, 2, CARDS["h100"]) for config in (adamw, own))
+    with_adamw, with_own = (plan(config, 2, GPUS["h100"]) for config in (adamw, own))
     assert with_own.checkpoint_bytes * 3 == with_adamw.checkpoint_bytes * 2
     assert with_own.memory["optimizer"] * 3 == with_adamw.memory["optimizer"] * 2
 

@@ -178,13 +178,13 @@ def _loss_scale_and_random_numbers(directory: str) -> list[tuple]:
     config = small_config(1, engine__kind="zero1", run__directory=directory)
     engine = ZeroEngine(config)
     settings = {"min_scale": 1.0, "delayed_shift": 2, "consecutive_hysteresis": False}
-    scaler = engine.engine.optimizer.loss_scaler = DynamicLossScaler(2.0**16, 3, **settings)
+    scaler = engine.deepspeed_engine.optimizer.loss_scaler = DynamicLossScaler(2.0**16, 3, **settings)
     for overflow in (True, True, False, False, True, False):
         scaler.update_scale(overflow)
     torch.rand(7)
     save(config, engine, 1)
     saved = vars(scaler), torch.rand(3).tolist()
-    loaded = engine.engine.optimizer.loss_scaler = DynamicLossScaler(2.0**16, 3, **settings)
+    loaded = engine.deepspeed_engine.optimizer.loss_scaler = DynamicLossScaler(2.0**16, 3, **settings)
     assert vars(loaded) != vars(scaler)
     engine.load(store.newest_checkpoint(Path(directory)))
     return [saved, (vars(loaded), torch.rand(3).tolist())]

@@ -1,8 +1,7 @@
-"""The pipeline engine with losses spread by vocabulary: gradients, losses, resumption and weights as those of the other
-engines.
+"""The pipeline engine with spread losses: gradients, losses, resumption and weights equal those of other engines.
 
-Targets are ignored unevenly, as in test_pipeline.py. Cuts give heads to one stage or to several, and one stage heads
-alone.
+Targets are ignored unevenly, as in test_pipeline.py. Partitions have heads on one or several stages, and a stage with
+only heads.
 """
 
 import math
@@ -23,9 +22,9 @@ from tests.ranks import run_ranks
 from tests.saved import load_weights, save
 
 SHAPES = {2: (2, 1), 3: (3, 1), 4: (2, 2)}  # ranks: (stages, pipelines)
-# ranks: (accumulation, heads, cut, precision, recompute trunk, free links). Over links as fast as those that are
-# planned with, a schedule of so small a model runs all forward passes first; with free ones, and eight micro-batches,
-# all kinds take turns.
+# ranks: (accumulation, heads, stage layers, precision, recompute trunk, instant transfers). With the nominal link, the
+# schedule of such a small model runs all forward passes first. With instant transfers and eight micro-batches, the
+# kinds of passes alternate.
 CASES = {
     2: [
         (1, 1, [4, 1], "fp32", True, False),
@@ -65,46 +64,43 @@ def _rows(engine) -> slice:
 
 
 def _errors(ranks: int) -> list[tuple[float, float, int, bool]]:
-    """Of each case: largest relative error of a gradient, that of a loss, rows of this stage, and whether passes
-    take turns.
-    """
+    """Returns (largest gradient error, largest loss error, rows of this stage, whether passes alternate) by case."""
     from megamtp.engines.build import build_engine
     from megamtp.planning import spread
 
-    found, nominal = [], spread.NOMINAL
-    for accumulation, n, cut, precision, recompute, free_links in CASES[ranks]:
-        spread.NOMINAL = Link(bandwidth=math.inf, latency=0.0) if free_links else nominal
+    results, nominal_link = [], spread.NOMINAL_LINK
+    for accumulation, n, stage_layers, precision, recompute, instant in CASES[ranks]:
+        spread.NOMINAL_LINK = Link(bandwidth=math.inf, latency=0.0) if instant else nominal_link
         config = spread_config(
             *SHAPES[ranks],
             accumulation,
             model__num_future_tokens=n,
-            engine__stage_layers=cut,
+            engine__stage_layers=stage_layers,
             train__precision=precision,
             train__activation_checkpointing=recompute,
             head_loss__weights=[1.0, 0.5, 0.75, 0.25][:n],
         )
         engine = build_engine(config)
-        takes_turns = engine.cut.schedule.alive(engine.stage.stage_id) < accumulation
-        found.append((*largest_errors(config, engine, num_steps=2), engine.part.own.contents.rows, takes_turns))
-    return found
+        alternates = engine.partition.schedule.max_in_flight(engine.stage_module.stage_id) < accumulation
+        results.append((*largest_errors(config, engine, num_steps=2), engine.part.stage.contents.rows, alternates))
+    return results
 
 
 @pytest.mark.parametrize("ranks", SHAPES)
 def test_gradients_and_losses_equal_the_reference(ranks):
     results = run_ranks(_errors, ranks, ranks)
     for index, case in enumerate(CASES[ranks]):
-        for gradient_error, loss_error, _, takes_turns in (result[index] for result in results):
-            assert takes_turns == case[-1], case
+        for gradient_error, loss_error, _, alternates in (result[index] for result in results):
+            assert alternates == case[-1], case
             assert gradient_error < (BF16_BOUND if "bf16" in case else FP32_BOUND), case
             assert loss_error < (BF16_LOSS_BOUND if "bf16" in case else FP32_BOUND), case
         assert sum(result[index][2] for result in results) == 97 * SHAPES[ranks][1]
 
 
 def _resumed(folder: str, precision: str) -> dict:
-    """Losses of further steps and weights after them, without and with a resumption, and on an engine whose losses are
-    whole.
+    """Trains on from a checkpoint without interruption, in a resumed engine, and in a resumed engine with whole losses.
 
-    Also an evaluation before and after loading.
+    Returns losses, weights and evaluations of these engines, and the saved rows of the unembedding.
     """
     from megamtp.engines.build import build_engine
 
@@ -118,7 +114,7 @@ def _resumed(folder: str, precision: str) -> dict:
     evaluations = [_evaluated(config, engine)]
     losses, weights = [_train(config, engine, range(2, 5))], [_weights(engine)]
     resumed = build_engine(config)
-    _train(config, resumed, range(7, 8))  # away from where it is about to be
+    _train(config, resumed, range(7, 8))  # so that loading must change the weights
     resumed.load(store.newest_checkpoint(Path(folder)))
     evaluations.append(_evaluated(config, resumed))
     saved = _weights(resumed)["unembedding.weight"].float(), _rows(resumed)
@@ -129,37 +125,37 @@ def _resumed(folder: str, precision: str) -> dict:
     whole.load(store.newest_checkpoint(Path(folder)))
     evaluations.append(_evaluated(whole_config, whole))
     losses.append(_train(whole_config, whole, range(2, 5)))
-    same = all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    return {"losses": losses, "weights are the same": same, "saved": saved, "evaluations": evaluations}
+    equal = all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    return {"losses": losses, "weights are equal": equal, "saved": saved, "evaluations": evaluations}
 
 
 def _evaluated(config, engine) -> list[float]:
-    """Of five batches in each pipeline, more than a step has."""
+    """Returns the sums of an evaluation of five batches per pipeline, which are more than a step has."""
     sums = engine.evaluate(iter(own_share(global_batch(config, 11, 10), engine.data_parallel_rank, 2)))
     dist.all_reduce(sums)
     return sums.tolist()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_resumption_is_exact_and_engines_with_whole_losses_go_on_with_it(precision, tmp_path):
+def test_resumption_is_exact_and_whole_losses_can_resume_the_checkpoint(precision, tmp_path):
     results = run_ranks(_resumed, 4, str(tmp_path), precision)
     bound = 1e-6 if precision == "fp32" else BF16_LOSS_BOUND
     for result in results:
-        assert result["weights are the same"]
-        without, resumed, whole = result["losses"]
-        assert resumed == without
-        torch.testing.assert_close(torch.tensor(whole), torch.tensor(without), rtol=bound, atol=0)
-        before, after, of_whole = result["evaluations"]
-        assert after == before
-        assert of_whole == pytest.approx(before, rel=bound)
+        assert result["weights are equal"]
+        uninterrupted, resumed, whole = result["losses"]
+        assert resumed == uninterrupted
+        torch.testing.assert_close(torch.tensor(whole), torch.tensor(uninterrupted), rtol=bound, atol=0)
+        uninterrupted, resumed, whole = result["evaluations"]
+        assert resumed == uninterrupted
+        assert whole == pytest.approx(uninterrupted, rel=bound)
     _, weights = load_weights(store.newest_checkpoint(tmp_path))
     for saved, rows in (result["saved"] for result in results):
         assert torch.equal(weights["unembedding.weight"][rows].to(DTYPES[precision]).float(), saved)
     assert weights["unembedding.weight"].shape == (97, 16)
 
 
-def test_no_pass_runs_twice_and_the_norms_gradient_is_reduced_once():
-    """The one parameter with copies is the final norm, where several stages have heads."""
+def test_no_layer_runs_twice_and_the_norms_gradient_is_reduced_once():
+    """The final norm is the only parameter with copies if several stages have heads."""
     results = run_ranks(_counts, 3, False, {"engine__spread_losses": True, "engine__stage_layers": [2, 1, 2]})
     forwards, backwards = (sum((result[index] for result in results), Counter()) for index in (0, 1))
     assert (
@@ -167,29 +163,29 @@ def test_no_pass_runs_twice_and_the_norms_gradient_is_reduced_once():
         == backwards
         == {f"{kind}.{index}": 4 for kind, count in (("trunk", 2), ("heads", 3)) for index in range(count)}
     )
-    assert [outer for _, _, outer, _ in results] == [0, 0, 0]  # DeepSpeed runs none itself
+    assert [num_calls for _, _, num_calls, _ in results] == [0, 0, 0]  # DeepSpeed itself calls no backward
     assert [reduced for _, _, _, reduced in results] == [[], [16], [16]]
 
 
 def _kept_in_evaluation() -> tuple[list[int], int]:
-    """(stages with a part in losses, most micro-batches that this stage kept while it evaluated five)."""
+    """Returns (loss stages, largest number of micro-batches that this stage keeps in an evaluation of five)."""
     from megamtp.engines.build import build_engine
-    from megamtp.engines.spread_passes import SpreadPasses
+    from megamtp.engines.spread_passes import SpreadPassRunner
 
-    run, kept = SpreadPasses.run, [0]
+    run, num_kept = SpreadPassRunner.run, [0]
 
-    def counting(passes, work):
-        run(passes, work)
-        kept[0] = max(kept[0], len(passes.micro_batches))
+    def counting_run(runner, stage_pass):
+        run(runner, stage_pass)
+        num_kept[0] = max(num_kept[0], len(runner.micro_batches))
 
-    SpreadPasses.run = counting  # before the engine takes it
+    SpreadPassRunner.run = counting_run  # before the engine binds it
     config = spread_config(3, 1, 5, model__num_future_tokens=1, engine__stage_layers=[2, 1, 2])
     engine = build_engine(config)
     engine.evaluate(iter(global_batch(config, 0, 5)))
-    return engine.passes.slices, kept[0]
+    return engine.runner.schedule.loss_stages, num_kept[0]
 
 
-def test_evaluation_keeps_nothing_in_stages_that_have_no_part_in_losses():
+def test_stages_without_losses_keep_no_micro_batches_in_evaluations():
     results = run_ranks(_kept_in_evaluation, 3)
-    assert [slices for slices, _ in results] == [[1, 2]] * 3
+    assert [loss_stages for loss_stages, _ in results] == [[1, 2]] * 3
     assert results[0][1] == 0 and results[1][1] > 0

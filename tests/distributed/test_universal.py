@@ -53,11 +53,11 @@ def _loaded(folder: str) -> list[tuple]:
         config = small_config(**settings)
         engine = build_engine(config)
         _one_step(engine, config)  # so that there is an optimizer state to be replaced
-        engine.engine._config.load_universal_checkpoint = True
-        path, client = engine.engine.load_checkpoint(folder)
+        engine.deepspeed_engine._config.load_universal_checkpoint = True
+        path, client = engine.deepspeed_engine.load_checkpoint(folder)
         assert path is not None
-        steps = {float(state["step"]) for state in engine.engine.optimizer.optimizer.state.values()}
-        found.append((_state(engine), steps, engine.engine.global_steps, client["megamtp"]["step"]))
+        steps = {float(state["step"]) for state in engine.deepspeed_engine.optimizer.optimizer.state.values()}
+        found.append((_state(engine), steps, engine.deepspeed_engine.global_steps, client["megamtp"]["step"]))
     return found
 
 
@@ -83,7 +83,7 @@ def _saved(folder: str) -> dict[str, dict[str, torch.Tensor]]:
         engine = build_engine(config)
         _one_step(engine, config)
         _one_step(engine, config)
-        engine.engine.save_checkpoint(f"{folder}/{name}", tag="engine")
+        engine.deepspeed_engine.save_checkpoint(f"{folder}/{name}", tag="engine")
     return _state(engine)  # ZeRO-3's, for DeepSpeed's ZeRO-1 does not tell its moments here
 
 

@@ -1,4 +1,4 @@
-"""What a step of the ZeRO engines does besides gradients: clipped AdamW, and a model that no rank ever holds whole."""
+"""Steps of the ZeRO engines apart from gradients: clipped AdamW, and sharded construction of the model."""
 
 import pytest
 import torch
@@ -8,10 +8,8 @@ from tests.ranks import run_ranks
 from tests.reference import reference_model, reference_step, relative_error
 
 
-def _updates(kind: str) -> dict[str, float]:
-    """Of every parameter, the relative error of its change over four steps, against plain float64 AdamW with
-    clipping.
-    """
+def _update_errors(kind: str) -> dict[str, float]:
+    """Returns the relative error of each parameter's change over four steps, against float64 AdamW with clipping."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     from megamtp.engines.base import count_targets
@@ -38,7 +36,7 @@ def _updates(kind: str) -> dict[str, float]:
         norm = engine.train_batch(own, count_targets(own, True, 2, engine.device), lr).gradient_norm
         reference_step(config, model, batches)
         expected_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.4).item()
-        assert expected_norm > 0.4  # or nothing would be clipped
+        assert expected_norm > 0.4  # otherwise nothing is clipped
         assert norm == pytest.approx(expected_norm, rel=1e-4)
         for group in adamw.param_groups:
             group["lr"] = lr
@@ -51,30 +49,30 @@ def _updates(kind: str) -> dict[str, float]:
 
 @pytest.mark.parametrize("kind", ["zero1", "zero3"])
 def test_steps_are_clipped_adamw(kind):
-    for errors in run_ranks(_updates, 2, kind):
+    for errors in run_ranks(_update_errors, 2, kind):
         assert max(errors.values()) < 1e-3, errors
 
 
-def _largest_part_before_the_engine_is_built() -> list[tuple[int, int]]:
-    """(elements held, elements of the whole) of every parameter when the model goes to DeepSpeed."""
+def _sizes_before_the_engine_is_built() -> list[tuple[int, int]]:
+    """Returns (elements on this rank, elements of the whole) of every parameter when DeepSpeed gets the model."""
     import deepspeed
 
     from megamtp.engines import zero
 
-    seen = []
+    sizes = []
     initialize = deepspeed.initialize
 
-    def watched(**arguments):
+    def recording_initialize(**arguments):
         for parameter in arguments["model"].parameters():
-            seen.append((parameter.ds_tensor.numel() + parameter.numel(), parameter.ds_numel))
+            sizes.append((parameter.ds_tensor.numel() + parameter.numel(), parameter.ds_numel))
         return initialize(**arguments)
 
-    deepspeed.initialize = watched
+    deepspeed.initialize = recording_initialize
     zero.ZeroEngine(small_config(engine__kind="zero3"))
-    return seen
+    return sizes
 
 
 def test_no_rank_ever_holds_the_whole_model():
-    for seen in run_ranks(_largest_part_before_the_engine_is_built, 2):
-        assert len(seen) > 40
-        assert all(held == -(-whole // 2) for held, whole in seen)
+    for sizes in run_ranks(_sizes_before_the_engine_is_built, 2):
+        assert len(sizes) > 40
+        assert all(held == -(-whole // 2) for held, whole in sizes)

@@ -153,7 +153,7 @@ CASES = {
     "output cannot be created": (lambda corpus, tmp: ["run.directory=/proc/run"], ["/proc/run", "cannot be written"]),
     "DeepSpeed setting that megamtp sets": (
         lambda corpus, tmp: ["engine.deepspeed.zero_optimization.stage=2"],
-        ["zero_optimization.stage", "clashes"],
+        ["zero_optimization.stage", "conflicts"],
     ),
     "fp16 on a CPU": (lambda corpus, tmp: ["train.precision=fp16"], ["fp16", "without a GPU"]),
     "fp8 on a CPU": (
@@ -285,7 +285,7 @@ def test_mistake_is_one_line_under_a_launcher(case, arguments, corpus, tmp_path)
     elif case == "no cut that fits":
         make, words = (
             (lambda *_: [*pipeline(2), "engine.stage_memory_bytes=1000"]),
-            ["no cut of 4 layers into 2 stages fits"],
+            ["no partition of 4 layers into 2 stages fits"],
         )
     else:
         make, words = CASES[case]

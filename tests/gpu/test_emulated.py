@@ -66,7 +66,7 @@ def _gradient_errors() -> dict[tuple[bool, int, int], list[float]]:
                 batches.append(Batch(tokens[:, :512].contiguous(), tokens[:, 1:].unfold(1, 512, 1).permute(1, 0, 2)))
                 plain(batches[-1].inputs, batches[-1].targets, [1 / 1024 / accumulation] * 3)[0].backward()
             engine.train_batch(batches, [1024 * accumulation] * 3, lr=0.0)
-            sums = engine.engine.optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+            sums = engine.deepspeed_engine.optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
             errors.append(
                 max(
                     relative_error(sums[sharded.ds_id], parameter.grad.view(WORLD_SIZE, -1).sum(0).double())

@@ -1,4 +1,4 @@
-"""The engines over NCCL between two GPUs: gradients and losses equal the float64 reference, as over gloo.
+"""The engines over NCCL on two GPUs: gradients and losses equal the float64 reference, as over gloo.
 
 Run with: bash launch/test.sh tests/gpu
 """
@@ -20,19 +20,21 @@ pytestmark = pytest.mark.gpu(count=2)
 
 SIZES = {"model__mlp_dim": 32, "model__vocab_size": 104}
 CASES = [
-    *itertools.product(("zero1", "zero3", "zero3, DeepSpeed's traffic"), ("fp32", "bf16"), ("sequential",), (1, 4)),
+    *itertools.product(
+        ("zero1", "zero3", "zero3, DeepSpeed's communication"), ("fp32", "bf16"), ("sequential",), (1, 4)
+    ),
     *itertools.product(("pipeline", "spread pipeline"), ("fp32", "bf16"), ([4, 1],), (1, 2)),
     *itertools.product(("pipeline", "spread pipeline"), ("fp32", "bf16"), ([1, 4],), (4,)),
 ]
 
 
 def _config(case: tuple):
-    kind, precision, cut, n = case
+    kind, precision, stage_layers, n = case
     settings = {**SIZES, "model__num_future_tokens": n, "train__precision": precision}
     if kind.endswith("pipeline"):
         make = pipeline_config if kind == "pipeline" else spread_config
-        return make(2, 1, 4, engine__stage_layers=cut, **settings)
-    communication = "deepspeed" if kind.endswith("traffic") else "grouped"
+        return make(2, 1, 4, engine__stage_layers=stage_layers, **settings)
+    communication = "deepspeed" if kind.endswith("communication") else "grouped"
     return small_config(2, 2, engine__kind=kind[:5], engine__communication=communication, **settings)
 
 
@@ -47,7 +49,7 @@ def _errors(cases: list[tuple]) -> list[tuple[float, float]]:
 
 @pytest.fixture(scope="module")
 def errors_of_all() -> dict[str, tuple[float, float]]:
-    """The largest of either rank, by case."""
+    """Returns each case's largest errors of the two ranks."""
     by_rank = run_gpu_ranks(_errors, 2, CASES)
     return {
         str(case): tuple(map(max, zip(*errors, strict=True)))
@@ -64,8 +66,9 @@ def test_gradients_equal_the_reference(case, errors_of_all):
 
 
 def _evaluation_errors(kinds: list[str]) -> list[float]:
-    """Of engines that have not trained yet: the largest relative error of a head's loss over two steps'
-    micro-batches.
+    """Returns the largest relative error of a head's loss in an evaluation before the first step, for each engine.
+
+    The evaluation has twice as many micro-batches as a step.
     """
     from megamtp.engines.build import build_engine
 

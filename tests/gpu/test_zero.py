@@ -1,5 +1,4 @@
-"""The engines on a GPU: gradients in every precision, fp16's loss scale, and memory that does not grow with the number
-of heads.
+"""The ZeRO engines on a GPU: gradients in every precision, fp16's loss scale, and memory with several heads.
 
 Run with: bash launch/test.sh tests/gpu
 """
@@ -15,9 +14,9 @@ from tests.ranks import run_gpu_rank
 
 pytestmark = pytest.mark.gpu
 
-# (gradients', losses') bounds. fp32: TF32 is off, so rounding at 2^-24 as on a CPU. bf16: as in test_gradients.py. fp16
-# keeps three bits more than bf16, so an eighth of its error; a gradient below fp16's range would show as an error of
-# the order of 1.
+# Bounds of (gradient errors, loss errors). fp32: TF32 is off, so roundings are 2^-24 as on a CPU. bf16: see
+# test_gradients.py. fp16 has three more bits than bf16, so an eighth of its error; a gradient below fp16's range would
+# give an error of the order of 1.
 BOUNDS = {"fp32": (1e-5, 1e-5), "bf16": (0.04, 2e-3), "fp16": (0.005, 2.5e-4)}
 
 
@@ -62,7 +61,7 @@ def test_gradients_equal_the_reference(case, errors_of_all):
 
 
 def _peak_bytes() -> dict[tuple[str, int], int]:
-    """Of a step, above what is allocated before it, by engine and number of heads."""
+    """Returns the peak memory of a step above the memory allocated before it, by (engine kind, number of heads)."""
     from megamtp.data.loader import Batch
     from megamtp.engines.zero import ZeroEngine
 
@@ -95,19 +94,22 @@ def _peak_bytes() -> dict[tuple[str, int], int]:
     return peaks
 
 
-def test_three_more_heads_need_less_than_one_heads_logits():
-    """All logits of one head in bf16 are 4 x 2048 x 32000 x 2 bytes = 500 MiB; three heads' gradients and dz are
-    some 40 MiB.
+def test_three_more_heads_need_less_memory_than_one_heads_logits():
+    """All logits of one head in bf16 have 4 x 2048 x 32000 x 2 bytes = 500 MiB.
+
+    The gradients of three heads and dz have about 40 MiB.
     """
     peaks = run_gpu_rank(_peak_bytes)
     for kind in ("zero1", "zero3"):
         assert peaks[kind, 4] - peaks[kind, 1] < 64 * 2**20
-        assert peaks[kind, 1] > 512 * 32000 * 2  # the measurement saw a chunk of logits
+        assert peaks[kind, 1] > 512 * 32000 * 2  # the measurement includes a chunk of logits
 
 
 def _steps_with_overflow() -> tuple[list[bool], list[float], bool]:
-    """fp16 with a first loss scale that must overflow: (skipped, loss scale) of each step, and whether a skip
-    changed weights.
+    """Trains in fp16 with an initial loss scale that overflows.
+
+    Returns:
+        (skipped and loss scale of each step, whether only steps that were not skipped changed the weights).
     """
     from megamtp.engines.base import count_targets
     from megamtp.engines.zero import ZeroEngine
@@ -122,7 +124,7 @@ def _steps_with_overflow() -> tuple[list[bool], list[float], bool]:
     for _ in range(40):
         result = engine.train_batch(batches, counts, lr=1e-2)
         skipped.append(result.skipped)
-        scales.append(float(engine.engine.optimizer.loss_scale))
+        scales.append(float(engine.deepspeed_engine.optimizer.loss_scale))
         if all(skipped):
             unchanged &= all(
                 torch.equal(start[name], parameter.ds_tensor) for name, parameter in engine.model.named_parameters()
@@ -134,8 +136,8 @@ def _steps_with_overflow() -> tuple[list[bool], list[float], bool]:
 
 
 def test_fp16_overflow_skips_the_step_and_lowers_the_scale():
-    skipped, scales, only_good_steps_count = run_gpu_rank(_steps_with_overflow)
+    skipped, scales, only_applied_steps_changed_weights = run_gpu_rank(_steps_with_overflow)
     assert skipped[0] and not skipped[-1]
     assert scales[-1] < 2.0**40
     assert all(after <= before for before, after in itertools.pairwise(scales))
-    assert only_good_steps_count
+    assert only_applied_steps_changed_weights

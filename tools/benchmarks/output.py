@@ -142,7 +142,7 @@ def write(options: argparse.Namespace, settings: dict, results: list[dict], show
     if find_place().rank > 0:
         return
     where = circumstances()
-    content = {"circumstances": where, "settings": settings, "results": results}
+    content: dict[str, object] = {"circumstances": where, "settings": settings, "results": results}
     if options.smoke:
         content["smoke"] = True
         print(f"A smoke run: these numbers mean nothing. Its files are in {options.output}.\n")

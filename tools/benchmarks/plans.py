@@ -13,16 +13,28 @@ from benchmarks.timeline import Box
 from megamtp.config import Config
 from megamtp.errors import InputError
 from megamtp.planning.links import Link
-from megamtp.planning.one_f_one_b import play
-from megamtp.planning.partition import Partition, Stage, contents_between, heads_between, imbalance, partition
+from megamtp.planning.one_f_one_b import simulate
+from megamtp.planning.partition import (
+    Partition,
+    Stage,
+    contents_between,
+    heads_between,
+    imbalance,
+    whole_loss_partition,
+)
 from megamtp.planning.pass_costs import PassCosts
-from megamtp.planning.spread import SpreadPartition, spread
-from megamtp.planning.spread_schedule import Kind, StageTimes
+from megamtp.planning.spread import SpreadPartition, spread_loss_partition
+from megamtp.planning.spread_schedule import PassKind, StageTimes
 from megamtp.planning.stage_memory import OPTIMIZER, StageContents
 
 NAIVE, WHOLE, SPREAD = "naive", "whole layers", "spread losses"
 UNIT_LAYERS = 4  # trunk layers of the stage that tells what one costs
-LABELS = {Kind.FORWARD: "forward", Kind.BACKWARD: "backward", Kind.STATISTICS: "losses", Kind.GRADIENTS: "losses"}
+LABELS = {
+    PassKind.FORWARD: "forward",
+    PassKind.BACKWARD: "backward",
+    PassKind.STATISTICS: "losses",
+    PassKind.GRADIENTS: "losses",
+}
 
 
 class Meter:
@@ -75,11 +87,11 @@ def measured_costs(config: Config, meter: Meter) -> PassCosts:
     num_layers = min(UNIT_LAYERS, model.num_trunk_layers - 1)
     layers = _passes(config, meter, first=1, end=1 + num_layers)
     first = _passes(config, meter, first=0, end=num_layers)
-    forward, backward = (layers[kind] / num_layers for kind in (Kind.FORWARD, Kind.BACKWARD))
+    forward, backward = (layers[kind] / num_layers for kind in (PassKind.FORWARD, PassKind.BACKWARD))
     n = model.num_future_tokens
     last = range(n - 1, n)
     head = meter.measure(config, _stage(StageContents(0, last, False, rows=0, spread=True))).seconds
-    head_forward, head_backward = head[Kind.FORWARD], head[Kind.BACKWARD]
+    head_forward, head_backward = head[PassKind.FORWARD], head[PassKind.BACKWARD]
     one = sum(_passes(config, meter, model.num_layers - 1, model.num_layers).values())
     loss, copy = one - head_forward - head_backward, 0.0
     if n > 1:
@@ -95,10 +107,10 @@ def measured_costs(config: Config, meter: Meter) -> PassCosts:
         head_forward=(head_forward,) * n,
         head_backward=(head_backward,) * n,
         loss=max(0.0, loss),
-        copy=max(0.0, copy),
+        unembedding_copy=max(0.0, copy),
         embedding=embedding,
-        slice_statistics=part[Kind.STATISTICS] / rows,
-        slice_gradients=part[Kind.GRADIENTS] / rows,
+        slice_statistics=part[PassKind.STATISTICS] / rows,
+        slice_gradients=part[PassKind.GRADIENTS] / rows,
     )
 
 
@@ -109,7 +121,7 @@ def _stage(contents: StageContents) -> Stage:
     return Stage(1, 1, contents.heads, contents, 0.0, 0.0, {})
 
 
-def _passes(config: Config, meter: Meter, first: int, end: int) -> dict[Kind, float]:
+def _passes(config: Config, meter: Meter, first: int, end: int) -> dict[PassKind, float]:
     heads, contents = heads_between(config, first, end), contents_between(config, first, end)
     return meter.measure(config, Stage(first, end, heads, contents, 0.0, 0.0, {})).seconds
 
@@ -130,17 +142,17 @@ def make_plans(config: Config, pipelines: int, costs: PassCosts, link: Link) -> 
     """By name."""
     naive = dataclasses.replace(config, engine=dataclasses.replace(config.engine, stage_layers=naive_layers(config)))
     return {
-        NAIVE: partition(naive, pipelines, costs),
-        WHOLE: partition(config, pipelines, costs),
-        SPREAD: spread(config, pipelines, costs, link.exchange(config)),
+        NAIVE: whole_loss_partition(naive, pipelines, costs),
+        WHOLE: whole_loss_partition(config, pipelines, costs),
+        SPREAD: spread_loss_partition(config, pipelines, costs, link.transfer_times(config)),
     }
 
 
 def alive(plan: Partition | SpreadPartition, stage: int) -> int:
     """The most micro-batches that a stage has between their forward and their backward pass."""
     if isinstance(plan, SpreadPartition):
-        return plan.schedule.alive(stage)
-    return min(len(plan.stages) - stage, plan.micro_batches)
+        return plan.schedule.max_in_flight(stage)
+    return min(len(plan.stages) - stage, plan.num_micro_batches)
 
 
 def play_plan(config: Config, plan: Partition | SpreadPartition, costs: PassCosts, link: Link, meter: Meter) -> dict:
@@ -177,19 +189,19 @@ def _play_whole(
     config: Config, plan: Partition, measured: list[Measured], costs: PassCosts, link: Link
 ) -> tuple[list[Box], list[float], float]:
     """(timeline, seconds of a micro-batch in each stage, end of the reduction of the unembedding's gradients)."""
-    forward, backward = ([found.seconds[kind] for found in measured] for kind in (Kind.FORWARD, Kind.BACKWARD))
+    forward, backward = ([found.seconds[kind] for found in measured] for kind in (PassKind.FORWARD, PassKind.BACKWARD))
     boxes, last = [], {}
-    for work in play(forward, backward, plan.micro_batches, link.exchange(config).hand):
+    for work in simulate(forward, backward, plan.num_micro_batches, link.transfer_times(config).send_activation):
         contents = plan.stages[work.stage].contents
         if work.forward and contents.num_heads:
-            middle = min(work.end, work.start + contents.num_trunk * costs.layer_forward)
+            middle = min(work.end, work.start + contents.num_trunk_layers * costs.layer_forward)
             boxes.append(Box(work.stage, "heads", middle, work.end))
-            boxes += [Box(work.stage, "forward", work.start, middle)] if contents.num_trunk else []
+            boxes += [Box(work.stage, "forward", work.start, middle)] if contents.num_trunk_layers else []
         else:
             boxes.append(Box(work.stage, "forward" if work.forward else "backward", work.start, work.end))
         if contents.num_heads:
             last[work.stage] = work.end
-    tied_end = max(last.values()) + link.tied(config, len(last))
+    tied_end = max(last.values()) + link.unembedding_reduction(config, len(last))
     return boxes, [sum(pair) for pair in zip(forward, backward, strict=True)], tied_end
 
 
@@ -198,14 +210,14 @@ def _play_spread(
 ) -> tuple[list[Box], list[float], float]:
     times = [
         StageTimes(
-            found.seconds[Kind.FORWARD],
-            found.seconds[Kind.BACKWARD],
-            found.seconds.get(Kind.STATISTICS, 0.0),
-            found.seconds.get(Kind.GRADIENTS, 0.0),
+            found.seconds[PassKind.FORWARD],
+            found.seconds[PassKind.BACKWARD],
+            found.seconds.get(PassKind.STATISTICS, 0.0),
+            found.seconds.get(PassKind.GRADIENTS, 0.0),
             len(stage.heads),
         )
         for stage, found in zip(plan.stages, measured, strict=True)
     ]
-    played = plan.schedule.with_times(times, plan.schedule.exchange).play()
-    boxes = [Box(done.work.stage, LABELS[done.work.kind], done.start, done.end) for done in played]
+    played = plan.schedule.with_times(times, plan.schedule.transfer_times).simulate()
+    boxes = [Box(done.stage_pass.stage, LABELS[done.stage_pass.kind], done.start, done.end) for done in played]
     return boxes, [stage.total(config.model.num_future_tokens) for stage in times], 0.0

@@ -140,7 +140,8 @@ class Run:
         batch = Batch(tokens[:, : train.sequence_length].contiguous(), targets)
         self.micro_batches = [batch] * config.accumulation(self.engine.data_parallel_size)
         self.counts = [config.train.global_batch_tokens] * n
-        self._take_step, self.engine.engine._take_model_step = self.engine.engine._take_model_step, self._end_of_passes
+        deepspeed_engine = engine.deepspeed_engine
+        self._take_step, deepspeed_engine._take_model_step = deepspeed_engine._take_model_step, self._end_of_passes
         self.end = 0.0
 
     def step(self) -> float:

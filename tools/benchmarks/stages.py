@@ -24,7 +24,7 @@ from megamtp.losses.linear_cross_entropy import accumulation_dtype
 from megamtp.losses.vocabulary_slice import combine_statistics
 from megamtp.model.initial import STANDARD_DEVIATION
 from megamtp.planning.partition import Stage
-from megamtp.planning.spread_schedule import Kind
+from megamtp.planning.spread_schedule import PassKind
 
 WARM_UP = 2  # micro-batches whose times do not count: the first ones compile
 
@@ -39,8 +39,8 @@ class Measured:
         peak_bytes: by the number of micro-batches between forward and backward; without what does not fit.
     """
 
-    seconds: dict[Kind, float]
-    spreads: dict[Kind, tuple[float, float]]
+    seconds: dict[PassKind, float]
+    spreads: dict[PassKind, tuple[float, float]]
     peak_bytes: dict[int, int] = field(default_factory=dict)
 
 
@@ -71,20 +71,20 @@ class MeasuredStage(StagePart):
         """A micro-batch as it comes to this stage."""
         return self.tokens if self.embedding is not None else self.received.clone().requires_grad_()
 
-    def run(self, kind: Kind, passed: "Passed") -> None:
+    def run(self, kind: PassKind, passed: "Passed") -> None:
         """One pass of a micro-batch."""
-        if kind == Kind.FORWARD:
+        if kind == PassKind.FORWARD:
             passed.output = self(passed.input.clone())  # as DeepSpeed does
-        elif kind == Kind.BACKWARD:
+        elif kind == PassKind.BACKWARD:
             assert passed.output is not None
             passed.output.backward(self.gradient if passed.output.dim() else None)
 
     @property
-    def kinds(self) -> list[Kind]:
+    def kinds(self) -> list[PassKind]:
         """Of the passes that a micro-batch makes here, in their order."""
-        return [Kind.FORWARD, Kind.BACKWARD]
+        return [PassKind.FORWARD, PassKind.BACKWARD]
 
-    def num_uses(self, kind: Kind) -> int:
+    def num_uses(self, kind: PassKind) -> int:
         """How often a pass does what is asked for once."""
         return 1
 
@@ -94,13 +94,13 @@ class MeasuredSpreadStage(MeasuredStage):
     later.
     """
 
-    def run(self, kind: Kind, passed: "Passed") -> None:
-        if kind == Kind.FORWARD:
+    def run(self, kind: PassKind, passed: "Passed") -> None:
+        if kind == PassKind.FORWARD:
             passed.output = self.run_trunk(passed.input.clone())
             passed.hidden = self.normed_heads(passed.output)
-        elif kind == Kind.STATISTICS:
+        elif kind == PassKind.STATISTICS:
             passed.slices = [self._statistics(index) for index in range(len(self.micro_batch_targets))]
-        elif kind == Kind.GRADIENTS:
+        elif kind == PassKind.GRADIENTS:
             assert passed.slices is not None
             weight = self.unembedding_weight
             d_weight = torch.zeros_like(weight, dtype=accumulation_dtype(weight.dtype))
@@ -110,7 +110,7 @@ class MeasuredSpreadStage(MeasuredStage):
         else:
             assert passed.output is not None
             gradients = (passed.gradients or [self.gradient] * len(passed.hidden))[: len(passed.hidden)]
-            sent = [(passed.output, self.gradient)] if self.own.end < self.config.num_layers else []
+            sent = [(passed.output, self.gradient)] if self.stage.end < self.config.num_layers else []
             sent += [
                 (hidden, gradient.view_as(hidden)) for hidden, gradient in zip(passed.hidden, gradients, strict=True)
             ]
@@ -132,11 +132,11 @@ class MeasuredSpreadStage(MeasuredStage):
         )
 
     @property
-    def kinds(self) -> list[Kind]:
-        return list(Kind) if self.own.contents.rows else [Kind.FORWARD, Kind.BACKWARD]
+    def kinds(self) -> list[PassKind]:
+        return list(PassKind) if self.stage.contents.rows else [PassKind.FORWARD, PassKind.BACKWARD]
 
-    def num_uses(self, kind: Kind) -> int:
-        return len(self.micro_batch_targets) if kind in (Kind.STATISTICS, Kind.GRADIENTS) else 1
+    def num_uses(self, kind: PassKind) -> int:
+        return len(self.micro_batch_targets) if kind in (PassKind.STATISTICS, PassKind.GRADIENTS) else 1
 
 
 @dataclass
@@ -187,7 +187,7 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _times(stage: MeasuredStage, micro_batches: int) -> dict[Kind, list[float]]:
+def _times(stage: MeasuredStage, micro_batches: int) -> dict[PassKind, list[float]]:
     """Seconds of each pass. The host does not wait for the device in between, so that launches are hidden as in
     training.
     """
@@ -213,7 +213,7 @@ def _check(stage: MeasuredStage, passed: Passed) -> None:
     assert passed.output is not None
     totals = [total.abs().max() for total in stage.sums.values()]
     if not torch.isfinite(torch.stack(totals)).all() or not torch.isfinite(passed.output).all():
-        raise RuntimeError(f"stage {stage.own.contents}: a gradient or an output is not finite")
+        raise RuntimeError(f"stage {stage.stage.contents}: a gradient or an output is not finite")
 
 
 def _peaks(stage: MeasuredStage, counts: list[int]) -> Iterable[tuple[int, int]]:
@@ -229,13 +229,13 @@ def _peaks(stage: MeasuredStage, counts: list[int]) -> Iterable[tuple[int, int]]
         try:
             while len(waiting) < count:
                 waiting.append(Passed(stage.receive()))
-                stage.run(Kind.FORWARD, waiting[-1])
+                stage.run(PassKind.FORWARD, waiting[-1])
             done = waiting.popleft()
             for kind in stage.kinds[1:]:
                 stage.run(kind, done)
             del done
         except torch.OutOfMemoryError:
-            print(f"{count} micro-batches of {stage.own.contents} do not fit", flush=True)
+            print(f"{count} micro-batches of {stage.stage.contents} do not fit", flush=True)
             return
         torch.cuda.synchronize()
         yield count, torch.cuda.max_memory_allocated()

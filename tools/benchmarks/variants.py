@@ -114,10 +114,10 @@ class Ours(Variant):
 
     def build(self) -> None:
         self.engine = ZeroEngine(self.config)
-        self.engine.engine.train()
+        self.engine.deepspeed_engine.train()
 
     def forward_and_backward(self) -> Tensor:
-        engine = self.engine.engine
+        engine = self.engine.deepspeed_engine
         for index in range(self.micro_batches):
             engine.set_gradient_accumulation_boundary(index == self.micro_batches - 1)
             loss, _ = engine(self.batch.inputs, self.batch.targets, self.scales)
@@ -127,7 +127,7 @@ class Ours(Variant):
         return loss
 
     def finish(self) -> None:
-        self.engine.engine.step()
+        self.engine.deepspeed_engine.step()
 
 
 class OursFloat8(Ours):

@@ -1,4 +1,4 @@
-"""The one door to DeepSpeed: no other module imports it, or touches its private members and `ds_*` attributes.
+"""The only package that imports DeepSpeed, or uses its private members and `ds_*` attributes.
 
-members.py names those members, and version.py the DeepSpeed that has them.
+members.py lists those members, and version.py the version of DeepSpeed that has them.
 """

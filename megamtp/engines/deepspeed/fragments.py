@@ -1,9 +1,11 @@
-"""This rank's part of the fp32 weights and of the optimizer's state, under any of DeepSpeed's optimizers.
+"""This rank's fp32 master weights and optimizer state, by parameter name, for every DeepSpeed optimizer.
 
-Each of them keeps flat fp32 tensors in which parts of the parameters follow each other: ZeRO-3 one for each sub-group,
-the others one for each parameter group. Here the parts get their parameters' names, so that no checkpoint need know
-which optimizer wrote it. Checked against DeepSpeed 0.19. Source: deepspeed/runtime/zero/stage3.py, stage_1_and_2.py;
-deepspeed/runtime/bf16_optimizer.py; deepspeed/utils/tensor_fragment.py.
+Each DeepSpeed optimizer concatenates parts of the parameters into flat fp32 tensors: ZeRO-3 has one tensor per
+sub-group, the others have one per parameter group. Here every part gets its parameter's name back, so that a checkpoint
+does not depend on the optimizer that wrote it. Checked against DeepSpeed 0.19.
+
+Source: deepspeed/runtime/zero/stage3.py, stage_1_and_2.py; deepspeed/runtime/bf16_optimizer.py;
+deepspeed/utils/tensor_fragment.py.
 
 Tests: tests/distributed/test_checkpoints.py.
 """
@@ -17,19 +19,18 @@ from torch import Tensor, nn
 
 from megamtp.checkpoint.contents import WEIGHT
 from megamtp.checkpoint.state import OptimizerState
-from megamtp.engines.deepspeed.members import HostEngine, Zero3Optimizer, is_bf16, is_zero3, sharded, unsharded
+from megamtp.engines.deepspeed.members import DeepSpeedEngine, Zero3Optimizer, is_bf16, is_zero3, sharded, unsharded
 from megamtp.optimizers.base import OptimizerKind
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements start, start + 1, ... of one parameter's row-major numbers, as they are in memory on this rank's device
-    or CPU.
+    """A range of one parameter's elements on this rank: start, start + 1, ... of the flattened parameter.
 
     Attributes:
-        tensors: views [length], fp32, of the weights and the optimizer's tensors, by kind (checkpoint/shards.py);
-            training changes them.
-        is_copy: another rank has the same elements, and writes them.
+        tensors: fp32 views [length] of the weights and the optimizer's tensors, by kind (checkpoint/shards.py), on the
+            GPU or CPU where the optimizer keeps them. Training changes them.
+        is_copy: another rank has the same elements and saves them.
     """
 
     name: str
@@ -39,39 +40,47 @@ class Fragment:
 
 
 class MasterState:
-    """The fp32 weights and the optimizer's state of one DeepSpeed engine, on this rank."""
+    """The fp32 master weights and optimizer state of a DeepSpeed engine on this rank.
 
-    def __init__(self, engine: HostEngine, kind: type[OptimizerKind]):
-        """State that the first step has not made yet is made here."""
+    Creates optimizer state that does not exist before the first step.
+    """
+
+    def __init__(self, engine: DeepSpeedEngine, kind: type[OptimizerKind]):
         self._optimizer, self._kind = engine.optimizer, kind
         self._states = {flat: self._optimizer.optimizer.state[flat] for flat in self._flat_weights()}
         for flat, state in self._states.items():
             kind.prepare(state, flat)
         model, optimizer = engine.module, self._optimizer
-        self.fragments = list(self._of_zero3(model, optimizer) if is_zero3(optimizer) else self._of_zero1(model))
+        self.fragments = list(
+            self._zero3_fragments(model, optimizer) if is_zero3(optimizer) else self._zero1_fragments(model)
+        )
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """The optimizer's own count, as OptimizerState has it."""
-        by_group = dict(zip(self._groups(), self._states.values(), strict=True))
+        """The optimizer's step counts, in the format of OptimizerState."""
+        by_group = dict(zip(self._parameter_groups(), self._states.values(), strict=True))
         steps = tuple(int(by_group[group]["step"]) for group in sorted(by_group))
         return steps[:1] if len(set(steps)) == 1 else steps
 
     def set_steps(self, saved: OptimizerState) -> None:
-        """Raises IndexError: there are more groups than in `saved`."""
-        for group, state in zip(self._groups(), self._states.values(), strict=True):
+        """Sets the optimizer's step counts.
+
+        Raises:
+            IndexError: the optimizer has more parameter groups than `saved`.
+        """
+        for group, state in zip(self._parameter_groups(), self._states.values(), strict=True):
             state["step"].fill_(saved.steps_of(group))
 
-    def _groups(self) -> list[int]:
-        """The parameter group of each flat tensor of weights."""
+    def _parameter_groups(self) -> list[int]:
+        """Returns the parameter group of each flat tensor."""
         indices = range(len(self._states))
         if is_zero3(self._optimizer):
             return [self._optimizer.sub_group_to_group_id[index] for index in indices]
         return list(indices)
 
     @torch.no_grad()
-    def refresh_weights(self) -> None:
-        """Copies the fp32 weights into the engine's weights, in their dtype. Collective."""
+    def update_model_weights(self) -> None:
+        """Copies the master weights to the model's weights, in their dtype. Collective."""
         if not is_zero3(self._optimizer):
             self._optimizer.update_lp_params()
             return
@@ -87,27 +96,27 @@ class MasterState:
             return self._optimizer.fp32_groups_flat_partition
         return self._optimizer.single_partition_of_fp32_groups
 
-    def _of_zero3(self, model: nn.Module, optimizer: Zero3Optimizer) -> Iterator[Fragment]:
+    def _zero3_fragments(self, model: nn.Module, optimizer: Zero3Optimizer) -> Iterator[Fragment]:
         parameters, flat_weights = dict(model.named_parameters()), self._flat_weights()
         for name, parameter in zip(parameters, sharded(parameters.values()), strict=True):
-            group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            sub_group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
             start = dist.get_rank(parameter.ds_process_group) * size
-            size = min(size, parameter.ds_numel - start)  # the last rank's part is padded
+            size = min(size, parameter.ds_numel - start)  # the last ranks' shards are padded
             if size > 0:
-                yield Fragment(name, start, self._views(flat_weights[group], offset, size), is_copy=False)
+                yield Fragment(name, start, self._views(flat_weights[sub_group], offset, size), is_copy=False)
 
-    def _of_zero1(self, model: nn.Module) -> Iterator[Fragment]:
+    def _zero1_fragments(self, model: nn.Module) -> Iterator[Fragment]:
         parameters, flat_weights = dict(model.named_parameters()), self._flat_weights()
         for name, parameter in zip(parameters, unsharded(parameters.values()), strict=True):
             mapping = parameter._hp_mapping
-            if mapping:  # else the whole parameter is on other ranks
-                place, flat = mapping.hp_fragment_address, flat_weights[mapping.param_group_index]
-                views = self._views(flat, place.start, place.numel)
+            if mapping:  # None if other ranks have the whole parameter
+                address, flat = mapping.hp_fragment_address, flat_weights[mapping.param_group_index]
+                views = self._views(flat, address.start, address.numel)
                 is_copy = getattr(parameter, "ds_pipe_replicated", False)
                 start = getattr(parameter, "first_element", 0) + mapping.lp_fragment_address.start
                 yield Fragment(name, start, views, is_copy)
 
     def _views(self, flat: Tensor, offset: int, size: int) -> dict[str, Tensor]:
         state = self._states[flat]
-        whole = {WEIGHT: flat.detach(), **{name: state[name] for name in self._kind.tensors}}
-        return {kind: tensor[offset : offset + size] for kind, tensor in whole.items()}
+        tensors = {WEIGHT: flat.detach(), **{name: state[name] for name in self._kind.tensors}}
+        return {kind: tensor[offset : offset + size] for kind, tensor in tensors.items()}

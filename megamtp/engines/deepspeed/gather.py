@@ -1,12 +1,11 @@
-"""Whole weights for a module while it runs, from ZeRO-3's shards: one grouped collective a module, straight into the
-weights.
+"""Gathers each module's weights from ZeRO-3's shards with one grouped all-gather, directly into the weights.
 
-As shipped, DeepSpeed copies every fetched parameter together from one piece per rank, in Python loops over all ranks,
-and makes the host wait for earlier fetches. Here the host's work does not depend on the number of ranks, nothing is
-copied, and only streams wait.
+DeepSpeed itself assembles every fetched parameter from one piece per rank, in Python loops over all ranks, and makes
+the CPU wait for earlier fetches. Here the CPU's work does not depend on the number of ranks, nothing is copied, and
+only streams wait.
 
-See traffic.py.
-Source of what is replaced: deepspeed/runtime/zero/partitioned_param_coordinator.py, partition_parameters.py.
+grouped_communication.py connects this to the model. Source of the replaced code:
+deepspeed/runtime/zero/partitioned_param_coordinator.py, partition_parameters.py.
 
 Tests: tests/distributed/test_gather.py, tests/gpu/test_emulated.py.
 """
@@ -27,21 +26,23 @@ from megamtp.engines.deepspeed.members import sharded
 
 
 class Streams:
-    """The streams of one device, or their absence on a CPU, where every operation is over when it returns.
+    """The streams of one device. On a CPU they are None, and every operation is finished when it returns.
 
     Attributes:
         compute: the stream that the model runs on.
+        gather: the stream of all-gathers.
+        reduce: the stream of reduce-scatters.
     """
 
     def __init__(self, device: torch.device):
         self.device, self.on_gpu = device, device.type == "cuda"
         self.compute = torch.cuda.current_stream(device) if self.on_gpu else None
         self.gather = torch.cuda.Stream(device) if self.on_gpu else None
-        self.scatter = torch.cuda.Stream(device) if self.on_gpu else None
+        self.reduce = torch.cuda.Stream(device) if self.on_gpu else None
 
     @contextlib.contextmanager
     def on(self, stream: torch.cuda.Stream | None) -> Iterator[None]:
-        """As torch.cuda.stream, without asking for the stream to come back to: it is known."""
+        """Switches to `stream` and back to the compute stream, without the cost of querying the current stream."""
         if stream is not None:
             torch.cuda.set_stream(stream)
         try:
@@ -50,30 +51,35 @@ class Streams:
             if self.compute is not None:
                 torch.cuda.set_stream(self.compute)
 
-    def mark(self, stream: torch.cuda.Stream | None) -> torch.cuda.Event | None:
-        """A point in a stream's work."""
+    def record(self, stream: torch.cuda.Stream | None) -> torch.cuda.Event | None:
+        """Records an event in a stream."""
         return None if stream is None else stream.record_event()
 
-    def wait_for(self, event: torch.cuda.Event | None, stream: torch.cuda.Stream | None) -> None:
-        """Makes the stream wait, not the host."""
+    def wait_event(self, event: torch.cuda.Event | None, stream: torch.cuda.Stream | None) -> None:
+        """Makes a stream wait for an event, without blocking the CPU."""
         if event is not None and stream is not None:
             stream.wait_event(event)
 
-    def follow_compute(self, stream: torch.cuda.Stream | None) -> None:
-        """Makes `stream` wait for all that the compute stream has been given."""
+    def wait_for_compute(self, stream: torch.cuda.Stream | None) -> None:
+        """Makes a stream wait for everything queued on the compute stream so far."""
         if stream is not None and self.compute is not None:
             stream.wait_stream(self.compute)
 
-    def keep_for_compute(self, tensor: Tensor) -> None:
-        """A tensor of another stream: its memory is not used again before the compute stream is done with it."""
+    def mark_used_by_compute(self, tensor: Tensor) -> None:
+        """Keeps the memory of another stream's tensor from being reused before the compute stream is done with it."""
         if self.compute is not None:
             tensor.record_stream(self.compute)
 
 
 @dataclass
 class Buffer:
-    """Memory for one module's weights: a flat, padded tensor for each parameter, the same as weights see them, and the
-    event after which it may be overwritten."""
+    """Memory for one module's gathered weights.
+
+    Attributes:
+        flat: a flat, padded tensor for each parameter: the output of the all-gather.
+        weights: views of `flat` with the parameters' shapes.
+        last_use: the event after which the memory may be overwritten.
+    """
 
     flat: list[Tensor]
     weights: list[Tensor]
@@ -81,19 +87,19 @@ class Buffer:
 
 
 class Unit:
-    """A module whose parameters travel together.
+    """A module whose parameters are gathered together, and whose gradients are reduced together.
 
     Attributes:
-        parameters: all of them, in DeepSpeed's order; their gradients leave together.
-        gathered, persistent: those that are whole only while they are needed, and those that stay so between a step's
-            uses.
-        shard_sizes, padding: of each parameter, a shard's elements, and how many of all shards' are not the
-            parameter's.
-        buffer: where the weights are, from the moment they are sent for.
-        arriving: handles of the gather, until somebody has waited for them.
-        arrived: of offloaded weights, after what else they need.
-        pins: while above 0, the weights stay.
-        ready: number of its parameters whose gradient is complete.
+        parameters: all parameters, in DeepSpeed's order.
+        gathered: the parameters that are whole only while the module runs.
+        persistent: the parameters that stay whole until the end of the step.
+        shard_sizes: number of elements in a shard of each parameter, with padding.
+        padding: number of padding elements in all shards of each parameter.
+        buffer: memory of the gathered weights, from the start of their gather until their release.
+        handles: handles of the gather, until they have been waited for.
+        offload_done: event after which offloaded weights are on the GPU and gathered.
+        num_pins: while it is above 0, the weights are not released.
+        num_ready_gradients: number of parameters whose gradient is complete.
     """
 
     def __init__(self, module: nn.Module, world_size: int):
@@ -108,140 +114,141 @@ class Unit:
         ]
         self.shapes = tuple(tuple(parameter.ds_shape) for parameter in self.gathered)
         self.buffer: Buffer | None = None
-        self.arriving: list[dist.Work] = []
-        self.arrived: torch.cuda.Event | None = None
-        self.pins = self.ready = 0
+        self.handles: list[dist.Work] = []
+        self.offload_done: torch.cuda.Event | None = None
+        self.num_pins = self.num_ready_gradients = 0
 
 
-class Gather:
-    """Brings weights before a module needs them and lets them go after.
+class WeightGatherer:
+    """Gathers the weights of units before they run, and releases them afterwards.
 
-    The order in which modules need their weights is recorded in one pass; from then on the next `prefetch` modules'
-    weights are always on their way. Training and evaluation have an order each, so neither disturbs the other's.
-    Between the micro-batches of one step the weights do not change, and the end of the order is followed by its
-    beginning.
+    The first pass records the order in which units need their weights. From then on, the weights of the next
+    `num_prefetched` units are always in flight. Training and evaluation have separate orders. Weights do not change
+    between the micro-batches of a step, so prefetching continues from the end of one micro-batch to the start of the
+    next.
 
-    Memory is handed out with the event after which it may be overwritten, so the host never waits, and never runs so
-    far ahead that memory grows.
+    Released memory is reused after its `last_use` event. So the CPU never waits, and cannot run so far ahead that
+    memory usage grows.
     """
 
-    def __init__(self, units: list[Unit], group: dist.ProcessGroup, streams: Streams, prefetch: int):
-        self._units, self._group, self._streams, self._prefetch = units, group, streams, prefetch
-        self._world_size, self._grouped = dist.get_world_size(group), dist.get_backend(group) != "gloo"
-        self._free: dict[tuple, deque[Buffer]] = {}  # by the weights' shapes
+    def __init__(self, units: list[Unit], group: dist.ProcessGroup, streams: Streams, num_prefetched: int):
+        self._units, self._group, self._streams, self._num_prefetched = units, group, streams, num_prefetched
+        self._world_size, self._coalesces = dist.get_world_size(group), dist.get_backend(group) != "gloo"
+        self._free_buffers: dict[tuple, deque[Buffer]] = {}  # by the shapes of the weights
         self._orders: dict[bool, list[Unit]] = {True: [], False: []}  # in training, in evaluation
-        self._complete = {True: False, False: False}
+        self._is_complete = {True: False, False: False}
         self._training, self._position = True, 0
-        self._repeats = False  # whether another pass over the same weights follows the present one
-        self._shown: list[Unit] = []
-        self._nothing = torch.empty(0, dtype=units[0].parameters[0].dtype, device=streams.device)
+        self._another_follows = False  # whether another micro-batch with the same weights follows
+        self._shape_only: list[Unit] = []
+        self._empty = torch.empty(0, dtype=units[0].parameters[0].dtype, device=streams.device)
 
-    def start(self, training: bool, repeats: bool) -> None:
-        """A forward pass begins, and the order of the last one is complete.
+    def start_forward(self, training: bool, another_follows: bool) -> None:
+        """Called at the start of a forward pass. The recorded order of the previous pass is complete.
 
         Args:
-            repeats: whether this is a micro-batch that another one of the same step will follow.
+            another_follows: whether another micro-batch of the same step follows this one.
         """
-        self._complete[self._training] = bool(self._orders[self._training])
-        if not (self._repeats and training):
+        self._is_complete[self._training] = bool(self._orders[self._training])
+        if not (self._another_follows and training):
             self.release_all()
-            self._streams.follow_compute(self._streams.gather)  # the optimizer may have changed the shards
-        self._training, self._position, self._repeats = training, 0, repeats
+            self._streams.wait_for_compute(self._streams.gather)  # the optimizer may have changed the shards
+        self._training, self._position, self._another_follows = training, 0, another_follows
 
-    def end(self) -> None:
-        """A backward pass is over: all weights go, unless they are there for the micro-batch that follows."""
-        if not (self._repeats and self.is_complete_trace()):
+    def end_backward(self) -> None:
+        """Called at the end of a backward pass. Releases weights that are not prefetched for the next micro-batch."""
+        if not (self._another_follows and self.is_complete_trace()):
             self.release_all()
 
     def is_complete_trace(self) -> bool:
-        """Whether the order of the present kind of pass is known."""
-        return self._complete[self._training]
+        """Returns whether the order of the current kind of pass is recorded completely. Named as in DeepSpeed."""
+        return self._is_complete[self._training]
 
     def fetch(self, unit: Unit) -> None:
-        """Makes the current stream wait for the module's weights, and sends for those of the modules to come."""
-        lacking = [parameter for parameter in unit.persistent if parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE]
-        if lacking:
-            lacking[0].all_gather(lacking)
-        self._follow(unit)
-        self._send_for(unit)
-        self._wait_for(unit)
-        for following in self._following(unit):
-            self._send_for(following)
+        """Makes the current stream wait for the unit's weights, and starts the gathers of the following units."""
+        missing = [parameter for parameter in unit.persistent if parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE]
+        if missing:
+            missing[0].all_gather(missing)
+        self._advance(unit)
+        self._start_gather(unit)
+        self._wait(unit)
+        for following in self._units_to_prefetch(unit):
+            self._start_gather(following)
 
-    def show_shapes(self, unit: Unit) -> None:
-        """For a backward pass that reads no weight, such as a lookup's: autograd only wants to see the gradient's
-        shape.
+    def set_shapes(self, unit: Unit) -> None:
+        """Gives weights their shapes without memory, for a backward pass that reads no weights, such as a lookup's.
+
+        Autograd only compares the shapes of weight and gradient.
         """
-        if unit.buffer is not None:  # already there for the next micro-batch
+        if unit.buffer is not None:  # gathered for the next micro-batch
             return
         for parameter in unit.gathered:
             parameter.data = torch.empty(1, dtype=parameter.dtype, device=self._streams.device).expand(
                 parameter.ds_shape
             )
-        self._shown.append(unit)
+        self._shape_only.append(unit)
 
     def release(self, unit: Unit) -> None:
-        """Lets the module's weights go, unless they are pinned or among the next two to be needed.
+        """Releases the unit's weights, unless they are pinned or the unit is one of the next two in the order.
 
-        Two, because the first layer's backward pass is followed by the embedding and the first layer.
+        Two, because after the first layer's backward pass the embedding and the first layer run next.
         """
-        if not (self.is_complete_trace() and unit in itertools.islice(self._ahead(), 2)):
+        if not (self.is_complete_trace() and unit in itertools.islice(self._upcoming(), 2)):
             self._release(unit)
 
     @contextlib.contextmanager
     def pinned(self, unit: Unit) -> Iterator[None]:
-        """Keeps a module's weights from their first use to the end of the block: one gather for all uses."""
-        unit.pins += 1
+        """Keeps the unit's weights from their first use until the end of the block, so that they are gathered once."""
+        unit.num_pins += 1
         try:
             yield
         finally:
-            unit.pins = max(0, unit.pins - 1)
+            unit.num_pins = max(0, unit.num_pins - 1)
             self._release(unit)
 
     def release_all(self, pinned: bool = False) -> None:
-        """Lets all weights go; with `pinned`, also those that somebody wanted to keep."""
-        self._repeats = False
+        """Releases all weights; with `pinned`, also pinned ones."""
+        self._another_follows = False
         for unit in self._units:
             if pinned:
-                unit.pins = 0
+                unit.num_pins = 0
             self._release(unit)
-        while self._shown:
-            shown = self._shown.pop()
-            if shown.buffer is None:
-                self._hide(shown)
+        while self._shape_only:
+            unit = self._shape_only.pop()
+            if unit.buffer is None:
+                self._clear_weights(unit)
 
-    def _follow(self, unit: Unit) -> None:
-        """Moves on in the recorded order, or records from where a pass strays from it."""
+    def _advance(self, unit: Unit) -> None:
+        """Moves on to `unit` in the recorded order. Records a new order from the position where a pass deviates."""
         if self._next() is not unit:
             del self._orders[self._training][self._position :]
             self._orders[self._training].append(unit)
-            self._complete[self._training] = False
+            self._is_complete[self._training] = False
         self._position += 1
 
     def _next(self) -> Unit | None:
         order = self._orders[self._training]
         return order[self._position] if self._position < len(order) else None
 
-    def _ahead(self) -> Iterator[Unit]:
-        """The rest of the order, and its beginning if that is what follows."""
+    def _upcoming(self) -> Iterator[Unit]:
+        """Yields the units in the rest of the order, and then those of the next micro-batch if there is one."""
         order = self._orders[self._training]
         yield from itertools.islice(order, self._position, None)
-        if self._repeats:
+        if self._another_follows:
             yield from order
 
-    def _following(self, current: Unit) -> list[Unit]:
-        """The next few modules other than the current one."""
-        found: list[Unit] = []
+    def _units_to_prefetch(self, current: Unit) -> list[Unit]:
+        """Returns the next units in the order, without the current one."""
+        units: list[Unit] = []
         if not self.is_complete_trace():
-            return found
-        for unit in self._ahead():
-            if len(found) == self._prefetch:
+            return units
+        for unit in self._upcoming():
+            if len(units) == self._num_prefetched:
                 break
-            if unit is not current and unit not in found:
-                found.append(unit)
-        return found
+            if unit is not current and unit not in units:
+                units.append(unit)
+        return units
 
-    def _send_for(self, unit: Unit) -> None:
+    def _start_gather(self, unit: Unit) -> None:
         if unit.buffer is not None:
             return
         shards = [parameter.ds_tensor for parameter in unit.gathered]
@@ -253,37 +260,36 @@ class Gather:
                 weights = [shard.view(shape) for shard, shape in zip(shards, unit.shapes, strict=True)]
                 unit.buffer = Buffer(shards, weights)
                 for shard in shards if offloaded else ():
-                    self._streams.keep_for_compute(shard)  # or the next copies might get its memory too early
+                    self._streams.mark_used_by_compute(shard)  # or later copies could get its memory too early
             else:
                 unit.buffer = self._take_buffer(unit, shards)
-                self._streams.wait_for(unit.buffer.last_use, self._streams.gather)
-                unit.arriving = self._gather(unit.buffer.flat, shards)
-                for handle in unit.arriving if offloaded else ():
-                    handle.wait()  # this stream, too: the next copies may get the memory of these
+                self._streams.wait_event(unit.buffer.last_use, self._streams.gather)
+                unit.handles = self._all_gather(unit.buffer.flat, shards)
+                for handle in unit.handles if offloaded else ():
+                    handle.wait()  # on the gather stream: later copies may get the memory of these shards
             if offloaded:
-                unit.arrived = self._streams.mark(self._streams.gather)
+                unit.offload_done = self._streams.record(self._streams.gather)
         for parameter, weight in zip(unit.gathered, unit.buffer.weights, strict=True):
             parameter.data = weight
             parameter.ds_status = ZeroParamStatus.AVAILABLE
 
-    def _gather(self, whole: list[Tensor], shards: list[Tensor]) -> list[dist.Work]:
-        """One collective, or under gloo one for each parameter.
+    def _all_gather(self, outputs: list[Tensor], shards: list[Tensor]) -> list[dist.Work]:
+        """Starts one collective for all parameters, or one per parameter on gloo.
 
-        torch's gloo notes the name of the work done last in a string that its two threads share without a lock. A name
-        that does not fit into the string itself (over 15 characters) is then freed twice: ALLGATHER_COALESCED, sooner
-        or later, crashes.
+        torch's gloo backend stores the name of its latest work in a string that two threads share without a lock. A
+        name of more than 15 characters is allocated on the heap and then freed twice: ALLGATHER_COALESCED crashes
+        sooner or later.
         """
-        if self._grouped:
-            return [self._group.allgather_into_tensor_coalesced(whole, shards)]
-        pairs = zip(whole, shards, strict=True)
-        return [all_gather_single(target, shard, group=self._group, async_op=True) for target, shard in pairs]
+        if self._coalesces:
+            return [self._group.allgather_into_tensor_coalesced(outputs, shards)]
+        pairs = zip(outputs, shards, strict=True)
+        return [all_gather_single(output, shard, group=self._group, async_op=True) for output, shard in pairs]
 
     def _take_buffer(self, unit: Unit, shards: list[Tensor]) -> Buffer:
-        free = self._free.get(unit.shapes)
-        if free:
-            return free.popleft()
-        # New memory belongs to the gathering stream: what other streams left unfinished in memory of theirs cannot
-        # touch it.
+        free_buffers = self._free_buffers.get(unit.shapes)
+        if free_buffers:
+            return free_buffers.popleft()
+        # New memory is allocated on the gather stream, so no unfinished work of another stream can use it.
         flat = [
             torch.empty(shard.numel() * self._world_size, dtype=shard.dtype, device=self._streams.device)
             for shard in shards
@@ -294,23 +300,23 @@ class Gather:
         ]
         return Buffer(flat, weights)
 
-    def _wait_for(self, unit: Unit) -> None:
-        for handle in unit.arriving:
+    def _wait(self, unit: Unit) -> None:
+        for handle in unit.handles:
             handle.wait()
-        self._streams.wait_for(unit.arrived, self._streams.compute)
-        unit.arriving, unit.arrived = [], None
+        self._streams.wait_event(unit.offload_done, self._streams.compute)
+        unit.handles, unit.offload_done = [], None
 
     def _release(self, unit: Unit) -> None:
-        if unit.buffer is None or unit.pins:
+        if unit.buffer is None or unit.num_pins:
             return
-        self._wait_for(unit)
+        self._wait(unit)
         if self._world_size > 1 and unit.gathered:
-            unit.buffer.last_use = self._streams.mark(self._streams.compute)
-            self._free.setdefault(unit.shapes, deque()).append(unit.buffer)
+            unit.buffer.last_use = self._streams.record(self._streams.compute)
+            self._free_buffers.setdefault(unit.shapes, deque()).append(unit.buffer)
         unit.buffer = None
-        self._hide(unit)
+        self._clear_weights(unit)
 
-    def _hide(self, unit: Unit) -> None:
+    def _clear_weights(self, unit: Unit) -> None:
         for parameter in unit.gathered:
-            parameter.data = self._nothing
+            parameter.data = self._empty
             parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE

@@ -1,7 +1,14 @@
-"""What DeepSpeed must be told while heads run forward and backward inside the trunk's forward pass.
+"""Corrects DeepSpeed's gradients while heads run forward and backward passes inside the trunk's forward pass.
 
-DeepSpeed believes that a forward pass makes no gradients. Each step below corrects one such belief; leaving one out
-gives wrong gradients, often silently. (a) to (e), of which (c) is in zero.py, are tested one by one.
+DeepSpeed assumes that a forward pass computes no gradients. Sequential heads (losses/sequential.py) break that
+assumption in five places. Without these corrections gradients are wrong, often silently:
+
+    (a) The heads' backward passes start from the gradient with which the outer backward pass will start.
+    (b) Every head adds to the unembedding's gradient: it is reduced only after the last head.
+    (c) The optimizer learns before the forward pass, not at the outer backward pass, whether the micro-batch is the
+        last one of its step. This is in zero.py.
+    (d) BF16_Optimizer adds the heads' gradients to its fp32 sums before the outer backward pass sets them to zero.
+    (e) After an interrupted step, the heads' gradients that wait for their reduction are discarded.
 
 Tests: tests/distributed/test_head_phase.py.
 """
@@ -14,8 +21,9 @@ import torch
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from torch import nn
 
+from megamtp.engines.deepspeed.grouped_communication import GroupedCommunication
 from megamtp.engines.deepspeed.members import (
-    HostEngine,
+    DeepSpeedEngine,
     OffloadedModule,
     ParameterCoordinator,
     is_bf16,
@@ -23,56 +31,54 @@ from megamtp.engines.deepspeed.members import (
     sharded,
     trained,
 )
-from megamtp.engines.deepspeed.traffic import GroupedTraffic
 from megamtp.losses.sequential import HeadPhase
 from megamtp.model.mtp import MTPModel
 
-HEAD_PHASE_RANGE = "megamtp heads"  # how traces name the heads of a micro-batch
-PIN = -1  # stands in a parameter's set of active modules, whose other members are module ids from 0 up
+HEAD_PHASE_RANGE = "megamtp heads"  # name of the heads' range in profiler traces
+PIN = -1  # pins a parameter as an entry in its set of active modules; the ids of modules are 0 or larger
 
 
-class DeepSpeedHeadPhase(HeadPhase):
-    """Bookkeeping around the heads of one model under one DeepSpeed engine (ZeRO-1 or ZeRO-3).
+class ZeroHeadPhase(HeadPhase):
+    """The HeadPhase under ZeRO-1 and ZeRO-3.
 
-    `traffic` is None where DeepSpeed's own coordinator and buckets do the work.
+    Args:
+        communication: None if DeepSpeed's own coordinator and buckets move weights and gradients.
     """
 
-    def __init__(self, engine: HostEngine, model: MTPModel, traffic: GroupedTraffic | None):
-        self.engine, self.model, self.traffic = engine, model, traffic
+    def __init__(self, engine: DeepSpeedEngine, model: MTPModel, communication: GroupedCommunication | None):
+        self.engine, self.model, self.communication = engine, model, communication
 
     def loss_gradient(self) -> float:
-        return backward_seed(self.engine)
+        return outer_loss_gradient(self.engine)
 
     @contextlib.contextmanager
     def all_heads(self) -> Iterator[None]:
         optimizer = self.engine.optimizer
         if is_bf16(optimizer):
-            optimizer.clear_lp_grads()  # (d) as its backward prologue would
+            optimizer.clear_lp_grads()  # (d) as DeepSpeed does before a backward pass
         with self._pinned(self.model.unembedding), torch.profiler.record_function(HEAD_PHASE_RANGE):
             yield
         if is_bf16(optimizer):
-            optimizer.update_hp_grads(clear_lp_grads=True)  # (d) into fp32 now: the outer prologue zeroes what it finds
+            optimizer.update_hp_grads(clear_lp_grads=True)  # (d) before the outer backward pass sets them to zero
 
     @contextlib.contextmanager
     def one_head(self, index: int) -> Iterator[None]:
-        shared = trained(self.model.unembedding.parameters())
-        for parameter in shared:
-            # (b) Its gradient is complete at the last head only; until then it must not enter a reduction bucket.
+        shared_parameters = trained(self.model.unembedding.parameters())
+        for parameter in shared_parameters:
+            # (b) The gradient is complete after the last head. Until then it must not enter a reduction bucket.
             parameter.ds_grad_is_ready = index == len(self.model.heads) - 1
         try:
             with self._pinned(self.model.heads[index]):
                 yield
         finally:
-            for parameter in shared:
+            for parameter in shared_parameters:
                 parameter.ds_grad_is_ready = True
 
     @contextlib.contextmanager
     def _pinned(self, module: nn.Module) -> Iterator[None]:
-        """Keeps a module's weights gathered from their first use until the end of the block: one gather for all
-        uses.
-        """
-        if self.traffic:
-            with self.traffic.pinned(module):
+        """Keeps a module's weights gathered until the end of the block, so that they are gathered only once."""
+        if self.communication:
+            with self.communication.pinned(module):
                 yield
             return
         optimizer = self.engine.optimizer
@@ -87,25 +93,25 @@ class DeepSpeedHeadPhase(HeadPhase):
         finally:
             for parameter in parameters:
                 parameter.ds_active_sub_modules.discard(PIN)
-            # forward=True: a release outside any backward hook, which would look for a module in backward.
+            # forward=True, because no backward hook of DeepSpeed runs that could look up the module.
             optimizer.parameter_offload.get_param_coordinator().release_sub_module(module, forward=True)
 
     @contextlib.contextmanager
-    def whole_or_nothing(self) -> Iterator[None]:
-        """Around the micro-batches of one step: if it is interrupted, no gradient of it reaches the next step."""
+    def discard_gradients_on_error(self) -> Iterator[None]:
+        """Encloses the micro-batches of a step. If the step is interrupted, the next step gets no gradient of it."""
         try:
             yield
         except BaseException:
-            self._forget_step()
+            self._discard_gradients()
             raise
 
-    def _forget_step(self) -> None:
+    def _discard_gradients(self) -> None:
+        """(e) Discards gradients that wait in reduction buckets for an outer backward pass that will not run."""
         optimizer = self.engine.optimizer
-        if self.traffic:
-            self.traffic.scatter.end()  # (e) here, gradients that wait for others of their module
+        if self.communication:
+            self.communication.reducer.end_step()  # also discards the gradients of partly finished modules
         for parameter in self.model.parameters():
             parameter.grad = None
-        # (e) The heads' gradients wait in reduction buckets for an outer backward that will not come.
         if is_zero3(optimizer):
             for sharded_bucket in optimizer.ipg_buckets.values():
                 sharded_bucket.clear_params()
@@ -118,22 +124,22 @@ class DeepSpeedHeadPhase(HeadPhase):
             optimizer.all_grad_tensors.clear()
             optimizer.averaged_gradients.clear()
             optimizer.grads_in_partition, optimizer.grads_in_partition_offset = None, 0
-        optimizer.zero_grad()  # resets ZeRO-3's count of micro-batches and BF16_Optimizer's fp32 sums, too
+        optimizer.zero_grad()  # also resets ZeRO-3's count of micro-batches and BF16_Optimizer's fp32 sums
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Around forward passes without backward: they get a prefetch trace of their own.
+        """Encloses forward passes without backward passes, so that they do not disturb DeepSpeed's prefetching.
 
-        DeepSpeed's coordinator records the order of fetches once and drops the record when a pass strays from it. An
-        evaluation would be such a pass, so it runs under a second coordinator.
+        DeepSpeed's coordinator records the order of fetches once, and discards the record when a pass has another
+        order, as an evaluation has. So evaluations use a coordinator of their own.
         """
         optimizer = self.engine.optimizer
-        if not is_zero3(optimizer) or self.traffic:  # Gather knows evaluation's order beside training's
+        if not is_zero3(optimizer) or self.communication:  # WeightGatherer records both orders itself
             yield
             return
         offload = optimizer.parameter_offload
-        training = offload.param_coordinator
-        evaluation: ParameterCoordinator = PartitionedParameterCoordinator(
+        training_coordinator = offload.param_coordinator
+        evaluation_coordinator: ParameterCoordinator = PartitionedParameterCoordinator(
             prefetch_bucket_sz=offload._prefetch_bucket_sz,
             max_reuse_distance_in_numel=offload._max_reuse_distance_in_numel,
             max_available_parameters_in_numel=offload._max_available_parameters_in_numel,
@@ -141,29 +147,30 @@ class DeepSpeedHeadPhase(HeadPhase):
             inflight_param_registry=cast("OffloadedModule", self.engine.module).ds_inflight_param_registry,
             prefetch_nvme=False,
         )
-        offload.param_coordinator = evaluation
+        offload.param_coordinator = evaluation_coordinator
         try:
             yield
         finally:
-            evaluation.reset_step()
-            offload.param_coordinator = training
+            evaluation_coordinator.reset_step()
+            offload.param_coordinator = training_coordinator
 
 
-def backward_seed(engine: HostEngine) -> float:
-    """(a) The outer backward will start with loss_scale / accumulation; the heads' own must too."""
-    with torch.enable_grad():
-        # a leaf, having no grad_fn, would not count as a loss: not be scaled
-        one = torch.ones((), requires_grad=True).clone()
-    return engine.optimizer.scale_if_loss(one).item() / engine.gradient_accumulation_steps()
+class PipelineHeadPhase(HeadPhase):
+    """The HeadPhase in a pipeline. It needs only (a), because gradients are reduced after the last pass of a step."""
 
-
-class SeededHeads(HeadPhase):
-    """Of a pipeline: heads' backward passes start as the last stage's will. No gradient is reduced before the last
-    pass.
-    """
-
-    def __init__(self, engine: HostEngine):
+    def __init__(self, engine: DeepSpeedEngine):
         self.engine = engine
 
     def loss_gradient(self) -> float:
-        return backward_seed(self.engine)
+        return outer_loss_gradient(self.engine)
+
+
+def outer_loss_gradient(engine: DeepSpeedEngine) -> float:
+    """Returns the gradient with which the outer backward pass will start: loss scale / gradient accumulation steps.
+
+    This is (a) above.
+    """
+    with torch.enable_grad():
+        # The clone has a grad_fn. DeepSpeed does not scale a leaf, because it does not regard it as a loss.
+        loss = torch.ones((), requires_grad=True).clone()
+    return engine.optimizer.scale_if_loss(loss).item() / engine.gradient_accumulation_steps()

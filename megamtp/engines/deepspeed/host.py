@@ -1,4 +1,4 @@
-"""How DeepSpeed comes to host a model: devices, construction in shards, initialisation.
+"""Builds a model for DeepSpeed: device, construction in shards, deepspeed.initialize.
 
 Tests: tests/distributed/test_initial_weights.py, tests/distributed/test_training.py.
 """
@@ -14,53 +14,60 @@ from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 
 from megamtp.config import Config
-from megamtp.engines.deepspeed.members import HostEngine, is_bf16, is_zero3, sharded
+from megamtp.engines.deepspeed.members import DeepSpeedEngine, is_bf16, is_zero3, sharded
 from megamtp.engines.deepspeed.settings import deepspeed_config
 from megamtp.engines.deepspeed.version import check_version
 
 
 def current_device() -> torch.device:
-    """This rank's device, as DeepSpeed chose it."""
+    """Returns the device that DeepSpeed chose for this rank."""
     return torch.device(get_accelerator().current_device_name())
 
 
-def host(config: Config, model: nn.Module, optimizer: torch.optim.Optimizer, data_parallel_size: int) -> HostEngine:
-    """The engine that runs `model`. Collective. Raises InputError: this DeepSpeed is not supported."""
+def initialize(
+    config: Config, model: nn.Module, optimizer: torch.optim.Optimizer, data_parallel_size: int
+) -> DeepSpeedEngine:
+    """Returns DeepSpeed's engine for the model. Collective.
+
+    Raises:
+        InputError: the installed version of DeepSpeed is not supported.
+    """
     check_version()
     settings = deepspeed_config(config, data_parallel_size)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     return engine
 
 
-def set_learning_rate(engine: HostEngine, lr: float) -> None:
-    """Of the next step."""
+def set_learning_rate(engine: DeepSpeedEngine, lr: float) -> None:
+    """Sets the learning rate of the next step."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
 
 
 def sharded_construction(settings: dict[str, Any]) -> contextlib.AbstractContextManager:
-    """Modules made in this block hold shards: no rank ever has more than one whole parameter.
+    """Returns a context in which modules are built in shards: no rank ever holds more than one whole parameter.
 
-    zero.Init gets the settings alone, because its dtype argument turns fp32 into bf16 on CPUs.
+    zero.Init gets only the settings: its dtype argument would turn fp32 into bf16 on CPUs.
     """
     return deepspeed.zero.Init(config_dict_or_path=settings)
 
 
-def gather_whole(model: nn.Module, classes: Iterable[type[nn.Module]]) -> None:
-    """ZeRO-3 gathers modules of these classes as a whole: one gather each, and no hooks inside."""
+def gather_as_one_module(model: nn.Module, classes: Iterable[type[nn.Module]]) -> None:
+    """Makes ZeRO-3 gather a module of these classes with its submodules in one gather, without hooks inside it."""
     set_z3_leaf_modules(model, list(classes))
 
 
-def set_whole(parameters: list[nn.Parameter], owner: int) -> contextlib.AbstractContextManager:
-    """In this block the sharded parameters are whole, and rank `owner` sets them for all. Collective."""
+def gathered_for_update(parameters: list[nn.Parameter], owner: int) -> contextlib.AbstractContextManager:
+    """Returns a context in which sharded parameters are whole. All ranks get the values of rank `owner`. Collective."""
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=owner)
 
 
-def forget_skipped_gradients(engine: HostEngine) -> None:
-    """After a skipped step of ZeRO-1 with an offloaded optimizer.
+def discard_skipped_gradients(engine: DeepSpeedEngine) -> None:
+    """Discards the gradients of a skipped step under ZeRO-1 with an offloaded optimizer.
 
-    DeepSpeed keeps its gradients and would add the next step's to them. Source:
-    deepspeed/runtime/zero/stage_1_and_2.py, step.
+    DeepSpeed keeps them and would add the next step's gradients to them.
+
+    Source: deepspeed/runtime/zero/stage_1_and_2.py, step.
     """
     optimizer = engine.optimizer
     assert not is_zero3(optimizer) and not is_bf16(optimizer)
@@ -69,9 +76,7 @@ def forget_skipped_gradients(engine: HostEngine) -> None:
 
 
 def fill_shards(model: nn.Module, standard_deviation: float) -> None:
-    """Values for the one rank of an emulated cluster: of the right size, drawn without the peers, which do not
-    exist.
-    """
+    """Fills the shards of the only real rank of an emulated cluster with random weights, without communication."""
     for parameter in sharded(model.parameters()):
         if len(parameter.ds_shape) == 1:
             parameter.ds_tensor.fill_(1.0)

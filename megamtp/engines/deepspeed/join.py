@@ -1,4 +1,4 @@
-"""How the ranks of a job meet: through DeepSpeed, which wraps torch.distributed.
+"""Initialises torch.distributed through DeepSpeed, which wraps it.
 
 Tests: tests/unit/cluster/test_emulated.py, tests/end_to_end/test_bad_input.py, tests/end_to_end/test_signals.py.
 """
@@ -16,24 +16,24 @@ from megamtp.errors import InputError
 
 
 def join_peers(place: Place, cluster: ClusterConfig) -> None:
-    """Initialises torch.distributed: NCCL on GPUs, gloo without, or the emulated cluster. Collective.
+    """Initialises torch.distributed: NCCL on GPUs, gloo on CPUs, or the emulated cluster. Collective.
 
     Raises:
-        InputError: the ranks cannot meet at MASTER_ADDR and MASTER_PORT.
+        InputError: the ranks cannot connect to MASTER_ADDR and MASTER_PORT.
     """
     if torch.cuda.is_available():
-        # engines build on the current device, before DeepSpeed chooses this rank's
+        # Code that runs before DeepSpeed chooses this rank's device uses the current device.
         torch.cuda.set_device(place.local_rank)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # Imported here, after DS_ACCELERATOR is set, which DeepSpeed reads when it is imported.
+    # DeepSpeed reads DS_ACCELERATOR when it is imported.
     import deepspeed
     from deepspeed.ops import __compatible_ops__ as compatible_ops
 
-    # DeepSpeed compiles a shared-memory collective for CPU ranks at first use; gloo does not need it, and there may be
-    # no compiler.
+    # DeepSpeed would compile a shared-memory collective for CPU ranks at its first use. gloo works without it, and the
+    # machine may have no compiler.
     compatible_ops["deepspeed_shm_comm"] = False
-    _announce(place)
+    _set_variables(place)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if cluster.emulate:
         emulated.join(cluster)
@@ -49,29 +49,27 @@ def join_peers(place: Place, cluster: ClusterConfig) -> None:
         address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
         reason = str(error).splitlines()[0].rpartition("message: ")[2]
         raise InputError(
-            f"rank {place.rank} cannot meet the others at MASTER_ADDR={address}, MASTER_PORT={port}: {reason}; "
-            "expected the host of rank 0 and a free port: choose another (--master_port of deepspeed, --master-port "
-            "of torchrun)"
+            f"rank {place.rank} cannot connect to the other ranks at MASTER_ADDR={address}, MASTER_PORT={port}: "
+            f"{reason}; expected the host of rank 0 and a free port: choose another (--master_port of deepspeed, "
+            "--master-port of torchrun)"
         ) from None
 
 
 def _store(place: Place) -> dist.Store | None:
-    """Where ranks find each other's addresses, if it is not the one that DeepSpeed opens at MASTER_ADDR and
-    MASTER_PORT.
-    """
+    """Returns the store for the ranks' addresses, or None for DeepSpeed's store at MASTER_ADDR and MASTER_PORT."""
     if place.world_size == 1:
-        return dist.HashStore()  # in this process, so that the address may be taken, or another host's
-    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT") or "0"
-    if restarts == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return dist.HashStore()  # in this process: works if the address is in use, or belongs to another host
+    num_restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT") or "0"
+    if num_restarts == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
-    # torchrun keeps its store, with the addresses of the ranks that ended, when it starts ranks again: use other names
-    # in it.
+    # torchrun restarts ranks with the same store, which still has the addresses of the previous ranks. The prefix
+    # separates the new addresses from them.
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), place.world_size, is_master=False)
-    return dist.PrefixStore(f"start {restarts}", store)
+    return dist.PrefixStore(f"start {num_restarts}", store)
 
 
-def _announce(place: Place) -> None:
-    """Sets the variables that torch.distributed reads, where the launcher has not."""
+def _set_variables(place: Place) -> None:
+    """Sets the environment variables that torch.distributed reads, if the launcher has not set them."""
     os.environ |= {
         "RANK": str(place.rank),
         "LOCAL_RANK": str(place.local_rank),

@@ -1,8 +1,6 @@
-"""The members of DeepSpeed's objects that this package uses, each named once: Protocols by which the other files are
-typed.
+"""The members of DeepSpeed's objects that this package uses, as Protocols that give them types.
 
-DeepSpeed has no type hints that a checker could use, and few of these members are in its documentation. A test looks
-for all of them on live objects. Checked against DeepSpeed 0.19.
+DeepSpeed has no usable type hints, and documents few of these members. Checked against DeepSpeed 0.19.
 
 Tests: tests/distributed/test_members.py.
 """
@@ -27,12 +25,13 @@ class TrainedParameter(Protocol):
     """A parameter under any optimizer. Source: deepspeed/runtime/zero/stage3.py, stage_1_and_2.py."""
 
     grad: Tensor | None  # torch's
-    ds_grad_is_ready: bool  # set here; False keeps a gradient out of the reduction buckets
+    ds_grad_is_ready: bool  # set by megamtp; False keeps the gradient out of the reduction buckets
 
 
 class ShardedParameter(TrainedParameter, Protocol):
-    """A parameter under ZeRO-3. Source: deepspeed/runtime/zero/partition_parameters.py,
-    Init._convert_to_deepspeed_param.
+    """A parameter under ZeRO-3.
+
+    Source: deepspeed/runtime/zero/partition_parameters.py, Init._convert_to_deepspeed_param.
     """
 
     data: Tensor  # this and the next two are torch's
@@ -41,17 +40,17 @@ class ShardedParameter(TrainedParameter, Protocol):
     def register_post_accumulate_grad_hook(self, hook: "Callable[[ShardedParameter], None]") -> RemovableHandle: ...
 
     ds_id: int  # in the order of construction
-    ds_shape: torch.Size  # of the whole parameter, as is ds_numel
-    ds_numel: int
+    ds_shape: torch.Size  # shape of the whole parameter
+    ds_numel: int  # number of elements of the whole parameter
     ds_tensor: Tensor  # this rank's shard, flat and padded
-    ds_status: ZeroParamStatus  # whether the whole parameter is there
-    ds_persist: bool  # it stays whole on all ranks between a step's uses
-    ds_process_group: dist.ProcessGroup  # the ranks that share it
-    ds_active_sub_modules: set[int]  # numbers of the modules that use it now; DeepSpeed releases it when there are none
+    ds_status: ZeroParamStatus  # whether the whole parameter is available
+    ds_persist: bool  # whether it stays whole on all ranks between its uses in a step
+    ds_process_group: dist.ProcessGroup  # the ranks among which it is sharded
+    ds_active_sub_modules: set[int]  # ids of the modules that use it now; DeepSpeed releases it when the set is empty
 
     def all_gather(self, param_list: "list[ShardedParameter]") -> object: ...  # makes them whole; collective
 
-    def partition(self) -> None: ...  # lets the whole parameter go and keeps the shard
+    def partition(self) -> None: ...  # frees the whole parameter and keeps the shard
 
 
 class FragmentAddress(Protocol):
@@ -62,38 +61,38 @@ class FragmentAddress(Protocol):
 
 
 class FragmentMapping(Protocol):
-    """Where this rank's part of a parameter is. Source: deepspeed/utils/tensor_fragment.py, tensor_fragment."""
+    """The location of this rank's part of a parameter. Source: deepspeed/utils/tensor_fragment.py, tensor_fragment."""
 
-    lp_fragment_address: FragmentAddress  # in the parameter, flat
+    lp_fragment_address: FragmentAddress  # in the flattened parameter
     hp_fragment_address: FragmentAddress  # in the flat fp32 weights of a parameter group
-    param_group_index: int  # of this group
+    param_group_index: int  # the parameter group
 
 
 class UnshardedParameter(TrainedParameter, Protocol):
-    """A parameter under ZeRO-1 or BF16_Optimizer, which share out the optimizer's state alone."""
+    """A parameter under ZeRO-1 or BF16_Optimizer, which shard only the optimizer's state."""
 
-    # set here; True leaves a copy out of the gradient's norm. Source: deepspeed/runtime/utils.py
+    # set by megamtp; True excludes a copy from the gradient norm. Source: deepspeed/runtime/utils.py
     ds_pipe_replicated: bool
-    _hp_mapping: FragmentMapping | None  # None if no part is here. Source: deepspeed/utils/mixed_precision_linkage.py
-    _hp_grad: Tensor  # BF16_Optimizer's sum of gradients in fp32. Source: deepspeed/runtime/bf16_optimizer.py
+    # None if no part is on this rank. Source: deepspeed/utils/mixed_precision_linkage.py
+    _hp_mapping: FragmentMapping | None
+    _hp_grad: Tensor  # BF16_Optimizer's fp32 sum of gradients. Source: deepspeed/runtime/bf16_optimizer.py
 
 
 class CommonOptimizer(Protocol):
-    """What DeepSpeed's optimizers have in common. Source: deepspeed/runtime/base_optimizer.py, ZeROOptimizer."""
+    """Members of all DeepSpeed optimizers. Source: deepspeed/runtime/base_optimizer.py, ZeROOptimizer."""
 
-    optimizer: torch.optim.Optimizer  # whose parameters are the flat fp32 weights
+    optimizer: torch.optim.Optimizer  # its parameters are the flat fp32 weights
     param_groups: list[dict[str, Any]]  # torch's
 
-    def scale_if_loss(self, value: Tensor) -> Tensor: ...  # times the loss scale, if an operation of autograd's made it
+    # multiplies by the loss scale if the tensor has a grad_fn
+    def scale_if_loss(self, value: Tensor) -> Tensor: ...
 
-    # drops gradients, BF16_Optimizer's fp32 sums and ZeRO-3's count of micro-batches, too
+    # also discards BF16_Optimizer's fp32 sums and resets ZeRO-3's count of micro-batches
     def zero_grad(self) -> None: ...
 
 
 class LossScaler(Protocol):
-    """fp16's loss scale and the counts by which it moves. Source: deepspeed/runtime/fp16/loss_scaler.py,
-    DynamicLossScaler.
-    """
+    """The loss scale under fp16, and its counters. Source: deepspeed/runtime/fp16/loss_scaler.py, DynamicLossScaler."""
 
     cur_scale: float
     cur_iter: int
@@ -108,74 +107,80 @@ class Zero1Bucket(Protocol):
 
 
 class Zero1Optimizer(CommonOptimizer, Protocol):
-    """ZeRO-1's in fp32 and fp16. Source: deepspeed/runtime/zero/stage_1_and_2.py, DeepSpeedZeroOptimizer."""
+    """The optimizer of ZeRO-1 in fp32 and fp16.
 
-    loss_scaler: LossScaler  # under fp16; else a constant one
+    Source: deepspeed/runtime/zero/stage_1_and_2.py, DeepSpeedZeroOptimizer.
+    """
+
+    loss_scaler: LossScaler  # under fp16; otherwise a constant scaler
     single_partition_of_fp32_groups: list[Tensor]  # this rank's flat fp32 weights of each parameter group
     ipg_buckets: dict[torch.dtype, Zero1Bucket]
-    # a parameter larger than a bucket that waits for its reduction
+    # a parameter that is larger than a bucket and waits for its reduction
     extra_large_param_to_reduce: dict[torch.dtype, Tensor]
-    params_already_reduced: list[bool]  # in this backward pass
-    all_grad_tensors: dict[int, list[Tensor]]  # by parameter group, sums over earlier micro-batches
-    averaged_gradients: dict[int, list[Tensor] | None]  # by parameter group, reduced ones
-    grads_in_partition: Tensor | None  # memory for the reduced gradients of this rank's part
-    grads_in_partition_offset: int  # how much of it is taken
+    params_already_reduced: list[bool]  # in the current backward pass
+    all_grad_tensors: dict[int, list[Tensor]]  # by parameter group: sums over the previous micro-batches
+    averaged_gradients: dict[int, list[Tensor] | None]  # by parameter group: reduced gradients
+    grads_in_partition: Tensor | None  # memory for the reduced gradients of this rank's partition
+    grads_in_partition_offset: int  # number of elements of it in use
 
-    def update_lp_params(self) -> None: ...  # gives the model's weights the values of the fp32 ones; collective
+    def update_lp_params(self) -> None: ...  # copies the fp32 weights to the model's weights; collective
 
 
 class Bf16Optimizer(CommonOptimizer, Protocol):
-    """ZeRO-1's in bf16, with sums of gradients in fp32. Source: deepspeed/runtime/bf16_optimizer.py, BF16_Optimizer."""
+    """The optimizer of ZeRO-1 in bf16, with fp32 sums of gradients.
+
+    Source: deepspeed/runtime/bf16_optimizer.py, BF16_Optimizer.
+    """
 
     fp32_groups_flat_partition: list[Tensor]  # this rank's flat fp32 weights of each parameter group
-    fp32_groups_gradients: list[list[Tensor]]  # by parameter group and parameter, the fp32 sum
-    fp32_groups_has_gradients: list[list[bool]]  # whether any gradient is in it
-    # adds one to it: (..., group, parameter, zero it after)
+    fp32_groups_gradients: list[list[Tensor]]  # by parameter group and parameter: the fp32 sum
+    fp32_groups_has_gradients: list[list[bool]]  # whether a gradient was added to it
+    # adds a gradient to its sum: (..., group, parameter, whether to set the gradient to zero)
     _update_hp_grad: Callable[[UnshardedParameter, int, int, bool], None]
 
-    def clear_lp_grads(self) -> None: ...  # drops the bf16 gradients
+    def clear_lp_grads(self) -> None: ...  # sets the bf16 gradients to zero
 
     def update_hp_grads(self, clear_lp_grads: bool) -> None: ...  # adds all of them to the fp32 sums
 
-    def update_lp_params(self) -> None: ...  # gives the model's weights the values of the fp32 ones; collective
+    def update_lp_params(self) -> None: ...  # copies the fp32 weights to the model's weights; collective
 
 
 class ReplaceableCoordinator(Protocol):
-    """What DeepSpeed still asks of its parameter coordinator where its hooks are gone.
+    """The members of the parameter coordinator that DeepSpeed still uses when its hooks are removed.
 
     Source: deepspeed/runtime/zero/stage3.py, parameter_offload.py; partitioned_param_coordinator.py,
     PartitionedParameterCoordinator.
     """
 
-    hierarchy: int  # depth of its logging
-    is_complete_trace: Callable[[], bool]  # whether the order of fetches is known
+    hierarchy: int  # nesting depth of its log messages
+    is_complete_trace: Callable[[], bool]  # whether the order of fetches is recorded completely
 
-    def release_backward_leftovers(self) -> None: ...  # the end of a backward pass
+    def release_backward_leftovers(self) -> None: ...  # called at the end of a backward pass
 
-    def release_and_reset_all(self, module: nn.Module) -> None: ...  # lets all parameters go, persistent ones, too
+    def release_and_reset_all(self, module: nn.Module) -> None: ...  # releases all parameters, also persistent ones
 
 
 class ParameterCoordinator(ReplaceableCoordinator, Protocol):
     """Fetches and releases parameters. Source: deepspeed/runtime/zero/partitioned_param_coordinator.py."""
 
-    # parameters that no active module uses
+    # releases the parameters that no active module uses
     def release_sub_module(self, submodule: nn.Module, forward: bool) -> None: ...
 
-    def reset_step(self) -> None: ...  # the end of a pass: its order of fetches is complete
+    def reset_step(self) -> None: ...  # called at the end of a pass: its order of fetches is complete
 
 
 class Zero3Offload(Protocol):
-    """ZeRO-3's hooks around modules. Source: deepspeed/runtime/zero/parameter_offload.py, DeepSpeedZeRoOffload."""
+    """ZeRO-3's hooks on modules. Source: deepspeed/runtime/zero/parameter_offload.py, DeepSpeedZeRoOffload."""
 
-    param_coordinator: ReplaceableCoordinator  # what the hooks call; the next four are what it is made with
+    param_coordinator: ReplaceableCoordinator  # called by the hooks; the next four are arguments of its constructor
     _prefetch_bucket_sz: int
     _max_reuse_distance_in_numel: int
     _max_available_parameters_in_numel: int
     _DeepSpeedZeRoOffload__allgather_stream: torch.cuda.Stream | None
 
-    def get_param_coordinator(self) -> ParameterCoordinator: ...  # param_coordinator, where it is DeepSpeed's own
+    def get_param_coordinator(self) -> ParameterCoordinator: ...  # param_coordinator, if it is DeepSpeed's own
 
-    def setup_zero_stage3_hooks(self) -> None: ...  # on all modules
+    def setup_zero_stage3_hooks(self) -> None: ...  # registers hooks on all modules
 
     def _remove_module_hooks(self) -> None: ...
 
@@ -183,73 +188,73 @@ class Zero3Offload(Protocol):
 class OffloadedModule(Protocol):
     """The model under ZeRO-3. Source: deepspeed/runtime/zero/parameter_offload.py, DeepSpeedZeRoOffload."""
 
-    ds_inflight_param_registry: object  # parameters on their way, for coordinators
+    ds_inflight_param_registry: object  # parameters in flight, an argument of the coordinator's constructor
 
 
 class Zero3Bucket(Protocol):
     """Gradients that wait for their reduction. Source: deepspeed/runtime/zero/stage3.py, IPGBucketZ3."""
 
-    def clear_params(self) -> None: ...  # and keep the bucket's memory
+    def clear_params(self) -> None: ...  # keeps the bucket's memory
 
 
 class Zero3Optimizer(CommonOptimizer, Protocol):
-    """ZeRO-3's. Source: deepspeed/runtime/zero/stage3.py, DeepSpeedZeroOptimizer_Stage3."""
+    """The optimizer of ZeRO-3. Source: deepspeed/runtime/zero/stage3.py, DeepSpeedZeroOptimizer_Stage3."""
 
     parameter_offload: Zero3Offload
-    loss_scaler: LossScaler  # under fp16; else a constant one
-    dp_process_group: dist.ProcessGroup  # the ranks that share parameters
+    loss_scaler: LossScaler  # under fp16; otherwise a constant scaler
+    dp_process_group: dist.ProcessGroup  # the ranks among which parameters are sharded
     communication_data_type: torch.dtype  # of gradients
-    offload_optimizer: bool  # its state, and the sums of gradients, are in CPU memory
-    micro_step_id: int  # number of the micro-batch in its step, from 0
+    offload_optimizer: bool  # whether its state and the sums of gradients are in CPU memory
+    micro_step_id: int  # index of the micro-batch in its step, from 0
     fp16_groups: list[list[ShardedParameter]]  # by sub-group
     sub_group_to_group_id: dict[int, int]  # the parameter group of each sub-group
     fp32_partitioned_groups_flat: list[Tensor]  # this rank's flat fp32 weights of each sub-group
-    # by get_param_id, a parameter's sub-group, offset there, and padded elements
+    # by get_param_id: a parameter's sub-group, its offset there, and its number of elements with padding
     grad_position: dict[int, tuple[int, int, int]]
     ipg_buckets: dict[torch.dtype, Zero3Bucket]
     reduce_and_partition_stream: torch.cuda.Stream | None  # None on a CPU
     independent_gradient_partition_epilogue: Callable[[], None]  # called at the end of every backward pass
-    # on parameters, and in _leaf_module_hooks on modules: put gradients into buckets
+    # hooks on parameters, and in _leaf_module_hooks on modules, that put gradients into buckets
     _grad_acc_hooks: list[RemovableHandle]
     _leaf_module_hooks: list[RemovableHandle]
-    # by ds_id, this rank's shard of the sum, padded
+    # by ds_id: this rank's shard of the sum of gradients, padded
     _DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition: dict[int, Tensor]
 
     def get_param_id(self, param: ShardedParameter) -> int: ...
 
-    # to the sums
+    # adds shards of gradients to the sums
     def partition_grads(self, params_to_release: list[ShardedParameter], grad_partitions: list[Tensor]) -> None: ...
 
     def create_reduce_and_remove_grad_hooks(self) -> None: ...
 
-    # before a change of the fp32 weights: lets all whole parameters go
+    # called before a change of the fp32 weights: releases all whole parameters
     def checkpoint_event_prologue(self) -> None: ...
 
-    def checkpoint_event_epilogue(self) -> None: ...  # after it: makes persistent ones whole again; collective
+    def checkpoint_event_epilogue(self) -> None: ...  # called after it: gathers persistent parameters; collective
 
-    # gives shards the fp32 weights' values
+    # copies the fp32 weights to the shards
     def _reassign_or_swap_out_partitioned_parameters(self, sub_group_id: int) -> None: ...
 
 
-HostOptimizer = Zero1Optimizer | Bf16Optimizer | Zero3Optimizer
+DeepSpeedOptimizer = Zero1Optimizer | Bf16Optimizer | Zero3Optimizer
 
 
-class HostEngine(Protocol):
-    """DeepSpeed's engine. Source: deepspeed/runtime/engine.py, DeepSpeedEngine."""
+class DeepSpeedEngine(Protocol):
+    """The engine that deepspeed.initialize returns. Source: deepspeed/runtime/engine.py, DeepSpeedEngine."""
 
     module: nn.Module
-    optimizer: HostOptimizer
+    optimizer: DeepSpeedOptimizer
     device: torch.device
     global_steps: int  # this and the next two are COUNTERS of checkpoint/state.py
     global_samples: int
     skipped_steps: int
-    _take_model_step: Callable[[dict[str, Any] | None], None]  # the optimizer's, in a step's last `step`
+    _take_model_step: Callable[[dict[str, Any] | None], None]  # runs the optimizer, in the last `step` of a step
 
     def __call__(self, *inputs: Any) -> Any: ...  # the model's forward pass
 
     def backward(self, loss: Tensor) -> Tensor: ...
 
-    def step(self) -> None: ...  # the end of a micro-batch; after the last one, the optimizer's step
+    def step(self) -> None: ...  # ends a micro-batch; after the last one, runs the optimizer
 
     def train(self) -> nn.Module: ...
 
@@ -257,7 +262,7 @@ class HostEngine(Protocol):
 
     def gradient_accumulation_steps(self) -> int: ...
 
-    def is_gradient_accumulation_boundary(self) -> bool: ...  # whether the micro-batch is its step's last
+    def is_gradient_accumulation_boundary(self) -> bool: ...  # whether the micro-batch is the last one of its step
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None: ...
 
@@ -266,15 +271,15 @@ class HostEngine(Protocol):
     def was_step_applied(self) -> bool: ...  # False: the gradient was not finite
 
 
-class HostPipelineEngine(HostEngine, Protocol):
-    """DeepSpeed's pipeline engine. Source: deepspeed/runtime/pipe/engine.py, PipelineEngine."""
+class DeepSpeedPipelineEngine(DeepSpeedEngine, Protocol):
+    """The engine for pipelines. Source: deepspeed/runtime/pipe/engine.py, PipelineEngine."""
 
-    micro_batches: int  # of a step
-    total_loss: Tensor | None  # what it reports of a step, on the last stage
+    micro_batches: int  # number of micro-batches in a step
+    total_loss: Tensor | None  # the loss that it reports for a step, on the last stage
     _running_engine_backward: bool  # gradients are refused where it is False. Source: deepspeed/runtime/engine.py
-    _INSTRUCTION_MAP: dict[type[schedule.PipeInstruction], Callable[..., None]]  # what runs a schedule's instructions
-    _train_schedule: Callable[[], schedule.PipeSchedule]  # this stage's, of a step
-    _inference_schedule: Callable[[int], schedule.PipeSchedule]  # and of so many micro-batches' forward passes
+    _INSTRUCTION_MAP: dict[type[schedule.PipeInstruction], Callable[..., None]]  # functions that run the instructions
+    _train_schedule: Callable[[], schedule.PipeSchedule]  # returns this stage's schedule of a step
+    _inference_schedule: Callable[[int], schedule.PipeSchedule]  # the same for n micro-batches' forward passes
 
     def train_batch(self, data_iter: Iterator[Any]) -> object: ...
 
@@ -291,7 +296,7 @@ class HostPipelineEngine(HostEngine, Protocol):
 
 
 class StageGrid(Protocol):
-    """Where ranks are in pipelines. Source: deepspeed/runtime/pipe/topology.py, PipelineParallelGrid."""
+    """The positions of ranks in pipelines. Source: deepspeed/runtime/pipe/topology.py, PipelineParallelGrid."""
 
     def get_stage_id(self) -> int: ...
 
@@ -301,44 +306,44 @@ class StageGrid(Protocol):
 
 
 class StageModule(Protocol):
-    """A pipeline's module on one rank. Source: deepspeed/runtime/pipe/module.py, PipelineModule."""
+    """The module of a pipeline on one rank. Source: deepspeed/runtime/pipe/module.py, PipelineModule."""
 
-    parts: list[int]  # first layers of all stages, and the end
+    parts: list[int]  # the first layers of all stages, and the end
     _grid: StageGrid
 
-    # sets `parts` and the bounds of this stage; ours comes in its place
+    # sets `parts` and the bounds of this stage; overridden by PipelineStage
     def _partition_layers(self, method: str) -> None: ...
 
     def _set_bounds(self, start: int, stop: int) -> None: ...  # this stage has the layers start, ..., stop - 1
 
-    def _build(self) -> None: ...  # makes this stage's layers; ours comes in its place
+    def _build(self) -> None: ...  # builds this stage's layers; overridden by PipelineStage
 
 
 def trained(parameters: Iterable[nn.Parameter]) -> list[TrainedParameter]:
-    """Parameters of a model under any optimizer of DeepSpeed's."""
+    """Casts the parameters of a model under any DeepSpeed optimizer."""
     return cast("list[TrainedParameter]", list(parameters))
 
 
 def sharded(parameters: Iterable[nn.Parameter]) -> list[ShardedParameter]:
-    """Parameters of a model under ZeRO-3."""
+    """Casts the parameters of a model under ZeRO-3."""
     return cast("list[ShardedParameter]", list(parameters))
 
 
 def unsharded(parameters: Iterable[nn.Parameter]) -> list[UnshardedParameter]:
-    """Parameters of a model under ZeRO-1 or BF16_Optimizer."""
+    """Casts the parameters of a model under ZeRO-1 or BF16_Optimizer."""
     return cast("list[UnshardedParameter]", list(parameters))
 
 
-def is_zero3(optimizer: HostOptimizer) -> "TypeIs[Zero3Optimizer]":
-    """Whether the model's parameters are ShardedParameters."""
+def is_zero3(optimizer: DeepSpeedOptimizer) -> "TypeIs[Zero3Optimizer]":
+    """Returns whether the model's parameters are ShardedParameters."""
     return isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3)
 
 
-def is_bf16(optimizer: HostOptimizer) -> "TypeIs[Bf16Optimizer]":
-    """Whether gradients are summed up in fp32, beside the bf16 ones."""
+def is_bf16(optimizer: DeepSpeedOptimizer) -> "TypeIs[Bf16Optimizer]":
+    """Returns whether the optimizer sums bf16 gradients in fp32."""
     return isinstance(optimizer, BF16_Optimizer)
 
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """A parameter's shape in the model, also where ZeRO-3 holds it in shards, or a pipeline's stage some rows of it."""
+    """Returns the shape of the whole parameter if ZeRO-3 holds a shard of it, or a pipeline stage some rows."""
     return tuple(getattr(parameter, "ds_shape", getattr(parameter, "whole_shape", parameter.shape)))

@@ -1,4 +1,4 @@
-"""DeepSpeed's pipeline engine with a stage of ours inside: its module, its instructions and its sums of gradients.
+"""Runs our stages in DeepSpeed's pipeline engine: its module, its instructions and its sums of gradients.
 
 Tests: tests/distributed/test_pipeline.py.
 """
@@ -20,7 +20,7 @@ from megamtp.config import Config
 from megamtp.data.loader import Batch
 from megamtp.engines.deepspeed.members import (
     Bf16Optimizer,
-    HostPipelineEngine,
+    DeepSpeedPipelineEngine,
     StageGrid,
     UnshardedParameter,
     is_bf16,
@@ -29,30 +29,31 @@ from megamtp.engines.deepspeed.members import (
 from megamtp.engines.stage import StagePart, stage_part
 from megamtp.planning.partition import Partition
 from megamtp.planning.spread import SpreadPartition
-from megamtp.planning.spread_schedule import Pass
+from megamtp.planning.spread_schedule import StagePass
 
 
 class PipelineStage(PipelineModule):
-    """This rank's StagePart as DeepSpeed's module; `forward` is what it calls for each micro-batch.
+    """This rank's StagePart as a DeepSpeed module. DeepSpeed calls `forward` for each micro-batch.
 
-    Collective: all ranks build their stages together. Parameters have the names they have in the part.
+    The constructor is collective. Parameters have the same names as in the part.
 
     Attributes:
         part: the StagePart.
-        copies: group of all ranks with a copy of the unembedding, on several stages; None if it is on one, or not here.
+        unembedding_group: all ranks with a copy of the unembedding. None if only one stage has it, or this stage has
+            none.
     """
 
     part: StagePart
     _grid: StageGrid
 
-    def __init__(self, config: Config, cut: Partition | SpreadPartition, device: torch.device):
-        self.config, self.cut, self.device = config, cut, device  # before PipelineModule's own, which calls _build
-        deepspeed.init_distributed(verbose=False)  # wraps torch.distributed, before the stage asks for its groups
+    def __init__(self, config: Config, partition: Partition | SpreadPartition, device: torch.device):
+        self.config, self.partition, self.device = config, partition, device  # PipelineModule.__init__ calls _build
+        deepspeed.init_distributed(verbose=False)  # wraps torch.distributed; PipelineModule creates groups
         names = [f"trunk.{index}" for index in range(config.model.num_trunk_layers)]
         names += [f"heads.{index}" for index in range(config.model.num_future_tokens)]
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints the place of every rank
-            PipelineModule.__init__(self, names, num_stages=len(cut.stages))
-        self.copies = self._copies()
+        with contextlib.redirect_stdout(io.StringIO()):  # PipelineModule prints the position of every rank
+            PipelineModule.__init__(self, names, num_stages=len(partition.stages))
+        self.unembedding_group = self._new_unembedding_group()
 
     def forward(self, x: Tensor) -> Tensor:
         """See StagePart.forward."""
@@ -62,40 +63,40 @@ class PipelineStage(PipelineModule):
     def ranks(self) -> list[list[int]]:
         """The ranks of all stages, by pipeline."""
         pipelines = range(self._grid.get_data_parallel_world_size())
-        stages = range(len(self.cut.stages))
+        stages = range(len(self.partition.stages))
         return [
             [self._grid.stage_to_global(stage_id=stage, data=pipeline) for stage in stages] for pipeline in pipelines
         ]
 
     def _partition_layers(self, method: str) -> None:
-        """PipelineModule's, with our cut. Source: deepspeed/runtime/pipe/module.py."""
-        own = self.cut.stages[self._grid.get_stage_id()]
-        self.parts = [0, *(stage.end for stage in self.cut.stages)]
-        self._set_bounds(own.first, own.end)
+        """Overrides PipelineModule's, to use our partition. Source: deepspeed/runtime/pipe/module.py."""
+        this_stage = self.partition.stages[self._grid.get_stage_id()]
+        self.parts = [0, *(stage.end for stage in self.partition.stages)]
+        self._set_bounds(this_stage.first, this_stage.end)
 
     def _build(self) -> None:
-        """PipelineModule's. The part's modules become this module's own, under their names."""
+        """Overrides PipelineModule's. Adds the part's modules to this module, under the same names."""
         with raised_by_all():
-            part = stage_part(self.config, self.cut, self._grid.get_stage_id(), self.device)
-        object.__setattr__(self, "part", part)  # not as a submodule, which would be part of the names
+            part = stage_part(self.config, self.partition, self._grid.get_stage_id(), self.device)
+        object.__setattr__(self, "part", part)  # not as a submodule, which would prefix the parameters' names
         for name, module in part.named_children():
             self.add_module(name, module)
         for parameter in unsharded(self.parameters()):
             parameter.ds_pipe_replicated = False
-        for parameter in unsharded(part.copied_parameters) if part.own.heads.start > 0 else ():
-            parameter.ds_pipe_replicated = True  # the gradient's norm counts the first copy alone
+        for parameter in unsharded(part.copied_parameters) if part.stage.heads.start > 0 else ():
+            parameter.ds_pipe_replicated = True  # the gradient norm counts only the first copy
 
-    def _copies(self) -> dist.ProcessGroup | None:
-        stages = [index for index, stage in enumerate(self.cut.stages) if stage.heads]
+    def _new_unembedding_group(self) -> dist.ProcessGroup | None:
+        stages = [index for index, stage in enumerate(self.partition.stages) if stage.heads]
         if len(stages) == 1:
             return None
-        ranks = sorted(of_stages[stage] for of_stages in self.ranks for stage in stages)
+        ranks = sorted(stage_ranks[stage] for stage_ranks in self.ranks for stage in stages)
         group = dist.new_group(ranks)
-        return group if self.part.own.heads else None
+        return group if self.part.stage.heads else None
 
 
-def sum_gradients_in_place(engine: HostPipelineEngine) -> None:
-    """Makes the bf16 optimizer add gradients to their fp32 sums without a copy of them in fp32."""
+def accumulate_gradients_in_place(engine: DeepSpeedPipelineEngine) -> None:
+    """Makes the bf16 optimizer add gradients to their fp32 sums without converting them to fp32 first."""
     optimizer = engine.optimizer
     if is_bf16(optimizer):
         optimizer._update_hp_grad = partial(_add_gradient, optimizer)
@@ -105,9 +106,9 @@ def sum_gradients_in_place(engine: HostPipelineEngine) -> None:
 def _add_gradient(
     optimizer: Bf16Optimizer, parameter: UnshardedParameter, group: int, index: int, clear_lp_grads: bool
 ) -> None:
-    """Adds a micro-batch's gradient to the sum in fp32: 10 bytes a parameter through memory, not 18.
+    """Adds a micro-batch's gradient to its fp32 sum. Moves 10 bytes per parameter; DeepSpeed's own function moves 18.
 
-    The same bits as DeepSpeed's. Source: deepspeed/runtime/bf16_optimizer.py, _update_hp_grad.
+    The result has the same bits. Source: deepspeed/runtime/bf16_optimizer.py, _update_hp_grad.
     """
     if parameter.grad is None:
         return
@@ -119,30 +120,31 @@ def _add_gradient(
         parameter.grad.zero_()
 
 
-def summed_gradient(engine: HostPipelineEngine, parameter: nn.Parameter) -> Tensor:
-    """A parameter's gradient over the micro-batches so far, in place."""
-    (own,) = unsharded([parameter])
-    gradient = own._hp_grad if is_bf16(engine.optimizer) else own.grad
+def accumulated_gradient(engine: DeepSpeedPipelineEngine, parameter: nn.Parameter) -> Tensor:
+    """Returns the sum of a parameter's gradients over the micro-batches so far; not a copy."""
+    (unsharded_parameter,) = unsharded([parameter])
+    gradient = unsharded_parameter._hp_grad if is_bf16(engine.optimizer) else unsharded_parameter.grad
     assert gradient is not None
     return gradient
 
 
-def replace_tied_reduction(engine: HostPipelineEngine, reduce: Callable[[HostPipelineEngine], None]) -> None:
-    """`reduce` takes the place of DeepSpeed's reduction of tied weights, once a step when this stage has sent its last
-    gradient.
+def replace_tied_reduction(engine: DeepSpeedPipelineEngine, reduce: Callable[[DeepSpeedPipelineEngine], None]) -> None:
+    """Makes the engine call `reduce` instead of its own reduction of tied weights.
+
+    The engine calls it once per step, after this stage has sent its last gradient.
 
     Source: deepspeed/runtime/pipe/engine.py, _exec_reduce_tied_grads; schedule.py, TrainSchedule.
     """
     engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | {schedule.ReduceTiedGrads: reduce}
 
 
-def train_micro_batches(engine: HostPipelineEngine, micro_batches: list[Batch]) -> None:
-    """One step."""
+def train_micro_batches(engine: DeepSpeedPipelineEngine, micro_batches: list[Batch]) -> None:
+    """Runs one optimizer step."""
     engine.train_batch(_inputs(micro_batches))
 
 
-def evaluate_micro_batches(engine: HostPipelineEngine, micro_batches: list[Batch]) -> None:
-    """Forward passes alone; the losses are in the stages."""
+def evaluate_micro_batches(engine: DeepSpeedPipelineEngine, micro_batches: list[Batch]) -> None:
+    """Runs only forward passes. The stages keep their losses."""
     engine.eval_batch(
         _inputs(micro_batches),
         compute_loss=False,
@@ -153,22 +155,25 @@ def evaluate_micro_batches(engine: HostPipelineEngine, micro_batches: list[Batch
 
 
 def _inputs(micro_batches: list[Batch]) -> Iterator[tuple[Tensor, tuple]]:
-    """(inputs, labels) as DeepSpeed's first and last stages load them; the heads have their targets from `begin`."""
+    """Returns the (inputs, labels) that DeepSpeed loads. Labels are empty: the heads get their targets from `begin`."""
     return iter([(batch.inputs, ()) for batch in micro_batches])
 
 
 class RunPass(schedule.PipeInstruction):
-    """`work`: a pass of a schedule of ours."""
+    """Runs the pass `stage_pass` of our own schedule."""
 
 
-class Passes(schedule.PipeSchedule):
-    """Passes in a given order, and what follows the last of them. `buffers` are DeepSpeed's, which are not used."""
+class PassSchedule(schedule.PipeSchedule):
+    """A DeepSpeed schedule of the given passes and, after them, the instructions `last`.
 
-    def __init__(self, works: list[Pass], last: list[schedule.PipeInstruction]):
-        self.works, self.last = works, last
+    It does not use DeepSpeed's activation buffers.
+    """
+
+    def __init__(self, stage_passes: list[StagePass], last: list[schedule.PipeInstruction]):
+        self.stage_passes, self.last = stage_passes, last
 
     def steps(self) -> Iterator[list[schedule.PipeInstruction]]:
-        yield from ([RunPass(work=work)] for work in self.works)
+        yield from ([RunPass(stage_pass=stage_pass)] for stage_pass in self.stage_passes)
         yield self.last
 
     def __iter__(self) -> Iterator[list[schedule.PipeInstruction]]:
@@ -179,30 +184,30 @@ class Passes(schedule.PipeSchedule):
 
 
 def replace_schedules(
-    engine: HostPipelineEngine,
-    train: Callable[[], list[Pass]],
-    evaluate: Callable[[], list[Pass]],
-    run: Callable[[Pass], None],
+    engine: DeepSpeedPipelineEngine,
+    training_passes: Callable[[], list[StagePass]],
+    evaluation_passes: Callable[[], list[StagePass]],
+    run: Callable[[StagePass], None],
 ) -> None:
-    """The engine runs passes of ours instead of 1F1B.
+    """Makes the engine run our passes instead of the 1F1B schedule.
 
     Args:
-        train, evaluate: this stage's passes of a step, and of an evaluation, in their order.
-        run: runs one of them.
+        training_passes, evaluation_passes: return this stage's passes of a step and of an evaluation, in their order.
+        run: runs a pass.
 
     Source: deepspeed/runtime/pipe/engine.py, _train_schedule, _inference_schedule, _exec_schedule.
     """
     after_step = [schedule.ReduceTiedGrads(), schedule.ReduceGrads(), schedule.OptimizerStep()]
 
-    def run_pass(engine: HostPipelineEngine, work: Pass) -> None:
+    def run_pass(engine: DeepSpeedPipelineEngine, stage_pass: StagePass) -> None:
         if engine.is_last_stage():
-            engine.total_loss = torch.zeros((), device=engine.device)  # DeepSpeed reports one; ours are in nll_sums
-        engine._running_engine_backward = True  # as DeepSpeed does around backward passes of its own
+            engine.total_loss = torch.zeros((), device=engine.device)  # DeepSpeed reports it; ours are in nll_sums
+        engine._running_engine_backward = True  # DeepSpeed sets it during its own backward passes
         try:
-            run(work)
+            run(stage_pass)
         finally:
             engine._running_engine_backward = False
 
     engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | {RunPass: run_pass}
-    engine._train_schedule = lambda: Passes(train(), after_step)
-    engine._inference_schedule = lambda micro_batches: Passes(evaluate(), [])
+    engine._train_schedule = lambda: PassSchedule(training_passes(), after_step)
+    engine._inference_schedule = lambda num_micro_batches: PassSchedule(evaluation_passes(), [])

@@ -1,4 +1,4 @@
-"""What an engine gives to a checkpoint and takes from one, whichever engine it is, on however many ranks.
+"""Saves and loads the state of any DeepSpeed engine, at any number of ranks.
 
 Tests: tests/distributed/test_checkpoints.py, tests/distributed/test_saving.py.
 """
@@ -19,16 +19,16 @@ from megamtp.cluster.environment import raised_by_all
 from megamtp.config import Config, OptimizerConfig
 from megamtp.engines.base import EngineState
 from megamtp.engines.deepspeed.fragments import MasterState
-from megamtp.engines.deepspeed.members import HostEngine, full_shape
+from megamtp.engines.deepspeed.members import DeepSpeedEngine, full_shape
 from megamtp.errors import CheckpointError
 from megamtp.optimizers.kinds import optimizer_kind
 
-LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of its loss scaler under fp16
-RANDOM = "random"  # keys of a rank's random states in its shard: random/cpu, random/cuda
+LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # attributes of fp16's loss scaler
+RANDOM = "random"  # prefix of the random number states in a rank's shard: random/cpu, random/cuda
 
 
-def engine_state(engine: HostEngine, optimizer: OptimizerConfig) -> EngineState:
-    """See Engine.state."""
+def engine_state(engine: DeepSpeedEngine, optimizer: OptimizerConfig) -> EngineState:
+    """Returns the state of an engine. See Engine.state."""
     kind = optimizer_kind(optimizer)
     master, scaler = MasterState(engine, kind), getattr(engine.optimizer, "loss_scaler", None)
     tensors = {
@@ -46,15 +46,17 @@ def engine_state(engine: HostEngine, optimizer: OptimizerConfig) -> EngineState:
     return EngineState(tensors | _random_states(), shapes, run)
 
 
-def load_state(engine: HostEngine, checkpoint: Path, config: Config, rank: int, world_size: int) -> None:
-    """See Engine.load."""
+def load_state(engine: DeepSpeedEngine, checkpoint: Path, config: Config, rank: int, world_size: int) -> None:
+    """Restores the state of an engine. See Engine.load."""
     with raised_by_all():
-        master = _read_all(engine, checkpoint, config, rank, world_size)
-    master.refresh_weights()
+        master = _load_rank_state(engine, checkpoint, config, rank, world_size)
+    master.update_model_weights()
 
 
-def _read_all(engine: HostEngine, checkpoint: Path, config: Config, rank: int, world_size: int) -> MasterState:
-    """Random states are those of the checkpoint if engine.kind and the number of ranks are. Not collective."""
+def _load_rank_state(
+    engine: DeepSpeedEngine, checkpoint: Path, config: Config, rank: int, world_size: int
+) -> MasterState:
+    """Restores this rank's master weights, optimizer state, counters and random number states. Not collective."""
     manifest, kind = read_manifest(checkpoint, check_files=False), optimizer_kind(config.optimizer)
     state = read_state(manifest.state, checkpoint)
     if state.optimizer.kind != config.optimizer.kind:
@@ -65,11 +67,11 @@ def _read_all(engine: HostEngine, checkpoint: Path, config: Config, rank: int, w
     master = MasterState(engine, kind)
     expected = {name: full_shape(parameter) for name, parameter in engine.module.named_parameters()}
     same_layout = (manifest.engine_kind, manifest.world_size) == (config.engine.kind, world_size)
-    kinds = (WEIGHT, *kind.tensors)
-    saved = _own_file(checkpoint, master, rank, kinds) if same_layout else None
+    tensor_kinds = (WEIGHT, *kind.tensors)
+    saved = _open_own_shard(checkpoint, master, rank, tensor_kinds) if same_layout else None
     if not saved:
         shards = Shards(checkpoint, manifest.files)
-        saved = {tensor_kind: shards.tensors(tensor_kind) for tensor_kind in kinds}
+        saved = {tensor_kind: shards.tensors(tensor_kind) for tensor_kind in tensor_kinds}
     shapes = saved[WEIGHT].shapes
     check_tensors({name: shapes[name] for name in expected if name in shapes}, expected, checkpoint)
     for fragment in master.fragments:
@@ -83,23 +85,24 @@ def _read_all(engine: HostEngine, checkpoint: Path, config: Config, rank: int, w
     return master
 
 
-def _own_file(
-    checkpoint: Path, master: MasterState, rank: int, kinds: tuple[str, ...]
+def _open_own_shard(
+    checkpoint: Path, master: MasterState, rank: int, tensor_kinds: tuple[str, ...]
 ) -> dict[str, ShardedTensors] | None:
-    """By kind, what this rank's file holds, if that is all that it needs: after a job whose cut was the same, nobody
-    reads more.
+    """Returns the tensors in this rank's shard file, by kind, or None if this rank needs others as well.
+
+    A job with the same partition as the previous job needs no other file.
     """
-    own = Shards(checkpoint, [shard_name(rank)])
-    parts = {kind: own.available_tensors(kind) for kind in kinds}
+    shard = Shards(checkpoint, [shard_name(rank)])
+    tensors = {kind: shard.available_tensors(kind) for kind in tensor_kinds}
     needed = [
         (kind, fragment.name, fragment.start, fragment.start + len(tensor))
         for fragment in master.fragments
         for kind, tensor in fragment.tensors.items()
     ]
-    return parts if all(parts[kind].has(name, start, end) for kind, name, start, end in needed) else None
+    return tensors if all(tensors[kind].has(name, start, end) for kind, name, start, end in needed) else None
 
 
-def _set_loss_scale(engine: HostEngine, saved: dict[str, Any] | None) -> None:
+def _set_loss_scale(engine: DeepSpeedEngine, saved: dict[str, Any] | None) -> None:
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if saved and isinstance(scaler, DynamicLossScaler):
         for name in LOSS_SCALE:
@@ -114,7 +117,7 @@ def _random_states() -> dict[str, Tensor]:
 
 
 def _set_random_states(shard: Path | None, manifest: Manifest, rank: int) -> None:
-    """Those in `shard`; ones of its own for each rank and step where there are none."""
+    """Restores the random number states in `shard`. Without them, seeds them by step and rank."""
     torch.manual_seed((manifest.step << 24) + rank)
     if not shard or not shard.exists():
         return
@@ -127,5 +130,5 @@ def _set_random_states(shard: Path | None, manifest: Manifest, rank: int) -> Non
                 torch.cuda.set_rng_state(opened.get_tensor(f"{RANDOM}/cuda"))
     except (OSError, SafetensorError, RuntimeError) as error:
         raise CheckpointError(
-            f"{shard} is damaged ({error}); remove {shard.parent} to go on from an older one"
+            f"{shard} is damaged ({error}); remove {shard.parent} to resume from an older checkpoint"
         ) from None

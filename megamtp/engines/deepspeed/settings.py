@@ -1,4 +1,4 @@
-"""Our configuration -> DeepSpeed's, and the refusal of what cannot work beside it."""
+"""Converts our configuration to DeepSpeed's, and refuses DeepSpeed settings that do not work with it."""
 
 from typing import Any
 
@@ -6,8 +6,8 @@ from megamtp.config import Config
 from megamtp.errors import InputError
 from megamtp.model.cost import head_parameters, layer_parameters, unembedding_parameters
 
-# DeepSpeed settings that may be passed through: none of them changes what is trained, unless it is named below.
-PASSED_ON = (
+# Sections of engine.deepspeed. None of their settings changes the training, except for those in REFUSED.
+ALLOWED = (
     "zero_optimization",
     "fp16",
     "bf16",
@@ -17,57 +17,57 @@ PASSED_ON = (
     "comms_logger",
 )
 
-# DeepSpeed settings that break sequential heads or would silently change what is trained, and why.
+# DeepSpeed settings that break sequential heads or silently change the training, with the reason.
 REFUSED = {
-    "train_batch_size": "it follows from train.global_batch_tokens",
-    "elasticity": "the number of ranks is the launcher's",
-    "compression_training": "it replaces the modules that the heads are",
-    "compile": "DeepCompile removes the module hooks that fetch the heads' weights",
+    "train_batch_size": "megamtp derives it from train.global_batch_tokens",
+    "elasticity": "the launcher sets the number of ranks",
+    "compression_training": "it replaces the heads' modules",
+    "compile": "DeepCompile removes the module hooks that gather the heads' weights",
     "optimizer": "megamtp builds the optimizer; set optimizer.*",
     "scheduler": "megamtp sets the learning rate; set optimizer.*",
-    "pipeline": "the pipeline engine is not chosen by DeepSpeed's settings",
-    "zenflow": "its own backward hooks do not see the heads' backward passes",
-    "hybrid_engine": "it replaces the modules that the heads are",
-    "tensor_parallel": "it replaces the modules that the heads are",
-    "torch_autocast": "it changes precision inside the fused loss; set train.precision",
-    "amp": "it changes precision inside the fused loss; set train.precision",
-    "sparse_gradients": "the embedding's gradient is dense here",
-    "progressive_layer_drop": "it passes arguments that the model does not take",
-    "curriculum_learning": "the data order is megamtp's, so that runs can be resumed",
-    "data_efficiency": "the data order is megamtp's, so that runs can be resumed",
+    "pipeline": "set engine.kind=pipeline instead",
+    "zenflow": "its backward hooks miss the heads' backward passes",
+    "hybrid_engine": "it replaces the heads' modules",
+    "tensor_parallel": "it replaces the heads' modules",
+    "torch_autocast": "it changes the precision inside the fused loss; set train.precision",
+    "amp": "it changes the precision inside the fused loss; set train.precision",
+    "sparse_gradients": "the embedding's gradient is dense",
+    "progressive_layer_drop": "it passes arguments that the model does not have",
+    "curriculum_learning": "megamtp sets the data order, so that runs can be resumed",
+    "data_efficiency": "megamtp sets the data order, so that runs can be resumed",
     "prescale_gradients": "the loss is normalised globally before the reduction",
     "gradient_predivide_factor": "the loss is normalised globally before the reduction",
     "managed_gradient_accumulation": "megamtp marks the last micro-batch itself",
-    "sequence_parallel_size": "attention here sees whole sequences",
+    "sequence_parallel_size": "attention needs whole sequences",
     "expert_parallel": "the model has no experts",
-    "zero_optimization.zenflow": "its own backward hooks do not see the heads' backward passes",
-    "zero_optimization.round_robin_gradients": "checkpoints would hold weights under other parameters' names",
-    "zero_optimization.compute_grad_norm": "every step reports the gradient's norm",
-    "zero_optimization.module_granularity_threshold": "layers are gathered whole",
-    "zero_optimization.leaf_module": "layers are gathered whole",
+    "zero_optimization.zenflow": "its backward hooks miss the heads' backward passes",
+    "zero_optimization.round_robin_gradients": "checkpoints would store weights under the names of other parameters",
+    "zero_optimization.compute_grad_norm": "every step reports the gradient norm",
+    "zero_optimization.module_granularity_threshold": "megamtp gathers whole layers",
+    "zero_optimization.leaf_module": "megamtp gathers whole layers",
     "zero_optimization.cpu_offload": "set engine.offload_optimizer",
-    "zero_optimization.offload_optimizer.ratio": "the optimizer is offloaded whole, or not",
+    "zero_optimization.offload_optimizer.ratio": "the optimizer is offloaded entirely, or not at all",
     "zero_optimization.offload_optimizer.super_offload": "the optimizer is torch's AdamW",
-    "zero_optimization.legacy_stage1": "DeepSpeed has given it up",
-    "zero_optimization.zeropp_loco_param": "gradients are reduced as they are (no quantised reductions)",
-    "fp16.fp16_master_weights_and_grads": "the optimizer's weights are fp32",
-    "bf16.bf16_master_weights_and_grads": "the optimizer's weights are fp32",
-    "zero_optimization.zero_hpz_partition_size": "weights are gathered from one set of shards (no hpZ)",
-    "zero_optimization.zero_quantized_weights": "weights are gathered as they are (no quantised gathers)",
-    "zero_optimization.zero_quantized_nontrainable_weights": "weights are gathered as they are (no quantised gathers)",
-    "zero_optimization.zero_quantized_gradients": "gradients are reduced as they are (no quantised reductions)",
-    "zero_optimization.mics_shard_size": "shards are spread over all ranks (no MiCS)",
-    "zero_optimization.mics_hierarchical_params_gather": "shards are spread over all ranks (no MiCS)",
-    "zero_optimization.offload_param.device": "set engine.offload_parameters (to CPU memory; NVMe is not supported)",
-    "zero_optimization.offload_optimizer.device": "set engine.offload_optimizer (to CPU memory; NVMe is not supported)",
+    "zero_optimization.legacy_stage1": "DeepSpeed no longer maintains it",
+    "zero_optimization.zeropp_loco_param": "quantised reductions are not supported",
+    "fp16.fp16_master_weights_and_grads": "master weights are fp32",
+    "bf16.bf16_master_weights_and_grads": "master weights are fp32",
+    "zero_optimization.zero_hpz_partition_size": "hpZ is not supported",
+    "zero_optimization.zero_quantized_weights": "quantised gathers are not supported",
+    "zero_optimization.zero_quantized_nontrainable_weights": "quantised gathers are not supported",
+    "zero_optimization.zero_quantized_gradients": "quantised reductions are not supported",
+    "zero_optimization.mics_shard_size": "MiCS is not supported",
+    "zero_optimization.mics_hierarchical_params_gather": "MiCS is not supported",
+    "zero_optimization.offload_param.device": "set engine.offload_parameters (CPU only; NVMe is not supported)",
+    "zero_optimization.offload_optimizer.device": "set engine.offload_optimizer (CPU only; NVMe is not supported)",
 }
 
 
 def deepspeed_config(config: Config, data_parallel_size: int) -> dict[str, Any]:
-    """The dictionary for deepspeed.initialize and zero.Init.
+    """Returns the configuration for deepspeed.initialize and zero.Init.
 
     Raises:
-        InputError: engine.deepspeed names a setting of ours, or one that cannot work (REFUSED).
+        InputError: engine.deepspeed has a setting that megamtp sets itself, or one of REFUSED.
     """
     precision = config.train.precision
     ours = {
@@ -75,22 +75,22 @@ def deepspeed_config(config: Config, data_parallel_size: int) -> dict[str, Any]:
         "gradient_accumulation_steps": config.accumulation(data_parallel_size),
         "gradient_clipping": config.optimizer.gradient_clipping,  # explicit: DeepSpeed's default is 1.0, not off
         "steps_per_print": 10**9,
-        # by default the host waits for the device around every micro-batch
+        # DeepSpeed's default makes the CPU wait for the GPU before and after every micro-batch.
         "timers": {"throughput": {"enabled": False}},
-        "zero_allow_untested_optimizer": True,  # any kind that works element by element
-        "zero_force_ds_cpu_optimizer": False,  # with offload torch's fused AdamW steps on the CPU: no compiler needed
+        "zero_allow_untested_optimizer": True,  # any element-wise optimizer works
+        "zero_force_ds_cpu_optimizer": False,  # offloaded steps use torch's fused AdamW, which needs no compiler
         "bf16": _bf16_settings(config),
         "fp16": {"enabled": precision == "fp16"},
-        "data_types": {"grad_accum_dtype": "fp32"},  # DeepSpeed's default is the model's dtype, silently
+        "data_types": {"grad_accum_dtype": "fp32"},  # explicit: DeepSpeed's default is the model's dtype
         "communication_data_type": config.engine.reduce_dtype or precision,
         "zero_optimization": _zero_settings(config),
     }
     _refuse(config.engine.deepspeed, "")
     merged = _merged(ours, config.engine.deepspeed, "")
     for key in config.engine.deepspeed:
-        if key not in PASSED_ON:
+        if key not in ALLOWED:
             raise InputError(
-                f"engine.deepspeed.{key} is not known to work; expected one of {', '.join(PASSED_ON)}: remove it"
+                f"engine.deepspeed.{key} is not supported; expected one of {', '.join(ALLOWED)}: remove it"
             )
     if config.engine.deepspeed:
         _check_with_deepspeed(merged)
@@ -100,7 +100,7 @@ def deepspeed_config(config: Config, data_parallel_size: int) -> dict[str, Any]:
 def _bf16_settings(config: Config) -> dict[str, Any]:
     settings: dict[str, Any] = {"enabled": config.train.precision == "bf16"}
     if config.engine.kind == "pipeline":
-        # each gradient into the fp32 sums as it appears: (d) of head_phase.py is moot
+        # Every gradient is added to its fp32 sum at once, so that a pipeline does not need (d) of head_phase.py.
         settings["immediate_grad_update"] = True
     return settings
 
@@ -109,8 +109,8 @@ def _zero_settings(config: Config) -> dict[str, Any]:
     engine, model = config.engine, config.model
     settings: dict[str, Any] = {
         "stage": 3 if engine.kind == "zero3" else 1,
-        "overlap_comm": engine.kind != "pipeline",  # DeepSpeed's pipeline reduces after the last backward pass
-        # A copy that grouping saves; and a pipeline's gradients are complete where they are when they are reduced.
+        "overlap_comm": engine.kind != "pipeline",  # a pipeline reduces only after the last backward pass
+        # Copies gradients to one buffer. Grouped communication and pipelines reduce them where they are.
         "contiguous_gradients": engine.kind == "zero1"
         or (engine.kind == "zero3" and engine.communication == "deepspeed"),
         "reduce_scatter": True,
@@ -122,15 +122,14 @@ def _zero_settings(config: Config) -> dict[str, Any]:
         layer, unembedding = layer_parameters(model), unembedding_parameters(model)
         head = max(head_parameters(model, index) for index in range(model.num_future_tokens))
         settings |= {
-            # one layer ahead: head i + 1 arrives while head i computes
+            # Prefetch one layer: head i + 1 is gathered while head i computes.
             "stage3_prefetch_bucket_size": max(layer, head),
-            "stage3_max_live_parameters": layer
-            + 2 * head
-            + unembedding,  # a trunk layer, two heads and the unembedding
-            # a layer used again in backward is gathered again: that is ZeRO-3's bargain
+            # A trunk layer, two heads and the unembedding.
+            "stage3_max_live_parameters": layer + 2 * head + unembedding,
+            # Release weights after each use, also if the next use is near: backward gathers them again.
             "stage3_max_reuse_distance": 0,
             "stage3_param_persistence_threshold": engine.param_persistence_threshold,
-            # it replaces torch's linear by one that torch.compile compiles anew for each layer
+            # DeepSpeed's own linear function would make torch.compile compile every layer separately.
             "memory_efficient_linear": False,
         }
         if engine.offload_parameters:
@@ -139,7 +138,7 @@ def _zero_settings(config: Config) -> dict[str, Any]:
 
 
 def _check_with_deepspeed(settings: dict[str, Any]) -> None:
-    """Raises: InputError for what DeepSpeed itself would end with a traceback."""
+    """Raises InputError for settings that DeepSpeed rejects, instead of DeepSpeed's traceback."""
     from deepspeed.runtime.config import DeepSpeedConfig
     from pydantic import ValidationError
 
@@ -147,14 +146,14 @@ def _check_with_deepspeed(settings: dict[str, Any]) -> None:
         DeepSpeedConfig(settings)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
+        name = ".".join(map(str, first["loc"]))
         raise InputError(
-            f"engine.deepspeed: {place}={first['input']!r}: {first['msg']}; see DeepSpeed's configuration"
+            f"engine.deepspeed: {name}={first['input']!r}: {first['msg']}; see DeepSpeed's documentation"
         ) from None
-    except Exception as error:  # of every kind: DeepSpeed does not check the types of what it is given
+    except Exception as error:  # any kind: DeepSpeed does not check the types of all settings
         reason = " ".join(str(error).split())
         raise InputError(
-            f"engine.deepspeed is refused by DeepSpeed ({reason}); expected settings of the types it documents"
+            f"DeepSpeed rejects engine.deepspeed ({reason}); expected settings of the documented types"
         ) from None
 
 
@@ -174,10 +173,10 @@ def _merged(ours: dict[str, Any], theirs: dict[str, Any], prefix: str) -> dict[s
         if isinstance(value, dict) and isinstance(ours.get(key), dict):
             merged[key] = _merged(ours[key], value, f"{prefix}{key}.")
         elif isinstance(ours.get(key), dict):
-            raise InputError(f"{name} is {value!r}; expected a mapping of DeepSpeed's settings")
+            raise InputError(f"{name} is {value!r}; expected a mapping of DeepSpeed settings")
         elif key in ours:
             raise InputError(
-                f"{name} clashes with megamtp's own setting ({ours[key]}); remove it: --help lists our keys"
+                f"{name} conflicts with a setting of megamtp ({ours[key]}); remove it: --help lists megamtp's settings"
             )
         else:
             merged[key] = value

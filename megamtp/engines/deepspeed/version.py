@@ -1,4 +1,4 @@
-"""Which DeepSpeed the engines work with.
+"""Checks the version of DeepSpeed.
 
 Tests: tests/distributed/test_gather.py.
 """
@@ -11,6 +11,10 @@ SUPPORTED = "0.19."
 
 
 def check_version(version: str = deepspeed.__version__) -> None:
-    """Raises InputError: the private members of this DeepSpeed may differ from those that members.py names."""
+    """Checks that this DeepSpeed has the private members that members.py lists.
+
+    Raises:
+        InputError: the version is not supported.
+    """
     if not version.startswith(SUPPORTED):
         raise InputError(f"DeepSpeed {version}; expected {SUPPORTED}*: run pip install 'deepspeed>=0.19.8,<0.20'")

@@ -3,8 +3,8 @@
 import subprocess
 import sys
 
-from megamtp.planning.partition import partition
-from megamtp.planning.planner import CARDS, plan
+from megamtp.planning.partition import whole_loss_partition
+from megamtp.planning.planner import GPUS, plan
 from tests.cases import ROOT, pipeline_config
 
 
@@ -35,15 +35,15 @@ def test_output_for_configurations_that_fit_and_do_not_fit():
     assert (
         "waiting for other stages" in pipeline.stdout and "\nwith engine.spread_losses=true: step " in pipeline.stdout
     )
-    assert "\nengine.spread_losses=true is predicted to be faster: a step in 0.9" in pipeline.stdout
+    assert "\nengine.spread_losses=true is predicted to be faster: 0.9" in pipeline.stdout
     (layers,) = (
-        line.split()[-1] for line in pipeline.stdout.splitlines() if line.startswith("a run uses this cut with ")
+        line.split()[-1] for line in pipeline.stdout.splitlines() if line.startswith("a run uses this partition with ")
     )
-    given = partition(pipeline_config("13b", 4, layers), 16)
-    assert [stage.end - stage.first for stage in given.stages] == list(
+    partition = whole_loss_partition(pipeline_config("13b", 4, layers), 16)
+    assert [stage.num_layers for stage in partition.stages] == list(
         map(int, layers.partition("[")[2].strip("]").split(","))
     )
-    limit = plan(pipeline_config("13b", 4), 64, CARDS["h100"]).peak_bytes + 1  # spread losses need more
+    limit = plan(pipeline_config("13b", 4), 64, GPUS["h100"]).peak_bytes + 1  # spread losses need more
     settings = [
         "engine.kind=pipeline",
         "engine.num_stages=4",

@@ -1,44 +1,45 @@
-"""The played 1F1B schedule: the order is DeepSpeed's, nothing starts too early, and known cases take what they must."""
+"""The simulated 1F1B schedule: its order is DeepSpeed's, dependencies are kept, and known cases take the known time."""
 
 import itertools
 
 import pytest
 from deepspeed.runtime.pipe import schedule
 
-from megamtp.planning.one_f_one_b import order, play
+from megamtp.planning.one_f_one_b import pass_order, simulate
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("num_micro_batches", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("num_stages", [2, 3, 4])
-def test_order_is_deepspeeds(num_stages, micro_batches):
+def test_order_equals_deepspeeds(num_stages, num_micro_batches):
     for stage in range(num_stages):
-        numbers = {schedule.ForwardPass: iter(range(micro_batches)), schedule.BackwardPass: iter(range(micro_batches))}
-        theirs = [
-            (type(command) is schedule.ForwardPass, next(numbers[type(command)]))
-            for commands in schedule.TrainSchedule(micro_batches, num_stages, stage)
+        indices = {
+            schedule.ForwardPass: iter(range(num_micro_batches)),
+            schedule.BackwardPass: iter(range(num_micro_batches)),
+        }
+        expected = [
+            (type(command) is schedule.ForwardPass, next(indices[type(command)]))
+            for commands in schedule.TrainSchedule(num_micro_batches, num_stages, stage)
             for command in commands
-            if type(command) in numbers
+            if type(command) in indices
         ]
-        assert order(stage, num_stages, micro_batches) == theirs
+        assert pass_order(stage, num_stages, num_micro_batches) == expected
 
 
-@pytest.mark.parametrize(("num_stages", "micro_batches"), [(1, 3), (2, 1), (3, 6), (4, 2), (4, 16)])
-def test_equal_stages_take_m_plus_p_minus_1(num_stages, micro_batches):
-    played = play([1.0] * num_stages, [2.0] * num_stages, micro_batches)
-    assert max(work.end for work in played) == 3 * (micro_batches + num_stages - 1)
+@pytest.mark.parametrize(("num_stages", "num_micro_batches"), [(1, 3), (2, 1), (3, 6), (4, 2), (4, 16)])
+def test_equal_stages_take_m_plus_p_minus_1_periods(num_stages, num_micro_batches):
+    timed_passes = simulate([1.0] * num_stages, [2.0] * num_stages, num_micro_batches)
+    assert max(timed_pass.end for timed_pass in timed_passes) == 3 * (num_micro_batches + num_stages - 1)
 
 
-def test_a_slow_first_stage_hides_the_others():
-    """It works from the start to the end but for the last micro-batch's way through the others; by hand, forward 3 2
-    1.
-    """
-    played = play([3.0, 2.0, 1.0], [6.0, 4.0, 2.0], 6)
-    assert max(work.end for work in played) == 6 * 9 + 3
+def test_slow_first_stage_determines_the_step_time():
+    """It is idle only while the last micro-batch passes through the other stages (forward 2 + 1)."""
+    timed_passes = simulate([3.0, 2.0, 1.0], [6.0, 4.0, 2.0], 6)
+    assert max(timed_pass.end for timed_pass in timed_passes) == 6 * 9 + 3
 
 
-def test_a_link_delays_what_waits_for_it():
-    played = play([1.0, 1.0], [1.0, 1.0], 1, link=0.25)
-    assert [(work.stage, work.forward, work.start, work.end) for work in played] == [
+def test_transfers_delay_dependent_passes():
+    timed_passes = simulate([1.0, 1.0], [1.0, 1.0], 1, transfer_time=0.25)
+    assert [(each.stage, each.forward, each.start, each.end) for each in timed_passes] == [
         (0, True, 0.0, 1.0),
         (1, True, 1.25, 2.25),
         (1, False, 2.25, 3.25),
@@ -46,16 +47,16 @@ def test_a_link_delays_what_waits_for_it():
     ]
 
 
-def test_nothing_starts_before_what_it_needs_and_no_stage_does_two_things():
-    played = play([3.0, 1.0, 2.0, 5.0], [4.0, 2.0, 6.0, 1.0], 7, link=0.5)
-    assert len(played) == 2 * 4 * 7
-    ends = {(work.stage, work.forward, work.micro_batch): work.end for work in played}
-    for work in played:
-        source = work.stage - 1 if work.forward else work.stage + 1
+def test_dependencies_are_kept_and_passes_of_a_stage_do_not_overlap():
+    timed_passes = simulate([3.0, 1.0, 2.0, 5.0], [4.0, 2.0, 6.0, 1.0], 7, transfer_time=0.5)
+    assert len(timed_passes) == 2 * 4 * 7
+    ends = {(each.stage, each.forward, each.micro_batch): each.end for each in timed_passes}
+    for timed_pass in timed_passes:
+        source = timed_pass.stage - 1 if timed_pass.forward else timed_pass.stage + 1
         if 0 <= source < 4:
-            assert work.start >= ends[source, work.forward, work.micro_batch] + 0.5
-        if not work.forward:
-            assert work.start >= ends[work.stage, True, work.micro_batch]
+            assert timed_pass.start >= ends[source, timed_pass.forward, timed_pass.micro_batch] + 0.5
+        if not timed_pass.forward:
+            assert timed_pass.start >= ends[timed_pass.stage, True, timed_pass.micro_batch]
     for stage in range(4):
-        own = sorted((work.start, work.end) for work in played if work.stage == stage)
-        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(own))
+        intervals = sorted((each.start, each.end) for each in timed_passes if each.stage == stage)
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(intervals))

@@ -9,15 +9,13 @@ from tests.cases import ROOT, published_config
 
 
 def recorded_pipelines() -> list[tuple[dict, dict]]:
-    """(a pipeline whose stages were measured, the settings)"""
+    """Returns (a pipeline whose stages were measured, its settings)."""
     contents = [json.loads(path.read_text()) for path in sorted((ROOT / "tools/results").glob("pipeline*.json"))]
     return [(result, content["settings"]) for content in contents for result in content["results"]]
 
 
-def test_memory_of_recorded_stages_is_predicted():
-    """All stages of all sizes, vocabularies and numbers of stages, of whole layers and with spread losses: within 5
-    %.
-    """
+def test_memory_prediction_is_within_5_percent_of_all_recorded_stages():
+    """With all sizes, vocabularies and numbers of stages, and with whole and spread losses."""
     num_stages = 0
     for result, settings in recorded_pipelines():
         batch = f"train.global_batch_tokens={settings['T'] * settings['micro-batches'] * settings['pipelines']}"
@@ -29,15 +27,16 @@ def test_memory_of_recorded_stages_is_predicted():
             f"model.vocab_size={result['vocabulary']}",
             "train.micro_batch_size=1",
             batch,
-            "head_loss.chunk_rows=4096",  # the default when these were measured
+            "head_loss.chunk_rows=4096",  # the default at the time of the measurement
         )
         spread = result["plan"] == "spread losses"
         for stage, peak in enumerate(result["peak_bytes"]):
-            heads = result["heads_of_stages"][stage]
-            own = range(sum(result["heads_of_stages"][:stage]), sum(result["heads_of_stages"][: stage + 1]))
-            contents = StageContents(result["layers"][stage] - heads, own, stage == 0, result["rows"][stage], spread)
-            found = stage_memory(config, settings["pipelines"], contents, result["alive"][stage])
-            needed = sum(size for kind, size in found.items() if kind != OPTIMIZER)
-            assert needed == pytest.approx(peak, rel=0.05), (result["plan"], contents)
+            first_head = sum(result["heads_of_stages"][:stage])
+            heads = range(first_head, first_head + result["heads_of_stages"][stage])
+            num_trunk_layers, rows = result["layers"][stage] - len(heads), result["rows"][stage]
+            contents = StageContents(num_trunk_layers, heads, stage == 0, rows, spread)
+            memory = stage_memory(config, settings["pipelines"], contents, result["alive"][stage])
+            predicted = sum(size for kind, size in memory.items() if kind != OPTIMIZER)
+            assert predicted == pytest.approx(peak, rel=0.05), (result["plan"], contents)
             num_stages += 1
     assert num_stages == 312

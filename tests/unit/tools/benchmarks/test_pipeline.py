@@ -29,7 +29,7 @@ def test_a_size_that_does_not_fit_is_named_and_others_are_measured(tmp_path, mon
     arguments = ["--smoke", "--set", "--stages", "4", "--output", str(tmp_path)]  # --set alone: models of full size
     pipeline.main([*arguments, "--sizes", "13b", "6.7b"])
     assert (
-        "13b: StageContents(num_trunk=4, " in (shown := capsys.readouterr().out)
+        "13b: StageContents(num_trunk_layers=4, " in (shown := capsys.readouterr().out)
         and "does not fit on this card; expected" in shown
     )
     assert {result["size"] for result in json.loads((tmp_path / "pipeline.json").read_text())["results"]} == {"6.7b"}

@@ -6,7 +6,7 @@ from benchmarks import plans
 from benchmarks.stages import Measured
 
 from megamtp.planning.links import Link
-from megamtp.planning.spread_schedule import Kind
+from megamtp.planning.spread_schedule import PassKind
 from tests.cases import paper_config, small_config
 
 
@@ -15,16 +15,16 @@ class InventedMeter(plans.Meter):
 
     def measure(self, config, stage, alive=()):
         contents = stage.contents
-        forward, backward = float(contents.num_trunk), 2.0 * contents.num_trunk
+        forward, backward = float(contents.num_trunk_layers), 2.0 * contents.num_trunk_layers
         if contents.spread:
             seconds = {
-                Kind.FORWARD: forward + contents.num_heads,
-                Kind.STATISTICS: contents.rows / 300,
-                Kind.GRADIENTS: 2 * contents.rows / 300,
-                Kind.BACKWARD: backward + 2 * contents.num_heads,
+                PassKind.FORWARD: forward + contents.num_heads,
+                PassKind.STATISTICS: contents.rows / 300,
+                PassKind.GRADIENTS: 2 * contents.rows / 300,
+                PassKind.BACKWARD: backward + 2 * contents.num_heads,
             }
         else:
-            seconds = {Kind.FORWARD: forward + 6 * contents.num_heads, Kind.BACKWARD: backward}
+            seconds = {PassKind.FORWARD: forward + 6 * contents.num_heads, PassKind.BACKWARD: backward}
         return Measured(
             seconds, {kind: (time, time) for kind, time in seconds.items()}, {count: 2**30 for count in alive}
         )
@@ -37,7 +37,7 @@ def test_plans_are_played_with_what_was_measured():
         Link(1e30, 0.0),
     )
     costs = plans.measured_costs(config, meter)
-    assert (costs.layer_forward, costs.layer_backward, costs.loss, costs.copy) == (1.0, 2.0, 3.0, 0.0)
+    assert (costs.layer_forward, costs.layer_backward, costs.loss, costs.unembedding_copy) == (1.0, 2.0, 3.0, 0.0)
     assert (costs.slice_statistics * 300, costs.slice_gradients * 300) == pytest.approx((1.0, 2.0))
     made = plans.make_plans(config, 1, costs, link)
     found = {name: plans.play_plan(config, plan, costs, link, meter) for name, plan in made.items()}
