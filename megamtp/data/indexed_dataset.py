@@ -100,12 +100,7 @@ class IndexedDatasetWriter:
             )
 
     def add_documents(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Appends documents of one sequence each.
-
-        Args:
-            tokens: [sum of lengths], of the file's type.
-            lengths: int32 [documents].
-        """
+        """Appends documents of one sequence each: `tokens` [sum of lengths] of the file's type, int32 `lengths`."""
         self._write(tokens)
         first = len(self._lengths) + 1
         self._lengths.frombytes(lengths.astype(np.int32, copy=False).tobytes())
@@ -244,7 +239,7 @@ class IndexedDataset:
         return self._tokens[start:stop]
 
     def crc32_of_ends(self) -> int:
-        """Returns the CRC-32 of the first and the last 16 Ki tokens, which identifies a corpus.
+        """Returns the CRC-32 of the first and last 16 Ki tokens, which identifies a corpus.
 
         Raises:
             InputError: the tokens do not match their checksums.

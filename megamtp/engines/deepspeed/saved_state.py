@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megamtp.checkpoint.contents import WEIGHT, check_tensors
-from megamtp.checkpoint.shards import Shards, ShardedTensors, shard_name, slice_key
+from megamtp.checkpoint.shards import ShardedTensors, Shards, shard_name, slice_key
 from megamtp.checkpoint.state import COUNTERS, OptimizerState, RunState, read_state
 from megamtp.checkpoint.store import Manifest, read_manifest
 from megamtp.cluster.environment import raised_by_all
@@ -83,7 +83,9 @@ def _read_all(engine: HostEngine, checkpoint: Path, config: Config, rank: int, w
     return master
 
 
-def _own_file(checkpoint: Path, master: MasterState, rank: int, kinds: tuple[str, ...]) -> dict[str, ShardedTensors] | None:
+def _own_file(
+    checkpoint: Path, master: MasterState, rank: int, kinds: tuple[str, ...]
+) -> dict[str, ShardedTensors] | None:
     """By kind, what this rank's file holds, if that is all that it needs: after a job whose cut was the same, nobody
     reads more.
     """

@@ -25,7 +25,7 @@ def test_a_run_passes_over_damage_but_over_no_other_format(tmp_path, monkeypatch
         resuming.newest_verified(tmp_path, 0, 1)
 
 
-@pytest.mark.parametrize("kind", ["truncated", "manifest cut short", "flipped bit"])
+@pytest.mark.parametrize("kind", ["truncated", "truncated manifest", "flipped bit"])
 def test_a_run_of_which_no_checkpoint_is_whole_has_no_older_one_to_go_on_from(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(resuming, "of_all_ranks", lambda own: [own])
     monkeypatch.setattr(resuming.dist, "broadcast_object_list", lambda found, src: None)
