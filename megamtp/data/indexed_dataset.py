@@ -283,7 +283,7 @@ class IndexedDataset:
         first_sequence, last_sequence = self._sequence_at(start), self._sequence_at(stop - 1)
         self._check_sequences(first_sequence, last_sequence + 1)
         first, last = (bisect_right(self._documents, sequence) for sequence in (first_sequence, last_sequence))
-        # Also check one entry on each side: a wrong entry can lead the bisection to a wrong place.
+        # Also check one entry on each side: a wrong entry can lead the bisection to a wrong position.
         self._check_documents(max(0, first - 2), last + 2)
         return np.unique(self._pointers[self._documents[first:last]] // self.dtype.itemsize)
 
