@@ -65,6 +65,6 @@ def test_a_smoke_run_is_refused(tmp_path):
     shutil.copy(results.FOLDER / "paper.json", tmp_path)
     (tmp_path / "world.json").write_text(json.dumps(content | {"smoke": True}))
     with pytest.raises(
-        InputError, match="world.json is of a smoke run; expected a measurement: run it without --smoke"
+        InputError, match=r"world.json is of a smoke run; expected a measurement: run it without --smoke"
     ):
         results.page(tmp_path)
