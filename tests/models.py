@@ -8,13 +8,17 @@ from megamtp.model.mtp import MTPModel
 
 
 def model_config(**overrides) -> ModelConfig:
-    """Three trunk layers and two heads of width 32."""
+    """Returns a configuration with three trunk layers and two heads of width 32."""
     settings = {"dim": 32, "num_layers": 5, "num_future_tokens": 2, "num_attention_heads": 4, "vocab_size": 50}
     return ModelConfig(**settings | overrides)
 
 
 def built_model(config: ModelConfig, **options) -> MTPModel:
-    """`options` are MTPModel's. The initial weights are multiplied by 5."""
+    """Returns an MTPModel with its initial weights multiplied by 5, except for norms.
+
+    Args:
+        options: arguments of MTPModel.
+    """
     model = MTPModel(config, **options).double()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

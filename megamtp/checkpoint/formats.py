@@ -49,7 +49,7 @@ class Format:
 
 
 def contains(file: str) -> Callable[[Path], bool]:
-    """Returns a function that tells whether a path has this file."""
+    """Returns a function that checks whether a folder contains this file."""
     return lambda path: (path / file).exists()
 
 

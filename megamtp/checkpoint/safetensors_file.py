@@ -89,8 +89,8 @@ def write(path: Path, source: TensorSource, names: Iterable[str], dtype: torch.d
     with open(path, "wb") as stream:
         stream.write(header)
         for name in names:
-            for part in content(source, name, dtype):
-                stream.write(part)
+            for piece in content(source, name, dtype):
+                stream.write(piece)
 
 
 @dataclass(frozen=True)

@@ -61,16 +61,16 @@ def write_shard(path: Path, slices: TensorSource, shapes: Mapping[str, tuple[int
     header = encode_header(tensors, {SHAPES: json.dumps(shapes)})
     total, crc = 0, 0
     with open(path, "wb", buffering=0) as stream:
-        for part in _parts(header, slices, sizes):
-            view = memoryview(part)
+        for piece in _pieces(header, slices, sizes):
+            view = memoryview(piece)
             while view:
                 view = view[stream.write(view) :]
-            total, crc = total + len(part), zlib.crc32(part, crc)
+            total, crc = total + len(piece), zlib.crc32(piece, crc)
         os.fsync(stream.fileno())
     return WrittenFile(total, crc)
 
 
-def _parts(header: bytes, slices: TensorSource, sizes: dict[str, int]) -> Iterator[bytes | memoryview]:
+def _pieces(header: bytes, slices: TensorSource, sizes: dict[str, int]) -> Iterator[bytes | memoryview]:
     yield header
     for key, size in sizes.items():
         for start in range(0, size, CHUNK_BYTES // 4):
@@ -155,9 +155,9 @@ class Shards:
         try:
             self.shapes |= {name: tuple(shape) for name, shape in json.loads(opened.metadata()[SHAPES]).items()}
             for key in opened.keys():  # noqa: SIM118 - safe_open is not iterable
-                kind, _, place = key.partition("/")
-                if "@" in place:  # other keys are random states
-                    name, start = place.rsplit("@", 1)
+                kind, _, slice_name = key.partition("/")
+                if "@" in slice_name:  # other keys are random states
+                    name, start = slice_name.rsplit("@", 1)
                     (size,) = opened.get_slice(key).get_shape()
                     bounds = number, int(start), int(start) + size
                     self._slices_by_kind.setdefault(kind, {}).setdefault(name, []).append(bounds)
@@ -202,7 +202,7 @@ class ShardedTensors:
 
     def has(self, name: str, start: int, end: int) -> bool:
         """Returns whether all elements [start, end) are available."""
-        return sum(last - first for *_, first, last in self._parts(name, start, end)) == end - start
+        return sum(last - first for *_, first, last in self._overlaps(name, start, end)) == end - start
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> Tensor:
         """See TensorSource.read."""
@@ -212,7 +212,7 @@ class ShardedTensors:
             )
         end = math.prod(self.shapes[name]) if end is None else end
         result, num_read = torch.empty(end - start), 0
-        for number, begin, first, last in self._parts(name, start, end):
+        for number, begin, first, last in self._overlaps(name, start, end):
             file, opened = self._open(number)
             try:
                 whole_slice = opened.get_slice(slice_key(self._kind, name, begin))
@@ -227,7 +227,7 @@ class ShardedTensors:
             )
         return result
 
-    def _parts(self, name: str, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+    def _overlaps(self, name: str, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
         """Yields (index of the file, first element of the slice, first, last) for each slice in [start, end).
 
         [first, last) are the elements of the slice that lie in [start, end).

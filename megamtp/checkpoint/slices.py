@@ -43,9 +43,9 @@ def file_slices(slices: TensorSource, shapes: Mapping[str, tuple[int, ...]]) -> 
     """Returns the elements in the file that `write_shard` writes from the same arguments."""
     bounds: dict[str, list[tuple[int, int]]] = {}
     for key, (size,) in slices.shapes.items():
-        kind, _, place = key.partition("/")
+        kind, _, slice_name = key.partition("/")
         if kind == WEIGHT:
-            name, start = place.rsplit("@", 1)
+            name, start = slice_name.rsplit("@", 1)
             bounds.setdefault(name, []).append((int(start), int(start) + size))
     return FileSlices({name: tuple(shapes[name]) for name in bounds}, bounds)
 

@@ -47,7 +47,7 @@ LATEST = "latest_universal"
 ZERO, SHARED, STEP = "zero", "optimizer_state.pt", "step.pt"
 MODEL_STATES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")  # ZeRO-3 reads the second
 WEIGHT_FILE = "fp32.pt"
-OWN = "megamtp"  # our key in MODEL_STATES, for the model and the run's state; DeepSpeed returns it as client state
+OUR_KEY = "megamtp"  # our key in MODEL_STATES, for the model and the run's state; DeepSpeed returns it as client state
 VERSION = 0.4  # of DeepSpeed's format
 OPAQUE = ("deepspeed.",)  # objects of these packages are ignored
 
@@ -100,27 +100,27 @@ def read(directory: Path, model: ModelConfig | None = None) -> Contents:
     """
     folder = _step_folder(directory)
     states = _read_states(folder)
-    own = states.get(OWN, {})
-    if "model" in own:
-        model = model_from_fields(own["model"], folder)
+    description = states.get(OUR_KEY, {})
+    if "model" in description:
+        model = model_from_fields(description["model"], folder)
     elif model is None:
         raise CheckpointError(f"{folder} does not describe its model; expected --config with the run's config.yaml")
     shapes = parameter_shapes(model)
     _check_names(folder / ZERO, shapes)
     counters = {name: states.get(name, 0) for name in COUNTERS}
     state = (
-        read_state(own["state"], folder)
-        if own.get("state")
+        read_state(description["state"], folder)
+        if description.get("state")
         else _adamw_state(folder / ZERO, next(iter(shapes)), counters)
     )
     return Contents(
         model,
         {kind: UniversalTensors(folder / ZERO, _file(kind), shapes) for kind in (WEIGHT, *state.optimizer.tensors)},
-        step=own.get("step", counters["global_steps"]),
+        step=description.get("step", counters["global_steps"]),
         state=state,
-        sequence_length=own.get("sequence_length"),
+        sequence_length=description.get("sequence_length"),
         tokenizer=find_tokenizer(folder),
-        tokens_are_bytes=own.get("tokens_are_bytes", False),
+        tokens_are_bytes=description.get("tokens_are_bytes", False),
         special_ids=read_special_ids(folder, model.vocab_size),
     )
 
@@ -154,7 +154,7 @@ class UniversalTensors:
 
 
 def _shared(step: Tensor, num_parameters: int) -> dict[str, Any]:
-    """Returns the content of optimizer_state.pt, as far as the engines read it."""
+    """Returns the part of optimizer_state.pt that the engines read."""
     # There are as many empty groups as an optimizer can have. Empty groups do not change the engine's settings.
     groups: list[dict[str, list[Tensor]]] = [{"params": []} for _ in range(num_parameters)]
     return {
@@ -179,7 +179,7 @@ def _model_states(contents: Contents) -> dict[str, Any]:
         "ds_config": {},
         "ds_version": importlib.metadata.version("deepspeed"),
         "universal_checkpoint_info": {"universal_checkpoint_version": VERSION},
-        OWN: {
+        OUR_KEY: {
             "model": dataclasses.asdict(resolve_defaults(contents.model)),
             "step": contents.step,
             "state": contents.state.to_json(),
@@ -210,10 +210,11 @@ def _read_states(folder: Path) -> dict[str, Any]:
     states = torch_file.read(files[0], OPAQUE)
     if not isinstance(states, dict):
         raise CheckpointError(f"{files[0]} holds a {type(states).__name__}, expected a mapping")
-    own = states.get(OWN, {})
-    if not isinstance(own, dict) or not isinstance(own.get("model", {}), dict):
+    description = states.get(OUR_KEY, {})
+    if not isinstance(description, dict) or not isinstance(description.get("model", {}), dict):
         raise CheckpointError(
-            f"{files[0]}: {OWN} is {str(own)[:100]}, expected a mapping that describes the model; copy it again"
+            f"{files[0]}: {OUR_KEY} is {str(description)[:100]}, expected a mapping that describes the model; copy it "
+            "again"
         )
     return states
 
@@ -244,10 +245,10 @@ def _adamw_state(zero: Path, name: str, counters: dict[str, int]) -> RunState:
 
 def _read_step(zero: Path, name: str) -> int:
     """Returns Adam's step count, from a parameter's own file or, for ZeRO-3, from the shared file."""
-    own = zero / name / STEP
-    file = own if own.exists() else zero / SHARED
+    own_file = zero / name / STEP
+    file = own_file if own_file.exists() else zero / SHARED
     content = torch_file.read(file, OPAQUE)
     try:
-        return int(content if file == own else content["optimizer_state_dict"]["state"][0]["step"])
+        return int(content if file == own_file else content["optimizer_state_dict"]["state"][0]["step"])
     except (LookupError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file} has no step count ({error}); convert the checkpoint again") from None

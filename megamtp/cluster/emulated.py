@@ -111,7 +111,7 @@ class EmulatedGroup(dist.ProcessGroup):
         return EmulatedWork(self._stream.record_event(), [*whole, *others])
 
     def _launch_or_replay(self, transfer: EmulatedTransfer, key: tuple, move: Callable[[], None]) -> None:
-        """Launches a transfer at its first call, captures a graph at the second, and replays the graph from then on."""
+        """Launches a transfer the first time, captures it as a graph the second time, and then replays the graph."""
         is_repeated = key in self._graphs
         graph = self._graphs.pop(key, None)
         if graph is None and is_repeated:

@@ -143,9 +143,9 @@ def _find_all(
     """Returns (name, path, whether the user named this file) for each file of the inputs, sorted by name."""
     files = []
     try:
-        for given in inputs:
-            for relative, path in _find(given, exclude, own, passed_over):
-                files.append((_name(relative), path, path == given))
+        for root in inputs:
+            for relative, path in _find(root, exclude, own, passed_over):
+                files.append((_name(relative), path, path == root))
     except OSError as error:
         raise InputError(
             f"{error.filename}: {error.strerror}; expected files that can be read: fix it or leave it out"
@@ -154,38 +154,38 @@ def _find_all(
 
 
 def _find(
-    given: Path, exclude: tuple[str, ...], own: set[str], passed_over: dict[str, list[str]]
+    root: Path, exclude: tuple[str, ...], own: set[str], passed_over: dict[str, list[str]]
 ) -> Iterator[tuple[Path, Path]]:
-    """Yields (path relative to the folder `given`, path) of each file. If `given` is a file: its name and path."""
-    if given.is_dir():
-        for path in _walk(given, exclude, own, passed_over):
+    """Yields (path relative to the folder `root`, path) of each file. If `root` is a file: its name and path."""
+    if root.is_dir():
+        for path in _walk(root, exclude, own, passed_over):
             if _is_regular(path):
-                yield path.relative_to(given), path
+                yield path.relative_to(root), path
             else:
-                passed_over[SPECIAL].append(_name(path.relative_to(given)))
-    elif not given.is_file():
-        problem = "is neither a file nor a folder" if given.exists() else "does not exist"
-        raise InputError(f"{given} {problem}; expected a text file, a .jsonl or .parquet file, or a folder")
-    elif _is_excluded(given.name, exclude):
-        passed_over[EXCLUDED].append(_name(Path(given.name)))
+                passed_over[SPECIAL].append(_name(path.relative_to(root)))
+    elif not root.is_file():
+        problem = "is neither a file nor a folder" if root.exists() else "does not exist"
+        raise InputError(f"{root} {problem}; expected a text file, a .jsonl or .parquet file, or a folder")
+    elif _is_excluded(root.name, exclude):
+        passed_over[EXCLUDED].append(_name(Path(root.name)))
     else:
-        yield Path(given.name), given
+        yield Path(root.name), root
 
 
-def _walk(given: Path, exclude: tuple[str, ...], own: set[str], passed_over: dict[str, list[str]]) -> Iterator[Path]:
+def _walk(root: Path, exclude: tuple[str, ...], own: set[str], passed_over: dict[str, list[str]]) -> Iterator[Path]:
     """Yields all paths below a folder except folders, the output's own, and excluded or hidden ones.
 
     Adds excluded and hidden names, and links to folders, to passed_over.
     """
     own_names = {os.path.basename(path) for path in own}
-    for folder, subfolders, names in os.walk(given, onerror=_raise):
+    for folder, subfolders, names in os.walk(root, onerror=_raise):
         kept = []
         for number, name in enumerate([*subfolders, *names]):
             path, is_folder = Path(folder, name), number < len(subfolders)
             if name in own_names and os.path.realpath(path) in own:
                 continue
             if reason := _reason(path, is_folder, exclude):
-                passed_over[reason].append(_name(path.relative_to(given)))
+                passed_over[reason].append(_name(path.relative_to(root)))
             elif is_folder:
                 kept.append(name)
             else:

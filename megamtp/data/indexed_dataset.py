@@ -100,12 +100,7 @@ class IndexedDatasetWriter:
             )
 
     def add_documents(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Appends documents of one sequence each.
-
-        Args:
-            tokens: [sum of lengths], of the file's type.
-            lengths: int32 [documents].
-        """
+        """Appends documents of one sequence each: `tokens` [sum of lengths] of the file's type, int32 `lengths`."""
         self._write(tokens)
         first = len(self._lengths) + 1
         self._lengths.frombytes(lengths.astype(np.int32, copy=False).tobytes())
@@ -244,7 +239,7 @@ class IndexedDataset:
         return self._tokens[start:stop]
 
     def crc32_of_ends(self) -> int:
-        """Returns the CRC-32 of the first and the last 16 Ki tokens, which identifies a corpus.
+        """Returns the CRC-32 of the first and last 16 Ki tokens, which identifies a corpus.
 
         Raises:
             InputError: the tokens do not match their checksums.
@@ -288,7 +283,7 @@ class IndexedDataset:
         first_sequence, last_sequence = self._sequence_at(start), self._sequence_at(stop - 1)
         self._check_sequences(first_sequence, last_sequence + 1)
         first, last = (bisect_right(self._documents, sequence) for sequence in (first_sequence, last_sequence))
-        # Also check one entry on each side: a wrong entry can lead the bisection to a wrong place.
+        # Also check one entry on each side: a wrong entry can lead the bisection to a wrong position.
         self._check_documents(max(0, first - 2), last + 2)
         return np.unique(self._pointers[self._documents[first:last]] // self.dtype.itemsize)
 

@@ -105,10 +105,10 @@ class TrainLoader:
         """Lets the thread read this step and the next ones, and drops all others."""
         if self._reader is None:
             self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="megamtp data")
-        wanted = range(step, step + 1 + STEPS_AHEAD)
-        for other in self._ahead.keys() - set(wanted):
+        steps = range(step, step + 1 + STEPS_AHEAD)
+        for other in self._ahead.keys() - set(steps):
             self._ahead.pop(other).cancel()
-        for number in wanted:
+        for number in steps:
             if number not in self._ahead:
                 self._ahead[number] = self._reader.submit(self.read, number)
 

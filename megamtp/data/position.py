@@ -79,11 +79,11 @@ class DataPosition:
         Args:
             corpora: the same corpora as those of the position, in the same order.
         """
-        own = []
-        for windows, corpus in zip(corpora, self.corpora, strict=True):
-            own.append(copy.copy(windows))
-            own[-1].stream = corpus.stream
-        return Blend(own, [corpus.share for corpus in self.corpora], [corpus.first_window for corpus in self.corpora])
+        copies = [copy.copy(windows) for windows in corpora]
+        for windows, corpus in zip(copies, self.corpora, strict=True):
+            windows.stream = corpus.stream
+        shares, first_windows = zip(*((corpus.share, corpus.first_window) for corpus in self.corpora), strict=True)
+        return Blend(copies, list(shares), list(first_windows))
 
     def advanced(self, blend: Blend, windows: int) -> "DataPosition":
         """Returns the position after training on the first `windows` windows of the blend."""

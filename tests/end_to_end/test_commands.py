@@ -68,6 +68,7 @@ def test_installed_commands(installed, tmp_path):
     assert command("megamtp-generate", "run", "--prompt", "def ", "--max-new-tokens", "5").startswith("def ")
     assert "head" in command("megamtp-report", "run")
     assert "**total**" in command("megamtp-plan", str(ROOT / "configs/6.7b_n4.yaml"), "--gpus", "64")
+    assert "\n    megamtp-plan configs/" in command("megamtp-plan", "--help")
     assert (tmp_path / "run/loss.png").read_bytes().startswith(b"\x89PNG")
     assert list((tmp_path / "run/tensorboard").iterdir())
 

@@ -1,4 +1,4 @@
-"""What is printed for a user: one line an error, and no failure where nothing can be printed."""
+"""Lines for the user: an error is one line, and failed writes are ignored."""
 
 import io
 import sys
@@ -19,21 +19,21 @@ from megamtp.errors import InputError
         ("a" * 5000, f"{'a' * 1000} ... {'a' * 1000}"),
     ],
 )
-def test_an_error_is_one_line_that_a_terminal_can_show(message, line, capsys):
+def test_an_error_is_one_printable_line(message, line, capsys):
     print_error(InputError(message))
     assert capsys.readouterr().err == f"megamtp: error: {line}\n"
 
 
 def test_lines_and_warnings(capsys):
     print_line("step 3")
-    print_warning("no room")
-    assert tuple(capsys.readouterr()) == ("step 3\n", "megamtp: warning: no room\n")
+    print_warning("disk is slow")
+    assert tuple(capsys.readouterr()) == ("step 3\n", "megamtp: warning: disk is slow\n")
 
 
 @pytest.mark.parametrize(
     ("print_message", "stream"), [(print_line, "stdout"), (print_warning, "stderr"), (print_error, "stderr")]
 )
-def test_a_full_disk_under_a_stream_is_no_failure(print_message, stream, monkeypatch):
+def test_printing_to_a_full_disk_raises_no_error(print_message, stream, monkeypatch):
     with open("/dev/full", "wb", buffering=0) as device:
         full = io.TextIOWrapper(device, write_through=True)
         monkeypatch.setattr(sys, stream, full)
@@ -42,7 +42,7 @@ def test_a_full_disk_under_a_stream_is_no_failure(print_message, stream, monkeyp
         print_message("message")
 
 
-def test_characters_that_an_encoding_lacks_are_printed_as_escapes(monkeypatch):
+def test_characters_outside_the_encoding_are_printed_as_escapes(monkeypatch):
     content = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(content, "ascii"))
     with pytest.raises(UnicodeEncodeError):

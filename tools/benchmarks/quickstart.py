@@ -19,7 +19,7 @@ def main(arguments: list[str]) -> None:
     """Raises InputError."""
     parser = output.parser(__doc__, "quickstart")
     parser.add_argument("--run", type=Path, default=Path("runs/quickstart"), help="the run's folder [runs/quickstart]")
-    options = parser.parse_args(arguments)
+    options = output.parse(parser, arguments, smoke={})
     output.make_folder(options)
     config = read_config([str(options.run / RESOLVED)])
     training, validation = read_losses(options.run / METRICS, config.model.num_future_tokens)

@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> None:
 
 
 def page(folder: Path) -> str:
-    """The Markdown of a folder's results. Raises InputError: a file is not of a benchmark."""
+    """The Markdown of a folder's results. Raises InputError: a file is not of a benchmark, or of a smoke run."""
     contents = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     paper = contents.pop(PAPER)
     stems = {name: [stem for stem in contents if _benchmark(stem, contents[stem]) == name] for name in COMMANDS}
@@ -66,6 +66,8 @@ def _benchmark(stem: str, content: dict) -> str:
     name = words[words.index("tools/benchmark.py") + 1] if "tools/benchmark.py" in words else ""
     if name not in COMMANDS:
         raise InputError(f"{stem}.json: its command is {shlex.join(words)}; expected one of tools/benchmark.py")
+    if "smoke" in content:
+        raise InputError(f"{stem}.json is of a smoke run; expected a measurement: run it without --smoke")
     return name
 
 

@@ -164,19 +164,19 @@ def test_invalid_numbers_are_refused(tmp_path, settings, message):
         meta.read(tmp_path / "meta")
 
 
-@pytest.mark.parametrize("place", ["meta", "."])
-def test_tokenizer_of_metas_releases_is_found_in_the_folder_or_its_parent(tmp_path, monkeypatch, place):
+@pytest.mark.parametrize("parent", ["meta", "."])
+def test_tokenizer_of_metas_releases_is_found_in_the_folder_or_its_parent(tmp_path, monkeypatch, parent):
     texts = [Path(module.__file__).read_text() for module in (dataclasses, json, formats)]
     train_sentencepiece(texts, tmp_path / "made.model", vocab_size=500, seed=0)
     config = dataclasses.replace(SMALL, vocab_size=500)
     meta.write(contents(config, random_model(config).state_dict()), tmp_path / "meta")
-    path = (tmp_path / "made.model").rename(tmp_path / place / "tokenizer.model")
+    path = (tmp_path / "made.model").rename(tmp_path / parent / "tokenizer.model")
     monkeypatch.chdir(tmp_path / "meta")
     for folder in (tmp_path / "meta", Path(".")):
-        found = meta.read(folder)
-        assert found.tokenizer.samefile(path) and found.notes == ()
-    hf.export(found, tmp_path / "hf")
+        read = meta.read(folder)
+        assert read.tokenizer.samefile(path) and read.notes == ()
+    hf.export(read, tmp_path / "hf")
     assert json.loads((tmp_path / "hf/config.json").read_text())["eos_token_id"] is not None
     path.write_text("tiktoken")
-    found = meta.read(Path("."))
-    assert found.tokenizer is None and [note.split(" is no ")[0] for note in found.notes] == [str(path)]
+    read = meta.read(Path("."))
+    assert read.tokenizer is None and [note.split(" is not ")[0] for note in read.notes] == [str(path)]

@@ -183,6 +183,8 @@ def damage(checkpoint: Path, kind: str) -> None:
             manifest.write_text(manifest.read_text().replace('"adam_steps": 1', '"adam_steps": 3'))
         case "list":
             manifest.write_text("[]")
+        case _:
+            raise ValueError(kind)
 
 
 @pytest.mark.parametrize(

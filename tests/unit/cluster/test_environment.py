@@ -57,7 +57,7 @@ def set_variables(variables, monkeypatch):
         monkeypatch.setenv(name, value)
 
 
-def test_an_emulated_cluster_has_one_process():
+def test_emulated_cluster_has_one_process():
     assert emulated_place(Place(1, 1, 2), ClusterConfig()) == Place(1, 1, 2)
     assert emulated_place(Place(0, 0, 1), ClusterConfig(emulate=64)) == Place(0, 0, 64)
     with pytest.raises(InputError, match="expected one process"):

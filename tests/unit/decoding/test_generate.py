@@ -1,4 +1,4 @@
-"""Decoding with a cache against decoding without one and against transformers, and sampling."""
+"""Decoding with a cache against decoding without it and against transformers; sampling."""
 
 import copy
 
@@ -22,7 +22,8 @@ def model() -> MTPModel:
     return text_model()
 
 
-def greedy_from_scratch(model: MTPModel, ids: list[int], count: int) -> list[int]:
+def greedy_without_cache(model: MTPModel, ids: list[int], count: int) -> list[int]:
+    """Returns the next `count` likeliest tokens, each computed from the whole window."""
     ids = list(ids)
     with torch.no_grad():
         for _ in range(count):
@@ -31,28 +32,28 @@ def greedy_from_scratch(model: MTPModel, ids: list[int], count: int) -> list[int
 
 
 def test_the_cache_changes_no_token(model):
-    found = generate(model, PROMPT, 40)
-    assert found == greedy_from_scratch(model, PROMPT, 40)
-    assert len(set(found)) > 5
-    assert found != generate(model, [6, *PROMPT[1:]], 40)
+    ids = generate(model, PROMPT, 40)
+    assert ids == greedy_without_cache(model, PROMPT, 40)
+    assert len(set(ids)) > 5
+    assert ids != generate(model, [6, *PROMPT[1:]], 40)
 
 
-def test_transformers_generates_the_same(model, tmp_path):
+def test_transformers_generates_the_same_tokens(model, tmp_path):
     hf.export(contents(TEXT_MODEL, model.state_dict()), tmp_path / "exported")
     llama = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
     expected = llama.generate(torch.tensor([PROMPT]), max_new_tokens=40, do_sample=False)[0, len(PROMPT) :].tolist()
     assert generate(model, PROMPT, 40) == expected
 
 
-def test_one_candidate_is_greedy(model):
+def test_sampling_from_one_candidate_is_greedy(model):
     greedy = generate(model, PROMPT, 20)
     assert generate(model, PROMPT, 20, temperature=1.0, top_k=1) == greedy
     assert generate(model, PROMPT, 20, temperature=1.0, top_p=1e-9) == greedy
     assert generate(model, PROMPT, 20, temperature=1e-30) == greedy
-    assert generate(model, PROMPT, 20, temperature=1e-300) == greedy  # in fp32 this is 0
+    assert generate(model, PROMPT, 20, temperature=1e-300) == greedy  # 0 in fp32
 
 
-def test_weights_that_are_no_numbers_end_in_one_line(model):
+def test_weights_that_are_not_finite_raise_an_input_error(model):
     damaged = copy.deepcopy(model)
     with torch.no_grad():
         damaged.unembedding.weight[3, 5] = float("nan")
@@ -61,14 +62,14 @@ def test_weights_that_are_no_numbers_end_in_one_line(model):
             generate(damaged, PROMPT, 20, temperature=temperature)
 
 
-def test_the_seed_decides_the_sample(model):
+def test_the_same_seed_draws_the_same_sample(model):
     samples = [generate(model, PROMPT, 20, temperature=1.0, seed=seed) for seed in (3, 3, 4)]
     assert samples[0] == samples[1] != samples[2]
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(None, None), (7, None), (None, 0.5), (7, 0.5)])
 def test_samples_follow_the_truncated_distribution(model, top_k, top_p):
-    """4000 draws against the probabilities, spelled out token by token."""
+    """Compares the frequencies of 4000 samples with probabilities computed token by token."""
     with torch.no_grad():
         logits = model.logits(torch.tensor([PROMPT]))[0, 0, -1]
     probabilities = (logits / 0.7).softmax(0).tolist()
@@ -80,27 +81,27 @@ def test_samples_follow_the_truncated_distribution(model, top_k, top_p):
             kept[token] = probability
         total += probability
     generator = torch.Generator().manual_seed(0)
-    draws = [_sample(logits, 0.7, top_k, top_p, generator) for _ in range(4000)]
-    assert set(draws) <= kept.keys()
+    samples = [_sample(logits, 0.7, top_k, top_p, generator) for _ in range(4000)]
+    assert set(samples) <= kept.keys()
     for token, probability in kept.items():
         expected = probability / sum(kept.values())
-        error = 5 * (expected * (1 - expected) / len(draws)) ** 0.5 + 1 / len(draws)
-        assert abs(draws.count(token) / len(draws) - expected) < error
+        error = 5 * (expected * (1 - expected) / len(samples)) ** 0.5 + 1 / len(samples)
+        assert abs(samples.count(token) / len(samples) - expected) < error
 
 
-def test_the_end_id_stops_and_is_not_returned(model):
+def test_decoding_stops_at_the_end_id_and_does_not_return_it(model):
     greedy = generate(model, PROMPT, 40)
-    end = greedy[10]
-    assert generate(model, PROMPT, 40, end_id=end) == greedy[: greedy.index(end)]
+    end_id = greedy[10]
+    assert generate(model, PROMPT, 40, end_id=end_id) == greedy[: greedy.index(end_id)]
 
 
-def test_an_empty_prompt_begins_from_the_end_id(model):
-    start = next(token for token in range(500) if token not in greedy_from_scratch(model, [token], 10))
-    assert generate(model, [], 10, end_id=start) == greedy_from_scratch(model, [start], 10)
+def test_an_empty_prompt_starts_after_the_end_id(model):
+    end_id = next(token for token in range(500) if token not in greedy_without_cache(model, [token], 10))
+    assert generate(model, [], 10, end_id=end_id) == greedy_without_cache(model, [end_id], 10)
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "arguments",
     [
         {"max_new_tokens": -1},
         {"temperature": -0.1},
@@ -115,6 +116,6 @@ def test_an_empty_prompt_begins_from_the_end_id(model):
         {"prompt_ids": [-1]},
     ],
 )
-def test_bad_values_are_refused(model, wrong):
+def test_arguments_out_of_range_raise_an_input_error(model, arguments):
     with pytest.raises(InputError, match="expected"):
-        generate(**{"model": model, "prompt_ids": PROMPT, "max_new_tokens": 3} | wrong)
+        generate(**{"model": model, "prompt_ids": PROMPT, "max_new_tokens": 3} | arguments)

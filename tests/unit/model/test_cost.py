@@ -1,4 +1,4 @@
-"""What a model costs: its parameters, and floating-point operations by hand."""
+"""The cost of a model: numbers of parameters, and floating-point operations computed by hand."""
 
 import pytest
 
@@ -17,7 +17,7 @@ from tests.models import model_config
 @pytest.mark.parametrize(
     "config", [model_config(), model_config(num_key_value_heads=2), model_config(num_future_tokens=1, mlp_dim=40)]
 )
-def test_cost_counts_the_parameters_that_exist(config):
+def test_cost_counts_all_parameters(config):
     model = MTPModel(config)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters(config)
     assert sum(parameter.numel() for parameter in model.heads[0].parameters()) == layer_parameters(config)
@@ -30,20 +30,20 @@ def test_cost_counts_the_parameters_that_exist(config):
         ("NVIDIA H100 80GB HBM3", "bf16", 989.4e12),
         ("NVIDIA H100 PCIe", "fp16", 756e12),
         ("NVIDIA A100-SXM4-80GB", "bf16", 312e12),
-        ("some other card", "bf16", None),
+        ("an unknown device", "bf16", None),
     ],
 )
-def test_known_cards(device, precision, expected):
+def test_peak_flops_of_known_and_unknown_devices(device, precision, expected):
     assert peak_flops(device, precision) == expected
 
 
 def test_flops_are_three_times_those_of_the_forward_products():
-    """Of each layer: 4 * 32 * 32 weights in attention, 3 * 32 * 48 in the MLP, and 2 T d of causal attention."""
     config = model_config(mlp_dim=48)
+    # attention has 4 * 32 * 32 weights, the MLP 3 * 32 * 48; causal attention itself takes 2 T d operations
     layer = 2 * (4 * 32 * 32 + 3 * 32 * 48) + 2 * 10 * 32
     assert layer_cost(config, 10).flops == layer
     assert flops_per_token(config, 10) == 3 * (5 * layer + 2 * (2 * 50 * 32))
 
 
-def test_the_unembedding_has_the_final_norm():
+def test_the_unembedding_counts_the_final_norm():
     assert unembedding_parameters(model_config()) == 50 * 32 + 32

@@ -8,8 +8,8 @@ from megamtp.model.documents import make_document_mask
 from tests.models import built_model, model_config
 
 
-def test_documents_are_separate():
-    """Trunk and heads: each document's logits are those it has alone, wherever it lies in the window."""
+def test_documents_in_one_window_do_not_influence_each_other():
+    """In trunk and heads, a document has the same logits in any window as it has alone."""
     model, tokens = built_model(model_config()), torch.randint(50, (2, 12))
     documents = torch.tensor([[0] * 5 + [1] + [2] * 6, [3] * 12])
     mask = make_document_mask(documents, model.config, torch.float64, use_block_mask=False)
@@ -21,15 +21,17 @@ def test_documents_are_separate():
 
 
 @torch.no_grad()
-def test_masks_in_blocks_are_the_same_mask_and_need_one_graph():
-    """As on a GPU, but forward alone: FlexAttention has no backward on CPUs (tests/gpu/test_documents.py)."""
+def test_block_masks_equal_exact_masks_and_compile_once():
+    """Tests the forward pass only: FlexAttention has no backward on CPUs (see tests/gpu/test_documents.py)."""
     config = model_config(num_key_value_heads=2)
     layer = built_model(config).trunk[0].float()
     counters.clear()
     compiled = torch.compile(layers.layer_output, dynamic=False, fullgraph=True, backend="aot_eager")
     for _ in range(3):
         x, documents = torch.randn(2, 20, 32), torch.randint(2, (2, 20)).cumsum(1)
-        plain, blocks = (make_document_mask(documents, config, torch.float32, blocks) for blocks in (False, True))
-        found = compiled(x, layer.weights, blocks.rotary, layer.head_dim, layer.eps, blocks.attention)
-        torch.testing.assert_close(found, layer(x, plain), rtol=1e-4, atol=1e-5)
+        exact_mask, block_mask = (
+            make_document_mask(documents, config, torch.float32, use_block_mask) for use_block_mask in (False, True)
+        )
+        output = compiled(x, layer.weights, block_mask.rotary, layer.head_dim, layer.eps, block_mask.attention)
+        torch.testing.assert_close(output, layer(x, exact_mask), rtol=1e-4, atol=1e-5)
     assert counters["stats"]["unique_graphs"] == 1

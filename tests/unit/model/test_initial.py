@@ -1,4 +1,4 @@
-"""Initial weights: their deviations, and that they follow from the seed and the parameter's name."""
+"""Initial weights: standard deviations, and dependence on seed and parameter name alone."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from megamtp.model.initial import initial_value
 from tests.models import model_config
 
 
-def test_initial_values_follow_seed_and_name_alone():
+def test_initial_values_depend_only_on_seed_and_name():
     config = model_config()
     value = initial_value("trunk.0.attention.query.weight", (32, 32), config, 0)
     assert torch.equal(value, initial_value("trunk.0.attention.query.weight", (32, 32), config, 0))

@@ -1,4 +1,4 @@
-"""One layer: its norm, rotary embedding and grouped queries against their formulas."""
+"""One layer: norm and rotary embedding against their formulas, grouped queries against full attention."""
 
 import math
 
@@ -9,9 +9,9 @@ from megamtp.model.layers import TransformerLayer, rms_norm, rotary_tables, rota
 from tests.models import model_config
 
 
-@pytest.mark.parametrize("size", [1.0, 1e-3])  # of the elements: with 1e-3, epsilon makes up most of the mean square
-def test_rms_norm_against_its_formula(size):
-    weight, x, eps = torch.randn(16, dtype=torch.float64), size * torch.randn(3, 16, dtype=torch.float64), 1e-5
+@pytest.mark.parametrize("magnitude", [1.0, 1e-3])  # with 1e-3, epsilon dominates the mean square
+def test_rms_norm_follows_its_formula(magnitude):
+    weight, x, eps = torch.randn(16, dtype=torch.float64), magnitude * torch.randn(3, 16, dtype=torch.float64), 1e-5
     expected = torch.empty_like(x)
     for row in range(3):
         mean_square = sum(float(element) ** 2 for element in x[row]) / 16
@@ -20,23 +20,20 @@ def test_rms_norm_against_its_formula(size):
     torch.testing.assert_close(rms_norm(x, weight, eps), expected, rtol=1e-12, atol=0)
 
 
-def test_rotation_depends_on_distance_alone():
+def test_rotary_scores_depend_only_on_the_distance():
     cos, sin = rotary_tables(20, 8, 10000.0, torch.device("cpu"), torch.float64)
     query, key = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
-    products = [
-        (
-            rotate(query, cos[at : at + 1], sin[at : at + 1]) * rotate(key, cos[at + 3 : at + 4], sin[at + 3 : at + 4])
-        ).sum()
-        for at in (0, 7, 16)
-    ]
-    torch.testing.assert_close(torch.stack(products), products[0].expand(3), rtol=1e-6, atol=1e-7)
+    scores = []
+    for position in (0, 7, 16):
+        rotated_query = rotate(query, cos[position : position + 1], sin[position : position + 1])
+        rotated_key = rotate(key, cos[position + 3 : position + 4], sin[position + 3 : position + 4])
+        scores.append((rotated_query * rotated_key).sum())
+    torch.testing.assert_close(torch.stack(scores), scores[0].expand(3), rtol=1e-6, atol=1e-7)
 
 
 def test_grouped_queries_equal_repeated_key_value_heads():
-    grouped, full = (
-        TransformerLayer(model_config(num_key_value_heads=2)).double(),
-        TransformerLayer(model_config()).double(),
-    )
+    grouped = TransformerLayer(model_config(num_key_value_heads=2)).double()
+    full = TransformerLayer(model_config()).double()
     weights = grouped.state_dict()
     for name in ("attention.key.weight", "attention.value.weight"):
         weights[name] = weights[name].view(2, 8, 32).repeat_interleave(2, dim=0).reshape(32, 32)

@@ -8,7 +8,7 @@ from megamtp.model import layers
 from tests.models import built_model, model_config
 
 
-def test_a_position_sees_nothing_after_it():
+def test_a_position_does_not_depend_on_later_tokens():
     model = built_model(model_config())
     tokens = torch.randint(50, (2, 12))
     changed = tokens.clone()
@@ -30,19 +30,19 @@ def test_recomputation_changes_no_gradient():
         torch.testing.assert_close(plain, recomputed, rtol=1e-12, atol=1e-15)
 
 
-def test_cached_decoding_equals_the_whole_window():
+def test_cached_decoding_equals_decoding_of_the_whole_window():
     model = built_model(model_config(num_key_value_heads=2))
     tokens = torch.randint(50, (2, 12))
-    whole = model.logits(tokens)[0]
+    expected = model.logits(tokens)[0]
     logits, caches = model.next_token_logits(tokens[:, :5], None)
-    torch.testing.assert_close(logits, whole[:, 4])
+    torch.testing.assert_close(logits, expected[:, 4])
     for position, length in ((5, 1), (6, 4), (10, 2)):
         logits, caches = model.next_token_logits(tokens[:, position : position + length], caches)
-        torch.testing.assert_close(logits, whole[:, position + length - 1])
+        torch.testing.assert_close(logits, expected[:, position + length - 1])
 
 
-def test_the_losses_options_reach_every_head():
-    """Scales and z-loss against plain cross-entropy."""
+def test_loss_options_apply_to_every_head():
+    """Compares scales and z-loss with plain cross-entropy."""
     config = model_config()
     model = built_model(config, head_loss=HeadLossConfig(z_loss=0.01, chunk_rows=5))
     tokens, targets = torch.randint(50, (2, 9)), torch.randint(50, (2, 2, 9))

@@ -1,4 +1,4 @@
-"""AdamW: which parameters decay, and its first step by hand."""
+"""AdamW: which parameters have weight decay, and a first step computed by hand."""
 
 import pytest
 import torch
@@ -10,8 +10,8 @@ from megamtp.optimizers.adamw import AdamW
 SETTINGS = OptimizerConfig(lr=0.5, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
 
 
-def test_matrices_decay_whatever_the_form_of_their_shards():
-    """ZeRO-3's shards of matrices are flat."""
+def test_flat_shards_of_matrices_have_weight_decay():
+    """Shards of ZeRO-3 have one dimension; the shape of the whole parameter counts."""
     parameters = {"matrix": nn.Parameter(torch.zeros(4)), "norm": nn.Parameter(torch.zeros(2))}
     optimizer = AdamW.make(SETTINGS, parameters, {"matrix": (4, 2), "norm": (4,)})
     groups = [([*group["params"]], group["weight_decay"]) for group in optimizer.param_groups]
@@ -19,9 +19,10 @@ def test_matrices_decay_whatever_the_form_of_their_shards():
 
 
 def test_the_first_step_moves_by_the_learning_rate_and_decays_matrices():
-    """Both moments are corrected for their start at 0, so the first update is lr * sign(gradient)."""
+    """With bias correction of both moments, the first update is lr * sign(gradient)."""
     parameters = {"matrix": nn.Parameter(torch.tensor([[2.0, -2.0]])), "norm": nn.Parameter(torch.tensor([2.0]))}
-    optimizer = AdamW.make(SETTINGS, parameters, {name: tuple(each.shape) for name, each in parameters.items()})
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    optimizer = AdamW.make(SETTINGS, parameters, shapes)
     parameters["matrix"].grad, parameters["norm"].grad = torch.tensor([[3.0, -0.25]]), torch.tensor([4.0])
     optimizer.step()
     decayed = 2 * (1 - 0.5 * 0.1)

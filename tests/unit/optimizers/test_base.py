@@ -1,4 +1,4 @@
-"""What every kind of optimizer has: the size of its state, and a state before the first step."""
+"""Defaults of OptimizerKind: bytes of the state, and the state before the first step."""
 
 import torch
 
@@ -7,18 +7,17 @@ from megamtp.optimizers.base import OptimizerKind
 
 
 class Sgd(OptimizerKind):
-    """Keeps nothing but its count of steps."""
+    """An optimizer without state tensors."""
 
     tensors = ()
 
 
-def test_bytes_of_a_parameter():
-    """Its weight and each tensor in fp32."""
+def test_state_bytes_are_the_weight_and_each_tensor_in_fp32():
     assert Sgd.state_bytes() == 4
     assert AdamW.state_bytes() == 4 + 4 + 4
 
 
-def test_an_empty_state_is_that_before_the_first_step():
+def test_prepare_fills_an_empty_state_with_zeros():
     weights, state = torch.ones(2, 3), {}
     AdamW.prepare(state, weights)
     assert state.keys() == {"step", "exp_avg", "exp_avg_sq"}
@@ -26,7 +25,7 @@ def test_an_empty_state_is_that_before_the_first_step():
     assert torch.equal(state["exp_avg_sq"], torch.zeros(2, 3)) and not state["exp_avg"].requires_grad
 
 
-def test_a_state_that_is_there_stays():
+def test_prepare_keeps_an_existing_state():
     state = {"step": torch.tensor(5.0), "exp_avg": torch.ones(2), "exp_avg_sq": torch.ones(2)}
     before = dict(state)
     AdamW.prepare(state, torch.zeros(2))

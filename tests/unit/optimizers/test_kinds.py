@@ -1,4 +1,4 @@
-"""The kind of optimizer that a setting names."""
+"""The optimizer kinds that `optimizer.kind` names."""
 
 import pytest
 
@@ -9,13 +9,13 @@ from megamtp.optimizers.base import OptimizerKind
 from megamtp.optimizers.kinds import OPTIMIZERS, optimizer_kind
 
 
-class Own(OptimizerKind):
-    """A kind of a user's own."""
+class UserOptimizer(OptimizerKind):
+    """A user-defined optimizer kind."""
 
 
-def test_a_kind_is_built_in_or_a_users_own():
+def test_a_name_selects_a_built_in_or_a_user_defined_kind():
     assert optimizer_kind(OptimizerConfig(kind="adamw")) is AdamW
-    assert optimizer_kind(OptimizerConfig(kind=f"{__name__}:Own")) is Own
+    assert optimizer_kind(OptimizerConfig(kind=f"{__name__}:UserOptimizer")) is UserOptimizer
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ def test_a_kind_is_built_in_or_a_users_own():
         ("torch.optim:AdamW", "expected a subclass of megamtp.optimizers.base:OptimizerKind"),
     ],
 )
-def test_other_names_are_refused(kind, words):
+def test_other_names_raise_an_input_error(kind, words):
     with pytest.raises(InputError) as error:
         optimizer_kind(OptimizerConfig(kind=kind))
     assert words in str(error.value)

@@ -20,13 +20,14 @@ from tests.smoke import check
 ON_ONE_RANK = ["overhead", "world", "prediction", "loss", "pipeline", "prepare", "data"]
 ON_ONE_RANK += ["saving", "recovery", "learning"]
 ON_TWO_RANKS = ["links", "real_pipeline"]
+READ_FILES = ["quickstart", "results"]  # and measure nothing
 WITH_SCRATCH = ["data", "saving"]  # write to a folder that they remove
 
 without_a_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu/test_benchmarks.py runs it on the GPU")
 
 
 def test_every_benchmark_has_one_smoke_test():
-    assert sorted([*ON_ONE_RANK, *ON_TWO_RANKS, *ONLY_ON_A_GPU]) == sorted(command.COMMANDS)
+    assert sorted([*ON_ONE_RANK, *ON_TWO_RANKS, *ONLY_ON_A_GPU, *READ_FILES]) == sorted(command.COMMANDS)
 
 
 @pytest.fixture
@@ -43,8 +44,9 @@ def smoke(tmp_path, monkeypatch, call_command):
         scratch = tmp_path / "scratch"
         scratch.mkdir()
         further = ["--scratch", scratch] if name in WITH_SCRATCH else []
-        status, _, errors = call_command(command, name, "--smoke", "--output", tmp_path, *further)
+        status, shown, errors = call_command(command, name, "--smoke", "--output", tmp_path, *further)
         assert status == 0, errors
+        assert "A smoke run: these numbers mean nothing." in shown
         assert not any(scratch.iterdir())
         check(name, tmp_path)
 

@@ -25,7 +25,7 @@ def test_damaged_checkpoints_are_skipped_but_newer_formats_are_errors(tmp_path, 
         resuming.newest_verified(tmp_path, 0, 1)
 
 
-@pytest.mark.parametrize("kind", ["truncated", "manifest cut short", "flipped bit"])
+@pytest.mark.parametrize("kind", ["truncated", "truncated manifest", "flipped bit"])
 def test_error_if_all_checkpoints_are_damaged(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(resuming, "of_all_ranks", lambda own: [own])
     monkeypatch.setattr(resuming.dist, "broadcast_object_list", lambda objects, src: None)
