@@ -115,6 +115,12 @@ def _print_summary(corpus: Corpus, is_reused: bool, output: Path) -> None:
 
 def _options() -> argparse.Namespace:
     parser = Parser(__doc__)
+    _add_input_options(parser)
+    _add_corpus_options(parser)
+    return parser.parse_args()
+
+
+def _add_input_options(parser: Parser) -> None:
     inputs = parser.add_mutually_exclusive_group(required=True)
     inputs.add_argument(
         "--input",
@@ -125,24 +131,6 @@ def _options() -> argparse.Namespace:
     )
     inputs.add_argument(
         "--standard-library", action="store_true", help="use the standard library of the running Python as text"
-    )
-    parser.add_argument("--output", required=True, type=_path, metavar="DIR", help="folder of the corpus")
-    parser.add_argument(
-        "--tokenizer", type=_word, metavar="MODEL", help="SentencePiece model, or `bytes` [a new model is trained]"
-    )
-    parser.add_argument(
-        "--vocab-size",
-        type=int,
-        help=f"pieces of the trained tokenizer [{DEFAULT_VOCAB_SIZE}]; with --tokenizer, the number it must have",
-    )
-    parser.add_argument(
-        "--workers", type=int, metavar="K", help="number of processes that tokenise [one per core]; not under mpirun"
-    )
-    parser.add_argument(
-        "--deduplicate", action="store_true", help="drop documents with the same text as an earlier one"
-    )
-    parser.add_argument(
-        "--validation-fraction", type=float, default=0.02, help="share of documents in the validation split [0.02]"
     )
     parser.add_argument(
         "--exclude",
@@ -163,6 +151,27 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--json-key", default="text", help="key of the text in a JSON line, or name of the Parquet column [text]"
     )
+
+
+def _add_corpus_options(parser: Parser) -> None:
+    parser.add_argument("--output", required=True, type=_path, metavar="DIR", help="folder of the corpus")
+    parser.add_argument(
+        "--tokenizer", type=_word, metavar="MODEL", help="SentencePiece model, or `bytes` [a new model is trained]"
+    )
+    parser.add_argument(
+        "--vocab-size",
+        type=int,
+        help=f"pieces of the trained tokenizer [{DEFAULT_VOCAB_SIZE}]; with --tokenizer, the number it must have",
+    )
+    parser.add_argument(
+        "--workers", type=int, metavar="K", help="number of processes that tokenise [one per core]; not under mpirun"
+    )
+    parser.add_argument(
+        "--deduplicate", action="store_true", help="drop documents with the same text as an earlier one"
+    )
+    parser.add_argument(
+        "--validation-fraction", type=float, default=0.02, help="share of documents in the validation split [0.02]"
+    )
     parser.add_argument(
         "--seed",
         type=int,
@@ -172,7 +181,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a corpus that was made from other inputs or settings"
     )
-    return parser.parse_args()
 
 
 def _word(argument: str) -> str:

@@ -86,7 +86,7 @@ def prepare(
 ) -> tuple[Corpus, bool]:
     """Tokenises all documents into `output` and appends the end-of-document token to each.
 
-    A hash of (seed, name) decides whether a document is held out for validation, so the split does not depend on the
+    A hash of (`seed`, name) decides whether a document is held out for validation, so the split does not depend on the
     order of documents. The files do not depend on `workers`. All errors except a full disk are detected before an
     existing corpus is touched.
 
@@ -94,8 +94,7 @@ def prepare(
         vocab_size: the size of the SentencePiece model that is trained on the documents [4096], or the size that a
             given tokenizer must have.
         tokenizer: an existing SentencePiece model, or `bytes`.
-        validation_fraction: the fraction of documents to hold out; at least one document is.
-        seed: of the split and of the tokenizer's training sample.
+        validation_fraction: the fraction of documents to hold out, at least one document.
         overwrite: replace another corpus.
         deduplicate: drop documents that have the same text as an earlier one.
         workers: the number of processes that tokenise, or an executor.
