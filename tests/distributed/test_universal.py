@@ -103,7 +103,7 @@ def test_what_deepspeeds_converter_makes_is_read(tmp_path):
                 **options,
             )
         )
-        with pytest.raises(CheckpointError, match="says nothing of its model; expected --config"):
+        with pytest.raises(CheckpointError, match="does not describe its model; expected --config"):
             universal.read(folder)
         found = universal.read(folder, config.model)
         assert found.state.optimizer.steps == (found.step,) == (2,)
