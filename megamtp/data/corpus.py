@@ -86,25 +86,22 @@ def prepare(
 ) -> tuple[Corpus, bool]:
     """Tokenises all documents into `output` and appends the end-of-document token to each.
 
-    A hash of (`seed`, name) decides whether a document is held out for validation, so the split does not depend on the
-    order of documents. The files do not depend on `workers`. All errors except a full disk are detected before an
+    A hash of (`seed`, name) decides which documents are held out for validation (one at least), so the split does not
+    depend on their order. The files do not depend on `workers`. All errors except a full disk are detected before an
     existing corpus is touched.
 
     Args:
-        vocab_size: the size of the SentencePiece model that is trained on the documents [4096], or the size that a
-            given tokenizer must have.
+        vocab_size: the number of pieces of the trained tokenizer [4096], or that a given tokenizer must have.
         tokenizer: an existing SentencePiece model, or `bytes`.
-        validation_fraction: the fraction of documents to hold out, at least one document.
-        overwrite: replace another corpus.
+        overwrite: replace another corpus, or other files of the same names.
         deduplicate: drop documents that have the same text as an earlier one.
         workers: the number of processes that tokenise, or an executor.
 
     Returns:
-        (the corpus, whether it already existed with the same inputs and settings and was reused).
+        (the corpus, whether an existing one of the same inputs and settings was reused).
 
     Raises:
-        InputError: an input is bad or has changed meanwhile, `output` cannot be written, or `output` holds another
-            corpus or another program's files and `overwrite` is not set.
+        InputError: an input is bad or has changed, or `output` cannot be written or replaced without `overwrite`.
     """
     find_settings = partial(_settings, source, vocab_size, tokenizer, validation_fraction, seed, deduplicate)
     settings = find_settings()
