@@ -21,7 +21,7 @@ from megamtp.console import print_line, print_warning
 from megamtp.data.loader import Batch
 from megamtp.engines.base import StepResult, loss_scales, move_to_device
 from megamtp.engines.deepspeed import pipeline as deepspeed_pipeline
-from megamtp.engines.deepspeed.head_phase import PipelineHeadPhase
+from megamtp.engines.deepspeed.head_hooks import PipelineHeadHooks
 from megamtp.engines.deepspeed.host import set_learning_rate
 from megamtp.engines.deepspeed.members import DeepSpeedPipelineEngine
 from megamtp.engines.hosted import HostedEngine
@@ -47,11 +47,11 @@ class PipelineEngine(HostedEngine):
     def __init__(self, config: Config, partition: Partition | SpreadPartition | None = None):
         super().__init__(config, data_parallel_rank_and_size(config, dist.get_rank(), dist.get_world_size()))
         self.partition = partition or best_partition(config, self.data_parallel_size)
-        self.stage_module = deepspeed_pipeline.PipelineStage(config, self.partition, self.device)
+        self.stage_module = deepspeed_pipeline.DeepSpeedStageModule(config, self.partition, self.device)
         self.part = self.stage_module.part
-        self.host(self.stage_module)
+        self.attach_model(self.stage_module)
         deepspeed_pipeline.accumulate_gradients_in_place(self.deepspeed_engine)
-        self.part.head_phase = PipelineHeadPhase(self.deepspeed_engine)
+        self.part.head_hooks = PipelineHeadHooks(self.deepspeed_engine)
         deepspeed_pipeline.replace_tied_reduction(self.deepspeed_engine, self._reduce_unembedding)
         if self.rank == 0:
             self._report()

@@ -49,7 +49,7 @@ class MicroBatchState:
         received: the input of this stage's layers, a leaf.
         sent: the output of the trunk layers, for the next stage.
         normed: the normed outputs of the heads, for all slices.
-        num_open_losses: number of stages with heads whose GRADIENTS pass has not run yet.
+        num_gradient_passes_left: number of stages with heads whose GRADIENTS pass has not run yet.
         losses: by the stage with the heads.
         d_weight: fp32 gradient of this stage's rows, summed over the GRADIENTS passes so far.
     """
@@ -57,7 +57,7 @@ class MicroBatchState:
     received: Tensor
     sent: Tensor
     normed: list[Tensor]
-    num_open_losses: int
+    num_gradient_passes_left: int
     losses: dict[int, SliceLosses] = field(default_factory=dict)
     d_weight: Tensor | None = None
 
@@ -97,7 +97,7 @@ class SpreadPassRunner:
             transfers: all transfers of the schedule, in order.
         """
         self.batches, self.loss_scales, self.training = batches, loss_scales, training
-        self.micro_batches: dict[int, MicroBatchState] = {}
+        self.states: dict[int, MicroBatchState] = {}
         self.float8_weight = Float8Weight()  # weights do not change within a step
         self.queued_passes: deque[torch.cuda.Event] = deque()  # the ends of passes that the GPU may not have finished
         schedule, stage = self.schedule, self.stage
@@ -120,18 +120,18 @@ class SpreadPassRunner:
         if stage_pass.kind == PassKind.FORWARD:
             self._forward(stage_pass.micro_batch)
         elif stage_pass.kind == PassKind.STATISTICS:
-            self._statistics(self.micro_batches[stage_pass.micro_batch], stage_pass)
+            self._statistics(self.states[stage_pass.micro_batch], stage_pass)
         elif stage_pass.kind == PassKind.GRADIENTS:
-            self._gradients(self.micro_batches[stage_pass.micro_batch], stage_pass)
+            self._gradients(self.states[stage_pass.micro_batch], stage_pass)
         else:
-            self._backward(self.micro_batches.pop(stage_pass.micro_batch), stage_pass.micro_batch)
+            self._backward(self.states.pop(stage_pass.micro_batch), stage_pass.micro_batch)
         if self.stream:
             self.queued_passes.append(torch.cuda.current_stream().record_event())
 
     def finish(self) -> None:
         """Waits until all data are sent. Called after the last pass."""
         self.queue.finish()
-        self.micro_batches.clear()
+        self.states.clear()
 
     def _forward(self, index: int) -> None:
         batch = self.batches[index]
@@ -141,7 +141,7 @@ class SpreadPassRunner:
             x.requires_grad_(self.training)
         sent, normed = self.part.run_layers(x, batch)
         if self.training or self.stage in self.schedule.loss_stages:
-            self.micro_batches[index] = MicroBatchState(x, sent, normed, len(self.schedule.head_stages))
+            self.states[index] = MicroBatchState(x, sent, normed, len(self.schedule.head_stages))
         if self.stage + 1 < len(self.ranks):
             self.queue.put(Transfer(TransferKind.ACTIVATIONS, self.stage, index), [sent.detach()])
         if normed:
@@ -182,39 +182,41 @@ class SpreadPassRunner:
         head_stage, micro_batch = stage_pass.head_stage, stage_pass.micro_batch
         losses, d_hidden = state.losses.pop(head_stage), []
         (statistics,) = self.queue.get(Transfer(TransferKind.STATISTICS, head_stage, micro_batch))
-        for place, (head, targets_N) in enumerate(zip(self._heads(head_stage), self._targets(stage_pass), strict=True)):
-            nll_N, log_partition_N = combine_statistics(statistics[:, place], targets_N)
+        for local_index, (head, targets_N) in enumerate(
+            zip(self._heads(head_stage), self._targets(stage_pass), strict=True)
+        ):
+            nll_N, log_partition_N = combine_statistics(statistics[:, local_index], targets_N)
             if head_stage == self.stage:
                 self.part.nll_sums[head] += nll_N.sum()
             if self.training:
-                d_hidden.append(self._slice_gradients(state, losses, place, head, targets_N, log_partition_N))
+                d_hidden.append(self._slice_gradients(state, losses, local_index, head, targets_N, log_partition_N))
         if self.training:
             self.queue.put(Transfer(TransferKind.HIDDEN_GRADIENT, head_stage, micro_batch), d_hidden)
-        state.num_open_losses -= 1
-        if self.training and state.num_open_losses == 0 and state.d_weight is not None:
+        state.num_gradient_passes_left -= 1
+        if self.training and state.num_gradient_passes_left == 0 and state.d_weight is not None:
             weight, gradient = self.part.unembedding_weight, state.d_weight
             state.d_weight = None
             with torch.enable_grad():  # through autograd, so that DeepSpeed's gradient hooks run
                 torch.autograd.backward(weight.view_as(weight), gradient.to(weight.dtype))
-        if not self.training and state.num_open_losses == 0:
-            self.micro_batches.pop(micro_batch)
+        if not self.training and state.num_gradient_passes_left == 0:
+            self.states.pop(micro_batch)
 
     def _slice_gradients(
         self,
         state: MicroBatchState,
         losses: SliceLosses,
-        place: int,
+        local_index: int,
         head: int,
         targets_N: Tensor,
         log_partition_N: Tensor,
     ) -> Tensor:
-        hidden_ND = losses.hidden[place]
+        hidden_ND = losses.hidden[local_index]
         if not self.part.extent.rows:
             return torch.zeros_like(hidden_ND)
         if state.d_weight is None:
             weight = self.part.unembedding_weight
             state.d_weight = torch.zeros_like(weight, dtype=accumulation_dtype(weight.dtype))
-        logits_NR, products, factor = losses.logits[place], losses.products[place], self._factor(head)
+        logits_NR, products, factor = losses.logits[local_index], losses.products[local_index], self._factor(head)
         return self.part.slice_gradients(
             logits_NR, hidden_ND, targets_N, log_partition_N, state.d_weight, factor, products
         )

@@ -13,7 +13,7 @@ import torch
 from megamtp.config import Config
 from megamtp.data.loader import Batch
 from megamtp.engines.deepspeed import pipeline as deepspeed_pipeline
-from megamtp.engines.deepspeed.head_phase import outer_loss_gradient
+from megamtp.engines.deepspeed.head_hooks import outer_loss_gradient
 from megamtp.engines.pipeline import PipelineEngine
 from megamtp.engines.spread_passes import SpreadPassRunner
 from megamtp.planning.spread import SpreadPartition

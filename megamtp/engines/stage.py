@@ -22,11 +22,11 @@ class RowSlice(Protocol):
     """A parameter that holds some rows of a whole parameter.
 
     Attributes:
-        whole_shape: shape of the whole parameter.
+        full_shape: shape of the whole parameter.
         first_element: index of the slice's first element in the whole parameter, flattened.
     """
 
-    whole_shape: tuple[int, ...]
+    full_shape: tuple[int, ...]
     first_element: int
 
 
@@ -55,7 +55,7 @@ class StagePart(ModelPart):
         self.to(DTYPES[train.precision]).to_empty(device=device)
         if stage.contents.spread and self.extent.rows:  # checkpoints store the slice as part of the whole tensor
             weight = cast(RowSlice, self.unembedding_weight)
-            weight.whole_shape = config.model.vocab_size, config.model.dim
+            weight.full_shape = config.model.vocab_size, config.model.dim
             weight.first_element = first_row * config.model.dim
         self.initialise()
 
@@ -94,7 +94,7 @@ class StagePart(ModelPart):
         x = self.run_trunk(x, document_mask)
         if not self.stage.heads:
             return x
-        x, nll_sums = self.losses(x, batch.targets, self.loss_scales, document_mask)
+        x, nll_sums = self.run_heads(x, batch.targets, self.loss_scales, document_mask)
         self.nll_sums[self.stage.heads.start : self.stage.heads.stop] += nll_sums
         return x
 
@@ -106,7 +106,7 @@ class StagePart(ModelPart):
         """
         document_mask = self.document_mask(batch.documents)
         x = self.run_trunk(x, document_mask)
-        return x, self.normed_heads(x, document_mask)
+        return x, self.normed_head_outputs(x, document_mask)
 
     @torch.no_grad()
     def initialise(self) -> None:

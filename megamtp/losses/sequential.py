@@ -1,7 +1,7 @@
 """Sequential heads: forward, loss and backward of one head before the next starts, in one autograd function.
 
 For the trunk, the heads are one function whose gradient with respect to z is known after its forward pass. For an
-engine, gradients of the heads' parameters appear during the forward pass; `HeadPhase` lets it prepare for that.
+engine, gradients of the heads' parameters appear during the forward pass; `HeadHooks` lets it prepare for that.
 
 Source: Gloeckle et al. 2024, arXiv:2404.19737, section 2 and figure 2.
 """
@@ -19,7 +19,7 @@ from megamtp.losses.linear_cross_entropy import accumulation_dtype
 HeadLoss = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 
 
-class HeadPhase:
+class HeadHooks:
     """What an engine does around sequential heads. This base class, for a model without an engine, does nothing."""
 
     def loss_gradient(self) -> float:
@@ -41,19 +41,19 @@ class HeadPhase:
 
 
 class SequentialHeadLoss(torch.autograd.Function):
-    """(z, head_loss, num_heads, phase) -> (loss summed over heads, summed negative log-likelihoods [n]).
+    """(z, head_loss, num_heads, hooks) -> (loss summed over heads, summed negative log-likelihoods [n]).
 
-    The forward call accumulates the gradients of the heads' parameters, starting from `phase.loss_gradient()`, and sums
+    The forward call accumulates the gradients of the heads' parameters, starting from `hooks.loss_gradient()`, and sums
     dz over the heads in fp32. Backward only returns dz; it must receive the same loss gradient, because the parameters'
     gradients are already computed.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, z_BTD: Tensor, head_loss: HeadLoss, num_heads: int, phase: HeadPhase
+        ctx: Any, z_BTD: Tensor, head_loss: HeadLoss, num_heads: int, hooks: HeadHooks
     ) -> tuple[Tensor, Tensor]:
-        ctx.loss_gradient = phase.loss_gradient()
-        dz_BTD, loss, nll_sums = _run_heads(z_BTD, head_loss, num_heads, phase, ctx.loss_gradient)
+        ctx.loss_gradient = hooks.loss_gradient()
+        dz_BTD, loss, nll_sums = _run_heads(z_BTD, head_loss, num_heads, hooks, ctx.loss_gradient)
         ctx.save_for_backward(dz_BTD)
         ctx.mark_non_differentiable(nll_sums)
         return loss, nll_sums
@@ -65,7 +65,7 @@ class SequentialHeadLoss(torch.autograd.Function):
 
 
 class IntermediateStageHeads(torch.autograd.Function):
-    """(z, head_loss, num_heads, phase) -> (z, summed negative log-likelihoods [n]), on a stage that also forwards z.
+    """(z, head_loss, num_heads, hooks) -> (z, summed negative log-likelihoods [n]), on a stage that also forwards z.
 
     Like SequentialHeadLoss, but backward receives the dz of the later stages' heads, which already includes the loss
     gradient, and adds the dz of this stage's heads.
@@ -73,9 +73,9 @@ class IntermediateStageHeads(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, z_BTD: Tensor, head_loss: HeadLoss, num_heads: int, phase: HeadPhase
+        ctx: Any, z_BTD: Tensor, head_loss: HeadLoss, num_heads: int, hooks: HeadHooks
     ) -> tuple[Tensor, Tensor]:
-        dz_BTD, _, nll_sums = _run_heads(z_BTD, head_loss, num_heads, phase, phase.loss_gradient())
+        dz_BTD, _, nll_sums = _run_heads(z_BTD, head_loss, num_heads, hooks, hooks.loss_gradient())
         ctx.save_for_backward(dz_BTD)
         ctx.mark_non_differentiable(nll_sums)
         return z_BTD.view_as(z_BTD), nll_sums
@@ -87,7 +87,7 @@ class IntermediateStageHeads(torch.autograd.Function):
 
 
 def _run_heads(
-    z_BTD: Tensor, head_loss: HeadLoss, num_heads: int, phase: HeadPhase, loss_gradient: float
+    z_BTD: Tensor, head_loss: HeadLoss, num_heads: int, hooks: HeadHooks, loss_gradient: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Runs forward and backward of each head in turn.
 
@@ -95,10 +95,10 @@ def _run_heads(
         (dz, loss, summed negative log-likelihoods [n]): dz and loss are sums over the heads.
     """
     dz_BTD, losses, nll_sums = None, [], []
-    with phase.all_heads():
+    with hooks.all_heads():
         for index in range(num_heads):
             z_head_BTD = z_BTD.detach().requires_grad_()
-            with phase.one_head(index), torch.enable_grad():
+            with hooks.one_head(index), torch.enable_grad():
                 loss, nll_sum = head_loss(index, z_head_BTD)
                 torch.autograd.backward(loss, torch.full_like(loss, loss_gradient))
             assert z_head_BTD.grad is not None

@@ -53,27 +53,27 @@ def head_cost(model: ModelConfig, index: int, sequence_length: int) -> LayerCost
 
 
 @lru_cache
-def layer_parameters(model: ModelConfig) -> int:
+def num_layer_parameters(model: ModelConfig) -> int:
     """Returns the number of parameters of one trunk layer, with its two norms."""
-    return _num_parameters(meta_model(model).trunk[0])
+    return _num_module_parameters(meta_model(model).trunk[0])
 
 
 @lru_cache
-def head_parameters(model: ModelConfig, index: int) -> int:
+def num_head_parameters(model: ModelConfig, index: int) -> int:
     """Returns the number of parameters of the head at `index` (from 0)."""
-    return _num_parameters(meta_model(model).heads[index])
+    return _num_module_parameters(meta_model(model).heads[index])
 
 
 @lru_cache
-def parameters(model: ModelConfig) -> int:
+def num_parameters(model: ModelConfig) -> int:
     """Returns the number of parameters of the whole model: embedding, trunk, heads and unembedding."""
-    return _num_parameters(meta_model(model))
+    return _num_module_parameters(meta_model(model))
 
 
 @lru_cache
-def unembedding_parameters(model: ModelConfig) -> int:
+def num_unembedding_parameters(model: ModelConfig) -> int:
     """Returns the number of parameters of the unembedding, with the final norm."""
-    return _num_parameters(meta_model(model).unembedding)
+    return _num_module_parameters(meta_model(model).unembedding)
 
 
 def unembedding_flops(model: ModelConfig) -> int:
@@ -88,7 +88,7 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> int:
     return 3 * (trunk + heads + model.num_future_tokens * unembedding_flops(model))
 
 
-def _num_parameters(module: nn.Module) -> int:
+def _num_module_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 

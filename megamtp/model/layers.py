@@ -215,7 +215,7 @@ class LayerCost:
         return self.matrix_flops + self.attention_flops
 
 
-class Norm(nn.Module):
+class NormWeight(nn.Module):
     """The weight of an RMSNorm."""
 
     def __init__(self, dim: int):
@@ -238,7 +238,7 @@ class TransformerLayer(nn.Module):
         self.recompute, self.compiled = recompute, compiled
         self._weights: tuple[Tensor, ...] | None = None
         key_value_dim = model.key_value_heads * model.head_dim
-        self.attention_norm = Norm(model.dim)
+        self.attention_norm = NormWeight(model.dim)
         self.attention = nn.ModuleDict(
             {
                 "query": nn.Linear(model.dim, model.dim, bias=False),
@@ -247,7 +247,7 @@ class TransformerLayer(nn.Module):
                 "output": nn.Linear(model.dim, model.dim, bias=False),
             }
         )
-        self.mlp_norm = Norm(model.dim)
+        self.mlp_norm = NormWeight(model.dim)
         self.mlp = nn.ModuleDict(
             {
                 "gate": nn.Linear(model.dim, model.hidden_dim, bias=False),

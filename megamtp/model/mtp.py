@@ -54,7 +54,7 @@ class MTPModel(ModelPart):
         super().__init__(model, Extent.whole(model), head_loss, schedule, recompute_trunk, compile_layers)
 
     def forward(
-        self, inputs_BT: Tensor, targets_NBT: Tensor, loss_scales: list[float], documents_BT: Tensor | None = None
+        self, inputs_BT: Tensor, targets_nBT: Tensor, loss_scales: list[float], documents_BT: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Returns the training loss of one micro-batch.
 
@@ -63,7 +63,7 @@ class MTPModel(ModelPart):
 
         Args:
             inputs_BT: int64 token ids.
-            targets_NBT: int64 token ids; [i - 1, b, t] is the i-th token after inputs_BT[b, t], or IGNORED.
+            targets_nBT: int64 token ids; [i - 1, b, t] is the i-th token after inputs_BT[b, t], or IGNORED.
             loss_scales: factor of each head's loss, which is a sum over targets: the head's weight / its number of
                 targets in the global batch.
             documents_BT: int64 document numbers, which do not decrease along a row. In trunk and heads, a position
@@ -75,7 +75,7 @@ class MTPModel(ModelPart):
         """
         document_mask = self.document_mask(documents_BT)
         z_BTD = self.z(inputs_BT, document_mask)
-        return self.losses(z_BTD, targets_NBT, loss_scales, document_mask)
+        return self.run_heads(z_BTD, targets_nBT, loss_scales, document_mask)
 
     def z(self, inputs_BT: Tensor, document_mask: DocumentMask | None = None) -> Tensor:
         """Returns the trunk's output [B, T, D]."""

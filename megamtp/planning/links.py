@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from megamtp.config import Config
-from megamtp.model.cost import unembedding_parameters
+from megamtp.model.cost import num_unembedding_parameters
 from megamtp.planning.spread_schedule import TransferTimes
 
 
@@ -40,7 +40,7 @@ class Link:
 
     def unembedding_reduction(self, config: Config, num_copies: int) -> float:
         """Returns the time of summing the fp32 gradients of all copies of the unembedding, once per step."""
-        size_bytes = 4 * unembedding_parameters(config.model)
+        size_bytes = 4 * num_unembedding_parameters(config.model)
         return 2 * self.seconds(size_bytes * (num_copies - 1) / num_copies, num_copies - 1) if num_copies > 1 else 0.0
 
 

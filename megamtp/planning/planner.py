@@ -15,11 +15,11 @@ from megamtp.config import Config
 from megamtp.errors import InputError
 from megamtp.model.cost import (
     head_cost,
-    head_parameters,
     layer_cost,
-    layer_parameters,
-    parameters,
-    unembedding_parameters,
+    num_head_parameters,
+    num_layer_parameters,
+    num_parameters,
+    num_unembedding_parameters,
 )
 from megamtp.model.layers import LayerCost
 from megamtp.optimizers.kinds import optimizer_kind
@@ -117,7 +117,7 @@ def plan(config: Config, world_size: int, gpu: Gpu) -> Plan:
         )
     num_micro_batches = config.accumulation(world_size)
     compute, exposed = _micro_batch_seconds(config, world_size, gpu)
-    share = parameters(config.model) / world_size
+    share = num_parameters(config.model) / world_size
     return Plan(
         _memory(config, world_size),
         _host_memory(config, share),
@@ -179,11 +179,11 @@ def _pass_costs(config: Config, gpu: Gpu) -> PassCosts:
     saved = _num_float8_heads(config) / n * (1 - 1 / gpu.float8_speedup)  # share of a product that fp8 heads save
     return PassCosts(
         layer_forward=forward,
-        layer_backward=2 * forward + adding * layer_parameters(model),
+        layer_backward=2 * forward + adding * num_layer_parameters(model),
         head_forward=tuple(heads),
-        head_backward=tuple(2 * head + adding * head_parameters(model, index) for index, head in enumerate(heads)),
+        head_backward=tuple(2 * head + adding * num_head_parameters(model, index) for index, head in enumerate(heads)),
         loss=model.vocab_size * product * (3 - 2 * saved),
-        unembedding_copy=adding * unembedding_parameters(model),
+        unembedding_copy=adding * num_unembedding_parameters(model),
         embedding=adding * model.vocab_size * model.dim,
         slice_statistics=product * (1 - saved),
         slice_gradients=product * (2 - saved),
@@ -218,9 +218,9 @@ def _seconds_per_token(cost: LayerCost, gpu: Gpu) -> float:
 
 def _memory(config: Config, world_size: int) -> dict[str, float]:
     model, tokens = config.model, _tokens(config)
-    share = parameters(model) / world_size
-    layer, vocabulary = 2 * layer_parameters(model), 2 * model.vocab_size * model.dim
-    largest = max(layer, *(2 * head_parameters(model, index) for index in range(model.num_future_tokens)))
+    share = num_parameters(model) / world_size
+    layer, vocabulary = 2 * num_layer_parameters(model), 2 * model.vocab_size * model.dim
+    largest = max(layer, *(2 * num_head_parameters(model, index) for index in range(model.num_future_tokens)))
     saved_by_layer = 2 * tokens * layer_cost(model, config.train.sequence_length).kept_elements
     costs = [head_cost(model, index, config.train.sequence_length) for index in range(model.num_future_tokens)]
     saved_by_head = 2 * tokens * max(cost.kept_elements for cost in costs)
@@ -256,7 +256,7 @@ def _host_memory(config: Config, share: float) -> dict[str, float]:
 
 
 def _checkpoint_bytes(config: Config) -> int:
-    return _state_bytes(config) * parameters(config.model)
+    return _state_bytes(config) * num_parameters(config.model)
 
 
 def _micro_batch_seconds(config: Config, world_size: int, gpu: Gpu) -> tuple[float, float]:
@@ -272,8 +272,8 @@ def _micro_batch_seconds(config: Config, world_size: int, gpu: Gpu) -> tuple[flo
     compute = 3 * (model.num_trunk_layers * forward + sum(heads)) + losses + recomputation
 
     network = Network(dataclasses.replace(config.cluster, emulate=world_size))
-    layer, vocabulary = 2 * layer_parameters(model), 2 * model.vocab_size * model.dim
-    sizes = [2 * head_parameters(model, index) for index in range(model.num_future_tokens)]
+    layer, vocabulary = 2 * num_layer_parameters(model), 2 * model.vocab_size * model.dim
+    sizes = [2 * num_head_parameters(model, index) for index in range(model.num_future_tokens)]
     scale = _gradient_scale(config)
     gather, reduction = network.seconds("all_gather", layer), network.seconds("reduce_scatter", scale * layer)
     head_gathers = [network.seconds("all_gather", size) for size in sizes]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from megamtp.config import Config
 from megamtp.losses.linear_cross_entropy import default_chunk_rows
-from megamtp.model.cost import head_cost, head_parameters, layer_cost, layer_parameters
+from megamtp.model.cost import head_cost, layer_cost, num_head_parameters, num_layer_parameters
 from megamtp.optimizers.kinds import optimizer_kind
 
 OPTIMIZER = "optimizer"  # the kind that data parallelism shards
@@ -48,8 +48,8 @@ def stage_memory(
     """
     model, train = config.model, config.train
     dtype_bytes = 4 if train.precision == "fp32" else 2
-    parameters = contents.num_trunk_layers * layer_parameters(model)
-    parameters += sum(head_parameters(model, index) for index in contents.heads)
+    parameters = contents.num_trunk_layers * num_layer_parameters(model)
+    parameters += sum(num_head_parameters(model, index) for index in contents.heads)
     parameters += (contents.has_embedding * model.vocab_size + contents.rows) * model.dim + bool(
         contents.rows
     ) * model.dim

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from megamtp.engines.deepspeed.head_phase import HEAD_PHASE_RANGE
+from megamtp.engines.deepspeed.head_hooks import HEADS_PROFILER_RANGE
 
 # An emulated transfer lasts from the kernel that notes its beginning to the end of its hold, whatever runs in between.
 BEGIN, HOLD, REAL_TRANSFER = "mark", "hold", "nccl"
@@ -97,7 +97,7 @@ def record(step: Callable[[], object]) -> Trace:
             )
             for event in profiled.profiler.kineto_results.events()
             if event.device_type() == torch.autograd.DeviceType.CUDA
-            and (event.name() == HEAD_PHASE_RANGE or not event.is_user_annotation())
+            and (event.name() == HEADS_PROFILER_RANGE or not event.is_user_annotation())
         ]
     )
 
@@ -106,8 +106,8 @@ def read(events: list[Kernel]) -> Trace:
     """NCCL's kernels communicate, on whatever stream they are; of an emulated cluster, all that is on its transfers'
     streams.
     """
-    heads = [event for event in events if event.name == HEAD_PHASE_RANGE]
-    kernels = [event for event in events if event.name != HEAD_PHASE_RANGE and event.end > event.start]
+    heads = [event for event in events if event.name == HEADS_PROFILER_RANGE]
+    kernels = [event for event in events if event.name != HEADS_PROFILER_RANGE and event.end > event.start]
     emulated = {kernel.stream for kernel in kernels if kernel.name == HOLD}
     communication: list[Kernel] = []
     others: list[Kernel] = []

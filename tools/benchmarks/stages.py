@@ -97,7 +97,7 @@ class MeasuredSpreadStage(MeasuredStage):
     def run(self, kind: PassKind, passed: "Passed") -> None:
         if kind == PassKind.FORWARD:
             passed.output = self.run_trunk(passed.input.clone())
-            passed.hidden = self.normed_heads(passed.output)
+            passed.hidden = self.normed_head_outputs(passed.output)
         elif kind == PassKind.STATISTICS:
             passed.slices = [self._statistics(index) for index in range(len(self.micro_batch_targets))]
         elif kind == PassKind.GRADIENTS:

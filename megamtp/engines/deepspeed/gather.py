@@ -138,25 +138,25 @@ class WeightGatherer:
         self._orders: dict[bool, list[Unit]] = {True: [], False: []}  # in training, in evaluation
         self._is_complete = {True: False, False: False}
         self._training, self._position = True, 0
-        self._another_follows = False  # whether another micro-batch with the same weights follows
+        self._another_micro_batch_follows = False  # whether another micro-batch with the same weights follows
         self._shape_only: list[Unit] = []
         self._empty = torch.empty(0, dtype=units[0].parameters[0].dtype, device=streams.device)
 
-    def start_forward(self, training: bool, another_follows: bool) -> None:
+    def start_forward(self, training: bool, another_micro_batch_follows: bool) -> None:
         """Called at the start of a forward pass. The recorded order of the previous pass is complete.
 
         Args:
-            another_follows: whether another micro-batch of the same step follows this one.
+            another_micro_batch_follows: whether another micro-batch of the same step follows this one.
         """
         self._is_complete[self._training] = bool(self._orders[self._training])
-        if not (self._another_follows and training):
+        if not (self._another_micro_batch_follows and training):
             self.release_all()
             self._streams.wait_for_compute(self._streams.gather)  # the optimizer may have changed the shards
-        self._training, self._position, self._another_follows = training, 0, another_follows
+        self._training, self._position, self._another_micro_batch_follows = training, 0, another_micro_batch_follows
 
     def end_backward(self) -> None:
         """Called at the end of a backward pass. Releases weights that are not prefetched for the next micro-batch."""
-        if not (self._another_follows and self.is_complete_trace()):
+        if not (self._another_micro_batch_follows and self.is_complete_trace()):
             self.release_all()
 
     def is_complete_trace(self) -> bool:
@@ -207,7 +207,7 @@ class WeightGatherer:
 
     def release_all(self, pinned: bool = False) -> None:
         """Releases all weights; with `pinned`, also pinned ones."""
-        self._another_follows = False
+        self._another_micro_batch_follows = False
         for unit in self._units:
             if pinned:
                 unit.num_pins = 0
@@ -233,7 +233,7 @@ class WeightGatherer:
         """Yields the units in the rest of the order, and then those of the next micro-batch if there is one."""
         order = self._orders[self._training]
         yield from itertools.islice(order, self._position, None)
-        if self._another_follows:
+        if self._another_micro_batch_follows:
             yield from order
 
     def _units_to_prefetch(self, current: Unit) -> list[Unit]:

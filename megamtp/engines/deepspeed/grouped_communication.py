@@ -120,7 +120,8 @@ class GroupedCommunication:
 
     def _start_forward(self, model: nn.Module, arguments: tuple) -> None:
         self.gatherer.start_forward(
-            model.training, another_follows=model.training and not self._engine.is_gradient_accumulation_boundary()
+            model.training,
+            another_micro_batch_follows=model.training and not self._engine.is_gradient_accumulation_boundary(),
         )
 
     def _end_backward(self) -> None:

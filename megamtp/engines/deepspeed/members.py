@@ -311,12 +311,12 @@ class StageModule(Protocol):
     parts: list[int]  # the first layers of all stages, and the end
     _grid: StageGrid
 
-    # sets `parts` and the bounds of this stage; overridden by PipelineStage
+    # sets `parts` and the bounds of this stage; overridden by DeepSpeedStageModule
     def _partition_layers(self, method: str) -> None: ...
 
     def _set_bounds(self, start: int, stop: int) -> None: ...  # this stage has the layers start, ..., stop - 1
 
-    def _build(self) -> None: ...  # builds this stage's layers; overridden by PipelineStage
+    def _build(self) -> None: ...  # builds this stage's layers; overridden by DeepSpeedStageModule
 
 
 def trained(parameters: Iterable[nn.Parameter]) -> list[TrainedParameter]:
@@ -346,4 +346,4 @@ def is_bf16(optimizer: DeepSpeedOptimizer) -> "TypeIs[Bf16Optimizer]":
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """Returns the shape of the whole parameter if ZeRO-3 holds a shard of it, or a pipeline stage some rows."""
-    return tuple(getattr(parameter, "ds_shape", getattr(parameter, "whole_shape", parameter.shape)))
+    return tuple(getattr(parameter, "ds_shape", getattr(parameter, "full_shape", parameter.shape)))

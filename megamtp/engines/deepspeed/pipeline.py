@@ -32,7 +32,7 @@ from megamtp.planning.spread import SpreadPartition
 from megamtp.planning.spread_schedule import StagePass
 
 
-class PipelineStage(PipelineModule):
+class DeepSpeedStageModule(PipelineModule):
     """This rank's StagePart as a DeepSpeed module. DeepSpeed calls `forward` for each micro-batch.
 
     The constructor is collective. Parameters have the same names as in the part.

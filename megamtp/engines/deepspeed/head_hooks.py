@@ -10,7 +10,7 @@ assumption in five places. Without these corrections gradients are wrong, often 
     (d) BF16_Optimizer adds the heads' gradients to its fp32 sums before the outer backward pass sets them to zero.
     (e) After an interrupted step, the heads' gradients that wait for their reduction are discarded.
 
-Tests: tests/distributed/test_head_phase.py.
+Tests: tests/distributed/test_head_hooks.py.
 """
 
 import contextlib
@@ -31,15 +31,15 @@ from megamtp.engines.deepspeed.members import (
     sharded,
     trained,
 )
-from megamtp.losses.sequential import HeadPhase
+from megamtp.losses.sequential import HeadHooks
 from megamtp.model.mtp import MTPModel
 
-HEAD_PHASE_RANGE = "megamtp heads"  # name of the heads' range in profiler traces
+HEADS_PROFILER_RANGE = "megamtp heads"  # name of the heads' range in profiler traces
 PIN = -1  # pins a parameter as an entry in its set of active modules; the ids of modules are 0 or larger
 
 
-class ZeroHeadPhase(HeadPhase):
-    """The HeadPhase under ZeRO-1 and ZeRO-3.
+class ZeroHeadHooks(HeadHooks):
+    """The HeadHooks under ZeRO-1 and ZeRO-3.
 
     Args:
         communication: None if DeepSpeed's own coordinator and buckets move weights and gradients.
@@ -56,7 +56,7 @@ class ZeroHeadPhase(HeadPhase):
         optimizer = self.engine.optimizer
         if is_bf16(optimizer):
             optimizer.clear_lp_grads()  # (d) as DeepSpeed does before a backward pass
-        with self._pinned(self.model.unembedding), torch.profiler.record_function(HEAD_PHASE_RANGE):
+        with self._pinned(self.model.unembedding), torch.profiler.record_function(HEADS_PROFILER_RANGE):
             yield
         if is_bf16(optimizer):
             optimizer.update_hp_grads(clear_lp_grads=True)  # (d) before the outer backward pass sets them to zero
@@ -155,8 +155,8 @@ class ZeroHeadPhase(HeadPhase):
             offload.param_coordinator = training_coordinator
 
 
-class PipelineHeadPhase(HeadPhase):
-    """The HeadPhase in a pipeline. It needs only (a), because gradients are reduced after the last pass of a step."""
+class PipelineHeadHooks(HeadHooks):
+    """The HeadHooks in a pipeline. It needs only (a), because gradients are reduced after the last pass of a step."""
 
     def __init__(self, engine: DeepSpeedEngine):
         self.engine = engine
