@@ -1,4 +1,4 @@
-"""The base class of the engines that DeepSpeed hosts.
+"""The base class of the hosted engines: engines that run the model and the optimizer in an engine of DeepSpeed.
 
 Tests: tests/distributed/test_checkpoints.py, tests/distributed/test_pipeline.py, tests/distributed/test_zero.py.
 """
@@ -17,7 +17,7 @@ from megamtp.optimizers.kinds import optimizer_kind
 
 
 class HostedEngine:
-    """The methods and attributes of Engine that are the same for all engines hosted by DeepSpeed.
+    """The methods and attributes of Engine that are the same for all hosted engines.
 
     Attributes:
         deepspeed_engine: the engine that deepspeed.initialize returns; set by `attach_model`.

@@ -1,5 +1,13 @@
 """Runs a stage's passes in a pipeline with spread losses, and its transfers with other stages.
 
+    pass        receives                                     sends
+    FORWARD     ACTIVATIONS of the previous stage            ACTIVATIONS to the next stage, HIDDEN to all slices
+    STATISTICS  HIDDEN of the heads of one stage             STATISTICS of this slice to all slices
+    GRADIENTS   STATISTICS of all slices                     HIDDEN_GRADIENT to the stage with the heads
+    BACKWARD    HIDDEN_GRADIENT, GRADIENT of the next stage  GRADIENT to the previous stage
+
+planning/spread_schedule.py describes the passes and decides their order.
+
 Tests: tests/distributed/test_spread_pipeline.py.
 """
 
@@ -32,8 +40,8 @@ class SliceLosses:
 
     Attributes:
         hidden: [N, D] for each head.
-        logits: [N, R] for each head; empty without rows.
-        products: fp8 products for each head, or None for a head in the model's dtype; empty without rows.
+        logits: [N, R] for each head; an empty list if this stage has no rows of the unembedding.
+        products: fp8 products for each head, or None for a head in the model's dtype; an empty list without rows.
     """
 
     hidden: list[Tensor]
@@ -46,10 +54,10 @@ class MicroBatchState:
     """The data of a micro-batch in flight.
 
     Attributes:
-        received: the input of this stage's layers, a leaf.
+        received: the input of this stage's layers; a leaf of autograd.
         sent: the output of the trunk layers, for the next stage.
         normed: the normed outputs of the heads, for all slices.
-        num_gradient_passes_left: number of stages with heads whose GRADIENTS pass has not run yet.
+        num_gradient_passes_left: number of GRADIENTS passes that have not run yet; there is one per stage with heads.
         losses: by the stage with the heads.
         d_weight: fp32 gradient of this stage's rows, summed over the GRADIENTS passes so far.
     """
@@ -68,7 +76,7 @@ class SpreadPassRunner:
     Args:
         ranks: the ranks of all stages, by pipeline.
         pipeline: index of this rank's pipeline.
-        loss_gradient: returns the gradient with which backward passes of a micro-batch's losses start.
+        loss_gradient: see HeadHooks.loss_gradient.
     """
 
     def __init__(
@@ -88,16 +96,18 @@ class SpreadPassRunner:
             if index == pipeline:
                 self.group, self.loss_group = group, loss_group
 
-    def begin(self, batches: list[Batch], loss_scales: list[float], transfers: list[Transfer], training: bool) -> None:
+    def begin(
+        self, micro_batches: list[Batch], loss_scales: list[float], transfers: list[Transfer], training: bool
+    ) -> None:
         """Begins a step, or an evaluation if not `training`.
 
         Args:
-            batches: its micro-batches, on the device.
-            loss_scales: the factor of each head's loss.
+            micro_batches: the micro-batches of the step or evaluation, on the device.
+            loss_scales: one factor per head; see MTPModel.forward.
             transfers: all transfers of the schedule, in order.
         """
-        self.batches, self.loss_scales, self.training = batches, loss_scales, training
-        self.states: dict[int, MicroBatchState] = {}
+        self.batches, self.loss_scales, self.training = micro_batches, loss_scales, training
+        self.states: dict[int, MicroBatchState] = {}  # by the index of the micro-batch
         self.float8_weight = Float8Weight()  # weights do not change within a step
         self.queued_passes: deque[torch.cuda.Event] = deque()  # the ends of passes that the GPU may not have finished
         schedule, stage = self.schedule, self.stage
@@ -113,7 +123,7 @@ class SpreadPassRunner:
     def run(self, stage_pass: StagePass) -> None:
         """Runs one pass. The passes of a step must run in the schedule's order.
 
-        On a GPU, the CPU runs at most MAX_QUEUED_PASSES ahead: data of queued passes stay in memory.
+        On a GPU, the CPU runs at most MAX_QUEUED_PASSES ahead, because the data of queued passes stay in memory.
         """
         if self.stream and len(self.queued_passes) == MAX_QUEUED_PASSES:
             self.queued_passes.popleft().synchronize()
@@ -153,7 +163,7 @@ class SpreadPassRunner:
         hidden = state.normed
         if head_stage != self.stage:
             hidden = self.queue.get(Transfer(TransferKind.HIDDEN, head_stage, micro_batch))
-        losses, statistics = SliceLosses([each.detach().flatten(0, -2) for each in hidden], [], []), []
+        losses, statistics = SliceLosses([tensor.detach().flatten(0, -2) for tensor in hidden], [], []), []
         targets = self._targets(stage_pass)
         for head, hidden_ND, targets_N in zip(self._heads(head_stage), losses.hidden, targets, strict=True):
             if self.part.extent.rows:

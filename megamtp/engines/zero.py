@@ -50,7 +50,7 @@ class ZeroEngine(HostedEngine):
         """See Engine.train_batch."""
         engine = self.deepspeed_engine
         engine.train()
-        # A reduction that sums over the ranks needs no factor that undoes an average.
+        # If the reduction averages gradients over the ranks, loss_scales must undo that.
         averages = self.communication is None or self.communication.reducer.averages
         num_averaged_ranks = self.world_size if averages else 1
         scales = loss_scales(self.config.head_weights, target_counts, num_averaged_ranks, len(micro_batches))
@@ -58,8 +58,8 @@ class ZeroEngine(HostedEngine):
         nll_sums = torch.zeros(self.config.model.num_future_tokens, device=self.device)
         with self.head_hooks.discard_gradients_on_error():
             for index, batch in enumerate(move_to_device(micro_batches, self.device)):
-                # (c) of head_hooks.py: DeepSpeed itself sets this at the start of the outer backward pass, which is too
-                # late for the heads' reductions.
+                # Correction (c) of head_hooks.py: DeepSpeed itself sets this at the start of the outer backward pass,
+                # which is too late for the heads' reductions.
                 engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
                 loss, micro_batch_nll_sums = engine(batch.inputs, batch.targets, scales, batch.documents)
                 engine.backward(loss)
@@ -84,7 +84,7 @@ class ZeroEngine(HostedEngine):
 
 
 def _build_model(config: Config, settings: dict, device: torch.device) -> MTPModel:
-    """Builds the model with its initial weights. Under ZeRO-3 no rank ever holds more than one whole parameter."""
+    """Builds the model with its initial weights. Under ZeRO-3 no rank ever holds more than one full parameter."""
     sharded = config.engine.kind == "zero3"
     with host.sharded_construction(settings) if sharded else torch.device("meta"):
         model = MTPModel(
@@ -119,7 +119,7 @@ def _initialise(model: MTPModel, config: Config) -> None:
 def _initialise_shards(model: MTPModel, config: Config) -> None:
     """Sets every sharded parameter to its initial value. Collective.
 
-    Each of the D ranks draws or reads every D-th parameter, all ranks at the same time.
+    Rank r draws or reads the parameters r, r + world_size, ...; all ranks do so at the same time.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     with raised_by_all():

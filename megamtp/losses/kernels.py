@@ -126,7 +126,7 @@ def quantise(
     min_amax: tl.constexpr,
     block: tl.constexpr,
 ):
-    """Writes x / scale and, unless None, its transpose; one program per tile of block x block elements."""
+    """Writes x / scale, the scale and, if `transposed` is given, the transpose; one program per tile of the matrix."""
     rows = (tl.program_id(0).to(tl.int64) * block + tl.arange(0, block))[:, None]
     columns = (tl.program_id(1).to(tl.int64) * block + tl.arange(0, block))[None, :]
     inside = (rows < num_rows) & (columns < num_columns)

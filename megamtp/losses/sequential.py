@@ -15,17 +15,18 @@ from torch import Tensor
 
 from megamtp.losses.linear_cross_entropy import accumulation_dtype
 
-# (index of a head, z) -> (loss, summed negative log-likelihood)
+# (local index of a head, from 0 among the heads of this part; z) -> (loss, summed negative log-likelihood)
 HeadLoss = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 
 
 class HeadHooks:
-    """What an engine does around sequential heads. This base class, for a model without an engine, does nothing."""
+    """Hooks that an engine runs around sequential heads. This base class, for a model without engine, does nothing."""
 
     def loss_gradient(self) -> float:
-        """Returns the gradient of the loss from which the engine starts this micro-batch's backward pass.
+        """Returns the gradient that the loss will receive in this micro-batch's outer backward pass.
 
-        It includes the fp16 loss scale, for example. The heads' backward passes start from it, too.
+        Engines scale the loss before they call backward(), for example by the fp16 loss scale. The heads' backward
+        passes start from the same gradient.
         """
         return 1.0
 
@@ -35,8 +36,8 @@ class HeadHooks:
         yield
 
     @contextlib.contextmanager
-    def one_head(self, index: int) -> Iterator[None]:
-        """Context around the forward and backward pass of the head at `index` (from 0)."""
+    def one_head(self, local_index: int) -> Iterator[None]:
+        """Context around the forward and backward pass of the head at `local_index` (from 0) of this part."""
         yield
 
 
@@ -44,8 +45,8 @@ class SequentialHeadLoss(torch.autograd.Function):
     """(z, head_loss, num_heads, hooks) -> (loss summed over heads, summed negative log-likelihoods [n]).
 
     The forward call accumulates the gradients of the heads' parameters, starting from `hooks.loss_gradient()`, and sums
-    dz over the heads in fp32. Backward only returns dz; it must receive the same loss gradient, because the parameters'
-    gradients are already computed.
+    dz over the heads in fp32. Backward only returns dz. In training it must receive the same loss gradient:
+    another gradient rescales dz, but not the parameters' gradients, which are already computed.
     """
 
     @staticmethod
@@ -61,11 +62,12 @@ class SequentialHeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor, _: Tensor | None) -> tuple[Tensor, None, None, None]:
         (dz_BTD,) = ctx.saved_tensors
-        return (dz_BTD * (d_loss / ctx.loss_gradient)).to(dz_BTD.dtype), None, None, None
+        factor = d_loss / ctx.loss_gradient  # exactly 1 in training
+        return (dz_BTD * factor).to(dz_BTD.dtype), None, None, None
 
 
 class IntermediateStageHeads(torch.autograd.Function):
-    """(z, head_loss, num_heads, hooks) -> (z, summed negative log-likelihoods [n]), on a stage that also forwards z.
+    """(z, head_loss, num_heads, hooks) -> (z, summed negative log-likelihoods [n]), if a later stage needs z, too.
 
     Like SequentialHeadLoss, but backward receives the dz of the later stages' heads, which already includes the loss
     gradient, and adds the dz of this stage's heads.
@@ -96,10 +98,10 @@ def _run_heads(
     """
     dz_BTD, losses, nll_sums = None, [], []
     with hooks.all_heads():
-        for index in range(num_heads):
+        for local_index in range(num_heads):
             z_head_BTD = z_BTD.detach().requires_grad_()
-            with hooks.one_head(index), torch.enable_grad():
-                loss, nll_sum = head_loss(index, z_head_BTD)
+            with hooks.one_head(local_index), torch.enable_grad():
+                loss, nll_sum = head_loss(local_index, z_head_BTD)
                 torch.autograd.backward(loss, torch.full_like(loss, loss_gradient))
             assert z_head_BTD.grad is not None
             if dz_BTD is None:

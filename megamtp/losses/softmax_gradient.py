@@ -1,7 +1,6 @@
 """Overwrites logits with the gradient of cross-entropy with respect to them, and returns each row's loss.
 
-On a GPU one kernel reads each row from memory once and writes it once. On a CPU torch's operations do the same.
-Shapes: C rows, V vocabulary.
+On a GPU one kernel reads each row from memory once and writes it once. On a CPU torch's operations compute the same.
 """
 
 import torch

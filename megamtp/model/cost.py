@@ -2,8 +2,10 @@
 
 Used for model FLOPs utilisation, for planning, and for cutting the layers into pipeline stages.
 
-Source: Gloeckle et al. 2024, arXiv:2404.19737, table S5: F(n) = 3 [L (2 P_layer + 2 T d) + n 2 V d]. Causal attention
-counts half of full attention; norms, the embedding lookup and recomputation do not count.
+Source: Gloeckle et al. 2024, arXiv:2404.19737, table S5. The floating-point operations per token are
+F(n) = 3 [L (2 P_layer + 2 T D) + n 2 V D], where L counts trunk layers and heads, and P_layer is the number of weights
+in the matrices of a layer. Causal attention counts half of full attention; norms, the embedding lookup and
+recomputation do not count.
 """
 
 from functools import lru_cache
@@ -15,8 +17,8 @@ from megamtp.config import ModelConfig
 from megamtp.model.layers import LayerCost
 from megamtp.model.mtp import MTPModel
 
-# Peak FLOP/s of dense matrix products by (words of the device's name, precision). Of several entries that match a
-# device, the first counts. Source: NVIDIA data sheets.
+# Peak FLOP/s of dense matrix products by (words of the device's name, precision). The first entry that matches a
+# device counts. Source: NVIDIA data sheets.
 PEAK_FLOPS = {
     ("H200", "bf16"): 989.4e12,
     ("H100 PCIe", "bf16"): 756e12,

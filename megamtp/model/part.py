@@ -31,8 +31,8 @@ class Extent:
     Attributes:
         trunk: indices of trunk layers, from 0.
         heads: indices of heads, from 0: index i - 1 is head i.
-        rows: rows of the unembedding: all of them in a part that computes its own heads' losses, a slice in a part of a
-            pipeline that spreads the losses by vocabulary.
+        rows: rows of the unembedding: all rows in a part that computes its own heads' losses, a slice in a part of a
+            pipeline with spread losses.
     """
 
     trunk: range
@@ -56,7 +56,7 @@ class NumberedModules(nn.Module, Generic[M]):
     yields the modules in order.
     """
 
-    _modules: dict[str, M]  # type: ignore[assignment]  # torch's may hold None
+    _modules: dict[str, M]  # type: ignore[assignment]  # torch's type allows None
 
     def __init__(self, modules: Mapping[int, M]):
         super().__init__()
@@ -153,14 +153,14 @@ class ModelPart(nn.Module):
     def run_heads(
         self, z_BTD: Tensor, targets_nBT: Tensor, loss_scales: list[float], document_mask: DocumentMask | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Computes the losses of the part's heads; the part must have all rows of the unembedding.
+        """Runs the part's heads and computes their losses. The part must have all rows of the unembedding.
 
         Args:
             targets_nBT, loss_scales: of all heads of the model; see MTPModel.forward.
 
         Returns:
-            (result, nll_sums): `result` is the loss, summed over the part's heads, if the part has the last head, else
-            z for the next part; `nll_sums` holds the summed negative log-likelihood of each of the part's heads.
+            (loss_or_z, nll_sums): `loss_or_z` is the loss, summed over the part's heads, if the part has the last head,
+            else z for the next part; `nll_sums` holds the summed negative log-likelihood of each of the part's heads.
         """
         heads, settings, unembedding = list(self.extent.heads), self.head_loss_config, self.unembedding
         assert unembedding is not None
@@ -197,11 +197,11 @@ class ModelPart(nn.Module):
     def slice_products(
         self, index: int, hidden_ND: Tensor, float8_weight: Float8Weight, factor: float
     ) -> Float8Products | None:
-        """Returns the fp8 products of the part's rows with a head's hidden states; None if its loss is not in fp8.
+        """Returns the object that multiplies the part's rows with a head's hidden states in fp8; None without fp8.
 
         Args:
-            index: of the head, from 0.
-            factor: see Float8Weight.products.
+            index: index of the head in the whole model, from 0. head_loss.precision may be fp8 for some heads only.
+            factor: factor of the gradient with respect to the logits.
         """
         if not self.head_loss_config.in_float8(index):
             return None

@@ -59,7 +59,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Partition:
-    """All layers as stages that run the 1F1B schedule, each with the losses of its own heads."""
+    """All layers as stages that run the 1F1B schedule, each computing the losses of its own heads."""
 
     stages: list[Stage]
     num_micro_batches: int

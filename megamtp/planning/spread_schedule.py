@@ -30,7 +30,7 @@ class PassKind(enum.IntEnum):
 
 
 class TransferKind(enum.Enum):
-    """What a transfer sends, and where.
+    """The kinds of data that stages transfer.
 
     In STATISTICS and HIDDEN_GRADIENT all slices exchange data about the losses of one stage's heads.
     """
@@ -124,8 +124,8 @@ class TimedStagePass:
 class SpreadSchedule:
     """The order of all stages' passes: a pattern of pass kinds, repeated once per period.
 
-    The period is what the slowest stage needs for one micro-batch, plus `slack`. Slack may save whole rounds: without
-    it, a gradient that just misses its turn in the previous stage's round waits for the next round.
+    The period is the time that the slowest stage needs for one micro-batch, plus `slack`. Slack may save whole
+    rounds: without it, a gradient that just misses its turn in the previous stage's round waits for the next round.
 
     Attributes:
         head_stages: the stages that have heads.
@@ -236,7 +236,7 @@ class SpreadSchedule:
         return stage in self.loss_stages
 
     def sends(self, stage: int, transfer: Transfer) -> bool:
-        """Returns whether a stage that takes part sends data, which one of its passes has to compute first."""
+        """Returns whether a stage that takes part sends data, which a pass of that stage computes first."""
         return stage == transfer.stage or transfer.kind in (TransferKind.STATISTICS, TransferKind.HIDDEN_GRADIENT)
 
     def _slots(self, stage: int, pattern: tuple[PassKind, ...]) -> list[tuple[PassKind, int]]:

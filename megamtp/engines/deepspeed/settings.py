@@ -100,7 +100,8 @@ def deepspeed_config(config: Config, data_parallel_size: int) -> dict[str, Any]:
 def _bf16_settings(config: Config) -> dict[str, Any]:
     settings: dict[str, Any] = {"enabled": config.train.precision == "bf16"}
     if config.engine.kind == "pipeline":
-        # Every gradient is added to its fp32 sum at once, so that a pipeline does not need (d) of head_hooks.py.
+        # Every gradient is added to its fp32 sum at once, so that a pipeline does not need correction (d) of
+        # head_hooks.py.
         settings["immediate_grad_update"] = True
     return settings
 
