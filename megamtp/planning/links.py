@@ -20,14 +20,14 @@ class Link:
     latency: float
 
     def seconds(self, size_bytes: float, num_hops: int = 1) -> float:
-        """Returns the time of a transfer that `num_hops` links forward in small pieces."""
+        """Returns the time of a transfer that passes through `num_hops` links in small pieces."""
         return num_hops * self.latency + size_bytes / self.bandwidth
 
     def transfer_times(self, config: Config) -> TransferTimes:
         """Returns the times of one micro-batch's transfers.
 
         Broadcasts and sums run from stage to stage in a chain, in small pieces. Every slice sends its statistics to all
-        others.
+        other slices.
         """
         train, num_hops = config.train, config.engine.pipeline_stages - 1
         positions = train.micro_batch_size * train.sequence_length

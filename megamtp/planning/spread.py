@@ -55,7 +55,7 @@ class SpreadPartition:
 
     @property
     def imbalance(self) -> float:
-        """The cost of the slowest stage over the mean: 1 is perfect."""
+        """The cost of the slowest stage divided by the mean cost: 1 is perfect."""
         return imbalance(self.costs)
 
     @property
@@ -167,7 +167,7 @@ def spread_layers(config: Config, costs: PassCosts) -> list[int]:
 
 
 def share_rows(stage_costs: list[float], row_cost: float, num_rows: int, multiple: int) -> list[int]:
-    """Returns the rows of each stage that minimise the largest cost: that of its layers plus that of its rows.
+    """Returns the rows of each stage that minimise the largest cost of a stage's layers and rows.
 
     The numbers of rows are multiples of `multiple`, except for a remainder.
     """

@@ -207,8 +207,8 @@ class SpreadSchedule:
     def transfers(self) -> list[Transfer]:
         """Returns all transfers of a step, in the order in which the simulation makes their data available.
 
-        If every rank starts its transfers in this order and runs its passes in theirs, no pass waits for a transfer
-        that cannot start: all transfers before it here get their data from passes before it there.
+        Every rank must start its transfers in this order, and run its passes in the order of `orders`. Then no pass
+        waits for a transfer that cannot start: earlier transfers in this order send data of passes that end earlier.
         """
         timed_passes, transfers = self.simulate(), []
         num_ready: collections.Counter[tuple[TransferKind, int, int]] = collections.Counter()
@@ -253,7 +253,8 @@ class SpreadSchedule:
         """Returns when each (stage, kind, head stage) starts for micro-batch 0 in the steady state.
 
         In the steady state each stage repeats the pattern once per period, without end. A stage's round begins with its
-        forward pass; any other pass runs in the first round by whose slot its data have arrived.
+        forward pass; every other pass runs in the first round in which its data have arrived
+        before its slot.
         """
         starts: dict[StagePass, float] = {}
         slot_starts: list[dict[tuple[PassKind, int], float]] = [{} for _ in self.times]

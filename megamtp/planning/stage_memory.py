@@ -67,7 +67,7 @@ def stage_memory(
 
 
 def chunk_bytes(config: Config, logit_bytes: int) -> int:
-    """Returns the bytes of one chunk of a head's logits, the part that is in memory at once."""
+    """Returns the bytes of one chunk of a head's logits. Only one chunk is in memory at a time."""
     tokens, vocabulary = config.train.micro_batch_size * config.train.sequence_length, config.model.vocab_size
     return (
         logit_bytes
@@ -126,9 +126,9 @@ def _largest_pass_bytes(config: Config, contents: StageContents, dtype_bytes: in
     chunk = 4 * vocabulary + chunk_bytes(config, dtype_bytes)
     if config.head_loss.precision == "fp8":  # two fp8 copies of the weight, one of hidden, one of the chunk's gradient
         chunk += 2 * vocabulary + boundary // dtype_bytes + chunk_bytes(config, 1)
-    # The sum of dW waits while every head but the last runs its layer's backward pass.
+    # The sum of dW stays in memory while all heads except for the last run their layer's backward pass.
     waiting = 4 * vocabulary if contents.num_heads > 1 else 0
-    # dz in fp32; and for the running head the gradient of its z, its layer's output, that output normed, its gradient.
+    # dz in fp32. For the running head: the gradient of its z, its layer's output, the normed output and its gradient.
     saved = max(_bytes_saved_by_heads(config, contents.heads, dtype_bytes))
     head = 4 * boundary // dtype_bytes + 4 * boundary + saved + max(rounding, chunk, waiting + layer)
     return max(layer, head)

@@ -6,8 +6,8 @@ from megamtp.model.cost import (
     flops_per_token,
     layer_cost,
     num_layer_parameters,
+    num_parameters,
     num_unembedding_parameters,
-    parameters,
     peak_flops,
 )
 from megamtp.model.mtp import MTPModel
@@ -19,7 +19,7 @@ from tests.models import model_config
 )
 def test_cost_counts_all_parameters(config):
     model = MTPModel(config)
-    assert sum(parameter.numel() for parameter in model.parameters()) == parameters(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == num_parameters(config)
     assert sum(parameter.numel() for parameter in model.heads[0].parameters()) == num_layer_parameters(config)
     assert len(model.trunk) + len(model.heads) == config.num_layers
 
