@@ -58,3 +58,11 @@ def test_a_file_that_no_benchmark_wrote_is_named(command, tmp_path):
     (tmp_path / "mine.json").write_text(json.dumps({"circumstances": {"command": command}}))
     with pytest.raises(InputError, match=f"mine.json: its command is {command}; expected one of tools/benchmark.py"):
         results.page(tmp_path)
+
+
+def test_a_smoke_run_is_refused(tmp_path):
+    shutil.copy(results.FOLDER / "paper.json", tmp_path)
+    content = json.loads((results.FOLDER / "world.json").read_text())
+    (tmp_path / "world.json").write_text(json.dumps(content | {"smoke": True}))
+    with pytest.raises(InputError, match=r"^world.json is of a smoke run; expected measurements: remove it$"):
+        results.page(tmp_path)
