@@ -48,6 +48,9 @@ def main(arguments: list[str]) -> None:
 def page(folder: Path) -> str:
     """The Markdown of a folder's results. Raises InputError: a file is not of a benchmark, or of a smoke run."""
     contents = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    for stem, content in contents.items():
+        if content.get("smoke"):
+            raise InputError(f"{stem}.json is of a smoke run; expected measurements: remove it")
     paper = contents.pop(PAPER)
     stems = {name: [stem for stem in contents if _benchmark(stem, contents[stem]) == name] for name in COMMANDS}
     modules = {name: importlib.import_module(f"benchmarks.{name}") for name in COMMANDS if stems[name]}
