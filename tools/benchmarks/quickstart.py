@@ -1,6 +1,6 @@
 """Losses of every head after launch/quickstart.sh, beside the loss of a model that only knows how often tokens occur.
 
-    bash launch/quickstart.sh && python tools/benchmark.py quickstart --output results
+    bash launch/quickstart.sh && %(prog)s --output results
 
 Reads the finished run's metrics and trains nothing.
 """

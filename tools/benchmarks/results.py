@@ -1,6 +1,6 @@
 """Writes tools/results/README.md from the JSON files beside it, so that no measured number is typed by hand.
 
-    python tools/benchmark.py results
+    %(prog)s
 
 Each file becomes a section with machine, settings, command, tables and picture. A file may hold a "note", added by hand
 after a measurement: what its reader has to know besides the numbers. paper.json has the paper's own numbers.
