@@ -1,12 +1,13 @@
 """Losses of every head after launch/quickstart.sh, beside the loss of a model that only knows how often tokens occur.
 
-    bash launch/quickstart.sh && python tools/benchmark.py quickstart --output results
+    bash launch/quickstart.sh && %(prog)s --output results
 
 Reads the finished run's metrics and trains nothing.
 """
 
 import platform
 from pathlib import Path
+from typing import Any
 
 from benchmarks import output
 from megamtp.commands.report import draw, read_losses, unigram_entropy
@@ -14,12 +15,14 @@ from megamtp.config import RESOLVED, read_config
 from megamtp.errors import InputError
 from megamtp.training.metrics import FILE as METRICS
 
+SMOKE: dict[str, Any] = {}  # reads what was trained: of any size
+
 
 def main(arguments: list[str]) -> None:
     """Raises InputError."""
     parser = output.parser(__doc__, "quickstart")
     parser.add_argument("--run", type=Path, default=Path("runs/quickstart"), help="the run's folder [runs/quickstart]")
-    options = output.parse(parser, arguments, smoke={})
+    options = output.parse(parser, arguments, SMOKE)
     output.make_folder(options)
     config = read_config([str(options.run / RESOLVED)])
     training, validation = read_losses(options.run / METRICS, config.model.num_future_tokens)

@@ -1,6 +1,6 @@
 """Writes tools/results/README.md from the JSON files beside it, so that no measured number is typed by hand.
 
-    python tools/benchmark.py results
+    %(prog)s
 
 Each file becomes a section with machine, settings, command, tables and picture. A file may hold a "note", added by hand
 after a measurement: what its reader has to know besides the numbers. paper.json has the paper's own numbers.
@@ -48,6 +48,9 @@ def main(arguments: list[str]) -> None:
 def page(folder: Path) -> str:
     """The Markdown of a folder's results. Raises InputError: a file is not of a benchmark, or of a smoke run."""
     contents = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    for stem, content in contents.items():
+        if content.get("smoke"):
+            raise InputError(f"{stem}.json is of a smoke run; expected measurements: remove it")
     paper = contents.pop(PAPER)
     stems = {name: [stem for stem in contents if _benchmark(stem, contents[stem]) == name] for name in COMMANDS}
     modules = {name: importlib.import_module(f"benchmarks.{name}") for name in COMMANDS if stems[name]}
@@ -66,8 +69,6 @@ def _benchmark(stem: str, content: dict) -> str:
     name = words[words.index("tools/benchmark.py") + 1] if "tools/benchmark.py" in words else ""
     if name not in COMMANDS:
         raise InputError(f"{stem}.json: its command is {shlex.join(words)}; expected one of tools/benchmark.py")
-    if "smoke" in content:
-        raise InputError(f"{stem}.json is of a smoke run; expected a measurement: run it without --smoke")
     return name
 
 
