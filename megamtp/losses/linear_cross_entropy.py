@@ -72,18 +72,15 @@ def linear_cross_entropy(
             backward receives another gradient, dH and dW are rescaled, which rounds them once more.
         loss_gradient_is_known: backward receives exactly `loss_gradient` and need not rescale. Saves a pass over dH.
         z_loss: coefficient of the squared log-partition function. Source: PaLM, arXiv:2204.02311, section 5.
-        chunk_rows: number of rows whose logits exist at a time; None: default_chunk_rows. A GPU holds the logits in the
-            model's dtype. In an evaluation it also holds a copy in fp32. A CPU holds them in fp32. If the model has 16
-            bits, it also holds a copy in the model's dtype.
+        chunk_rows: number of rows whose logits exist at a time; None: default_chunk_rows. Memory per logit: on a GPU
+            the model's dtype, plus fp32 in an evaluation; on a CPU fp32, plus the model's dtype if that has 16 bits.
         shared_gradient: accumulates dW if the weight has several uses; None if this is the only one.
         float8_weight: compute logits and dH in fp8 with these copies of the weight, which the first use makes. Needs
             hidden and weight in bf16, and D and V multiples of 16. Takes one more byte for each logit of a chunk and
-            each element of hidden. Without gradients the loss stays in the model's dtype, so that the losses of
-            evaluations are comparable.
+            each element of hidden. Without gradients the loss stays in the model's dtype: evaluations are comparable.
 
     Returns:
-        (loss, nll_sum): scalars in fp32 (fp64 for fp64). Only `loss` has a gradient, with respect to hidden and
-        weight. Backward may run once.
+        (loss, nll_sum): scalars in fp32 (fp64 for fp64). Only `loss` has a gradient. Backward may run only once.
     """
     # Read here: inside an autograd function needs_input_grad is true even under no_grad.
     needs_gradients = torch.is_grad_enabled()
