@@ -2,7 +2,7 @@
 
 DeepSpeed assumes that a forward pass computes no gradients. Sequential heads (losses/sequential.py) break that
 assumption: their backward passes run inside the forward pass. The outer backward pass, `loss.backward()`, then only
-runs the trunk's. Without five corrections gradients are wrong, often silently. DeepSpeed would
+runs the trunk's backward pass. Without five corrections gradients are wrong, often silently. DeepSpeed would
 
     (a) scale the loss only for the outer backward pass. The heads' backward passes start from the same scaled gradient.
     (b) reduce the unembedding's gradient before every head has added to it. We mark it as ready only for the last head.
