@@ -1,4 +1,4 @@
-"""Metrics of a run: metrics.jsonl (one JSON object per line), TensorBoard events and a progress bar."""
+"""Reports a run: metrics.jsonl (one JSON object per line), TensorBoard events and a progress bar."""
 
 import json
 import math
@@ -78,7 +78,7 @@ class Metrics:
             self._write("train", step, record)
 
     def report_evaluation(self, step: int, losses: list[float]) -> None:
-        """Records and prints one evaluation. Its duration belongs to no step."""
+        """Records and prints one evaluation. Its duration is in no step's record."""
         if self.is_writer:
             self._write("validation", step, {"losses": list(map(_finite_or_none, losses))})
             self.print_line(f"step {step}: validation loss {_format_losses(losses)}")

@@ -17,7 +17,7 @@ from pyarrow import parquet
 from megamtp.data import corpus as corpus_module
 from megamtp.data import documents, shards, tokenised_shards, workers
 from megamtp.data.corpus import prepare
-from megamtp.data.documents import Source, find_source
+from megamtp.data.input_files import Source, find_source
 from megamtp.data.records import JSON_LINES, Reader, Span
 from megamtp.errors import InputError
 
@@ -212,7 +212,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let backgroun
 from pathlib import Path
 from megamtp.data import documents, shards, tokenised_shards
 from megamtp.data.corpus import prepare
-from megamtp.data.documents import find_source
+from megamtp.data.input_files import find_source
 shards.MIN_SHARD_BYTES = 1000
 tokenised_shards._documents = lambda *arguments: time.sleep(100)
 prepare(find_source([Path(sys.argv[1])]), Path(sys.argv[2]), tokenizer="bytes", workers=2)
@@ -240,7 +240,7 @@ import os, sys, threading
 from pathlib import Path
 from megamtp.data import shards
 from megamtp.data.corpus import prepare
-from megamtp.data.documents import find_source
+from megamtp.data.input_files import find_source
 shards.MIN_SHARD_BYTES = 1000
 os.register_at_fork(before=lambda: print([thread.name for thread in threading.enumerate()]))
 for name in ("first", "second"):

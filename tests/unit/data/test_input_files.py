@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megamtp.data import documents
-from megamtp.data.documents import find_source, standard_library
+from megamtp.data.input_files import find_source, standard_library
 from megamtp.data.records import JSON_LINES
 from megamtp.errors import InputError
 
