@@ -38,7 +38,7 @@ def write_settings(folder: Path, contents: Contents, dtype: torch.dtype, archite
     model = contents.model
     sequence_length = contents.sequence_length or DEFAULT_POSITIONS
     tokenizer = read_tokenizer(contents.tokenizer, model.vocab_size) if contents.tokenizer else None
-    # In training, every document but the first follows an end piece, so a text begins with that piece, not with <s>.
+    # In training, every document except the first follows an end piece, so a text begins with that piece, not with <s>.
     end_id = tokenizer.end_of_document_id if tokenizer else BYTES_END if contents.tokens_are_bytes else None
     ids: dict[str, int | list[int] | None] = {"bos_token_id": end_id, "eos_token_id": end_id}
     ids |= contents.special_ids if end_id is None else {}

@@ -23,7 +23,7 @@ def write_special_ids(folder: Path, special_ids: Mapping[str, int | list[int] | 
 
 
 def read_special_ids(folder: Path, vocab_size: int) -> dict[str, int | list[int]]:
-    """Returns the ids in generation_config.json; none if there is no such file.
+    """Returns the ids in generation_config.json; an empty mapping if there is no such file.
 
     Raises:
         CheckpointError: the file is damaged.

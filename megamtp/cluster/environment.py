@@ -119,10 +119,10 @@ def _share_error(place: Place, error: Exception | None) -> None:
         )
     # The name, not the address: on its own host a name may resolve to 127.0.1.1, which other hosts cannot reach.
     address = (socket.gethostname(), reserve_port()) if place.rank == 0 else None
-    told = MPI.COMM_WORLD.allgather((_told(error), address))
+    shared = MPI.COMM_WORLD.allgather((_shared_message(error), address))
     MPI.Finalize()
-    _end_together(place.rank, error, [message for message, _ in told])
-    host, port = told[0][1]
+    _end_together(place.rank, error, [message for message, _ in shared])
+    host, port = shared[0][1]
     os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
 
 
@@ -137,10 +137,10 @@ def raised_by_all() -> Iterator[None]:
         yield
     except Exception as caught:
         error = caught
-    _end_together(dist.get_rank(), error, of_all_ranks(_told(error)))
+    _end_together(dist.get_rank(), error, of_all_ranks(_shared_message(error)))
 
 
-def _told(error: Exception | None) -> str | None:
+def _shared_message(error: Exception | None) -> str | None:
     """Returns the message of an error for the other ranks: "" if the error is a defect, None without an error."""
     if error is None:
         return None
@@ -148,21 +148,21 @@ def _told(error: Exception | None) -> str | None:
     return str(error) if isinstance(error, InputError) else ""
 
 
-def _end_together(rank: int, error: Exception | None, told: list[str | None]) -> None:
+def _end_together(rank: int, error: Exception | None, messages: list[str | None]) -> None:
     """Returns if no rank has an error; otherwise raises on every rank.
 
     A rank with a defect raises it, with its traceback. Rank 0 raises the first InputError, which is then printed once.
     The other ranks raise SystemExit(2).
 
     Args:
-        told: the result of _told on every rank.
+        messages: the result of _shared_message on every rank.
     """
-    if all(message is None for message in told):
+    if all(message is None for message in messages):
         return
-    if error and (rank == 0 or told[rank] == ""):
+    if error and (rank == 0 or messages[rank] == ""):
         raise error
-    if rank == 0 and any(told):
-        raise InputError(next(filter(None, told)))
+    if rank == 0 and any(messages):
+        raise InputError(next(filter(None, messages)))
     raise SystemExit(2)
 
 

@@ -195,7 +195,7 @@ def _path(argument: str) -> Path:
 
 
 def entry() -> None:
-    """The command line of megamtp-prepare-data."""
+    """Runs the command line of megamtp-prepare-data."""
     run(main)
 
 

@@ -171,7 +171,7 @@ class EngineConfig(Section):
     )
     communication: str = option(
         "grouped",
-        "zero3: grouped, one collective per module; or deepspeed, DeepSpeed's own",
+        "zero3: grouped, one collective per module; or deepspeed, DeepSpeed's implementation",
         one_of=("grouped", "deepspeed"),
         only=ZERO3,
     )
@@ -248,7 +248,7 @@ class DataConfig(Section):
     tokenizer: str | None = option(None, "SentencePiece model, which is exported with the weights; or bytes")
     documents: str = option(
         "continue",
-        "continue: windows cross documents, as in the paper; mask: no targets across documents; isolate: nor attention",
+        "continue: windows cross documents, as in the paper; mask: no targets across them; isolate: also no attention",
         one_of=("continue", "mask", "isolate"),
     )
     accept_changes: bool = option(False, "resume even if corpora, weights, sequence length, documents or seed differ")

@@ -53,7 +53,7 @@ class Corpus:
         space_marks: number of documents that contain U+2581, if the tokenizer reads it as a space.
         end_markers: number of documents that contain an end-of-text marker, which is tokenised as ordinary characters.
         unreadable_files: names of text files that are not UTF-8.
-        files: number of files that were read, by format, including unreadable ones.
+        files: number of files that were read, by format, including unreadable files.
         passed_over: names of files and folders that were not read, by reason.
         skipped_records: number of bad records, which are listed in skipped_records.txt.
     """
@@ -250,8 +250,7 @@ def _reusable_corpus(output: Path, settings: dict, tokenizer: Path | str | None)
         _refuse_to_replace(output, tokenizer)
     elif corpus.settings != settings:
         raise InputError(
-            f"{output} holds a corpus of other inputs or settings; expected the same ones: use --overwrite or another "
-            "folder"
+            f"{output} holds a corpus of other inputs or settings; expected the same: use --overwrite or another folder"
         )
     elif (output / WORK).exists():
         with _work_folder(output):

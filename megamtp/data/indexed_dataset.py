@@ -1,4 +1,4 @@
-"""Token files in Megatron-LM's format: PREFIX.bin holds all tokens in a row, and PREFIX.idx indexes the documents.
+"""Reads and writes token files in Megatron-LM's format: PREFIX.bin holds all tokens, PREFIX.idx indexes the documents.
 
 megamtp and Megatron-LM can read each other's files. The index, little-endian:
 
@@ -229,7 +229,7 @@ class IndexedDataset:
         return self.tokens(self.document_start(document), self.document_start(document + 1))
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """Returns a read-only view of tokens [start, stop) of all documents in a row. `stop` may exceed the end.
+        """Returns a read-only view of tokens [start, stop) of the concatenated documents. `stop` may exceed the end.
 
         Raises:
             InputError: the tokens do not match their checksums.

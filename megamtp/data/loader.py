@@ -102,7 +102,7 @@ class TrainLoader:
         return None if error is None else str(error)
 
     def _read_ahead(self, step: int) -> None:
-        """Lets the thread read this step and the next ones, and drops all others."""
+        """Makes the thread read this step and the next steps, and drops all other steps."""
         if self._reader is None:
             self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="megamtp data")
         steps = range(step, step + 1 + STEPS_AHEAD)

@@ -49,7 +49,7 @@ class TokenisedShards:
     def __init__(self, shards: list[Shard], task: TokenisationTask, vocab_size: int):
         self._shards, self._task, self.vocab_size = shards, task, vocab_size
         self.dtype = best_dtype(vocab_size)
-        self._kept: list[np.ndarray] | None = None  # by shard; None: all documents
+        self._kept: list[np.ndarray] | None = None  # mask of each shard's documents; None: all documents
 
     def __len__(self) -> int:
         return len(self._shards)

@@ -15,9 +15,9 @@ from megamtp.data.tokenizer import BYTES, train_sentencepiece
 from megamtp.errors import InputError
 from megamtp.files import write_atomically
 
-FORMAT = 2  # of the files of tokenised shards
+FORMAT = 2  # version of the files of tokenised shards
 DEFAULT_VOCAB_SIZE = 4096
-# A tokenizer is trained on a sample of all inputs if they are no larger than this, else of about this many bytes.
+# A tokenizer is trained on all inputs if they have at most so many bytes, else on a sample of about so many bytes.
 TRAINING_BYTES = 256 << 20
 
 
@@ -152,5 +152,5 @@ def too_few_documents(num_names: int, inputs: str, reader: Reader | None = None)
         remedy = "convert files to UTF-8, or add text"
     return InputError(
         f"found {num_names} documents with different names in {inputs}{skipped}; "
-        f"expected at least two, or one that is long enough to be cut into pieces: {remedy}"
+        f"expected at least two, or one document that is long enough to be cut into pieces: {remedy}"
     )

@@ -216,7 +216,7 @@ def _peak_flops_of(device: torch.device, precision: str) -> float | None:
 
 
 def _peak_memory_bytes(device: torch.device) -> int:
-    """Returns this rank's peak so far: allocated GPU memory, or resident memory on a CPU."""
+    """Returns this rank's peak until now: allocated GPU memory, or resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -67,7 +67,7 @@ class Saver:
             data_position: as DataPosition.to_json returns it.
 
         Raises:
-            CheckpointError: the pending checkpoint could not be written, or the disk has no room for this one.
+            CheckpointError: the pending checkpoint could not be written, or the disk has no room for this checkpoint.
         """
         self.finish()
         start = time.perf_counter()
@@ -160,7 +160,7 @@ class Saver:
         return slices
 
     def _publish(self, manifest: store.Manifest, results: list["_WriteResult"], slices: list[FileSlices]) -> str | None:
-        """Publishes the checkpoint and starts to remove outdated ones; returns an error or None. On rank 0 only."""
+        """Publishes a checkpoint and starts to remove outdated checkpoints. Rank 0 only. Returns an error or None."""
         checkpoint = store.checkpoint_path(self._directory, manifest.step)
         try:
             index = write_slices(
