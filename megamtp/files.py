@@ -77,7 +77,7 @@ def take_lock(stream: IO, path: Path, advice: str) -> bool:
 def open_atomically(path: Path) -> Iterator[BinaryIO]:
     """Opens a stream whose content appears at `path`, already on disk, when the block ends without an exception.
 
-    A reader sees the old file or the new one, never a part of it, even if the process is killed.
+    A reader sees the old file or the new file, never a part of it, even if the process is killed.
 
     Raises:
         OSError: the file cannot be written.

@@ -4,22 +4,23 @@
     torchrun --nproc-per-node 8 -m megamtp.pretrain configs/1.3b_n4.yaml data.train=corpus/train run.directory=runs/1.3b
     %(prog)s configs/quickstart.yaml          (one rank)
 
-Later arguments override earlier ones. If the run directory holds checkpoints, the run resumes from the newest intact
-one, with any engine and any number of ranks.
+Later arguments override earlier arguments. If the run directory holds checkpoints, the run resumes from the newest
+intact checkpoint, with any engine and any number of ranks.
 """
 
 import sys
 
-from megamtp.cluster.signals import StopRequest  # first: the launcher may exit while torch is imported
+# First: this import looks up the launcher, which may exit during the slow imports that follow.
+from megamtp.cluster.signals import StopRequest
 
 # isort: split
-from megamtp.cluster.environment import Place, emulated_place, errors_shared, find_place, raised_by_all
-from megamtp.cluster.exiting import as_rank, leave_peers
+from megamtp.cluster.environment import Place, errors_shared, find_place, place_in_cluster, raised_by_all
+from megamtp.cluster.exiting import as_rank, close_communicators
 from megamtp.commands import command_line
 from megamtp.config import print_help, read_config
 from megamtp.engines.deepspeed.join import join_peers
 from megamtp.training.preflight import CheckedRun, check
-from megamtp.training.starting import begin, check_agreement, engine_config, find_start, open_loader
+from megamtp.training.starting import check_agreement, engine_config, find_start, open_loader, prepare
 
 
 def main(arguments: list[str]) -> int:
@@ -29,19 +30,20 @@ def main(arguments: list[str]) -> int:
     place = find_place()
     with errors_shared(place):
         config = read_config([argument for argument in arguments if not argument.startswith("--local_rank")])
-        run = check(config, emulated_place(place, config.cluster))
-    finished = _train(run, emulated_place(place, config.cluster))
-    leave_peers()
+        place_of_run = place_in_cluster(place, config.cluster)
+        run = check(config, place_of_run)
+    finished = _train(run, place_of_run)
+    close_communicators()
     return 0 if finished else config.run.requeue_exit_code
 
 
 def _train(run: CheckedRun, place: Place) -> bool:
     """Trains to the last step. Returns False if a rank was asked to stop; the run is then saved. Collective."""
-    stop = StopRequest(launched=place.world_size > 1 and not run.config.cluster.emulate)
+    stop = StopRequest(has_launcher=place.world_size > 1 and not run.config.cluster.emulate)
     join_peers(place, run.config.cluster)
     stop.listen()
     check_agreement(run)
-    # Imported here: a mistake in the arguments is reported without the seconds that these imports take.
+    # Imported late: these imports take seconds, and a mistake in the arguments is reported before them.
     from megamtp.engines.build import build_engine
     from megamtp.training.loop import Training
 
@@ -52,7 +54,7 @@ def _train(run: CheckedRun, place: Place) -> bool:
         loader = open_loader(run, start)
     engine = build_engine(engine_config(run, start), run.partition)
     with raised_by_all():
-        begin(run, start, loader, place)
+        prepare(run, start, loader, place)
     if start.checkpoint:
         engine.load(start.checkpoint)
     with raised_by_all():
@@ -63,7 +65,10 @@ def _train(run: CheckedRun, place: Place) -> bool:
 
 
 def entry() -> None:
-    """The command line. An InputError is one line on stderr, once per node, and exit status 2; Ctrl-C is status 130."""
+    """Runs the command line.
+
+    An InputError becomes one line on stderr, once per node, and exit status 2. Ctrl-C becomes exit status 130.
+    """
     command_line.ignore_deprecated_collectives()
     command_line.run(as_rank(lambda: main(sys.argv[1:])))
 

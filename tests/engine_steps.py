@@ -71,7 +71,7 @@ def largest_errors(config: Config, engine: ZeroEngine | PipelineEngine, num_step
     """
     model, num_micro_batches = (
         reference_model(config),
-        config.accumulation(engine.data_parallel_size) * engine.data_parallel_size,
+        config.num_micro_batches(engine.data_parallel_size) * engine.data_parallel_size,
     )
     gradient_error = loss_error = 0.0
     for step in range(num_steps):

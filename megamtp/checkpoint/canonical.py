@@ -1,4 +1,4 @@
-"""The canonical format: a folder that depends neither on the engine nor on the number of ranks.
+"""The canonical format: a folder that does not depend on the engine or the number of ranks.
 
 canonical.json                       the model, the step, the state of the run, and the size of every other file
 weights-00001-of-00002.safetensors   all parameters in fp32, by MTPModel's names

@@ -60,7 +60,7 @@ class Contents:
 
     @property
     def weights(self) -> TensorSource:
-        """The parameters."""
+        """The source of the parameters."""
         return self.sources[WEIGHT]
 
     @property

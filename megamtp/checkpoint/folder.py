@@ -11,7 +11,7 @@ from typing import Any
 from megamtp.errors import CheckpointError
 from megamtp.files import exchange, fsync, take_lock
 
-LONGEST_NAME_BYTES = 255  # of a file name, on Linux file systems
+LONGEST_NAME_BYTES = 255  # longest file name on Linux file systems
 OLD = "old"  # the export that is being replaced, in the work folder
 EXPORT_LIST = "megamtp_export.json"  # lists the files of an export; only folders with such a list are ever replaced
 
@@ -58,7 +58,8 @@ def atomic_folder(directory: Path, num_bytes: int, replaceable: bool = False) ->
 def _locked_work_folder(work: Path, directory: Path) -> Iterator[None]:
     """Creates and locks an empty work folder, and removes it at the end.
 
-    If an earlier conversion was killed between renaming the old export and the new one, restores the old export.
+    If an earlier conversion was killed after it renamed the old export and before it renamed the new export, restores
+    the old export.
     """
     work.mkdir(parents=True, exist_ok=True)
     with open(work / "lock", "wb") as stream:
@@ -77,7 +78,7 @@ def _locked_work_folder(work: Path, directory: Path) -> Iterator[None]:
 
 
 def check_destination(directory: Path) -> None:
-    """Raises CheckpointError if no folder can have this name, or if it would replace anything but an earlier export."""
+    """Raises CheckpointError if no folder can have this name, or if it is something other than an earlier export."""
     try:
         status = directory.stat()
     except FileNotFoundError:
@@ -86,8 +87,8 @@ def check_destination(directory: Path) -> None:
         raise CheckpointError(f"{directory} cannot be written: {error.strerror}; choose another destination") from None
     if os.path.samestat(status, os.stat(".")):
         raise CheckpointError(
-            f"{directory} is the current folder, which would be replaced by a new one; expected another folder: choose "
-            "a new folder in it"
+            f"{directory} is the current folder, which would be replaced; expected another folder: choose a new folder "
+            "in it"
         )
     if os.path.ismount(directory):
         raise CheckpointError(

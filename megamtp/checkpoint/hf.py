@@ -69,7 +69,7 @@ def export(contents: Contents, directory: Path, dtype: torch.dtype = torch.float
 def read(directory: Path, num_future_tokens: int = 1) -> Contents:
     """Opens the folder of a LlamaForCausalLM without biases as a model with `num_future_tokens` heads.
 
-    All layers but the last become the trunk. The last layer becomes head 1, so head 1 computes what the Llama computed.
+    All layers except the last become the trunk. The last layer becomes head 1, which computes the same as the Llama.
     Heads 2 to n are copies of head 1. Unlike new weights, a copy produces outputs that the unembedding already maps to
     plausible tokens.
 

@@ -38,7 +38,7 @@ def write_settings(folder: Path, contents: Contents, dtype: torch.dtype, archite
     model = contents.model
     sequence_length = contents.sequence_length or DEFAULT_POSITIONS
     tokenizer = read_tokenizer(contents.tokenizer, model.vocab_size) if contents.tokenizer else None
-    # In training, every document but the first follows an end piece, so a text begins with that piece, not with <s>.
+    # In training, every document except the first follows an end piece, so a text begins with that piece, not with <s>.
     end_id = tokenizer.end_of_document_id if tokenizer else BYTES_END if contents.tokens_are_bytes else None
     ids: dict[str, int | list[int] | None] = {"bos_token_id": end_id, "eos_token_id": end_id}
     ids |= contents.special_ids if end_id is None else {}
@@ -81,7 +81,9 @@ def read_settings(directory: Path) -> dict[str, Any]:
 def make_contents(
     directory: Path, settings: dict[str, Any], model: ModelConfig, weights: TensorSource, notes: tuple[str, ...] = ()
 ) -> Contents:
-    """Returns the contents of a transformers folder: these `weights`, and its tokenizer or else its special ids.
+    """Returns the contents of a transformers folder: `weights`, and its tokenizer or its special ids.
+
+    The special ids are read only if the folder has no usable tokenizer.
 
     Raises:
         CheckpointError: generation_config.json, or a number in config.json, is damaged.
@@ -95,7 +97,7 @@ def make_contents(
         kept = ", ".join(f"{key} {value}" for key, value in special_ids.items())
         notes += (
             f"{directory} has a tokenizer, but no SentencePiece model of at most {model.vocab_size} pieces: it is not "
-            "carried over" + (f", {kept} are kept" if kept else ""),
+            "copied" + (f", {kept} are kept" if kept else ""),
         )
     if usable and (num_pieces := SentencePieceTokenizer(tokenizer).vocab_size) < model.vocab_size:
         notes += (
@@ -148,7 +150,7 @@ def model_config(
 
 
 def _rope(settings: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Returns the settings of the rotary embedding, from the same key as transformers 5."""
+    """Returns the settings of the rotary embedding. rope_scaling is read first, as in transformers 5."""
     rope = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise CheckpointError(f"{path}: rope_scaling or rope_parameters is {rope!r}; expected a mapping: correct it")

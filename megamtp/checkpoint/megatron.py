@@ -23,10 +23,12 @@ from megamtp.config import ModelConfig
 from megamtp.errors import CheckpointError
 
 LATEST, FILE, DISTRIBUTED = "latest_checkpointed_iteration.txt", "model_optim_rng.pt", "common.pt"
-OPAQUE = ("megatron.", "transformer_engine.", "argparse.", "numpy.", "_io.")  # objects of these are not created
+# Objects of classes in these modules are replaced by placeholders: see torch_file.read.
+OPAQUE = ("megatron.", "transformer_engine.", "argparse.", "numpy.", "_io.")
 EXTRA_STATE = "_extra_state"  # Transformer Engine's scales of fp8 products
 
-# The settings in args that the model must have. A setting that is missing has this value, as in older versions.
+# The values in args that the model must have. A missing setting counts as this value, because older versions of
+# Megatron-LM did not have the setting.
 REQUIRED_SETTINGS = {
     "tensor_model_parallel_size": 1,
     "pipeline_model_parallel_size": 1,
@@ -51,7 +53,7 @@ REQUIRED_SETTINGS = {
     "softmax_type": "vanilla",
     "glu_linear_offset": 0.0,
 }
-DEFAULT_ROTARY_BASE = 10000  # of Megatron versions without the argument
+DEFAULT_ROTARY_BASE = 10000  # the value in Megatron versions without the argument
 MUST_BE_PRESENT = ("position_embedding_type", "swiglu", "normalization", "add_bias_linear")
 
 EMBEDDING, FINAL_NORM = "embedding.word_embeddings.weight", "decoder.final_layernorm.weight"

@@ -127,8 +127,7 @@ def _tokenizer(directory: Path, vocab_size: int) -> tuple[Path | None, tuple[str
         if fits_vocabulary(path, vocab_size):
             return path, ()
     notes = (
-        f"{path} is not a SentencePiece model of at most {vocab_size} pieces: it is not carried over"
-        for path in candidates
+        f"{path} is not a SentencePiece model of at most {vocab_size} pieces: it is not copied" for path in candidates
     )
     return None, tuple(notes)
 

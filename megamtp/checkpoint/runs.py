@@ -1,4 +1,4 @@
-"""The format of a run's own checkpoints: reads one, or writes a run folder from which any engine can resume."""
+"""Reads a checkpoint of a run, or writes a run folder from which any engine can resume."""
 
 import dataclasses
 import math

@@ -25,7 +25,7 @@ from megamtp.errors import CheckpointError
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.uint8: "U8"}
 SLICE_ELEMENTS = 2**20  # 4 MiB in fp32; a conversion holds one slice and up to two copies of it
-LARGEST_FILE_BYTES = 5 * 10**9  # of checkpoints and exports, without the header
+LARGEST_FILE_BYTES = 5 * 10**9  # largest file of checkpoints and exports, without its header
 LARGEST_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
 
@@ -95,7 +95,7 @@ def write(path: Path, source: TensorSource, names: Iterable[str], dtype: torch.d
 
 @dataclass(frozen=True)
 class Entry:
-    """The location of a tensor. `offset`: in bytes, from the start of the file."""
+    """The location of a tensor. `offset` is in bytes from the start of the file."""
 
     file: Path
     offset: int

@@ -32,7 +32,7 @@ from megamtp.errors import CheckpointError
 SHAPES = "shapes"  # a key of the metadata; its value is JSON, {name: shape of the whole tensor}
 CHUNK_BYTES = 32 * 2**20
 
-Slices = dict[str, np.ndarray]  # by name, see _sorted
+Slices = dict[str, np.ndarray]  # keys are names, see _sorted
 
 
 def shard_name(rank: int) -> str:
@@ -105,8 +105,8 @@ class Shards:
         """
         self._checkpoint, self._files = checkpoint, list(files)
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._slices_of_all_kinds: Slices | None = None  # from slices.json
-        self._slices_by_kind: dict[str, dict[str, list[tuple[int, int, int]]]] = {}  # from headers
+        self._slices_of_all_kinds: Slices | None = None  # read from slices.json
+        self._slices_by_kind: dict[str, dict[str, list[tuple[int, int, int]]]] = {}  # read from headers
         self._opened: dict[int, safe_open] = {}
         if SLICES in self._files:
             self._read_slices(checkpoint / SLICES)

@@ -1,6 +1,6 @@
 """The ids of the tokens that begin and end a text, for checkpoints whose tokenizer cannot be converted.
 
-A tokenizer that is not a SentencePiece model is not carried over, but its special ids are. They are stored beside a
+A tokenizer that is not a SentencePiece model is not copied, but its special ids are. They are stored beside a
 checkpoint in generation_config.json, as transformers writes it. generate() stops at eos_token_id.
 """
 
@@ -23,7 +23,7 @@ def write_special_ids(folder: Path, special_ids: Mapping[str, int | list[int] | 
 
 
 def read_special_ids(folder: Path, vocab_size: int) -> dict[str, int | list[int]]:
-    """Returns the ids in generation_config.json; none if there is no such file.
+    """Returns the ids in generation_config.json; an empty mapping if there is no such file.
 
     Raises:
         CheckpointError: the file is damaged.

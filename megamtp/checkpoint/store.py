@@ -25,7 +25,7 @@ from megamtp.errors import CheckpointError
 from megamtp.files import exchange, fsync
 
 MANIFEST = "manifest.json"
-FORMAT = 2  # 1 was DeepSpeed's own files
+FORMAT = 2  # format 1 consisted of DeepSpeed's files
 NAME = re.compile(r"step-(\d{7,})")
 PARTIAL = ".partial"
 
@@ -35,7 +35,7 @@ class Manifest:
     """The content of manifest.json.
 
     Attributes:
-        step: optimizer steps taken, including skipped ones.
+        step: optimizer steps taken, including skipped steps.
         world_size, engine_kind, precision: of the job that wrote the checkpoint. Any other job can read it.
         model: the fields of ModelConfig.
         state: the state besides tensors, see RunState.to_json.

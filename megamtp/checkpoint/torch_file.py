@@ -124,8 +124,8 @@ def read(path: Path, opaque: tuple[str, ...] = ()) -> Any:
             refused.
 
     Raises:
-        CheckpointError: the file is missing or damaged, or it holds anything but tensors, numbers and containers of
-            them, because unpickling other objects may run code.
+        CheckpointError: the file is missing or damaged, or it holds something other than tensors, numbers and
+            containers of them, because unpickling other objects may run code.
     """
     try:
         can_be_mapped = zipfile.is_zipfile(path)

@@ -48,8 +48,8 @@ ZERO, SHARED, STEP = "zero", "optimizer_state.pt", "step.pt"
 MODEL_STATES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")  # ZeRO-3 reads the second
 WEIGHT_FILE = "fp32.pt"
 OUR_KEY = "megamtp"  # our key in MODEL_STATES, for the model and the run's state; DeepSpeed returns it as client state
-VERSION = 0.4  # of DeepSpeed's format
-OPAQUE = ("deepspeed.",)  # objects of these packages are ignored
+VERSION = 0.4  # version of DeepSpeed's format
+OPAQUE = ("deepspeed.",)  # objects of classes in these modules are replaced by placeholders
 
 
 def write(contents: Contents, directory: Path, dtype: torch.dtype = torch.float32) -> None:

@@ -35,7 +35,7 @@ class EmulatedTransfer:
 
     Attributes:
         kind: a key of network.PASSES.
-        num_bytes: of the whole tensors, not of a shard.
+        num_bytes: size of the whole tensors, not of a shard.
         seconds: predicted time on the network.
     """
 
@@ -76,7 +76,7 @@ class EmulatedGroup(dist.ProcessGroup):
         self._network, self._transfers = network, transfers
         self._size = network.world_size
         self._stream: torch.cuda.Stream | None = None
-        # By transfer and addresses, least recently used first. None: this transfer has run once and has no graph yet.
+        # Graphs by transfer and addresses, least recently used first. None: the transfer has run once, without a graph.
         self._graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}
 
     def getBackendName(self) -> str:
@@ -125,7 +125,7 @@ class EmulatedGroup(dist.ProcessGroup):
             self._launch(transfer, move)
         else:
             graph.replay()
-        self._graphs[key] = graph  # the last key is the most recently used one
+        self._graphs[key] = graph  # the last key is the most recently used
         if len(self._graphs) > MAX_GRAPHS:
             del self._graphs[next(iter(self._graphs))]  # CUDA frees a running graph when it ends
 
@@ -193,7 +193,7 @@ class EmulatedGroup(dist.ProcessGroup):
 def join(cluster: ClusterConfig) -> deque[EmulatedTransfer]:
     """Initialises torch.distributed as rank 0 of `cluster.emulate` ranks. Returns the log of transfers, oldest first.
 
-    On a GPU this also makes a high-priority stream the current one. No other code gets this stream: torch has a pool of
+    On a GPU this also makes a high-priority stream current. No other code gets this stream: torch has a pool of
     32 streams for each priority, and other code asks for other priorities.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -214,12 +214,12 @@ def _is_view_of(shard: Tensor, whole: Tensor) -> bool:
 
 
 def _current_stream() -> torch.cuda.Stream:
-    """Passes the device's index, so that torch does not look it up: real collectives do not look it up either."""
+    """Returns the current stream. Passes the device's index: a look-up would take time that real collectives do not."""
     return torch.cuda.current_stream(torch.cuda.current_device())
 
 
 def mark(time: Tensor) -> Tensor:
-    """Writes the time at which the current stream runs this to `time` (int64 [1], nanoseconds) and returns `time`."""
+    """Writes the time at which the current stream gets here to `time` (int64 [1], nanoseconds). Returns `time`."""
     _kernels()[0][(1,)](time, num_warps=1)
     return time
 

@@ -1,4 +1,7 @@
-"""The rank of this process under the deepspeed launcher, torchrun, mpirun, Slurm or no launcher; errors of one rank."""
+"""Finds the rank of this process, and ends all ranks together if one has an error.
+
+Works under the deepspeed launcher, torchrun, mpirun and Slurm, and without a launcher.
+"""
 
 import os
 import re
@@ -15,7 +18,7 @@ from megamtp.config import ClusterConfig
 from megamtp.errors import InputError, translate_os_error
 
 T = TypeVar("T")
-# (rank, local rank, world size) of torch-style launchers, Open MPI, and MPICH, Intel MPI (Hydra) or Slurm's PMI.
+# (rank, local rank, world size) as set by torch-style launchers, Open MPI, and MPICH, Intel MPI (Hydra) or Slurm's PMI.
 VARIABLES = (
     ("RANK", "LOCAL_RANK", "WORLD_SIZE"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
@@ -25,7 +28,7 @@ VARIABLES = (
 
 @dataclass(frozen=True)
 class Place:
-    """The rank of this process on its node and in the job, known before the ranks meet."""
+    """The rank of this process on its node and in the job, known before torch.distributed is initialised."""
 
     rank: int
     local_rank: int
@@ -33,13 +36,13 @@ class Place:
 
 
 def find_place() -> Place:
-    """Reads the launcher's environment variables. Without any, this process is the only rank.
+    """Returns the place that the launcher's environment variables say; without such variables, that of a single rank.
 
     Raises:
-        InputError: a variable is no number, or the rank is not below the number of ranks.
+        InputError: a variable is not a number, or the rank is not below the number of ranks.
     """
     for rank, local_rank, world_size in VARIABLES:
-        if os.environ.get(rank) and os.environ.get(world_size):  # a single one belongs to another program
+        if os.environ.get(rank) and os.environ.get(world_size):  # a single variable belongs to another program
             own_rank, num_ranks = _number(rank), _number(world_size, 1)
             if own_rank >= num_ranks:
                 raise InputError(
@@ -54,15 +57,15 @@ def find_place() -> Place:
 
 
 def _number(variable: str, smallest: int = 0, largest: int = 2**31 - 1) -> int:
-    found = os.environ[variable]
-    if not re.fullmatch("[0-9]{1,10}", found) or not smallest <= int(found) <= largest:
+    value = os.environ[variable]
+    if not re.fullmatch("[0-9]{1,10}", value) or not smallest <= int(value) <= largest:
         raise InputError(
-            f"{variable}={found} in the environment; expected {smallest} to {largest}: let a launcher set it"
+            f"{variable}={value} in the environment; expected {smallest} to {largest}: let a launcher set it"
         )
-    return int(found)
+    return int(value)
 
 
-def emulated_place(place: Place, cluster: ClusterConfig) -> Place:
+def place_in_cluster(place: Place, cluster: ClusterConfig) -> Place:
     """Returns rank 0 of the emulated cluster if cluster.emulate is set, and otherwise `place`.
 
     Raises:
@@ -79,7 +82,7 @@ def emulated_place(place: Place, cluster: ClusterConfig) -> Place:
 
 @contextmanager
 def errors_shared(place: Place) -> Iterator[None]:
-    """Ends every rank if the block raises an exception on any of them, before the ranks meet: see _share_error."""
+    """Ends every rank if the block raises an exception on any of them. Needs no torch.distributed: see _share_error."""
     error = None
     try:
         yield
@@ -91,9 +94,9 @@ def errors_shared(place: Place) -> Iterator[None]:
 def _share_error(place: Place, error: Exception | None) -> None:
     """Raises this rank's own error. Under mpirun every rank ends if any has an error: see _end_together.
 
-    Other launchers end all ranks when one has failed. Under mpirun, the other ranks may wait forever. There the ranks
-    exchange their errors over MPI, and with them the address of rank 0, which mpirun does not provide. MPI is finalized
-    at once: a rank that finalizes MPI at its exit waits until all other ranks do so, even those that wait for it.
+    Other launchers end all ranks when one has failed. Under mpirun, the other ranks may wait forever. The ranks then
+    exchange their errors over MPI, together with the address of rank 0, which mpirun does not provide. MPI is finalized
+    at once: a rank that finalizes MPI at its exit waits until all ranks do so, even ranks that wait for this rank.
     """
     if place.world_size == 1 or (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")):
         if error:
@@ -116,10 +119,10 @@ def _share_error(place: Place, error: Exception | None) -> None:
         )
     # The name, not the address: on its own host a name may resolve to 127.0.1.1, which other hosts cannot reach.
     address = (socket.gethostname(), reserve_port()) if place.rank == 0 else None
-    told = MPI.COMM_WORLD.allgather((_told(error), address))
+    shared = MPI.COMM_WORLD.allgather((_shared_message(error), address))
     MPI.Finalize()
-    _end_together(place.rank, error, [message for message, _ in told])
-    host, port = told[0][1]
+    _end_together(place.rank, error, [message for message, _ in shared])
+    host, port = shared[0][1]
     os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
 
 
@@ -134,32 +137,32 @@ def raised_by_all() -> Iterator[None]:
         yield
     except Exception as caught:
         error = caught
-    _end_together(dist.get_rank(), error, of_all_ranks(_told(error)))
+    _end_together(dist.get_rank(), error, of_all_ranks(_shared_message(error)))
 
 
-def _told(error: Exception | None) -> str | None:
-    """Returns what the other ranks learn of an error: an InputError's message; "" for a defect; None without error."""
+def _shared_message(error: Exception | None) -> str | None:
+    """Returns the message of an error for the other ranks: "" if the error is a defect, None without an error."""
     if error is None:
         return None
     error = translate_os_error(error)
     return str(error) if isinstance(error, InputError) else ""
 
 
-def _end_together(rank: int, error: Exception | None, told: list[str | None]) -> None:
+def _end_together(rank: int, error: Exception | None, messages: list[str | None]) -> None:
     """Returns if no rank has an error; otherwise raises on every rank.
 
     A rank with a defect raises it, with its traceback. Rank 0 raises the first InputError, which is then printed once.
     The other ranks raise SystemExit(2).
 
     Args:
-        told: the result of _told on every rank.
+        messages: the result of _shared_message on every rank.
     """
-    if all(message is None for message in told):
+    if all(message is None for message in messages):
         return
-    if error and (rank == 0 or told[rank] == ""):
+    if error and (rank == 0 or messages[rank] == ""):
         raise error
-    if rank == 0 and any(told):
-        raise InputError(next(filter(None, told)))
+    if rank == 0 and any(messages):
+        raise InputError(next(filter(None, messages)))
     raise SystemExit(2)
 
 

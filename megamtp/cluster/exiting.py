@@ -1,4 +1,4 @@
-"""How the process of one rank ends: after rank 0 has reported the error, and without Python's own teardown."""
+"""Ends the process of a rank: after rank 0 has reported the error, and without Python's own teardown."""
 
 import atexit
 import os
@@ -13,15 +13,16 @@ from megamtp.cluster.environment import find_place
 from megamtp.cluster.signals import SIGNALS
 from megamtp.errors import InputError, translate_os_error
 
-REPORT_SECONDS = 10  # for rank 0 to report an error; its launcher then ends the other ranks, which sleep meanwhile
+# The other ranks sleep while rank 0 reports an error. Its launcher then ends them.
+REPORT_SECONDS = 10
 
 
 def as_rank(main: Callable[[], int]) -> Callable[[], int]:
     """Returns `main` for a process that has peers.
 
-    An error that every rank has is reported by the first rank of each node: the others wait before they raise it, and
-    their launcher ends them. An OSError that the user can remedy becomes an InputError. The process ends as soon as its
-    exit status is known: see _end.
+    If every rank has the same error, the first rank of each node reports it. The others wait before they raise it, and
+    their launcher ends them meanwhile. An OSError that the user can remedy becomes an InputError. The process ends as
+    soon as its exit status is known: see _end.
     """
 
     def main_of_rank() -> int:
@@ -54,8 +55,11 @@ def as_rank(main: Callable[[], int]) -> Callable[[], int]:
     return main_of_rank
 
 
-def leave_peers() -> None:
-    """Closes torch.distributed's communicators. Collective, so not after an error, which may be of one rank alone."""
+def close_communicators() -> None:
+    """Closes torch.distributed's communicators. Collective.
+
+    Do not call it after an error: if only one rank has the error, the others would not call it.
+    """
     import torch.distributed as dist
 
     if dist.is_initialized():
@@ -63,14 +67,14 @@ def leave_peers() -> None:
 
 
 def _wait_to_be_ended(seconds: float) -> None:
-    """Sleeps. A signal of the launcher ends the process meanwhile: it has nothing more to save."""
+    """Sleeps until the launcher's signal ends this process, which has nothing more to save, or the time has passed."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     time.sleep(seconds)
 
 
 def _drop_unwritable(stream: TextIO | None) -> None:
-    """Drops the last output of a stream that cannot be written: a run does not fail for that."""
+    """Drops the last output of a stream that cannot be written, because this must not make a run fail."""
     if stream is None:
         return
     try:
@@ -80,7 +84,7 @@ def _drop_unwritable(stream: TextIO | None) -> None:
 
 
 def _end(outcome: list[int]) -> None:
-    """Ends the process with its exit status, if that is known, before Python's own teardown.
+    """Ends the process before Python's own teardown, if its exit status is known.
 
     DeepSpeed's globals keep gloo's threads alive after destroy_process_group. A thread that then releases the last
     tensor of a collective aborts the process (torch 2.11: ProcessGroupGloo::runLoop, decref_pyobject,

@@ -7,7 +7,7 @@ PASSES = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "broadcast": 1,
 
 
 class Network:
-    """Predicts the time of a collective of all ranks.
+    """Predicts the time of a collective in which all ranks take part.
 
     A gather or reduction of S bytes moves S (W - 1) / W over the link of each of W ranks. An all-reduce moves twice as
     much. Between N nodes, whose links each carry an equal share, S (N - 1) / N enter each node. The slower of the two,
@@ -21,7 +21,7 @@ class Network:
         self.cluster, self.world_size = cluster, cluster.emulate
 
     def seconds(self, kind: str, num_bytes: int) -> float:
-        """Returns the seconds of one collective, a key of PASSES, over tensors of `num_bytes` in total."""
+        """Returns the seconds of a collective over `num_bytes` in total. `kind` is a key of PASSES."""
         cluster, world_size = self.cluster, self.world_size
         if world_size == 1:
             return 0.0

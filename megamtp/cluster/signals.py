@@ -1,11 +1,11 @@
-"""Requests to stop a job: SIGTERM, SIGUSR1, Ctrl-C, or the death of the launcher.
+"""Receives requests to stop a job: SIGTERM, SIGUSR1, Ctrl-C, or the end of the launcher.
 
 DeepSpeed's launchers do not forward signals reliably. SIGTERM to `deepspeed` ends it and leaves the ranks running;
-SIGTERM to its per-node process reaches one rank after another. Each rank therefore also watches its ancestors, and the
-ranks agree in every step whether to stop.
+SIGTERM to its per-node process reaches one rank after another. Each rank therefore also watches its ancestors. In
+every step an all-reduce counts the ranks that were asked to stop.
 
-Importing this module looks up the ancestors. A later lookup could miss a launcher that has already died, and the rank
-would believe that it was started without one. (This still happens if the launcher dies while Python itself starts.)
+Importing this module looks up the ancestors. A later lookup could miss a launcher that has already ended, and the rank
+would then run on without a launcher. (This still happens if the launcher ends while Python itself starts.)
 """
 
 import os
@@ -18,7 +18,7 @@ import psutil
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed", "mpirun", "mpiexec", "hydra_pmi_proxy")
-# The process id of megamtp's own launch command, which may die before a rank can look it up among its ancestors.
+# The process id of megamtp's own launch command, which may end before a rank can look it up among its ancestors.
 LAUNCHER_VARIABLE = "MEGAMTP_LAUNCHER"
 POLL_SECONDS = 1.0  # time between checks of the launcher until `listen` is called
 
@@ -26,16 +26,16 @@ POLL_SECONDS = 1.0  # time between checks of the launcher until `listen` is call
 class StopRequest:
     """Records whether this rank was asked to stop."""
 
-    def __init__(self, launched: bool):
-        """Until `listen` is called, the death of a launcher ends this process.
+    def __init__(self, has_launcher: bool):
+        """Starts to watch the launcher. Until `listen` is called, this process ends if the launcher ends.
 
         Args:
-            launched: this process was started by a launcher, whose death is a request to stop.
+            has_launcher: whether a launcher started this process. The end of the launcher is then a request to stop.
         """
         self._received = False
         self._listening = threading.Event()
-        self._watched = list(_LAUNCHER_PROCESSES) if launched else []
-        self._launch_command_is_gone = False  # it died before this process could look it up
+        self._watched = list(_LAUNCHER_PROCESSES) if has_launcher else []
+        self._launch_command_is_gone = False  # it ended before this process could look it up
         launch_command = os.environ.get(LAUNCHER_VARIABLE)
         if launch_command:
             self._watch(int(launch_command))
@@ -52,7 +52,7 @@ class StopRequest:
             signal.signal(number, self._receive)
 
     def _exit_with_launcher(self) -> None:
-        """Exits if the launcher dies before `listen`: peers may be gone, and waiting for them takes half an hour."""
+        """Exits if the launcher ends before `listen`: a wait for peers that have also ended takes half an hour."""
         while not self._listening.is_set():
             if self._launcher_is_gone() and not self._listening.is_set():
                 with suppress(OSError):  # stderr may have been closed with the launcher
@@ -61,7 +61,7 @@ class StopRequest:
             self._listening.wait(POLL_SECONDS)
 
     def _watch(self, process_id: int) -> None:
-        """Watches this process. A process that is younger than this one has only reused the id of a dead launcher."""
+        """Watches a process. If it started after this process, it only has the same id as a launcher that has ended."""
         try:
             process = psutil.Process(process_id)
             is_launcher = process.create_time() <= psutil.Process().create_time()
@@ -83,7 +83,7 @@ class StopRequest:
         return self._received or self._launcher_is_gone()
 
     def _launcher_is_gone(self) -> bool:
-        """Returns whether a launcher process has ended. Changes no state: signals and the thread may interrupt it."""
+        """Returns whether a launcher process has ended. Changes no state, so signals may interrupt it."""
         return self._launch_command_is_gone or any(_has_ended(process) for process in self._watched)
 
 
@@ -95,9 +95,9 @@ def _has_ended(process: psutil.Process) -> bool:
 
 
 def _find_launcher_processes() -> list[psutil.Process]:
-    """Returns the launcher's processes: consecutive parents of this one that run DeepSpeed, torchrun or mpirun."""
+    """Returns the launcher's processes: the consecutive ancestors that run DeepSpeed, torchrun or mpirun."""
     launchers = []
-    with suppress(psutil.Error):  # a process that has just ended, or of another user, ends the search
+    with suppress(psutil.Error):  # the search ends at a process that has just ended or that another user owns
         process = psutil.Process().parent()
         while process and _is_launcher(process.cmdline()):
             launchers.append(process)

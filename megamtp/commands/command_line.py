@@ -1,4 +1,4 @@
-"""What all commands share: arguments, and errors of the user as one line on stderr with exit status 2."""
+"""Parses the arguments of commands, and reports a user's error as one line on stderr with exit status 2."""
 
 import argparse
 import errno
@@ -14,7 +14,9 @@ from megamtp.console import escape_unencodable_characters, print_error
 from megamtp.errors import InputError
 
 OUTPUT_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-COMMAND_VARIABLE = "MEGAMTP_COMMAND"  # a shell script that calls a command names itself here: launch/local.sh
+COMMAND_VARIABLE = (
+    "MEGAMTP_COMMAND"  # set by a shell script that calls a command, such as launch/local.sh, to its own name
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,7 +34,7 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see {self.prog} --help")
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
-        """Reads the value of `--option=--` as `--`. Before Python 3.13 argparse drops it and leaves an empty list."""
+        """Reads the value of `--option=--` as `--`. Before Python 3.13 argparse returns an empty list for it."""
         if action.option_strings and action.nargs in (None, argparse.ONE_OR_MORE) and arg_strings == ["--"]:
             value = self._get_value(action, "--")
             self._check_value(action, value)
@@ -59,8 +61,8 @@ def command_as_called() -> str:
 def run(main: Callable[[], int | None]) -> None:
     """Calls `main`, and ends the process if its exit status is not 0. `main` may return a status.
 
-    An InputError, or a full disk under the output, is one line on stderr and status 2. The status is 130 after Ctrl-C
-    and 141 if the output's reader has gone (`| head`), as shells report it.
+    An InputError, or a full disk under the output, becomes one line on stderr and status 2. As in shells, the status is
+    130 after Ctrl-C, and 141 if the reader of the output has ended (`| head`).
     """
     escape_unencodable_characters()
     try:
@@ -69,7 +71,9 @@ def run(main: Callable[[], int | None]) -> None:
     except OSError as error:
         if error.filename or error.errno not in OUTPUT_ERRORS:
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest once more at its exit
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # Python tries to write the rest again when it exits
         status = 128 + signal.SIGPIPE
         if error.errno != errno.EPIPE:
             print_error(f"the output cannot be written: {error.strerror}; make room for it")

@@ -6,8 +6,8 @@
     %(prog)s universal runs/new --to zero3        (then pretrain with run.directory=runs/new)
 
 Conversions between run, canonical and universal keep Adam's moments. The other formats hold only weights. A
-conversion needs about 0.3 GB of memory, whatever the model's size; only torch files written before torch 1.6 are read
-whole.
+conversion needs about 0.3 GB of memory for a model of any size, except that torch files written before torch 1.6 are
+read into memory as a whole.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def _num_heads(word: str) -> int:
 
 
 def entry() -> None:
-    """The command line of megamtp-convert."""
+    """Runs the command line of megamtp-convert."""
     run(main)
 
 

@@ -105,7 +105,7 @@ def _device(name: str) -> torch.device:
 def _require_tokenizer(path: Path | None) -> Path:
     if path is None:
         raise InputError(
-            "the model has no tokenizer; expected one: pass a SentencePiece model or `bytes` with --tokenizer"
+            "the model has no tokenizer; expected a SentencePiece model or `bytes`: pass it with --tokenizer"
         )
     return path
 
@@ -122,7 +122,7 @@ def _load(source: Path, device: torch.device) -> tuple[MTPModel, Path | None]:
 
 
 def entry() -> None:
-    """The command line of megamtp-generate."""
+    """Runs the command line of megamtp-generate."""
     run(main)
 
 

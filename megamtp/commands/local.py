@@ -22,7 +22,7 @@ from megamtp.config import print_help
 from megamtp.errors import InputError
 
 GRACE_SECONDS = 120.0
-JOB_VARIABLE = "MEGAMTP_JOB"  # identifies the processes of one job, even after their parents have died
+JOB_VARIABLE = "MEGAMTP_JOB"  # identifies the processes of one job, even after their parents have ended
 FORWARDED_AS: dict[int, int] = {
     signal.SIGTERM: signal.SIGTERM,
     signal.SIGINT: signal.SIGTERM,
@@ -31,7 +31,7 @@ FORWARDED_AS: dict[int, int] = {
 
 
 class Launch:
-    """One launch of a module on ranks of this machine."""
+    """One launch of a module on several ranks of this machine."""
 
     def __init__(self, module: str, arguments: list[str], num_ranks: int):
         """Starts the launcher, and installs handlers of SIGTERM, SIGINT and SIGUSR1 that forward them to the ranks."""
@@ -53,13 +53,13 @@ class Launch:
             env=os.environ | {JOB_VARIABLE: self._job_id, LAUNCHER_VARIABLE: str(os.getpid())},
             start_new_session=True,
         )
-        if self._received:  # while the launcher was being started
+        if self._received:  # a signal arrived while the launcher was started
             self._forward_signal()
 
     def wait(self) -> int:
         """Waits for the job. Returns its exit status, or 128 + the signal that ended it before it could save.
 
-        If the launcher dies before its ranks, they get SIGTERM and, after GRACE_SECONDS, SIGKILL. The status is then at
+        If the launcher ends before its ranks, they get SIGTERM and, after GRACE_SECONDS, SIGKILL. The status is then at
         least 1.
         """
         status = self._launcher.wait()
@@ -85,7 +85,7 @@ class Launch:
             os.killpg(self._launcher.pid, FORWARDED_AS[self._received])
 
     def _ranks(self) -> list[psutil.Process]:
-        """Returns the running rank processes of this job, without the launcher's, whose arguments name the module."""
+        """Returns the running rank processes of this job. (The arguments of the launcher also have the module.)"""
         ranks = []
         for process in psutil.process_iter():
             try:

@@ -4,8 +4,8 @@
     %(prog)s configs/13b_n4.yaml --gpus 64 engine.kind=pipeline engine.num_stages=8 train.micro_batch_size=1
     %(prog)s configs/13b_n4.yaml --gpus 8 --gpu h100 --bandwidth 100e9 train.micro_batch_size=1
 
-Exits with status 1 if the configuration does not fit into the GPUs' memory. Without --bandwidth the network is the one
-of cluster.*, by default NVLink inside a node and 400 Gb/s per GPU between nodes.
+Exits with status 1 if the configuration does not fit into the GPUs' memory. Without --bandwidth, the settings
+cluster.* describe the network, by default NVLink inside a node and 400 Gb/s per GPU between nodes.
 """
 
 import sys
@@ -72,7 +72,7 @@ def _memory_table(planned: Plan, gpu: Gpu) -> str:
 
 
 def _stage_table(partition: Partition | SpreadPartition, gpu: Gpu) -> str:
-    """Returns each stage's memory by kind, and the partition."""
+    """Returns a table of each stage's memory by kind, and lines about the partition."""
     kinds = list(partition.stages[0].memory_bytes)
     lines = [
         f"| GiB per rank (of {gpu.memory_bytes / GIB:.1f}) | {' | '.join(kinds)} | total |",
@@ -88,7 +88,7 @@ def _stage_table(partition: Partition | SpreadPartition, gpu: Gpu) -> str:
 
 
 def _host_table(planned: Plan, config: Config, world_size: int) -> str:
-    """Returns host memory and disk space."""
+    """Returns a table of host memory and disk space."""
     ranks = min(world_size, config.cluster.ranks_per_node)
     sizes = {kind: size for kind, size in planned.host_memory.items() if size}
     sizes[f"**total of the {ranks} ranks of a node**"] = ranks * sum(sizes.values())
@@ -131,7 +131,7 @@ def _print_misfit(planned: Plan, config: Config, world_size: int, gpu: Gpu) -> N
 
 
 def entry() -> None:
-    """The command line of megamtp-plan."""
+    """Runs the command line of megamtp-plan."""
     run(main)
 
 

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from megamtp.commands.command_line import Parser, run
 from megamtp.data.corpus import PICTURE, SKIPPED, Corpus, own_files, prepare
-from megamtp.data.documents import find_source, standard_library
+from megamtp.data.input_files import find_source, standard_library
 from megamtp.data.records import FORMATS, JSON_LINES, PARQUET, TEXT
 from megamtp.data.tokenisation import DEFAULT_VOCAB_SIZE
 from megamtp.data.workers import mpi_ranks, num_mpi_ranks
@@ -195,7 +195,7 @@ def _path(argument: str) -> Path:
 
 
 def entry() -> None:
-    """The command line of megamtp-prepare-data."""
+    """Runs the command line of megamtp-prepare-data."""
     run(main)
 
 

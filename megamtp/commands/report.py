@@ -228,7 +228,7 @@ def _print_check(passes: bool, result: str) -> None:
 
 
 def entry() -> None:
-    """The command line of megamtp-report."""
+    """Runs the command line of megamtp-report."""
     run(main)
 
 

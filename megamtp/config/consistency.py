@@ -1,4 +1,4 @@
-"""Settings of different sections that do not go together, as far as the configuration alone can tell.
+"""Checks settings of different sections against each other, without looking at devices or files.
 
 Tests: tests/unit/config/test_reader.py.
 """
@@ -10,19 +10,22 @@ from megamtp.config.schema import Config
 
 
 def check(config: Config) -> None:
-    """Raises: InputError for a setting that is out of bounds, has no use, or does not go together with another."""
+    """Checks all settings.
+
+    Raises:
+        InputError: a setting is out of bounds, has no effect, or conflicts with another setting.
+    """
     for section in fields(config):
         getattr(config, section.name).check(section.name)
     _check_head_loss(config)
     if config.engine.kind == "pipeline":
         _check_pipeline(config)
-    emulated_weights = config.cluster.emulate and config.run.initial_weights
     expect(
-        not emulated_weights,
+        not (config.cluster.emulate and config.run.initial_weights),
         "run.initial_weights with cluster.emulate",
-        "one of them: an emulated rank computes with weights of no model",
+        "one of them: an emulated rank does not compute with a model's weights",
     )
-    config.accumulation(data_parallel_size=1)
+    config.num_micro_batches(data_parallel_size=1)
 
 
 def _check_head_loss(config: Config) -> None:
@@ -55,8 +58,8 @@ def _check_pipeline(config: Config) -> None:
             f"engine.stage_layers={engine.stage_layers}",
             f"{num_stages} numbers (engine.num_stages) that sum to model.num_layers={num_layers}",
         )
-        both = engine.stage_memory_bytes is not None
-        expect(not both, "engine.stage_memory_bytes with engine.stage_layers", "one of them")
+        has_memory_limit = engine.stage_memory_bytes is not None
+        expect(not has_memory_limit, "engine.stage_memory_bytes with engine.stage_layers", "one of them")
     zero = engine.deepspeed.get("zero_optimization")
     for name in zero if isinstance(zero, dict) else ():
         found = f"engine.deepspeed.zero_optimization.{name} with engine.kind=pipeline"

@@ -1,4 +1,4 @@
-"""Fields that know what they mean and which values they take: `option(1000, "steps of warm-up", at_least=0)`.
+"""Dataclass fields with a description and bounds: `option(1000, "steps of warm-up", at_least=0)`.
 
 Tests: tests/unit/config/test_reader.py.
 """
@@ -13,16 +13,19 @@ from omegaconf import MISSING as REQUIRED
 
 from megamtp.errors import InputError
 
-MAX_INTEGER = 2**31 - 1  # the product of two, as of a tensor's shape, fits into int64
-MAX_FLOAT = 3.4e38  # the largest of fp32, in which DeepSpeed and torch use these numbers
-MAX_BYTES = 4096  # of a string: Linux opens no longer path
+MAX_INTEGER = 2**31 - 1  # the product of two integers, such as a tensor's size, fits into int64
+MAX_FLOAT = 3.4e38  # the largest fp32 number: DeepSpeed and torch compute in fp32
+MAX_BYTES = 4096  # the longest string: Linux refuses longer paths
 
 __all__ = ["REQUIRED", "Section", "check_paths", "expect", "number", "option", "shown", "type_name"]
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """The values that a field takes; None: no such bound. In a list or a mapping, each element is within the bounds."""
+    """The values that a field may have. None means that there is no such bound.
+
+    In a list or a mapping, each element must be within the bounds.
+    """
 
     at_least: float | None = None
     above: float | None = None
@@ -32,7 +35,7 @@ class Bounds:
     max_bytes: int = MAX_BYTES
 
     def check_number(self, found: str, value: float) -> None:
-        """Raises InputError: the number is out of bounds. `found` names the setting and its value."""
+        """Raises InputError if the number is out of bounds. `found` names the setting and its value."""
         largest = MAX_INTEGER if isinstance(value, int) else MAX_FLOAT
         if self.at_most is not None:
             largest = self.at_most
@@ -58,16 +61,16 @@ def option(
     max_bytes: int = MAX_BYTES,
     only: dict[str, tuple[str, ...]] | None = None,
 ) -> Any:
-    """A dataclass field with its `--help` text and its bounds.
+    """Returns a dataclass field with its `--help` text and its bounds.
 
     Args:
         default: REQUIRED makes the user give a value.
         meaning: the `--help` text.
         at_least, above, below, at_most: bounds of a number, or of each number in a list or a mapping.
         one_of: the values of a string.
-        max_bytes: of a string, as UTF-8.
-        only: other fields of the section and the values of these with which this field has a use. With other values,
-            anything but the default is refused.
+        max_bytes: largest size of a string as UTF-8.
+        only: names of other fields of the section, and the values of these with which this field has an effect. With
+            other values, every value of this field except its default is refused.
     """
     bounds = Bounds(at_least, above, below, at_most, one_of, max_bytes)
     metadata = {"meaning": meaning, "bounds": bounds, "only": only or {}}
@@ -80,7 +83,7 @@ class Section:
     """A section of the configuration: a dataclass whose fields are options or sections."""
 
     def check(self, name: str) -> None:
-        """Raises InputError: a setting of the section called `name` has a wrong type or value, or no use here."""
+        """Raises InputError if a setting of the section called `name` has a wrong type or value, or no effect."""
         items = dataclasses.fields(typing.cast(Any, self))
         for item in items:
             key, value = f"{name}.{item.name}", getattr(self, item.name)
@@ -93,7 +96,7 @@ class Section:
         self.check_together()
 
     def check_together(self) -> None:
-        """Raises InputError: settings of this section do not go together. Each is within its own bounds."""
+        """Raises InputError if settings of this section conflict. Each is within its own bounds."""
 
     def _check_use(self, name: str, item: "dataclasses.Field[Any]") -> None:
         value = getattr(self, item.name)
@@ -114,12 +117,12 @@ def expect(good: bool, found: str, expected: str) -> None:
 
 
 def shown(value: Any) -> str:
-    """A value as YAML would have it, as far as None is concerned."""
+    """Returns the value as text; None as null."""
     return "null" if value is None else str(value)
 
 
 def type_name(expected: Any) -> str:
-    """A field's type in words: `int or null`."""
+    """Returns a field's type in words, such as `int or null`."""
     if isinstance(expected, types.UnionType):
         return " or ".join(type_name(part) for part in typing.get_args(expected))
     if expected is type(None):
@@ -128,7 +131,7 @@ def type_name(expected: Any) -> str:
 
 
 def number(word: str) -> float | None:
-    """The number that a word is; None if it is none."""
+    """Returns the number that the word represents, or None if it does not represent a number."""
     try:
         return float(word)
     except ValueError:
@@ -136,27 +139,28 @@ def number(word: str) -> float | None:
 
 
 def check_paths(*paths: str | None) -> None:
-    """Raises InputError: one of them begins with ~."""
+    """Raises InputError if a path begins with ~."""
     for path in filter(None, paths):
-        expect(path.split("/")[0] != "~", path, "a path without ~, which no shell replaces here: write $HOME")
+        expect(path.split("/")[0] != "~", path, "a path without ~, which is not expanded here: write $HOME")
 
 
 def _check_value(key: str, value: Any, expected: Any, bounds: Bounds, place: str = "") -> None:
-    """Checks type and bounds, of nested values too: OmegaConf does not check the types inside lists and mappings.
+    """Checks the type and the bounds of a value and of the values inside it.
 
-    `place` says where in the setting `key` the value is, such as "[0]".
+    OmegaConf does not check the types inside lists and mappings. `place` says where in the setting `key` the value is,
+    such as "[0]".
     """
     allowed = typing.get_args(expected) if isinstance(expected, types.UnionType) else (expected,)
     if expected is Any:
         good = isinstance(value, None | bool | int | float | str | list | dict)
     else:
-        good = isinstance(value, tuple(typing.get_origin(one) or one for one in allowed)) or (
+        good = isinstance(value, tuple(typing.get_origin(kind) or kind for kind in allowed)) or (
             float in allowed and isinstance(value, int)
         )
     found = f"{key}{place}={shown(value)}"
     kinds = "null, true or false, a number, text, a list or a mapping" if expected is Any else type_name(expected)
     expect(good, found, kinds)
-    inner = next((typing.get_args(one)[-1] for one in allowed if typing.get_origin(one) is type(value)), Any)
+    inner = next((typing.get_args(kind)[-1] for kind in allowed if typing.get_origin(kind) is type(value)), Any)
     if isinstance(value, dict):
         for name, element in value.items():
             expect(isinstance(name, str), found, f"text as keys, not {name!r}")

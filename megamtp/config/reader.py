@@ -1,6 +1,7 @@
-"""YAML files and `key=value` overrides -> a checked Config; and back.
+"""Reads YAML files and `key=value` overrides into a checked Config, and writes a Config as YAML.
 
-`read_config(["configs/quickstart.yaml", "optimizer.lr=3e-4"])` reads one; `print_help` is `--help`.
+`read_config(["configs/quickstart.yaml", "optimizer.lr=3e-4"])` returns a Config; `print_help` prints the text of
+`--help`.
 """
 
 import dataclasses
@@ -28,16 +29,17 @@ from megamtp.config.schema import BYTES, Config
 from megamtp.errors import InputError
 from megamtp.files import write_atomically
 
-RESOLVED = "config.yaml"  # in a run's folder: its whole configuration
-MAX_DEPTH = 16  # of nested lists and mappings
+RESOLVED = "config.yaml"  # a file in a run's folder with the whole configuration
+MAX_DEPTH = 16  # levels of nested lists and mappings
 MAX_NUMBER_LENGTH = 400  # characters; Python refuses to print integers of over 4300 digits
 
 
 def read_config(arguments: list[str]) -> Config:
-    """`[file.yaml, key=value, ...]` -> a checked configuration.
+    """Returns the checked configuration that `[file.yaml, key=value, ...]` describe. Later arguments override earlier.
 
     Raises:
-        InputError: an unreadable file, an unknown key (the nearest right one is named), a wrong type or value.
+        InputError: a file cannot be read, a key is unknown (the message names the most similar key), or a value is
+            missing or wrong.
     """
     settings = _schema()
     for argument in arguments:
@@ -45,8 +47,8 @@ def read_config(arguments: list[str]) -> Config:
     try:
         missing = sorted(OmegaConf.missing_keys(settings))
         config = None if missing else OmegaConf.to_object(settings)
-    # an interpolation, ${...}, of a missing key or of its own section
     except (OmegaConfBaseException, RecursionError) as error:
+        # An interpolation, ${...}, refers to a missing key or to the section that contains it.
         key = getattr(error, "full_key", None)
         raise InputError(
             f"{f'{key}: ' if key else ''}{_first_line(error)}; expected a value, or ${{section.key}}"
@@ -64,7 +66,7 @@ def write_config(config: Config, path: Path) -> None:
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """A copy with absolute paths of data and weights."""
+    """Returns a copy with absolute paths of data and weights."""
     if config.run.initial_weights:
         run = dataclasses.replace(config.run, initial_weights=_absolute(config.run.initial_weights))
         config = dataclasses.replace(config, run=run)
@@ -79,17 +81,17 @@ def with_absolute_paths(config: Config) -> Config:
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """`section.key: old -> new` of every setting that is not the same."""
-    found = []
+    """Returns a line `section.key: old -> new` for every setting that differs."""
+    lines = []
     for key in _keys(Config):
         before, after = (functools.reduce(getattr, key.split("."), config) for config in (old, new))
         if before != after:
-            found.append(f"{key}: {shown(before)} -> {shown(after)}")
-    return found
+            lines.append(f"{key}: {shown(before)} -> {shown(after)}")
+    return lines
 
 
 def describe() -> str:
-    """One line per key: its meaning and default."""
+    """Returns one line per key with its meaning, type and default."""
     defaults = _schema()
     required = OmegaConf.missing_keys(defaults)
     lines = []
@@ -100,10 +102,10 @@ def describe() -> str:
 
 
 def print_help(arguments: list[str], description: str) -> bool:
-    """Whether a command that takes keys was asked for help, which this prints."""
+    """Prints the help of a command that takes keys if `arguments` ask for it. Returns whether they do."""
     if "--help" not in arguments and "-h" not in arguments:
         return False
-    with suppress(BrokenPipeError):  # as of `| head`
+    with suppress(BrokenPipeError):  # the reader has closed the pipe, as `| head` does
         print(f"{description}\nKeys [type; default]:\n{describe()}")
     return True
 
@@ -112,18 +114,19 @@ def _schema() -> DictConfig:
     schema = OmegaConf.structured(Config)
     for section in ("", *_sections(Config)):
         node = OmegaConf.select(schema, section) if section else schema
-        OmegaConf.set_readonly(node, None)  # frozen dataclasses make read-only nodes, which refuse to be merged
+        OmegaConf.set_readonly(node, None)  # frozen dataclasses make read-only nodes, which cannot be merged
     return schema
 
 
 def _parse(argument: str) -> tuple[str, DictConfig]:
-    """The name to blame in messages, and the settings of one argument."""
-    if "=" in argument and not os.path.isfile(argument):  # unlike Path's, False where the name is too long
+    """Returns the name of an argument for error messages, and its settings."""
+    # os.path.isfile returns False if the name is too long for a path; Path.is_file may raise OSError.
+    if "=" in argument and not os.path.isfile(argument):
         key, _, value = argument.partition("=")
         try:
             _require_shallow(value, key.count(".") + key.count("["))
             return argument, OmegaConf.from_dotlist([argument])
-        except Exception as error:  # YAML's constructors let through what Python's raise: !!bool 3 is a KeyError
+        except Exception as error:  # YAML tags may raise any exception: !!bool 3 raises KeyError
             in_braces = isinstance(error, yaml.YAMLError) and "{" in argument
             spaces = ", with a space after each colon in braces: {a: {b: 2}}" if in_braces else ""
             raise InputError(f"{argument}: {_yaml_problem(error)}; expected key=value{spaces}") from None
@@ -138,7 +141,7 @@ def _parse(argument: str) -> tuple[str, DictConfig]:
         _require_shallow(text)
         settings = OmegaConf.load(io.StringIO(text))
     except (OSError, AssertionError):
-        settings = None  # OmegaConf's own: the file holds a number, in quotes or not, or true or false
+        settings = None  # OmegaConf raises these if the file holds only a number, quoted or not, or a boolean
     except Exception as error:
         mark = getattr(error, "problem_mark", None)
         place = f"line {mark.line + 1}: " if mark else ""
@@ -150,7 +153,7 @@ def _parse(argument: str) -> tuple[str, DictConfig]:
 
 
 def _drop_empty_sections(settings: DictConfig) -> None:
-    """An empty section sets nothing; it appears where each of its keys is commented out."""
+    """Removes empty sections. A section is empty if all of its keys are commented out."""
     values = OmegaConf.to_container(settings)
     for section in _sections(Config):
         *parents, name = section.split(".")
@@ -163,8 +166,14 @@ def _drop_empty_sections(settings: DictConfig) -> None:
 
 
 def _require_shallow(text: str, depth: int = 0) -> None:
-    """Raises: yaml.YAMLError for YAML text nested so deeply, or with a number so long, that parsing or printing it
-    could fail.
+    """Refuses YAML text that is nested too deeply, or has too long a number, to be parsed and printed safely.
+
+    Args:
+        depth: the number of levels above the text.
+
+    Raises:
+        yaml.YAMLError: the text is nested more than MAX_DEPTH levels deep, or has a number of more than
+            MAX_NUMBER_LENGTH characters.
     """
     for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -186,7 +195,7 @@ def _merge(settings: DictConfig, source: str, given: DictConfig) -> DictConfig:
     for name, value in _settings(OmegaConf.to_container(given)):
         if name not in known:
             raise InputError(f"{source}: unknown key {name}; {_nearest(str(name), list(known))}")
-        # OmegaConf takes any whole number but 0 for true.
+        # OmegaConf reads every whole number except 0 as true.
         if known[name].type in (bool, bool | None) and number(str(value)) not in (None, 0, 1):
             raise InputError(f"{source}: {name}: {value} is neither true nor false{_expected(name)}")
     try:
@@ -201,7 +210,11 @@ def _merge(settings: DictConfig, source: str, given: DictConfig) -> DictConfig:
 
 
 def _settings(values: Any, prefix: str = "") -> Iterator[tuple[Any, Any]]:
-    """(dotted key, value) as YAML has them, of any type. A mapping that is no setting's value stands for its keys."""
+    """Yields (dotted key, value) of all settings in a mapping that was read from YAML.
+
+    Descends into sections, and into unknown top-level mappings, so that the keys in these are reported. A key and a
+    value may have any type.
+    """
     for name, value in values.items():
         key = f"{prefix}{name}" if prefix else name
         is_section = key in _sections(Config)
@@ -212,7 +225,7 @@ def _settings(values: Any, prefix: str = "") -> Iterator[tuple[Any, Any]]:
 
 
 def _expected(key: str) -> str:
-    """What a setting should be, or an element of one, such as `head_loss.weights[0]`."""
+    """Returns `; expected TYPE` for a setting or an element of a setting, such as `head_loss.weights[0]`."""
     for setting, item in _keys(Config).items():
         expected: Any = item.type
         if key.startswith((f"{setting}.", f"{setting}[")):
@@ -225,32 +238,32 @@ def _expected(key: str) -> str:
 
 
 def _keys(section: Any, prefix: str = "") -> "dict[str, dataclasses.Field[Any]]":
-    """The field of every setting, by its dotted key."""
-    found = {}
+    """Returns the field of every setting by its dotted key."""
+    items = {}
     for item in dataclasses.fields(section):
         if item.default_factory is not MISSING and dataclasses.is_dataclass(item.default_factory):
-            found |= _keys(item.default_factory, f"{prefix}{item.name}.")
+            items |= _keys(item.default_factory, f"{prefix}{item.name}.")
         else:
-            found[prefix + item.name] = item
-    return found
+            items[prefix + item.name] = item
+    return items
 
 
 def _sections(section: Any, prefix: str = "") -> list[str]:
-    """The dotted keys of all sections; outer ones come first."""
-    found: list[str] = []
+    """Returns the dotted keys of all sections. A section comes before the sections inside it."""
+    keys: list[str] = []
     for item in dataclasses.fields(section):
         if item.default_factory is not MISSING and dataclasses.is_dataclass(item.default_factory):
-            found += [prefix + item.name, *_sections(item.default_factory, f"{prefix}{item.name}.")]
-    return found
+            keys += [prefix + item.name, *_sections(item.default_factory, f"{prefix}{item.name}.")]
+    return keys
 
 
 def _nearest(name: str, known: list[str]) -> str:
-    def likeness(key: str) -> float:
-        """Of the whole key, or of its last part: `lr` means optimizer.lr."""
+    def similarity(key: str) -> float:
+        """Returns the similarity to the key or to its last part, if that is larger, so that `lr` finds optimizer.lr."""
         pairs = ((name, key), (name.rpartition(".")[2], key.rpartition(".")[2]))
         return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
 
-    return f"did you mean {max(known, key=likeness)}? (--help lists every key)"
+    return f"did you mean {max(known, key=similarity)}? (--help lists every key)"
 
 
 def _first_line(error: Exception) -> str:

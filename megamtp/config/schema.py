@@ -1,7 +1,7 @@
-"""Every setting of a run, as frozen dataclasses. Each field says what it means and which values it takes.
+"""Defines every setting of a run, in frozen dataclasses. Each field has a description and bounds.
 
 `option` and `Section` (fields.py) check a setting by itself; `check_together` checks the settings of one section with
-each other; consistency.py checks the sections with each other. reader.py makes a Config of YAML files and overrides.
+each other; consistency.py checks the sections with each other. reader.py makes a Config from YAML files and overrides.
 
 Tests: tests/unit/config/test_reader.py.
 """
@@ -18,8 +18,8 @@ BYTES = "bytes"  # data.tokenizer of byte-level runs
 MAX_LAYERS = 1000  # several times as many as the deepest models have; more would take minutes to plan
 MAX_CORPORA = 1024
 PRECISIONS = ("fp32", "bf16", "fp16")
-Uses = dict[str, tuple[str, ...]]  # see option
-ZERO, ZERO3, PIPELINE = Uses(kind=("zero3", "zero1")), Uses(kind=("zero3",)), Uses(kind=("pipeline",))
+Only = dict[str, tuple[str, ...]]  # the other fields, and their values, with which an option has an effect: see option
+ZERO, ZERO3, PIPELINE = Only(kind=("zero3", "zero1")), Only(kind=("zero3",)), Only(kind=("pipeline",))
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class ModelConfig(Section):
     )
     vocab_size: int = option(
         REQUIRED,
-        "rows of embedding and unembedding; rows without a token of the tokenizer are part of every softmax",
+        "rows of embedding and unembedding; rows that no token uses still take part in the softmax",
         at_least=1,
         at_most=2**24,
     )
@@ -96,7 +96,7 @@ class HeadLossConfig(Section):
         None, "weight of each head's loss, n numbers; null: all 1, as in the paper", at_least=0
     )
     chunk_rows: int | None = option(
-        None, "positions whose logits exist at a time; null: at most 8192, and half a GiB", at_least=1
+        None, "positions whose logits exist at a time; null: as many as fit into half a GiB, at most 8192", at_least=1
     )
     z_loss: float = option(0.0, "coefficient of the mean squared log-partition function (0: none)", at_least=0)
     precision: str | None = option(
@@ -107,7 +107,7 @@ class HeadLossConfig(Section):
     fp8_first_head: bool = option(True, "precision=fp8: head 1 too; false: heads 2 to n only")
 
     def in_float8(self, index: int) -> bool:
-        """Whether the head at `index` (from 0) trains with an fp8 loss."""
+        """Returns whether the head at `index` (from 0) trains with an fp8 loss."""
         return self.precision == "fp8" and (index > 0 or self.fp8_first_head)
 
 
@@ -118,7 +118,7 @@ class OptimizerConfig(Section):
     kind: str = option("adamw", "adamw; or MODULE:CLASS of your own (optimizers/base.py)")
     lr: float = option(3e-4, "peak learning rate", at_least=0)
     warmup_steps: int = option(1000, "steps of linear warm-up from 0 to the peak", at_least=0)
-    final_lr_ratio: float = option(0.03, "last learning rate over the peak; cosine in between", at_least=0)
+    final_lr_ratio: float = option(0.03, "last learning rate / peak learning rate; cosine in between", at_least=0)
     beta1: float = option(0.9, "decay of AdamW's first moment", at_least=0, below=1)
     beta2: float = option(0.95, "decay of AdamW's second moment", at_least=0, below=1)
     eps: float = option(1e-8, "AdamW's epsilon", at_least=0)
@@ -128,7 +128,10 @@ class OptimizerConfig(Section):
 
 @dataclass(frozen=True)
 class TrainConfig(Section):
-    """The mathematics of a run: none of these depends on the number of ranks."""
+    """What is trained, independent of the number of ranks.
+
+    micro_batch_size, activation_checkpointing and compile change only speed, memory and rounding.
+    """
 
     steps: int = option(REQUIRED, "optimizer steps", at_least=1)
     global_batch_tokens: int = option(
@@ -139,7 +142,7 @@ class TrainConfig(Section):
     precision: str = option("bf16", "bf16, fp32 or fp16 (fp16 on GPUs only)", one_of=PRECISIONS)
     activation_checkpointing: bool = option(False, "recompute trunk layers in the backward pass to save memory")
     compile: bool | None = option(None, "run the layers through torch.compile; null: on GPUs")
-    # pretrain.py gives each rank a seed of its own below 2^63.
+    # training/starting.py derives a seed of each rank from it, which must be below 2^63.
     seed: int = option(0, "seed of the initial weights and of the order of the data", at_least=0, at_most=2**39 - 1)
 
 
@@ -150,7 +153,7 @@ class EngineConfig(Section):
     kind: str = option(
         "zero3",
         "zero3: parameters, gradients and optimizer state sharded; zero1: optimizer state only; pipeline: layers "
-        "divided among stages, and zero1 among pipelines",
+        "divided among stages, and zero1 across pipelines",
         one_of=("zero3", "zero1", "pipeline"),
     )
     num_stages: int | None = option(None, "pipeline: stages; a divisor of the number of ranks", only=PIPELINE)
@@ -164,11 +167,11 @@ class EngineConfig(Section):
         False, "pipeline: every stage computes a part of each loss, from its rows of the unembedding", only=PIPELINE
     )
     stage_memory_bytes: float | None = option(
-        None, "pipeline: memory of a rank that the chosen partition needs at most", above=0, only=PIPELINE
+        None, "pipeline: largest memory of a rank when the partition is chosen; null: no limit", above=0, only=PIPELINE
     )
     communication: str = option(
         "grouped",
-        "zero3: grouped, one collective per module; or deepspeed, DeepSpeed's own",
+        "zero3: grouped, one collective per module; or deepspeed, DeepSpeed's implementation",
         one_of=("grouped", "deepspeed"),
         only=ZERO3,
     )
@@ -176,7 +179,7 @@ class EngineConfig(Section):
         2,
         "zero3, grouped: modules whose weights are gathered ahead of their use",
         at_least=0,
-        only=ZERO3 | Uses(communication=("grouped",)),
+        only=ZERO3 | Only(communication=("grouped",)),
     )
     head_schedule: str = option(
         "sequential",
@@ -185,10 +188,10 @@ class EngineConfig(Section):
         only=ZERO,
     )
     reduce_bucket_size: int = option(
-        500_000_000, "elements of a gradient bucket; grouped communication has none", at_least=1
+        500_000_000, "elements of a gradient bucket; not used by grouped communication", at_least=1
     )
     param_persistence_threshold: int = option(
-        0, "zero3: parameters of fewer elements stay on every rank", at_least=0, only=ZERO3
+        0, "zero3: parameters with fewer elements than this stay on every rank", at_least=0, only=ZERO3
     )
     reduce_dtype: str | None = option(
         None, "precision of gradient reductions; null: train.precision", one_of=(*PRECISIONS, None)
@@ -201,7 +204,7 @@ class EngineConfig(Section):
 
     @property
     def pipeline_stages(self) -> int:
-        """num_stages, which every pipeline has."""
+        """Returns num_stages. It must be set, as it is in every checked configuration of a pipeline."""
         assert self.num_stages is not None
         return self.num_stages
 
@@ -211,9 +214,9 @@ class EfficiencyConfig(Section):
     """Share of the bandwidth that each collective reaches."""
 
     all_gather: float = option(1.0, "share of the bandwidth that all_gather reaches", at_least=1e-6, at_most=2)
-    reduce_scatter: float = option(1.0, "that reduce_scatter reaches", at_least=1e-6, at_most=2)
-    all_reduce: float = option(1.0, "that all_reduce reaches", at_least=1e-6, at_most=2)
-    broadcast: float = option(1.0, "that broadcast reaches", at_least=1e-6, at_most=2)
+    reduce_scatter: float = option(1.0, "share of the bandwidth that reduce_scatter reaches", at_least=1e-6, at_most=2)
+    all_reduce: float = option(1.0, "share of the bandwidth that all_reduce reaches", at_least=1e-6, at_most=2)
+    broadcast: float = option(1.0, "share of the bandwidth that broadcast reaches", at_least=1e-6, at_most=2)
 
 
 @dataclass(frozen=True)
@@ -223,7 +226,7 @@ class ClusterConfig(Section):
     emulate: int | None = option(None, "ranks of the emulated cluster; null: no emulation", at_least=1, at_most=2**20)
     latency: float = option(20e-6, "seconds before a collective's first byte", at_least=0)
     flat_bandwidth: float | None = option(
-        None, "bytes/s of a rank in a network without nodes; null: nodes, as follows", at_least=1
+        None, "bytes/s of a rank if all ranks are connected alike; null: use the next three settings", at_least=1
     )
     ranks_per_node: int = option(8, "ranks of a node", at_least=1)
     node_bandwidth: float = option(360e9, "bytes/s of each rank inside its node", at_least=1)
@@ -245,17 +248,17 @@ class DataConfig(Section):
     tokenizer: str | None = option(None, "SentencePiece model, which is exported with the weights; or bytes")
     documents: str = option(
         "continue",
-        "continue: windows cross documents, as in the paper; mask: no target in another; isolate: nor attention",
+        "continue: windows cross documents, as in the paper; mask: no targets across them; isolate: also no attention",
         one_of=("continue", "mask", "isolate"),
     )
-    accept_changes: bool = option(False, "resume although corpora, weights, sequence length, documents or seed differ")
+    accept_changes: bool = option(False, "resume even if corpora, weights, sequence length, documents or seed differ")
 
     @property
     def train_corpora(self) -> list[tuple[float, str]]:
-        """(weight, prefix) of each training corpus. A single one may have no weight; its name is then all of `train`.
+        """Returns (weight, prefix) of each training corpus. Without a weight, all of `train` is one prefix.
 
         Raises:
-            InputError: `train` begins with a weight but is no list of weights and prefixes.
+            InputError: `train` begins with a weight but is not a list of weights and prefixes.
         """
         try:
             words = shlex.split(self.train)
@@ -279,7 +282,7 @@ class DataConfig(Section):
 
 @dataclass(frozen=True)
 class RunConfig(Section):
-    """Where a run writes, and how often."""
+    """The run directory, and how often a run writes to it."""
 
     directory: str = option(REQUIRED, "folder of metrics, checkpoints and configuration; an existing run is resumed")
     initial_weights: str | None = option(
@@ -287,13 +290,13 @@ class RunConfig(Section):
     )
     save_every_steps: int = option(1000, "steps between checkpoints; the last step is always saved", at_least=1)
     keep_checkpoints: int = option(2, "newest checkpoints kept", at_least=1)
-    keep_every_steps: int | None = option(None, "checkpoints at multiples of this are kept; null: none", at_least=1)
+    keep_every_steps: int | None = option(None, "checkpoints at its multiples are also kept; null: none", at_least=1)
     evaluate_every_steps: int = option(1000, "steps between evaluations; the last is always evaluated", at_least=1)
     evaluation_windows: int | None = option(None, "validation windows of an evaluation; null: all", at_least=1)
     log_every_steps: int = option(1, "steps between lines of metrics", at_least=1)
     tensorboard: bool = option(True, "write TensorBoard events beside metrics.jsonl")
     peak_flops: float | None = option(
-        None, "FLOP/s of a GPU, for the model FLOPs utilization; null: of known GPUs", above=0
+        None, "FLOP/s of a GPU, for the model FLOPs utilization; null: looked up for known GPUs", above=0
     )
     stall_seconds: int | None = option(
         None,
@@ -329,11 +332,11 @@ class Config:
     def global_batch_windows(self) -> int:
         return self.train.global_batch_tokens // self.train.sequence_length
 
-    def accumulation(self, data_parallel_size: int) -> int:
-        """Micro-batches of one rank in a step (A), where `data_parallel_size` ranks or pipelines share the batch.
+    def num_micro_batches(self, data_parallel_size: int) -> int:
+        """Returns each rank's number of micro-batches in a step that `data_parallel_size` ranks or pipelines share.
 
         Raises:
-            InputError: the global batch does not divide.
+            InputError: the global batch cannot be divided into such micro-batches.
         """
         train = self.train
         tokens = train.sequence_length * train.micro_batch_size * data_parallel_size

@@ -31,7 +31,7 @@ class Blend:
         self.corpora, self.shares = corpora, windows_per_period(weights)
         self.first_windows = first_windows or [0] * len(corpora)
         self._corpus = interleave(self.shares)
-        self._offset_in_corpus = np.empty(PERIOD, np.int64)  # counts the windows of the same corpus before this one
+        self._offset_in_corpus = np.empty(PERIOD, np.int64)  # number of earlier windows of the same corpus
         for corpus, share in enumerate(self.shares):
             self._offset_in_corpus[self._corpus == corpus] = np.arange(share)
 
@@ -74,7 +74,7 @@ def interleave(shares: np.ndarray) -> np.ndarray:
 
     Of the first k windows, each corpus has k * share / PERIOD to within one window. With m corpora, the j-th window of
     a corpus (from 0) may come as soon as k * share / PERIOD reaches j + 1 / (2 m - 2), and must come before that number
-    exceeds j + 1 - 1 / (2 m - 2). The next window is always the one with the earliest deadline of those that may come.
+    exceeds j + 1 - 1 / (2 m - 2). Of the windows that may come, the one with the earliest deadline is next.
 
     Source: Tijdeman 1980, "The chairman assignment problem", Discrete Mathematics 32, theorem 1.
     """

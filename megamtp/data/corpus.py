@@ -1,7 +1,8 @@
-"""Prepares a corpus: text in; tokenizer.model, train and validation .bin/.idx/.crc, lengths.png and corpus.json out.
+"""Prepares a corpus from text.
 
-corpus.json is written last: a folder without it is not a corpus. Until then, tokenised shards are kept in the folder
-.preparation, so that a preparation that was interrupted can resume.
+Writes tokenizer.model, train and validation .bin/.idx/.crc, lengths.png, and at last corpus.json. A folder without
+corpus.json is not a corpus. Until then, tokenised shards are kept in the folder .preparation, so that a preparation
+that was interrupted can resume.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megamtp.data.documents import Source
+from megamtp.data.input_files import Source
 from megamtp.data.length_report import draw_lengths
 from megamtp.data.merge import SPLITS, TokenisedShards, Totals, split_threshold, write_splits
 from megamtp.data.records import FORMAT_OF_SUFFIX, TEXT, Span, content_suffix
@@ -52,7 +53,7 @@ class Corpus:
         space_marks: number of documents that contain U+2581, if the tokenizer reads it as a space.
         end_markers: number of documents that contain an end-of-text marker, which is tokenised as ordinary characters.
         unreadable_files: names of text files that are not UTF-8.
-        files: number of files that were read, by format, including unreadable ones.
+        files: number of files that were read, by format, including unreadable files.
         passed_over: names of files and folders that were not read, by reason.
         skipped_records: number of bad records, which are listed in skipped_records.txt.
     """
@@ -86,7 +87,7 @@ def prepare(
 ) -> tuple[Corpus, bool]:
     """Tokenises all documents into `output` and appends the end-of-document token to each.
 
-    A hash of (`seed`, name) decides which documents are held out for validation (one at least), so the split does not
+    A hash of (`seed`, name) decides which documents are held out for validation (at least one), so the split does not
     depend on their order. The files do not depend on `workers`. All errors except a full disk are detected before an
     existing corpus is touched.
 
@@ -98,7 +99,7 @@ def prepare(
         workers: the number of processes that tokenise, or an executor.
 
     Returns:
-        (the corpus, whether an existing one of the same inputs and settings was reused).
+        (the corpus, whether an existing corpus of the same inputs and settings was reused).
 
     Raises:
         InputError: an input is bad or has changed, or `output` cannot be written or replaced without `overwrite`.
@@ -109,10 +110,10 @@ def prepare(
         if not overwrite and (existing := _reusable_corpus(output, settings, tokenizer)):
             return existing, True
         with _work_folder(output) as work:
-            in_pieces = source.has_few_documents()
-            skipped = source.find_duplicates() if in_pieces and deduplicate else None
-            shards = cut_into_shards(source.files, in_pieces, skipped)
-            task = make_task(source, shards, in_pieces, work, vocab_size, tokenizer, seed, deduplicate)
+            cuts_documents = source.has_few_documents()
+            skipped = source.find_duplicates() if cuts_documents and deduplicate else None
+            shards = cut_into_shards(source.files, cuts_documents, skipped)
+            task = make_task(source, shards, cuts_documents, work, vocab_size, tokenizer, seed, deduplicate)
             tokenised = _tokenise(shards, task, workers)
             threshold = split_threshold(tokenised, validation_fraction, describe_inputs(source))
             _require_unchanged(settings, find_settings())
@@ -175,7 +176,7 @@ def _remove_stale_files(shards: list[Shard], task: TokenisationTask) -> None:
 
 
 def _publish(tokenised: TokenisedShards, threshold: int, output: Path, task: TokenisationTask) -> Totals:
-    """Removes an old corpus.json, then writes all files but the new one and the picture."""
+    """Removes an old corpus.json, then writes all files except corpus.json and lengths.png."""
     (output / SUMMARY).unlink(missing_ok=True)
     if task.tokenizer == BYTES:
         (output / "tokenizer.model").unlink(missing_ok=True)
@@ -249,8 +250,7 @@ def _reusable_corpus(output: Path, settings: dict, tokenizer: Path | str | None)
         _refuse_to_replace(output, tokenizer)
     elif corpus.settings != settings:
         raise InputError(
-            f"{output} holds a corpus of other inputs or settings; expected the same ones: use --overwrite or another "
-            "folder"
+            f"{output} holds a corpus of other inputs or settings; expected the same: use --overwrite or another folder"
         )
     elif (output / WORK).exists():
         with _work_folder(output):

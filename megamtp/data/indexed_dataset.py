@@ -1,4 +1,4 @@
-"""Token files in Megatron-LM's format: PREFIX.bin holds all tokens in a row, and PREFIX.idx indexes the documents.
+"""Reads and writes token files in Megatron-LM's format: PREFIX.bin holds all tokens, PREFIX.idx indexes the documents.
 
 megamtp and Megatron-LM can read each other's files. The index, little-endian:
 
@@ -39,9 +39,9 @@ DTYPES = {
     for code, name in enumerate(["u1", "i1", "i2", "i4", "i8", "f8", "f4", "u2"], start=1)
 }
 LONGEST_SEQUENCE = 2**31 - 1  # tokens; lengths in the index are int32
-WRITTEN_SEQUENCES = 1 << 20  # whose offsets are in memory at a time while the index is written
-IDENTIFYING_TOKENS = 1 << 14
-CHECKED_SEQUENCES = 1 << 16  # checked at both ends of the index when a dataset is opened
+INDEX_CHUNK_SEQUENCES = 1 << 20  # sequences per chunk while the index is written
+END_TOKENS = 1 << 14  # tokens at each end of a corpus that crc32_of_ends reads
+CHECKED_SEQUENCES = 1 << 16  # sequences at each end of the index that are checked when a dataset is opened
 
 
 def best_dtype(vocab_size: int) -> np.dtype:
@@ -141,9 +141,9 @@ class IndexedDatasetWriter:
         index.write(HEADER.pack(MAGIC, VERSION, code, len(self._lengths), len(self._documents)))
         lengths, offset = np.array(self._lengths, dtype="<i4"), 0
         index.write(lengths.data)
-        for first in range(0, len(lengths), WRITTEN_SEQUENCES):
-            ends = np.cumsum(lengths[first : first + WRITTEN_SEQUENCES], dtype=np.int64) + offset
-            pointers = (ends - lengths[first : first + WRITTEN_SEQUENCES]) * self.dtype.itemsize
+        for first in range(0, len(lengths), INDEX_CHUNK_SEQUENCES):
+            ends = np.cumsum(lengths[first : first + INDEX_CHUNK_SEQUENCES], dtype=np.int64) + offset
+            pointers = (ends - lengths[first : first + INDEX_CHUNK_SEQUENCES]) * self.dtype.itemsize
             index.write(pointers.astype("<i8").data)
             offset = int(ends[-1])
         index.write(np.array(self._documents, dtype="<i8").data)
@@ -200,7 +200,7 @@ class IndexedDataset:
             raise _bad_file(self._idx_path, "its document numbers do not increase from 0 to the number of sequences")
 
     def _sequence_start(self, sequence: int) -> int:
-        """Returns the number of tokens before a sequence, or of all tokens for the number of sequences."""
+        """Returns the number of tokens before a sequence. If it is the number of sequences: that of all tokens."""
         if sequence < len(self._lengths):
             return int(self._pointers[sequence]) // self.dtype.itemsize
         return int(self._pointers[-1]) // self.dtype.itemsize + int(self._lengths[-1]) if sequence else 0
@@ -229,7 +229,7 @@ class IndexedDataset:
         return self.tokens(self.document_start(document), self.document_start(document + 1))
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """Returns a read-only view of tokens [start, stop) of all documents in a row. `stop` may exceed the end.
+        """Returns a read-only view of tokens [start, stop) of the concatenated documents. `stop` may exceed the end.
 
         Raises:
             InputError: the tokens do not match their checksums.
@@ -244,8 +244,8 @@ class IndexedDataset:
         Raises:
             InputError: the tokens do not match their checksums.
         """
-        first = self.tokens(0, IDENTIFYING_TOKENS)
-        last = self.tokens(max(0, self.num_tokens - IDENTIFYING_TOKENS), self.num_tokens)
+        first = self.tokens(0, END_TOKENS)
+        last = self.tokens(max(0, self.num_tokens - END_TOKENS), self.num_tokens)
         return zlib.crc32(last.tobytes(), zlib.crc32(first.tobytes()))
 
     def _check_content(self, checksums: Checksums, start: int, stop: int) -> None:
@@ -262,7 +262,7 @@ class IndexedDataset:
             )
 
     def document_start(self, document: int) -> int:
-        """Returns the number of tokens before a document, or of all tokens for the number of documents."""
+        """Returns the number of tokens before a document. If it is the number of documents: that of all tokens."""
         sequence = int(self._documents[document])
         if not 0 <= sequence <= len(self._lengths):
             raise _bad_file(

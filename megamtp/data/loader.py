@@ -1,4 +1,4 @@
-"""Loads each rank's micro-batches. The order of windows depends neither on the ranks nor on where a run resumes."""
+"""Loads each rank's micro-batches. The order of windows does not depend on the ranks or on where a run resumes."""
 
 import itertools
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from megamtp.data.windows import Window, Windows
 from megamtp.errors import InputError
 from megamtp.targets import IGNORED
 
-STEPS_AHEAD = 2  # read by a thread while the engine runs the current step
+STEPS_AHEAD = 2  # a thread reads so many steps while the engine runs the current step
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,12 @@ class WindowSequence(Protocol):
 class TrainLoader:
     """Loads the micro-batches of one rank.
 
-    Each step takes the next G windows of the endless sequence; step `first_step` starts at window `first_window`. Of
-    the G windows, micro-batch a of rank r takes those from (a * D + r) * B to (a * D + r + 1) * B, with D ranks and B
-    windows per micro-batch. A thread reads the next steps ahead until `close` is called.
+    Each step reads the next `global_batch_windows` windows of the endless sequence; step `first_step` starts at window
+    `first_window`. Micro-batch m of a rank reads `micro_batch_size` windows of the step, which start at window
+    (m * world_size + rank) * micro_batch_size. A thread reads the next steps ahead until `close` is called.
 
     Raises:
-        InputError: the global batch G is not a multiple of D * B.
+        InputError: `global_batch_windows` is not a multiple of world_size * micro_batch_size.
     """
 
     def __init__(
@@ -76,11 +76,11 @@ class TrainLoader:
                 f"a global batch of {global_batch_windows} windows is not a multiple of {micro_batch_size} windows x "
                 f"{world_size} ranks; change train.global_batch_tokens, train.micro_batch_size or the number of ranks"
             )
-        self.accumulation = global_batch_windows // (micro_batch_size * world_size)
+        self.num_micro_batches = global_batch_windows // (micro_batch_size * world_size)
         self._reader: ThreadPoolExecutor | None = None
         self._ahead: dict[int, Future] = {}
 
-    def windows_before(self, step: int) -> int:
+    def first_window(self, step: int) -> int:
         """Returns the index of the first window of `step` (from 0) in the endless sequence."""
         return self._window_of_step_0 + step * self.global_batch_windows
 
@@ -102,7 +102,7 @@ class TrainLoader:
         return None if error is None else str(error)
 
     def _read_ahead(self, step: int) -> None:
-        """Lets the thread read this step and the next ones, and drops all others."""
+        """Makes the thread read this step and the next steps, and drops all other steps."""
         if self._reader is None:
             self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="megamtp data")
         steps = range(step, step + 1 + STEPS_AHEAD)
@@ -114,8 +114,8 @@ class TrainLoader:
 
     def read(self, step: int) -> list[Batch]:
         """Returns the same as `micro_batches`, read in the calling thread."""
-        first = self.windows_before(step) + self.rank * self.micro_batch_size
-        starts = first + np.arange(self.accumulation) * self.world_size * self.micro_batch_size
+        first = self.first_window(step) + self.rank * self.micro_batch_size
+        starts = first + np.arange(self.num_micro_batches) * self.world_size * self.micro_batch_size
         windows = self.windows.windows_at((starts[:, None] + np.arange(self.micro_batch_size)).flatten())
         return [
             _stack(windows[first : first + self.micro_batch_size])
@@ -146,9 +146,9 @@ def evaluation_batches(
 
 
 def read_group(batches: Iterator[Batch], size: int) -> tuple[list[Batch], str | None]:
-    """Returns the next `size` batches, or as many as are left or undamaged, and the error message of a damaged window.
+    """Returns up to `size` batches, and the error message of a damaged window or None.
 
-    The message is None if no window is damaged.
+    There are fewer than `size` batches at the end and before a damaged window.
     """
     group: list[Batch] = []
     try:

@@ -25,8 +25,10 @@ class Totals:
     Attributes:
         validation_counts: int64 [vocabulary], how often each token occurs in the validation split.
         num_bytes: the size of all texts in UTF-8 bytes.
-        space_marks, end_markers: the numbers of documents with these columns set, see tokenised_shards.DOCUMENT.
-        lengths: int64 [32], the numbers of documents of 2**i to 2**(i+1) - 1 tokens, with end-of-document tokens.
+        space_marks, end_markers: the numbers of documents whose columns space_mark and end_marker are set, see
+            tokenised_shards.DOCUMENT.
+        lengths: int64 [32]. Element i is the number of documents of 2**i to 2**(i+1) - 1 tokens, with end-of-document
+            tokens.
     """
 
     validation_counts: np.ndarray
@@ -47,7 +49,7 @@ class TokenisedShards:
     def __init__(self, shards: list[Shard], task: TokenisationTask, vocab_size: int):
         self._shards, self._task, self.vocab_size = shards, task, vocab_size
         self.dtype = best_dtype(vocab_size)
-        self._kept: list[np.ndarray] | None = None  # by shard; None: all documents
+        self._kept: list[np.ndarray] | None = None  # mask of each shard's documents; None: all documents
 
     def __len__(self) -> int:
         return len(self._shards)
@@ -72,11 +74,11 @@ class TokenisedShards:
     def split_hashes(self) -> Iterator[np.ndarray]:
         """Yields the split hashes of the kept documents of each shard."""
         for shard, kept in self:
-            yield shard.documents["name"][kept]
+            yield shard.documents["name_hash"][kept]
 
 
 def _is_first(high: np.ndarray, low: np.ndarray) -> np.ndarray:
-    """Returns whether each 128-bit number is the first of its value.
+    """Returns whether each 128-bit number is the first occurrence of its value.
 
     Sorts bucket by bucket, because sorting all numbers at once would need more memory.
     """
@@ -129,7 +131,7 @@ def write_splits(shards: TokenisedShards, threshold: int, output: Path) -> Total
             totals.not_utf8 += shard.not_utf8
             totals.skipped_records += len(shard.bad_records)
             totals.duplicates += int((~kept).sum())
-            held_out = shard.documents["name"] < np.uint64(threshold)
+            held_out = shard.documents["name_hash"] < np.uint64(threshold)
             for rows, tokens in _chunks(shard):
                 for split, in_split in (("train", ~held_out), ("validation", held_out)):
                     _append(split, writers[split], shard.documents[rows], tokens, (in_split & kept)[rows], totals)

@@ -58,7 +58,7 @@ class DataPosition:
         sequence_length, seed, documents: as in the configuration. Together with the corpora and their shares, they
             determine the windows and their order.
         windows: the number of windows of the current blend that have been trained on.
-        left: corpora of earlier blends that are not in the current one. If they are added again, they continue at
+        left: corpora of earlier blends that are not in the current blend. If they are added again, they continue at
             their position.
     """
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from megamtp.data import compression
-from megamtp.data.documents import cut_into_pieces
+from megamtp.data.input_files import cut_into_pieces
 from megamtp.data.records import PARQUET, TEXT, Reader, Span, num_row_groups
 from megamtp.errors import InputError
 
@@ -38,11 +38,13 @@ class Shard:
             yield from reader.documents(span)
 
 
-def cut_into_shards(files: list[Span], in_pieces: bool, skipped: list[tuple[str, ...]] | None = None) -> list[Shard]:
+def cut_into_shards(
+    files: list[Span], cuts_documents: bool, skipped: list[tuple[str, ...]] | None = None
+) -> list[Shard]:
     """Returns the shards of whole files, in order.
 
     Args:
-        in_pieces: documents are cut into pieces, so that a text file may be spread over several shards.
+        cuts_documents: whether documents are cut into pieces, so that a text file may be spread over several shards.
         skipped: for each file, the names of documents to leave out; None: no documents.
 
     Raises:
@@ -58,7 +60,7 @@ def cut_into_shards(files: list[Span], in_pieces: bool, skipped: list[tuple[str,
     shard_bytes = min(MAX_SHARD_BYTES, max(MIN_SHARD_BYTES, total_bytes // NUM_SHARDS))
     shards, spans, size, digest = [], [], 0, hashlib.sha256()
     for file, status, left_out in zip(files, statuses, skipped or [()] * len(files), strict=True):
-        for span, num_bytes in _spans(file, status.st_size, shard_bytes, in_pieces):
+        for span, num_bytes in _spans(file, status.st_size, shard_bytes, cuts_documents):
             spans.append(replace(span, skipped=left_out))
             size += num_bytes
             state = (status.st_size, status.st_mtime_ns, left_out)
@@ -69,12 +71,12 @@ def cut_into_shards(files: list[Span], in_pieces: bool, skipped: list[tuple[str,
     return [*shards, Shard(tuple(spans), size, digest.hexdigest())] if spans else shards
 
 
-def _spans(file: Span, file_bytes: int, shard_bytes: int, in_pieces: bool) -> Iterator[tuple[Span, int]]:
+def _spans(file: Span, file_bytes: int, shard_bytes: int, cuts_documents: bool) -> Iterator[tuple[Span, int]]:
     """Yields (span, its number of bytes): the whole file, or spans of about `shard_bytes` if the file can be cut."""
     num_spans, units = max(1, file_bytes // shard_bytes), file_bytes
     if num_spans > 1 and file.format == PARQUET:
         num_spans = min(num_spans, units := num_row_groups(file.path))
-    if num_spans < 2 or compression.suffix(file.path) or (file.format == TEXT and not in_pieces):
+    if num_spans < 2 or compression.suffix(file.path) or (file.format == TEXT and not cuts_documents):
         yield file, file_bytes
         return
     if file.format == TEXT:

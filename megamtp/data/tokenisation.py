@@ -8,16 +8,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megamtp.data.documents import Source
+from megamtp.data.input_files import Source
 from megamtp.data.records import Reader
 from megamtp.data.shards import Shard
 from megamtp.data.tokenizer import BYTES, train_sentencepiece
 from megamtp.errors import InputError
 from megamtp.files import write_atomically
 
-FORMAT = 2  # of the files of tokenised shards
+FORMAT = 2  # version of the files of tokenised shards
 DEFAULT_VOCAB_SIZE = 4096
-# A tokenizer is trained on a sample of all inputs if they are no larger than this, else of about this many bytes.
+# A tokenizer is trained on all inputs if they have at most so many bytes, else on a sample of about so many bytes.
 TRAINING_BYTES = 256 << 20
 
 
@@ -30,7 +30,7 @@ class TokenisationTask:
         tokenizer: `bytes`, or the path of a SentencePiece model.
         tokenizer_digest: the SHA-256 of the model, or `bytes`.
         json_key, skip_bad_records: see Reader.
-        in_pieces: documents are cut into pieces.
+        cuts_documents: whether documents are cut into pieces.
         with_text_hashes: also compute hashes of the documents' texts.
     """
 
@@ -39,7 +39,7 @@ class TokenisationTask:
     tokenizer_digest: str
     json_key: str
     seed: int
-    in_pieces: bool
+    cuts_documents: bool
     with_text_hashes: bool
     skip_bad_records: bool = False
 
@@ -55,7 +55,7 @@ class TokenisationTask:
 def make_task(
     source: Source,
     shards: list[Shard],
-    in_pieces: bool,
+    cuts_documents: bool,
     work: Path,
     vocab_size: int | None,
     tokenizer: Path | str | None,
@@ -70,12 +70,19 @@ def make_task(
         InputError: there is too little text, or the tokenizer cannot be trained or read.
         OSError: `work` cannot be written to.
     """
-    if in_pieces and (num_names := _count_names(source, reader := source.reader())) < 2:
+    if cuts_documents and (num_names := _count_names(source, reader := source.reader())) < 2:
         raise too_few_documents(num_names, describe_inputs(source), reader)
     path = _tokenizer(source, shards, work, vocab_size, tokenizer, seed)
     digest = BYTES if path == BYTES else hashlib.sha256(Path(path).read_bytes()).hexdigest()
     return TokenisationTask(
-        work, path, digest, source.json_key, seed, in_pieces, deduplicate and not in_pieces, source.skip_bad_records
+        work,
+        path,
+        digest,
+        source.json_key,
+        seed,
+        cuts_documents,
+        deduplicate and not cuts_documents,
+        source.skip_bad_records,
     )
 
 
@@ -145,5 +152,5 @@ def too_few_documents(num_names: int, inputs: str, reader: Reader | None = None)
         remedy = "convert files to UTF-8, or add text"
     return InputError(
         f"found {num_names} documents with different names in {inputs}{skipped}; "
-        f"expected at least two, or one that is long enough to be cut into pieces: {remedy}"
+        f"expected at least two, or one document that is long enough to be cut into pieces: {remedy}"
     )

@@ -12,8 +12,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from megamtp.data.documents import cut_into_pieces
 from megamtp.data.indexed_dataset import LONGEST_SEQUENCE
+from megamtp.data.input_files import cut_into_pieces
 from megamtp.data.records import Reader
 from megamtp.data.shards import Shard
 from megamtp.data.tokenisation import TokenisationTask
@@ -24,14 +24,14 @@ from megamtp.files import open_atomically, write_atomically
 BATCH_DOCUMENTS = 1024
 BATCH_CHARACTERS = 1 << 20
 # A row of the document table:
-#   name                  split_hash of the document's name, which decides the split
+#   name_hash             split_hash of the document's name, which decides the split
 #   text_high, text_low   a 128-bit hash of the text, to find duplicates; zeros unless with_text_hashes
 #   bytes, length         the size of the text in UTF-8 bytes and in tokens, with the end-of-document token
 #   space_mark            the text holds U+2581, and the tokenizer reads that as a space
 #   end_marker            the text holds an end-of-text marker, which is tokenised as ordinary characters
 DOCUMENT = np.dtype(
     [
-        ("name", "<u8"),
+        ("name_hash", "<u8"),
         ("text_high", "<u8"),
         ("text_low", "<u8"),
         ("bytes", "<u8"),
@@ -102,7 +102,7 @@ def _documents(shard: Shard, task: TokenisationTask, reader: Reader) -> Iterator
     for span in shard.spans:
         for name, text in reader.documents(span):
             if name not in span.skipped:
-                yield from cut_into_pieces(name, text, span.first_piece) if task.in_pieces else [(name, text)]
+                yield from cut_into_pieces(name, text, span.first_piece) if task.cuts_documents else [(name, text)]
 
 
 @lru_cache(maxsize=1)
@@ -126,7 +126,7 @@ def _table(
     batch: list[tuple[str, str]], lengths: np.ndarray, task: TokenisationTask, tokenizer: Tokenizer
 ) -> np.ndarray:
     table = np.zeros(len(batch), DOCUMENT)
-    table["name"] = [split_hash(task.seed, name) for name, _ in batch]
+    table["name_hash"] = [split_hash(task.seed, name) for name, _ in batch]
     encoded = [text.encode() for _, text in batch]
     table["bytes"] = [len(text) for text in encoded]
     table["length"] = lengths

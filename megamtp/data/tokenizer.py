@@ -54,7 +54,7 @@ class ByteTokenizer:
         return list(text.encode())
 
     def encode_documents(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns (tokens of all texts in a row, number of tokens of each text), with end-of-document ids."""
+        """Returns (concatenated tokens of all texts, number of tokens of each text), with end-of-document ids."""
         encoded = [text.encode() for text in texts]
         lengths = np.array([len(text) + 1 for text in encoded], dtype=np.int64)
         tokens = np.frombuffer(b"\0".join([*encoded, b""]), dtype=np.uint8).astype(np.uint16)
@@ -115,7 +115,7 @@ class SentencePieceTokenizer:
         return encoded
 
     def encode_documents(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns (tokens of all texts in a row, number of tokens of each text), with end-of-document ids."""
+        """Returns (concatenated tokens of all texts, number of tokens of each text), with end-of-document ids."""
         encoded = self.encode_batch(texts)
         lengths = np.array([len(ids) + 1 for ids in encoded], dtype=np.int64)
         tokens = np.full(lengths.sum(), self.end_of_document_id, dtype=best_dtype(self.vocab_size))

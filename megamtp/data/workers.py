@@ -121,7 +121,7 @@ def _interrupts_delayed() -> Iterator[None]:
 
 
 def _initialise_worker(parent: int) -> None:
-    """Lets this worker end when its parent process dies, even from SIGKILL, and ignore Ctrl-C."""
+    """Makes this worker ignore Ctrl-C, and end when its parent process ends, even by SIGKILL."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if os.getppid() != parent:

@@ -113,7 +113,7 @@ class PipelineEngine(HostedEngine):
     def _report(self) -> None:
         other = describe_other_placement(self.config, self.data_parallel_size, self.partition)
         print_line(f"{self.partition.summary()}\n{other}")
-        num_micro_batches = self.config.accumulation(self.data_parallel_size)
+        num_micro_batches = self.config.num_micro_batches(self.data_parallel_size)
         num_stages = len(self.partition.stages)
         enough = enough_micro_batches(num_stages)
         if num_micro_batches < enough:

@@ -167,7 +167,7 @@ def whole_loss_partition(config: Config, data_parallel_size: int, costs: PassCos
         InputError: no partition fits engine.stage_memory_bytes.
     """
     costs = costs or flop_costs(config)
-    num_stages, num_micro_batches = config.engine.pipeline_stages, config.accumulation(data_parallel_size)
+    num_stages, num_micro_batches = config.engine.pipeline_stages, config.num_micro_batches(data_parallel_size)
     if config.engine.stage_layers:
         bounds = [0, *accumulate(config.engine.stage_layers)]
     else:

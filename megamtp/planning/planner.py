@@ -115,7 +115,7 @@ def plan(config: Config, world_size: int, gpu: Gpu) -> Plan:
         raise InputError(
             f"engine.head_schedule={engine.head_schedule}: not measured, so not planned; expected sequential"
         )
-    num_micro_batches = config.accumulation(world_size)
+    num_micro_batches = config.num_micro_batches(world_size)
     compute, exposed = _micro_batch_seconds(config, world_size, gpu)
     share = num_parameters(config.model) / world_size
     return Plan(
@@ -149,7 +149,7 @@ def _plan_pipeline(config: Config, world_size: int, gpu: Gpu) -> Plan:
         partition = partition.with_costs(config, costs, transfer_times)
     else:
         partition = whole_loss_partition(config, num_pipelines, costs)
-    num_micro_batches = config.accumulation(num_pipelines)
+    num_micro_batches = config.num_micro_batches(num_pipelines)
     compute = num_micro_batches * sum(partition.costs) / len(partition.costs)
     largest = max(partition.stages, key=lambda stage: sum(stage.memory_bytes.values()))
     weights = max(stage.memory_bytes["weights"] for stage in partition.stages)

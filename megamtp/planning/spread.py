@@ -124,7 +124,7 @@ def spread_loss_partition(
         _stage_times(stage_contents, both, costs) for stage_contents, both in zip(contents, pass_costs, strict=True)
     ]
     transfer_times = transfer_times or NOMINAL_LINK.transfer_times(config)
-    schedule = fastest_schedule(times, config.accumulation(data_parallel_size), transfer_times)
+    schedule = fastest_schedule(times, config.num_micro_batches(data_parallel_size), transfer_times)
     stages = [
         Stage(
             *pair,

@@ -1,4 +1,4 @@
-"""The training loop: it reads data, steps the engine, reports metrics, evaluates and saves checkpoints.
+"""Runs the training loop: reads data, steps the engine, reports metrics, evaluates and saves checkpoints.
 
 Tests: tests/distributed/test_training.py.
 """
@@ -31,14 +31,14 @@ from megamtp.training.metrics import Metrics
 from megamtp.training.saving import Saver
 
 MAX_NONFINITE_STEPS = 10  # consecutive steps with a non-finite gradient before the run ends
-# During an evaluation the ranks agree once per this many batches whether to stop. An all-reduce per batch costs more.
+# Batches of an evaluation between two checks whether a rank must stop. A check is an all-reduce, so it costs time.
 BATCHES_PER_CHECK = 8
 
 
-def evaluation_due(config: Config, step: int) -> bool:
+def is_evaluation_step(config: Config, step: int) -> bool:
     """Returns whether an evaluation follows this step."""
-    due = step % config.run.evaluate_every_steps == 0 or step == config.train.steps
-    return config.data.validation is not None and step > 0 and due
+    is_multiple_or_last = step % config.run.evaluate_every_steps == 0 or step == config.train.steps
+    return config.data.validation is not None and step > 0 and is_multiple_or_last
 
 
 def freeze_garbage_collector() -> None:
@@ -62,22 +62,22 @@ class Training:
         position: DataPosition,
         validation: Windows | None,
         stop: StopRequest,
-        steps_taken: int,
+        step: int,
         evaluate_first: bool = False,
     ):
         """
         Args:
             position: the position in the data that `train` reads from.
-            steps_taken: if it is not 0, the engine has loaded the checkpoint of this step.
+            step: number of steps taken so far. If it is not 0, the engine has loaded the checkpoint of this step.
             evaluate_first: evaluate before the first step, because the previous job was stopped before or during the
-                evaluation after step `steps_taken`.
+                evaluation after `step`.
         """
         self.config, self.engine, self.train, self.validation, self.stop = config, engine, train, validation, stop
         self.position = position
-        self.step, self.evaluate_first = steps_taken, evaluate_first
-        self.num_nonfinite_steps = 0  # in a row, up to the current step
+        self.step, self.evaluate_first = step, evaluate_first
+        self.num_nonfinite_steps = 0  # consecutive steps with a non-finite gradient, up to the current step
         self._data_error: str | None = None  # what is wrong with the data that this rank needs next
-        self.metrics = Metrics(config, steps_taken, engine.rank, engine.world_size, engine.device)
+        self.metrics = Metrics(config, step, engine.rank, engine.world_size, engine.device)
         self.saver = Saver(config, engine, self.metrics)
 
     def run(self) -> bool:
@@ -105,26 +105,28 @@ class Training:
 
     def _run(self) -> bool:
         run, steps = self.config.run, self.config.train.steps
-        save_due, stopped, (damaged,) = False, False, self._on_any_rank(self._next_data_is_damaged())
+        must_save = stopped = False
+        (data_is_damaged,) = self._on_any_rank(self._next_data_is_damaged())
         first_step = self.step + 1
-        if self.evaluate_first and not damaged:
-            stopped, damaged = self._evaluate()
-        while self.step < steps and not stopped and not damaged:
+        if self.evaluate_first and not data_is_damaged:
+            stopped, data_is_damaged = self._evaluate()
+        while self.step < steps and not stopped and not data_is_damaged:
             self.step += 1
             self._restart_stall_timer()
-            stopped, damaged = self._train_step()
+            stopped, data_is_damaged = self._train_step()
             if self.step == first_step:
                 freeze_garbage_collector()
-            if not stopped and evaluation_due(self.config, self.step):
+            if not stopped and is_evaluation_step(self.config, self.step):
                 stopped, validation_is_damaged = self._evaluate()
-                damaged = damaged or validation_is_damaged
-            save_due = save_due or self.step % run.save_every_steps == 0 or self.step == steps or stopped or damaged
-            if save_due and not self.num_nonfinite_steps:  # bad weights must not replace good checkpoints
+                data_is_damaged = data_is_damaged or validation_is_damaged
+            ends = self.step == steps or stopped or data_is_damaged
+            must_save = must_save or ends or self.step % run.save_every_steps == 0
+            if must_save and not self.num_nonfinite_steps:  # bad weights must not replace good checkpoints
                 self._save()
-                save_due = False
+                must_save = False
         self._restart_stall_timer()
         self.saver.finish()
-        if damaged:
+        if data_is_damaged:
             self._end_all_ranks(next(error for error in of_all_ranks(self._data_error) if error))
         if stopped:
             outcome = f"saved at step {self.step}"
@@ -134,10 +136,10 @@ class Training:
         return not stopped
 
     def _restart_stall_timer(self) -> None:
-        """Gives this rank another run.stall_seconds; if they pass, the process prints all tracebacks and exits.
+        """Restarts the timer of run.stall_seconds. When it ends, the process prints all tracebacks and exits.
 
-        A peer that hangs without dying would otherwise block this rank forever. The timer is a thread of faulthandler,
-        which works without Python's interpreter lock. The launcher then ends the other ranks.
+        A peer that hangs but does not exit would otherwise block this rank forever. The timer is a thread of
+        faulthandler, which works without Python's interpreter lock. When this rank exits, the launcher ends the others.
         """
         if self.config.run.stall_seconds:
             faulthandler.dump_traceback_later(self.config.run.stall_seconds, exit=True)
@@ -157,18 +159,21 @@ class Training:
             lr = learning_rate(self.step, self.config.train.steps, self.config.optimizer)
             result = engine.train_batch(micro_batches, counts, lr)
         with self.metrics.phase("data"):
-            damaged = self._next_data_is_damaged()
+            is_damaged = self._next_data_is_damaged()
         with self.metrics.phase("report"):
-            # One all-reduce sums everything that the ranks must agree on.
+            # One all-reduce for all values that every rank needs.
             totals = torch.zeros(n + 4, dtype=torch.float64, device=engine.device)
             totals[:n] = result.nll_sums
-            own = (result.gradient_norm, self.stop.asked, damaged, self.saver.has_written)
+            own = (result.gradient_norm, self.stop.asked, is_damaged, self.saver.has_written)
             totals[n:] = torch.tensor(own, dtype=torch.float64)
             dist.all_reduce(totals)
-            *nll_sums, gradient_norms, num_stop_requests, num_damaged, num_written = totals.tolist()
+            *nll_sums, sum_of_norms, num_stop_requests, num_damaged, num_written = totals.tolist()
         # fp16 adjusts its loss scale by skipping steps, and an emulated cluster computes meaningless gradients.
-        expected = (result.skipped and self.config.train.precision == "fp16") or self.config.cluster.emulate
-        if all(map(math.isfinite, [*nll_sums, gradient_norms])) or expected:
+        nonfinite_is_expected = (
+            result.skipped and self.config.train.precision == "fp16"
+        ) or self.config.cluster.emulate
+        # The sum of the gradient norms is finite only if every norm is.
+        if all(map(math.isfinite, [*nll_sums, sum_of_norms])) or nonfinite_is_expected:
             self.num_nonfinite_steps = 0
         else:
             self._report_nonfinite_step(result.nll_sums, result.skipped)
@@ -179,7 +184,7 @@ class Training:
         return num_stop_requests > 0, num_damaged > 0
 
     def _next_data_is_damaged(self) -> bool:
-        """Returns whether this rank's data of the next step is damaged. Waits, as that step would, until it is read."""
+        """Returns whether this rank's data of the next step is damaged. Waits until the data is read."""
         self._data_error = self.train.read_error(self.step) if self.step < self.config.train.steps else None
         return self._data_error is not None
 
@@ -193,17 +198,19 @@ class Training:
         """Prints which ranks have non-finite losses: a faulty GPU is as likely a cause as a bad setting. Collective.
 
         Raises:
-            InputError: as in `run`; this was the last of too many such steps, or the last step of the run, or the step
-                has changed the weights.
+            InputError: on rank 0, as in `run`, if one of these conditions holds: the step has changed the weights, it
+                is the last step of the run, or it is number MAX_NONFINITE_STEPS of consecutive non-finite steps.
         """
         self.num_nonfinite_steps += 1
         all_finite = bool(nll_sums.isfinite().all())
         place = f"rank {self.engine.rank} ({socket.gethostname()}, local rank {find_place().local_rank})"
         reports = of_all_ranks((self.engine.data_parallel_rank, all_finite, place))
-        bad_readers = sorted({reader for reader, all_finite, _ in reports if not all_finite})
+        bad_ranks = sorted({data_parallel_rank for data_parallel_rank, all_finite, _ in reports if not all_finite})
         # Names all stages of a pipeline: the fault may lie in a stage that computes no losses.
-        bad_places = ", ".join(place for reader, _, place in reports if bad_readers and reader == bad_readers[0])
-        more = f" and of {len(bad_readers) - 1} more data-parallel ranks" if len(bad_readers) > 1 else ""
+        bad_places = ", ".join(
+            place for data_parallel_rank, _, place in reports if bad_ranks and data_parallel_rank == bad_ranks[0]
+        )
+        more = f" and of {len(bad_ranks) - 1} more data-parallel ranks" if len(bad_ranks) > 1 else ""
         problem = f"step {self.step}: all losses are finite, but the gradient is not"
         if bad_places:
             problem = f"step {self.step}: the losses of {bad_places}{more} are not finite"
@@ -230,14 +237,15 @@ class Training:
             a report.
         """
         engine, config, validation = self.engine, self.config, self.validation
-        assert validation is not None  # evaluation_due requires it
+        assert validation is not None  # is_evaluation_step requires it
         stopped = damaged = False
 
-        def agreed_batches() -> Iterator[Batch]:
+        def batches_until_stop() -> Iterator[Batch]:
             """Yields this rank's batches in groups, each after all ranks have read their group.
 
-            A rank that stopped at damaged data alone would leave its peers waiting in a collective. The ranks also
-            check for a stop request, since an evaluation may outlast the time between a signal and the job's end.
+            All ranks stop after the same group: if only one rank stopped at damaged data, the others would wait in a
+            collective. A stop request also ends the evaluation, which may take longer than the time between a signal
+            and the job's end.
             """
             nonlocal stopped, damaged
             batches = evaluation_batches(
@@ -256,7 +264,7 @@ class Training:
                     return
                 yield from group
 
-        totals = engine.evaluate(agreed_batches())
+        totals = engine.evaluate(batches_until_stop())
         if stopped or damaged:
             return stopped, damaged
         dist.all_reduce(totals)
@@ -271,6 +279,6 @@ class Training:
             return
         self._restart_stall_timer()
         blend = self.train.windows
-        assert isinstance(blend, Blend)  # pretrain.py makes a blend even of one corpus
-        position = self.position.advanced(blend, self.train.windows_before(self.step))
+        assert isinstance(blend, Blend)  # starting.py makes a blend even of a single corpus
+        position = self.position.advanced(blend, self.train.first_window(self.step))
         self.saver.begin(self.step, position.to_json())

@@ -1,4 +1,4 @@
-"""Metrics of a run: metrics.jsonl (one JSON object per line), TensorBoard events and a progress bar."""
+"""Reports a run: metrics.jsonl (one JSON object per line), TensorBoard events and a progress bar."""
 
 import json
 import math
@@ -78,7 +78,7 @@ class Metrics:
             self._write("train", step, record)
 
     def report_evaluation(self, step: int, losses: list[float]) -> None:
-        """Records and prints one evaluation. Its duration belongs to no step."""
+        """Records and prints one evaluation. Its duration is in no step's record."""
         if self.is_writer:
             self._write("validation", step, {"losses": list(map(_finite_or_none, losses))})
             self.print_line(f"step {step}: validation loss {_format_losses(losses)}")
@@ -216,7 +216,7 @@ def _peak_flops_of(device: torch.device, precision: str) -> float | None:
 
 
 def _peak_memory_bytes(device: torch.device) -> int:
-    """Returns this rank's peak so far: allocated GPU memory, or resident memory on a CPU."""
+    """Returns this rank's peak until now: allocated GPU memory, or resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

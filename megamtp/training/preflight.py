@@ -1,4 +1,4 @@
-"""Checks a run before its ranks meet and before a device is used: settings, corpora, tokenizer, run directory."""
+"""Checks settings, corpora, tokenizer and run directory before torch.distributed is initialised or a GPU is used."""
 
 import json
 import os
@@ -32,8 +32,8 @@ from megamtp.training.metrics import FILE as METRICS
 from megamtp.training.metrics import records_until
 from megamtp.training.resuming import newest_readable
 
-FLOAT8_CAPABILITY = (8, 9)  # the first GPUs with fp8 products
-PROBE_BYTES = 65536  # that must fit before a run begins: a configuration and some metrics
+FLOAT8_CAPABILITY = (8, 9)  # compute capability of the first GPUs with fp8 products
+PROBE_BYTES = 65536  # these must fit on the disk when a job starts: a configuration and some metrics
 
 
 @dataclass(frozen=True)
@@ -43,19 +43,19 @@ class CheckedRun:
     config: Config
     train: list[Windows]
     validation: Windows | None
-    readers: tuple[int, int]  # data-parallel rank and size
+    data_parallel_rank_and_size: tuple[int, int]
     partition: Partition | SpreadPartition | None  # the stages of a pipeline
-    changes: list[str]  # lines about settings that differ from those of the run so far
+    changes: list[str]  # lines about settings that differ from the previous job's
     lock: TextIO | None  # open on rank 0 while the job runs
 
 
 def check(config: Config, place: Place) -> CheckedRun:
-    """Checks everything that needs no peers, and then creates the run directory.
+    """Checks everything that needs no peers. Also creates the run directory, and locks it on rank 0.
 
     Raises:
         InputError: the first mistake.
     """
-    readers, partition = check_engine(config, place.rank, place.world_size)
+    data_parallel_rank_and_size, partition = check_engine(config, place.rank, place.world_size)
     if config.train.precision == "fp16" and not torch.cuda.is_available():
         raise InputError("train.precision=fp16 without a GPU; expected fp32 or bf16: DeepSpeed's fp16 needs a GPU")
     if config.head_loss.precision == "fp8":
@@ -70,7 +70,7 @@ def check(config: Config, place: Place) -> CheckedRun:
     if config.run.initial_weights and not checkpoints(run_directory):
         open_initial_weights(config)
     if config.cluster.emulate:
-        _refuse_real_run(run_directory)
+        _refuse_run_without_emulation(run_directory)
     _make_writable(run_directory)
     lock = _lock(run_directory) if place.rank == 0 else None
     newest = None if config.cluster.emulate else newest_readable(run_directory, check_files=place.rank == 0)
@@ -82,19 +82,19 @@ def check(config: Config, place: Place) -> CheckedRun:
         records_until(run_directory / METRICS, newest[1].step if newest else 0)
         if newest and (run_directory / RESOLVED).exists():
             changes = _changes(run_directory / RESOLVED, config)
-    return CheckedRun(config, train, validation, readers, partition, changes, lock)
+    return CheckedRun(config, train, validation, data_parallel_rank_and_size, partition, changes, lock)
 
 
 def find_position(
     config: Config, corpora: list[Windows], newest: tuple[Path, Manifest] | None
 ) -> tuple[DataPosition, list[str]]:
-    """Returns the first window on which the run has not trained, and lines for the user where that is not obvious.
+    """Returns the position in the data at which the run continues, and lines that explain it to the user.
 
     Args:
         newest: the checkpoint from which the run resumes, and its manifest; None in a new run.
 
     Raises:
-        InputError: the windows differ from those of the run so far, and data.accept_changes is not set.
+        InputError: the windows differ from the previous job's, and data.accept_changes is not set.
     """
     weights = [weight for weight, _ in config.data.train_corpora]
     if newest is None:
@@ -135,7 +135,7 @@ def _windows(config: Config, prefix: str) -> Windows:
 
 
 def _check_vocabulary(config: Config, summary: Path) -> None:
-    """Raises InputError: the corpus's summary names a vocabulary that is not the model's."""
+    """Raises InputError if the vocabulary in the corpus's summary does not fit the model or its tokenizer."""
     prepared, rows, tokenizer = _prepared_vocabulary(summary), config.model.vocab_size, config.data.tokenizer
     if prepared is None:
         return
@@ -160,7 +160,7 @@ def _prepared_vocabulary(summary: Path) -> int | None:
 
 
 def report_vocabulary(config: Config) -> None:
-    """Prints how many rows of the model have no token, and warns if the tokenizer cannot be exported."""
+    """Prints how many rows of the embeddings belong to no token, and warns if the tokenizer cannot be exported."""
     tokenizer, rows = config.data.tokenizer, config.model.vocab_size
     if tokenizer:
         used = _num_pieces(tokenizer)
@@ -220,11 +220,12 @@ def _make_writable(directory: Path) -> None:
         raise InputError(f"{directory} cannot be written to: {error.strerror}; choose another run.directory") from None
 
 
-def _refuse_real_run(directory: Path) -> None:
+def _refuse_run_without_emulation(directory: Path) -> None:
     resolved = directory / RESOLVED
     if checkpoints(directory) or (os.path.exists(resolved) and read_config([str(resolved)]).cluster.emulate is None):
         raise InputError(
-            f"{directory} holds a real run; expected an empty folder, as cluster.emulate would overwrite its metrics: "
+            f"{directory} holds a run without cluster.emulate; expected an empty folder, because its metrics would be "
+            "overwritten: "
             "choose another run.directory"
         )
 
@@ -240,10 +241,10 @@ def _changes(path: Path, config: Config) -> list[str]:
 
 
 def _lock(directory: Path) -> TextIO:
-    """Locks the run directory. The system releases the lock when the process ends, in whatever way.
+    """Locks the run directory. The system releases the lock when the process ends, even if it is killed.
 
     Raises:
-        InputError: another job holds the lock.
+        InputError: another job holds the lock, or the lock file cannot be opened.
     """
     path = directory / "lock"
     try:

@@ -1,4 +1,4 @@
-"""Chooses the checkpoint that a run resumes from: the newest one whose files are intact."""
+"""Chooses the checkpoint that a run resumes from: the newest checkpoint whose files are intact."""
 
 from pathlib import Path
 

@@ -1,8 +1,10 @@
 """Writes checkpoints while training continues. Training pauses only to copy the state to CPU memory.
 
-    begin: copy | thread: write and sync this rank's file | ... steps ... | all ranks have written: rank 0 publishes
+    training   begin: copy the state │ step │ step │ ... │ finish: rank 0 publishes the checkpoint
+    thread                           │ write and sync this rank's file │
 
-The all-reduce at the end of each step (loop.py) counts the ranks that have written. No rank waits for the slowest disk.
+The all-reduce at the end of each step (loop.py) counts the ranks that have written. Training calls `finish` when all
+have, so no rank waits for the slowest disk.
 
 Tests: tests/distributed/test_saving.py.
 """
@@ -51,11 +53,11 @@ class Saver:
         self._directory = Path(config.run.directory)
         self._snapshot = Snapshot()
         self._pending: _PendingCheckpoint | None = None
-        self._removal: threading.Thread | None = None
+        self._removal_thread: threading.Thread | None = None
 
     @property
     def has_written(self) -> bool:
-        """Whether a checkpoint is pending and this rank's thread has ended: its file is on disk, or writing failed."""
+        """Whether a checkpoint is pending and this rank's thread has ended. Its file is on disk, or writing failed."""
         return self._pending is not None and not self._pending.thread.is_alive()
 
     def begin(self, step: int, data_position: dict[str, Any]) -> None:
@@ -65,7 +67,7 @@ class Saver:
             data_position: as DataPosition.to_json returns it.
 
         Raises:
-            CheckpointError: the pending checkpoint could not be written, or the disk has no room for this one.
+            CheckpointError: the pending checkpoint could not be written, or the disk has no room for this checkpoint.
         """
         self.finish()
         start = time.perf_counter()
@@ -104,7 +106,7 @@ class Saver:
             pending.thread.join()
             results = of_all_ranks(_WriteResult(pending.file, pending.error, pending.write_seconds))
             error = next((result.error for result in results if result.error), None)
-            slices = None if error else self._gather_slices(pending.slices)
+            slices = None if error else self._collect_slices(pending.slices)
             outcome = [error or (self._publish(pending.manifest, results, slices) if slices else None)]
             dist.broadcast_object_list(outcome, src=0)
         if outcome[0]:
@@ -119,11 +121,11 @@ class Saver:
     def _make_partial_folder(self, step: int, num_bytes: int) -> None:
         """Creates the folder for the files and checks that the files of all ranks fit on its disk. Collective.
 
-        The check comes before any rank writes, because a full disk would stop all other programs, too. Either all ranks
-        raise CheckpointError or none.
+        The check comes before any rank writes, because a full disk would stop all other programs, too. Raises
+        CheckpointError on all ranks or on none.
         """
-        if self._removal:  # only rank 0 removes checkpoints, and the free space that rank 0 sees decides
-            self._removal.join()
+        if self._removal_thread:  # only rank 0 removes checkpoints, and the free space that rank 0 reads is compared
+            self._removal_thread.join()
         partial, free_bytes, error = self._partial(step), 0, None
         try:
             partial.mkdir(parents=True, exist_ok=True)
@@ -151,14 +153,14 @@ class Saver:
                 raise
         pending.write_seconds = time.perf_counter() - start
 
-    def _gather_slices(self, own: FileSlices) -> list[FileSlices] | None:
+    def _collect_slices(self, own: FileSlices) -> list[FileSlices] | None:
         """Returns the slices in each rank's file on rank 0, and None on other ranks. Collective."""
         slices = [own] * self._engine.world_size if self._engine.rank == 0 else None
         dist.gather_object(own, slices)
         return slices
 
     def _publish(self, manifest: store.Manifest, results: list["_WriteResult"], slices: list[FileSlices]) -> str | None:
-        """Publishes the checkpoint and starts to remove outdated ones; returns an error or None. On rank 0 only."""
+        """Publishes a checkpoint and starts to remove outdated checkpoints. Rank 0 only. Returns an error or None."""
         checkpoint = store.checkpoint_path(self._directory, manifest.step)
         try:
             index = write_slices(
@@ -170,8 +172,9 @@ class Saver:
             return str(error)
         except OSError as error:
             return self._write_error(manifest.step, error)
-        self._removal = threading.Thread(target=self._remove_outdated, args=(manifest.step,), name="megamtp-remove")
-        self._removal.start()
+        thread = threading.Thread(target=self._remove_outdated, args=(manifest.step,), name="megamtp-remove")
+        self._removal_thread = thread
+        thread.start()
         return None
 
     def _remove_outdated(self, step: int) -> None:
@@ -193,7 +196,7 @@ class Saver:
         return store.partial_path(store.checkpoint_path(self._directory, step))
 
     def _write_error(self, step: int, reason: Exception | str) -> str:
-        """Returns a message about a failed write. A `reason` in words is always a lack of room."""
+        """Returns a message about a failed write. A `reason` of type str always means that the disk is too full."""
         checkpoint, problem, remedy = store.checkpoint_path(self._directory, step), reason, "make room"
         if isinstance(reason, OSError):
             problem, remedy = reason.strerror or reason, REMEDIES.get(reason.errno or 0, "check the disk")

@@ -1,4 +1,4 @@
-"""Where a job starts: at the newest checkpoint of its run, and at the first window on which the run has not trained.
+"""Finds where a job starts: the newest checkpoint of its run, and the first window on which the run has not trained.
 
 Tests: tests/distributed/test_training.py, tests/end_to_end/test_resume.py.
 """
@@ -28,11 +28,12 @@ class Start:
     """The state of a run when a job starts.
 
     Attributes:
-        checkpoint: the newest intact one; None in a new run.
+        checkpoint: the newest intact checkpoint; None in a new run.
         step: number of steps taken so far.
         position: position in the training data.
-        notes: lines that explain the position to the user where it is not obvious.
-        evaluate_first: an evaluation follows step `step`, and the previous job did not finish it.
+        notes: lines that explain the position to the user, if it needs an explanation.
+        evaluate_first: whether to evaluate before the first step, because the previous job did not finish the
+            evaluation after `step`.
     """
 
     checkpoint: Path | None
@@ -65,15 +66,16 @@ def find_start(run: CheckedRun, place: Place) -> Start | None:
 
     Raises:
         CheckpointError: the run has checkpoints, but none is intact.
-        InputError: the windows differ from those of the run so far, and data.accept_changes is not set.
+        InputError: the windows differ from the previous job's, and data.accept_changes is not set.
     """
-    from megamtp.training.loop import evaluation_due
+    # Imported late: see pretrain.py.
+    from megamtp.training.loop import is_evaluation_step
 
     config, run_directory = run.config, Path(run.config.run.directory)
     newest = None if config.cluster.emulate else newest_verified(run_directory, place.rank, place.world_size)
     step = newest[1].step if newest else 0
     evaluate_first = False
-    if evaluation_due(config, step):
+    if is_evaluation_step(config, step):
         with raised_by_all():
             evaluate_first = place.rank == 0 and lacks_validation(run_directory / METRICS, step)
         evaluate_first = any(of_all_ranks(evaluate_first))
@@ -91,7 +93,9 @@ def open_loader(run: CheckedRun, start: Start) -> TrainLoader:
     train = run.config.train
     windows = run.config.global_batch_windows
     blend = start.position.blend(run.train)
-    return TrainLoader(blend, windows, train.micro_batch_size, *run.readers, start.step, start.position.windows)
+    return TrainLoader(
+        blend, windows, train.micro_batch_size, *run.data_parallel_rank_and_size, start.step, start.position.windows
+    )
 
 
 def engine_config(run: CheckedRun, start: Start) -> Config:
@@ -99,7 +103,7 @@ def engine_config(run: CheckedRun, start: Start) -> Config:
     return without_initial_weights(run.config) if start.checkpoint else run.config
 
 
-def begin(run: CheckedRun, start: Start, loader: TrainLoader, place: Place) -> None:
+def prepare(run: CheckedRun, start: Start, loader: TrainLoader, place: Place) -> None:
     """Seeds this rank's random numbers. Rank 0 also prints notes for the user and prepares the run directory.
 
     Raises:
@@ -110,7 +114,7 @@ def begin(run: CheckedRun, start: Start, loader: TrainLoader, place: Place) -> N
     if place.rank > 0:
         return
     report_vocabulary(run.config)
-    at_end = start.position.advanced(start.position.blend(run.train), loader.windows_before(run.config.train.steps))
+    at_end = start.position.advanced(start.position.blend(run.train), loader.first_window(run.config.train.steps))
     for line in (*run.changes, *start.notes, *at_end.describe_epochs(), *at_end.warnings()):
         print_line(line)
     _prepare_directory(run.config, is_new=start.checkpoint is None)

@@ -132,7 +132,9 @@ def _train(config, engine, steps) -> list[list[float]]:
 
     size, losses = engine.data_parallel_size, []
     for step in steps:
-        own = own_share(global_batch(config, step, size * config.accumulation(size)), engine.data_parallel_rank, size)
+        own = own_share(
+            global_batch(config, step, size * config.num_micro_batches(size)), engine.data_parallel_rank, size
+        )
         counts = count_targets(own, True, size, engine.device)
         nll_sums = engine.train_batch(own, counts, 1e-2).nll_sums.double()
         dist.all_reduce(nll_sums)
@@ -414,7 +416,7 @@ def _num_searches(arguments: list[str], port: int) -> int:
 
     whole_loss_partition, calls = spread.whole_loss_partition, []
     spread.whole_loss_partition = lambda *arguments: calls.append(arguments) or whole_loss_partition(*arguments)
-    pretrain.leave_peers = lambda: None
+    pretrain.close_communicators = lambda: None
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     assert pretrain.main(arguments) == 0
     return len(calls)

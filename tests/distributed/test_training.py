@@ -37,7 +37,7 @@ def _training(config: Config, engine: Engine, **job) -> Training:
     readers = engine.data_parallel_rank, engine.data_parallel_size
     loader = TrainLoader(Blend([windows], [1.0]), 2 * WINDOWS, WINDOWS, *readers)
     position = new_position([windows], [1.0])
-    return Training(config, engine, loader, position, windows, **({"stop": StopRequest(False), "steps_taken": 0} | job))
+    return Training(config, engine, loader, position, windows, **({"stop": StopRequest(False), "step": 0} | job))
 
 
 def _config(directory: str, kind: str, **settings) -> Config:
@@ -244,9 +244,7 @@ def _stop_and_resume(directory: str) -> tuple[int, bool, list[bool]]:
     (checkpoint,) = store.checkpoints(Path(config.run.directory))
     engine = build_engine(config)
     engine.load(checkpoint)
-    finished.append(
-        _training(config, engine, steps_taken=store.read_manifest(checkpoint).step, evaluate_first=lacks).run()
-    )
+    finished.append(_training(config, engine, step=store.read_manifest(checkpoint).step, evaluate_first=lacks).run())
     return stop.num_read, lacks, finished
 
 

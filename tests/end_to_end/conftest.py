@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megamtp.data.corpus import prepare
-from megamtp.data.documents import find_source
+from megamtp.data.input_files import find_source
 from tests.end_to_end.jobs import environment
 
 ROOT = Path(__file__).parents[2]

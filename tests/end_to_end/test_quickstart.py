@@ -11,7 +11,7 @@ import pytest
 
 from megamtp.checkpoint.store import newest_checkpoint, read_manifest
 from megamtp.data.corpus import prepare
-from megamtp.data.documents import find_source
+from megamtp.data.input_files import find_source
 from tests.end_to_end.jobs import ROOT, environment, kill_tree, ranks, records, wait_for
 
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])

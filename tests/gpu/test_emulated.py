@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megamtp.cluster.emulated import hold, mark
-from megamtp.cluster.environment import Place, emulated_place
+from megamtp.cluster.environment import Place, place_in_cluster
 from megamtp.engines.deepspeed.join import join_peers
 from tests.cases import small_config
 from tests.ranks import run_gpu_rank
@@ -50,7 +50,7 @@ def _gradient_errors() -> dict[tuple[bool, int, int], list[float]]:
             head_loss__chunk_rows=256,
         )
         if not errors_of_cases:
-            join_peers(emulated_place(Place(0, 0, 1), config.cluster), config.cluster)
+            join_peers(place_in_cluster(Place(0, 0, 1), config.cluster), config.cluster)
         engine = ZeroEngine(config)
         plain = MTPModel(config.model, config.head_loss, schedule="deferred").cuda()
         with torch.no_grad():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks import output
-from megamtp.cluster.environment import emulated_place, find_place
+from megamtp.cluster.environment import find_place, place_in_cluster
 from megamtp.commands.command_line import Parser
 from megamtp.config import Config, read_config
 from megamtp.engines.deepspeed.join import join_peers
@@ -98,4 +98,4 @@ def settings(config: Config, options: argparse.Namespace) -> dict[str, object]:
 def join(config: Config) -> None:
     """Makes this process the emulated cluster's rank 0, or joins the launcher's others, unless it has."""
     if not torch.distributed.is_initialized():
-        join_peers(emulated_place(find_place(), config.cluster), config.cluster)
+        join_peers(place_in_cluster(find_place(), config.cluster), config.cluster)

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import corpora, output
 from megamtp.data import shards, workers
-from megamtp.data.documents import Source, find_source, standard_library
+from megamtp.data.input_files import Source, find_source, standard_library
 from megamtp.data.tokenisation import TokenisationTask
 from megamtp.data.tokenised_shards import BATCH_DOCUMENTS
 from megamtp.data.tokenizer import train_sentencepiece
@@ -106,7 +106,7 @@ def _bare(texts: list[str], model: Path) -> Callable[[], None]:
 
 def _ours(source: Source, parts: Path, model: Path, number: int) -> Callable[[], None]:
     job = TokenisationTask(parts, str(model), "", source.json_key, 0, False, False)
-    return lambda: workers.tokenise_all(shards.cut_into_shards(source.files, in_pieces=False), job, number)
+    return lambda: workers.tokenise_all(shards.cut_into_shards(source.files, cuts_documents=False), job, number)
 
 
 def _name(number: int) -> str:

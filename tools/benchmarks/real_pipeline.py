@@ -138,7 +138,7 @@ class Run:
         dist.broadcast(tokens, src=0)  # a pipeline's stages read the same batches
         targets = tokens[:, 1:].unfold(1, train.sequence_length, 1).permute(1, 0, 2)
         batch = Batch(tokens[:, : train.sequence_length].contiguous(), targets)
-        self.micro_batches = [batch] * config.accumulation(self.engine.data_parallel_size)
+        self.micro_batches = [batch] * config.num_micro_batches(self.engine.data_parallel_size)
         self.counts = [config.train.global_batch_tokens] * n
         deepspeed_engine = engine.deepspeed_engine
         self._take_step, deepspeed_engine._take_model_step = deepspeed_engine._take_model_step, self._end_of_passes

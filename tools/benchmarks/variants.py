@@ -33,7 +33,7 @@ class Variant:
 
     def __init__(self, config: Config):
         self.config = config
-        self.micro_batches = config.accumulation(dist.get_world_size())
+        self.micro_batches = config.num_micro_batches(dist.get_world_size())
         n, vocabulary = config.model.num_future_tokens, config.model.vocab_size
         shape = config.train.micro_batch_size, config.train.sequence_length
         self.device = find_device()

@@ -72,7 +72,7 @@ def deepspeed_config(config: Config, data_parallel_size: int) -> dict[str, Any]:
     precision = config.train.precision
     ours = {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
-        "gradient_accumulation_steps": config.accumulation(data_parallel_size),
+        "gradient_accumulation_steps": config.num_micro_batches(data_parallel_size),
         "gradient_clipping": config.optimizer.gradient_clipping,  # explicit: DeepSpeed's default is 1.0, not off
         "steps_per_print": 10**9,
         # DeepSpeed's default makes the CPU wait for the GPU before and after every micro-batch.

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megamtp.cluster.environment import Place, emulated_place
+from megamtp.cluster.environment import Place, place_in_cluster
 from tests.cases import global_batch, own_share, small_config
 from tests.ranks import run_ranks
 
@@ -24,7 +24,7 @@ def _transfers_of_a_step(world_size: int) -> list[tuple[str, int, float]]:
     logs = []
     join = emulated.join
     emulated.join = lambda cluster: logs.append(join(cluster))
-    join_peers(emulated_place(Place(0, 0, 1), config.cluster), config.cluster)
+    join_peers(place_in_cluster(Place(0, 0, 1), config.cluster), config.cluster)
     engine = ZeroEngine(config)
     for step in range(3):
         logs[0].clear()

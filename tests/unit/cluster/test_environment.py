@@ -2,7 +2,7 @@
 
 import pytest
 
-from megamtp.cluster.environment import Place, emulated_place, find_place
+from megamtp.cluster.environment import Place, find_place, place_in_cluster
 from megamtp.config import ClusterConfig
 from megamtp.errors import InputError
 
@@ -58,7 +58,7 @@ def set_variables(variables, monkeypatch):
 
 
 def test_emulated_cluster_has_one_process():
-    assert emulated_place(Place(1, 1, 2), ClusterConfig()) == Place(1, 1, 2)
-    assert emulated_place(Place(0, 0, 1), ClusterConfig(emulate=64)) == Place(0, 0, 64)
+    assert place_in_cluster(Place(1, 1, 2), ClusterConfig()) == Place(1, 1, 2)
+    assert place_in_cluster(Place(0, 0, 1), ClusterConfig(emulate=64)) == Place(0, 0, 64)
     with pytest.raises(InputError, match="expected one process"):
-        emulated_place(Place(0, 0, 2), ClusterConfig(emulate=64))
+        place_in_cluster(Place(0, 0, 2), ClusterConfig(emulate=64))

@@ -203,8 +203,8 @@ def paper_config(size: str, n: int) -> Config:
             "cluster.efficiency.all_gather: Value 'a' of type 'str' could not be converted to Float; expected float",
         ),
         ("model.rope_theta=0", "model.rope_theta=0.0; expected a number above 0"),
-        ("run.directory=~/x", "~/x; expected a path without ~, which no shell replaces here: write $HOME"),
-        ("data.train=~/x", "~/x; expected a path without ~, which no shell replaces here: write $HOME"),
+        ("run.directory=~/x", "~/x; expected a path without ~, which is not expanded here: write $HOME"),
+        ("data.train=~/x", "~/x; expected a path without ~, which is not expanded here: write $HOME"),
         ("train.seed=-1", "train.seed=-1; expected 0 or more"),
         ("run.requeue_exit_code=-1", "run.requeue_exit_code=-1; expected 0 or more"),
         (
@@ -337,8 +337,8 @@ def test_long_settings_are_refused(argument, words):
         ),
         (
             "cluster.emulate=2 run.initial_weights=x",
-            "run.initial_weights with cluster.emulate; expected one of them: an emulated rank computes with weights "
-            "of no model",
+            "run.initial_weights with cluster.emulate; expected one of them: an emulated rank does not compute "
+            "with a model's weights",
         ),
         (
             "engine.kind=pipeline engine.num_stages=2 engine.offload_optimizer=true",
@@ -541,7 +541,7 @@ def test_paper_configurations(size, n):
     assert (model.dim, model.num_layers, model.num_attention_heads) == WIDTHS[size]
     assert (model.num_future_tokens, model.vocab_size, config.train.sequence_length) == (n, 32000, 4096)
     assert cost.num_parameters(model) == pytest.approx(PARAMETERS[size], rel=2e-4)
-    assert config.accumulation(64) >= 1
+    assert config.num_micro_batches(64) >= 1
 
 
 @pytest.mark.parametrize("size", FLOP_RATIOS)

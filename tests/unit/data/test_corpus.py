@@ -14,8 +14,8 @@ import pytest
 
 from megamtp.data import corpus as corpus_module
 from megamtp.data.corpus import prepare, read_corpus
-from megamtp.data.documents import Source, find_source
 from megamtp.data.indexed_dataset import IndexedDataset
+from megamtp.data.input_files import Source, find_source
 from megamtp.data.tokenizer import SentencePieceTokenizer
 from megamtp.errors import InputError
 

@@ -56,7 +56,7 @@ def test_global_batch_is_a_slice_of_the_shuffled_epochs(num_windows, step, world
 def test_number_of_micro_batches(micro_batch_size):
     loader = TrainLoader(make_windows(10), GLOBAL_BATCH, micro_batch_size, 0, 1)
     batches = loader.read(0)
-    assert loader.accumulation == len(batches) == 8 // micro_batch_size
+    assert loader.num_micro_batches == len(batches) == 8 // micro_batch_size
     assert all(batch.inputs.shape == (micro_batch_size, T) for batch in batches)
 
 

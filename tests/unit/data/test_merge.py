@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from megamtp.data import merge, shards
 from megamtp.data.corpus import prepare
-from megamtp.data.documents import find_source
 from megamtp.data.indexed_dataset import IndexedDataset
+from megamtp.data.input_files import find_source
 from megamtp.errors import InputError
 
 # Includes equal hashes, hashes with the same upper 16 bits, and the smallest and the largest hashes.

@@ -57,7 +57,7 @@ class Run:
             for batches in zip(*(loader.read(step) for loader in loaders), strict=True):
                 self.seen += [int(batch.inputs[0, 0]) for batch in batches]
         self.step += num_steps
-        position = self.position.advanced(blend, loaders[0].windows_before(self.step))
+        position = self.position.advanced(blend, loaders[0].first_window(self.step))
         self.position = read_position(json.loads(json.dumps(position.to_json())), CHECKPOINT)
 
 

@@ -14,7 +14,7 @@ import zstandard
 from pyarrow import parquet
 
 from megamtp.data import records, shards
-from megamtp.data.documents import find_source
+from megamtp.data.input_files import find_source
 from megamtp.data.records import JSON_LINES, PARQUET, Reader, Span, detect_format
 from megamtp.data.records import TEXT as TEXT_FORMAT
 from megamtp.errors import InputError

@@ -22,7 +22,7 @@ def bounds(all_shards: list[shards.Shard]) -> list[list[tuple[str, int, int | No
 def test_small_files_share_a_shard_and_large_lines_are_cut(tmp_path):
     for name, size in (("a", 60), ("b", 50), ("c", 350), ("d", 10)):
         (tmp_path / name).write_bytes(b"x" * size)
-    all_shards = cut_into_shards([Span(name, tmp_path / name, JSON_LINES) for name in "abcd"], in_pieces=False)
+    all_shards = cut_into_shards([Span(name, tmp_path / name, JSON_LINES) for name in "abcd"], cuts_documents=False)
     assert bounds(all_shards) == [
         [("a", 0, None), ("b", 0, None)],
         [("c", 0, 116)],
@@ -36,16 +36,18 @@ def test_small_files_share_a_shard_and_large_lines_are_cut(tmp_path):
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl.gz"])
 def test_texts_and_compressed_files_are_not_cut(tmp_path, name):
     (tmp_path / name).write_bytes(b"x" * 350)
-    all_shards = cut_into_shards([Span("a", tmp_path / name, TEXT if name == "a.txt" else JSON_LINES)], in_pieces=False)
+    all_shards = cut_into_shards(
+        [Span("a", tmp_path / name, TEXT if name == "a.txt" else JSON_LINES)], cuts_documents=False
+    )
     assert bounds(all_shards) == [[("a", 0, None)]]
 
 
 def test_text_is_cut_where_its_pieces_end(tmp_path, monkeypatch):
     """Pieces have 64 bytes. The byte order mark belongs to no piece."""
-    monkeypatch.setattr("megamtp.data.documents.PIECE_CHARACTERS", 64)
+    monkeypatch.setattr("megamtp.data.input_files.PIECE_CHARACTERS", 64)
     text = ("x" * 63 + "\n") * 5
     (tmp_path / "a.txt").write_text(text, encoding="utf-8-sig")
-    all_shards = cut_into_shards([Span("a", tmp_path / "a.txt", TEXT)], in_pieces=True)
+    all_shards = cut_into_shards([Span("a", tmp_path / "a.txt", TEXT)], cuts_documents=True)
     assert bounds(all_shards) == [[("a", 3, 131)], [("a", 131, 259)], [("a", 259, 323)]]
     assert [shard.spans[0].first_piece for shard in all_shards] == [0, 2, 4]
     assert "".join(read for shard in all_shards for _, read in shard.documents(Reader())) == text

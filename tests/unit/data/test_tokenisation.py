@@ -6,13 +6,20 @@ from pathlib import Path
 
 import pytest
 
-from megamtp.data.documents import find_source
+from megamtp.data.input_files import find_source
 from megamtp.data.shards import Shard, cut_into_shards
 from megamtp.data.tokenisation import TokenisationTask, make_task
 from megamtp.errors import InputError
 
 TASK = TokenisationTask(
-    Path("work"), "bytes", "digest", "text", seed=0, in_pieces=False, with_text_hashes=False, skip_bad_records=False
+    Path("work"),
+    "bytes",
+    "digest",
+    "text",
+    seed=0,
+    cuts_documents=False,
+    with_text_hashes=False,
+    skip_bad_records=False,
 )
 
 
@@ -22,7 +29,13 @@ def shard(fingerprint: str = "fingerprint") -> Shard:
 
 @pytest.mark.parametrize(
     "change",
-    [{"tokenizer_digest": "other"}, {"json_key": "body"}, {"seed": 1}, {"in_pieces": True}, {"with_text_hashes": True}],
+    [
+        {"tokenizer_digest": "other"},
+        {"json_key": "body"},
+        {"seed": 1},
+        {"cuts_documents": True},
+        {"with_text_hashes": True},
+    ],
 )
 def test_key_depends_on_the_settings_and_the_inputs(change):
     assert dataclasses.replace(TASK, **change).key(shard()) != TASK.key(shard())
@@ -35,14 +48,14 @@ def test_key_does_not_depend_on_other_settings():
     assert dataclasses.replace(TASK, **same).key(shard()) == TASK.key(shard())
 
 
-def task_of(texts: dict[str, str], folder: Path, in_pieces: bool = False, **options) -> TokenisationTask:
+def task_of(texts: dict[str, str], folder: Path, cuts_documents: bool = False, **options) -> TokenisationTask:
     for name, text in texts.items():
         (folder / name).write_text(text)
     source = find_source([folder / name for name in texts])
     work = folder / "work"
     work.mkdir(exist_ok=True)
     settings = {"vocab_size": None, "tokenizer": "bytes", "seed": 0, "deduplicate": True} | options
-    return make_task(source, cut_into_shards(source.files, in_pieces), in_pieces, work, **settings)
+    return make_task(source, cut_into_shards(source.files, cuts_documents), cuts_documents, work, **settings)
 
 
 def test_byte_tokenizer_needs_no_model(tmp_path):
@@ -71,4 +84,4 @@ def test_model_is_trained_only_once_for_equal_inputs(tmp_path):
 
 def test_single_short_document_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"found 1 documents with different names in .*a\.txt; expected at least two"):
-        task_of({"a.txt": "short"}, tmp_path, in_pieces=True)
+        task_of({"a.txt": "short"}, tmp_path, cuts_documents=True)

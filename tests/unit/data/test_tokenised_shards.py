@@ -17,7 +17,7 @@ END = 256  # the byte tokenizer's end-of-document id
 
 
 def make_task(folder: Path, **settings) -> TokenisationTask:
-    options = {"seed": 3, "in_pieces": False, "with_text_hashes": True} | settings
+    options = {"seed": 3, "cuts_documents": False, "with_text_hashes": True} | settings
     return TokenisationTask(folder, "bytes", "bytes", "text", **options)
 
 
@@ -42,7 +42,7 @@ def test_tokens_and_documents_of_a_shard(tmp_path):
     assert tokenised.documents["length"].tolist() == [3, 8, 3]
     assert tokenised.documents["bytes"].tolist() == [2, 7, 2]
     assert tokenised.documents["end_marker"].tolist() == [False, True, False]
-    assert tokenised.documents["name"].tolist() == [split_hash(3, name) for name in ("a", "c/0", "c/20")]
+    assert tokenised.documents["name_hash"].tolist() == [split_hash(3, name) for name in ("a", "c/0", "c/20")]
     digest = hashlib.blake2b(b"ab", digest_size=16).digest()
     first = tokenised.documents[0]
     assert (int(first["text_high"]), int(first["text_low"])) == (
@@ -53,14 +53,14 @@ def test_tokens_and_documents_of_a_shard(tmp_path):
 
 
 def test_skipped_documents_and_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr("megamtp.data.documents.PIECE_CHARACTERS", 4)
+    monkeypatch.setattr("megamtp.data.input_files.PIECE_CHARACTERS", 4)
     (tmp_path / "a.txt").write_text("abc\ndef\n")
     whole = shard(Span("a", tmp_path / "a.txt", TEXT), Span("b", tmp_path / "a.txt", TEXT, skipped=("b",)))
-    in_pieces = make_task(tmp_path, in_pieces=True, with_text_hashes=False)
-    tokenise(whole, in_pieces)
-    tokenised = open_tokenised_shard(whole, in_pieces, np.dtype(np.uint16))
+    pieces_task = make_task(tmp_path, cuts_documents=True, with_text_hashes=False)
+    tokenise(whole, pieces_task)
+    tokenised = open_tokenised_shard(whole, pieces_task, np.dtype(np.uint16))
     assert tokenised.tokens.tolist() == [*b"abc\n", END, *b"def\n", END]
-    assert tokenised.documents["name"].tolist() == [split_hash(3, name) for name in ("a/0", "a/1")]
+    assert tokenised.documents["name_hash"].tolist() == [split_hash(3, name) for name in ("a/0", "a/1")]
     assert not tokenised.documents["text_high"].any()
 
 

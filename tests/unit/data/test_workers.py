@@ -15,9 +15,9 @@ import zstandard
 from pyarrow import parquet
 
 from megamtp.data import corpus as corpus_module
-from megamtp.data import documents, shards, tokenised_shards, workers
+from megamtp.data import input_files, shards, tokenised_shards, workers
 from megamtp.data.corpus import prepare
-from megamtp.data.documents import Source, find_source
+from megamtp.data.input_files import Source, find_source
 from megamtp.data.records import JSON_LINES, Reader, Span
 from megamtp.errors import InputError
 
@@ -64,7 +64,7 @@ def test_same_bytes_for_any_size_of_shards(texts, tmp_path, monkeypatch):
 @pytest.mark.parametrize("options", [{"vocab_size": 280}, {"tokenizer": "bytes", "deduplicate": True}])
 def test_long_text_is_divided_among_workers(tmp_path, monkeypatch, options):
     """Shards end where pieces end, even inside a line of multi-byte characters."""
-    monkeypatch.setattr(documents, "PIECE_CHARACTERS", 100)
+    monkeypatch.setattr(input_files, "PIECE_CHARACTERS", 100)
     (tmp_path / "texts").mkdir()
     for name in ("a.txt", "b.txt"):
         text = "".join(f"line {line} \u00e9\n" * (line % 3) for line in range(500)) + "\u00e9" * 5000
@@ -210,9 +210,9 @@ SLOW = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let background jobs ignore SIGINT
 from pathlib import Path
-from megamtp.data import documents, shards, tokenised_shards
+from megamtp.data import input_files, shards, tokenised_shards
 from megamtp.data.corpus import prepare
-from megamtp.data.documents import find_source
+from megamtp.data.input_files import find_source
 shards.MIN_SHARD_BYTES = 1000
 tokenised_shards._documents = lambda *arguments: time.sleep(100)
 prepare(find_source([Path(sys.argv[1])]), Path(sys.argv[2]), tokenizer="bytes", workers=2)
@@ -240,7 +240,7 @@ import os, sys, threading
 from pathlib import Path
 from megamtp.data import shards
 from megamtp.data.corpus import prepare
-from megamtp.data.documents import find_source
+from megamtp.data.input_files import find_source
 shards.MIN_SHARD_BYTES = 1000
 os.register_at_fork(before=lambda: print([thread.name for thread in threading.enumerate()]))
 for name in ("first", "second"):

@@ -15,7 +15,7 @@ from tests.cases import paper_config, small_config
 
 def all_partitions(config: Config) -> list[Partition]:
     num_layers, num_stages = config.model.num_layers, config.engine.num_stages
-    num_micro_batches = config.accumulation(1)
+    num_micro_batches = config.num_micro_batches(1)
     costs, partitions = flop_costs(config), []
     for inner in itertools.combinations(range(1, num_layers), num_stages - 1):
         bounds = [0, *inner, num_layers]

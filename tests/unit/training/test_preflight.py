@@ -10,7 +10,13 @@ from megamtp.config import read_config, write_config
 from megamtp.data.indexed_dataset import IndexedDatasetWriter
 from megamtp.data.tokenizer import SentencePieceTokenizer
 from megamtp.errors import InputError
-from megamtp.training.preflight import _check_tokenizer, _check_vocabulary, _refuse_real_run, check, report_vocabulary
+from megamtp.training.preflight import (
+    _check_tokenizer,
+    _check_vocabulary,
+    _refuse_run_without_emulation,
+    check,
+    report_vocabulary,
+)
 from tests import tokenizer_kinds
 
 CONFIG = str(Path(__file__).parents[3] / "configs/quickstart.yaml")
@@ -65,13 +71,13 @@ def test_a_tokenizer_that_cannot_be_exported_is_said_before_training(tmp_path, c
 
 
 def test_an_emulated_rank_spares_a_real_runs_folder(tmp_path):
-    _refuse_real_run(tmp_path)
+    _refuse_run_without_emulation(tmp_path)
     settings = [CONFIG, "run.directory=r", "data.train=a"]
     write_config(read_config([*settings, "cluster.emulate=4"]), tmp_path / "config.yaml")
-    _refuse_real_run(tmp_path)
+    _refuse_run_without_emulation(tmp_path)
     write_config(read_config(settings), tmp_path / "config.yaml")
-    with pytest.raises(InputError, match="holds a real run"):
-        _refuse_real_run(tmp_path)
+    with pytest.raises(InputError, match=r"holds a run without cluster\.emulate"):
+        _refuse_run_without_emulation(tmp_path)
 
 
 def test_each_rank_checks_its_own_share_of_the_validation_windows(tmp_path, monkeypatch):
@@ -88,6 +94,6 @@ def test_each_rank_checks_its_own_share_of_the_validation_windows(tmp_path, monk
         "train.micro_batch_size=2",
     ]
     config = read_config([CONFIG, *settings, *model, f"data.validation={tmp_path}/validation"])
-    assert check(config, Place(0, 0, 2)).readers == (0, 2)
+    assert check(config, Place(0, 0, 2)).data_parallel_rank_and_size == (0, 2)
     with pytest.raises(InputError, match=r"validation\.bin holds token 300 in document 5"):
         check(config, Place(1, 1, 2))

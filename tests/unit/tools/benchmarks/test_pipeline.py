@@ -75,5 +75,7 @@ def test_options_are_the_issues():
     ((key, config),) = pipeline._configs("13b", parsed).items()
     assert key == (32000, 8, 4)
     assert (
-        config.accumulation(8) == 32 and config.train.precision == "bf16" and not config.train.activation_checkpointing
+        config.num_micro_batches(8) == 32
+        and config.train.precision == "bf16"
+        and not config.train.activation_checkpointing
     )

@@ -75,9 +75,9 @@ class Source:
 
     def pieces(self, reader: Reader | None = None) -> Iterator[tuple[str, str]]:
         """Yields (name, text) of all documents, or of their pieces if there are few documents."""
-        in_pieces = self.has_few_documents()
+        cuts_documents = self.has_few_documents()
         for name, text in self.documents(reader):
-            yield from cut_into_pieces(name, text) if in_pieces else [(name, text)]
+            yield from cut_into_pieces(name, text) if cuts_documents else [(name, text)]
 
 
 def cut_into_pieces(name: str, text: str, first: int = 0) -> Iterator[tuple[str, str]]:
@@ -173,7 +173,7 @@ def _find(
 
 
 def _walk(root: Path, exclude: tuple[str, ...], own: set[str], passed_over: dict[str, list[str]]) -> Iterator[Path]:
-    """Yields all paths below a folder except folders, the output's own, and excluded or hidden ones.
+    """Yields all paths below a folder except folders, files of the output, and excluded or hidden paths.
 
     Adds excluded and hidden names, and links to folders, to passed_over.
     """

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from megamtp.data import documents
-from megamtp.data.documents import find_source, standard_library
+from megamtp.data import input_files
+from megamtp.data.input_files import find_source, standard_library
 from megamtp.data.records import JSON_LINES
 from megamtp.errors import InputError
 
@@ -69,7 +69,7 @@ def test_every_utf8_file_in_a_folder_is_read_as_text(tmp_path):
     source = find_source([tmp_path])
     reader = source.reader()
     assert list(source.documents(reader)) == sorted(files.items())
-    assert (reader.not_utf8, source.passed_over) == (["picture.png"], {documents.BINARY: ["zip"]})
+    assert (reader.not_utf8, source.passed_over) == (["picture.png"], {input_files.BINARY: ["zip"]})
 
 
 def test_json_lines_are_detected_by_content(tmp_path):
@@ -91,10 +91,10 @@ def test_passed_over_files_are_reported_by_reason(tmp_path):
     source = find_source([tmp_path], exclude=("build", "*.lock"))
     assert list(source.documents()) == sorted(TREE.items())
     assert source.passed_over == {
-        documents.EXCLUDED: ["a/build", "build", "z.lock"],
-        documents.HIDDEN: [".editorconfig", ".git"],
-        documents.LINKS: ["link"],
-        documents.SPECIAL: ["pipe"],
+        input_files.EXCLUDED: ["a/build", "build", "z.lock"],
+        input_files.HIDDEN: [".editorconfig", ".git"],
+        input_files.LINKS: ["link"],
+        input_files.SPECIAL: ["pipe"],
     }
     assert read(tmp_path / ".git") == [("config", "x")] and read(tmp_path / ".editorconfig") == [(".editorconfig", "x")]
 
@@ -162,7 +162,7 @@ def test_files_that_are_not_utf8_are_passed_over_and_reported(tmp_path):
     reader = source.reader()
     assert list(source.documents(reader)) == [("good.txt", "caf\u00e9")]
     assert reader.not_utf8 == ["latin.txt"]
-    assert source.passed_over == {documents.BINARY: ["x/wide.py"]}
+    assert source.passed_over == {input_files.BINARY: ["x/wide.py"]}
 
 
 def test_names_that_are_not_utf8_can_be_printed(tmp_path):
@@ -281,7 +281,7 @@ def test_few_documents_are_cut_into_pieces(tmp_path, number):
     ],
 )
 def test_pieces_end_at_line_ends_unless_a_line_is_too_long(tmp_path, monkeypatch, text, expected):
-    monkeypatch.setattr(documents, "PIECE_CHARACTERS", 4)
+    monkeypatch.setattr(input_files, "PIECE_CHARACTERS", 4)
     source = find_source([write(tmp_path, {"a.txt": text})])
     assert [piece for _, piece in source.pieces()] == expected
 
