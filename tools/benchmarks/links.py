@@ -2,10 +2,10 @@
 
     torchrun --nproc-per-node 2 tools/benchmark.py links --output results
 
-Latency is the mean time of the smallest all-gather and reduce-scatter. Bandwidth is that of the largest all-gather after
-subtracting the latency. The efficiency of another collective is its bandwidth divided by that of the all-gather. With
-these settings, `overhead` emulates this machine. All collectives of a round are queued before the first of them starts,
-so the times do not include the launches on the host.
+Latency is the mean time of the smallest all-gather and reduce-scatter. Bandwidth is that of the largest all-gather
+after subtracting the latency. The efficiency of another collective is its bandwidth divided by that of the all-gather.
+With these settings, `overhead` emulates this machine. All collectives of a round are queued before the first of them
+starts, so the times do not include the launches on the host.
 """
 
 import dataclasses

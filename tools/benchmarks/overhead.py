@@ -41,7 +41,11 @@ def main(arguments: list[str]) -> None:
         "--heads", nargs="+", type=output.positive, default=[1, 4], help="numbers of heads, 1 first [1 4]"
     )
     parser.add_argument(
-        "--variants", nargs="+", default=list(variants.NAMES[:5]), choices=variants.NAMES, help="[all but the last]"
+        "--variants",
+        nargs="+",
+        default=list(variants.NAMES[:5]),
+        choices=variants.NAMES,
+        help="[all except deepspeed as shipped]",
     )
     parser.add_argument("--world-size", type=output.positive, default=64, help="emulated ranks [64]")
     parser.add_argument("--rounds", type=output.positive, default=2, help="rounds over all variants [2]")
@@ -57,8 +61,8 @@ def main(arguments: list[str]) -> None:
     num_ranks, num_launched_ranks = emulation.num_ranks(options.world_size), emulation.num_ranks(1)
     if num_launched_ranks > 1 and (options.cold or len(options.sizes) > 1):
         raise InputError(
-            f"several --sizes or --cold under a launcher of {num_launched_ranks} ranks; expected one size and no --cold, "
-            "or one process"
+            f"several --sizes or --cold under a launcher of {num_launched_ranks} ranks; expected one size and no "
+            "--cold, or one process"
         )
     configs = {
         size: {n: emulation.config(size, n, num_ranks, options) for n in options.heads} for size in options.sizes

@@ -20,9 +20,9 @@ def test_a_measured_stage_sums_the_gradients_of_its_micro_batches(plan):
     stage = kind(config, last, torch.device("cpu"))
     sums = []
     for _ in range(2):
-        passed = stages.Passed(stage.receive())
+        state = stages.MicroBatchState(stage.receive())
         for pass_kind in stage.kinds:
-            stage.run(pass_kind, passed)
+            stage.run(pass_kind, state)
         sums.append({name: total.clone() for name, total in stage.sums.items()})
     for name, first in sums[0].items():
         assert first.abs().max() > 0, name
