@@ -125,7 +125,9 @@ def tables(results: list[dict]) -> str:
             _ratio(result["seconds"], by_name[_name(1)]["seconds"]) if name not in (SENTENCEPIECE, _name(1)) else ""
         )
         rows.append([name, by_wall_time, per_core, over_sentencepiece, over_one_worker])
-    return output.table(["variant", "MB/s", "MB/s per core", "per core / sentencepiece", "MB/s / 1 worker"], rows)
+    return output.table(
+        ["variant", "MB/s", "MB/s per core", "speed per core / sentencepiece", "speed / 1 worker"], rows
+    )
 
 
 def _ratio(seconds: list[float], base_seconds: list[float]) -> str:

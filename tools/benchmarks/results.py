@@ -29,10 +29,11 @@ INTRODUCTION = """\
 
 <!-- Written by `python tools/benchmark.py results` from the JSON files in this folder: change those, not this file. -->
 
-Each section names the machine, the versions, the date, the settings and the command that measures it again. Times such
-as 100.0 [98.0, 103.0] are median, minimum and maximum. "ours" is megamtp. "plain" is a bare single-GPU step of the same
-model, without engine and communication. n is the number of heads, T the number of positions of a window, V the size of
-the vocabulary, d the width of the model.
+Each section names the machine, the versions, the date, the settings and the command that repeats the measurement.
+Times such as 100.0 [98.0, 103.0] are median, minimum and maximum. "ours" is megamtp. "plain" is a bare single-GPU step
+of the same model, without engine and communication. The hosting overhead of a variant is its n = 1 step time divided by
+that of "plain". n is the number of heads, T the number of positions of a window, V the size of the vocabulary, d the
+width of the model.
 """
 
 
