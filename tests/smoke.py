@@ -1,4 +1,4 @@
-"""What a smoke run of each benchmark must write."""
+"""Checks of the files that a smoke run of each benchmark writes."""
 
 import importlib
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks import data, links, loss, prediction, prepare, saving, trace
 
-# benchmarks that read what another one wrote: the option for it, the other's name, and the path in its folder
+# benchmarks that read files of another benchmark: (option, other benchmark, path in its folder)
 INPUTS = {
     "real_pipeline": ("--predicted", "pipeline", "pipeline.json"),
     "quickstart": ("--run", "learning", "runs/bf16"),
@@ -16,7 +16,7 @@ INPUTS = {
 
 
 def check(name: str, folder: Path, printed: str, on_gpu: bool = False) -> None:
-    """Both files of a benchmark, the rows of its results, and its tables, which are printed once."""
+    """Checks both files of a benchmark, its results, and that its tables are printed once."""
     content = json.loads((folder / f"{name}.json").read_text())
     assert content["smoke"] is True
     assert {"card", "torch", "date", "command"} <= content["circumstances"].keys()
@@ -88,7 +88,7 @@ def _pipeline(results: list[dict], on_gpu: bool) -> None:
     for result in results:
         assert sum(result["layers"]) == 6 and sum(result["heads_of_stages"]) == result["heads"]
         assert result["step_seconds"] >= 4 * max(result["stage_seconds"])
-        assert [peak is not None for peak in result["peak_bytes"]] == [on_gpu] * 2  # a CPU's are not counted
+        assert [peak is not None for peak in result["peak_bytes"]] == [on_gpu] * 2  # not measured on a CPU
         assert 4 >= result["alive"][0] >= result["alive"][1] >= 1
     assert sum(results[-1]["rows"]) == 512
 
@@ -102,7 +102,7 @@ def _real_pipeline(results: list[dict], on_gpu: bool) -> None:
 
 
 def _prepare(results: list[dict], on_gpu: bool) -> None:
-    assert [result["variant"] for result in results] == [prepare.BARE, "1 worker", "2 workers"]
+    assert [result["variant"] for result in results] == [prepare.SENTENCEPIECE, "1 worker", "2 workers"]
     assert all(len(result["seconds"]) == 1 and min(result["cpu_seconds"]) > 0 for result in results)
 
 

@@ -1,8 +1,9 @@
-"""Losses of every head after launch/quickstart.sh, beside the loss of a model that only knows how often tokens occur.
+"""Shows the losses of every head after launch/quickstart.sh, compared with the unigram entropy of the corpus.
 
     bash launch/quickstart.sh && %(prog)s --output results
 
-Reads the finished run's metrics and trains nothing.
+The unigram entropy is the loss of a model that knows only how often each token occurs. The benchmark reads the metrics
+of the finished run and trains nothing.
 """
 
 import platform
@@ -15,7 +16,7 @@ from megamtp.config import RESOLVED, read_config
 from megamtp.errors import InputError
 from megamtp.training.metrics import FILE as METRICS
 
-SMOKE: dict[str, Any] = {}  # reads what was trained: of any size
+SMOKE: dict[str, Any] = {}  # the run may have any size
 
 
 def main(arguments: list[str]) -> None:
@@ -44,6 +45,9 @@ def tables(results: list[dict]) -> str:
         ["nats per token", f"{heads[0]} (next token)", *heads[1:]],
         [
             ["validation loss", *(f"{result['validation']:.3f}" for result in results)],
-            [f"below the unigram entropy, {entropy:.3f}", *(f"{entropy - r['validation']:.3f}" for r in results)],
+            [
+                f"unigram entropy ({entropy:.3f}) minus validation loss",
+                *(f"{entropy - r['validation']:.3f}" for r in results),
+            ],
         ],
     )
