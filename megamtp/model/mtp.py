@@ -5,8 +5,8 @@
                                                                       |   ...
                                                                       +-> head n -> unembedding -> token t + n
 
-Each head is one transformer layer. All heads read the same z and share one unembedding (final norm and projection to
-the vocabulary). With n = 1 this is an ordinary decoder-only model.
+Each head is one transformer layer (heads.py has other kinds). All heads read the same z and share one unembedding
+(final norm and projection to the vocabulary). With n = 1 this is an ordinary decoder-only model.
 
 MTPModel is the ModelPart that holds the whole model; each stage of a pipeline is a ModelPart, too. MTPModel.forward
 returns the training loss. Where to read on:

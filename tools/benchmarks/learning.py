@@ -43,8 +43,8 @@ POINT_STEPS = 20  # one point of a curve is the mean over so many steps
 
 
 @dataclass(frozen=True)
-class Losses:
-    """Losses of one training.
+class LossCurves:
+    """LossCurves of one training.
 
     Attributes:
         training: [steps, heads].
@@ -124,7 +124,7 @@ def _finished(path: Path, steps: int) -> bool:
     return any(record["kind"] == "validation" and record["step"] == steps for record in records)
 
 
-def read(path: Path, steps: int) -> Losses:
+def read(path: Path, steps: int) -> LossCurves:
     """Returns the losses of a finished run. Raises InputError if the run did not reach its last step."""
     records = [json.loads(line) for line in records_until(path, steps)]
     training = np.array([record["losses"] for record in records if record["kind"] == "train"])
@@ -133,10 +133,10 @@ def read(path: Path, steps: int) -> Losses:
         raise InputError(
             f"{path} holds {len(training)} of {steps} steps and their validation; run the benchmark again to resume it"
         )
-    return Losses(training, np.array(validations[-1]["losses"]))
+    return LossCurves(training, np.array(validations[-1]["losses"]))
 
 
-def results(by_variant: dict[str, Losses]) -> list[dict]:
+def results(by_variant: dict[str, LossCurves]) -> list[dict]:
     """Returns one result per variant and head.
 
     A result has losses in nats per token, differences relative to the first variant, and the curve of the training.
@@ -176,7 +176,7 @@ def tables(results: list[dict]) -> str:
     )
 
 
-def draw(by_variant: dict[str, Losses]) -> Figure:
+def draw(by_variant: dict[str, LossCurves]) -> Figure:
     """Draws the loss curves of all variants and, beside them, their differences from the first variant."""
     (first_name, first), *others = by_variant.items()
     figure, (loss_axes, difference_axes) = output.figure(11, 5, columns=2)

@@ -71,7 +71,7 @@ class MeasuredStage(StagePart):
         """Returns the input of a micro-batch: tokens on the first stage, otherwise hidden states."""
         return self.tokens if self.embedding is not None else self.received.clone().requires_grad_()
 
-    def run(self, kind: PassKind, state: "MicroBatchState") -> None:
+    def run(self, kind: PassKind, state: "StageMicroBatch") -> None:
         """Runs one pass of a micro-batch and stores its results in `state`."""
         if kind == PassKind.FORWARD:
             state.output = self(state.input.clone())  # DeepSpeed copies the input, too
@@ -95,7 +95,7 @@ class MeasuredSpreadStage(MeasuredStage):
     Its own heads run like layers: their gradients arrive after the losses on all stages.
     """
 
-    def run(self, kind: PassKind, state: "MicroBatchState") -> None:
+    def run(self, kind: PassKind, state: "StageMicroBatch") -> None:
         if kind == PassKind.FORWARD:
             state.output = self.run_trunk(state.input.clone())
             state.hidden = self.normed_head_outputs(state.output)
@@ -143,7 +143,7 @@ class MeasuredSpreadStage(MeasuredStage):
 
 
 @dataclass
-class MicroBatchState:
+class StageMicroBatch:
     """The tensors of a micro-batch that a stage keeps between its passes."""
 
     input: Tensor
@@ -199,7 +199,7 @@ def _times(stage: MeasuredStage, micro_batches: int) -> dict[PassKind, list[floa
     """
     all_times = []
     for index in range(WARM_UP + micro_batches):
-        state = MicroBatchState(stage.receive())
+        state = StageMicroBatch(stage.receive())
         times = [record_time(stage.device)]
         for kind in stage.kinds:
             stage.run(kind, state)
@@ -214,7 +214,7 @@ def _times(stage: MeasuredStage, micro_batches: int) -> dict[PassKind, list[floa
     }
 
 
-def _check(stage: MeasuredStage, state: MicroBatchState) -> None:
+def _check(stage: MeasuredStage, state: StageMicroBatch) -> None:
     """Waits for the device. Raises RuntimeError if a gradient or an output is not finite."""
     assert state.output is not None
     totals = [total.abs().max() for total in stage.sums.values()]
@@ -229,13 +229,13 @@ def _peaks(stage: MeasuredStage, counts: list[int]) -> Iterable[tuple[int, int]]
     """
     if stage.device.type != "cuda":
         return
-    in_flight: collections.deque[MicroBatchState] = collections.deque()
+    in_flight: collections.deque[StageMicroBatch] = collections.deque()
     for count in counts:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         try:
             while len(in_flight) < count:
-                in_flight.append(MicroBatchState(stage.receive()))
+                in_flight.append(StageMicroBatch(stage.receive()))
                 stage.run(PassKind.FORWARD, in_flight[-1])
             oldest = in_flight.popleft()
             for kind in stage.kinds[1:]:

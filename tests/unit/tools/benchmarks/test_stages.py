@@ -20,7 +20,7 @@ def test_a_measured_stage_sums_the_gradients_of_its_micro_batches(make_plan):
     stage = stage_class(config, last, torch.device("cpu"))
     sums = []
     for _ in range(2):
-        state = stages.MicroBatchState(stage.receive())
+        state = stages.StageMicroBatch(stage.receive())
         for pass_kind in stage.kinds:
             stage.run(pass_kind, state)
         sums.append({name: total.clone() for name, total in stage.sums.items()})
