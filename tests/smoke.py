@@ -1,4 +1,4 @@
-"""What a smoke run of each benchmark must write: `check(name, folder)`."""
+"""Checks of the files that a smoke run of each benchmark writes."""
 
 import importlib
 import json
@@ -6,13 +6,17 @@ from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
-from benchmarks import corpora, data, links, loss, prediction, prepare, saving, trace
+from benchmarks import data, links, loss, prediction, prepare, saving, trace
 
-TRAINED_ON = corpora.SMOKE_TEXT
+# benchmarks that read files of another benchmark: (option, other benchmark, path in its folder)
+INPUTS = {
+    "real_pipeline": ("--predicted", "pipeline", "pipeline.json"),
+    "quickstart": ("--run", "learning", "runs/bf16"),
+}
 
 
-def check(name: str, folder: Path, on_gpu: bool = False) -> None:
-    """Both files of a benchmark, the rows of its results, and that its tables can be made from these."""
+def check(name: str, folder: Path, printed: str, on_gpu: bool = False) -> None:
+    """Checks both files of a benchmark, its results, and that its tables are printed once."""
     content = json.loads((folder / f"{name}.json").read_text())
     assert content["smoke"] is True
     assert {"card", "torch", "date", "command"} <= content["circumstances"].keys()
@@ -20,7 +24,9 @@ def check(name: str, folder: Path, on_gpu: bool = False) -> None:
     assert "--smoke" in content["circumstances"]["command"]
     assert content["settings"]
     CHECKS[name](content["results"], on_gpu)
-    assert "| --- |" in importlib.import_module(f"benchmarks.{name}").tables(content["results"])
+    tables = importlib.import_module(f"benchmarks.{name}").tables(content["results"])
+    assert "| --- |" in tables and printed.count(tables) == 1
+    assert f"A smoke run: these numbers mean nothing. Its files are in {folder}.\n" in printed
     assert (folder / f"{name}.png").stat().st_size > 10_000
 
 
@@ -82,7 +88,7 @@ def _pipeline(results: list[dict], on_gpu: bool) -> None:
     for result in results:
         assert sum(result["layers"]) == 6 and sum(result["heads_of_stages"]) == result["heads"]
         assert result["step_seconds"] >= 4 * max(result["stage_seconds"])
-        assert [peak is not None for peak in result["peak_bytes"]] == [on_gpu] * 2  # a CPU's are not counted
+        assert [peak is not None for peak in result["peak_bytes"]] == [on_gpu] * 2  # not measured on a CPU
         assert 4 >= result["alive"][0] >= result["alive"][1] >= 1
     assert sum(results[-1]["rows"]) == 512
 
@@ -96,7 +102,7 @@ def _real_pipeline(results: list[dict], on_gpu: bool) -> None:
 
 
 def _prepare(results: list[dict], on_gpu: bool) -> None:
-    assert [result["variant"] for result in results] == [prepare.BARE, "1 worker", "2 workers"]
+    assert [result["variant"] for result in results] == [prepare.SENTENCEPIECE, "1 worker", "2 workers"]
     assert all(len(result["seconds"]) == 1 and min(result["cpu_seconds"]) > 0 for result in results)
 
 
@@ -135,6 +141,11 @@ def _learning(results: list[dict], on_gpu: bool) -> None:
         assert 0 < result["validation"] < result["curve"][0]
 
 
+def _quickstart(results: list[dict], on_gpu: bool) -> None:
+    assert [result["head"] for result in results] == [1, 2, 3, 4]
+    assert all(result["validation"] > 0 and result["unigram_entropy"] > 0 for result in results)
+
+
 CHECKS: dict[str, Callable[[list[dict], bool], None]] = {
     "overhead": _overhead,
     "world": _world,
@@ -149,4 +160,5 @@ CHECKS: dict[str, Callable[[list[dict], bool], None]] = {
     "saving": _saving,
     "recovery": _recovery,
     "learning": _learning,
+    "quickstart": _quickstart,
 }

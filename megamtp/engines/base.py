@@ -22,8 +22,8 @@ class StepResult:
     """The results of one optimizer step on this rank.
 
     Attributes:
-        nll_sums: [n] on the device: each head's negative log-likelihood, summed over this rank's valid targets. 0 for a
-            head that another rank computes.
+        nll_sums: [n] on the device: each head's negative log-likelihood, summed over this rank's valid targets. It
+            is 0 for a head that another rank computes.
         gradient_norm: norm of the whole gradient over all ranks, before clipping. Not finite if the step was skipped.
         skipped: whether DeepSpeed left the weights unchanged because the gradient was not finite.
     """
@@ -39,8 +39,8 @@ class EngineState:
 
     Attributes:
         tensors: this rank's slices of weights and optimizer tensors by slice_key (checkpoint/shards.py), and its random
-            number states. They are not copies.
-        shapes: shapes of the whole parameters, by name.
+            number states. The tensors are not copies: the next step changes them.
+        shapes: shapes of the full parameters, by name.
         run: the remaining state for the manifest, the same on all ranks.
     """
 
@@ -52,8 +52,8 @@ class EngineState:
 class Engine(Protocol):
     """A model and its optimizer on all ranks. All methods except `state` are collective: every rank must call them.
 
-    Ranks with the same data_parallel_rank (of data_parallel_size) are the stages of one pipeline: they read the same
-    micro-batches.
+    data_parallel_rank is below data_parallel_size. Ranks that share it are the stages of one pipeline: they read the
+    same micro-batches.
     """
 
     rank: int
@@ -73,7 +73,8 @@ class Engine(Protocol):
     def evaluate(self, batches: Iterable[Batch]) -> Tensor:
         """Returns [n + n] on the device: this rank's negative log-likelihood summed per head, then its target counts.
 
-        The target counts are numbers of valid targets. Both are 0 for a head that another rank computes.
+        The target counts are numbers of valid targets. For a head that another rank computes, the sum and the count
+        are 0.
         """
 
     def state(self) -> EngineState:
@@ -106,7 +107,7 @@ def move_to_device(micro_batches: Iterable[Batch], device: torch.device) -> list
 def count_targets(
     micro_batches: list[Batch], can_be_ignored: bool, data_parallel_size: int, device: torch.device
 ) -> list[int]:
-    """Returns each head's number of valid targets N_i in a step, over all ranks and micro-batches.
+    """Returns each head's number of valid targets in a step, over all ranks and micro-batches.
 
     Collective (one all-reduce of n integers) if targets can be ignored; otherwise the numbers are known.
     """
@@ -122,10 +123,14 @@ def count_targets(
 def loss_scales(
     weights: list[float], target_counts: list[int], num_averaged_ranks: int, num_micro_batches: int
 ) -> list[float]:
-    """Returns the factor of each head's summed cross-entropy: weight_i * D * A / N_i, or 0 for a head without targets.
+    """Returns the factor of each head's summed cross-entropy; 0 for a head without targets.
 
-    D and A undo the averages over ranks and micro-batches that DeepSpeed takes, so the result is the mean over all
-    valid targets of the step, no matter how they are distributed. D is 1 where gradients are summed over the ranks.
+    For head i it is weights[i] * num_averaged_ranks * num_micro_batches / target_counts[i]. DeepSpeed averages
+    gradients over ranks and micro-batches. The factor undoes these averages, so the loss of a step is the mean over all
+    its valid targets, no matter how they are distributed.
+
+    Args:
+        num_averaged_ranks: number of ranks that gradients are averaged over; 1 if gradients are summed over the ranks.
     """
     return [
         weight * num_averaged_ranks * num_micro_batches / count if count else 0.0

@@ -11,7 +11,10 @@ from megamtp.planning.spread import SpreadPartition, best_partition
 def check_engine(
     config: Config, rank: int, world_size: int
 ) -> tuple[tuple[int, int], Partition | SpreadPartition | None]:
-    """Returns the engine's (data_parallel_rank, data_parallel_size), and the best partition of a pipeline.
+    """Checks the configuration, and returns what follows from it.
+
+    Returns:
+        ((data_parallel_rank, data_parallel_size), best partition): the partition is None without a pipeline.
 
     Raises:
         InputError: ranks, batch, layers or settings do not fit together, or the head or optimizer kind is unknown.

@@ -1,4 +1,4 @@
-"""The base class of the engines that DeepSpeed hosts.
+"""The base class of the hosted engines: engines that run the model and the optimizer in an engine of DeepSpeed.
 
 Tests: tests/distributed/test_checkpoints.py, tests/distributed/test_pipeline.py, tests/distributed/test_zero.py.
 """
@@ -17,11 +17,11 @@ from megamtp.optimizers.kinds import optimizer_kind
 
 
 class HostedEngine:
-    """The methods and attributes of Engine that are the same for all engines hosted by DeepSpeed.
+    """The methods and attributes of Engine that are the same for all hosted engines.
 
     Attributes:
-        deepspeed_engine: the engine that deepspeed.initialize returns; set by `host`.
-        model: the module that it runs; set by `host`.
+        deepspeed_engine: the engine that deepspeed.initialize returns; set by `attach_model`.
+        model: the module that it runs; set by `attach_model`.
     """
 
     deepspeed_engine: DeepSpeedEngine
@@ -33,7 +33,7 @@ class HostedEngine:
         self.data_parallel_rank, self.data_parallel_size = data_parallel_rank_and_size
         self.device = current_device()
 
-    def host(self, model: nn.Module) -> None:
+    def attach_model(self, model: nn.Module) -> None:
         """Builds the optimizer, and gives the model and the optimizer to DeepSpeed. Collective."""
         shapes = {name: full_shape(parameter) for name, parameter in model.named_parameters()}
         settings = self.config.optimizer

@@ -1,6 +1,8 @@
 """Pipeline and data parallelism with ZeRO-1 through DeepSpeed's 1F1B engine. The last stages run the heads.
 
-    stage 0: embedding, trunk ...   |   stage 1: ... trunk, head 1   |   stage 2: head 2 ... head n        x D pipelines
+    stage 0: embedding, trunk ...   |   stage 1: ... trunk, head 1   |   stage 2: head 2 ... head n
+
+With data parallelism, several such pipelines run at the same time.
 
 A stage with heads runs their forward and backward passes during its forward pass (losses/sequential.py), and adds their
 dz to the gradient of z in its backward pass. So every stage runs one forward and one backward pass of each micro-batch,
@@ -21,7 +23,7 @@ from megamtp.console import print_line, print_warning
 from megamtp.data.loader import Batch
 from megamtp.engines.base import StepResult, loss_scales, move_to_device
 from megamtp.engines.deepspeed import pipeline as deepspeed_pipeline
-from megamtp.engines.deepspeed.head_phase import PipelineHeadPhase
+from megamtp.engines.deepspeed.head_hooks import PipelineHeadHooks
 from megamtp.engines.deepspeed.host import set_learning_rate
 from megamtp.engines.deepspeed.members import DeepSpeedPipelineEngine
 from megamtp.engines.hosted import HostedEngine
@@ -39,7 +41,7 @@ class PipelineEngine(HostedEngine):
 
     Attributes:
         stage_module: the module that DeepSpeed runs.
-        part: this rank's StagePart inside it.
+        part: this rank's StagePart, which that module runs.
     """
 
     deepspeed_engine: DeepSpeedPipelineEngine
@@ -47,11 +49,11 @@ class PipelineEngine(HostedEngine):
     def __init__(self, config: Config, partition: Partition | SpreadPartition | None = None):
         super().__init__(config, data_parallel_rank_and_size(config, dist.get_rank(), dist.get_world_size()))
         self.partition = partition or best_partition(config, self.data_parallel_size)
-        self.stage_module = deepspeed_pipeline.PipelineStage(config, self.partition, self.device)
+        self.stage_module = deepspeed_pipeline.DeepSpeedStageModule(config, self.partition, self.device)
         self.part = self.stage_module.part
-        self.host(self.stage_module)
+        self.attach_model(self.stage_module)
         deepspeed_pipeline.accumulate_gradients_in_place(self.deepspeed_engine)
-        self.part.head_phase = PipelineHeadPhase(self.deepspeed_engine)
+        self.part.head_hooks = PipelineHeadHooks(self.deepspeed_engine)
         deepspeed_pipeline.replace_tied_reduction(self.deepspeed_engine, self._reduce_unembedding)
         if self.rank == 0:
             self._report()
@@ -68,7 +70,7 @@ class PipelineEngine(HostedEngine):
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> Tensor:
-        """See Engine.evaluate. Runs groups of as many batches as a step has micro-batches through the pipeline."""
+        """See Engine.evaluate. Runs the batches in groups of one step's number of micro-batches."""
         n = self.config.model.num_future_tokens
         totals = torch.zeros(2, n, dtype=torch.float64, device=self.device)
         batches = iter(batches)
@@ -84,14 +86,14 @@ class PipelineEngine(HostedEngine):
     def _reduce_unembedding(self, engine: object) -> None:
         """Sums the gradients of all copies of the unembedding, once per step.
 
-        DeepSpeed calls it on each stage after the stage has sent its last gradient upstream. The previous stages still
-        run backward passes then, which hide the all-reduce.
+        DeepSpeed calls it on each stage after the stage has sent its last gradient upstream. The all-reduce runs while
+        earlier stages still run backward passes.
 
-        One all-reduce sums over the stages of all pipelines. Pipelines other than the first then set their gradients to
-        zero, so that the reduction over pipelines that follows only adds zeros. All copies get the same bits and stay
-        equal (on CPUs except for rounding at the ends of shards: see optimizers/adamw.py). DeepSpeed's own reduction
-        sums over the stages of one pipeline only. Each stage would then sum over the pipelines, possibly in another
-        order than other stages.
+        One all-reduce sums over all stages with heads of all pipelines. DeepSpeed then reduces every gradient over the
+        pipelines. All pipelines except for the first set the gradient to zero before that, so that this second sum
+        changes nothing. All copies get the same bits and stay equal (on CPUs except for rounding at the ends of shards:
+        see optimizers/adamw.py). DeepSpeed's own reduction of tied weights sums over the stages of one pipeline only.
+        Each stage would then sum over the pipelines, possibly in another order than other stages.
         """
         if not self.stage_module.unembedding_group:
             return
@@ -102,11 +104,11 @@ class PipelineEngine(HostedEngine):
                 gradient.zero_()
 
     def _begin(self, micro_batches: list[Batch], loss_scales: list[float]) -> None:
-        """Called before the first pass of a step or an evaluation."""
+        """Prepares a step or an evaluation. Called before its first pass."""
         self.part.begin(micro_batches, loss_scales)
 
     def _end(self) -> None:
-        """Called after the last pass of a step or an evaluation."""
+        """Ends a step or an evaluation. Called after its last pass; a subclass may override it."""
 
     def _report(self) -> None:
         other = describe_other_placement(self.config, self.data_parallel_size, self.partition)

@@ -1,5 +1,13 @@
 """Runs a stage's passes in a pipeline with spread losses, and its transfers with other stages.
 
+    pass        receives                                     sends
+    FORWARD     ACTIVATIONS of the previous stage            ACTIVATIONS to the next stage, HIDDEN to all slices
+    STATISTICS  HIDDEN of the heads of one stage             STATISTICS of this slice to all slices
+    GRADIENTS   STATISTICS of all slices                     HIDDEN_GRADIENT to the stage with the heads
+    BACKWARD    HIDDEN_GRADIENT, GRADIENT of the next stage  GRADIENT to the previous stage
+
+planning/spread_schedule.py describes the passes and decides their order.
+
 Tests: tests/distributed/test_spread_pipeline.py.
 """
 
@@ -32,8 +40,8 @@ class SliceLosses:
 
     Attributes:
         hidden: [N, D] for each head.
-        logits: [N, R] for each head; empty without rows.
-        products: fp8 products for each head, or None for a head in the model's dtype; empty without rows.
+        logits: [N, R] for each head; an empty list if this stage has no rows of the unembedding.
+        products: fp8 products for each head, or None for a head in the model's dtype; an empty list without rows.
     """
 
     hidden: list[Tensor]
@@ -46,10 +54,10 @@ class MicroBatchState:
     """The data of a micro-batch in flight.
 
     Attributes:
-        received: the input of this stage's layers, a leaf.
+        received: the input of this stage's layers; a leaf of autograd.
         sent: the output of the trunk layers, for the next stage.
         normed: the normed outputs of the heads, for all slices.
-        num_open_losses: number of stages with heads whose GRADIENTS pass has not run yet.
+        num_gradient_passes_left: number of GRADIENTS passes that have not run yet; there is one per stage with heads.
         losses: by the stage with the heads.
         d_weight: fp32 gradient of this stage's rows, summed over the GRADIENTS passes so far.
     """
@@ -57,7 +65,7 @@ class MicroBatchState:
     received: Tensor
     sent: Tensor
     normed: list[Tensor]
-    num_open_losses: int
+    num_gradient_passes_left: int
     losses: dict[int, SliceLosses] = field(default_factory=dict)
     d_weight: Tensor | None = None
 
@@ -68,7 +76,7 @@ class SpreadPassRunner:
     Args:
         ranks: the ranks of all stages, by pipeline.
         pipeline: index of this rank's pipeline.
-        loss_gradient: returns the gradient with which backward passes of a micro-batch's losses start.
+        loss_gradient: see HeadHooks.loss_gradient.
     """
 
     def __init__(
@@ -88,16 +96,18 @@ class SpreadPassRunner:
             if index == pipeline:
                 self.group, self.loss_group = group, loss_group
 
-    def begin(self, batches: list[Batch], loss_scales: list[float], transfers: list[Transfer], training: bool) -> None:
+    def begin(
+        self, micro_batches: list[Batch], loss_scales: list[float], transfers: list[Transfer], training: bool
+    ) -> None:
         """Begins a step, or an evaluation if not `training`.
 
         Args:
-            batches: its micro-batches, on the device.
-            loss_scales: the factor of each head's loss.
+            micro_batches: the micro-batches of the step or evaluation, on the device.
+            loss_scales: one factor per head; see MTPModel.forward.
             transfers: all transfers of the schedule, in order.
         """
-        self.batches, self.loss_scales, self.training = batches, loss_scales, training
-        self.micro_batches: dict[int, MicroBatchState] = {}
+        self.batches, self.loss_scales, self.training = micro_batches, loss_scales, training
+        self.states: dict[int, MicroBatchState] = {}  # by the index of the micro-batch
         self.float8_weight = Float8Weight()  # weights do not change within a step
         self.queued_passes: deque[torch.cuda.Event] = deque()  # the ends of passes that the GPU may not have finished
         schedule, stage = self.schedule, self.stage
@@ -113,25 +123,25 @@ class SpreadPassRunner:
     def run(self, stage_pass: StagePass) -> None:
         """Runs one pass. The passes of a step must run in the schedule's order.
 
-        On a GPU, the CPU runs at most MAX_QUEUED_PASSES ahead: data of queued passes stay in memory.
+        On a GPU, the CPU runs at most MAX_QUEUED_PASSES ahead, because the data of queued passes stay in memory.
         """
         if self.stream and len(self.queued_passes) == MAX_QUEUED_PASSES:
             self.queued_passes.popleft().synchronize()
         if stage_pass.kind == PassKind.FORWARD:
             self._forward(stage_pass.micro_batch)
         elif stage_pass.kind == PassKind.STATISTICS:
-            self._statistics(self.micro_batches[stage_pass.micro_batch], stage_pass)
+            self._statistics(self.states[stage_pass.micro_batch], stage_pass)
         elif stage_pass.kind == PassKind.GRADIENTS:
-            self._gradients(self.micro_batches[stage_pass.micro_batch], stage_pass)
+            self._gradients(self.states[stage_pass.micro_batch], stage_pass)
         else:
-            self._backward(self.micro_batches.pop(stage_pass.micro_batch), stage_pass.micro_batch)
+            self._backward(self.states.pop(stage_pass.micro_batch), stage_pass.micro_batch)
         if self.stream:
             self.queued_passes.append(torch.cuda.current_stream().record_event())
 
     def finish(self) -> None:
         """Waits until all data are sent. Called after the last pass."""
         self.queue.finish()
-        self.micro_batches.clear()
+        self.states.clear()
 
     def _forward(self, index: int) -> None:
         batch = self.batches[index]
@@ -141,7 +151,7 @@ class SpreadPassRunner:
             x.requires_grad_(self.training)
         sent, normed = self.part.run_layers(x, batch)
         if self.training or self.stage in self.schedule.loss_stages:
-            self.micro_batches[index] = MicroBatchState(x, sent, normed, len(self.schedule.head_stages))
+            self.states[index] = MicroBatchState(x, sent, normed, len(self.schedule.head_stages))
         if self.stage + 1 < len(self.ranks):
             self.queue.put(Transfer(TransferKind.ACTIVATIONS, self.stage, index), [sent.detach()])
         if normed:
@@ -153,7 +163,7 @@ class SpreadPassRunner:
         hidden = state.normed
         if head_stage != self.stage:
             hidden = self.queue.get(Transfer(TransferKind.HIDDEN, head_stage, micro_batch))
-        losses, statistics = SliceLosses([each.detach().flatten(0, -2) for each in hidden], [], []), []
+        losses, statistics = SliceLosses([tensor.detach().flatten(0, -2) for tensor in hidden], [], []), []
         targets = self._targets(stage_pass)
         for head, hidden_ND, targets_N in zip(self._heads(head_stage), losses.hidden, targets, strict=True):
             if self.part.extent.rows:
@@ -182,39 +192,41 @@ class SpreadPassRunner:
         head_stage, micro_batch = stage_pass.head_stage, stage_pass.micro_batch
         losses, d_hidden = state.losses.pop(head_stage), []
         (statistics,) = self.queue.get(Transfer(TransferKind.STATISTICS, head_stage, micro_batch))
-        for place, (head, targets_N) in enumerate(zip(self._heads(head_stage), self._targets(stage_pass), strict=True)):
-            nll_N, log_partition_N = combine_statistics(statistics[:, place], targets_N)
+        for local_index, (head, targets_N) in enumerate(
+            zip(self._heads(head_stage), self._targets(stage_pass), strict=True)
+        ):
+            nll_N, log_partition_N = combine_statistics(statistics[:, local_index], targets_N)
             if head_stage == self.stage:
                 self.part.nll_sums[head] += nll_N.sum()
             if self.training:
-                d_hidden.append(self._slice_gradients(state, losses, place, head, targets_N, log_partition_N))
+                d_hidden.append(self._slice_gradients(state, losses, local_index, head, targets_N, log_partition_N))
         if self.training:
             self.queue.put(Transfer(TransferKind.HIDDEN_GRADIENT, head_stage, micro_batch), d_hidden)
-        state.num_open_losses -= 1
-        if self.training and state.num_open_losses == 0 and state.d_weight is not None:
+        state.num_gradient_passes_left -= 1
+        if self.training and state.num_gradient_passes_left == 0 and state.d_weight is not None:
             weight, gradient = self.part.unembedding_weight, state.d_weight
             state.d_weight = None
             with torch.enable_grad():  # through autograd, so that DeepSpeed's gradient hooks run
                 torch.autograd.backward(weight.view_as(weight), gradient.to(weight.dtype))
-        if not self.training and state.num_open_losses == 0:
-            self.micro_batches.pop(micro_batch)
+        if not self.training and state.num_gradient_passes_left == 0:
+            self.states.pop(micro_batch)
 
     def _slice_gradients(
         self,
         state: MicroBatchState,
         losses: SliceLosses,
-        place: int,
+        local_index: int,
         head: int,
         targets_N: Tensor,
         log_partition_N: Tensor,
     ) -> Tensor:
-        hidden_ND = losses.hidden[place]
+        hidden_ND = losses.hidden[local_index]
         if not self.part.extent.rows:
             return torch.zeros_like(hidden_ND)
         if state.d_weight is None:
             weight = self.part.unembedding_weight
             state.d_weight = torch.zeros_like(weight, dtype=accumulation_dtype(weight.dtype))
-        logits_NR, products, factor = losses.logits[place], losses.products[place], self._factor(head)
+        logits_NR, products, factor = losses.logits[local_index], losses.products[local_index], self._factor(head)
         return self.part.slice_gradients(
             logits_NR, hidden_ND, targets_N, log_partition_N, state.d_weight, factor, products
         )

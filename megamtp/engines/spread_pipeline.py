@@ -1,7 +1,7 @@
-"""The pipeline engine with losses spread by vocabulary: DeepSpeed's executor, optimizer and reductions, our schedule.
+"""The pipeline engine with spread losses. DeepSpeed executes, reduces and optimizes; the schedule is ours.
 
 DeepSpeed's 1F1B schedule has no pass for a loss that depends on data from all stages. But its pipeline engine executes
-any schedule, also with new instructions.
+any schedule, also with new instructions. spread_passes.py has our passes.
 
 Tests: tests/distributed/test_spread_pipeline.py.
 """
@@ -13,7 +13,7 @@ import torch
 from megamtp.config import Config
 from megamtp.data.loader import Batch
 from megamtp.engines.deepspeed import pipeline as deepspeed_pipeline
-from megamtp.engines.deepspeed.head_phase import outer_loss_gradient
+from megamtp.engines.deepspeed.head_hooks import outer_loss_gradient
 from megamtp.engines.pipeline import PipelineEngine
 from megamtp.engines.spread_passes import SpreadPassRunner
 from megamtp.planning.spread import SpreadPartition
@@ -41,6 +41,7 @@ class SpreadPipelineEngine(PipelineEngine):
         if torch.is_grad_enabled():
             self.runner.begin(micro_batches, loss_scales, self.transfers, training=True)
         else:
+            # The order of passes does not change the result: take the first pattern, without a search for the fastest.
             times = self.partition.schedule.times
             self.evaluation = SpreadSchedule(times, len(micro_batches), TransferTimes(), PATTERNS[0])
             self.runner.begin(micro_batches, loss_scales, self.evaluation.transfers(), training=False)

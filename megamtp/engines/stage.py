@@ -19,14 +19,14 @@ from megamtp.planning.spread import SpreadPartition
 
 
 class RowSlice(Protocol):
-    """A parameter that holds some rows of a whole parameter.
+    """A parameter that holds some rows of a full parameter.
 
     Attributes:
-        whole_shape: shape of the whole parameter.
-        first_element: index of the slice's first element in the whole parameter, flattened.
+        full_shape: shape of the full parameter.
+        first_element: index of the slice's first element in the full parameter, flattened.
     """
 
-    whole_shape: tuple[int, ...]
+    full_shape: tuple[int, ...]
     first_element: int
 
 
@@ -53,15 +53,15 @@ class StagePart(ModelPart):
             )
         self.run_config, self.stage, self.device = config, stage, device
         self.to(DTYPES[train.precision]).to_empty(device=device)
-        if stage.contents.spread and self.extent.rows:  # checkpoints store the slice as part of the whole tensor
+        if stage.contents.spread and self.extent.rows:  # checkpoints store the slice as part of the full tensor
             weight = cast(RowSlice, self.unembedding_weight)
-            weight.whole_shape = config.model.vocab_size, config.model.dim
+            weight.full_shape = config.model.vocab_size, config.model.dim
             weight.first_element = first_row * config.model.dim
         self.initialise()
 
     @property
     def copied_parameters(self) -> list[torch.nn.Parameter]:
-        """The parameters of which every stage with heads has a copy."""
+        """The parameters that every stage with heads holds a copy of."""
         if self.unembedding is None or not self.stage.heads:
             return []
         return (
@@ -70,18 +70,18 @@ class StagePart(ModelPart):
             else list(self.unembedding.parameters())
         )
 
-    def begin(self, batches: Iterable[Batch], loss_scales: list[float]) -> None:
+    def begin(self, micro_batches: Iterable[Batch], loss_scales: list[float]) -> None:
         """Begins a step or an evaluation.
 
         Args:
-            batches: its micro-batches, on the device.
-            loss_scales: the factor of each head's loss.
+            micro_batches: the micro-batches of the step or evaluation, on the device.
+            loss_scales: one factor per head; see MTPModel.forward.
         """
-        self.batches, self.loss_scales = iter(batches), loss_scales
+        self.batches, self.loss_scales = iter(micro_batches), loss_scales
         self.nll_sums = torch.zeros(self.config.num_future_tokens, dtype=torch.float64, device=self.device)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Runs the next micro-batch that `begin` got.
+        """Runs the next of the micro-batches that were passed to `begin`.
 
         Args:
             x: token ids [B, T] on the first stage, else the previous stage's output.
@@ -94,7 +94,7 @@ class StagePart(ModelPart):
         x = self.run_trunk(x, document_mask)
         if not self.stage.heads:
             return x
-        x, nll_sums = self.losses(x, batch.targets, self.loss_scales, document_mask)
+        x, nll_sums = self.run_heads(x, batch.targets, self.loss_scales, document_mask)
         self.nll_sums[self.stage.heads.start : self.stage.heads.stop] += nll_sums
         return x
 
@@ -106,7 +106,7 @@ class StagePart(ModelPart):
         """
         document_mask = self.document_mask(batch.documents)
         x = self.run_trunk(x, document_mask)
-        return x, self.normed_heads(x, document_mask)
+        return x, self.normed_head_outputs(x, document_mask)
 
     @torch.no_grad()
     def initialise(self) -> None:

@@ -1,6 +1,6 @@
 """Starts a rank's transfers with other pipeline stages in the order of a schedule.
 
-Transfers run concurrently with computation: a pass waits only for the data it needs. All ranks start their transfers in
+Transfers run concurrently with computation, which waits only for data that it needs. All ranks start their transfers in
 the same order. On a GPU all transfers run on one stream, one after the other, for two reasons: NCCL may deadlock if
 ranks start transfers in different orders, even in different groups and streams
 (https://github.com/NVIDIA/nccl/issues/783), and a transfer that waits for its peers occupies multiprocessors.
@@ -24,9 +24,9 @@ class TransferQueue:
     Args:
         stream: the stream of all transfers. None on a CPU.
         transfers: the transfers in which this rank takes part, in order.
-        sends: whether this rank sends data in a transfer.
-        start: starts a transfer with the data to send (None if there are none). Returns (received data, works to wait
-            for).
+        sends: sends(transfer) returns whether this rank sends data in the transfer.
+        start: start(transfer, data) starts the transfer and returns (received data, works to wait for). `data` is None
+            if this rank only receives.
     """
 
     def __init__(
@@ -80,10 +80,10 @@ class TransferQueue:
             if self.sends(transfer) and transfer not in self.to_send:
                 return
             self.num_started += 1
-            tensors, computed = self.to_send.pop(transfer, (None, None))
+            tensors, computed_event = self.to_send.pop(transfer, (None, None))
             with torch.cuda.stream(self.stream) if self.stream else nullcontext():
-                if computed and self.stream:
-                    self.stream.wait_event(computed)
+                if computed_event and self.stream:
+                    self.stream.wait_event(computed_event)
                 received, works = self._start(transfer, tensors)
                 if self.stream:
                     _wait(works)  # blocks the stream, not this thread

@@ -15,7 +15,7 @@ from megamtp.data.loader import Batch
 from megamtp.engines.base import DTYPES, StepResult, compiles_layers, loss_scales, move_to_device
 from megamtp.engines.deepspeed import host
 from megamtp.engines.deepspeed.grouped_communication import GroupedCommunication
-from megamtp.engines.deepspeed.head_phase import ZeroHeadPhase
+from megamtp.engines.deepspeed.head_hooks import ZeroHeadHooks
 from megamtp.engines.deepspeed.members import full_shape
 from megamtp.engines.deepspeed.settings import deepspeed_config
 from megamtp.engines.hosted import HostedEngine
@@ -38,28 +38,28 @@ class ZeroEngine(HostedEngine):
 
     def __init__(self, config: Config):
         super().__init__(config, (dist.get_rank(), dist.get_world_size()))
-        self.host(_build_model(config, deepspeed_config(config, self.data_parallel_size), self.device))
+        self.attach_model(_build_model(config, deepspeed_config(config, self.data_parallel_size), self.device))
         self.communication = None
         if config.engine.kind == "zero3" and config.engine.communication == "grouped":
             modules = [self.model.embedding, *self.model.trunk, *self.model.heads, self.model.unembedding]
             self.communication = GroupedCommunication(self.deepspeed_engine, modules, config.engine.prefetch_modules)
-        self.head_phase = ZeroHeadPhase(self.deepspeed_engine, self.model, self.communication)
-        self.model.head_phase = self.head_phase
+        self.head_hooks = ZeroHeadHooks(self.deepspeed_engine, self.model, self.communication)
+        self.model.head_hooks = self.head_hooks
 
     def train_batch(self, micro_batches: list[Batch], target_counts: list[int], lr: float) -> StepResult:
         """See Engine.train_batch."""
         engine = self.deepspeed_engine
         engine.train()
-        # A reduction that sums over the ranks needs no factor that undoes an average.
+        # If the reduction averages gradients over the ranks, loss_scales must undo that.
         averages = self.communication is None or self.communication.reducer.averages
         num_averaged_ranks = self.world_size if averages else 1
         scales = loss_scales(self.config.head_weights, target_counts, num_averaged_ranks, len(micro_batches))
         host.set_learning_rate(engine, lr)
         nll_sums = torch.zeros(self.config.model.num_future_tokens, device=self.device)
-        with self.head_phase.discard_gradients_on_error():
+        with self.head_hooks.discard_gradients_on_error():
             for index, batch in enumerate(move_to_device(micro_batches, self.device)):
-                # (c) of head_phase.py: DeepSpeed itself sets this at the start of the outer backward pass, which is too
-                # late for the heads' reductions.
+                # Correction (c) of head_hooks.py: DeepSpeed itself sets this at the start of the outer backward pass,
+                # which is too late for the heads' reductions.
                 engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
                 loss, micro_batch_nll_sums = engine(batch.inputs, batch.targets, scales, batch.documents)
                 engine.backward(loss)
@@ -76,7 +76,7 @@ class ZeroEngine(HostedEngine):
         self.deepspeed_engine.eval()
         scales = [1.0] * self.config.model.num_future_tokens
         totals = torch.zeros(2, len(scales), dtype=torch.float64, device=self.device)
-        with self.head_phase.evaluating():
+        with self.head_hooks.evaluating():
             for batch in (batch.to(self.device) for batch in batches):
                 _, nll_sums = self.deepspeed_engine(batch.inputs, batch.targets, scales, batch.documents)
                 totals += torch.stack((nll_sums, (batch.targets != IGNORED).sum(dim=(1, 2))))
@@ -84,7 +84,7 @@ class ZeroEngine(HostedEngine):
 
 
 def _build_model(config: Config, settings: dict, device: torch.device) -> MTPModel:
-    """Builds the model with its initial weights. Under ZeRO-3 no rank ever holds more than one whole parameter."""
+    """Builds the model with its initial weights. Under ZeRO-3 no rank ever holds more than one full parameter."""
     sharded = config.engine.kind == "zero3"
     with host.sharded_construction(settings) if sharded else torch.device("meta"):
         model = MTPModel(
@@ -119,7 +119,7 @@ def _initialise(model: MTPModel, config: Config) -> None:
 def _initialise_shards(model: MTPModel, config: Config) -> None:
     """Sets every sharded parameter to its initial value. Collective.
 
-    Each of the D ranks draws or reads every D-th parameter, all ranks at the same time.
+    Rank r draws or reads the parameters r, r + world_size, ...; all ranks do so at the same time.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     with raised_by_all():

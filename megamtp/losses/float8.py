@@ -1,20 +1,21 @@
-"""Two of the loss's three products in 8-bit floating point: logits H W^T and their backward pass dH = G W.
+"""Two of the loss's three products in 8-bit floating point: logits H W^T, and dH = G W in the backward pass.
 
-The logits are products e4m3 x e4m3, dH is e5m2 x e4m3. The third product, dW, stays in bf16.
+G is the gradient of the logits. The logits are products e4m3 x e4m3, dH is e5m2 x e4m3. The third product, dW, stays in
+bf16.
 
 H and W have one scale each, which maps the largest element to the largest e4m3 number. G lies in [-1, 1] before the
 loss's factor is applied, so its scale is a constant. Finer-grained scales would gain nothing: e4m3 keeps its relative
-precision over 15 binades (2^-6 to 448, without subnormal numbers), and elements below 1/28,000 of the largest hardly
+precision from 2^-6 to 448 (without subnormal numbers), and elements below 1/28,000 of the largest element hardly
 contribute.
 
-G is in e5m2 (2 bits, 30 binades), because most probabilities of a softmax are tiny. e4m3 rounds those below 2^-18 to
-zero, which biases the mean of dH over positions: at V = 32000 by a fifth or more if the unembedding has a direction for
-token frequency. The errors of e5m2 are larger for a single position, but unbiased
-(tests/unit/losses/test_float8.py compares the two).
+G is in e5m2, which has only 2 mantissa bits but spans 30 powers of two, because most probabilities of a softmax are
+tiny. e4m3 would round probabilities below 2^-18 to zero. This would bias the mean of dH over positions: by 20 % or more
+at V = 32000, if one component of the unembedding's rows encodes how frequent each token is. The errors of e5m2 are
+larger for a single position, but unbiased (tests/unit/losses/test_float8.py compares the two formats).
 
-Source: the formats and their use: Micikevicius et al. 2022, arXiv:2209.05433; the 14 bits of Hopper's sums:
-DeepSeek-V3, arXiv:2412.19437, section 3.3.2.
-Shapes: C rows of a chunk, D width, V vocabulary.
+Source: Micikevicius et al. 2022, arXiv:2209.05433, for the formats and their use; DeepSeek-V3, arXiv:2412.19437,
+section 3.3.2, for the 14-bit accumulation (see Float8Products.logits).
+Shapes: [M, N] is any matrix.
 """
 
 from dataclasses import dataclass
@@ -32,8 +33,8 @@ BLOCK_SIZE = 128  # rows and columns of a kernel program's tile
 class Float8Weight:
     """The unembedding in e4m3, made at its first use and shared by all uses in one micro-batch.
 
-    Takes 2 V D bytes: fp8 products need their second factor contiguous along the summed dimension, which is D for the
-    logits and V for dH.
+    Holds two copies, together 2 V D bytes, because fp8 products need their second factor contiguous along the
+    summed dimension, which is D for the logits and V for dH.
     """
 
     def __init__(self) -> None:
@@ -86,7 +87,7 @@ class Float8Products:
         """Writes factor * gradient_CV / GRADIENT_SCALE @ weight to `out` [C, D].
 
         Does not use fast accumulation: one or two of the V terms are large, and 14 bits would truncate the many small
-        ones, all in the same direction.
+        terms, all in the same direction.
         """
         transposed_DV, scale = self.weight.transposed_DV, self.weight.scale
         assert transposed_DV is not None and scale is not None

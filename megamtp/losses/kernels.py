@@ -64,8 +64,8 @@ def softmax_gradient(
     target_logit = tl.load(logits + target, mask=in_row, other=0.0).to(tl.float32)
     tl.store(nll + row, tl.where(valid, log_partition - target_logit, 0.0))
     tl.store(squared_log_partition + row, tl.where(valid, log_partition * log_partition, 0.0))
-    one = tl.where(valid, 1.0, 0.0)
-    scale = one * (1 + 2 * z_loss * log_partition) / partition
+    valid_factor = tl.where(valid, 1.0, 0.0)
+    scale = valid_factor * (1 + 2 * z_loss * log_partition) / partition
     tl.debug_barrier()  # all threads must read the target's logit before any thread overwrites it
     for start in range(0, num_columns, block):
         inside = start + columns < num_columns
@@ -76,7 +76,7 @@ def softmax_gradient(
             copied = (copy_factor * scale * weights).to(copy.dtype.element_ty)
             tl.store(copy + first_copy + start + columns, copied, mask=inside)
     tl.debug_barrier()  # the loop must have written the target's column before it is corrected
-    gradient = scale * tl.exp(target_logit - largest) - one
+    gradient = scale * tl.exp(target_logit - largest) - valid_factor
     tl.store(logits + target, (factor * gradient).to(logits.dtype.element_ty), mask=in_row)
     if copy is not None:
         tl.store(copy + first_copy + target, (copy_factor * gradient).to(copy.dtype.element_ty), mask=in_row)
@@ -126,7 +126,7 @@ def quantise(
     min_amax: tl.constexpr,
     block: tl.constexpr,
 ):
-    """Writes x / scale and, unless None, its transpose; one program per tile of block x block elements."""
+    """Writes x / scale, the scale and, if `transposed` is given, the transpose; one program per tile of the matrix."""
     rows = (tl.program_id(0).to(tl.int64) * block + tl.arange(0, block))[:, None]
     columns = (tl.program_id(1).to(tl.int64) * block + tl.arange(0, block))[None, :]
     inside = (rows < num_rows) & (columns < num_columns)

@@ -1,12 +1,11 @@
-"""Fused unembedding and cross-entropy: logits exist for at most `chunk_rows` rows at a time.
+"""Fused unembedding and cross-entropy: logits exist for at most `chunk_rows` rows (positions) at a time.
 
 The gradient of cross-entropy with respect to the logits (softmax minus one-hot) is known as soon as the logits are. The
-forward pass therefore computes the loss, dH and dW of a chunk of rows before it goes on to the next: three matrix
-products, no recomputation, and nothing of size rows x V saved for backward.
+forward pass therefore computes the loss, dH and dW of a chunk of positions before it computes the next chunk: three
+matrix products, no recomputation, and nothing of size N V saved for backward.
 
-Source: computing the gradient in forward: Liger-Kernel (arXiv:2410.10989, section 3.2). Accumulating dW over the heads
-in fp32 is ours.
-Shapes: N rows (positions), D width, V vocabulary, C rows of a chunk.
+Source: Liger-Kernel (arXiv:2410.10989, section 3.2) also computes the gradient in forward. The fp32 sum of dW over the
+heads is not from there.
 """
 
 from dataclasses import dataclass
@@ -69,19 +68,19 @@ def linear_cross_entropy(
         targets_N: int64 in [0, V), or IGNORED.
         scale: factor of the loss, e.g. 1 / number of valid targets in the global batch.
         loss_gradient: the gradient of the loss that backward is expected to receive, e.g. the fp16 loss scale. It
-            multiplies gradients before they are cast to 16 bits, so that small ones do not underflow. If backward
-            receives another gradient, dH and dW are rescaled, which rounds them once more.
+            multiplies gradients before they are cast to 16 bits, so that small gradients do not underflow. If
+            backward receives another gradient, dH and dW are rescaled, which rounds them once more.
         loss_gradient_is_known: backward receives exactly `loss_gradient` and need not rescale. Saves a pass over dH.
         z_loss: coefficient of the squared log-partition function. Source: PaLM, arXiv:2204.02311, section 5.
-        chunk_rows: number of rows whose logits exist at a time; None: default_chunk_rows. A GPU holds them in the
-            model's dtype, in an evaluation also in fp32; a CPU in fp32, for 16-bit models also in the model's dtype.
+        chunk_rows: number of rows whose logits exist at a time; None: default_chunk_rows. Memory per logit: on a GPU
+            the model's dtype, plus fp32 in an evaluation; on a CPU fp32, plus the model's dtype if that has 16 bits.
         shared_gradient: accumulates dW if the weight has several uses; None if this is the only one.
         float8_weight: compute logits and dH in fp8 with these copies of the weight, which the first use makes. Needs
             hidden and weight in bf16, and D and V multiples of 16. Takes one more byte for each logit of a chunk and
-            each element of hidden. Without gradients the loss stays in the model's dtype, so that evaluations compare.
+            each element of hidden. Without gradients the loss stays in the model's dtype: evaluations are comparable.
 
     Returns:
-        (loss, nll_sum): scalars in fp32 (fp64 for fp64). Only `loss` is differentiable, in hidden and weight, once.
+        (loss, nll_sum): scalars in fp32 (fp64 for fp64). Only `loss` has a gradient. Backward may run only once.
     """
     # Read here: inside an autograd function needs_input_grad is true even under no_grad.
     needs_gradients = torch.is_grad_enabled()
@@ -176,9 +175,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def default_chunk_rows(vocab_size: int, bytes_per_logit: int) -> int:
     """Returns the largest power of two whose logits fit in half a GiB, at most 8192.
 
-    More rows need fewer passes over dW, each of which reads and writes 8 V D bytes, but more memory. `python
-    tools/benchmark.py loss` compares them: with V = 128256 an H100 would gain some 6 % from 8192 rows, whose logits
-    take two GiB.
+    More rows need fewer passes over dW, each of which reads 4 V D bytes and writes as many, but more
+    memory. `python tools/benchmark.py loss` compares them: with V = 128256 an H100 would gain some 6 % from 8192 rows,
+    whose logits take two GiB.
     """
     rows = MAX_CHUNK_ROWS
     while rows > 1 and rows * vocab_size * bytes_per_logit > MAX_CHUNK_BYTES:
@@ -232,7 +231,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def matmul_accumulate(left: Tensor, right: Tensor, accumulator: Tensor | None) -> Tensor:
-    """Adds left @ right to `accumulator`, in place, and returns it; a new tensor for None.
+    """Returns accumulator + left @ right, computed in place; a new tensor if `accumulator` is None.
 
     The sum is in fp32 (fp64 for fp64). On a GPU, the kernel that multiplies 16-bit matrices also adds in fp32.
     """

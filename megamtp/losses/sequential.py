@@ -1,7 +1,7 @@
 """Sequential heads: forward, loss and backward of one head before the next starts, in one autograd function.
 
 For the trunk, the heads are one function whose gradient with respect to z is known after its forward pass. For an
-engine, gradients of the heads' parameters appear during the forward pass; `HeadPhase` lets it prepare for that.
+engine, gradients of the heads' parameters appear during the forward pass; `HeadHooks` lets it prepare for that.
 
 Source: Gloeckle et al. 2024, arXiv:2404.19737, section 2 and figure 2.
 """
@@ -15,17 +15,18 @@ from torch import Tensor
 
 from megamtp.losses.linear_cross_entropy import accumulation_dtype
 
-# (index of a head, z) -> (loss, summed negative log-likelihood)
+# (local index of a head, from 0 among the heads of this part; z) -> (loss, summed negative log-likelihood)
 HeadLoss = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 
 
-class HeadPhase:
-    """What an engine does around sequential heads. This base class, for a model without an engine, does nothing."""
+class HeadHooks:
+    """Hooks that an engine runs around sequential heads. This base class, for a model without engine, does nothing."""
 
     def loss_gradient(self) -> float:
-        """Returns the gradient of the loss from which the engine starts this micro-batch's backward pass.
+        """Returns the gradient that the loss will receive in this micro-batch's outer backward pass.
 
-        It includes the fp16 loss scale, for example. The heads' backward passes start from it, too.
+        Engines scale the loss before they call backward(), for example by the fp16 loss scale. The heads' backward
+        passes start from the same gradient.
         """
         return 1.0
 
@@ -35,25 +36,25 @@ class HeadPhase:
         yield
 
     @contextlib.contextmanager
-    def one_head(self, index: int) -> Iterator[None]:
-        """Context around the forward and backward pass of the head at `index` (from 0)."""
+    def one_head(self, local_index: int) -> Iterator[None]:
+        """Context around the forward and backward pass of the head at `local_index` (from 0) of this part."""
         yield
 
 
 class SequentialHeadLoss(torch.autograd.Function):
-    """(z, head_loss, num_heads, phase) -> (loss summed over heads, summed negative log-likelihoods [n]).
+    """(z, head_loss, num_heads, hooks) -> (loss summed over heads, summed negative log-likelihoods [n]).
 
-    The forward call accumulates the gradients of the heads' parameters, starting from `phase.loss_gradient()`, and sums
-    dz over the heads in fp32. Backward only returns dz; it must receive the same loss gradient, because the parameters'
-    gradients are already computed.
+    The forward call accumulates the gradients of the heads' parameters, starting from `hooks.loss_gradient()`, and sums
+    dz over the heads in fp32. Backward only returns dz. In training it must receive the same loss gradient:
+    another gradient rescales dz, but not the parameters' gradients, which are already computed.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, z_BTD: Tensor, head_loss: HeadLoss, num_heads: int, phase: HeadPhase
+        ctx: Any, z_BTD: Tensor, head_loss: HeadLoss, num_heads: int, hooks: HeadHooks
     ) -> tuple[Tensor, Tensor]:
-        ctx.loss_gradient = phase.loss_gradient()
-        dz_BTD, loss, nll_sums = _run_heads(z_BTD, head_loss, num_heads, phase, ctx.loss_gradient)
+        ctx.loss_gradient = hooks.loss_gradient()
+        dz_BTD, loss, nll_sums = _run_heads(z_BTD, head_loss, num_heads, hooks, ctx.loss_gradient)
         ctx.save_for_backward(dz_BTD)
         ctx.mark_non_differentiable(nll_sums)
         return loss, nll_sums
@@ -61,11 +62,12 @@ class SequentialHeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor, _: Tensor | None) -> tuple[Tensor, None, None, None]:
         (dz_BTD,) = ctx.saved_tensors
-        return (dz_BTD * (d_loss / ctx.loss_gradient)).to(dz_BTD.dtype), None, None, None
+        factor = d_loss / ctx.loss_gradient  # exactly 1 in training
+        return (dz_BTD * factor).to(dz_BTD.dtype), None, None, None
 
 
 class IntermediateStageHeads(torch.autograd.Function):
-    """(z, head_loss, num_heads, phase) -> (z, summed negative log-likelihoods [n]), on a stage that also forwards z.
+    """(z, head_loss, num_heads, hooks) -> (z, summed negative log-likelihoods [n]), if a later stage needs z, too.
 
     Like SequentialHeadLoss, but backward receives the dz of the later stages' heads, which already includes the loss
     gradient, and adds the dz of this stage's heads.
@@ -73,9 +75,9 @@ class IntermediateStageHeads(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, z_BTD: Tensor, head_loss: HeadLoss, num_heads: int, phase: HeadPhase
+        ctx: Any, z_BTD: Tensor, head_loss: HeadLoss, num_heads: int, hooks: HeadHooks
     ) -> tuple[Tensor, Tensor]:
-        dz_BTD, _, nll_sums = _run_heads(z_BTD, head_loss, num_heads, phase, phase.loss_gradient())
+        dz_BTD, _, nll_sums = _run_heads(z_BTD, head_loss, num_heads, hooks, hooks.loss_gradient())
         ctx.save_for_backward(dz_BTD)
         ctx.mark_non_differentiable(nll_sums)
         return z_BTD.view_as(z_BTD), nll_sums
@@ -87,7 +89,7 @@ class IntermediateStageHeads(torch.autograd.Function):
 
 
 def _run_heads(
-    z_BTD: Tensor, head_loss: HeadLoss, num_heads: int, phase: HeadPhase, loss_gradient: float
+    z_BTD: Tensor, head_loss: HeadLoss, num_heads: int, hooks: HeadHooks, loss_gradient: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Runs forward and backward of each head in turn.
 
@@ -95,11 +97,11 @@ def _run_heads(
         (dz, loss, summed negative log-likelihoods [n]): dz and loss are sums over the heads.
     """
     dz_BTD, losses, nll_sums = None, [], []
-    with phase.all_heads():
-        for index in range(num_heads):
+    with hooks.all_heads():
+        for local_index in range(num_heads):
             z_head_BTD = z_BTD.detach().requires_grad_()
-            with phase.one_head(index), torch.enable_grad():
-                loss, nll_sum = head_loss(index, z_head_BTD)
+            with hooks.one_head(local_index), torch.enable_grad():
+                loss, nll_sum = head_loss(local_index, z_head_BTD)
                 torch.autograd.backward(loss, torch.full_like(loss, loss_gradient))
             assert z_head_BTD.grad is not None
             if dz_BTD is None:

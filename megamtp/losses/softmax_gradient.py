@@ -1,7 +1,6 @@
 """Overwrites logits with the gradient of cross-entropy with respect to them, and returns each row's loss.
 
-On a GPU one kernel reads each row from memory once and writes it once. On a CPU torch's operations do the same.
-Shapes: C rows, V vocabulary.
+On a GPU one kernel reads each row from memory once and writes it once. On a CPU torch's operations compute the same.
 """
 
 import torch
@@ -33,9 +32,9 @@ def softmax_gradient_(
     if logits_CV.is_cuda and logits_CV.dtype != torch.float64:
         return _triton(logits_CV, targets_C, factor, z_loss, copy_CV, copy_factor)
     nll_C, log_partition_C, valid_C = negative_log_likelihood_(logits_CV, targets_C)
-    ones_C = valid_C.to(logits_CV.dtype)
-    logits_CV.mul_((ones_C * (1 + 2 * z_loss * log_partition_C))[:, None])
-    logits_CV.scatter_add_(1, targets_C.where(valid_C, 0)[:, None], -ones_C[:, None])
+    valid_factor_C = valid_C.to(logits_CV.dtype)
+    logits_CV.mul_((valid_factor_C * (1 + 2 * z_loss * log_partition_C))[:, None])
+    logits_CV.scatter_add_(1, targets_C.where(valid_C, 0)[:, None], -valid_factor_C[:, None])
     if copy_CV is not None:
         copy_CV.copy_(logits_CV * copy_factor)
     logits_CV.mul_(factor)

@@ -7,7 +7,6 @@ Ranks exchange three fp32 numbers per position and slice between the two halves,
 its caller communicates.
 
 Source: Yeung et al. 2024, arXiv:2411.05288, section 4, algorithm 1.
-Shapes: N positions, D width, R rows of a slice, S slices.
 """
 
 import torch

@@ -2,8 +2,10 @@
 
 Used for model FLOPs utilisation, for planning, and for cutting the layers into pipeline stages.
 
-Source: Gloeckle et al. 2024, arXiv:2404.19737, table S5: F(n) = 3 [L (2 P_layer + 2 T d) + n 2 V d]. Causal attention
-counts half of full attention; norms, the embedding lookup and recomputation do not count.
+Source: Gloeckle et al. 2024, arXiv:2404.19737, table S5. The floating-point operations per token are
+F(n) = 3 [L (2 P_layer + 2 T D) + n 2 V D], where L counts trunk layers and heads, and P_layer is the number of weights
+in the matrices of a layer. Causal attention counts half of full attention; norms, the embedding lookup and
+recomputation do not count.
 """
 
 from functools import lru_cache
@@ -15,8 +17,8 @@ from megamtp.config import ModelConfig
 from megamtp.model.layers import LayerCost
 from megamtp.model.mtp import MTPModel
 
-# Peak FLOP/s of dense matrix products by (words of the device's name, precision). Of several entries that match a
-# device, the first counts. Source: NVIDIA data sheets.
+# Peak FLOP/s of dense matrix products by (words of the device's name, precision). The first entry that matches a
+# device counts. Source: NVIDIA data sheets.
 PEAK_FLOPS = {
     ("H200", "bf16"): 989.4e12,
     ("H100 PCIe", "bf16"): 756e12,
@@ -53,27 +55,27 @@ def head_cost(model: ModelConfig, index: int, sequence_length: int) -> LayerCost
 
 
 @lru_cache
-def layer_parameters(model: ModelConfig) -> int:
+def num_layer_parameters(model: ModelConfig) -> int:
     """Returns the number of parameters of one trunk layer, with its two norms."""
-    return _num_parameters(meta_model(model).trunk[0])
+    return _num_module_parameters(meta_model(model).trunk[0])
 
 
 @lru_cache
-def head_parameters(model: ModelConfig, index: int) -> int:
+def num_head_parameters(model: ModelConfig, index: int) -> int:
     """Returns the number of parameters of the head at `index` (from 0)."""
-    return _num_parameters(meta_model(model).heads[index])
+    return _num_module_parameters(meta_model(model).heads[index])
 
 
 @lru_cache
-def parameters(model: ModelConfig) -> int:
+def num_parameters(model: ModelConfig) -> int:
     """Returns the number of parameters of the whole model: embedding, trunk, heads and unembedding."""
-    return _num_parameters(meta_model(model))
+    return _num_module_parameters(meta_model(model))
 
 
 @lru_cache
-def unembedding_parameters(model: ModelConfig) -> int:
+def num_unembedding_parameters(model: ModelConfig) -> int:
     """Returns the number of parameters of the unembedding, with the final norm."""
-    return _num_parameters(meta_model(model).unembedding)
+    return _num_module_parameters(meta_model(model).unembedding)
 
 
 def unembedding_flops(model: ModelConfig) -> int:
@@ -88,7 +90,7 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> int:
     return 3 * (trunk + heads + model.num_future_tokens * unembedding_flops(model))
 
 
-def _num_parameters(module: nn.Module) -> int:
+def _num_module_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 

@@ -1,4 +1,4 @@
-"""What follows the trunk: n heads, and the unembedding they share.
+"""The modules after the trunk: n heads and the unembedding that they share.
 
 Head i, counted from 1 as in the paper, predicts the i-th next token; head 1 is the next-token head. Its index in lists
 and tensors is i - 1.
@@ -24,8 +24,8 @@ class Head(nn.Module):
     """One head: maps z to the hidden state from which the unembedding predicts a token.
 
     The model constructs a subclass as `Kind(model, index, compiled)`: the ModelConfig, the head's index from 0, and
-    whether the head may use torch.compile. Initial values follow from the parameters' names: see initial.py. A sharded
-    engine gathers all parameters of a head before `forward`.
+    whether the head may use torch.compile. Initial values follow from the parameters' names: see initial.py. ZeRO-3
+    gathers all parameters of a head before `forward`.
     """
 
     def forward(self, z_BTD: Tensor, document_mask: DocumentMask | None = None) -> Tensor:
@@ -41,7 +41,9 @@ class Head(nn.Module):
         raise NotImplementedError
 
     def extend(self, z_BTD: Tensor, cache: KeyValueCache | None) -> tuple[Tensor, KeyValueCache]:
-        """Returns the hidden states of T new positions after the cached ones, and the extended cache, for decoding.
+        """Returns the hidden states of T positions that follow the cached positions, and the extended cache.
+
+        Decoding calls this method.
 
         Raises:
             InputError: this head kind does not implement decoding.
@@ -76,7 +78,7 @@ def head_class(model: ModelConfig) -> type[Head]:
 class Unembedding(nn.Module):
     """The final norm and the projection to the vocabulary, shared by all heads.
 
-    One module holds both parameters directly, so that a sharded engine gathers them together, once.
+    One module holds both parameters directly, so that ZeRO-3 gathers them together, once.
 
     Args:
         rows: number of rows of the projection in this part of the model; 0 if it has only the norm.
@@ -100,7 +102,7 @@ class Unembedding(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Returns the logits [B, T, V] without targets, else (loss, summed negative log-likelihood).
 
-        The module computes the loss itself, because a sharded engine gathers the weight only while `forward` runs.
+        The module computes the loss itself, because ZeRO-3 gathers the weight only while `forward` runs.
 
         Args:
             options: passed to linear_cross_entropy.

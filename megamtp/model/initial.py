@@ -1,4 +1,4 @@
-"""Initial weights: every engine, number of ranks and pipeline partition starts from the same bits.
+"""Initial weights, the same bit for bit with every engine, number of ranks and pipeline partition.
 
 Each parameter is drawn from (seed, name of the parameter) alone. Matrices are normal with standard deviation 0.02. The
 two projections that write to the residual stream (attention output, SwiGLU down) are divided by sqrt(2 L), where L

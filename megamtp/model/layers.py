@@ -88,10 +88,10 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Returns x W^T, and saves the parameter itself for backward, where torch's linear saves a transposed view.
+    """Returns x W^T, and saves the parameter itself for backward. (torch's linear saves a transposed view.)
 
-    A sharded engine frees a parameter's memory after forward and gathers the weights into other memory for backward. A
-    view would keep the old memory allocated or, where an engine reuses buffers, read the weights of another layer.
+    ZeRO-3 frees a parameter's memory after forward and gathers the weights into other memory for backward. A view would
+    keep the old memory allocated or, if the engine reuses buffers, read the weights of another layer.
     tests/distributed/test_gather.py and tests/gpu/test_emulated.py fail with torch's linear.
     """
     return _Linear.apply(x, weight)
@@ -160,7 +160,7 @@ def transformer_layer(
     cache: KeyValueCache | None = None,
     mask: Tensor | BlockMask | None = None,
 ) -> tuple[Tensor, KeyValueCache]:
-    """Returns (h + swiglu(norm(h)) with h = x + attention(norm(x)), keys and values of all positions).
+    """Returns (output, keys and values of all positions): output = h + swiglu(norm(h)), h = x + attention(norm(x)).
 
     Args:
         weights: in the order of WEIGHTS. They are arguments so that all layers share one compiled function.
@@ -200,9 +200,11 @@ class LayerCost:
     Attributes:
         matrix_flops: floating-point operations of products with weights.
         attention_flops: floating-point operations of attention; causal attention counts half of full attention.
-        kept_elements: activations saved for the backward pass, without recomputation. Fitted to measured steps in bf16.
-        streamed_elements: elements of the residual stream that norms, rotation, activation and sums work on, limited by
-            memory bandwidth. The planner multiplies them by the bytes that a built-in layer moves per element.
+        kept_elements: number of activation elements that are saved for the backward pass if nothing is recomputed. The
+            coefficients of a built-in layer are fitted to the memory of steps in bf16.
+        streamed_elements: elements of the residual stream at one position: D for a built-in layer. The planner
+            multiplies them by the bytes that a built-in layer reads and writes per element, and divides by the memory
+            bandwidth. That is the time of element-wise operations: norms, rotation, activation and sums.
     """
 
     matrix_flops: int
@@ -215,8 +217,8 @@ class LayerCost:
         return self.matrix_flops + self.attention_flops
 
 
-class Norm(nn.Module):
-    """The weight of an RMSNorm."""
+class NormWeight(nn.Module):
+    """Holds the weight of an RMSNorm. rms_norm computes the norm."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -238,7 +240,7 @@ class TransformerLayer(nn.Module):
         self.recompute, self.compiled = recompute, compiled
         self._weights: tuple[Tensor, ...] | None = None
         key_value_dim = model.key_value_heads * model.head_dim
-        self.attention_norm = Norm(model.dim)
+        self.attention_norm = NormWeight(model.dim)
         self.attention = nn.ModuleDict(
             {
                 "query": nn.Linear(model.dim, model.dim, bias=False),
@@ -247,7 +249,7 @@ class TransformerLayer(nn.Module):
                 "output": nn.Linear(model.dim, model.dim, bias=False),
             }
         )
-        self.mlp_norm = Norm(model.dim)
+        self.mlp_norm = NormWeight(model.dim)
         self.mlp = nn.ModuleDict(
             {
                 "gate": nn.Linear(model.dim, model.hidden_dim, bias=False),
@@ -260,15 +262,15 @@ class TransformerLayer(nn.Module):
     def weights(self) -> tuple[Tensor, ...]:
         """The layer's parameters in the order of WEIGHTS.
 
-        Cached, because looking them up takes longer than a kernel launch. Comparing the first is enough to notice new
-        parameters: an engine that replaces parameters replaces all of a layer's.
+        Cached, because looking them up takes longer than a kernel launch. Comparing the first parameter is enough to
+        notice new parameters: an engine that replaces parameters replaces all of a layer's.
         """
         if self._weights is None or self._weights[0] is not self.attention_norm.weight:
             self._weights = tuple(self.get_parameter(name) for name in WEIGHTS)
         return self._weights
 
     def cost(self, sequence_length: int) -> LayerCost:
-        """Returns the forward cost of one position of a window of `sequence_length`; norms count as free.
+        """Returns the forward cost of one position of a window of `sequence_length`. Norms count no operations.
 
         Source: Gloeckle et al. 2024, arXiv:2404.19737, table S5.
         """
@@ -292,7 +294,7 @@ class TransformerLayer(nn.Module):
         return function(*arguments)
 
     def extend(self, x_BTD: Tensor, cache: KeyValueCache | None) -> tuple[Tensor, KeyValueCache]:
-        """Returns the output for T new positions after the cached ones, and the extended cache, for decoding."""
+        """Returns the output for T positions that follow the cached positions, and the extended cache."""
         past = cache[0].shape[2] if cache else 0
         return transformer_layer(x_BTD, self.weights, self._rotary(past, x_BTD), self.head_dim, self.eps, cache)
 

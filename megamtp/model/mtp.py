@@ -9,7 +9,7 @@ Each head is one transformer layer. All heads read the same z and share one unem
 the vocabulary). With n = 1 this is an ordinary decoder-only model.
 
 MTPModel is the ModelPart that holds the whole model; each stage of a pipeline is a ModelPart, too. MTPModel.forward
-returns the training loss. Read on in
+returns the training loss. Where to read on:
 
     part.py         ModelPart: builds the modules, runs the trunk, computes the heads' losses
     layers.py       one transformer layer
@@ -18,8 +18,9 @@ returns the training loss. Read on in
     initial.py      initial weights
     ../losses/      fused unembedding and cross-entropy; forward and backward of one head after another
 
-Shape suffixes, here and in all other files: B batch, T positions, D width, V vocabulary, N heads (in losses/: rows),
-H attention heads, K width of an attention head.
+Shape suffixes in all files: B batch, T positions of a window, D width, V vocabulary, n heads, H attention heads, K
+width of an attention head, N positions of a micro-batch (B T, flattened), C positions of a chunk, S slices of the
+vocabulary, R rows of a slice. A file that uses a letter for something else says so after "Shapes:".
 The glossary in .github/CONTRIBUTING.md explains the terms.
 """
 
@@ -54,18 +55,18 @@ class MTPModel(ModelPart):
         super().__init__(model, Extent.whole(model), head_loss, schedule, recompute_trunk, compile_layers)
 
     def forward(
-        self, inputs_BT: Tensor, targets_NBT: Tensor, loss_scales: list[float], documents_BT: Tensor | None = None
+        self, inputs_BT: Tensor, targets_nBT: Tensor, loss_scales: list[float], documents_BT: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Returns the training loss of one micro-batch.
+        """Computes the training loss of one micro-batch.
 
         With the "sequential" schedule this call also computes the gradients of the heads' parameters, if gradients are
         enabled; `loss.backward()` then only runs the trunk's backward pass.
 
         Args:
             inputs_BT: int64 token ids.
-            targets_NBT: int64 token ids; [i - 1, b, t] is the i-th token after inputs_BT[b, t], or IGNORED.
-            loss_scales: factor of each head's loss, which is a sum over targets: the head's weight / its number of
-                targets in the global batch.
+            targets_nBT: int64 token ids; [i - 1, b, t] is the i-th token after inputs_BT[b, t], or IGNORED.
+            loss_scales: one factor per head: its weight / its number of targets in the global batch. The factor
+                multiplies the head's loss, which is summed over targets.
             documents_BT: int64 document numbers, which do not decrease along a row. In trunk and heads, a position
                 attends only to earlier positions with the same number. None: to all earlier positions.
 
@@ -75,14 +76,14 @@ class MTPModel(ModelPart):
         """
         document_mask = self.document_mask(documents_BT)
         z_BTD = self.z(inputs_BT, document_mask)
-        return self.losses(z_BTD, targets_NBT, loss_scales, document_mask)
+        return self.run_heads(z_BTD, targets_nBT, loss_scales, document_mask)
 
     def z(self, inputs_BT: Tensor, document_mask: DocumentMask | None = None) -> Tensor:
         """Returns the trunk's output [B, T, D]."""
         return self.run_trunk(inputs_BT, document_mask)
 
     def logits(self, inputs_BT: Tensor) -> Tensor:
-        """Returns the logits of every head [N, B, T, V], for inspection and tests: training never holds them all."""
+        """Returns the logits of every head [n, B, T, V], for inspection and tests: training never holds them all."""
         z_BTD = self.z(inputs_BT)
         return torch.stack([self.unembedding(head(z_BTD)) for head in self.heads])
 
@@ -92,7 +93,7 @@ class MTPModel(ModelPart):
         """Returns head 1's logits at the last position [B, V], and the extended key/value caches.
 
         Args:
-            inputs_BT: the tokens that follow the cached ones.
+            inputs_BT: the tokens that follow the cached tokens.
             caches: one per trunk layer, and one for head 1, as the previous call returned them; None at the start.
         """
         hidden_BTD = self.embedding(inputs_BT)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from megamtp.config import HeadLossConfig, ModelConfig
 from megamtp.losses.float8 import Float8Products, Float8Weight
 from megamtp.losses.linear_cross_entropy import SharedGradient
-from megamtp.losses.sequential import HeadPhase, IntermediateStageHeads, SequentialHeadLoss
+from megamtp.losses.sequential import HeadHooks, IntermediateStageHeads, SequentialHeadLoss
 from megamtp.losses.vocabulary_slice import slice_gradients, slice_statistics
 from megamtp.model.documents import make_document_mask
 from megamtp.model.heads import Unembedding, head_class
@@ -31,8 +31,8 @@ class Extent:
     Attributes:
         trunk: indices of trunk layers, from 0.
         heads: indices of heads, from 0: index i - 1 is head i.
-        rows: rows of the unembedding: all of them in a part that computes its own heads' losses, a slice in a part of a
-            pipeline that spreads the losses by vocabulary.
+        rows: rows of the unembedding: all rows in a part that computes its own heads' losses, a slice in a part of a
+            pipeline with spread losses.
     """
 
     trunk: range
@@ -56,7 +56,7 @@ class NumberedModules(nn.Module, Generic[M]):
     yields the modules in order.
     """
 
-    _modules: dict[str, M]  # type: ignore[assignment]  # torch's may hold None
+    _modules: dict[str, M]  # type: ignore[assignment]  # torch's type allows None
 
     def __init__(self, modules: Mapping[int, M]):
         super().__init__()
@@ -86,7 +86,7 @@ class ModelPart(nn.Module):
         compile_layers: run all layers, of trunk and heads, through one compiled function.
 
     Attributes:
-        head_phase: what the engine does around sequential heads. The engine replaces it.
+        head_hooks: the engine's hooks around sequential heads. Each engine assigns its own.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class ModelPart(nn.Module):
         self.config, self.extent, self.schedule = model, extent, schedule
         self.head_loss_config = head_loss or HeadLossConfig()
         self.compile_layers = compile_layers
-        self.head_phase = HeadPhase()
+        self.head_hooks = HeadHooks()
         make_head = head_class(model)
         self.embedding = nn.Embedding(model.vocab_size, model.dim) if extent.has_embedding else None
         self.trunk = NumberedModules(
@@ -150,29 +150,29 @@ class ModelPart(nn.Module):
             x = layer(x, document_mask)
         return x
 
-    def losses(
-        self, z_BTD: Tensor, targets_NBT: Tensor, loss_scales: list[float], document_mask: DocumentMask | None = None
+    def run_heads(
+        self, z_BTD: Tensor, targets_nBT: Tensor, loss_scales: list[float], document_mask: DocumentMask | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Computes the losses of the part's heads; the part must have all rows of the unembedding.
+        """Runs the part's heads and computes their losses. The part must have all rows of the unembedding.
 
         Args:
-            targets_NBT, loss_scales: of all heads of the model; see MTPModel.forward.
+            targets_nBT, loss_scales: of all heads of the model; see MTPModel.forward.
 
         Returns:
-            (result, nll_sums): `result` is the loss, summed over the part's heads, if the part has the last head, else
-            z for the next part; `nll_sums` holds the summed negative log-likelihood of each of the part's heads.
+            (loss_or_z, nll_sums): `loss_or_z` is the loss, summed over the part's heads, if the part has the last head,
+            else z for the next part; `nll_sums` holds the summed negative log-likelihood of each of the part's heads.
         """
         heads, settings, unembedding = list(self.extent.heads), self.head_loss_config, self.unembedding
         assert unembedding is not None
         sequential = self.schedule == "sequential" and torch.is_grad_enabled() and z_BTD.requires_grad
         shared_gradient, float8_weight = SharedGradient(num_uses=len(heads)), Float8Weight()
-        loss_gradient = self.head_phase.loss_gradient()
+        loss_gradient = self.head_hooks.loss_gradient()
 
-        def head_loss(place: int, z_BTD: Tensor) -> tuple[Tensor, Tensor]:
-            index = heads[place]
+        def head_loss(local_index: int, z_BTD: Tensor) -> tuple[Tensor, Tensor]:
+            index = heads[local_index]
             return unembedding(
                 self.heads[index](z_BTD, document_mask),
-                targets_NBT[index],
+                targets_nBT[index],
                 scale=loss_scales[index],
                 loss_gradient=loss_gradient,
                 loss_gradient_is_known=sequential,
@@ -184,11 +184,11 @@ class ModelPart(nn.Module):
 
         if sequential:
             function = SequentialHeadLoss if self.has_last_head else IntermediateStageHeads
-            return function.apply(z_BTD, head_loss, len(heads), self.head_phase)
-        losses, nll_sums = zip(*(head_loss(place, z_BTD) for place in range(len(heads))), strict=True)
+            return function.apply(z_BTD, head_loss, len(heads), self.head_hooks)
+        losses, nll_sums = zip(*(head_loss(local_index, z_BTD) for local_index in range(len(heads))), strict=True)
         return torch.stack(losses).sum() if self.has_last_head else z_BTD, torch.stack(nll_sums)
 
-    def normed_heads(self, z_BTD: Tensor, document_mask: DocumentMask | None = None) -> list[Tensor]:
+    def normed_head_outputs(self, z_BTD: Tensor, document_mask: DocumentMask | None = None) -> list[Tensor]:
         """Returns the output [B, T, D] of each of the part's heads after the final norm, for spread losses."""
         if self.unembedding is None:
             return []
@@ -197,11 +197,11 @@ class ModelPart(nn.Module):
     def slice_products(
         self, index: int, hidden_ND: Tensor, float8_weight: Float8Weight, factor: float
     ) -> Float8Products | None:
-        """Returns the fp8 products of the part's rows with a head's hidden states; None if its loss is not in fp8.
+        """Returns the object that multiplies the part's rows with a head's hidden states in fp8; None without fp8.
 
         Args:
-            index: of the head, from 0.
-            factor: see Float8Weight.products.
+            index: index of the head in the whole model, from 0. head_loss.precision may be fp8 for some heads only.
+            factor: factor of the gradient with respect to the logits.
         """
         if not self.head_loss_config.in_float8(index):
             return None

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from megamtp.config import Config
-from megamtp.model.cost import unembedding_parameters
+from megamtp.model.cost import num_unembedding_parameters
 from megamtp.planning.spread_schedule import TransferTimes
 
 
@@ -20,14 +20,14 @@ class Link:
     latency: float
 
     def seconds(self, size_bytes: float, num_hops: int = 1) -> float:
-        """Returns the time of a transfer that `num_hops` links forward in small pieces."""
+        """Returns the time of a transfer that passes through `num_hops` links in small pieces."""
         return num_hops * self.latency + size_bytes / self.bandwidth
 
     def transfer_times(self, config: Config) -> TransferTimes:
         """Returns the times of one micro-batch's transfers.
 
         Broadcasts and sums run from stage to stage in a chain, in small pieces. Every slice sends its statistics to all
-        others.
+        other slices.
         """
         train, num_hops = config.train, config.engine.pipeline_stages - 1
         positions = train.micro_batch_size * train.sequence_length
@@ -40,7 +40,7 @@ class Link:
 
     def unembedding_reduction(self, config: Config, num_copies: int) -> float:
         """Returns the time of summing the fp32 gradients of all copies of the unembedding, once per step."""
-        size_bytes = 4 * unembedding_parameters(config.model)
+        size_bytes = 4 * num_unembedding_parameters(config.model)
         return 2 * self.seconds(size_bytes * (num_copies - 1) / num_copies, num_copies - 1) if num_copies > 1 else 0.0
 
 

@@ -39,8 +39,8 @@ def simulate(
 
     Args:
         forward, backward: time of one micro-batch in each stage.
-        transfer_time: time of sending one micro-batch to the next stage, or its gradient to the previous one. The
-            stages compute meanwhile.
+        transfer_time: time of sending one micro-batch to the next stage, or its gradient to the previous stage.
+            Stages compute during transfers.
     """
     num_stages = len(forward)
     waiting = [pass_order(stage, num_stages, num_micro_batches) for stage in range(num_stages)]

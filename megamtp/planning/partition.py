@@ -59,7 +59,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Partition:
-    """All layers as stages that run the 1F1B schedule, each with the losses of its own heads."""
+    """All layers as stages that run the 1F1B schedule, each computing the losses of its own heads."""
 
     stages: list[Stage]
     num_micro_batches: int
@@ -71,12 +71,15 @@ class Partition:
 
     @property
     def imbalance(self) -> float:
-        """The cost of the slowest stage over the mean: 1 is perfect."""
+        """The cost of the slowest stage divided by the mean cost: 1 is perfect."""
         return imbalance(self.costs)
 
     @property
     def bubble(self) -> float:
-        """The share of a step in which the average stage is idle: (P - 1) / (M + P - 1) for equal stages."""
+        """The share of a step in which the average stage is idle.
+
+        It is (P - 1) / (M + P - 1) for P equal stages and M micro-batches.
+        """
         return bubble(self.simulate(), len(self.stages))
 
     def simulate(self, transfer_time: float = 0.0) -> list[TimedPass]:
@@ -120,7 +123,7 @@ def describe_stages(stages: list[Stage], costs: list[float]) -> list[str]:
 
 
 def data_parallel_rank_and_size(config: Config, rank: int, world_size: int) -> tuple[int, int]:
-    """Returns (data_parallel_rank, data_parallel_size) of a rank: which share of a step's micro-batches it reads.
+    """Returns (data_parallel_rank, data_parallel_size) of a rank: its share of a step's micro-batches.
 
     Neighbouring ranks run the same stage of different pipelines, so that gradients are reduced within a node.
 
@@ -139,7 +142,7 @@ def data_parallel_rank_and_size(config: Config, rank: int, world_size: int) -> t
 
 
 def imbalance(times: list[float]) -> float:
-    """Returns the largest time over the mean: 1 is perfect."""
+    """Returns the largest time divided by the mean time: 1 is perfect."""
     return max(times) * len(times) / sum(times)
 
 
@@ -262,6 +265,6 @@ def cheapest_bounds(
 
 
 def _one_based(indices: range) -> str:
-    """Returns `3` or `3-5`: the indices counted from 1, as heads are."""
+    """Returns `3` or `3-5`: the indices, counted from 1 like heads."""
     first, last = indices[0] + 1, indices[-1] + 1
     return str(first) if first == last else f"{first}-{last}"

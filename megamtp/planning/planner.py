@@ -1,4 +1,4 @@
-"""Predicts what a configuration needs on a cluster: memory of a rank by kind, and time of an optimizer step.
+"""Predicts the memory of a rank, by kind, and the time of an optimizer step of a configuration on a cluster.
 
 Sources: bytes from what the engines allocate (engines/deepspeed/gather.py and reduction.py, stage_memory.py,
 losses/linear_cross_entropy.py); rates, and what a layer saves for its backward pass, from the steps in tools/results,
@@ -15,11 +15,11 @@ from megamtp.config import Config
 from megamtp.errors import InputError
 from megamtp.model.cost import (
     head_cost,
-    head_parameters,
     layer_cost,
-    layer_parameters,
-    parameters,
-    unembedding_parameters,
+    num_head_parameters,
+    num_layer_parameters,
+    num_parameters,
+    num_unembedding_parameters,
 )
 from megamtp.model.layers import LayerCost
 from megamtp.optimizers.kinds import optimizer_kind
@@ -37,11 +37,11 @@ class Gpu:
     """A GPU as measured in bf16.
 
     Attributes:
-        memory_bytes: what one process can allocate.
+        memory_bytes: bytes that one process can allocate.
         matrix_flops: FLOP/s of large matrix products.
         attention_flops: FLOP/s of attention; causal products count half.
         memory_bandwidth: bytes/s.
-        float8_speedup: FLOP/s of the loss's fp8 products over those of the same products in bf16.
+        float8_speedup: FLOP/s of the loss's fp8 products divided by the FLOP/s of the same products in bf16.
     """
 
     memory_bytes: float
@@ -117,7 +117,7 @@ def plan(config: Config, world_size: int, gpu: Gpu) -> Plan:
         )
     num_micro_batches = config.num_micro_batches(world_size)
     compute, exposed = _micro_batch_seconds(config, world_size, gpu)
-    share = parameters(config.model) / world_size
+    share = num_parameters(config.model) / world_size
     return Plan(
         _memory(config, world_size),
         _host_memory(config, share),
@@ -171,19 +171,19 @@ def _plan_pipeline(config: Config, world_size: int, gpu: Gpu) -> Plan:
 
 
 def _pass_costs(config: Config, gpu: Gpu) -> PassCosts:
-    """Returns costs in seconds. Adding a micro-batch's gradients to the fp32 sums moves 10 bytes per parameter."""
+    """Returns costs in seconds."""
     model, n = config.model, config.model.num_future_tokens
-    adding = 10 / gpu.memory_bandwidth
+    adding = 10 / gpu.memory_bandwidth  # bytes to add a gradient to its fp32 sum, read and written
     forward, product = _layer_seconds(config, gpu), 2 * _tokens(config) * model.dim / gpu.matrix_flops
     heads = _head_seconds(config, gpu)
     saved = _num_float8_heads(config) / n * (1 - 1 / gpu.float8_speedup)  # share of a product that fp8 heads save
     return PassCosts(
         layer_forward=forward,
-        layer_backward=2 * forward + adding * layer_parameters(model),
+        layer_backward=2 * forward + adding * num_layer_parameters(model),
         head_forward=tuple(heads),
-        head_backward=tuple(2 * head + adding * head_parameters(model, index) for index, head in enumerate(heads)),
+        head_backward=tuple(2 * head + adding * num_head_parameters(model, index) for index, head in enumerate(heads)),
         loss=model.vocab_size * product * (3 - 2 * saved),
-        unembedding_copy=adding * unembedding_parameters(model),
+        unembedding_copy=adding * num_unembedding_parameters(model),
         embedding=adding * model.vocab_size * model.dim,
         slice_statistics=product * (1 - saved),
         slice_gradients=product * (2 - saved),
@@ -218,9 +218,9 @@ def _seconds_per_token(cost: LayerCost, gpu: Gpu) -> float:
 
 def _memory(config: Config, world_size: int) -> dict[str, float]:
     model, tokens = config.model, _tokens(config)
-    share = parameters(model) / world_size
-    layer, vocabulary = 2 * layer_parameters(model), 2 * model.vocab_size * model.dim
-    largest = max(layer, *(2 * head_parameters(model, index) for index in range(model.num_future_tokens)))
+    share = num_parameters(model) / world_size
+    layer, vocabulary = 2 * num_layer_parameters(model), 2 * model.vocab_size * model.dim
+    largest = max(layer, *(2 * num_head_parameters(model, index) for index in range(model.num_future_tokens)))
     saved_by_layer = 2 * tokens * layer_cost(model, config.train.sequence_length).kept_elements
     costs = [head_cost(model, index, config.train.sequence_length) for index in range(model.num_future_tokens)]
     saved_by_head = 2 * tokens * max(cost.kept_elements for cost in costs)
@@ -256,7 +256,7 @@ def _host_memory(config: Config, share: float) -> dict[str, float]:
 
 
 def _checkpoint_bytes(config: Config) -> int:
-    return _state_bytes(config) * parameters(config.model)
+    return _state_bytes(config) * num_parameters(config.model)
 
 
 def _micro_batch_seconds(config: Config, world_size: int, gpu: Gpu) -> tuple[float, float]:
@@ -272,20 +272,21 @@ def _micro_batch_seconds(config: Config, world_size: int, gpu: Gpu) -> tuple[flo
     compute = 3 * (model.num_trunk_layers * forward + sum(heads)) + losses + recomputation
 
     network = Network(dataclasses.replace(config.cluster, emulate=world_size))
-    layer, vocabulary = 2 * layer_parameters(model), 2 * model.vocab_size * model.dim
-    sizes = [2 * head_parameters(model, index) for index in range(model.num_future_tokens)]
+    layer, vocabulary = 2 * num_layer_parameters(model), 2 * model.vocab_size * model.dim
+    sizes = [2 * num_head_parameters(model, index) for index in range(model.num_future_tokens)]
     scale = _gradient_scale(config)
     gather, reduction = network.seconds("all_gather", layer), network.seconds("reduce_scatter", scale * layer)
     head_gathers = [network.seconds("all_gather", size) for size in sizes]
     head_reductions = [network.seconds("reduce_scatter", scale * size) for size in sizes]
     embedding = network.seconds("all_gather", vocabulary) + network.seconds("reduce_scatter", scale * vocabulary)
-    at_ends = embedding + gather + reduction  # of the embedding and the first layer: nothing runs before or after them
+    # Nothing runs before the first gathers or after the last reductions, which are those of the embedding and a layer.
+    at_ends = embedding + gather + reduction
     between_layers = (model.num_trunk_layers - 1) * max(0.0, gather - forward)
     between_layers += (model.num_trunk_layers - 1) * max(0.0, gather + reduction - 2 * forward)
     for head_gather, head_reduction, head in zip(head_gathers, head_reductions, heads, strict=True):
         between_layers += max(0.0, head_gather + head_reduction - 2 * head)
     transfers = (2 * gather + reduction) * model.num_trunk_layers + 2 * sum(head_gathers) + sum(head_reductions)
-    slowed = compute * min(1.0, transfers / compute)  # computation during transfers, which occupy some multiprocessors
+    slowed = compute * min(1.0, transfers / compute)  # time of computation while transfers occupy multiprocessors
     slowdown = slowed * config.cluster.communication_sms / gpu.multiprocessors if world_size > 1 else 0.0
     return compute, at_ends + between_layers + slowdown
 
@@ -296,7 +297,7 @@ def _state_bytes(config: Config) -> int:
 
 
 def _gradient_scale(config: Config) -> int:
-    """Returns the bytes of a gradient in a reduction, over those of its weight in 16 bits."""
+    """Returns the bytes of a gradient in a reduction, divided by the bytes of its weight in 16 bits."""
     return 2 if config.engine.reduce_dtype == "fp32" else 1
 
 

@@ -1,9 +1,9 @@
-"""Partitions the layers into pipeline stages whose losses are spread by vocabulary.
+"""Partitions the layers into pipeline stages with spread losses.
 
-Layers are not divided, but the rows of the unembedding are: they fill up the faster stages. Every stage has some rows,
-or none, and computes those columns of all heads' logits (losses/vocabulary_slice.py). So there is one copy of the
-unembedding in total, and no weights are tied. Rows are assigned so that the slowest stage is as fast as possible; if
-the layers allow it, all stages take equally long.
+Layers are not divided, but the rows of the unembedding are: they fill up the faster stages. A stage with rows computes
+the logits of these rows for all heads (losses/vocabulary_slice.py). So there is one copy of the unembedding in
+total, and no weights are tied. Rows are assigned so that the slowest stage is as fast as possible; if the layers allow
+it, all stages take equally long.
 
 engines/spread_pipeline.py runs such a partition. `tools/benchmark.py pipeline` simulates it with measured times.
 """
@@ -55,7 +55,7 @@ class SpreadPartition:
 
     @property
     def imbalance(self) -> float:
-        """The cost of the slowest stage over the mean: 1 is perfect."""
+        """The cost of the slowest stage divided by the mean cost: 1 is perfect."""
         return imbalance(self.costs)
 
     @property
@@ -167,7 +167,7 @@ def spread_layers(config: Config, costs: PassCosts) -> list[int]:
 
 
 def share_rows(stage_costs: list[float], row_cost: float, num_rows: int, multiple: int) -> list[int]:
-    """Returns the rows of each stage that minimise the largest cost: that of its layers plus that of its rows.
+    """Returns the rows of each stage that minimise the largest cost of a stage's layers and rows.
 
     The numbers of rows are multiples of `multiple`, except for a remainder.
     """

@@ -30,7 +30,7 @@ class PassKind(enum.IntEnum):
 
 
 class TransferKind(enum.Enum):
-    """What a transfer sends, and where.
+    """The kinds of data that stages transfer.
 
     In STATISTICS and HIDDEN_GRADIENT all slices exchange data about the losses of one stage's heads.
     """
@@ -124,8 +124,8 @@ class TimedStagePass:
 class SpreadSchedule:
     """The order of all stages' passes: a pattern of pass kinds, repeated once per period.
 
-    The period is what the slowest stage needs for one micro-batch, plus `slack`. Slack may save whole rounds: without
-    it, a gradient that just misses its turn in the previous stage's round waits for the next round.
+    The period is the time that the slowest stage needs for one micro-batch, plus `slack`. Slack may save whole
+    rounds: without it, a gradient that just misses its turn in the previous stage's round waits for the next round.
 
     Attributes:
         head_stages: the stages that have heads.
@@ -207,8 +207,8 @@ class SpreadSchedule:
     def transfers(self) -> list[Transfer]:
         """Returns all transfers of a step, in the order in which the simulation makes their data available.
 
-        If every rank starts its transfers in this order and runs its passes in theirs, no pass waits for a transfer
-        that cannot start: all transfers before it here get their data from passes before it there.
+        Every rank must start its transfers in this order, and run its passes in the order of `orders`. Then no pass
+        waits for a transfer that cannot start: earlier transfers in this order send data of passes that end earlier.
         """
         timed_passes, transfers = self.simulate(), []
         num_ready: collections.Counter[tuple[TransferKind, int, int]] = collections.Counter()
@@ -236,7 +236,7 @@ class SpreadSchedule:
         return stage in self.loss_stages
 
     def sends(self, stage: int, transfer: Transfer) -> bool:
-        """Returns whether a stage that takes part sends data, which one of its passes has to compute first."""
+        """Returns whether a stage that takes part sends data, which a pass of that stage computes first."""
         return stage == transfer.stage or transfer.kind in (TransferKind.STATISTICS, TransferKind.HIDDEN_GRADIENT)
 
     def _slots(self, stage: int, pattern: tuple[PassKind, ...]) -> list[tuple[PassKind, int]]:
@@ -253,7 +253,8 @@ class SpreadSchedule:
         """Returns when each (stage, kind, head stage) starts for micro-batch 0 in the steady state.
 
         In the steady state each stage repeats the pattern once per period, without end. A stage's round begins with its
-        forward pass; any other pass runs in the first round by whose slot its data have arrived.
+        forward pass; every other pass runs in the first round in which its data have arrived
+        before its slot.
         """
         starts: dict[StagePass, float] = {}
         slot_starts: list[dict[tuple[PassKind, int], float]] = [{} for _ in self.times]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from megamtp.config import Config
 from megamtp.losses.linear_cross_entropy import default_chunk_rows
-from megamtp.model.cost import head_cost, head_parameters, layer_cost, layer_parameters
+from megamtp.model.cost import head_cost, layer_cost, num_head_parameters, num_layer_parameters
 from megamtp.optimizers.kinds import optimizer_kind
 
 OPTIMIZER = "optimizer"  # the kind that data parallelism shards
@@ -48,8 +48,8 @@ def stage_memory(
     """
     model, train = config.model, config.train
     dtype_bytes = 4 if train.precision == "fp32" else 2
-    parameters = contents.num_trunk_layers * layer_parameters(model)
-    parameters += sum(head_parameters(model, index) for index in contents.heads)
+    parameters = contents.num_trunk_layers * num_layer_parameters(model)
+    parameters += sum(num_head_parameters(model, index) for index in contents.heads)
     parameters += (contents.has_embedding * model.vocab_size + contents.rows) * model.dim + bool(
         contents.rows
     ) * model.dim
@@ -67,7 +67,7 @@ def stage_memory(
 
 
 def chunk_bytes(config: Config, logit_bytes: int) -> int:
-    """Returns the bytes of one chunk of a head's logits, the part that is in memory at once."""
+    """Returns the bytes of one chunk of a head's logits. Only one chunk is in memory at a time."""
     tokens, vocabulary = config.train.micro_batch_size * config.train.sequence_length, config.model.vocab_size
     return (
         logit_bytes
@@ -126,9 +126,9 @@ def _largest_pass_bytes(config: Config, contents: StageContents, dtype_bytes: in
     chunk = 4 * vocabulary + chunk_bytes(config, dtype_bytes)
     if config.head_loss.precision == "fp8":  # two fp8 copies of the weight, one of hidden, one of the chunk's gradient
         chunk += 2 * vocabulary + boundary // dtype_bytes + chunk_bytes(config, 1)
-    # The sum of dW waits while every head but the last runs its layer's backward pass.
+    # The sum of dW stays in memory while all heads except for the last run their layer's backward pass.
     waiting = 4 * vocabulary if contents.num_heads > 1 else 0
-    # dz in fp32; and for the running head the gradient of its z, its layer's output, that output normed, its gradient.
+    # dz in fp32. For the running head: the gradient of its z, its layer's output, the normed output and its gradient.
     saved = max(_bytes_saved_by_heads(config, contents.heads, dtype_bytes))
     head = 4 * boundary // dtype_bytes + 4 * boundary + saved + max(rounding, chunk, waiting + layer)
     return max(layer, head)

@@ -154,7 +154,7 @@ def _replaced_and_restored() -> tuple[list[bool], float]:
         optimizer.reduce_and_partition_stream is stream,
         "independent_gradient_partition_epilogue" not in vars(optimizer),
     ]
-    engine.communication = engine.head_phase.communication = None
+    engine.communication = engine.head_hooks.communication = None
     return [replaced, *restored], largest_errors(config, engine, num_steps=3)[0]
 
 

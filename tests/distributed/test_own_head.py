@@ -11,7 +11,7 @@ from megamtp.checkpoint import canonical, formats, store
 from megamtp.checkpoint.tensors import read_tensor
 from megamtp.config import ModelConfig, read_config
 from megamtp.errors import InputError
-from megamtp.model.cost import flops_per_token, head_cost, head_parameters, parameters
+from megamtp.model.cost import flops_per_token, head_cost, num_head_parameters, num_parameters
 from megamtp.model.heads import HEAD_KINDS, Head
 from megamtp.model.layers import DocumentMask, LayerCost
 from tests.cases import small_config
@@ -112,9 +112,9 @@ def test_resumes_with_other_engines_and_converts(tmp_path):
 def test_costs_come_from_the_head_class():
     narrow = _config(1, 1).model
     parallel = _config(1, 1, model__head_kind="parallel").model
-    assert head_parameters(narrow, 0) == 2 * narrow.dim * NARROW
-    difference = head_parameters(parallel, 0) - head_parameters(narrow, 0)
-    assert parameters(parallel) - parameters(narrow) == 3 * difference
+    assert num_head_parameters(narrow, 0) == 2 * narrow.dim * NARROW
+    difference = num_head_parameters(parallel, 0) - num_head_parameters(narrow, 0)
+    assert num_parameters(parallel) - num_parameters(narrow) == 3 * difference
     difference = head_cost(parallel, 0, 12).flops - head_cost(narrow, 0, 12).flops
     assert flops_per_token(parallel, 12) - flops_per_token(narrow, 12) == 3 * 3 * difference
 

@@ -176,7 +176,7 @@ def _kept_in_evaluation() -> tuple[list[int], int]:
 
     def counting_run(runner, stage_pass):
         run(runner, stage_pass)
-        num_kept[0] = max(num_kept[0], len(runner.micro_batches))
+        num_kept[0] = max(num_kept[0], len(runner.states))
 
     SpreadPassRunner.run = counting_run  # before the engine binds it
     config = spread_config(3, 1, 5, model__num_future_tokens=1, engine__stage_layers=[2, 1, 2])

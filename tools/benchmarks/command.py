@@ -7,23 +7,21 @@ from megamtp.commands.command_line import run
 from megamtp.errors import InputError
 
 COMMANDS = {
-    "quickstart": "losses that launch/quickstart.sh has reached: reads its run, trains nothing",
-    "overhead": "step time of n heads over that of one: ours, FSDP2, and a step without engine and communication",
-    "world": "step time against the number of ranks: ours, FSDP2, and DeepSpeed as shipped",
-    "links": "latency and bandwidth among real GPUs, beside what the emulated cluster makes of them",
-    "prediction": "the emulated cluster's steps beside those of real ranks, as `overhead` has written both",
-    "trace": "exposed communication in the head phase, with prefetch and without, and whether it is below a limit",
-    "loss": "the loss of one head: time over that of its three products, and memory",
-    "pipeline": "a pipeline's step, played with the measured times of its stages: three plans, and how much n heads "
-    "cost",
-    "real_pipeline": "a pipeline's step on real ranks, beside what `pipeline` predicted for it",
-    "prepare": "preparation of a corpus: MB/s of one worker over bare SentencePiece's, and of several over one's",
-    "data": "opening a corpus: time and memory against its size; batches: tokens per second (needs no GPU)",
-    "saving": "a training that saves often: step time while a checkpoint is written over that of other steps, and "
-    "bandwidth",
-    "recovery": "a pretraining on all GPUs, a rank of which is killed: losses, throughput, and what the kill cost",
-    "learning": "whether fp8 losses learn as well as bf16's: a 0.3B model trained with both",
-    "results": "writes tools/results/README.md from the JSON files beside it: measures nothing",
+    "quickstart": "the losses that launch/quickstart.sh reached: reads its run, trains nothing",
+    "overhead": "step time with n heads divided by step time with one head: megamtp, FSDP2, and no engine",
+    "world": "step time for several numbers of ranks: megamtp, FSDP2, and unmodified DeepSpeed",
+    "links": "latency and bandwidth of collectives on real GPUs, compared with the emulated cluster",
+    "prediction": "step times of the emulated cluster compared with real ranks: reads two result files of `overhead`",
+    "trace": "exposed communication in the head phase with and without prefetch; fails if it is above a limit",
+    "loss": "the loss of one head: its time divided by the time of its three matrix products, and its memory",
+    "pipeline": "the step of a pipeline, simulated with measured stage times, for three plans and several n",
+    "real_pipeline": "the step of a pipeline on real ranks, compared with the prediction of `pipeline`",
+    "prepare": "preparation of a corpus: MB/s of SentencePiece, of one worker and of several workers",
+    "data": "time and memory to open corpora of several sizes, and tokens per second of reading (needs no GPU)",
+    "saving": "a training that saves often: step time while a checkpoint is written, compared with other steps",
+    "recovery": "a training on all GPUs in which one rank is killed: losses, throughput, and the time lost",
+    "learning": "training and validation loss of a 0.3B model, trained with bf16 and with fp8 losses",
+    "results": "writes tools/results/README.md from the JSON files in its folder: measures nothing",
 }
 
 

@@ -1,5 +1,6 @@
-"""Corpora of text for benchmarks that train; token files for those of the data, with many documents and no content,
-or with it.
+"""Prepares text corpora for benchmarks that train a model, and writes synthetic corpora for the others.
+
+The synthetic corpora have many documents, either of random tokens or of zeros in sparse files.
 """
 
 import argparse
@@ -18,57 +19,63 @@ from megamtp.data.corpus import SUMMARY
 from megamtp.data.indexed_dataset import HEADER, LONGEST_SEQUENCE, MAGIC, VERSION, IndexedDatasetWriter
 from megamtp.errors import InputError
 
-SMOKE_TEXT = Path(__file__).parents[2] / "megamtp/data"  # for smoke runs: our own programs
+SMOKE_TEXT = Path(__file__).parents[2] / "megamtp/data"  # for smoke runs: megamtp's own source code
 SMOKE: dict[str, Any] = {"data": Path("corpus"), "prepare": [str(SMOKE_TEXT)], "vocab_size": 512}
-UINT16 = 8  # its code in the index
+UINT16 = 8  # the code of this dtype in the index
 CHUNK = 1 << 20
 
 
 def add_options(parser: Parser) -> None:
-    """Those of a corpus that is prepared, or to be prepared."""
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="a corpus of prepare_data")
-    parser.add_argument("--prepare", nargs="+", metavar="PATH", help="text to make it of, if it is not there yet")
-    parser.add_argument("--vocab-size", type=output.positive, default=32000, help="of the corpus that is made [32000]")
+    """Adds the options that name a prepared corpus, or text from which to prepare one."""
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="a corpus written by prepare_data")
+    parser.add_argument(
+        "--prepare", nargs="+", metavar="PATH", help="text from which to prepare the corpus, if it does not exist yet"
+    )
+    parser.add_argument(
+        "--vocab-size",
+        type=output.positive,
+        default=32000,
+        help="vocabulary size of the corpus that --prepare writes [32000]",
+    )
 
 
 def prepare(options: argparse.Namespace) -> None:
-    """Makes the corpus, if that was asked for. Raises InputError."""
+    """Prepares the corpus if --prepare was given. Raises InputError."""
     if options.prepare:
-        made = ["--output", str(options.data), "--vocab-size", str(options.vocab_size)]
-        call("megamtp.commands.prepare_data", "--input", *options.prepare, *made)
+        corpus = ["--output", str(options.data), "--vocab-size", str(options.vocab_size)]
+        call("megamtp.commands.prepare_data", "--input", *options.prepare, *corpus)
 
 
 def settings(data: Path) -> list[str]:
-    """Of a training with a corpus. Raises InputError."""
+    """Returns the settings of a training on the corpus in `data`. Raises InputError."""
     try:
         vocab_size = json.loads((data / SUMMARY).read_text())["vocab_size"]
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
-            f"{data / SUMMARY} cannot be read ({error}); expected a corpus of prepare_data: see --prepare"
+            f"{data / SUMMARY} cannot be read ({error}); expected a corpus written by prepare_data: see --prepare"
         ) from None
     return [f"model.vocab_size={vocab_size}", f"data.train={data}/train", f"data.validation={data}/validation"]
 
 
 def write_even(prefix: Path, num_tokens: int, document_tokens: int) -> None:
-    """Equally long documents of token 0; the .bin is one hole."""
-    number = num_tokens // document_tokens
+    """Writes documents of equal length that consist of token 0. The .bin is a sparse file without data."""
+    num_documents = num_tokens // document_tokens
     with open(f"{prefix}.idx", "wb") as index:
-        index.write(HEADER.pack(MAGIC, VERSION, UINT16, number, number + 1))
+        index.write(HEADER.pack(MAGIC, VERSION, UINT16, num_documents, num_documents + 1))
         for dtype, factor, offset, count in (
-            ("<i4", 0, document_tokens, number),
-            ("<i8", 2 * document_tokens, 0, number),
-            ("<i8", 1, 0, number + 1),
+            ("<i4", 0, document_tokens, num_documents),
+            ("<i8", 2 * document_tokens, 0, num_documents),
+            ("<i8", 1, 0, num_documents + 1),
         ):
             for first in range(0, count, CHUNK):
                 index.write((np.arange(first, min(first + CHUNK, count)) * factor + offset).astype(dtype).data)
-    _write_zeros(prefix, 2 * number * document_tokens, checksums.BLOCK_BYTES)
+    _write_zeros(prefix, 2 * num_documents * document_tokens, checksums.BLOCK_BYTES)
 
 
 def write_sparse(prefix: Path, num_tokens: int, num_documents: int, block_bytes: int = checksums.BLOCK_BYTES) -> None:
-    """All of the documents and sequences are empty but the last document and what sequences it needs; .bin and .idx are
-    holes.
+    """Writes empty documents, and a last document that has all tokens. The .bin and the .idx are sparse files.
 
-    The .crc is no hole: of 10^12 tokens and with blocks as preparation makes them, it is 2 GB.
+    The .crc is not sparse: for 10^12 tokens and the default block size, it has 2 GB.
     """
     lengths = [LONGEST_SEQUENCE] * (num_tokens // LONGEST_SEQUENCE)
     lengths.append(num_tokens - sum(lengths))
@@ -85,21 +92,21 @@ def write_sparse(prefix: Path, num_tokens: int, num_documents: int, block_bytes:
 
 
 def _write_zeros(prefix: Path, num_bytes: int, block_bytes: int) -> None:
-    """A .bin that is one hole, and its .crc."""
+    """Writes a .bin that is a sparse file without data, and its .crc."""
     with open(f"{prefix}.bin", "wb") as tokens:
         tokens.truncate(num_bytes)
-    whole, rest = divmod(num_bytes, block_bytes)
+    num_whole_blocks, rest = divmod(num_bytes, block_bytes)
     with open(f"{prefix}.crc", "wb") as stream:
         stream.write(checksums.HEADER.pack(checksums.MAGIC, checksums.VERSION, block_bytes, num_bytes))
         chunk = np.full(CHUNK, zlib.crc32(bytes(block_bytes)), "<u4")
-        for first in range(0, whole, CHUNK):
-            stream.write(chunk[: whole - first].data)
+        for first in range(0, num_whole_blocks, CHUNK):
+            stream.write(chunk[: num_whole_blocks - first].data)
         if rest:
             stream.write(zlib.crc32(bytes(rest)).to_bytes(4, "little"))
 
 
 def write_random(prefix: Path, num_tokens: int, document_tokens: int, vocab_size: int) -> None:
-    """Random tokens, in documents of 1 to 2 * document_tokens."""
+    """Writes random tokens in documents of 1 to 2 * document_tokens tokens."""
     generator, written = np.random.default_rng(0), 0
     with IndexedDatasetWriter(prefix, np.uint16) as writer:
         while written < num_tokens:

@@ -1,10 +1,10 @@
-"""What a corpus costs to open and to read: our windows beside megatron-core's GPTDataset, where it is installed.
+"""Measures the time and memory to open and read a corpus, compared with megatron-core's GPTDataset if installed.
 
     %(prog)s --output results
 
-Corpora of documents of 1000 tokens; the largest, 10^12 tokens by default, has 10^9 documents in a sparse index, and 2
-GB of checksums. Opening is what a job does before its first batch: ours, and GPTDataset without its cache and with it.
-Memory is anonymous (RssAnon) and of the process's peak while it opens, above what the imports left.
+The documents of the corpora have 1000 tokens. The largest corpus has 10^12 tokens by default: 10^9 documents in a
+sparse index, and 2 GB of checksums. Opening is the work that a job does before its first batch; GPTDataset is measured
+without its cache and with it. Memory is the peak of the anonymous memory (RssAnon) that opening the corpus adds.
 """
 
 import argparse
@@ -36,7 +36,7 @@ LARGEST_INDEX = 10**11  # tokens up to which the index is written in full
 MICRO_BATCH, READ_STEPS = 8, 400
 SMOKE = {"sizes": [1e5], "megatron_limit": 0.0, "read_tokens": 1e5, "read_steps": 2}
 OURS, FIRST, AGAIN = "ours", "GPTDataset, first time", "GPTDataset, from its cache"
-# (which corpus, data.documents) of each
+# reader: (corpus, data.documents)
 READERS = {
     "ours, continue": ("random", "continue"),
     "ours, continue, no .crc": ("unchecked", "continue"),
@@ -49,29 +49,33 @@ def main(arguments: list[str]) -> None:
     """Raises InputError."""
     options = parse(arguments)
     output.make_folder(options)
-    megatron, load = find_spec("megatron") is not None, os.getloadavg()[0]
+    has_megatron, machine_load = find_spec("megatron") is not None, os.getloadavg()[0]
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
-        opened = [result for size in options.sizes for result in measure_opening(Path(folder), size, megatron, options)]
-        read = measure_reading(Path(folder), options.read_tokens, options.read_steps, megatron)
+        opening_results = [
+            result for size in options.sizes for result in measure_opening(Path(folder), size, has_megatron, options)
+        ]
+        reading_results = measure_reading(Path(folder), options.read_tokens, options.read_steps, has_megatron)
     output.write(
         options,
-        {"T": T, "n": HEADS, "micro-batch": MICRO_BATCH, "load of the machine": f"{load:.1f}"},
-        opened + read,
-        tables(opened + read),
-        draw(opened),
+        {"T": T, "n": HEADS, "micro-batch": MICRO_BATCH, "load of the machine": f"{machine_load:.1f}"},
+        opening_results + reading_results,
+        tables(opening_results + reading_results),
+        draw(opening_results),
     )
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = output.parser(__doc__, "data")
     parser.add_argument(
-        "--sizes", type=float, nargs="+", default=[1e8, 1e9, 1e10, 1e12], help="tokens [1e8 1e9 1e10 1e12]"
+        "--sizes", type=float, nargs="+", default=[1e8, 1e9, 1e10, 1e12], help="numbers of tokens [1e8 1e9 1e10 1e12]"
     )
     parser.add_argument(
-        "--megatron-limit", type=float, default=1e10, help="largest size that GPTDataset opens, too [1e10]"
+        "--megatron-limit", type=float, default=1e10, help="largest size that is also opened with GPTDataset [1e10]"
     )
-    parser.add_argument("--read-tokens", type=float, default=1e8, help="of the corpus that is read [1e8]")
-    parser.add_argument("--scratch", type=Path, help="folder for the corpora [the system's]")
+    parser.add_argument(
+        "--read-tokens", type=float, default=1e8, help="number of tokens of the corpus that is read [1e8]"
+    )
+    parser.add_argument("--scratch", type=Path, help="temporary folder for the corpora [the system's]")
     parser.set_defaults(read_steps=READ_STEPS)
     options = output.parse(parser, arguments, SMOKE)
     for name in ("sizes", "read_tokens"):
@@ -81,45 +85,47 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def measure_opening(folder: Path, size: float, megatron: bool, options: argparse.Namespace) -> Iterator[dict]:
-    prefix, number = folder / f"tokens{size:.0f}", round(size)
-    sparse = number > LARGEST_INDEX
-    (write_sparse if sparse else write_even)(prefix, number, number // DOCUMENT_TOKENS if sparse else DOCUMENT_TOKENS)
-    variants = [OURS, *([FIRST, AGAIN] if megatron and size <= options.megatron_limit else [])]
+def measure_opening(folder: Path, size: float, has_megatron: bool, options: argparse.Namespace) -> Iterator[dict]:
+    prefix, num_tokens = folder / f"tokens{size:.0f}", round(size)
+    sparse = num_tokens > LARGEST_INDEX
+    (write_sparse if sparse else write_even)(
+        prefix, num_tokens, num_tokens // DOCUMENT_TOKENS if sparse else DOCUMENT_TOKENS
+    )
+    variants = [OURS, *([FIRST, AGAIN] if has_megatron and size <= options.megatron_limit else [])]
     for name in variants:
         seconds, mebibytes = Fresh(_opening, open_ours if name == OURS else open_megatron, str(prefix)).result()
-        yield {"part": "opening", "tokens": number, "name": name, "seconds": seconds, "mebibytes": mebibytes}
+        yield {"part": "opening", "tokens": num_tokens, "name": name, "seconds": seconds, "mebibytes": mebibytes}
     for path in folder.glob(f"{prefix.name}*.*"):
         path.unlink()
 
 
-def measure_reading(folder: Path, read_tokens: float, read_steps: int, megatron: bool) -> list[dict]:
+def measure_reading(folder: Path, read_tokens: float, read_steps: int, has_megatron: bool) -> list[dict]:
     write_random(folder / "random", round(read_tokens), DOCUMENT_TOKENS, VOCABULARY)
     for end in (".bin", ".idx"):
         os.link(folder / f"random{end}", folder / f"unchecked{end}")
     results = []
-    for name, (corpus, documents) in (READERS | ({"GPTDataset": ("random", None)} if megatron else {})).items():
+    for name, (corpus, documents) in (READERS | ({"GPTDataset": ("random", None)} if has_megatron else {})).items():
         rate = Fresh(_reading, str(folder / corpus), documents, read_steps).result()
         results.append({"part": "reading", "name": name, "tokens_per_second": rate})
     return results
 
 
 def open_ours(prefix: str, documents: str = "continue") -> TrainLoader:
-    """As megamtp.pretrain does."""
+    """Opens a corpus as megamtp.pretrain does."""
     windows = Windows(IndexedDataset(prefix), T, HEADS, seed=0, vocab_size=VOCABULARY, documents=documents)
     windows.check_ends()
     return TrainLoader(Blend([windows], [1.0]), MICRO_BATCH, MICRO_BATCH, 0, 1)
 
 
 class NoTokenizer:
-    """What GPTDataset asks of a tokenizer when it opens a corpus."""
+    """The attributes of a tokenizer that GPTDataset reads when it opens a corpus."""
 
     eod, pad, vocab_size = 0, -1, VOCABULARY
-    unique_identifiers = {"class": "none"}  # noqa: RUF012 - an attribute that it serialises
+    unique_identifiers = {"class": "none"}  # noqa: RUF012 - GPTDataset serialises this attribute
 
 
 def open_megatron(prefix: str) -> Dataset[object]:
-    """One epoch of all documents, as Megatron-LM's training split."""
+    """Opens one epoch of all documents as the training split of Megatron-LM."""
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.utils import Split
 
@@ -140,7 +146,7 @@ def open_megatron(prefix: str) -> Dataset[object]:
 
 
 def _opening(open_corpus: Callable[[str], TrainLoader | Dataset[object]], prefix: str) -> tuple[float, float]:
-    """(seconds, mebibytes) until the first batch or sample is there."""
+    """Returns (seconds, mebibytes) from the start to the first batch or sample."""
     _import_all(open_corpus)
     with _peak_mebibytes() as peak:
         start = time.perf_counter()
@@ -151,7 +157,10 @@ def _opening(open_corpus: Callable[[str], TrainLoader | Dataset[object]], prefix
 
 
 def _reading(prefix: str, documents: str | None, read_steps: int) -> float:
-    """Tokens per second of one core, whatever else the machine does, of a file in the page cache."""
+    """Returns tokens per second of CPU time on one core, for a file in the page cache.
+
+    CPU time does not depend on the other programs on the machine.
+    """
     read: Callable[[int], object]
     if documents is None:
         _import_all(open_megatron)
@@ -168,58 +177,58 @@ def _reading(prefix: str, documents: str | None, read_steps: int) -> float:
 
 
 def _import_all(open_corpus: Callable) -> None:
-    warnings.simplefilter("ignore")  # megatron-core's, of what else it would like to find
+    warnings.simplefilter("ignore")  # megatron-core warns about optional packages that are missing
     if open_corpus is open_megatron:
         import megatron.core.datasets.gpt_dataset  # noqa: F401
 
 
 @contextmanager
 def _peak_mebibytes() -> Iterator[list[float]]:
-    """A list whose one number is, afterwards, the most anonymous memory that was added meanwhile."""
-    before, peak, over = _anonymous(), [0.0], threading.Event()
+    """Yields a list; after the block, its only number is the peak of the anonymous memory that the block added."""
+    before, peak, finished = _anonymous_mebibytes(), [0.0], threading.Event()
 
     def watch() -> None:
-        while not over.wait(0.01):
-            peak[0] = max(peak[0], _anonymous() - before)
+        while not finished.wait(0.01):
+            peak[0] = max(peak[0], _anonymous_mebibytes() - before)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     yield peak
-    over.set()
+    finished.set()
     thread.join()
-    peak[0] = max(peak[0], _anonymous() - before)
+    peak[0] = max(peak[0], _anonymous_mebibytes() - before)
 
 
-def _anonymous() -> float:
+def _anonymous_mebibytes() -> float:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
 
 
 def tables(results: list[dict]) -> str:
     opened, read = ([r for r in results if r["part"] == part] for part in ("opening", "reading"))
-    opening = output.table(
-        ["tokens", "opened by", "seconds", "memory, MiB"],
+    opening_table = output.table(
+        ["tokens", "opened with", "seconds", "memory, MiB"],
         [[f"{r['tokens']:.0e}", r["name"], f"{r['seconds']:.3f}", f"{r['mebibytes']:.1f}"] for r in opened],
     )
-    reading = output.table(
-        ["read by", "million tokens per second of one core"],
+    reading_table = output.table(
+        ["read with", "million tokens per second, one core"],
         [[r["name"], f"{r['tokens_per_second'] / 1e6:.1f}"] for r in read],
     )
-    compared = any(r["name"] in (FIRST, AGAIN) for r in opened)
-    note = "" if compared else "\n\nmegatron-core is not installed: nothing to compare with."
-    return f"{opening}\n\n{reading}{note}"
+    was_compared = any(r["name"] in (FIRST, AGAIN) for r in opened)
+    note = "" if was_compared else "\n\nGPTDataset was not measured: install megatron-core, or raise --megatron-limit."
+    return f"{opening_table}\n\n{reading_table}{note}"
 
 
 def draw(results: list[dict]) -> Figure:
-    """Seconds and memory against tokens."""
-    picture, (seconds, memory) = output.figure(10, 4, columns=2)
+    """Plots seconds and memory over the number of tokens."""
+    figure, (seconds, memory) = output.figure(10, 4, columns=2)
     for name in dict.fromkeys(result["name"] for result in results):
-        own = [result for result in results if result["name"] == name]
-        sizes = [result["tokens"] for result in own]
-        seconds.loglog(sizes, [result["seconds"] for result in own], "o-", label=name)
-        memory.loglog(sizes, [max(result["mebibytes"], 0.1) for result in own], "o-", label=name)
+        variant_results = [result for result in results if result["name"] == name]
+        sizes = [result["tokens"] for result in variant_results]
+        seconds.loglog(sizes, [result["seconds"] for result in variant_results], "o-", label=name)
+        memory.loglog(sizes, [max(result["mebibytes"], 0.1) for result in variant_results], "o-", label=name)
     for axes, label in ((seconds, "seconds to the first batch"), (memory, "memory, MiB")):
-        axes.set_xlabel("tokens of the corpus")
+        axes.set_xlabel("tokens in the corpus")
         axes.set_ylabel(label)
     seconds.legend(frameon=False)
-    return picture
+    return figure

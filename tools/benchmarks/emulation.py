@@ -1,5 +1,6 @@
-"""Configurations of one rank of an emulated cluster or, under a launcher, of a real job; the options of all
-benchmarks of steps.
+"""Configurations and options of the benchmarks that measure steps.
+
+A configuration is for one rank of an emulated cluster or, under a launcher, for the ranks of a real job.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from megamtp.errors import InputError
 CONFIGS = Path(__file__).parents[2] / "configs"
 MICRO_BATCHES = {"0.3b": 4, "0.6b": 4, "1.3b": 2, "3b": 2, "6.7b": 2, "13b": 1}
 SEQUENCE_LENGTH = 4096
-TINY = [  # settings of a model for smoke runs
+TINY = [  # model settings for smoke runs
     "model.dim=64",
     "model.mlp_dim=128",
     "model.num_layers=6",
@@ -29,33 +30,41 @@ SMOKE: dict[str, Any] = {"micro_batch": 1, "steps": 2, "set": TINY, "sequence_le
 
 
 def parser(description: str, name: str) -> Parser:
-    """With the options of every benchmark of steps."""
+    """Returns a parser with the options that all benchmarks of steps share."""
     parser = output.parser(description, name)
     parser.add_argument(
-        "--bandwidth", default="100e9", help="bytes/s of a flat network; null: NVLink and 400 Gb/s [100e9]"
+        "--bandwidth",
+        default="100e9",
+        help="bytes/s of a flat network; null: NVLink in a node, 400 Gb/s between nodes [100e9]",
     )
-    parser.add_argument("--sms", default="1", help="multiprocessors that communication holds [1]")
-    parser.add_argument("--micro-batch", type=output.positive, help="windows of a rank's micro-batch [by size: 4 to 1]")
-    parser.add_argument("--micro-batches", type=output.positive, default=1, help="micro-batches of a rank's step [1]")
-    parser.add_argument("--steps", type=output.positive, default=5, help="measured steps in a turn [5]")
+    parser.add_argument("--sms", default="1", help="multiprocessors (SMs) that communication occupies [1]")
+    parser.add_argument(
+        "--micro-batch", type=output.positive, help="windows per micro-batch and rank [4 to 1, by size]"
+    )
+    parser.add_argument("--micro-batches", type=output.positive, default=1, help="micro-batches per step and rank [1]")
+    parser.add_argument("--steps", type=output.positive, default=5, help="measured steps in each round [5]")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings")
     parser.set_defaults(sequence_length=SEQUENCE_LENGTH)
     return parser
 
 
-def num_ranks(asked: int) -> int:
-    """Those that a launcher started, if it did; else as many as are asked for are emulated."""
+def num_ranks(requested: int) -> int:
+    """Returns the number of ranks that a launcher started, or `requested` emulated ranks without a launcher."""
     launched = find_place().world_size
-    return launched if launched > 1 else asked
+    return launched if launched > 1 else requested
 
 
 def model(size: str, heads: int) -> list[str]:
-    """The arguments of a configuration of one of the paper's sizes."""
+    """Returns the configuration arguments of a model of one of the paper's sizes."""
     return [str(CONFIGS / f"{size}_n{1 if heads == 1 else 4}.yaml"), f"model.num_future_tokens={heads}"]
 
 
 def config(size: str, heads: int, world_size: int, options: argparse.Namespace, *settings: str) -> Config:
-    """As many micro-batches of every rank a step as are asked for, with a head phase. Raises InputError."""
+    """Returns the configuration of a step with sequential heads and options.micro_batches micro-batches per rank.
+
+    Raises:
+        InputError: a setting is invalid, or the heads are not sequential.
+    """
     micro_batch = options.micro_batch or MICRO_BATCHES[size]
     cluster = [
         f"cluster.emulate={world_size}",
@@ -77,25 +86,25 @@ def config(size: str, heads: int, world_size: int, options: argparse.Namespace, 
     )
     if config.engine.head_schedule != "sequential":
         raise InputError(
-            f"engine.head_schedule={config.engine.head_schedule}; expected sequential, which has a head phase"
+            f"engine.head_schedule={config.engine.head_schedule}; expected sequential: others have no head phase"
         )
     return config
 
 
 def settings(config: Config, options: argparse.Namespace) -> dict[str, object]:
-    """What a table of steps says about its cluster."""
+    """Returns the settings of the cluster and of the step that the results name."""
     cluster = config.cluster
-    further = {"T": options.sequence_length, "micro-batches": options.micro_batches}
-    further |= {"set": " ".join(options.set)} if options.set else {}
+    other_settings = {"T": options.sequence_length, "micro-batches": options.micro_batches}
+    other_settings |= {"set": " ".join(options.set)} if options.set else {}
     if not cluster.emulate:
-        return {"network": "NCCL", **further}
+        return {"network": "NCCL", **other_settings}
     network = {"bandwidth": "null" if cluster.flat_bandwidth is None else f"{cluster.flat_bandwidth:g}"}
     if cluster.flat_bandwidth is None:
         network |= {"in nodes": f"{cluster.node_bandwidth:g}", "between nodes": f"{cluster.network_bandwidth:g}"}
-    return {**network, "latency": f"{cluster.latency:g}", "SMs held": cluster.communication_sms, **further}
+    return {**network, "latency": f"{cluster.latency:g}", "SMs held": cluster.communication_sms, **other_settings}
 
 
 def join(config: Config) -> None:
-    """Makes this process the emulated cluster's rank 0, or joins the launcher's others, unless it has."""
+    """Makes this process rank 0 of the emulated cluster, or joins the launcher's ranks, if not done before."""
     if not torch.distributed.is_initialized():
         join_peers(place_in_cluster(find_place(), config.cluster), config.cluster)

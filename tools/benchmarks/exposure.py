@@ -1,4 +1,4 @@
-"""Exposed communication: time in which a transfer is under way and nothing computes, read from a profiler's trace."""
+"""Reads exposed communication from a profiler's trace: the time with a transfer in flight and no computation."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -6,16 +6,16 @@ from dataclasses import asdict, dataclass
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from megamtp.engines.deepspeed.head_phase import HEAD_PHASE_RANGE
+from megamtp.engines.deepspeed.head_hooks import HEADS_PROFILER_RANGE
 
-# An emulated transfer lasts from the kernel that notes its beginning to the end of its hold, whatever runs in between.
+# An emulated transfer starts with the kernel "mark" and ends with the kernel "hold". Other kernels may run in between.
 BEGIN, HOLD, REAL_TRANSFER = "mark", "hold", "nccl"
 Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """Something that ran on a stream of the device, or the range of the head phase; milliseconds."""
+    """A kernel or copy on a stream of the device, or the range of the head phase. Times are in milliseconds."""
 
     name: str
     stream: int
@@ -23,14 +23,21 @@ class Kernel:
     end: float
 
 
-LONG = 0.5  # milliseconds of an exposed transfer that nothing could hide, as at the two ends of a step
+LONG = 0.5  # milliseconds; such a long exposed piece is a transfer that cannot overlap, as at both ends of a step
 
 
 @dataclass(frozen=True)
 class Exposure:
-    """Milliseconds of a part of a step: in all; with computation; with a transfer; with a transfer but no computation;
-    of this in pieces of at least LONG, and while a transfer's kernel copies or sums, as the emulated cluster's do with
-    the whole card; and with neither.
+    """Milliseconds of a part of a step.
+
+    Attributes:
+        computing: with computation.
+        transferring: with a transfer in flight.
+        exposed: with a transfer in flight and no computation.
+        exposed_long: the part of `exposed` in pieces of at least LONG.
+        exposed_moving: the part of `exposed` in which a kernel of an emulated transfer copies or sums. These kernels
+            use the whole GPU.
+        idle: with neither computation nor transfer.
     """
 
     total: float
@@ -48,13 +55,14 @@ class Exposure:
 
 @dataclass(frozen=True)
 class Trace:
-    """A step on the device: when it computed, when a transfer was under way, and when its parts began and ended.
-
-    `parts` are "step" and, if the program named it, "heads": the head phase of each micro-batch from its first kernel
-    to its last; and "trunk": the rest.
+    """The intervals of one step on the device, in milliseconds.
 
     Attributes:
-        moving: when kernels of transfers copied or summed, other than real collectives' own.
+        computing: intervals with computation.
+        transfers: intervals with a transfer in flight.
+        moving: intervals in which kernels of emulated transfers copied or summed.
+        parts: the intervals of "step" and, if the program marked the head phase, of "heads" (the head phase of each
+            micro-batch, from its first kernel to its last) and "trunk" (the rest of the step).
     """
 
     computing: list[Interval]
@@ -67,22 +75,25 @@ class Trace:
         return subtract(self.transfers, self.computing)
 
     def exposures(self) -> dict[str, dict[str, float]]:
-        """Of every part, as it is written to JSON."""
+        """Returns the exposure of every part, as it is written to JSON."""
         return {part: asdict(self.exposure(part)) for part in self.parts}
 
     def exposure(self, part: str) -> Exposure:
         windows = self.parts[part]
         total, computing = _length(windows, windows), _length(self.computing, windows)
-        exposed = _within(self.exposed, windows)
-        waiting, long = (sum(end - start for start, end in exposed if end - start >= least) for least in (0.0, LONG))
-        moving = _length(self.moving, exposed)
+        exposed_intervals = _within(self.exposed, windows)
+        exposed, long = (
+            sum(end - start for start, end in exposed_intervals if end - start >= least) for least in (0.0, LONG)
+        )
+        moving = _length(self.moving, exposed_intervals)
         transferring = _length(self.transfers, windows)
-        return Exposure(total, computing, transferring, waiting, long, moving, total - computing - waiting)
+        return Exposure(total, computing, transferring, exposed, long, moving, total - computing - exposed)
 
 
 def record(step: Callable[[], object]) -> Trace:
-    """Runs one step under the profiler. Ranges that the program named lie on the device as long as the kernels
-    started in them.
+    """Runs one step under the profiler and returns its trace.
+
+    A range that the program marked covers, on the device, the kernels that were started in it.
     """
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         step()
@@ -97,22 +108,23 @@ def record(step: Callable[[], object]) -> Trace:
             )
             for event in profiled.profiler.kineto_results.events()
             if event.device_type() == torch.autograd.DeviceType.CUDA
-            and (event.name() == HEAD_PHASE_RANGE or not event.is_user_annotation())
+            and (event.name() == HEADS_PROFILER_RANGE or not event.is_user_annotation())
         ]
     )
 
 
 def read(events: list[Kernel]) -> Trace:
-    """NCCL's kernels communicate, on whatever stream they are; of an emulated cluster, all that is on its transfers'
-    streams.
+    """Sorts the kernels of one step into computation and communication.
+
+    NCCL's kernels on any stream are communication. In an emulated cluster, so is every kernel on a transfer's stream.
     """
-    heads = [event for event in events if event.name == HEAD_PHASE_RANGE]
-    kernels = [event for event in events if event.name != HEAD_PHASE_RANGE and event.end > event.start]
-    emulated = {kernel.stream for kernel in kernels if kernel.name == HOLD}
+    head_ranges = [event for event in events if event.name == HEADS_PROFILER_RANGE]
+    kernels = [event for event in events if event.name != HEADS_PROFILER_RANGE and event.end > event.start]
+    emulated_streams = {kernel.stream for kernel in kernels if kernel.name == HOLD}
     communication: list[Kernel] = []
     others: list[Kernel] = []
     for kernel in kernels:
-        communicates = kernel.stream in emulated or kernel.name.startswith(REAL_TRANSFER)
+        communicates = kernel.stream in emulated_streams or kernel.name.startswith(REAL_TRANSFER)
         (communication if communicates else others).append(kernel)
     computing = union([(kernel.start, kernel.end) for kernel in others])
     transfers = _transfers(communication)
@@ -123,16 +135,16 @@ def read(events: list[Kernel]) -> Trace:
             if kernel.name not in (BEGIN, HOLD) and not kernel.name.startswith(REAL_TRANSFER)
         ]
     )
-    everything = [*computing, *transfers]
-    parts = {"step": [(min(start for start, _ in everything), max(end for _, end in everything))]}
-    if heads:
-        parts["heads"] = union([(event.start, event.end) for event in heads])
+    busy = [*computing, *transfers]
+    parts = {"step": [(min(start for start, _ in busy), max(end for _, end in busy))]}
+    if head_ranges:
+        parts["heads"] = union([(event.start, event.end) for event in head_ranges])
         parts["trunk"] = subtract(parts["step"], parts["heads"])
     return Trace(computing, transfers, moving, parts)
 
 
 def union(intervals: list[Interval]) -> list[Interval]:
-    """Sorted, disjoint intervals that cover the same time."""
+    """Returns sorted, disjoint intervals that cover the same time."""
     merged: list[Interval] = []
     for start, end in sorted(intervals):
         if merged and start <= merged[-1][1]:
@@ -143,7 +155,7 @@ def union(intervals: list[Interval]) -> list[Interval]:
 
 
 def subtract(intervals: list[Interval], covered: list[Interval]) -> list[Interval]:
-    """The parts of `intervals` outside `covered`; both, and the result, as `union` returns them."""
+    """Returns the parts of `intervals` outside `covered`. All three are sorted and disjoint, as `union` returns."""
     left, first = [], 0
     for start, end in intervals:
         while first < len(covered) and covered[first][1] <= start:
@@ -160,19 +172,19 @@ def subtract(intervals: list[Interval], covered: list[Interval]) -> list[Interva
 
 
 def _transfers(kernels: list[Kernel]) -> list[Interval]:
-    found: list[Interval] = []
-    beginnings: dict[int, float] = {}  # by stream
+    transfers: list[Interval] = []
+    starts: dict[int, float] = {}  # by stream
     for kernel in sorted(kernels, key=lambda kernel: kernel.start):
         if kernel.name == BEGIN:
-            beginnings[kernel.stream] = kernel.start
-        found.append((beginnings.get(kernel.stream, kernel.start), kernel.end))
+            starts[kernel.stream] = kernel.start
+        transfers.append((starts.get(kernel.stream, kernel.start), kernel.end))
         if kernel.name == HOLD:
-            beginnings.pop(kernel.stream, None)
-    return union(found)
+            starts.pop(kernel.stream, None)
+    return union(transfers)
 
 
 def _within(intervals: list[Interval], windows: list[Interval]) -> list[Interval]:
-    """What of `intervals` lies in `windows`."""
+    """Returns the parts of `intervals` inside `windows`."""
     return [
         (max(start, first), min(end, last))
         for first, last in windows

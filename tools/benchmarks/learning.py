@@ -1,10 +1,9 @@
-"""Whether fp8 losses learn as well as bf16's: the 0.3B model with 4 heads, trained on the same data from the same
-weights.
+"""Compares training with fp8 losses and with bf16 losses: a 0.3B model with 4 heads, same data, same initial weights.
 
     %(prog)s --prepare TEXT ... --data corpus --output results
 
-Each training is a run of megamtp.pretrain in --runs: called again, what was interrupted goes on, and of what is
-finished only the metrics are read.
+Each training is a run of megamtp.pretrain in --runs. If you run the benchmark again, it resumes interrupted trainings
+and only reads the metrics of finished ones.
 """
 
 import json
@@ -39,13 +38,18 @@ SMOKE = corpora.SMOKE | {
         "run.evaluation_windows=4",
     ],
 }
-LAST_STEPS = 100  # whose mean is the final training loss
-POINT_STEPS = 20  # whose mean is one point of a curve
+LAST_STEPS = 100  # the final training loss is the mean over these steps
+POINT_STEPS = 20  # one point of a curve is the mean over so many steps
 
 
 @dataclass(frozen=True)
-class Learned:
-    """Losses [steps, heads] of one training, and the last validation's [heads]."""
+class Losses:
+    """Losses of one training.
+
+    Attributes:
+        training: [steps, heads].
+        validation: of the last validation, [heads].
+    """
 
     training: np.ndarray
     validation: np.ndarray
@@ -56,7 +60,7 @@ class Learned:
 
     @property
     def curve(self) -> np.ndarray:
-        """[points, heads]"""
+        """Means over POINT_STEPS steps, [points, heads]."""
         points = len(self.training) // POINT_STEPS
         return self.training[: points * POINT_STEPS].reshape(points, POINT_STEPS, self.training.shape[1]).mean(1)
 
@@ -70,21 +74,21 @@ def main(arguments: list[str]) -> None:
         nargs="+",
         default=["bf16", "fp8"],
         choices=VARIANTS,
-        help="the first is what others are compared to",
+        help="the others are compared with the first [bf16 fp8]",
     )
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings of all trainings")
+    parser.add_argument("--steps", type=int, default=2000, help="steps of each training [2000]")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other settings of all trainings")
     parser.add_argument(
         "--runs", type=Path, default=Path("runs/learning"), help="folder of the trainings [runs/learning]"
     )
     options = output.parse(parser, arguments, SMOKE)
     corpora.prepare(options)
-    learned = {}
+    by_variant = {}
     for name in options.variants:
         run = options.runs / name
         if not _finished(run / METRICS, options.steps):
             call("megamtp.pretrain", *_settings(options.data, run, options.steps), *VARIANTS[name], *options.set)
-        learned[name] = read(run / METRICS, options.steps)
+        by_variant[name] = read(run / METRICS, options.steps)
     settings = {
         "model": "0.3B, n = 4",
         "steps": options.steps,
@@ -92,11 +96,11 @@ def main(arguments: list[str]) -> None:
         "training loss": f"mean of the last {LAST_STEPS}",
     }
     options.output.mkdir(parents=True, exist_ok=True)
-    output.write(options, settings, results(learned), tables(results(learned)), draw(learned))
+    output.write(options, settings, results(by_variant), tables(results(by_variant)), draw(by_variant))
 
 
 def _settings(data: Path, run: Path, steps: int) -> list[str]:
-    """A thousandth of the paper's batch and its learning rate, warmed up over a tenth of the steps."""
+    """Returns settings with the paper's learning rate, 1/1000 of its batch, and warmup over 1/10 of the steps."""
     return [
         str(ROOT / "configs/0.3b_n4.yaml"),
         *corpora.settings(data),
@@ -120,34 +124,37 @@ def _finished(path: Path, steps: int) -> bool:
     return any(record["kind"] == "validation" and record["step"] == steps for record in records)
 
 
-def read(path: Path, steps: int) -> Learned:
-    """Raises InputError if the run has not come to its last step."""
+def read(path: Path, steps: int) -> Losses:
+    """Returns the losses of a finished run. Raises InputError if the run did not reach its last step."""
     records = [json.loads(line) for line in records_until(path, steps)]
     training = np.array([record["losses"] for record in records if record["kind"] == "train"])
     validations = [record for record in records if record["kind"] == "validation"]
     if len(training) != steps or not validations or validations[-1]["step"] != steps:
-        raise InputError(f"{path} holds {len(training)} of {steps} steps and their validation; call again to go on")
-    return Learned(training, np.array(validations[-1]["losses"]))
+        raise InputError(
+            f"{path} holds {len(training)} of {steps} steps and their validation; run the benchmark again to resume it"
+        )
+    return Losses(training, np.array(validations[-1]["losses"]))
 
 
-def results(learned: dict[str, Learned]) -> list[dict]:
-    """Of each variant and head: losses in nats per token, differences relative to the first variant, and the
-    training's curve.
+def results(by_variant: dict[str, Losses]) -> list[dict]:
+    """Returns one result per variant and head.
+
+    A result has losses in nats per token, differences relative to the first variant, and the curve of the training.
     """
-    first = next(iter(learned.values()))
+    first = next(iter(by_variant.values()))
     return [
         {
             "variant": name,
             "head": head + 1,
-            "training": float(found.final[head]),
-            "training_difference": float(found.final[head] / first.final[head] - 1),
-            "validation": float(found.validation[head]),
-            "validation_difference": float(found.validation[head] / first.validation[head] - 1),
+            "training": float(losses.final[head]),
+            "training_difference": float(losses.final[head] / first.final[head] - 1),
+            "validation": float(losses.validation[head]),
+            "validation_difference": float(losses.validation[head] / first.validation[head] - 1),
             "steps_a_point": POINT_STEPS,
-            "curve": found.curve[:, head].round(4).tolist(),
+            "curve": losses.curve[:, head].round(4).tolist(),
         }
-        for name, found in learned.items()
-        for head in range(len(found.validation))
+        for name, losses in by_variant.items()
+        for head in range(len(losses.validation))
     ]
 
 
@@ -169,27 +176,32 @@ def tables(results: list[dict]) -> str:
     )
 
 
-def draw(learned: dict[str, Learned]) -> Figure:
-    """The curves of all variants in one picture, and beside it how far they lie from the first one's."""
-    (first_name, first), *others = learned.items()
-    picture, (losses, differences) = output.figure(11, 5, columns=2)
+def draw(by_variant: dict[str, Losses]) -> Figure:
+    """Draws the loss curves of all variants and, beside them, their differences from the first variant."""
+    (first_name, first), *others = by_variant.items()
+    figure, (loss_axes, difference_axes) = output.figure(11, 5, columns=2)
     steps = POINT_STEPS * np.arange(1, len(first.curve) + 1)
     colors = colormaps["viridis"](np.linspace(0.05, 0.8, first.curve.shape[1]))
-    for (name, found), style in zip(learned.items(), ("-", "--", ":"), strict=False):
+    for (name, variant_losses), style in zip(by_variant.items(), ("-", "--", ":"), strict=False):
         for head, color in enumerate(colors):
-            losses.plot(
-                steps, found.curve[:, head], style, color=color, linewidth=1.2, label=f"head {head + 1}, {name}"
+            loss_axes.plot(
+                steps,
+                variant_losses.curve[:, head],
+                style,
+                color=color,
+                linewidth=1.2,
+                label=f"head {head + 1}, {name}",
             )
-    for (name, found), style in zip(others, ("--", ":"), strict=False):
+    for (name, variant_losses), style in zip(others, ("--", ":"), strict=False):
         for head, color in enumerate(colors):
-            relative = 100 * (found.curve[:, head] / first.curve[:, head] - 1)
-            differences.plot(steps, relative, style, color=color, linewidth=1.2, label=f"head {head + 1}, {name}")
-    losses.set(xlabel="optimizer step", ylabel="training loss, nats per token", title="0.3B, n = 4")
-    differences.set(
-        xlabel="optimizer step", ylabel=f"training loss over {first_name}'s, %", title=f"difference from {first_name}"
+            relative = 100 * (variant_losses.curve[:, head] / first.curve[:, head] - 1)
+            difference_axes.plot(steps, relative, style, color=color, linewidth=1.2, label=f"head {head + 1}, {name}")
+    loss_axes.set(xlabel="optimizer step", ylabel="training loss, nats per token", title="0.3B, n = 4")
+    difference_axes.set(
+        xlabel="optimizer step", ylabel=f"relative difference from {first_name}, %", title="training loss"
     )
-    differences.axhline(0, color="0.5", linewidth=0.8)
-    for axes in (losses, differences):
+    difference_axes.axhline(0, color="0.5", linewidth=0.8)
+    for axes in (loss_axes, difference_axes):
         axes.grid(alpha=0.25)
-    losses.legend(frameon=False, fontsize="small")
-    return picture
+    loss_axes.legend(frameon=False, fontsize="small")
+    return figure

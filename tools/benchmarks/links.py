@@ -1,12 +1,11 @@
-"""Latency and bandwidth of the collectives among real GPUs, and how well the emulated cluster tells their times from
-these two.
+"""Measures latency and bandwidth of collectives on real GPUs, and compares their times with the emulated cluster.
 
     torchrun --nproc-per-node 2 tools/benchmark.py links --output results
 
-Latency is the time of the smallest gather or reduction, bandwidth what the largest gather reaches beyond it, efficiency
-what other kinds reach of that: the settings with which `overhead` emulates this machine. Collectives wait in the
-communication stream before the first of them starts, so that their times are the card's, and not those of the host that
-starts them.
+Latency is the mean time of the smallest all-gather and reduce-scatter. Bandwidth is that of the largest all-gather
+after subtracting the latency. The efficiency of another collective is its bandwidth divided by that of the all-gather.
+With these settings, `overhead` emulates this machine. All collectives of a round are queued before the first of them
+starts, so the times do not include the launches on the host.
 """
 
 import dataclasses
@@ -29,16 +28,16 @@ from megamtp.errors import InputError
 
 KINDS = ("all_gather", "reduce_scatter", "all_reduce")
 SIZES = [2**power for power in range(12, 31, 2)]  # bytes of the whole tensor
-REPEATS = 10  # in a row, of which one's time is a tenth
+REPEATS = 10  # collectives in a row; the time of one is 1/10 of their time
 SMOKE = {"sizes": [2**12, 2**18, 2**24], "rounds": 1}
-HEAD_START = 5e-3  # seconds in which the host has started them all
+HEAD_START = 5e-3  # seconds that the device waits while the host queues all collectives
 
 
 def main(arguments: list[str]) -> None:
     """Raises InputError."""
     parser = output.parser(__doc__, "links")
     parser.add_argument(
-        "--rounds", type=output.positive, default=5, help=f"times of {REPEATS} collectives in a row [5]"
+        "--rounds", type=output.positive, default=5, help=f"measurements of {REPEATS} collectives in a row [5]"
     )
     parser.set_defaults(sizes=SIZES)
     options = output.parse(parser, arguments, SMOKE)
@@ -47,11 +46,11 @@ def main(arguments: list[str]) -> None:
         raise InputError("one process; expected several ranks: start it with torchrun --nproc-per-node GPUS")
     output.start(options)
     join_peers(place, ClusterConfig())
-    found = {kind: {size: _seconds(kind, size, options.rounds) for size in options.sizes} for kind in KINDS}
-    network = fit(found, place.world_size)
+    seconds_of = {kind: {size: _seconds(kind, size, options.rounds) for size in options.sizes} for kind in KINDS}
+    network = fit(seconds_of, place.world_size)
     results = [
         {"kind": kind, "bytes": size, "seconds": seconds, "predicted": network.seconds(kind, size)}
-        for kind, by_size in found.items()
+        for kind, by_size in seconds_of.items()
         for size, seconds in by_size.items()
     ]
     cluster = network.cluster
@@ -62,19 +61,22 @@ def main(arguments: list[str]) -> None:
         **{
             f"efficiency of {kind}": f"{share:.3f}"
             for kind, share in dataclasses.asdict(cluster.efficiency).items()
-            if kind in found
+            if kind in seconds_of
         },
     }
     output.write(options, settings, results, tables(results), _draw(results))
 
 
-def fit(found: dict[str, dict[int, float]], world_size: int) -> Network:
-    """The flat network whose times are those found for the largest tensors, and in the mean for the smallest two."""
-    smallest, *_, largest = found[KINDS[0]]
-    latency = statistics.mean(found[kind][smallest] for kind in KINDS[:2])
+def fit(seconds_of: dict[str, dict[int, float]], world_size: int) -> Network:
+    """Returns the flat network that reproduces the measured seconds.
+
+    It is exact for the largest tensors, and in the mean for the smallest all-gather and reduce-scatter.
+    """
+    smallest, *_, largest = seconds_of[KINDS[0]]
+    latency = statistics.mean(seconds_of[kind][smallest] for kind in KINDS[:2])
     reached = {
         kind: PASSES[kind] * largest * (world_size - 1) / world_size / (times[largest] - latency)
-        for kind, times in found.items()
+        for kind, times in seconds_of.items()
     }
     bandwidth = reached[KINDS[0]]
     efficiency = EfficiencyConfig(**{kind: reached[kind] / bandwidth for kind in KINDS[1:]})
@@ -85,7 +87,7 @@ def fit(found: dict[str, dict[int, float]], world_size: int) -> Network:
 
 
 def _seconds(kind: str, num_bytes: int, rounds: int) -> float:
-    """Of one collective over a whole tensor of so many bytes, the median."""
+    """Returns the median seconds of one collective; the whole (unsharded) tensor has `num_bytes` bytes."""
     device = find_device()
     call = _collective(kind, num_bytes, device)
     for _ in range(3):
@@ -106,11 +108,11 @@ def _seconds(kind: str, num_bytes: int, rounds: int) -> float:
 
 def _collective(kind: str, num_bytes: int, device: torch.device) -> Callable[[], object]:
     whole = torch.zeros(num_bytes // 2, dtype=torch.bfloat16, device=device)
-    own = torch.zeros(len(whole) // dist.get_world_size(), dtype=whole.dtype, device=device)
+    shard = torch.zeros(len(whole) // dist.get_world_size(), dtype=whole.dtype, device=device)
     if kind == "all_gather":
-        return lambda: all_gather_single(whole[: len(own) * dist.get_world_size()], own)
+        return lambda: all_gather_single(whole[: len(shard) * dist.get_world_size()], shard)
     if kind == "reduce_scatter":
-        return lambda: reduce_scatter_single(own, whole[: len(own) * dist.get_world_size()])
+        return lambda: reduce_scatter_single(shard, whole[: len(shard) * dist.get_world_size()])
     return lambda: dist.all_reduce(whole)
 
 
@@ -125,19 +127,23 @@ def tables(results: list[dict]) -> str:
         ]
         for result in results
     ]
-    return output.table(["collective", "bytes", "µs", "emulated, µs", "emulated / measured"], rows)
+    return output.table(["collective", "bytes", "measured, µs", "emulated, µs", "emulated / measured"], rows)
 
 
 def _draw(results: list[dict]) -> Figure:
-    picture, (axes,) = output.figure(7, 4.5)
-    for place, kind in enumerate(KINDS):
-        own = [result for result in results if result["kind"] == kind]
-        sizes = [result["bytes"] for result in own]
-        axes.plot(sizes, [1e6 * result["seconds"] for result in own], "o-", color=f"C{place}", label=kind)
+    figure, (axes,) = output.figure(7, 4.5)
+    for index, kind in enumerate(KINDS):
+        kind_results = [result for result in results if result["kind"] == kind]
+        sizes = [result["bytes"] for result in kind_results]
+        axes.plot(sizes, [1e6 * result["seconds"] for result in kind_results], "o-", color=f"C{index}", label=kind)
         axes.plot(
-            sizes, [1e6 * result["predicted"] for result in own], "--", color=f"C{place}", label=f"{kind}, emulated"
+            sizes,
+            [1e6 * result["predicted"] for result in kind_results],
+            "--",
+            color=f"C{index}",
+            label=f"{kind}, emulated",
         )
     axes.set(xscale="log", yscale="log", xlabel="bytes of the whole tensor", ylabel="µs")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    return picture
+    return figure

@@ -1,11 +1,12 @@
-"""A pipeline's step, played with the times of its stages as they are on one GPU, and the memory of each stage.
+"""Simulates the step of a pipeline with stage times measured on one GPU, and measures the memory of each stage.
 
     %(prog)s --output results
 
-Three plans: "naive", equal numbers of layers and all heads last; "whole layers", the best cut; "spread losses", the
-best one with losses spread by vocabulary. The fastest is chosen (**). Played are the schedule's passes and transfers
-between stages; not the optimizer, and not the reduction over pipelines. Memory is compared without the optimizer's
-shard, which is not measured.
+There are three plans. "naive" gives each stage the same number of layers, and the last stage all heads. "whole layers"
+is the best cut between layers. "spread losses" is the best cut if every stage computes the losses of a slice of the
+vocabulary. The faster of the last two is the chosen plan (**). The simulation has the passes of the schedule and the
+transfers between stages. It does not have the optimizer and the reduction of gradients over pipelines. Planned memory
+is compared without the optimizer's shard, which is not measured.
 """
 
 import argparse
@@ -35,52 +36,55 @@ SMOKE: dict[str, Any] = {
     "measured": 1,
     "set": [*emulation.TINY, "train.precision=fp32"],
 }
-MOST_IMBALANCE, MOST_OVER_FLOPS, MOST_MEMORY_ERROR = 1.05, 0.02, 0.1
+MAX_IMBALANCE, MAX_OVER_FLOPS, MAX_MEMORY_ERROR = 1.05, 0.02, 0.1
 GIB = 2**30
 
 
 def main(arguments: list[str]) -> None:
     """Raises InputError."""
     parser = output.parser(__doc__, "pipeline")
-    parser.add_argument("--sizes", nargs="+", default=["6.7b", "13b"], choices=emulation.MICRO_BATCHES)
+    parser.add_argument(
+        "--sizes", nargs="+", default=["6.7b", "13b"], choices=emulation.MICRO_BATCHES, help="models [6.7b 13b]"
+    )
     parser.add_argument(
         "--heads", nargs="+", type=output.positive, default=[1, 4], help="numbers of heads, 1 first [1 4]"
     )
     parser.add_argument(
-        "--vocabularies", nargs="+", type=output.positive, default=[32000, 128256], help="[32000 128256]"
+        "--vocabularies",
+        nargs="+",
+        type=output.positive,
+        default=[32000, 128256],
+        help="vocabulary sizes [32000 128256]",
     )
-    parser.add_argument("--stages", nargs="+", type=output.positive, default=[4, 8], help="[4 8]")
-    parser.add_argument("--micro-batches", type=output.positive, default=32, help="of a step in one pipeline [32]")
+    parser.add_argument("--stages", nargs="+", type=output.positive, default=[4, 8], help="numbers of stages [4 8]")
+    parser.add_argument("--micro-batches", type=output.positive, default=32, help="per step and pipeline [32]")
     parser.add_argument(
         "--sequence-length", type=output.positive, default=4096, help="positions of a micro-batch [4096]"
     )
     parser.add_argument(
-        "--pipelines", type=output.positive, default=8, help="among which ZeRO-1 shards the optimizer [8]"
+        "--pipelines",
+        type=output.positive,
+        default=8,
+        help="number of pipelines, over which ZeRO-1 shards the optimizer [8]",
     )
     parser.add_argument("--link-bandwidth", type=float, default=50e9, help="bytes/s between stages [50e9]")
-    parser.add_argument(
-        "--latency", type=float, default=20e-6, help="seconds of a transfer before its first byte [20e-6]"
-    )
-    parser.add_argument(
-        "--measured", type=output.positive, default=6, help="micro-batches that each stage is timed with [6]"
-    )
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings")
+    parser.add_argument("--latency", type=float, default=20e-6, help="latency of a transfer, in seconds [20e-6]")
+    parser.add_argument("--measured", type=output.positive, default=6, help="micro-batches measured on each stage [6]")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other settings")
     options = output.parse(parser, arguments, SMOKE)
     if options.heads[0] != 1:
-        raise InputError(
-            f"--heads {' '.join(map(str, options.heads))}; expected 1 first, which the others are divided by"
-        )
+        raise InputError(f"--heads {' '.join(map(str, options.heads))}; expected 1 first: the others are divided by it")
     if options.link_bandwidth <= 0 or options.latency < 0:
         raise InputError(
             f"--link-bandwidth {options.link_bandwidth:g} --latency {options.latency:g}; expected bytes/s above 0, and "
             "0 s or more"
         )
     for size in options.sizes:
-        _configs(size, options)  # refuses what cannot be, before anything is measured
+        _configs(size, options)  # raises for invalid options before anything is measured
     output.start(options)
     results = []
     for size in options.sizes:
-        results += _sizes_results(size, options)
+        results += _results_of_size(size, options)
     if not results:
         raise InputError("nothing was measured, for the reasons above; expected sizes that fit on this card")
     boxes = [result.pop("boxes") for result in results]
@@ -97,7 +101,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _configs(size: str, options: argparse.Namespace) -> dict[tuple[int, int, int], Config]:
-    """By (vocabulary, stages, heads). Raises InputError."""
+    """Returns {(vocabulary, stages, heads): configuration}. Raises InputError."""
     shape = options.sequence_length, options.micro_batches, options.pipelines
     return {
         (vocabulary, num_stages, n): config_of(size, vocabulary, num_stages, n, *shape, *options.set)
@@ -117,7 +121,7 @@ def config_of(
     pipelines: int,
     *settings: str,
 ) -> Config:
-    """Of a pipeline whose micro-batches are one window. Raises InputError."""
+    """Returns the configuration of a pipeline with micro-batches of one window. Raises InputError."""
     return read_config(
         [
             *emulation.model(size, heads),
@@ -134,9 +138,10 @@ def config_of(
     )
 
 
-def _sizes_results(size: str, options: argparse.Namespace) -> list[dict]:
-    """Of one size, in a process of its own, whose memory ends with it; nothing if that failed, which it has then
-    said.
+def _results_of_size(size: str, options: argparse.Namespace) -> list[dict]:
+    """Returns the results of one size, measured in its own process, which frees all its memory at its end.
+
+    If several sizes are measured, an error of one size is printed, and its results are empty.
     """
     start = time.perf_counter()
     try:
@@ -151,62 +156,63 @@ def _sizes_results(size: str, options: argparse.Namespace) -> list[dict]:
 
 
 def measure_size(size: str, options: argparse.Namespace) -> list[dict]:
-    """A result for each configuration and plan. Stages are first measured with all numbers of micro-batches that
-    plans ask for.
+    """Returns one result per configuration and plan.
+
+    Each stage is measured once, with all numbers of micro-batches in flight that any plan needs.
     """
     meter = plans.Meter(find_device(), options.measured)
     link = Link(options.link_bandwidth, options.latency)
     cases = []
-    wanted: dict[tuple, tuple[Config, Stage, set[int]]] = {}
+    needed: dict[tuple, tuple[Config, Stage, set[int]]] = {}
     for (vocabulary, num_stages, n), config in _configs(size, options).items():
         costs = plans.measured_costs(config, meter)
-        for name, plan in plans.make_plans(config, options.pipelines, costs, link).items():
-            cases.append((vocabulary, num_stages, n, name, config, plan, costs))
+        for plan_name, plan in plans.make_plans(config, options.pipelines, costs, link).items():
+            cases.append((vocabulary, num_stages, n, plan_name, config, plan, costs))
             for index, stage in enumerate(plan.stages):
-                _, _, counts = wanted.setdefault(plans.stage_key(config, stage), (config, stage, set()))
-                counts.add(plans.alive(plan, index))
-    for config, stage, counts in wanted.values():
+                _, _, counts = needed.setdefault(plans.stage_key(config, stage), (config, stage, set()))
+                counts.add(plans.max_in_flight(plan, index))
+    for config, stage, counts in needed.values():
         meter.measure(config, stage, counts)
     results = []
-    for vocabulary, num_stages, n, name, config, plan, costs in cases:
+    for vocabulary, num_stages, n, plan_name, config, plan, costs in cases:
         flops = flops_per_token(config.model, config.train.sequence_length)
         result = {
             "size": size,
             "vocabulary": vocabulary,
             "stages": num_stages,
             "heads": n,
-            "plan": name,
+            "plan": plan_name,
             "flops": flops,
         }
-        results.append(result | plans.play_plan(config, plan, costs, link, meter))
+        results.append(result | plans.simulate_plan(config, plan, costs, link, meter))
     return results
 
 
 def _by_model(results: list[dict]) -> dict[tuple, dict[str, dict]]:
-    """{(size, vocabulary, stages, heads): {plan: result}}."""
-    found: dict[tuple, dict[str, dict]] = {}
+    """Returns {(size, vocabulary, stages, heads): {plan: result}}."""
+    by_model: dict[tuple, dict[str, dict]] = {}
     for result in results:
-        found.setdefault(tuple(result[key] for key in ("size", "vocabulary", "stages", "heads")), {})[
+        by_model.setdefault(tuple(result[key] for key in ("size", "vocabulary", "stages", "heads")), {})[
             result["plan"]
         ] = result
-    return found
+    return by_model
 
 
 def _chosen(by_plan: dict[str, dict]) -> dict:
-    """The fastest but the naive one."""
+    """Returns the fastest plan except for the naive plan."""
     return min(
         (result for name, result in by_plan.items() if name != plans.NAIVE), key=lambda result: result["step_seconds"]
     )
 
 
 def _ratios(result: dict, models: dict[tuple, dict[str, dict]]) -> tuple[float, float]:
-    """(step over the best one-head step, FLOPs over those of one head)."""
-    one = _chosen(models[result["size"], result["vocabulary"], result["stages"], 1])
-    return result["step_seconds"] / one["step_seconds"], result["flops"] / one["flops"]
+    """Returns (step time / step time of the chosen one-head plan, FLOPs / FLOPs with one head)."""
+    one_head = _chosen(models[result["size"], result["vocabulary"], result["stages"], 1])
+    return result["step_seconds"] / one_head["step_seconds"], result["flops"] / one_head["flops"]
 
 
 def _memory_errors(result: dict) -> list[float]:
-    """Measured over planned, less 1, of the stages that were measured."""
+    """Returns (measured - planned) / planned memory of the stages that were measured."""
     pairs = zip(result["peak_bytes"], result["planned_bytes"], strict=True)
     return [peak / planned - 1 for peak, planned in pairs if peak is not None]
 
@@ -216,12 +222,23 @@ def tables(results: list[dict]) -> str:
 
 
 def _table(results: list[dict]) -> str:
-    header = ["size", "V", "stages", "n", "plan", "step, ms", "over best n=1", "FLOP ratio", "bubble", "slowest / mean"]
+    header = [
+        "size",
+        "V",
+        "stages",
+        "n",
+        "plan",
+        "step, ms",
+        "step / chosen n=1 step",
+        "FLOP ratio",
+        "bubble",
+        "slowest / mean",
+    ]
     header += [
-        "layers (heads) of stages",
-        "ms of stages",
-        "GiB of stages, measured / planned",
-        "GiB with optimizer, at most",
+        "layers (heads) per stage",
+        "ms per micro-batch and stage",
+        "GiB per stage, measured/planned",
+        "largest stage with optimizer, GiB",
     ]
     models, rows = _by_model(results), []
     for result in results:
@@ -257,31 +274,31 @@ def _table(results: list[dict]) -> str:
 
 
 def _verdicts(results: list[dict]) -> str:
-    """For each model with several heads, whether the chosen plan keeps the limits."""
+    """Returns a line for each model with several heads: does the chosen plan stay within the limits?"""
     models, lines = _by_model(results), []
     for key, by_plan in models.items():
         if key[3] == 1:
             continue
-        found = _chosen(by_plan)
-        ratio, flops = _ratios(found, models)
+        chosen = _chosen(by_plan)
+        ratio, flops = _ratios(chosen, models)
         errors = [abs(error) for result in by_plan.values() for error in _memory_errors(result)]
-        balanced, cheap = found["imbalance"] <= MOST_IMBALANCE, ratio <= flops + MOST_OVER_FLOPS
+        balanced, cheap = chosen["imbalance"] <= MAX_IMBALANCE, ratio <= flops + MAX_OVER_FLOPS
         line = (
-            f"- {key[0]}, V={key[1]}, {key[2]} stages, n={key[3]}, {found['plan']}: slowest / mean "
-            f"{found['imbalance']:.3f} <= "
+            f"- {key[0]}, V={key[1]}, {key[2]} stages, n={key[3]}, {chosen['plan']}: slowest / mean "
+            f"{chosen['imbalance']:.3f} <= "
         )
         line += (
-            f"{MOST_IMBALANCE}: {_word(balanced)}; n={key[3]} / n=1 {ratio:.3f} <= FLOP ratio {flops:.3f} + "
-            f"{MOST_OVER_FLOPS}: "
+            f"{MAX_IMBALANCE}: {_word(balanced)}; n={key[3]} / n=1 {ratio:.3f} <= FLOP ratio {flops:.3f} + "
+            f"{MAX_OVER_FLOPS}: "
         )
         line += _word(cheap)
         if errors:
-            line += f"; memory off by {max(errors):.1%} at most: {_word(max(errors) <= MOST_MEMORY_ERROR)}"
+            line += f"; largest memory error {max(errors):.1%}: {_word(max(errors) <= MAX_MEMORY_ERROR)}"
         lines.append(line)
-    every = [error + 1 for result in results for error in _memory_errors(result)]
-    if every:
-        shares = f"{min(every):.3f} to {max(every):.3f}, median {statistics.median(every):.3f}"
-        lines.append(f"- memory, measured over planned, {len(every)} stages of all plans: {shares}")
+    ratios = [error + 1 for result in results for error in _memory_errors(result)]
+    if ratios:
+        shares = f"{min(ratios):.3f} to {max(ratios):.3f}, median {statistics.median(ratios):.3f}"
+        lines.append(f"- memory, measured / planned, {len(ratios)} stages of all plans: {shares}")
     return "\n".join(lines)
 
 
@@ -290,19 +307,19 @@ def _word(holds: bool) -> str:
 
 
 def _draw(results: list[dict], boxes: list[list[timeline.Box]]) -> Figure:
-    """The plans of the first size with the most heads, the largest vocabulary and the most stages."""
-    wanted = max((r["heads"], r["vocabulary"], r["stages"]) for r in results if r["size"] == results[0]["size"])
+    """Draws the plans of the first size with the most heads, the largest vocabulary and the most stages."""
+    largest = max((r["heads"], r["vocabulary"], r["stages"]) for r in results if r["size"] == results[0]["size"])
     shown = [
-        (result, found)
-        for result, found in zip(results, boxes, strict=True)
-        if (result["size"], result["heads"], result["vocabulary"], result["stages"]) == (results[0]["size"], *wanted)
+        (result, plan_boxes)
+        for result, plan_boxes in zip(results, boxes, strict=True)
+        if (result["size"], result["heads"], result["vocabulary"], result["stages"]) == (results[0]["size"], *largest)
     ]
-    end = max(box.end for _, found in shown for box in found)
-    picture, diagrams = output.figure(14, 1.2 + len(shown) * (1.0 + 0.22 * wanted[2]), rows=len(shown), sharex=True)
-    for axes, (result, found) in zip(diagrams, shown, strict=True):
+    end = max(box.end for _, plan_boxes in shown for box in plan_boxes)
+    figure, all_axes = output.figure(14, 1.2 + len(shown) * (1.0 + 0.22 * largest[2]), rows=len(shown), sharex=True)
+    for axes, (result, plan_boxes) in zip(all_axes, shown, strict=True):
         title = f"{result['plan']}: step {result['step_seconds'] * 1e3:.0f} ms, bubble {result['bubble']:.1%}"
-        timeline.draw(axes, found, wanted[2], f"{title}, slowest / mean {result['imbalance']:.3f}", end)
-    timeline.legend(picture, {box.label for _, found in shown for box in found})
-    diagrams[-1].set_xlabel("ms")
-    picture.suptitle(f"{results[0]['size']}, n={wanted[0]}, V={wanted[1]}")
-    return picture
+        timeline.draw(axes, plan_boxes, largest[2], f"{title}, slowest / mean {result['imbalance']:.3f}", end)
+    timeline.legend(figure, {box.label for _, plan_boxes in shown for box in plan_boxes})
+    all_axes[-1].set_xlabel("ms")
+    figure.suptitle(f"{results[0]['size']}, n={largest[0]}, V={largest[1]}")
+    return figure

@@ -1,5 +1,6 @@
-"""Plans of a pipeline, measured by stages and played: the naive cut, the best of whole layers, the best with spread
-losses.
+"""Makes three plans of a pipeline, measures their stages and simulates their steps.
+
+The plans are the naive cut, the best cut between layers, and the best cut with spread losses.
 """
 
 import dataclasses
@@ -8,7 +9,7 @@ from collections.abc import Iterable
 import torch
 
 from benchmarks import stages
-from benchmarks.stages import Measured
+from benchmarks.stages import StageMeasurement
 from benchmarks.timeline import Box
 from megamtp.config import Config
 from megamtp.errors import InputError
@@ -28,7 +29,7 @@ from megamtp.planning.spread_schedule import PassKind, StageTimes
 from megamtp.planning.stage_memory import OPTIMIZER, StageContents
 
 NAIVE, WHOLE, SPREAD = "naive", "whole layers", "spread losses"
-UNIT_LAYERS = 4  # trunk layers of the stage that tells what one costs
+UNIT_LAYERS = 4  # trunk layers of the stage that measures the cost of one layer
 LABELS = {
     PassKind.FORWARD: "forward",
     PassKind.BACKWARD: "backward",
@@ -38,39 +39,39 @@ LABELS = {
 
 
 class Meter:
-    """Measures stages, those with the same contents once."""
+    """Measures stages. Stages with the same contents are measured once."""
 
     def __init__(self, device: torch.device, micro_batches: int):
         self.device, self.micro_batches = device, micro_batches
-        self.found: dict[tuple, Measured] = {}
-        self.asked: dict[tuple, set[int]] = {}  # numbers of micro-batches, whether they fit or not
+        self.measurements: dict[tuple, StageMeasurement] = {}
+        self.counts: dict[tuple, set[int]] = {}  # requested numbers of micro-batches in flight, whether they fit or not
 
-    def measure(self, config: Config, stage: Stage, alive: Iterable[int] = ()) -> Measured:
-        """With the peaks of at least `alive`, if they fit."""
-        key, alive = stage_key(config, stage), set(alive)
-        if key not in self.found or not alive <= self.asked[key]:
-            self.asked[key] = alive | self.asked.get(key, set())
+    def measure(self, config: Config, stage: Stage, in_flight: Iterable[int] = ()) -> StageMeasurement:
+        """Returns times, and peaks for at least the numbers of micro-batches in `in_flight`, if they fit."""
+        key, in_flight = stage_key(config, stage), set(in_flight)
+        if key not in self.measurements or not in_flight <= self.counts[key]:
+            self.counts[key] = in_flight | self.counts.get(key, set())
             try:
-                measured = self.found[key] = stages.measure(
-                    config, stage, self.asked[key], self.device, self.micro_batches
+                measured = self.measurements[key] = stages.measure(
+                    config, stage, self.counts[key], self.device, self.micro_batches
                 )
             except torch.OutOfMemoryError:
                 raise InputError(
                     f"{stage.contents} of a model of width {config.model.dim} does not fit on this card; expected "
-                    "stages that do: choose other --sizes, or more --stages"
+                    "smaller stages: choose other --sizes, or more --stages"
                 ) from None
             passes = ", ".join(
                 f"{kind.name.lower()} {seconds * 1e3:.2f} ms" for kind, seconds in measured.seconds.items()
             )
             peaks = ", ".join(
-                f"{size / 2**30:.2f} GiB with {count}" for count, size in sorted(measured.peak_bytes.items())
+                f"{size / 2**30:.2f} GiB with {count} in flight" for count, size in sorted(measured.peak_bytes.items())
             )
             print(f"{stage.contents}: {passes}{'; ' if peaks else ''}{peaks}", flush=True)
-        return self.found[key]
+        return self.measurements[key]
 
 
 def stage_key(config: Config, stage: Stage) -> tuple:
-    """Equal for stages that do the same, with models of one size."""
+    """Returns a key that is equal for stages with the same work, among models of one size."""
     contents, model = stage.contents, config.model
     return (
         contents,
@@ -81,26 +82,29 @@ def stage_key(config: Config, stage: Stage) -> tuple:
 
 
 def measured_costs(config: Config, meter: Meter) -> PassCosts:
-    """Seconds, from stages with few contents: layers alone, layers and embedding, a head without and with its loss, two
-    heads with theirs, a slice of average size."""
+    """Returns the seconds of each kind of work, from measurements of small stages.
+
+    The stages are: layers alone; layers and the embedding; a head without its loss; a head with its loss; two heads
+    with their losses; a slice of average size.
+    """
     model = config.model
     num_layers = min(UNIT_LAYERS, model.num_trunk_layers - 1)
     layers = _passes(config, meter, first=1, end=1 + num_layers)
-    first = _passes(config, meter, first=0, end=num_layers)
+    with_embedding = _passes(config, meter, first=0, end=num_layers)
     forward, backward = (layers[kind] / num_layers for kind in (PassKind.FORWARD, PassKind.BACKWARD))
     n = model.num_future_tokens
-    last = range(n - 1, n)
-    head = meter.measure(config, _stage(StageContents(0, last, False, rows=0, spread=True))).seconds
+    last_head = range(n - 1, n)
+    head = meter.measure(config, _stage(StageContents(0, last_head, False, rows=0, spread=True))).seconds
     head_forward, head_backward = head[PassKind.FORWARD], head[PassKind.BACKWARD]
-    one = sum(_passes(config, meter, model.num_layers - 1, model.num_layers).values())
-    loss, copy = one - head_forward - head_backward, 0.0
+    one_head = sum(_passes(config, meter, model.num_layers - 1, model.num_layers).values())
+    loss, copy = one_head - head_forward - head_backward, 0.0
     if n > 1:
-        two = sum(_passes(config, meter, model.num_layers - 2, model.num_layers).values())
-        loss = two - one - head_forward - head_backward
-        copy = one - head_forward - head_backward - loss
+        two_heads = sum(_passes(config, meter, model.num_layers - 2, model.num_layers).values())
+        loss = two_heads - one_head - head_forward - head_backward
+        copy = one_head - head_forward - head_backward - loss
     rows = max(1, model.vocab_size // (config.engine.num_stages or 1))
-    part = meter.measure(config, _stage(StageContents(0, range(0), False, rows, spread=True))).seconds
-    embedding = max(0.0, sum(first.values()) - sum(layers.values()))
+    slice_seconds = meter.measure(config, _stage(StageContents(0, range(0), False, rows, spread=True))).seconds
+    embedding = max(0.0, sum(with_embedding.values()) - sum(layers.values()))
     return PassCosts(
         layer_forward=forward,
         layer_backward=backward,
@@ -109,15 +113,13 @@ def measured_costs(config: Config, meter: Meter) -> PassCosts:
         loss=max(0.0, loss),
         unembedding_copy=max(0.0, copy),
         embedding=embedding,
-        slice_statistics=part[PassKind.STATISTICS] / rows,
-        slice_gradients=part[PassKind.GRADIENTS] / rows,
+        slice_statistics=slice_seconds[PassKind.STATISTICS] / rows,
+        slice_gradients=slice_seconds[PassKind.GRADIENTS] / rows,
     )
 
 
 def _stage(contents: StageContents) -> Stage:
-    """A stage of `contents` alone, for a meter, which does not ask for the place in the model of a stage without
-    trunk layers.
-    """
+    """Returns a stage with `contents` and no trunk layers. Its position in the model does not matter to a meter."""
     return Stage(1, 1, contents.heads, contents, 0.0, 0.0, {})
 
 
@@ -127,7 +129,7 @@ def _passes(config: Config, meter: Meter, first: int, end: int) -> dict[PassKind
 
 
 def naive_layers(config: Config) -> list[int]:
-    """Equal numbers of layers, and all heads in the last stage."""
+    """Returns equal numbers of layers per stage, with all heads in the last stage."""
     num_layers, num_stages, n = config.model.num_layers, config.engine.num_stages or 1, config.model.num_future_tokens
     if num_layers // num_stages >= n:
         return _even(num_layers, num_stages)
@@ -139,7 +141,7 @@ def _even(num_layers: int, num_stages: int) -> list[int]:
 
 
 def make_plans(config: Config, pipelines: int, costs: PassCosts, link: Link) -> dict[str, Partition | SpreadPartition]:
-    """By name."""
+    """Returns the three plans by name."""
     naive = dataclasses.replace(config, engine=dataclasses.replace(config.engine, stage_layers=naive_layers(config)))
     return {
         NAIVE: whole_loss_partition(naive, pipelines, costs),
@@ -148,23 +150,27 @@ def make_plans(config: Config, pipelines: int, costs: PassCosts, link: Link) -> 
     }
 
 
-def alive(plan: Partition | SpreadPartition, stage: int) -> int:
-    """The most micro-batches that a stage has between their forward and their backward pass."""
+def max_in_flight(plan: Partition | SpreadPartition, stage: int) -> int:
+    """Returns the largest number of micro-batches of a stage between their forward and backward passes."""
     if isinstance(plan, SpreadPartition):
         return plan.schedule.max_in_flight(stage)
     return min(len(plan.stages) - stage, plan.num_micro_batches)
 
 
-def play_plan(config: Config, plan: Partition | SpreadPartition, costs: PassCosts, link: Link, meter: Meter) -> dict:
-    """What the plan's step takes and each of its stages needs, as measured; and `boxes`, the timeline."""
-    measured = [meter.measure(config, stage, [alive(plan, index)]) for index, stage in enumerate(plan.stages)]
-    played = (
-        _play_spread(config, plan, measured)
+def simulate_plan(
+    config: Config, plan: Partition | SpreadPartition, costs: PassCosts, link: Link, meter: Meter
+) -> dict:
+    """Returns the simulated step of a plan, the measurements of its stages, and `boxes`, its timeline."""
+    measurements = [
+        meter.measure(config, stage, [max_in_flight(plan, index)]) for index, stage in enumerate(plan.stages)
+    ]
+    simulated = (
+        _simulate_spread(config, plan, measurements)
         if isinstance(plan, SpreadPartition)
-        else _play_whole(config, plan, measured, costs, link)
+        else _simulate_whole(config, plan, measurements, costs, link)
     )
-    boxes, totals, tied_end = played
-    step = max(tied_end, *(box.end for box in boxes))
+    boxes, stage_seconds, reduction_end = simulated
+    step = max(reduction_end, *(box.end for box in boxes))
     busy = sum(box.end - box.start for box in boxes)
     return {
         "layers": [stage.num_layers for stage in plan.stages],
@@ -172,12 +178,19 @@ def play_plan(config: Config, plan: Partition | SpreadPartition, costs: PassCost
         "rows": [stage.contents.rows for stage in plan.stages],
         "step_seconds": step,
         "bubble": 1 - busy / (len(plan.stages) * step),
-        "imbalance": imbalance(totals),
-        "stage_seconds": totals,
-        "pass_seconds": [{kind.name.lower(): seconds for kind, seconds in found.seconds.items()} for found in measured],
-        "pass_spreads": [{kind.name.lower(): spread for kind, spread in found.spreads.items()} for found in measured],
-        "alive": [alive(plan, index) for index in range(len(plan.stages))],
-        "peak_bytes": [found.peak_bytes.get(alive(plan, index)) for index, found in enumerate(measured)],
+        "imbalance": imbalance(stage_seconds),
+        "stage_seconds": stage_seconds,
+        "pass_seconds": [
+            {kind.name.lower(): seconds for kind, seconds in measurement.seconds.items()}
+            for measurement in measurements
+        ],
+        "pass_spreads": [
+            {kind.name.lower(): spread for kind, spread in measurement.spreads.items()} for measurement in measurements
+        ],
+        "alive": [max_in_flight(plan, index) for index in range(len(plan.stages))],
+        "peak_bytes": [
+            measurement.peak_bytes.get(max_in_flight(plan, index)) for index, measurement in enumerate(measurements)
+        ],
         "planned_bytes": [sum(stage.memory_bytes.values()) - stage.memory_bytes[OPTIMIZER] for stage in plan.stages],
         "planned_kinds": [stage.memory_bytes for stage in plan.stages],
         "optimizer_bytes": [stage.memory_bytes[OPTIMIZER] for stage in plan.stages],
@@ -185,12 +198,18 @@ def play_plan(config: Config, plan: Partition | SpreadPartition, costs: PassCost
     }
 
 
-def _play_whole(
-    config: Config, plan: Partition, measured: list[Measured], costs: PassCosts, link: Link
+def _simulate_whole(
+    config: Config, plan: Partition, measurements: list[StageMeasurement], costs: PassCosts, link: Link
 ) -> tuple[list[Box], list[float], float]:
-    """(timeline, seconds of a micro-batch in each stage, end of the reduction of the unembedding's gradients)."""
-    forward, backward = ([found.seconds[kind] for found in measured] for kind in (PassKind.FORWARD, PassKind.BACKWARD))
-    boxes, last = [], {}
+    """Simulates the 1F1B schedule.
+
+    Returns:
+        (timeline, seconds of a micro-batch on each stage, end of the reduction of the unembedding's gradients)
+    """
+    forward, backward = (
+        [measurement.seconds[kind] for measurement in measurements] for kind in (PassKind.FORWARD, PassKind.BACKWARD)
+    )
+    boxes, last_end = [], {}
     for work in simulate(forward, backward, plan.num_micro_batches, link.transfer_times(config).send_activation):
         contents = plan.stages[work.stage].contents
         if work.forward and contents.num_heads:
@@ -200,24 +219,24 @@ def _play_whole(
         else:
             boxes.append(Box(work.stage, "forward" if work.forward else "backward", work.start, work.end))
         if contents.num_heads:
-            last[work.stage] = work.end
-    tied_end = max(last.values()) + link.unembedding_reduction(config, len(last))
-    return boxes, [sum(pair) for pair in zip(forward, backward, strict=True)], tied_end
+            last_end[work.stage] = work.end
+    reduction_end = max(last_end.values()) + link.unembedding_reduction(config, len(last_end))
+    return boxes, [sum(pair) for pair in zip(forward, backward, strict=True)], reduction_end
 
 
-def _play_spread(
-    config: Config, plan: SpreadPartition, measured: list[Measured]
+def _simulate_spread(
+    config: Config, plan: SpreadPartition, measurements: list[StageMeasurement]
 ) -> tuple[list[Box], list[float], float]:
     times = [
         StageTimes(
-            found.seconds[PassKind.FORWARD],
-            found.seconds[PassKind.BACKWARD],
-            found.seconds.get(PassKind.STATISTICS, 0.0),
-            found.seconds.get(PassKind.GRADIENTS, 0.0),
+            measurement.seconds[PassKind.FORWARD],
+            measurement.seconds[PassKind.BACKWARD],
+            measurement.seconds.get(PassKind.STATISTICS, 0.0),
+            measurement.seconds.get(PassKind.GRADIENTS, 0.0),
             len(stage.heads),
         )
-        for stage, found in zip(plan.stages, measured, strict=True)
+        for stage, measurement in zip(plan.stages, measurements, strict=True)
     ]
-    played = plan.schedule.with_times(times, plan.schedule.transfer_times).simulate()
-    boxes = [Box(done.stage_pass.stage, LABELS[done.stage_pass.kind], done.start, done.end) for done in played]
+    simulated = plan.schedule.with_times(times, plan.schedule.transfer_times).simulate()
+    boxes = [Box(timed.stage_pass.stage, LABELS[timed.stage_pass.kind], timed.start, timed.end) for timed in simulated]
     return boxes, [stage.total(config.model.num_future_tokens) for stage in times], 0.0

@@ -1,11 +1,11 @@
-"""Steps of the emulated cluster beside those of real ranks: what `overhead` has written of both.
+"""Compares step times of the emulated cluster with those of real ranks. Both were measured with `overhead`.
 
     torchrun --nproc-per-node 2 tools/benchmark.py overhead --sizes 1.3b --rebuild --name overhead_nccl --output results
     python tools/benchmark.py overhead --sizes 1.3b --world-size 2 ... --name overhead_nccl_emulated --output results
     %(prog)s --measured results/overhead_nccl.json --emulated results/overhead_nccl_emulated.json
 
-The emulated run takes what `links` has measured: --bandwidth, --set cluster.latency=... cluster.efficiency={...}. Needs
-no GPU.
+For the emulated run, set what `links` measured: --bandwidth, --set cluster.latency=... cluster.efficiency={...}. This
+benchmark needs no GPU.
 """
 
 import json
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from benchmarks import output
 from megamtp.errors import InputError
 
-MOST_WRONG = 0.1
+MAX_ERROR = 0.1
 RESULTS = Path(__file__).parents[1] / "results"
 SMOKE = {"measured": RESULTS / "overhead_nccl.json", "emulated": RESULTS / "overhead_nccl_emulated.json"}
 Cells = dict[tuple[str, int, str], list[float]]  # milliseconds by (size, heads, variant)
@@ -26,14 +26,17 @@ Cells = dict[tuple[str, int, str], list[float]]  # milliseconds by (size, heads,
 def main(arguments: list[str]) -> None:
     """Raises InputError."""
     parser = output.parser(__doc__, "prediction")
-    parser.add_argument("--measured", type=Path, required=True, metavar="JSON", help="of `overhead` on real ranks")
-    parser.add_argument("--emulated", type=Path, required=True, metavar="JSON", help="of `overhead` on one GPU")
+    parser.add_argument(
+        "--measured", type=Path, required=True, metavar="JSON", help="result file of `overhead` on real ranks"
+    )
+    parser.add_argument(
+        "--emulated", type=Path, required=True, metavar="JSON", help="result file of `overhead` on one GPU"
+    )
     options = output.parse(parser, arguments, SMOKE)
     (settings, measured), (emulation, emulated) = read(options.measured), read(options.emulated)
     if settings["ranks"] != emulation["ranks"] or measured.keys() != emulated.keys():
         raise InputError(
-            f"{options.emulated} has other sizes, heads, variants or ranks than {options.measured}; expected the same "
-            "ones"
+            f"{options.emulated} has other sizes, heads, variants or ranks than {options.measured}; expected the same"
         )
     output.make_folder(options)
     results = [
@@ -56,11 +59,12 @@ def main(arguments: list[str]) -> None:
 
 
 def read(path: Path) -> tuple[dict, Cells]:
-    """Raises InputError."""
+    """Returns (settings and circumstances, milliseconds of each cell). Raises InputError."""
     try:
         content = json.loads(path.read_text())
         cells = {
-            (found["size"], found["heads"], found["variant"]): found["milliseconds"] for found in content["results"]
+            (result["size"], result["heads"], result["variant"]): result["milliseconds"]
+            for result in content["results"]
         }
         return content["settings"] | content["circumstances"], cells
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -68,7 +72,7 @@ def read(path: Path) -> tuple[dict, Cells]:
 
 
 def ratio(result: dict) -> float:
-    """Emulated over measured."""
+    """Returns the emulated divided by the measured step time."""
     return statistics.median(result["emulated"]) / statistics.median(result["measured"])
 
 
@@ -93,23 +97,23 @@ def _table(results: list[dict]) -> str:
 
 def _verdict(results: list[dict]) -> str:
     errors = [abs(ratio(result) - 1) for result in results]
-    within = sum(error <= MOST_WRONG for error in errors)
+    within = sum(error <= MAX_ERROR for error in errors)
     word = "holds" if within == len(errors) else "FAILS"
     return (
-        f"emulated step off by at most {MOST_WRONG:.0%}: in {within} of {len(errors)} rows, {max(errors):.1%} at most: "
-        f"{word}"
+        f"error of the emulated step <= {MAX_ERROR:.0%}: in {within} of {len(errors)} rows; largest error "
+        f"{max(errors):.1%}: {word}"
     )
 
 
 def _draw(results: list[dict]) -> Figure:
     groups = [f"{result['size']}, n={result['heads']}\n{result['variant']}" for result in results]
-    picture, (axes,) = output.figure(2 + 1.2 * len(groups), 4.5)
+    figure, (axes,) = output.figure(2 + 1.2 * len(groups), 4.5)
     heights = {
         name: {group: statistics.median(result[key]) for group, result in zip(groups, results, strict=True)}
         for name, key in (("real ranks", "measured"), ("emulated", "emulated"))
     }
     output.bars(axes, groups, heights)
     axes.tick_params("x", labelsize=6)
-    axes.set_ylabel("ms of a step's passes")
+    axes.set_ylabel("ms per step, forward and backward")
     axes.legend(frameon=False)
-    return picture
+    return figure

@@ -1,11 +1,10 @@
-"""Preparation's throughput on this machine's CPU: one worker beside bare SentencePiece, and more workers beside one.
+"""Measures the throughput of corpus preparation on the CPU, with one and more workers, and of SentencePiece alone.
 
     %(prog)s --input TEXT ... --output results
 
-Each round measures, one after another in turn: `sentencepiece.encode` of all texts, which are in memory already, on one
-thread; tokenising the same files into parts by one worker; and by 2 and more workers. The tokenizer is trained before.
-"Per core" divides by the seconds of all cores together, which other programs on the machine disturb less than the
-clock's.
+Each round measures every variant once: `sentencepiece.encode` of all texts, already in memory, on one thread; one
+worker that tokenises the same files into parts; and several workers. The tokenizer is trained before the first round.
+"Per core" divides by the CPU seconds of all cores, which depend less on other programs than the wall time does.
 """
 
 import resource
@@ -28,22 +27,22 @@ from megamtp.data.tokenised_shards import BATCH_DOCUMENTS
 from megamtp.data.tokenizer import train_sentencepiece
 from megamtp.errors import InputError
 
-BARE = "sentencepiece"
+SENTENCEPIECE = "sentencepiece"
 SMOKE = {"input": [corpora.SMOKE_TEXT], "vocab_size": 400, "rounds": 1}
 
 
 def main(arguments: list[str]) -> None:
     """Raises InputError."""
     parser = output.parser(__doc__, "prepare")
+    parser.add_argument("--input", nargs="+", type=Path, metavar="PATH", help="text [Python's standard library]")
     parser.add_argument(
-        "--input", nargs="+", type=Path, metavar="PATH", help="text, without: Python's standard library"
+        "--vocab-size", type=output.positive, default=4096, help="vocabulary size of the tokenizer [4096]"
     )
-    parser.add_argument("--vocab-size", type=output.positive, default=4096, help="of the tokenizer [4096]")
     parser.add_argument("--workers", nargs="+", type=output.positive, default=[1, 2], help="numbers of processes [1 2]")
-    parser.add_argument("--rounds", type=output.positive, default=5)
+    parser.add_argument("--rounds", type=output.positive, default=5, help="rounds over all variants [5]")
     options = output.parse(parser, arguments, SMOKE)
     if 1 not in options.workers:
-        raise InputError(f"--workers {options.workers}; expected 1 among them: it is what others are compared to")
+        raise InputError(f"--workers {options.workers}; expected 1 among them: the others are compared with it")
     output.start(options, on_gpu=False)
     source = find_source(options.input) if options.input else standard_library()
     with tempfile.TemporaryDirectory(dir=options.output) as folder:
@@ -53,27 +52,27 @@ def main(arguments: list[str]) -> None:
         {"variant": name, "bytes": num_bytes, "seconds": own.wall, "cpu_seconds": own.cpu}
         for name, own in times.items()
     ]
-    output.write(options, settings, results, tables(results), picture(times, num_bytes))
+    output.write(options, settings, results, tables(results), draw(times, num_bytes))
 
 
 @dataclass
 class Times:
-    """Of one variant, seconds in each round: on the clock, and of all cores together."""
+    """Seconds of one variant in each round: wall time, and CPU time of all cores."""
 
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
 
 
 def measure(
-    source: Source, folder: Path, vocab_size: int, numbers: list[int], rounds: int
+    source: Source, folder: Path, vocab_size: int, worker_counts: list[int], rounds: int
 ) -> tuple[dict[str, Times], int]:
-    """(times of each variant, bytes of text)."""
+    """Returns (times of each variant, bytes of text)."""
     texts = [text for _, text in source.documents()]
     model = folder / "tokenizer.model"
     train_sentencepiece(texts, model, vocab_size, seed=0)
-    variants: dict[str, Callable[[], None]] = {BARE: _bare(texts, model)}
-    for number in numbers:
-        variants[_name(number)] = _ours(source, folder / "parts", model, number)
+    variants: dict[str, Callable[[], None]] = {SENTENCEPIECE: _sentencepiece(texts, model)}
+    for num_workers in worker_counts:
+        variants[_name(num_workers)] = _workers(source, folder / "parts", model, num_workers)
     times = {name: Times() for name in variants}
     for round_number in range(rounds + 1):
         for name, variant in variants.items():
@@ -81,19 +80,19 @@ def measure(
             (folder / "parts").mkdir()
             start, cpu_start = time.perf_counter(), _cpu_seconds()
             variant()
-            if round_number:  # the first one reads files and libraries from the disk
+            if round_number:  # the first round reads files and libraries from the disk
                 times[name].wall.append(time.perf_counter() - start)
                 times[name].cpu.append(_cpu_seconds() - cpu_start)
     return times, sum(len(text.encode()) for text in texts)
 
 
 def _cpu_seconds() -> float:
-    """Of this process and of the workers that have ended."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(one.ru_utime + one.ru_stime for one in used)
+    """Returns the CPU seconds of this process and of its finished workers."""
+    usages = [resource.getrusage(which) for which in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def _bare(texts: list[str], model: Path) -> Callable[[], None]:
+def _sentencepiece(texts: list[str], model: Path) -> Callable[[], None]:
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
     batches = [texts[start : start + BATCH_DOCUMENTS] for start in range(0, len(texts), BATCH_DOCUMENTS)]
 
@@ -104,37 +103,46 @@ def _bare(texts: list[str], model: Path) -> Callable[[], None]:
     return encode
 
 
-def _ours(source: Source, parts: Path, model: Path, number: int) -> Callable[[], None]:
-    job = TokenisationTask(parts, str(model), "", source.json_key, 0, False, False)
-    return lambda: workers.tokenise_all(shards.cut_into_shards(source.files, cuts_documents=False), job, number)
+def _workers(source: Source, parts: Path, model: Path, num_workers: int) -> Callable[[], None]:
+    task = TokenisationTask(parts, str(model), "", source.json_key, 0, False, False)
+    return lambda: workers.tokenise_all(shards.cut_into_shards(source.files, cuts_documents=False), task, num_workers)
 
 
-def _name(number: int) -> str:
-    return f"{number} worker{'s' if number > 1 else ''}"
+def _name(num_workers: int) -> str:
+    return f"{num_workers} worker{'s' if num_workers > 1 else ''}"
 
 
 def tables(results: list[dict]) -> str:
-    """Speed of each variant, and what it is of SentencePiece's and of one worker's, round by round."""
+    """Makes a table of speeds. Ratios to SentencePiece and to one worker are computed round by round."""
     by_name, rows = {result["variant"]: result for result in results}, []
-    for name, own in by_name.items():
-        by_clock = output.spread([own["bytes"] / 1e6 / value for value in own["seconds"]], 2)
-        by_core = output.spread([own["bytes"] / 1e6 / value for value in own["cpu_seconds"]], 2)
-        bare = _ratio(own["cpu_seconds"], by_name[BARE]["cpu_seconds"]) if name != BARE else ""
-        one = _ratio(own["seconds"], by_name[_name(1)]["seconds"]) if name not in (BARE, _name(1)) else ""
-        rows.append([name, by_clock, by_core, bare, one])
-    return output.table(["variant", "MB/s", "MB/s per core", "per core, x sentencepiece", "MB/s, x 1 worker"], rows)
+    for name, result in by_name.items():
+        by_wall_time = output.spread([result["bytes"] / 1e6 / value for value in result["seconds"]], 2)
+        per_core = output.spread([result["bytes"] / 1e6 / value for value in result["cpu_seconds"]], 2)
+        over_sentencepiece = (
+            _ratio(result["cpu_seconds"], by_name[SENTENCEPIECE]["cpu_seconds"]) if name != SENTENCEPIECE else ""
+        )
+        over_one_worker = (
+            _ratio(result["seconds"], by_name[_name(1)]["seconds"]) if name not in (SENTENCEPIECE, _name(1)) else ""
+        )
+        rows.append([name, by_wall_time, per_core, over_sentencepiece, over_one_worker])
+    return output.table(
+        ["variant", "MB/s", "MB/s per core", "speed per core / sentencepiece", "speed / 1 worker"], rows
+    )
 
 
-def _ratio(own: list[float], others: list[float]) -> str:
-    return output.spread([other / value for value, other in zip(own, others, strict=True)], 2)
+def _ratio(seconds: list[float], base_seconds: list[float]) -> str:
+    return output.spread([base / value for value, base in zip(seconds, base_seconds, strict=True)], 2)
 
 
-def picture(times: dict[str, Times], num_bytes: int) -> Figure:
-    """Bars of each variant's median speeds."""
+def draw(times: dict[str, Times], num_bytes: int) -> Figure:
+    """Draws bars of the median speeds of each variant."""
     figure, (axes,) = output.figure(5, 3.5)
     speeds = {
-        label: {name: num_bytes / 1e6 / statistics.median(getattr(own, kind)) for name, own in times.items()}
-        for label, kind in (("by the clock", "wall"), ("per core", "cpu"))
+        label: {
+            name: num_bytes / 1e6 / statistics.median(getattr(variant_times, kind))
+            for name, variant_times in times.items()
+        }
+        for label, kind in (("wall time", "wall"), ("per core", "cpu"))
     }
     output.bars(axes, list(times), speeds)
     axes.set_ylabel("MB/s")

@@ -1,4 +1,4 @@
-"""Work in a process of its own: for what a process can do only once, such as being one of W ranks, or compiling."""
+"""Runs functions in new processes, for work that a process can do only once, such as joining a process group."""
 
 import multiprocessing
 import subprocess
@@ -13,23 +13,24 @@ SPAWN = multiprocessing.get_context("spawn")
 
 
 class Fresh:
-    """A call whose process imports what it needs at once, but calls only when its result is asked for.
+    """A function call in a new process.
 
-    So one process can wait, ready, while another measures.
+    The process starts and imports its modules at once, but calls the function only when `result` is called. So it can
+    start while another process measures.
     """
 
     def __init__(self, function: Callable[..., Any], *arguments: Any):
-        self._connection, theirs = SPAWN.Pipe()
-        self._process = SPAWN.Process(target=_serve, args=(theirs, function, arguments), daemon=True)
+        self._connection, child_connection = SPAWN.Pipe()
+        self._process = SPAWN.Process(target=_serve, args=(child_connection, function, arguments), daemon=True)
         self._process.start()
-        theirs.close()
+        child_connection.close()
 
     def result(self) -> Any:
-        """What the function returns.
+        """Calls the function, waits for it and returns its result.
 
         Raises:
             InputError: the function raised it.
-            RuntimeError: it raised something else, which is on stderr, or its process died.
+            RuntimeError: the function raised another error, which is on stderr, or the process died.
         """
         try:
             self._connection.send(None)
@@ -53,7 +54,9 @@ def _serve(connection: Connection, function: Callable[..., Any], arguments: tupl
 
 
 def call(module: str, *arguments: str) -> None:
-    """A command of ours. Raises InputError: it failed, and has said why."""
+    """Runs a module of megamtp as a command. Raises InputError if it fails; the command prints the reason."""
     status = subprocess.run([sys.executable, "-m", module, *arguments]).returncode
     if status:
-        raise InputError(f"{module} ended with status {status}; mend what it said and call again")
+        raise InputError(
+            f"{module} ended with status {status}; expected 0: fix the error that it printed, then try again"
+        )

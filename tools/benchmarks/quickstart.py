@@ -1,12 +1,14 @@
-"""Losses of every head after launch/quickstart.sh, beside the loss of a model that only knows how often tokens occur.
+"""Shows the losses of every head after launch/quickstart.sh, compared with the unigram entropy of the corpus.
 
-    bash launch/quickstart.sh && python tools/benchmark.py quickstart --output results
+    bash launch/quickstart.sh && %(prog)s --output results
 
-Reads the finished run's metrics and trains nothing.
+The unigram entropy is the loss of a model that knows only how often each token occurs. The benchmark reads the metrics
+of the finished run and trains nothing.
 """
 
 import platform
 from pathlib import Path
+from typing import Any
 
 from benchmarks import output
 from megamtp.commands.report import draw, read_losses, unigram_entropy
@@ -14,12 +16,14 @@ from megamtp.config import RESOLVED, read_config
 from megamtp.errors import InputError
 from megamtp.training.metrics import FILE as METRICS
 
+SMOKE: dict[str, Any] = {}  # the run may have any size
+
 
 def main(arguments: list[str]) -> None:
     """Raises InputError."""
     parser = output.parser(__doc__, "quickstart")
     parser.add_argument("--run", type=Path, default=Path("runs/quickstart"), help="the run's folder [runs/quickstart]")
-    options = output.parse(parser, arguments, smoke={})
+    options = output.parse(parser, arguments, SMOKE)
     output.make_folder(options)
     config = read_config([str(options.run / RESOLVED)])
     training, validation = read_losses(options.run / METRICS, config.model.num_future_tokens)
@@ -41,6 +45,9 @@ def tables(results: list[dict]) -> str:
         ["nats per token", f"{heads[0]} (next token)", *heads[1:]],
         [
             ["validation loss", *(f"{result['validation']:.3f}" for result in results)],
-            [f"below the unigram entropy, {entropy:.3f}", *(f"{entropy - r['validation']:.3f}" for r in results)],
+            [
+                f"unigram entropy ({entropy:.3f}) minus validation loss",
+                *(f"{entropy - r['validation']:.3f}" for r in results),
+            ],
         ],
     )

@@ -1,12 +1,12 @@
-"""A pipeline's step on real ranks, beside what `pipeline` predicted for it from one GPU.
+"""Measures the step of a pipeline on real ranks, and compares it with the prediction of `pipeline` from one GPU.
 
     python tools/benchmark.py pipeline --sizes 1.3b --stages 2 --pipelines 1 --name pipeline_p2 --output results
     torchrun --nproc-per-node 2 tools/benchmark.py real_pipeline --predicted results/pipeline_p2.json --output results
 
-Of every plan there whose stages and pipelines are as many as the ranks; give `pipeline` the --link-bandwidth and
---latency that `links` measures. A step counts from its start to the last pass of the slowest rank: the optimizer, which
-is not predicted, is left out. On GPUs a profiled step tells how much of it each stage computes: its bubble and
-imbalance.
+The benchmark runs every plan in --predicted that needs as many ranks as there are. Give `pipeline` the --link-bandwidth
+and --latency that `links` measures. The time of a step ends with the last pass of the slowest rank. It excludes the
+optimizer, which `pipeline` does not predict. On GPUs, the computing time of each stage in a profiled step gives bubble
+and imbalance.
 """
 
 import argparse
@@ -33,32 +33,38 @@ from megamtp.engines.pipeline import PipelineEngine
 from megamtp.errors import InputError
 from megamtp.planning.partition import imbalance
 
-WARM_UP = 2  # steps that do not count: the first ones compile
-MOST_WRONG = 0.1
+WARM_UP = 2  # steps that are not measured: the first steps compile
+MAX_ERROR = 0.1
 SMOKE = {"steps": 2}
 
 
 def main(arguments: list[str]) -> None:
     """Raises InputError."""
     parser = output.parser(__doc__, "real_pipeline")
-    parser.add_argument("--predicted", type=Path, required=True, metavar="JSON", help="what `pipeline` has written")
-    parser.add_argument("--heads", nargs="+", type=output.positive, help="of the plans that are run [all there]")
+    parser.add_argument("--predicted", type=Path, required=True, metavar="JSON", help="result file of `pipeline`")
+    parser.add_argument(
+        "--heads", nargs="+", type=output.positive, help="run only the plans with these numbers of heads [all]"
+    )
     parser.add_argument("--steps", type=output.positive, default=5, help="measured steps [5]")
     options = output.parse(parser, arguments, SMOKE)
     settings, predictions = _read(options.predicted)
     place = find_place()
-    predictions = [found for found in predictions if not options.heads or found["heads"] in options.heads]
-    chosen = [found for found in predictions if found["stages"] * settings["pipelines"] == place.world_size]
+    predictions = [
+        prediction for prediction in predictions if not options.heads or prediction["heads"] in options.heads
+    ]
+    chosen = [
+        prediction for prediction in predictions if prediction["stages"] * settings["pipelines"] == place.world_size
+    ]
     if place.world_size == 1 or not chosen:
-        sizes = sorted({found["stages"] * settings["pipelines"] for found in predictions})
+        sizes = sorted({prediction["stages"] * settings["pipelines"] for prediction in predictions})
         raise InputError(
             f"{place.world_size} ranks; expected as many as a plan in {options.predicted} has, {sizes}: use torchrun"
         )
     output.start(options)
     join_peers(place, ClusterConfig())
-    results = [found | {"seconds": measured(found, settings, options)} for found in chosen]
-    if torch.cuda.is_available():  # last, for the profiler slows what comes after it
-        results = [found | computed(found, settings) for found in results]
+    results = [prediction | {"seconds": step_seconds(prediction, settings, options)} for prediction in chosen]
+    if torch.cuda.is_available():  # last, because the profiler slows all later steps
+        results = [result | profile(result, settings) for result in results]
     used = {name: settings[name] for name in ("micro-batches", "T", "pipelines", "link", "latency")}
     output.write(options, used | {"steps": options.steps}, results, tables(results), _draw(results))
 
@@ -66,8 +72,8 @@ def main(arguments: list[str]) -> None:
 def _read(path: Path) -> tuple[dict, list[dict]]:
     try:
         content = json.loads(path.read_text())
-        for found in content["results"]:
-            found["planned_step"] = found.pop("step_seconds")
+        for result in content["results"]:
+            result["planned_step"] = result.pop("step_seconds")
         return content["settings"], content["results"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
@@ -75,8 +81,8 @@ def _read(path: Path) -> tuple[dict, list[dict]]:
         ) from None
 
 
-def measured(predicted: dict, settings: dict, options: argparse.Namespace) -> list[float]:
-    """Seconds of a plan's steps. Collective; every rank has the result."""
+def step_seconds(predicted: dict, settings: dict, options: argparse.Namespace) -> list[float]:
+    """Returns the seconds of each step of a plan, on every rank. Collective."""
     seconds = _run(predicted, settings, lambda run: [run.step() for _ in range(options.steps)])
     output.say(
         f"{predicted['size']} n={predicted['heads']} {predicted['plan']}: {output.spread([1e3 * s for s in seconds])} "
@@ -85,28 +91,26 @@ def measured(predicted: dict, settings: dict, options: argparse.Namespace) -> li
     return seconds
 
 
-def computed(result: dict, settings: dict) -> dict:
-    """How long each rank computes in a plan's step, and what follows for its bubble and imbalance. Collective, as
-    above.
-    """
+def profile(result: dict, settings: dict) -> dict:
+    """Returns the computing time of each rank in a step, and the step's bubble and imbalance. Collective."""
     computing = of_all_ranks(_run(result, settings, Run.computing_seconds))
     pipelines, step = settings["pipelines"], statistics.median(result["seconds"])
-    firsts = range(0, len(computing), pipelines)  # ranks of one stage follow each other
+    firsts = range(0, len(computing), pipelines)  # the ranks of a stage are consecutive
     by_stage = [statistics.mean(computing[first : first + pipelines]) for first in firsts]
     bubble = 1 - statistics.mean(by_stage) / step
     return {"computing_seconds": computing, "real_bubble": bubble, "real_imbalance": imbalance(by_stage)}
 
 
 def _run(predicted: dict, settings: dict, use: Callable[["Run"], Any]) -> Any:
-    """What `use` makes of a plan's engine, which is made for it, compiled, and then freed."""
-    others = set(variants.storages())
+    """Builds and compiles a plan's engine, returns the result of `use` for it, and frees the engine."""
+    kept_storages = set(variants.storages())
     run = Run(_config(predicted, settings))
     for _ in range(WARM_UP):
         run.step()
-    found = use(run)
+    result = use(run)
     del run
-    variants.free(others)
-    return found
+    variants.free(kept_storages)
+    return result
 
 
 def _config(predicted: dict, settings: dict) -> Config:
@@ -120,14 +124,14 @@ def _config(predicted: dict, settings: dict) -> Config:
         settings["pipelines"],
         *settings.get("set", "").split(),
     )
-    spread = predicted["plan"] == plans.SPREAD
+    is_spread = predicted["plan"] == plans.SPREAD
     return dataclasses.replace(
-        config, engine=dataclasses.replace(config.engine, stage_layers=predicted["layers"], spread_losses=spread)
+        config, engine=dataclasses.replace(config.engine, stage_layers=predicted["layers"], spread_losses=is_spread)
     )
 
 
 class Run:
-    """The engine with micro-batches of random tokens."""
+    """The engine of a plan, and micro-batches of random tokens."""
 
     def __init__(self, config: Config):
         engine, n, train = build_engine(config), config.model.num_future_tokens, config.train
@@ -145,7 +149,7 @@ class Run:
         self.end = 0.0
 
     def step(self) -> float:
-        """Seconds to the last pass of the slowest rank. Collective."""
+        """Trains one step and returns the seconds to the last pass of the slowest rank. Collective."""
         dist.barrier()
         start = self._now()
         result = self.engine.train_batch(self.micro_batches, self.counts, lr=1e-5)
@@ -154,7 +158,10 @@ class Run:
         return max(of_all_ranks(self.end - start))
 
     def computing_seconds(self) -> float:
-        """In which this rank's card computed, in one step's passes: the last step, for it is not taken. Collective."""
+        """Returns the seconds in which this rank's card computes in the passes of one step. Collective.
+
+        Call it last: the optimizer does not run in this step nor in later steps.
+        """
         self._take_step = lambda lr_kwargs: None
         trace = exposure.record(lambda: self.engine.train_batch(self.micro_batches, self.counts, lr=1e-5))
         return trace.exposure("step").computing / 1e3
@@ -169,7 +176,7 @@ class Run:
 
 
 def _ratio(result: dict) -> float:
-    """Predicted over measured."""
+    """Returns the predicted divided by the measured step time."""
     return result["planned_step"] / statistics.median(result["seconds"])
 
 
@@ -179,12 +186,15 @@ def tables(results: list[dict]) -> str:
 
 def _table(results: list[dict]) -> str:
     header = ["size", "V", "stages", "n", "plan", "step, ms", "predicted, ms", "predicted / measured"]
-    header += ["bubble, predicted", "slowest / mean, predicted"]
+    header += ["bubble, predicted bubble", "slowest / mean, predicted"]
     rows = []
     for result in results:
         bubble, slowest = (
-            f"{shown.format(result[name]) if name in result else '-'}, {shown.format(result[planned])}"
-            for name, planned, shown in (("real_bubble", "bubble", "{:.1%}"), ("real_imbalance", "imbalance", "{:.3f}"))
+            f"{form.format(result[name]) if name in result else '-'}, {form.format(result[predicted_name])}"
+            for name, predicted_name, form in (
+                ("real_bubble", "bubble", "{:.1%}"),
+                ("real_imbalance", "imbalance", "{:.3f}"),
+            )
         )
         rows.append(
             [
@@ -205,16 +215,15 @@ def _table(results: list[dict]) -> str:
 
 def _verdict(results: list[dict]) -> str:
     worst = max(abs(_ratio(result) - 1) for result in results)
-    return (
-        f"predicted step off by {worst:.1%} at most <= {MOST_WRONG:.0%}: {'holds' if worst <= MOST_WRONG else 'FAILS'}"
-    )
+    word = "holds" if worst <= MAX_ERROR else "FAILS"
+    return f"largest error of the predicted step {worst:.1%} <= {MAX_ERROR:.0%}: {word}"
 
 
 def _draw(results: list[dict]) -> Figure:
     groups = [
         f"{result['size']}, n={result['heads']}, V={result['vocabulary']}\n{result['plan']}" for result in results
     ]
-    picture, (axes,) = output.figure(2 + 1.4 * len(groups), 4.5)
+    figure, (axes,) = output.figure(2 + 1.4 * len(groups), 4.5)
     heights = {
         "measured": {
             group: statistics.median(result["seconds"]) for group, result in zip(groups, results, strict=True)
@@ -223,6 +232,6 @@ def _draw(results: list[dict]) -> Figure:
     }
     output.bars(axes, groups, heights)
     axes.tick_params("x", labelsize=7)
-    axes.set_ylabel("seconds of a step")
+    axes.set_ylabel("seconds per step")
     axes.legend(frameon=False)
-    return picture
+    return figure

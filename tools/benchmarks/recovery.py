@@ -1,11 +1,10 @@
-"""A real pretraining, one rank of which is killed: losses, throughput, what the kill cost, and what the trained model
-writes.
+"""Trains a model, kills a rank and resumes: measures losses, throughput and the time lost, and generates a sample.
 
     %(prog)s --prepare TEXT ... --data corpus --output results
 
-megamtp.commands.local trains on all GPUs of this machine, on two CPU ranks where there is none. A rank gets SIGKILL at
-step --kill-at; the job, which ends by that, is started again, and goes on from its newest checkpoint. The trained model
-is converted to hf, and continues --prompt.
+megamtp.commands.local trains on all GPUs of this machine, or on two CPU ranks if there is no GPU. At step --kill-at, a
+rank is killed with SIGKILL, which ends the job. The benchmark starts the job again, and it resumes from its newest
+checkpoint. The trained model is converted to the format hf and generates text after --prompt.
 """
 
 import argparse
@@ -48,7 +47,7 @@ SMOKE = corpora.SMOKE | {
         "run.evaluation_windows=4",
     ],
 }
-POINT_STEPS = 20  # whose mean is one point of a curve
+POINT_STEPS = 20  # one point of a curve is the mean over so many steps
 
 
 def main(arguments: list[str]) -> None:
@@ -57,25 +56,33 @@ def main(arguments: list[str]) -> None:
     corpora.add_options(parser)
     parser.add_argument("--size", default="0.3b", choices=emulation.MICRO_BATCHES)
     parser.add_argument("--heads", type=output.positive, default=4, help="number of heads [4]")
-    parser.add_argument("--steps", type=output.positive, default=1000)
-    parser.add_argument("--save-every", type=output.positive, default=200, metavar="STEPS", help="[200]")
+    parser.add_argument("--steps", type=output.positive, default=1000, help="steps of the training [1000]")
     parser.add_argument(
-        "--kill-at", type=output.positive, default=500, metavar="STEP", help="when it is reported [500]"
+        "--save-every", type=output.positive, default=200, metavar="STEPS", help="steps between checkpoints [200]"
     )
-    parser.add_argument("--rank", type=int, default=1, help="that is killed [1]")
+    parser.add_argument(
+        "--kill-at",
+        type=output.positive,
+        default=500,
+        metavar="STEP",
+        help="kill the rank when this step is in the metrics [500]",
+    )
+    parser.add_argument("--rank", type=int, default=1, help="rank to kill [1]")
     parser.add_argument(
         "--run", type=Path, default=Path("runs/recovery"), help="folder of the training [runs/recovery]"
     )
-    parser.add_argument("--prompt", default="def main(", help="[def main(]")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings")
+    parser.add_argument("--prompt", default="def main(", help="prompt of the sample [def main(]")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other settings")
     options = output.parse(parser, arguments, SMOKE)
     if not options.save_every < options.kill_at < options.steps:
         raise InputError(
-            f"--save-every {options.save_every} --kill-at {options.kill_at} --steps {options.steps}; expected them in "
-            "rising order"
+            f"--save-every {options.save_every} --kill-at {options.kill_at} --steps {options.steps}; expected "
+            "save-every < kill-at < steps"
         )
     if options.run.exists():
-        raise InputError(f"--run {options.run} exists; expected a new folder, for a training from its first step")
+        raise InputError(
+            f"--run {options.run} exists; expected a new folder: the training must start at its first step"
+        )
     output.make_folder(options)
     corpora.prepare(options)
     overrides = _settings(options)
@@ -116,7 +123,13 @@ def _settings(options: argparse.Namespace) -> list[str]:
 
 @dataclass(frozen=True)
 class Kill:
-    """The last step that was reported before it, the rank, and the job's exit status and its seconds until it ended."""
+    """A killed rank.
+
+    Attributes:
+        killed_step: last step in the metrics before the kill.
+        status: exit status of the job.
+        seconds_to_end: from the kill to the end of the job.
+    """
 
     killed_step: int
     killed_rank: int
@@ -126,14 +139,19 @@ class Kill:
 
 @dataclass(frozen=True)
 class Recovery:
-    """The checkpoint's step from which the job went on, and seconds from its second start to the first new step."""
+    """The second start of the job.
+
+    Attributes:
+        resumed_step: step of the checkpoint from which the job resumed.
+        seconds_to_step: from the second start to the end of the first new step.
+    """
 
     resumed_step: int
     seconds_to_step: float
 
 
 class RecoveryJob:
-    """A training by megamtp.commands.local, ended with this object's block. `where` says what happens, for errors."""
+    """A training with megamtp.commands.local, ended when the `with` block ends. Error messages contain `where`."""
 
     def __init__(self, settings: list[str], run: Path, where: str):
         self.metrics, self.where = run / METRICS, where
@@ -147,21 +165,21 @@ class RecoveryJob:
         self.process.wait()
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
-        """Raises InputError: the training ended before."""
+        """Waits until a condition is true. Raises InputError if the training ends before."""
         while not condition():
             if self.process.poll() is not None:
                 raise InputError(
-                    f"the training ended with status {self.process.returncode} {self.where}; expected it to go on"
+                    f"the training ended with status {self.process.returncode} {self.where}; expected it to run"
                 )
             time.sleep(0.05)
 
     def last_step(self) -> int:
-        """0 before the first."""
+        """Returns the last step in the metrics, or 0 before the first step."""
         lines = records_until(self.metrics, sys.maxsize)
         return max((json.loads(line)["step"] for line in lines), default=0)
 
     def rank(self, number: int) -> psutil.Process:
-        """Raises InputError: there is no such rank."""
+        """Returns the process of a rank. Raises InputError if there is no such rank."""
         for process in psutil.Process(self.process.pid).children(recursive=True):
             words = process.cmdline()
             if "deepspeed.launcher.launch" not in words and process.environ().get("RANK") == str(number):
@@ -170,7 +188,7 @@ class RecoveryJob:
 
 
 def train_and_kill(settings: list[str], run: Path, step: int, rank: int) -> Kill:
-    """Trains until a step is reported, kills a rank, and waits for the job's end."""
+    """Trains until `step` is in the metrics, kills a rank, and waits for the end of the job."""
     with RecoveryJob(settings, run, f"before step {step}, at which a rank is killed") as job:
         job.wait_until(lambda: job.last_step() >= step)
         job.rank(rank).kill()
@@ -180,11 +198,11 @@ def train_and_kill(settings: list[str], run: Path, step: int, rank: int) -> Kill
 
 
 def train_to_the_end(settings: list[str], run: Path) -> Recovery:
-    """Starts the job again. Raises InputError: it failed."""
+    """Starts the job again and waits for its end. Raises InputError if it fails."""
     before = (run / METRICS).stat().st_ino
     with RecoveryJob(settings, run, "after a rank had been killed") as job:
         start = time.time()
-        # a resumed run writes it anew, up to its checkpoint
+        # a resumed run first rewrites the metrics up to its checkpoint
         job.wait_until(lambda: (run / METRICS).stat().st_ino != before)
         resumed = job.last_step()
         job.wait_until(lambda: job.last_step() > resumed)
@@ -214,12 +232,15 @@ def tables(results: list[dict]) -> str:
             f"validation loss by head at step {validation['step']}, nats",
             " ".join(f"{loss:.3f}" for loss in validation["losses"]),
         ],
-        ["rank killed", f"{result['killed_rank']}, after step {result['killed_step']}"],
-        ["the job then ended", f"with status {result['status']}, {result['seconds_to_end']:.1f} s later"],
-        ["started again, it went on", f"from step {result['resumed_step']}, after {result['seconds_to_step']:.1f} s"],
+        ["killed rank", f"{result['killed_rank']}, after step {result['killed_step']}"],
+        ["end of the job", f"with status {result['status']}, {result['seconds_to_end']:.1f} s after the kill"],
+        [
+            "second start",
+            f"resumed from step {result['resumed_step']}; first new step after {result['seconds_to_step']:.1f} s",
+        ],
     ]
     return (
-        f"{output.table(['what', 'found'], rows)}\n\nA sample of the converted "
+        f"{output.table(['quantity', 'value'], rows)}\n\nA sample of the converted "
         f"model:\n\n```\n{result['sample'].rstrip()}\n```"
     )
 
@@ -227,14 +248,14 @@ def tables(results: list[dict]) -> str:
 def _draw(result: dict, heads: int) -> Figure:
     records = [record for record in result["records"] if record["kind"] == "train"]
     steps, losses = np.array([r["step"] for r in records]), np.array([r["losses"] for r in records])
-    picture, (axes,) = output.figure(8, 4.5)
+    figure, (axes,) = output.figure(8, 4.5)
     points = max(1, len(steps) // POINT_STEPS)
     for head in range(heads):
         curve = [part.mean() for part in np.array_split(losses[:, head], points)]
         axes.plot([part.mean() for part in np.array_split(steps, points)], curve, label=f"head {head + 1}")
-    axes.axvline(result["resumed_step"], color="0.4", linewidth=0.8, label="resumed from here")
+    axes.axvline(result["resumed_step"], color="0.4", linewidth=0.8, label="checkpoint of the resumed job")
     axes.axvline(result["killed_step"], color="C3", linewidth=0.8, label="rank killed")
     axes.set(xlabel="optimizer step", ylabel="training loss, nats per token")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    return picture
+    return figure

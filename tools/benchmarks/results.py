@@ -1,9 +1,9 @@
-"""Writes tools/results/README.md from the JSON files beside it, so that no measured number is typed by hand.
+"""Writes tools/results/README.md from the JSON files in its folder, so that no measured number is typed by hand.
 
-    python tools/benchmark.py results
+    %(prog)s
 
-Each file becomes a section with machine, settings, command, tables and picture. A file may hold a "note", added by hand
-after a measurement: what its reader has to know besides the numbers. paper.json has the paper's own numbers.
+Each file becomes a section with machine, settings, command, tables and plot. A file may have a "note" for readers,
+added by hand after the measurement. paper.json has the numbers of the paper.
 """
 
 import importlib
@@ -22,16 +22,18 @@ from megamtp.errors import InputError
 FOLDER = Path(__file__).parents[1] / "results"
 PAPER = "paper"
 SUMMARY = "What four heads cost"
-# card: results of `overhead` on it that together have all sizes
+# card: result files of `overhead` that together have all sizes
 SUMMARIES = {"H100": ("overhead", "overhead_13b"), "H200": ("overhead_h200", "overhead_h200_13b")}
 INTRODUCTION = """\
 # Measurements
 
 <!-- Written by `python tools/benchmark.py results` from the JSON files in this folder: change those, not this file. -->
 
-Each section names the machine, the versions, the date, the settings and the command that measures it again. Times such
-as 100.0 [98.0, 103.0] are the median, the least and the largest. "ours" is megamtp; "plain" is the same model without
-engine and communication; n is the number of heads, T the positions of a window, V the vocabulary, d the width.
+Each section names the machine, the versions, the date, the settings and the command that repeats the measurement.
+Times such as 100.0 [98.0, 103.0] are median, minimum and maximum. "ours" is megamtp. "plain" is a bare single-GPU step
+of the same model, without engine and communication. The hosting overhead of a variant is its n = 1 step time divided by
+that of "plain". n is the number of heads, T the number of positions of a window, V the size of the vocabulary, d the
+width of the model.
 """
 
 
@@ -46,8 +48,15 @@ def main(arguments: list[str]) -> None:
 
 
 def page(folder: Path) -> str:
-    """The Markdown of a folder's results. Raises InputError: a file is not of a benchmark, or of a smoke run."""
+    """Returns the Markdown page of a folder's results.
+
+    Raises:
+        InputError: a file was written by a smoke run, or not by a benchmark.
+    """
     contents = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    for stem, content in contents.items():
+        if content.get("smoke"):
+            raise InputError(f"{stem}.json was written by a smoke run; expected measurements: remove it")
     paper = contents.pop(PAPER)
     stems = {name: [stem for stem in contents if _benchmark(stem, contents[stem]) == name] for name in COMMANDS}
     modules = {name: importlib.import_module(f"benchmarks.{name}") for name in COMMANDS if stems[name]}
@@ -61,19 +70,17 @@ def page(folder: Path) -> str:
 
 
 def _benchmark(stem: str, content: dict) -> str:
-    """The name of the benchmark whose command wrote a file."""
+    """Returns the name of the benchmark that wrote a file. Raises InputError if no benchmark did."""
     words = shlex.split(content["circumstances"]["command"])
     name = words[words.index("tools/benchmark.py") + 1] if "tools/benchmark.py" in words else ""
     if name not in COMMANDS:
         raise InputError(f"{stem}.json: its command is {shlex.join(words)}; expected one of tools/benchmark.py")
-    if "smoke" in content:
-        raise InputError(f"{stem}.json is of a smoke run; expected a measurement: run it without --smoke")
     return name
 
 
 def _summary(contents: dict[str, dict], paper: dict) -> str:
-    """How much longer a step with four heads takes, on each card."""
-    parts = [f"## {SUMMARY}", f"Step time, forward and backward. The paper's: {paper['source']}."]
+    """Returns the section with the step time of four heads divided by that of one head, for each card."""
+    parts = [f"## {SUMMARY}", f"Step time, forward and backward. The numbers of the paper are from {paper['source']}."]
     for card, stems in SUMMARIES.items():
         parts.append(f"### {SUMMARY}: {card}")
         parts += [f"{_link(f'{s}.json')}: {_heading(contents[s])}" for s in stems]
@@ -85,8 +92,8 @@ def _section(folder: Path, stem: str, content: dict, module: ModuleType) -> str:
     parts = [f"### {stem}.json", _heading(content), f"`{content['circumstances']['command']}`"]
     parts += [content["note"]] if "note" in content else []
     parts.append(module.tables(content["results"]))
-    picture = folder / f"{stem}.png"
-    parts += [f"![{stem}]({picture.name})"] if picture.exists() else []
+    plot = folder / f"{stem}.png"
+    parts += [f"![{stem}]({plot.name})"] if plot.exists() else []
     return "\n\n".join(parts)
 
 
@@ -95,15 +102,15 @@ def _heading(content: dict) -> str:
 
 
 def _sentence(module: ModuleType) -> str:
-    """What a benchmark measures: the first paragraph of its module's docstring."""
+    """Returns the first paragraph of a benchmark module's docstring."""
     return " ".join((inspect.getdoc(module) or "").split("\n\n")[0].split())
 
 
 def _link(title: str) -> str:
-    """To a heading of the same page."""
+    """Returns a link to a heading of the same page."""
     return f"[{title}](#{anchor(title)})"
 
 
 def anchor(title: str) -> str:
-    """The name that GitHub gives a heading."""
+    """Returns the anchor that GitHub gives a heading."""
     return re.sub(r"[^a-z0-9 _-]", "", title.lower()).replace(" ", "-")

@@ -1,12 +1,11 @@
-"""What checkpoints cost a training: step time while one is written, how long training stands still, and bandwidth.
+"""Measures the cost of checkpoints: step time while one is written, pauses of the training, and write bandwidth.
 
     %(prog)s --size 1.3b --output results
 
-The training is megamtp.commands.local with random tokens on all GPUs of this machine; what it writes goes to a folder
-in --scratch and is removed. Its metrics tell which steps ran while a checkpoint was written: those between the copy of
-the state and the report that all of it is on disk. Training stands still for the copy, and the first copy also
-page-locks its memory. It stands still again where a checkpoint is not yet on disk when the next one begins, or when the
-training ends.
+megamtp.commands.local trains with random tokens on all GPUs of this machine, in a temporary folder in --scratch. A step
+counts as "while saving" from the copy of the state until the metrics report that the checkpoint is on disk. Training
+pauses for the copy; the first copy also page-locks its memory. Training also pauses if a checkpoint is not on disk when
+the next checkpoint begins or when the training ends.
 """
 
 import argparse
@@ -35,13 +34,19 @@ SMOKE = {
     "tokens": 512,
     "set": [*emulation.TINY, "train.sequence_length=64", "train.precision=fp32"],
 }
-WARM_UP = 2  # steps that do not count: they compile
-MOST_SLOWER = 1.1
+WARM_UP = 2  # steps that are not measured: they compile
+MAX_RATIO = 1.1
 
 
 @dataclass(frozen=True)
 class Step:
-    """Seconds of one step, without those that training stood still for a checkpoint, which are `still`."""
+    """One step.
+
+    Attributes:
+        seconds: without pauses for checkpoints.
+        still: seconds of pauses for checkpoints.
+        saving: a checkpoint was being written.
+    """
 
     number: int
     seconds: float
@@ -54,13 +59,13 @@ def main(arguments: list[str]) -> None:
     parser = output.parser(__doc__, "saving")
     parser.add_argument("--size", default="1.3b", choices=emulation.MICRO_BATCHES)
     parser.add_argument("--heads", type=output.positive, default=4, help="number of heads [4]")
-    parser.add_argument("--steps", type=output.positive, default=40)
-    parser.add_argument("--save-every", type=output.positive, default=12, metavar="STEPS", help="[12]")
-    parser.add_argument("--tokens", type=output.positive, default=65536, help="of a step [65536]")
+    parser.add_argument("--steps", type=output.positive, default=40, help="steps of the training [40]")
     parser.add_argument(
-        "--scratch", type=Path, help="where checkpoints are written for a while [the system's folder for that]"
+        "--save-every", type=output.positive, default=12, metavar="STEPS", help="steps between checkpoints [12]"
     )
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings")
+    parser.add_argument("--tokens", type=output.positive, default=65536, help="tokens per step [65536]")
+    parser.add_argument("--scratch", type=Path, help="temporary folder for the checkpoints [the system's]")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other settings")
     options = output.parse(parser, arguments, SMOKE)
     output.make_folder(options)
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
@@ -73,8 +78,8 @@ def main(arguments: list[str]) -> None:
         [record for record in records if record["kind"] == "checkpoint"],
     )
     if not any(step.saving for step in steps) or all(step.saving for step in steps):
-        found = f"--steps {options.steps} --save-every {options.save_every}"
-        raise InputError(f"{found}: every step or none ran while saving; expected some of both")
+        given = f"--steps {options.steps} --save-every {options.save_every}"
+        raise InputError(f"{given}: every step or none ran while saving; expected some of both")
     settings = {
         "size": options.size,
         "n": options.heads,
@@ -104,7 +109,7 @@ def _settings(options: argparse.Namespace, folder: Path) -> list[str]:
 
 
 def steps_of(records: Iterable[dict], save_every: int) -> list[Step]:
-    """Of a training's metrics, in their order, without those that compile."""
+    """Returns the steps in the metrics of a training, without the first steps, which compile."""
     steps, saving = [], False
     for record in records:
         if record["kind"] == "checkpoint":
@@ -117,7 +122,7 @@ def steps_of(records: Iterable[dict], save_every: int) -> list[Step]:
 
 
 def _medians(steps: list[Step]) -> tuple[float, float]:
-    """(no checkpoint on its way, one on its way)"""
+    """Returns the median seconds of steps (without, with) a checkpoint being written."""
     other, saving = (
         statistics.median(step.seconds for step in steps if step.saving is saving) for saving in (False, True)
     )
@@ -133,29 +138,20 @@ def tables(results: list[dict]) -> str:
 def verdict(steps: list[Step]) -> str:
     other, saving = _medians(steps)
     ratio = saving / other
-    return (
-        f"step while saving / other step: {ratio:.3f} <= {MOST_SLOWER}: {'holds' if ratio <= MOST_SLOWER else 'FAILS'}"
-    )
+    return f"step while saving / other step: {ratio:.3f} <= {MAX_RATIO}: {'holds' if ratio <= MAX_RATIO else 'FAILS'}"
 
 
 def _steps_table(steps: list[Step]) -> str:
     rows = []
-    for name, saving in (("no checkpoint on its way", False), ("while saving", True)):
+    for name, saving in (("not saving", False), ("while saving", True)):
         milliseconds = [1e3 * step.seconds for step in steps if step.saving is saving]
         rows.append([name, str(len(milliseconds)), output.spread(milliseconds)])
-    return output.table(["steps", "number", "ms"], rows)
+    return output.table(["steps", "number of steps", "ms"], rows)
 
 
 def _checkpoints_table(checkpoints: list[dict]) -> str:
     return output.table(
-        [
-            "checkpoint of step",
-            "GB",
-            "written in, s",
-            "GB/s",
-            "training stood still for the copy, s",
-            "for the disk, s",
-        ],
+        ["checkpoint of step", "GB", "write time, s", "GB/s", "pause for the copy, s", "pause for the disk, s"],
         [
             [
                 str(record["step"]),
@@ -171,19 +167,19 @@ def _checkpoints_table(checkpoints: list[dict]) -> str:
 
 
 def _draw(steps: list[Step]) -> Figure:
-    picture, (axes,) = output.figure(8, 4)
-    for label, saving, color in (("no checkpoint on its way", False, "tab:blue"), ("while saving", True, "tab:orange")):
+    figure, (axes,) = output.figure(8, 4)
+    for label, saving, color in (("not saving", False, "tab:blue"), ("while saving", True, "tab:orange")):
         shown = [step for step in steps if step.saving is saving]
         axes.bar([step.number for step in shown], [step.seconds for step in shown], color=color, label=label)
-    stood = [step for step in steps if step.still]
-    bottom = [step.seconds for step in stood]
+    with_pause = [step for step in steps if step.still]
+    bottom = [step.seconds for step in with_pause]
     axes.bar(
-        [step.number for step in stood],
-        [step.still for step in stood],
+        [step.number for step in with_pause],
+        [step.still for step in with_pause],
         bottom=bottom,
         color="tab:red",
-        label="standing still",
+        label="pause",
     )
     axes.set(xlabel="step", ylabel="seconds")
     axes.legend(frameon=False)
-    return picture
+    return figure

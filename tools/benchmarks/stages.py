@@ -1,8 +1,8 @@
-"""A stage of a pipeline on one device, as its engine runs it: the time of its passes, and its peak memory.
+"""Measures one stage of a pipeline on one device: the time of its passes, and its peak memory.
 
-A stage has its weights, the fp32 sums that its gradients go to as soon as they appear, and as many micro-batches
-between forward and backward pass as its schedule asks for. It lacks its peers and its optimizer, which works after the
-last micro-batch.
+The stage runs as in the pipeline engine. It has its weights, the fp32 sums to which gradients are added as soon as they
+are computed, and as many micro-batches in flight as its schedule needs. It has no peers, and no optimizer, which runs
+after the last micro-batch.
 """
 
 import collections
@@ -26,17 +26,17 @@ from megamtp.model.initial import STANDARD_DEVIATION
 from megamtp.planning.partition import Stage
 from megamtp.planning.spread_schedule import PassKind
 
-WARM_UP = 2  # micro-batches whose times do not count: the first ones compile
+WARM_UP = 2  # micro-batches that are not measured: the first ones compile
 
 
 @dataclass
-class Measured:
-    """Of one stage.
+class StageMeasurement:
+    """The measurements of one stage.
 
     Attributes:
-        seconds: median times of a micro-batch's passes; STATISTICS and GRADIENTS of one head's loss.
-        spreads: (least, largest) of each.
-        peak_bytes: by the number of micro-batches between forward and backward; without what does not fit.
+        seconds: median time of each pass of a micro-batch; for STATISTICS and GRADIENTS, of one head's loss.
+        spreads: (minimum, maximum) of each time.
+        peak_bytes: {micro-batches in flight: peak memory}, only for numbers that fit.
     """
 
     seconds: dict[PassKind, float]
@@ -45,14 +45,14 @@ class Measured:
 
 
 class MeasuredStage(StagePart):
-    """A stage whose heads have their losses where they are."""
+    """A stage that computes the losses of its own heads."""
 
-    def __init__(self, config: Config, own: Stage, device: torch.device):
-        super().__init__(config, own, device)
+    def __init__(self, config: Config, stage: Stage, device: torch.device):
+        super().__init__(config, stage, device)
         self.sums = {}
         for name, parameter in self.named_parameters():
             self.sums[name] = torch.zeros_like(parameter, dtype=accumulation_dtype(parameter.dtype))
-            parameter.register_post_accumulate_grad_hook(_Adding(self.sums[name]))
+            parameter.register_post_accumulate_grad_hook(_AddToSum(self.sums[name]))
         model, train = config.model, config.train
         shape = train.micro_batch_size, train.sequence_length
         self.tokens = torch.randint(model.vocab_size, shape, device=device)
@@ -68,56 +68,59 @@ class MeasuredStage(StagePart):
             parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(0.0, STANDARD_DEVIATION)
 
     def receive(self) -> Tensor:
-        """A micro-batch as it comes to this stage."""
+        """Returns the input of a micro-batch: tokens on the first stage, otherwise hidden states."""
         return self.tokens if self.embedding is not None else self.received.clone().requires_grad_()
 
-    def run(self, kind: PassKind, passed: "Passed") -> None:
-        """One pass of a micro-batch."""
+    def run(self, kind: PassKind, state: "MicroBatchState") -> None:
+        """Runs one pass of a micro-batch and stores its results in `state`."""
         if kind == PassKind.FORWARD:
-            passed.output = self(passed.input.clone())  # as DeepSpeed does
+            state.output = self(state.input.clone())  # DeepSpeed copies the input, too
         elif kind == PassKind.BACKWARD:
-            assert passed.output is not None
-            passed.output.backward(self.gradient if passed.output.dim() else None)
+            assert state.output is not None
+            state.output.backward(self.gradient if state.output.dim() else None)
 
     @property
     def kinds(self) -> list[PassKind]:
-        """Of the passes that a micro-batch makes here, in their order."""
+        """The passes of a micro-batch on this stage, in order."""
         return [PassKind.FORWARD, PassKind.BACKWARD]
 
     def num_uses(self, kind: PassKind) -> int:
-        """How often a pass does what is asked for once."""
+        """Returns the number of losses in a pass; its time is divided by this number."""
         return 1
 
 
 class MeasuredSpreadStage(MeasuredStage):
-    """A stage with a slice of the unembedding, for all heads' losses; its own heads are layers whose answer comes
-    later.
+    """A stage that computes the losses of all heads for a slice of the unembedding.
+
+    Its own heads run like layers: their gradients arrive after the losses on all stages.
     """
 
-    def run(self, kind: PassKind, passed: "Passed") -> None:
+    def run(self, kind: PassKind, state: "MicroBatchState") -> None:
         if kind == PassKind.FORWARD:
-            passed.output = self.run_trunk(passed.input.clone())
-            passed.hidden = self.normed_heads(passed.output)
+            state.output = self.run_trunk(state.input.clone())
+            state.hidden = self.normed_head_outputs(state.output)
         elif kind == PassKind.STATISTICS:
-            passed.slices = [self._statistics(index) for index in range(len(self.micro_batch_targets))]
+            state.slices = [self._statistics(index) for index in range(len(self.micro_batch_targets))]
         elif kind == PassKind.GRADIENTS:
-            assert passed.slices is not None
+            assert state.slices is not None
             weight = self.unembedding_weight
             d_weight = torch.zeros_like(weight, dtype=accumulation_dtype(weight.dtype))
-            passed.gradients = [self._gradients(index, *found, d_weight) for index, found in enumerate(passed.slices)]
-            torch.autograd.backward(weight.view_as(weight), d_weight.to(weight.dtype))
-            passed.slices = None
-        else:
-            assert passed.output is not None
-            gradients = (passed.gradients or [self.gradient] * len(passed.hidden))[: len(passed.hidden)]
-            sent = [(passed.output, self.gradient)] if self.stage.end < self.config.num_layers else []
-            sent += [
-                (hidden, gradient.view_as(hidden)) for hidden, gradient in zip(passed.hidden, gradients, strict=True)
+            state.gradients = [
+                self._gradients(index, *head_slice, d_weight) for index, head_slice in enumerate(state.slices)
             ]
-            torch.autograd.backward([output for output, _ in sent], [gradient for _, gradient in sent])
+            torch.autograd.backward(weight.view_as(weight), d_weight.to(weight.dtype))
+            state.slices = None
+        else:
+            assert state.output is not None
+            gradients = (state.gradients or [self.gradient] * len(state.hidden))[: len(state.hidden)]
+            roots = [(state.output, self.gradient)] if self.stage.end < self.config.num_layers else []
+            roots += [
+                (hidden, gradient.view_as(hidden)) for hidden, gradient in zip(state.hidden, gradients, strict=True)
+            ]
+            torch.autograd.backward([output for output, _ in roots], [gradient for _, gradient in roots])
 
     def _statistics(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(hidden states as they come from their stage; logits; statistics) of one head."""
+        """Returns (hidden states as received from the head's stage, logits, statistics) of one head."""
         hidden_ND = self.received.clone().flatten(0, -2)
         targets_N = self.micro_batch_targets[index].flatten()
         return hidden_ND, *self.slice_statistics(hidden_ND, targets_N)
@@ -140,8 +143,8 @@ class MeasuredSpreadStage(MeasuredStage):
 
 
 @dataclass
-class Passed:
-    """What a stage keeps of a micro-batch between its passes."""
+class MicroBatchState:
+    """The tensors of a micro-batch that a stage keeps between its passes."""
 
     input: Tensor
     output: Tensor | None = None
@@ -150,92 +153,96 @@ class Passed:
     gradients: list[Tensor] | None = None
 
 
-class _Adding:
-    """Adds a parameter's gradient to its sum as soon as it is there, as engines/pipeline.py does."""
+class _AddToSum:
+    """Adds the gradient of a parameter to its sum as soon as it is computed, as engines/pipeline.py does."""
 
     def __init__(self, total: Tensor):
         self.total = total
 
     def __call__(self, parameter: Tensor) -> None:
-        if parameter.grad is not None:  # as after the use of the unembedding by a head that is not the stage's last
+        if parameter.grad is not None:  # None if the unembedding still waits for gradients of later heads
             self.total.add_(parameter.grad)
             parameter.grad = None
 
 
-def measure(config: Config, own: Stage, alive: Iterable[int], device: torch.device, micro_batches: int) -> Measured:
-    """Times of `micro_batches` micro-batches one after the other, and the peak for each number of `alive` ones."""
+def measure(
+    config: Config, stage: Stage, in_flight: Iterable[int], device: torch.device, micro_batches: int
+) -> StageMeasurement:
+    """Measures the times of `micro_batches` micro-batches, and the peak for each number of micro-batches in flight."""
     before = _allocated(device)
-    stage = (MeasuredSpreadStage if own.contents.spread else MeasuredStage)(config, own, device)
+    measured_stage = (MeasuredSpreadStage if stage.contents.spread else MeasuredStage)(config, stage, device)
     try:
-        seconds = _times(stage, micro_batches)
-        found = Measured(
+        seconds = _times(measured_stage, micro_batches)
+        measurement = StageMeasurement(
             {kind: statistics.median(times) for kind, times in seconds.items()},
             {kind: (min(times), max(times)) for kind, times in seconds.items()},
         )
-        for count, peak in _peaks(stage, sorted(set(alive))):
-            found.peak_bytes[count] = peak - before
+        for count, peak in _peaks(measured_stage, sorted(set(in_flight))):
+            measurement.peak_bytes[count] = peak - before
     finally:
-        del stage
+        del measured_stage
         release(device)
-    return found
+    return measurement
 
 
 def release(device: torch.device) -> None:
-    """Gives a GPU's freed memory back."""
+    """Returns the cached memory of a GPU to the driver."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
 
 
 def _times(stage: MeasuredStage, micro_batches: int) -> dict[PassKind, list[float]]:
-    """Seconds of each pass. The host does not wait for the device in between, so that launches are hidden as in
-    training.
+    """Returns the seconds of each pass.
+
+    The host does not wait for the device between passes, so the device does not wait for launches, as in training.
     """
-    marks = []
+    all_times = []
     for index in range(WARM_UP + micro_batches):
-        passed = Passed(stage.receive())
-        found = [record_time(stage.device)]
+        state = MicroBatchState(stage.receive())
+        times = [record_time(stage.device)]
         for kind in stage.kinds:
-            stage.run(kind, passed)
-            found.append(record_time(stage.device))
+            stage.run(kind, state)
+            times.append(record_time(stage.device))
         if index == 0 and stage.device.type == "cuda":
-            torch.cuda.synchronize()  # the compiler has worked meanwhile
-        marks.append(found)
-    _check(stage, passed)
+            torch.cuda.synchronize()  # compilation delayed this micro-batch: start the next on an idle device
+        all_times.append(times)
+    _check(stage, state)
     return {
-        kind: [seconds_between(found[place], found[place + 1]) / stage.num_uses(kind) for found in marks[WARM_UP:]]
-        for place, kind in enumerate(stage.kinds)
+        kind: [seconds_between(times[index], times[index + 1]) / stage.num_uses(kind) for times in all_times[WARM_UP:]]
+        for index, kind in enumerate(stage.kinds)
     }
 
 
-def _check(stage: MeasuredStage, passed: Passed) -> None:
-    """Waits for the device. Raises RuntimeError: what was measured computed nonsense."""
-    assert passed.output is not None
+def _check(stage: MeasuredStage, state: MicroBatchState) -> None:
+    """Waits for the device. Raises RuntimeError if a gradient or an output is not finite."""
+    assert state.output is not None
     totals = [total.abs().max() for total in stage.sums.values()]
-    if not torch.isfinite(torch.stack(totals)).all() or not torch.isfinite(passed.output).all():
+    if not torch.isfinite(torch.stack(totals)).all() or not torch.isfinite(state.output).all():
         raise RuntimeError(f"stage {stage.stage.contents}: a gradient or an output is not finite")
 
 
 def _peaks(stage: MeasuredStage, counts: list[int]) -> Iterable[tuple[int, int]]:
-    """(micro-batches alive, peak bytes), upwards, until one does not fit; nothing on a CPU, whose memory is not
-    counted.
+    """Yields (micro-batches in flight, peak bytes) in rising order, until a number does not fit.
+
+    Yields nothing on a CPU, whose memory is not measured.
     """
     if stage.device.type != "cuda":
         return
-    waiting: collections.deque[Passed] = collections.deque()
+    in_flight: collections.deque[MicroBatchState] = collections.deque()
     for count in counts:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         try:
-            while len(waiting) < count:
-                waiting.append(Passed(stage.receive()))
-                stage.run(PassKind.FORWARD, waiting[-1])
-            done = waiting.popleft()
+            while len(in_flight) < count:
+                in_flight.append(MicroBatchState(stage.receive()))
+                stage.run(PassKind.FORWARD, in_flight[-1])
+            oldest = in_flight.popleft()
             for kind in stage.kinds[1:]:
-                stage.run(kind, done)
-            del done
+                stage.run(kind, oldest)
+            del oldest
         except torch.OutOfMemoryError:
-            print(f"{count} micro-batches of {stage.stage.contents} do not fit", flush=True)
+            print(f"{stage.stage.contents}: {count} micro-batches in flight do not fit", flush=True)
             return
         torch.cuda.synchronize()
         yield count, torch.cuda.max_memory_allocated()

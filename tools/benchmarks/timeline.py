@@ -1,4 +1,4 @@
-"""A played schedule as a picture: a row for each stage, a box for each pass, coloured by kind.
+"""Draws a simulated schedule: a row for each stage, a box for each pass, coloured by kind.
 
 Tests: tests/unit/tools/benchmarks/test_pipeline.py.
 """
@@ -14,7 +14,7 @@ COLOURS = {"forward": "#4c78a8", "heads": "#f58518", "losses": "#e45756", "backw
 
 @dataclass(frozen=True)
 class Box:
-    """Seconds in which a stage does what `label` of COLOURS says."""
+    """A pass on a stage, with its start and end in seconds. `label` is a key of COLOURS."""
 
     stage: int
     label: str
@@ -23,18 +23,18 @@ class Box:
 
 
 def draw(axes: Axes, boxes: list[Box], num_stages: int, title: str, end: float) -> None:
-    """Stages from top to bottom, milliseconds from left to right, up to `end` seconds."""
+    """Draws stages from top to bottom and milliseconds from left to right, up to `end` seconds."""
     for label, colour in COLOURS.items():
         for stage in range(num_stages):
-            own = [box for box in boxes if (box.stage, box.label) == (stage, label)]
-            spans = [(box.start * 1e3, (box.end - box.start) * 1e3) for box in own]
+            stage_boxes = [box for box in boxes if (box.stage, box.label) == (stage, label)]
+            spans = [(box.start * 1e3, (box.end - box.start) * 1e3) for box in stage_boxes]
             axes.broken_barh(spans, (stage - 0.4, 0.8), facecolors=colour, edgecolor="white", linewidth=0.25)
     axes.set(xlim=(0, end * 1e3), ylim=(num_stages - 0.45, -0.55), ylabel="stage")
     axes.set_title(title, loc="left", fontsize=10)
     axes.set_yticks(range(num_stages))
 
 
-def legend(picture: Figure, labels: set[str]) -> None:
-    """Of the kinds that occur."""
+def legend(figure: Figure, labels: set[str]) -> None:
+    """Adds a legend with the labels that occur."""
     handles = [Patch(color=colour, label=label) for label, colour in COLOURS.items() if label in labels]
-    picture.legend(handles=handles, frameon=False, ncols=len(handles), loc="outside lower center")
+    figure.legend(handles=handles, frameon=False, ncols=len(handles), loc="outside lower center")

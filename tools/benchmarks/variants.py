@@ -1,4 +1,4 @@
-"""Ways to run forward and backward of one model, measured alike: ours, FSDP2's two, and none at all."""
+"""Runs forward and backward of a model in several ways: with megamtp, with FSDP2, or without an engine."""
 
 import dataclasses
 import gc
@@ -21,14 +21,15 @@ from megamtp.training.loop import freeze_garbage_collector
 
 NAMES = ("plain", "ours", "ours fp8", "fsdp2 one backward", "fsdp2 per head", "deepspeed as shipped")
 LARGE = 2**24  # bytes
-ONE_HEAD = {"ours fp8": "ours", "fsdp2 per head": "fsdp2 one backward"}  # where n = 1 is another variant's
+# the variants whose n = 1 step is that of another variant
+ONE_HEAD = {"ours fp8": "ours", "fsdp2 per head": "fsdp2 one backward"}
 
 
 class Variant:
-    """One way to run a configuration. `step` returns the milliseconds of forward and backward on the device.
+    """A way to run a configuration.
 
     Attributes:
-        micro_batches: of a rank's step, all on the same tokens.
+        micro_batches: number of micro-batches in a step of a rank, all with the same tokens.
     """
 
     def __init__(self, config: Config):
@@ -43,23 +44,24 @@ class Variant:
         self.build()
 
     def build(self) -> None:
-        """Makes the model on the device."""
+        """Builds the model on the device."""
         raise NotImplementedError
 
     def forward_and_backward(self) -> Tensor:
-        """All micro-batches of a step; the last one's loss. Gradients are where the variant leaves them."""
+        """Runs all micro-batches of a step and returns the loss of the last micro-batch."""
         for _ in range(self.micro_batches):
             loss = self.one_micro_batch()
         return loss
 
     def one_micro_batch(self) -> Tensor:
-        """Its loss."""
+        """Runs forward and backward of one micro-batch and returns its loss."""
         raise NotImplementedError
 
     def finish(self) -> None:
-        """What follows a step and is not measured."""
+        """Runs the work after a step that is not measured."""
 
     def step(self) -> float:
+        """Runs a step and returns the milliseconds of forward and backward on the device."""
         start = record_time(self.device)
         loss = self.forward_and_backward()
         end = record_time(self.device)
@@ -70,8 +72,9 @@ class Variant:
         return 1e3 * seconds_between(start, end)
 
     def trace(self, times: int = 3) -> exposure.Trace:
-        """Of `times` profiled steps the one whose head phase, or where none is named the step, has the median
-        exposed share.
+        """Profiles `times` steps and returns the trace with the median exposed share of the head phase.
+
+        If the program does not mark the head phase, the share of the whole step is used.
         """
         traces = []
         for _ in range(times):
@@ -82,7 +85,7 @@ class Variant:
 
 
 def _random_model(config: Config, schedule: str, model_class: type[MTPModel] = MTPModel) -> MTPModel:
-    """A bf16 model on the device, whole; on a GPU with compiled layers."""
+    """Returns an unsharded bf16 model with random weights on the device. On a GPU, its layers are compiled."""
     device = find_device()
     with torch.device("meta"):
         model = model_class(config.model, config.head_loss, schedule, compile_layers=device.type == "cuda")
@@ -94,9 +97,7 @@ def _random_model(config: Config, schedule: str, model_class: type[MTPModel] = M
 
 
 class Plain(Variant):
-    """No engine, no communication: the limit. Gradients are dropped as soon as they are there, since nobody collects
-    them.
-    """
+    """A bare single-GPU step without engine and communication. Gradients are freed as soon as they are computed."""
 
     def build(self) -> None:
         self.model = _random_model(self.config, "sequential")
@@ -110,7 +111,7 @@ class Plain(Variant):
 
 
 class Ours(Variant):
-    """The engine as pretrain builds it."""
+    """megamtp's engine as pretrain builds it."""
 
     def build(self) -> None:
         self.engine = ZeroEngine(self.config)
@@ -123,7 +124,7 @@ class Ours(Variant):
             loss, _ = engine(self.batch.inputs, self.batch.targets, self.scales)
             engine.backward(loss)
             if index < self.micro_batches - 1:
-                engine.step()  # counts the micro-batch; the last one's is the optimizer's
+                engine.step()  # counts the micro-batch; `finish` calls it for the last micro-batch
         return loss
 
     def finish(self) -> None:
@@ -131,7 +132,7 @@ class Ours(Variant):
 
 
 class OursFloat8(Ours):
-    """All heads' losses in fp8. With one head, the bf16 step is what it is compared to."""
+    """Like Ours, with the losses of all heads in fp8. It is compared with the one-head step in bf16."""
 
     def build(self) -> None:
         self.config = dataclasses.replace(
@@ -141,7 +142,7 @@ class OursFloat8(Ours):
 
 
 class Shipped(Ours):
-    """The same heads on DeepSpeed's own gathers and reductions."""
+    """Like Ours, with the gathers and reductions of unmodified DeepSpeed."""
 
     def build(self) -> None:
         engine = dataclasses.replace(self.config.engine, communication="deepspeed")
@@ -150,9 +151,9 @@ class Shipped(Ours):
 
 
 class TrunkFirst(MTPModel):
-    """Its forward pass ends at z, so that the heads can have their own backward passes."""
+    """A model whose forward pass returns z, so that each head can have its own backward pass."""
 
-    def forward(self, inputs_BT: Tensor) -> Tensor:  # type: ignore[override]  # other arguments than MTPModel's, as torch allows
+    def forward(self, inputs_BT: Tensor) -> Tensor:  # type: ignore[override]  # arguments differ from MTPModel's, which torch allows
         return self.z(inputs_BT)
 
 
@@ -165,7 +166,7 @@ def _shard(model: MTPModel) -> None:
 
 
 class FsdpOneBackward(Variant):
-    """FSDP2; the fused losses in the forward pass, then one backward pass through heads and trunk."""
+    """FSDP2 with fused losses in the forward pass and one backward pass through heads and trunk."""
 
     def build(self) -> None:
         self.model = _random_model(self.config, "deferred")
@@ -181,7 +182,7 @@ class FsdpOneBackward(Variant):
 
 
 class FsdpPerHead(FsdpOneBackward):
-    """FSDP2; a backward pass for each head, then one for the trunk: what the paper did."""
+    """FSDP2 with a backward pass for each head and one for the trunk, as in the paper."""
 
     def build(self) -> None:
         self.model = _random_model(self.config, "sequential", TrunkFirst)
@@ -204,10 +205,14 @@ CLASSES = dict(zip(NAMES, (Plain, Ours, OursFloat8, FsdpOneBackward, FsdpPerHead
 
 @dataclasses.dataclass
 class Measurement:
-    """Of one cell: each step's milliseconds, and the bytes that the variant needs at most, those it keeps included.
+    """The measurements of one cell (a variant with a number of heads).
 
     Attributes:
-        allocation_retries: how often memory ran out and was cleared in these steps, which take longer then.
+        milliseconds: of each step.
+        kept_bytes: memory that the variant keeps between steps.
+        peak_bytes: peak memory, including kept_bytes.
+        allocation_retries: number of times that the allocator ran out of memory, freed its cache and tried again.
+            Such steps take longer.
     """
 
     milliseconds: list[float] = dataclasses.field(default_factory=list)
@@ -216,95 +221,96 @@ class Measurement:
     allocation_retries: int = 0
 
 
-WARM_UP = 3  # steps of a new variant: the first ones compile, and record the order of fetches
+WARM_UP = 3  # steps of a new variant: the first steps compile and record the order of fetches
 
 
 def measure(
     makers: Mapping[str, Callable[[], Variant]], rounds: int, steps: int, keep: bool = True
 ) -> dict[str, Measurement]:
-    """`rounds` times over all cells in turn, `steps` measured steps each.
+    """Measures `steps` steps of each cell in each of `rounds` rounds.
 
-    Plain models are made anew in each round, for no two fit beside each other; the sharded ones stay to the end, if
-    `keep`.
+    Args:
+        keep: keep sharded variants in memory to the last round. Plain models are always rebuilt, because two of them
+            do not fit in memory.
     """
     kept: dict[str, Variant] = {}
-    found, all_others = {cell: Measurement() for cell in makers}, set(storages())
+    measurements, initial_storages = {cell: Measurement() for cell in makers}, set(storages())
     for _ in range(rounds):
         for cell, make in makers.items():
-            torch.cuda.empty_cache()  # what one variant's streams keep for themselves, another's lack
-            others, before = set(storages()), torch.cuda.memory_allocated()
-            variant, cell_found = kept.get(cell) or make(), found[cell]
+            torch.cuda.empty_cache()  # memory cached for one variant's streams cannot be used by another's
+            kept_storages, before = set(storages()), torch.cuda.memory_allocated()
+            variant, measurement = kept.get(cell) or make(), measurements[cell]
             for _ in range(1 if cell in kept else WARM_UP):
                 variant.step()
             if cell not in kept:
-                cell_found.kept_bytes = torch.cuda.memory_allocated() - before
-            resting = torch.cuda.memory_allocated()
-            if torch.cuda.is_available():  # a CPU's memory is not counted
+                measurement.kept_bytes = torch.cuda.memory_allocated() - before
+            before_steps = torch.cuda.memory_allocated()
+            if torch.cuda.is_available():  # the memory of a CPU is not measured
                 torch.cuda.reset_peak_memory_stats()
             dist.barrier()
             retries = _allocation_retries()
-            freeze_garbage_collector()  # as training does
+            freeze_garbage_collector()  # training does this, too
             milliseconds = [variant.step() for _ in range(steps)]
             gc.unfreeze()
             output.say(f"{cell}: {output.spread(milliseconds)} ms")
-            cell_found.allocation_retries += _allocation_retries() - retries
-            cell_found.milliseconds += milliseconds
-            peak = torch.cuda.max_memory_allocated() - resting + cell_found.kept_bytes
-            cell_found.peak_bytes = max(cell_found.peak_bytes, peak)
+            measurement.allocation_retries += _allocation_retries() - retries
+            measurement.milliseconds += milliseconds
+            peak = torch.cuda.max_memory_allocated() - before_steps + measurement.kept_bytes
+            measurement.peak_bytes = max(measurement.peak_bytes, peak)
             if keep and not isinstance(variant, Plain):
                 kept[cell] = variant
             else:
                 del variant
-                free(others)
-    free(all_others)
-    return found
+                free(kept_storages)
+    free(initial_storages)
+    return measurements
 
 
 def _allocation_retries() -> int:
-    return torch.cuda.memory_stats().get("num_alloc_retries", 0)  # nothing is counted on a CPU
+    return torch.cuda.memory_stats().get("num_alloc_retries", 0)  # empty on a CPU
 
 
 def traces(makers: Mapping[str, Callable[[], Variant]]) -> dict[str, exposure.Trace]:
-    """Of each cell, made anew. Nothing that is measured may follow: once it has run, the profiler slows every later
-    launch. Nothing on a CPU, which has no streams to trace.
+    """Returns a trace of each cell, which is rebuilt for it. Returns no traces on a CPU, which has no streams.
+
+    Call it after all measurements: once the profiler has run, it slows every later launch.
 
     Source: pytorch/pytorch issue 144455 (CUPTI stays attached).
     """
-    found: dict[str, exposure.Trace] = {}
+    traces: dict[str, exposure.Trace] = {}
     if not torch.cuda.is_available():
-        return found
+        return traces
     for cell, make in makers.items():
-        others, variant = set(storages()), make()
+        kept_storages, variant = set(storages()), make()
         for _ in range(WARM_UP):
             variant.step()
-        found[cell] = variant.trace()
+        traces[cell] = variant.trace()
         del variant
-        free(others)
-    return found
+        free(kept_storages)
+    return traces
 
 
-def free(others: Container[int]) -> None:
-    """Takes the device's memory away from all large tensors that nobody needs any more, which is all but `others`
-    (addresses).
+def free(kept: Container[int]) -> None:
+    """Frees the device memory of all large tensors, except those at the addresses in `kept`.
 
-    DeepSpeed's engines are never collected: their hooks and they hold each other in ways that the collector cannot see.
-    What is small may be in somebody's cache.
+    Deleting a variant is not enough: DeepSpeed's engines are never collected, because of reference cycles with their
+    hooks that the garbage collector cannot see. Small tensors stay, because a cache may use them.
     """
     gc.collect()
     for pointer, storage in storages().items():
-        if pointer not in others and storage.nbytes() >= LARGE and storage.resizable():
+        if pointer not in kept and storage.nbytes() >= LARGE and storage.resizable():
             storage.resize_(0)
     torch.cuda.empty_cache()
 
 
 def storages() -> dict[int, torch.UntypedStorage]:
-    """The memory of all tensors on the device, by its address."""
-    found = {}
+    """Returns the storages of all tensors on the device, by address."""
+    by_address = {}
     for tensor in gc.get_objects():
         if type(tensor) in (Tensor, nn.Parameter) and tensor.is_cuda:
             storage = tensor.untyped_storage()
             try:
-                found[storage.data_ptr()] = storage
-            except RuntimeError:  # torch.compile's stand-in for a tensor, which has no memory
+                by_address[storage.data_ptr()] = storage
+            except RuntimeError:  # a fake tensor of torch.compile, without memory
                 continue
-    return found
+    return by_address

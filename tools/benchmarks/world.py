@@ -1,10 +1,10 @@
-"""Step time, forward and backward, against the number of ranks of the emulated cluster: what sharding costs the host.
+"""Measures the step time for several numbers of ranks of the emulated cluster: the host's cost of sharding.
 
     %(prog)s --output results
 
-A process is a rank of one cluster only, so each number of ranks has a process of its own, in which the variants take
-turns; rounds go through the numbers upwards and downwards by turns. DeepSpeed as shipped takes part at few numbers: it
-needs seconds a step.
+A process can be a rank of only one cluster, so each number of ranks is measured in a new process, which measures every
+variant. Rounds go through the numbers of ranks in rising and falling order alternately. Unmodified DeepSpeed
+("deepspeed as shipped") is measured for few numbers of ranks, because its steps take seconds.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from megamtp.errors import InputError
 
 SHIPPED = "deepspeed as shipped"
 SMOKE = emulation.SMOKE | {"size": "0.3b", "world_sizes": [2, 4], "shipped_at": [2], "rounds": 1}
-WorldJob = tuple[Config, list[str]]  # of one number of ranks, and the variants to measure there
+WorldJob = tuple[Config, list[str]]  # the configuration for a number of ranks, and the variants to measure
 
 
 def main(arguments: list[str]) -> None:
@@ -37,19 +37,28 @@ def main(arguments: list[str]) -> None:
         type=output.positive,
         default=[8, 16, 32, 64, 128, 256, 512, 1024],
         metavar="RANKS",
-        help="ranks emulated, the first being what the others are divided by [8 16 32 64 128 256 512 1024]",
+        help="numbers of emulated ranks; step times are divided by that of the first [8 16 ... 1024]",
     )
     parser.add_argument(
-        "--variants", nargs="+", default=["ours", "fsdp2 one backward", SHIPPED], choices=variants.NAMES
+        "--variants",
+        nargs="+",
+        default=["ours", "fsdp2 one backward", SHIPPED],
+        choices=variants.NAMES,
+        help=f"[ours, fsdp2 one backward, {SHIPPED}]",
     )
     parser.add_argument(
-        "--shipped-at", nargs="*", type=int, default=[8, 512], metavar="RANKS", help=f"where {SHIPPED} runs [8 512]"
+        "--shipped-at",
+        nargs="*",
+        type=int,
+        default=[8, 512],
+        metavar="RANKS",
+        help=f"numbers of ranks at which {SHIPPED} is measured [8 512]",
     )
-    parser.add_argument("--rounds", type=output.positive, default=2, help="turns of each number of ranks [2]")
+    parser.add_argument("--rounds", type=output.positive, default=2, help="rounds over all numbers of ranks [2]")
     options = output.parse(parser, arguments, SMOKE)
-    if (launched := emulation.num_ranks(1)) > 1:
+    if (num_launched_ranks := emulation.num_ranks(1)) > 1:
         raise InputError(
-            f"under a launcher of {launched} ranks; expected one process: the numbers of ranks are emulated"
+            f"under a launcher of {num_launched_ranks} ranks; expected one process: the numbers of ranks are emulated"
         )
     jobs = []
     for world_size in options.world_sizes:
@@ -71,39 +80,41 @@ def main(arguments: list[str]) -> None:
 
 
 def _measure(jobs: list[WorldJob], options: argparse.Namespace) -> list[dict]:
-    """The milliseconds of each variant's steps at each number of ranks, all rounds together."""
-    found: dict[tuple[int | None, str], list[float]] = {
+    """Returns the milliseconds of the steps of each variant at each number of ranks, over all rounds."""
+    milliseconds_of: dict[tuple[int | None, str], list[float]] = {
         (config.cluster.emulate, name): [] for config, names in jobs for name in names
     }
-    upwards_and_downwards = [job for turn in range(options.rounds) for job in jobs[:: -1 if turn % 2 else 1]]
-    for config, steps in _in_turn(upwards_and_downwards, options.steps):
+    jobs_of_all_rounds = [job for index in range(options.rounds) for job in jobs[:: -1 if index % 2 else 1]]
+    for config, steps in _run_jobs(jobs_of_all_rounds, options.steps):
         for name, milliseconds in steps.items():
-            found[config.cluster.emulate, name] += milliseconds
-    return [{"ranks": ranks, "variant": name, "milliseconds": steps} for (ranks, name), steps in found.items()]
+            milliseconds_of[config.cluster.emulate, name] += milliseconds
+    return [
+        {"ranks": ranks, "variant": name, "milliseconds": steps} for (ranks, name), steps in milliseconds_of.items()
+    ]
 
 
-def _in_turn(jobs: list[WorldJob], num_steps: int) -> Iterator[tuple[Config, dict[str, list[float]]]]:
-    """Each job in a process of its own, which gets ready while the one before it measures."""
-    waiting = Fresh(_steps, *jobs[0], num_steps)
-    for place, (config, _) in enumerate(jobs, start=1):
-        running = waiting
-        if place < len(jobs):
-            waiting = Fresh(_steps, *jobs[place], num_steps)
+def _run_jobs(jobs: list[WorldJob], num_steps: int) -> Iterator[tuple[Config, dict[str, list[float]]]]:
+    """Runs each job in a new process, which starts while the previous job measures."""
+    next_process = Fresh(_steps, *jobs[0], num_steps)
+    for index, (config, _) in enumerate(jobs, start=1):
+        process = next_process
+        if index < len(jobs):
+            next_process = Fresh(_steps, *jobs[index], num_steps)
         start = time.perf_counter()
-        yield config, running.result()
+        yield config, process.result()
         print(f"{config.cluster.emulate} ranks: {time.perf_counter() - start:.0f} s in all", flush=True)
 
 
 def _steps(config: Config, names: list[str], num_steps: int) -> dict[str, list[float]]:
-    """Milliseconds of each variant's steps, as a rank of the configuration's cluster."""
+    """Returns the milliseconds of the steps of each variant, measured as a rank of the configured cluster."""
     emulation.join(config)
     makers = {name: partial(variants.CLASSES[name], config) for name in names}
-    found = variants.measure(makers, rounds=1, steps=num_steps)
-    return {name: measured.milliseconds for name, measured in found.items()}
+    measurements = variants.measure(makers, rounds=1, steps=num_steps)
+    return {name: measurement.milliseconds for name, measurement in measurements.items()}
 
 
 def _by_variant(results: list[dict]) -> dict[str, dict[int, list[float]]]:
-    """{variant: {ranks: milliseconds}}."""
+    """Returns {variant: {ranks: milliseconds}}."""
     return {
         name: {result["ranks"]: result["milliseconds"] for result in results if result["variant"] == name}
         for name in dict.fromkeys(result["variant"] for result in results)
@@ -111,7 +122,7 @@ def _by_variant(results: list[dict]) -> dict[str, dict[int, list[float]]]:
 
 
 def _over_first(steps: dict[int, list[float]]) -> dict[int, float]:
-    """Each median over that of the first number of ranks that was measured."""
+    """Returns each median divided by the median at the first measured number of ranks."""
     medians = {ranks: statistics.median(milliseconds) for ranks, milliseconds in steps.items()}
     first = next(iter(medians.values()))
     return {ranks: median / first for ranks, median in medians.items()}
@@ -120,7 +131,7 @@ def _over_first(steps: dict[int, list[float]]) -> dict[int, float]:
 def tables(results: list[dict]) -> str:
     columns = [(name, steps, _over_first(steps)) for name, steps in _by_variant(results).items()]
     header = ["ranks"] + [
-        cell for name, steps, _ in columns for cell in (f"{name}, ms", f"over {next(iter(steps))} ranks")
+        cell for name, steps, _ in columns for cell in (f"{name}, ms", f"step / step at {next(iter(steps))} ranks")
     ]
     rows = []
     for ranks in dict.fromkeys(result["ranks"] for result in results):
@@ -133,13 +144,13 @@ def tables(results: list[dict]) -> str:
 
 
 def _draw(results: list[dict], size: str) -> Figure:
-    picture, (axes,) = output.figure(8, 4.5)
-    for place, (name, steps) in enumerate(_by_variant(results).items()):
+    figure, (axes,) = output.figure(8, 4.5)
+    for index, (name, steps) in enumerate(_by_variant(results).items()):
         ratios = _over_first(steps)
         last, ratio = list(ratios.items())[-1]
         label = f"{name}: {ratio:.3f} at {last} ranks"
         axes.plot(
-            list(ratios.keys()), list(ratios.values()), marker="o", markersize=4, label=label, zorder=3 - 0.1 * place
+            list(ratios.keys()), list(ratios.values()), marker="o", markersize=4, label=label, zorder=3 - 0.1 * index
         )
     ranks = sorted({result["ranks"] for result in results})
     axes.set_xscale("log", base=2)
@@ -147,9 +158,11 @@ def _draw(results: list[dict], size: str) -> Figure:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set(
-        xlabel="ranks", ylabel=f"step / step at {results[0]['ranks']} ranks", title=f"{size}, forward and backward"
+        xlabel="ranks",
+        ylabel=f"step time / step time at {results[0]['ranks']} ranks",
+        title=f"{size}, forward and backward",
     )
     axes.set_ylim(0.0, 1.1 * axes.dataLim.y1)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    return picture
+    return figure

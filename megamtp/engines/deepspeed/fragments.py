@@ -1,8 +1,8 @@
 """This rank's fp32 master weights and optimizer state, by parameter name, for every DeepSpeed optimizer.
 
-Each DeepSpeed optimizer concatenates parts of the parameters into flat fp32 tensors: ZeRO-3 has one tensor per
-sub-group, the others have one per parameter group. Here every part gets its parameter's name back, so that a checkpoint
-does not depend on the optimizer that wrote it. Checked against DeepSpeed 0.19.
+Each DeepSpeed optimizer concatenates pieces of the parameters into flat fp32 tensors: ZeRO-3 has one tensor per
+sub-group, the others have one per parameter group. This module finds the parameter's name for every piece, so that a
+checkpoint does not depend on the optimizer that wrote it. Checked against DeepSpeed 0.19.
 
 Source: deepspeed/runtime/zero/stage3.py, stage_1_and_2.py; deepspeed/runtime/bf16_optimizer.py;
 deepspeed/utils/tensor_fragment.py.
@@ -106,10 +106,11 @@ class MasterState:
                 yield Fragment(name, start, self._views(flat_weights[sub_group], offset, size), is_copy=False)
 
     def _zero1_fragments(self, model: nn.Module) -> Iterator[Fragment]:
+        # also for BF16_Optimizer, which shards like ZeRO-1
         parameters, flat_weights = dict(model.named_parameters()), self._flat_weights()
         for name, parameter in zip(parameters, unsharded(parameters.values()), strict=True):
             mapping = parameter._hp_mapping
-            if mapping:  # None if other ranks have the whole parameter
+            if mapping:  # None if this rank has no element of the parameter
                 address, flat = mapping.hp_fragment_address, flat_weights[mapping.param_group_index]
                 views = self._views(flat, address.start, address.numel)
                 is_copy = getattr(parameter, "ds_pipe_replicated", False)

@@ -2,7 +2,7 @@
 
 DeepSpeed itself assembles every fetched parameter from one piece per rank, in Python loops over all ranks, and makes
 the CPU wait for earlier fetches. Here the CPU's work does not depend on the number of ranks, nothing is copied, and
-only streams wait.
+only streams wait, never the CPU.
 
 grouped_communication.py connects this to the model. Source of the replaced code:
 deepspeed/runtime/zero/partitioned_param_coordinator.py, partition_parameters.py.
@@ -87,12 +87,12 @@ class Buffer:
 
 
 class Unit:
-    """A module whose parameters are gathered together, and whose gradients are reduced together.
+    """The communication state of one module: its parameters are gathered, and its gradients are reduced, together.
 
     Attributes:
         parameters: all parameters, in DeepSpeed's order.
-        gathered: the parameters that are whole only while the module runs.
-        persistent: the parameters that stay whole until the end of the step.
+        gathered: the parameters that are available in full only while the module runs.
+        persistent: the parameters that stay available in full until the end of the step.
         shard_sizes: number of elements in a shard of each parameter, with padding.
         padding: number of padding elements in all shards of each parameter.
         buffer: memory of the gathered weights, from the start of their gather until their release.
@@ -138,25 +138,25 @@ class WeightGatherer:
         self._orders: dict[bool, list[Unit]] = {True: [], False: []}  # in training, in evaluation
         self._is_complete = {True: False, False: False}
         self._training, self._position = True, 0
-        self._another_follows = False  # whether another micro-batch with the same weights follows
-        self._shape_only: list[Unit] = []
+        self._another_micro_batch_follows = False  # whether another micro-batch with the same weights follows
+        self._shape_only: list[Unit] = []  # units whose weights have shapes but no memory
         self._empty = torch.empty(0, dtype=units[0].parameters[0].dtype, device=streams.device)
 
-    def start_forward(self, training: bool, another_follows: bool) -> None:
-        """Called at the start of a forward pass. The recorded order of the previous pass is complete.
+    def start_forward(self, training: bool, another_micro_batch_follows: bool) -> None:
+        """Starts a forward pass: completes the order that the previous pass recorded, and releases outdated weights.
 
         Args:
-            another_follows: whether another micro-batch of the same step follows this one.
+            another_micro_batch_follows: whether another micro-batch of the same step follows this one.
         """
         self._is_complete[self._training] = bool(self._orders[self._training])
-        if not (self._another_follows and training):
+        if not (self._another_micro_batch_follows and training):
             self.release_all()
             self._streams.wait_for_compute(self._streams.gather)  # the optimizer may have changed the shards
-        self._training, self._position, self._another_follows = training, 0, another_follows
+        self._training, self._position, self._another_micro_batch_follows = training, 0, another_micro_batch_follows
 
     def end_backward(self) -> None:
         """Called at the end of a backward pass. Releases weights that are not prefetched for the next micro-batch."""
-        if not (self._another_follows and self.is_complete_trace()):
+        if not (self._another_micro_batch_follows and self.is_complete_trace()):
             self.release_all()
 
     def is_complete_trace(self) -> bool:
@@ -175,7 +175,7 @@ class WeightGatherer:
             self._start_gather(following)
 
     def set_shapes(self, unit: Unit) -> None:
-        """Gives weights their shapes without memory, for a backward pass that reads no weights, such as a lookup's.
+        """Gives weights their shapes without memory, for a backward pass that reads no weights, like the embedding's.
 
         Autograd only compares the shapes of weight and gradient.
         """
@@ -190,7 +190,7 @@ class WeightGatherer:
     def release(self, unit: Unit) -> None:
         """Releases the unit's weights, unless they are pinned or the unit is one of the next two in the order.
 
-        Two, because after the first layer's backward pass the embedding and the first layer run next.
+        The next two, because after the first layer's backward pass the embedding and the first layer run next.
         """
         if not (self.is_complete_trace() and unit in itertools.islice(self._upcoming(), 2)):
             self._release(unit)
@@ -206,8 +206,8 @@ class WeightGatherer:
             self._release(unit)
 
     def release_all(self, pinned: bool = False) -> None:
-        """Releases all weights; with `pinned`, also pinned ones."""
-        self._another_follows = False
+        """Releases all weights; with `pinned`, also pinned weights."""
+        self._another_micro_batch_follows = False
         for unit in self._units:
             if pinned:
                 unit.num_pins = 0
@@ -233,7 +233,7 @@ class WeightGatherer:
         """Yields the units in the rest of the order, and then those of the next micro-batch if there is one."""
         order = self._orders[self._training]
         yield from itertools.islice(order, self._position, None)
-        if self._another_follows:
+        if self._another_micro_batch_follows:
             yield from order
 
     def _units_to_prefetch(self, current: Unit) -> list[Unit]:
@@ -260,7 +260,8 @@ class WeightGatherer:
                 weights = [shard.view(shape) for shard, shape in zip(shards, unit.shapes, strict=True)]
                 unit.buffer = Buffer(shards, weights)
                 for shard in shards if offloaded else ():
-                    self._streams.mark_used_by_compute(shard)  # or later copies could get its memory too early
+                    # Otherwise the allocator could give its memory to later copies too early.
+                    self._streams.mark_used_by_compute(shard)
             else:
                 unit.buffer = self._take_buffer(unit, shards)
                 self._streams.wait_event(unit.buffer.last_use, self._streams.gather)
@@ -277,8 +278,8 @@ class WeightGatherer:
         """Starts one collective for all parameters, or one per parameter on gloo.
 
         torch's gloo backend stores the name of its latest work in a string that two threads share without a lock. A
-        name of more than 15 characters is allocated on the heap and then freed twice: ALLGATHER_COALESCED crashes
-        sooner or later.
+        name of more than 15 characters is allocated on the heap and then freed twice, so ALLGATHER_COALESCED can
+        crash.
         """
         if self._coalesces:
             return [self._group.allgather_into_tensor_coalesced(outputs, shards)]

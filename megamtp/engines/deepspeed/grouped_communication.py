@@ -1,8 +1,8 @@
 """Grouped communication: one collective per module for ZeRO-3's weights, and one for its gradients.
 
-The CPU's work for a module does not depend on the number of ranks. DeepSpeed keeps its shards, optimizer, clipping,
-loss scale, offloading and checkpoints. Its module and gradient hooks, parameter coordinator and buckets are replaced;
-`remove` restores them.
+The CPU's work for a module does not depend on the number of ranks. DeepSpeed's shards, optimizer, clipping, loss
+scale, offloading and checkpoints stay in use. This module replaces DeepSpeed's module and gradient hooks, parameter
+coordinator and buckets. `remove` restores them.
 
 Tests: tests/distributed/test_gather.py, tests/gpu/test_emulated.py.
 """
@@ -20,7 +20,10 @@ from megamtp.engines.deepspeed.reduction import DeviceOrderedStream, GradientRed
 
 
 class Coordinator:
-    """The methods of the parameter coordinator that DeepSpeed still calls without its hooks: they release weights."""
+    """Replaces DeepSpeed's parameter coordinator.
+
+    It has only the methods that DeepSpeed still calls when its hooks are removed: they release weights.
+    """
 
     hierarchy = 0  # nesting depth of DeepSpeed's log messages; DeepSpeed sets it
 
@@ -120,7 +123,8 @@ class GroupedCommunication:
 
     def _start_forward(self, model: nn.Module, arguments: tuple) -> None:
         self.gatherer.start_forward(
-            model.training, another_follows=model.training and not self._engine.is_gradient_accumulation_boundary()
+            model.training,
+            another_micro_batch_follows=model.training and not self._engine.is_gradient_accumulation_boundary(),
         )
 
     def _end_backward(self) -> None:

@@ -1,4 +1,4 @@
-"""Builds a model for DeepSpeed: device, construction in shards, deepspeed.initialize.
+"""Builds a model in an engine of DeepSpeed, and controls that engine: learning rate, skipped gradients.
 
 Tests: tests/distributed/test_initial_weights.py, tests/distributed/test_training.py.
 """
@@ -45,7 +45,7 @@ def set_learning_rate(engine: DeepSpeedEngine, lr: float) -> None:
 
 
 def sharded_construction(settings: dict[str, Any]) -> contextlib.AbstractContextManager:
-    """Returns a context in which modules are built in shards: no rank ever holds more than one whole parameter.
+    """Returns a context that builds modules in shards: no rank ever holds more than one full parameter.
 
     zero.Init gets only the settings: its dtype argument would turn fp32 into bf16 on CPUs.
     """
@@ -58,7 +58,7 @@ def gather_as_one_module(model: nn.Module, classes: Iterable[type[nn.Module]]) -
 
 
 def gathered_for_update(parameters: list[nn.Parameter], owner: int) -> contextlib.AbstractContextManager:
-    """Returns a context in which sharded parameters are whole. All ranks get the values of rank `owner`. Collective."""
+    """Returns a context in which parameters are available in full. All ranks get the values of `owner`. Collective."""
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=owner)
 
 

@@ -40,7 +40,8 @@ def join_peers(place: Place, cluster: ClusterConfig) -> None:
     try:
         store = None if cluster.emulate else _store(place)
         if store:
-            device = torch.device("cuda", place.local_rank) if backend == "nccl" else None  # as DeepSpeed does
+            # DeepSpeed passes the same device_id.
+            device = torch.device("cuda", place.local_rank) if backend == "nccl" else None
             dist.init_process_group(
                 backend, store=store, rank=place.rank, world_size=place.world_size, device_id=device
             )
@@ -58,7 +59,7 @@ def join_peers(place: Place, cluster: ClusterConfig) -> None:
 def _store(place: Place) -> dist.Store | None:
     """Returns the store for the ranks' addresses, or None for DeepSpeed's store at MASTER_ADDR and MASTER_PORT."""
     if place.world_size == 1:
-        return dist.HashStore()  # in this process: works if the address is in use, or belongs to another host
+        return dist.HashStore()  # works even if the address is in use, or belongs to another host
     num_restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT") or "0"
     if num_restarts == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None

@@ -61,7 +61,7 @@ class FragmentAddress(Protocol):
 
 
 class FragmentMapping(Protocol):
-    """The location of this rank's part of a parameter. Source: deepspeed/utils/tensor_fragment.py, tensor_fragment."""
+    """The location of this rank's piece of a parameter. Source: deepspeed/utils/tensor_fragment.py, tensor_fragment."""
 
     lp_fragment_address: FragmentAddress  # in the flattened parameter
     hp_fragment_address: FragmentAddress  # in the flat fp32 weights of a parameter group
@@ -73,9 +73,10 @@ class UnshardedParameter(TrainedParameter, Protocol):
 
     # set by megamtp; True excludes a copy from the gradient norm. Source: deepspeed/runtime/utils.py
     ds_pipe_replicated: bool
-    # None if no part is on this rank. Source: deepspeed/utils/mixed_precision_linkage.py
+    # None if no piece is on this rank. Source: deepspeed/utils/mixed_precision_linkage.py
     _hp_mapping: FragmentMapping | None
-    _hp_grad: Tensor  # BF16_Optimizer's fp32 sum of gradients. Source: deepspeed/runtime/bf16_optimizer.py
+    # BF16_Optimizer's fp32 sum of gradients. Source: deepspeed/runtime/bf16_optimizer.py
+    _hp_grad: Tensor
 
 
 class CommonOptimizer(Protocol):
@@ -311,12 +312,12 @@ class StageModule(Protocol):
     parts: list[int]  # the first layers of all stages, and the end
     _grid: StageGrid
 
-    # sets `parts` and the bounds of this stage; overridden by PipelineStage
+    # sets `parts` and the bounds of this stage; overridden by DeepSpeedStageModule
     def _partition_layers(self, method: str) -> None: ...
 
     def _set_bounds(self, start: int, stop: int) -> None: ...  # this stage has the layers start, ..., stop - 1
 
-    def _build(self) -> None: ...  # builds this stage's layers; overridden by PipelineStage
+    def _build(self) -> None: ...  # builds this stage's layers; overridden by DeepSpeedStageModule
 
 
 def trained(parameters: Iterable[nn.Parameter]) -> list[TrainedParameter]:
@@ -345,5 +346,5 @@ def is_bf16(optimizer: DeepSpeedOptimizer) -> "TypeIs[Bf16Optimizer]":
 
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """Returns the shape of the whole parameter if ZeRO-3 holds a shard of it, or a pipeline stage some rows."""
-    return tuple(getattr(parameter, "ds_shape", getattr(parameter, "whole_shape", parameter.shape)))
+    """Returns the shape of the full parameter, also if this rank holds only a shard or some rows of it."""
+    return tuple(getattr(parameter, "ds_shape", getattr(parameter, "full_shape", parameter.shape)))

@@ -32,15 +32,15 @@ from megamtp.planning.spread import SpreadPartition
 from megamtp.planning.spread_schedule import StagePass
 
 
-class PipelineStage(PipelineModule):
+class DeepSpeedStageModule(PipelineModule):
     """This rank's StagePart as a DeepSpeed module. DeepSpeed calls `forward` for each micro-batch.
 
     The constructor is collective. Parameters have the same names as in the part.
 
     Attributes:
         part: the StagePart.
-        unembedding_group: all ranks with a copy of the unembedding. None if only one stage has it, or this stage has
-            none.
+        unembedding_group: all ranks with a copy of the unembedding. None if this stage has no copy, or is the only
+            stage with a copy.
     """
 
     part: StagePart
@@ -69,13 +69,13 @@ class PipelineStage(PipelineModule):
         ]
 
     def _partition_layers(self, method: str) -> None:
-        """Overrides PipelineModule's, to use our partition. Source: deepspeed/runtime/pipe/module.py."""
+        """Overrides PipelineModule's method, to use our partition. Source: deepspeed/runtime/pipe/module.py."""
         this_stage = self.partition.stages[self._grid.get_stage_id()]
         self.parts = [0, *(stage.end for stage in self.partition.stages)]
         self._set_bounds(this_stage.first, this_stage.end)
 
     def _build(self) -> None:
-        """Overrides PipelineModule's. Adds the part's modules to this module, under the same names."""
+        """Overrides PipelineModule's method. Adds the part's modules to this module, under the same names."""
         with raised_by_all():
             part = stage_part(self.config, self.partition, self._grid.get_stage_id(), self.device)
         object.__setattr__(self, "part", part)  # not as a submodule, which would prefix the parameters' names
@@ -106,9 +106,11 @@ def accumulate_gradients_in_place(engine: DeepSpeedPipelineEngine) -> None:
 def _add_gradient(
     optimizer: Bf16Optimizer, parameter: UnshardedParameter, group: int, index: int, clear_lp_grads: bool
 ) -> None:
-    """Adds a micro-batch's gradient to its fp32 sum. Moves 10 bytes per parameter; DeepSpeed's own function moves 18.
+    """Adds a micro-batch's gradient to its fp32 sum.
 
-    The result has the same bits. Source: deepspeed/runtime/bf16_optimizer.py, _update_hp_grad.
+    Reads and writes 10 bytes per parameter. DeepSpeed's own function reads and writes 18, with the same result.
+
+    Source: deepspeed/runtime/bf16_optimizer.py, _update_hp_grad.
     """
     if parameter.grad is None:
         return
@@ -144,7 +146,7 @@ def train_micro_batches(engine: DeepSpeedPipelineEngine, micro_batches: list[Bat
 
 
 def evaluate_micro_batches(engine: DeepSpeedPipelineEngine, micro_batches: list[Batch]) -> None:
-    """Runs only forward passes. The stages keep their losses."""
+    """Runs only forward passes. The losses stay in each stage's nll_sums."""
     engine.eval_batch(
         _inputs(micro_batches),
         compute_loss=False,
@@ -201,7 +203,8 @@ def replace_schedules(
 
     def run_pass(engine: DeepSpeedPipelineEngine, stage_pass: StagePass) -> None:
         if engine.is_last_stage():
-            engine.total_loss = torch.zeros((), device=engine.device)  # DeepSpeed reports it; ours are in nll_sums
+            # DeepSpeed reports total_loss; our losses are in nll_sums.
+            engine.total_loss = torch.zeros((), device=engine.device)
         engine._running_engine_backward = True  # DeepSpeed sets it during its own backward passes
         try:
             run(stage_pass)

@@ -19,18 +19,19 @@ from torch import Tensor, nn
 from megamtp.engines.deepspeed.gather import Streams, Unit
 from megamtp.engines.deepspeed.members import ShardedParameter, Zero3Optimizer
 
-MAX_IN_FLIGHT = 2  # units whose reduction may be unfinished: the GPU, not the CPU, waits for older ones
+MAX_IN_FLIGHT = 2  # reductions that may be unfinished; the compute stream waits for older reductions
 
 
 class GradientReducer:
     """Sums a unit's gradients over the ranks once all of them are complete, and adds this rank's shard to the sums.
 
-    The sums over micro-batches are DeepSpeed's.
+    The sums over micro-batches are DeepSpeed's own tensors.
 
     Attributes:
-        averages: whether gradients are divided by the number of ranks. Not for a power of two: that division is exact
-            anywhere, so the factor of the loss includes it (see ZeroEngine.train_batch). Otherwise gradients are
-            divided before the sum, as in DeepSpeed: a division after the sum would round differently.
+        averages: whether gradients are divided by the number of ranks. It is false if that number is a power of two:
+            the division is then exact wherever it is done, so the factor of the loss includes it (see
+            ZeroEngine.train_batch). Otherwise gradients are divided before the sum, as in DeepSpeed: a division after
+            the sum would round differently.
     """
 
     def __init__(self, units: list[Unit], optimizer: Zero3Optimizer, group: dist.ProcessGroup, streams: Streams):
@@ -80,7 +81,7 @@ class GradientReducer:
             parameter.grad = None
         self._streams.wait_for_compute(self._streams.reduce)
         with self._streams.on(self._streams.reduce):
-            padded = [self._pad(gradient, missing) for gradient, missing in zip(gradients, unit.padding, strict=True)]
+            padded = [self._pad(gradient, padding) for gradient, padding in zip(gradients, unit.padding, strict=True)]
             if self.averages:
                 torch._foreach_div_(padded, self._world_size)
             shards = torch.empty(sum(unit.shard_sizes), dtype=self._dtype, device=self._streams.device).split(

@@ -88,7 +88,7 @@ def _load_rank_state(
 def _open_own_shard(
     checkpoint: Path, master: MasterState, rank: int, tensor_kinds: tuple[str, ...]
 ) -> dict[str, ShardedTensors] | None:
-    """Returns the tensors in this rank's shard file, by kind, or None if this rank needs others as well.
+    """Returns the tensors in this rank's shard file, by kind, or None if it also needs other files.
 
     A job with the same partition as the previous job needs no other file.
     """

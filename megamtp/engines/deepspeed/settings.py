@@ -4,7 +4,7 @@ from typing import Any
 
 from megamtp.config import Config
 from megamtp.errors import InputError
-from megamtp.model.cost import head_parameters, layer_parameters, unembedding_parameters
+from megamtp.model.cost import num_head_parameters, num_layer_parameters, num_unembedding_parameters
 
 # Sections of engine.deepspeed. None of their settings changes the training, except for those in REFUSED.
 ALLOWED = (
@@ -100,7 +100,8 @@ def deepspeed_config(config: Config, data_parallel_size: int) -> dict[str, Any]:
 def _bf16_settings(config: Config) -> dict[str, Any]:
     settings: dict[str, Any] = {"enabled": config.train.precision == "bf16"}
     if config.engine.kind == "pipeline":
-        # Every gradient is added to its fp32 sum at once, so that a pipeline does not need (d) of head_phase.py.
+        # Every gradient is added to its fp32 sum at once, so that a pipeline does not need correction (d) of
+        # head_hooks.py.
         settings["immediate_grad_update"] = True
     return settings
 
@@ -119,8 +120,8 @@ def _zero_settings(config: Config) -> dict[str, Any]:
     if engine.offload_optimizer:
         settings["offload_optimizer"] = {"device": "cpu"}
     if engine.kind == "zero3":
-        layer, unembedding = layer_parameters(model), unembedding_parameters(model)
-        head = max(head_parameters(model, index) for index in range(model.num_future_tokens))
+        layer, unembedding = num_layer_parameters(model), num_unembedding_parameters(model)
+        head = max(num_head_parameters(model, index) for index in range(model.num_future_tokens))
         settings |= {
             # Prefetch one layer: head i + 1 is gathered while head i computes.
             "stage3_prefetch_bucket_size": max(layer, head),

@@ -95,7 +95,8 @@ def test_model_with_more_rows_than_the_tokenizer_has_pieces(model, tmp_path, mon
         assert exported_tokenizer.decode([*ids, 400, 499]) == tokenizer.decode([*ids, 400, 499]) == "def main("
         logits = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")(torch.tensor([ids])).logits
         torch.testing.assert_close(logits, model.logits(torch.tensor([ids]))[0], rtol=0, atol=1e-4)
-        assert [note for note in formats.read(tmp_path / "exported").notes if "400 pieces, the model 500 rows" in note]
+        notes = formats.read(tmp_path / "exported").notes
+        assert [note for note in notes if "400 pieces, but the model has 500 rows" in note]
 
 
 def test_prompt_can_be_piped_in(run_directory, monkeypatch, capsys):

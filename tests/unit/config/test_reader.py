@@ -540,7 +540,7 @@ def test_paper_configurations(size, n):
     model = config.model
     assert (model.dim, model.num_layers, model.num_attention_heads) == WIDTHS[size]
     assert (model.num_future_tokens, model.vocab_size, config.train.sequence_length) == (n, 32000, 4096)
-    assert cost.parameters(model) == pytest.approx(PARAMETERS[size], rel=2e-4)
+    assert cost.num_parameters(model) == pytest.approx(PARAMETERS[size], rel=2e-4)
     assert config.num_micro_batches(64) >= 1
 
 

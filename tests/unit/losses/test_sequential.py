@@ -3,7 +3,7 @@
 import torch
 
 from megamtp.losses.linear_cross_entropy import SharedGradient
-from megamtp.losses.sequential import HeadPhase, IntermediateStageHeads, SequentialHeadLoss
+from megamtp.losses.sequential import HeadHooks, IntermediateStageHeads, SequentialHeadLoss
 
 # In bf16, numbers from 256 to 512 are even: 256 + 1 + 1 + ... stays 256. The exact sum, 264, is representable.
 CONTRIBUTIONS = [256.0] + 8 * [1.0]
@@ -16,7 +16,7 @@ def test_dz_is_summed_in_fp32():
         loss = (z_head.float() * CONTRIBUTIONS[index]).sum()
         return loss, loss.detach()
 
-    loss, nll_sums = SequentialHeadLoss.apply(z, head_loss, len(CONTRIBUTIONS), HeadPhase())
+    loss, nll_sums = SequentialHeadLoss.apply(z, head_loss, len(CONTRIBUTIONS), HeadHooks())
     loss.backward()
     assert torch.equal(z.grad, torch.full_like(z, 264.0))
     assert nll_sums.shape == (len(CONTRIBUTIONS),)
@@ -41,7 +41,7 @@ def test_parameter_gradients_exist_after_forward_and_dz_after_backward():
         loss = ((index + 1) * weight * z_head).sum()
         return loss, loss.detach()
 
-    loss, _ = SequentialHeadLoss.apply(z, head_loss, 2, HeadPhase())
+    loss, _ = SequentialHeadLoss.apply(z, head_loss, 2, HeadHooks())
     assert torch.equal(weight.grad, 3 * z.detach())
     assert z.grad is None
     (loss * 10).backward()
@@ -56,7 +56,7 @@ def test_heads_of_an_intermediate_stage_add_their_dz_to_that_of_later_stages():
         loss = ((index + 1) * weight * z_head).sum()
         return loss, loss.detach()
 
-    forwarded_z, nll_sums = IntermediateStageHeads.apply(z, head_loss, 2, HeadPhase())
+    forwarded_z, nll_sums = IntermediateStageHeads.apply(z, head_loss, 2, HeadHooks())
     assert torch.equal(weight.grad, 3 * z.detach())
     assert torch.equal(forwarded_z, z)
     assert nll_sums.tolist() == [3.0, 6.0]

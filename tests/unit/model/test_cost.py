@@ -5,10 +5,10 @@ import pytest
 from megamtp.model.cost import (
     flops_per_token,
     layer_cost,
-    layer_parameters,
-    parameters,
+    num_layer_parameters,
+    num_parameters,
+    num_unembedding_parameters,
     peak_flops,
-    unembedding_parameters,
 )
 from megamtp.model.mtp import MTPModel
 from tests.models import model_config
@@ -19,8 +19,8 @@ from tests.models import model_config
 )
 def test_cost_counts_all_parameters(config):
     model = MTPModel(config)
-    assert sum(parameter.numel() for parameter in model.parameters()) == parameters(config)
-    assert sum(parameter.numel() for parameter in model.heads[0].parameters()) == layer_parameters(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == num_parameters(config)
+    assert sum(parameter.numel() for parameter in model.heads[0].parameters()) == num_layer_parameters(config)
     assert len(model.trunk) + len(model.heads) == config.num_layers
 
 
@@ -46,4 +46,4 @@ def test_flops_are_three_times_those_of_the_forward_products():
 
 
 def test_the_unembedding_counts_the_final_norm():
-    assert unembedding_parameters(model_config()) == 50 * 32 + 32
+    assert num_unembedding_parameters(model_config()) == 50 * 32 + 32

@@ -51,7 +51,7 @@ def test_parts_run_in_order_equal_the_model(cut):
     for part in parts:
         x = part.run_trunk(received[-1])
         if part.extent.heads:
-            x, sums = part.losses(x, targets, SCALES)
+            x, sums = part.run_heads(x, targets, SCALES)
             part_nll_sums.append(sums)
         results.append(x)
         received.append(x.detach().requires_grad_())
@@ -83,7 +83,7 @@ def test_slices_of_the_unembedding_equal_the_whole():
     ]
     heads = initialised(ModelPart(MODEL, Extent(range(0), range(3), range(0))).double())
     assert heads.unembedding.weight is None and all(part.unembedding.norm is None for part in slices)
-    (hidden, *_) = heads.normed_heads(z)
+    (hidden, *_) = heads.normed_head_outputs(z)
     targets = torch.full((16,), IGNORED)
     logits = [part.slice_statistics(hidden.flatten(0, 1), targets)[0] for part in slices]
     torch.testing.assert_close(torch.cat(logits, dim=1), model.logits(inputs)[0].flatten(0, 1))

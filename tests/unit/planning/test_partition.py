@@ -7,7 +7,7 @@ import pytest
 
 from megamtp.config import Config
 from megamtp.errors import InputError
-from megamtp.model.cost import flops_per_token, parameters
+from megamtp.model.cost import flops_per_token, num_parameters
 from megamtp.planning.partition import Partition, enough_micro_batches, make_stage, whole_loss_partition
 from megamtp.planning.pass_costs import flop_costs
 from tests.cases import paper_config, small_config
@@ -119,7 +119,7 @@ def test_stage_layers_determine_the_partition_and_stages_add_up():
     weights = sum(stage.memory_bytes["weights"] for stage in partition.stages)
     # Two stages have heads, so there are two copies of the unembedding.
     copy = (config.model.vocab_size + 1) * config.model.dim
-    assert weights == 4 * (parameters(config.model) + copy)
+    assert weights == 4 * (num_parameters(config.model) + copy)
 
 
 def test_later_stages_have_fewer_micro_batches_in_flight():

@@ -7,7 +7,7 @@ import statistics
 import pytest
 
 from megamtp.errors import InputError
-from megamtp.model.cost import flops_per_token, parameters
+from megamtp.model.cost import flops_per_token, num_parameters
 from megamtp.planning.planner import GPUS, nearest_fitting, plan
 from megamtp.planning.spread import best_partition
 from tests.cases import ROOT, pipeline_config, published_config
@@ -64,7 +64,7 @@ def test_more_ranks_have_smaller_shards_and_fewer_micro_batches():
 
 def test_checkpoint_has_12_bytes_per_parameter_from_all_ranks():
     predicted = plan(published_config("6.7b", 4), 64, GPUS["h100"])
-    assert predicted.checkpoint_bytes == 12 * parameters(published_config("6.7b", 4).model)
+    assert predicted.checkpoint_bytes == 12 * num_parameters(published_config("6.7b", 4).model)
     assert 64 * sum(predicted.host_memory.values()) == pytest.approx(predicted.checkpoint_bytes)
     assert predicted.host_memory["copy for the checkpoint"] == predicted.memory["optimizer"]
 
@@ -121,7 +121,7 @@ def test_stages_of_a_pipeline_add_up():
     assert few.num_micro_batches == 8 * many.num_micro_batches
     assert sum(many.host_memory.values()) == max(stage.memory_bytes["optimizer"] for stage in many.partition.stages)
     weights = sum(stage.memory_bytes["weights"] for stage in many.partition.stages)
-    assert weights == 2 * parameters(pipeline_config("13b", 8).model)  # only the last stage has heads: one copy
+    assert weights == 2 * num_parameters(pipeline_config("13b", 8).model)  # only the last stage has heads: one copy
     assert many.compute_seconds * 8 == pytest.approx(few.compute_seconds)
     assert 0.1 * many.step_seconds < many.exposed_seconds < 0.3 * many.step_seconds
 

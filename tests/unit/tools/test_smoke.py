@@ -1,9 +1,13 @@
 """Every benchmark's main() with --smoke on a CPU; those that need a GPU are in tests/gpu/test_benchmarks.py."""
 
+import argparse
+import contextlib
+import io
 import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -15,70 +19,75 @@ from megamtp.cluster.ports import reserve_port
 from megamtp.errors import InputError
 from tests.gpu.test_benchmarks import ONLY_ON_A_GPU
 from tests.ranks import run_ranks
-from tests.smoke import check
+from tests.smoke import INPUTS, check
 
-ON_ONE_RANK = ["overhead", "world", "prediction", "loss", "pipeline", "prepare", "data"]
-ON_ONE_RANK += ["saving", "recovery", "learning"]
 ON_TWO_RANKS = ["links", "real_pipeline"]
-READ_FILES = ["quickstart", "results"]  # and measure nothing
+ON_A_CPU = ["overhead", "world", "prediction", "loss", "pipeline", "prepare", "data", "saving", "recovery", "learning"]
+ON_A_CPU += [*ON_TWO_RANKS, "quickstart"]
+MEASURES_NOTHING = ["results"]
 WITH_SCRATCH = ["data", "saving"]  # write to a folder that they remove
 
 without_a_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu/test_benchmarks.py runs it on the GPU")
 
 
 def test_every_benchmark_has_one_smoke_test():
-    assert sorted([*ON_ONE_RANK, *ON_TWO_RANKS, *ONLY_ON_A_GPU, *READ_FILES]) == sorted(command.COMMANDS)
+    assert sorted([*ON_A_CPU, *ONLY_ON_A_GPU, *MEASURES_NOTHING]) == sorted(command.COMMANDS)
 
 
-@pytest.fixture
-def smoke(tmp_path, monkeypatch, call_command):
-    """smoke(name) runs a benchmark on one rank, in this process, and checks what it wrote to tmp_path.
+def _main(arguments: list[str], port: int | None = None) -> str:
+    """What tools/benchmark.py prints; `port`: on one of several ranks, which meet there."""
+    if port:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    sys.argv = ["benchmark.py", *arguments]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        command.main()
+    return printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory) -> Iterator[Callable[[str], tuple[Path, str]]]:
+    """smoke(name) -> (folder of a benchmark's files, what it printed); each benchmark runs once, in this process.
 
     Processes that it starts with multiprocessing are forked from the server of tests/ranks.py: a new process would
     import torch and DeepSpeed, which takes longer than a smoke run.
     """
-    monkeypatch.setattr(processes, "SPAWN", get_context("forkserver"))
-    monkeypatch.setenv("MEGAMTP_RANKS", "1")
+    done: dict[str, tuple[Path, str]] = {}
 
-    def run(name: str) -> None:
-        scratch = tmp_path / "scratch"
-        scratch.mkdir()
-        further = ["--scratch", scratch] if name in WITH_SCRATCH else []
-        status, shown, errors = call_command(command, name, "--smoke", "--output", tmp_path, *further)
-        assert status == 0, errors
-        assert "A smoke run: these numbers mean nothing." in shown
-        assert not any(scratch.iterdir())
-        check(name, tmp_path)
+    def run(name: str) -> tuple[Path, str]:
+        if name not in done:
+            folder, scratch = tmp_path_factory.mktemp(name), tmp_path_factory.mktemp("scratch")
+            arguments = [name, "--smoke", "--output", str(folder)]
+            arguments += ["--scratch", str(scratch)] if name in WITH_SCRATCH else []
+            if name in INPUTS:
+                option, other, path = INPUTS[name]
+                arguments += [option, str(run(other)[0] / path)]
+            if name in ON_TWO_RANKS:
+                printed = "".join(run_ranks(_main, 2, arguments, reserve_port(), backend="none"))
+            else:
+                printed = _main(arguments)
+            assert not any(scratch.iterdir())
+            done[name] = folder, printed
+        return done[name]
 
-    return run
-
-
-def _rank(arguments: list[str], port: int) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    sys.argv = ["benchmark.py", *arguments]
-    command.main()
-
-
-@without_a_gpu
-@pytest.mark.parametrize("name", ON_ONE_RANK)
-def test_on_one_rank(name, smoke):
-    smoke(name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "SPAWN", get_context("forkserver"))
+        patch.setattr(sys, "argv", sys.argv)
+        patch.setenv("MEGAMTP_RANKS", "1")
+        yield run
 
 
 @without_a_gpu
-@pytest.mark.parametrize("name", ON_TWO_RANKS)
-def test_on_two_ranks(name, smoke, tmp_path):
-    arguments = [name, "--smoke", "--output", str(tmp_path)]
-    if name == "real_pipeline":
-        smoke("pipeline")
-        arguments += ["--predicted", str(tmp_path / "pipeline.json")]
-    run_ranks(_rank, 2, arguments, reserve_port(), backend="none")
-    check(name, tmp_path)
-    if name == "real_pipeline":
-        predicted, compared = (
-            json.loads((tmp_path / f"{file}.json").read_text())["results"] for file in ("pipeline", name)
-        )
-        assert [r["planned_step"] for r in compared] == [r["step_seconds"] for r in predicted]
+@pytest.mark.parametrize("name", ON_A_CPU)
+def test_on_a_cpu(name, smoke):
+    check(name, *smoke(name))
+
+
+@without_a_gpu
+def test_real_ranks_are_compared_with_the_prediction(smoke):
+    predicted, compared = (
+        json.loads((smoke(name)[0] / f"{name}.json").read_text())["results"] for name in ("pipeline", "real_pipeline")
+    )
+    assert [result["planned_step"] for result in compared] == [result["step_seconds"] for result in predicted]
 
 
 @without_a_gpu
@@ -88,14 +97,14 @@ def test_the_others_ask_for_a_gpu(name, tmp_path, call_command):
     assert (status, errors) == (2, "megamtp: error: no GPU; expected one: benchmarks measure a GPU's time\n")
 
 
-def invented_options(*arguments: str):
+def invented_options(*arguments: str) -> argparse.Namespace:
     parser = output.parser("", "invented")
     parser.add_argument("--size", type=int, default=10)
     parser.add_argument("--data", type=Path, required=True)
     return output.parse(parser, list(arguments), {"size": 1, "data": Path("corpus")})
 
 
-def test_smoke_replaces_defaults_and_nothing_else(tmp_path, monkeypatch):
+def test_smoke_replaces_defaults_and_nothing_else(tmp_path):
     given = invented_options("--data", "mine")
     assert (given.smoke, given.size, given.data, given.output) == (False, 10, Path("mine"), Path("results"))
     small = invented_options("--smoke", "--output", str(tmp_path))

@@ -20,7 +20,8 @@ def test_a_launchers_ranks_are_real(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())  # rank 0 writes
     for module, arguments in ((world, []), (overhead, ["--sizes", "0.3b", "--cold"]), (overhead, [])):
         with pytest.raises(
-            InputError, match=r"under a launcher of 4 ranks; expected one (process: |size, or one process$)"
+            InputError,
+            match=r"under a launcher of 4 ranks; expected one (process: |size and no --cold, or one process$)",
         ):
             module.main(arguments)
 

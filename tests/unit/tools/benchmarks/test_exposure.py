@@ -3,7 +3,7 @@
 import pytest
 from benchmarks.exposure import Exposure, Kernel, read, subtract, union
 
-from megamtp.engines.deepspeed.head_phase import HEAD_PHASE_RANGE
+from megamtp.engines.deepspeed.head_hooks import HEADS_PROFILER_RANGE
 
 COMPUTE, GATHER, SCATTER = 7, 20, 21
 
@@ -57,7 +57,7 @@ def test_hidden_exposed_and_idle_times():
 
 def test_a_part_counts_only_what_lies_in_it():
     """The head phase is 8-18 of that step, and on the device it is one range for each stream."""
-    ranges = [Kernel(HEAD_PHASE_RANGE, COMPUTE, 9, 18), Kernel(HEAD_PHASE_RANGE, GATHER, 8, 12)]
+    ranges = [Kernel(HEADS_PROFILER_RANGE, COMPUTE, 9, 18), Kernel(HEADS_PROFILER_RANGE, GATHER, 8, 12)]
     trace = read([computing(0, 10), computing(14, 20), *emulated(4, 12), *ranges])
     assert trace.parts == {"step": [(0, 20)], "heads": [(8, 18)], "trunk": [(0, 8), (18, 20)]}
     assert trace.exposure("heads") == Exposure(
@@ -73,7 +73,7 @@ def test_every_micro_batch_has_a_head_phase():
     """Exposed of the transfer 7-17 are 10-14 and a piece in the second head phase, 16-18, too short to count as
     long.
     """
-    ranges = [Kernel(HEAD_PHASE_RANGE, COMPUTE, start, start + 2) for start in (6, 16)]
+    ranges = [Kernel(HEADS_PROFILER_RANGE, COMPUTE, start, start + 2) for start in (6, 16)]
     trace = read([computing(0, 10), computing(14, 16.6), computing(17, 20), *emulated(7, 17), *ranges])
     assert trace.parts["heads"] == [(6, 8), (16, 18)]
     assert trace.parts["trunk"] == [(0, 6), (8, 16), (18, 20)]

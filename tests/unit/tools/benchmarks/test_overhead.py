@@ -34,7 +34,7 @@ def test_overhead_shows_ratios_and_first_steps(tmp_path):
     ]
     header, plain, ours, per_head = rows(overhead.tables(results))
     assert header[-1] == "first step, s"
-    assert plain[2:6] == ["600.0 [599.0, 602.0]", "633.0 [632.0, 635.0], 3 times without memory", "1.055", "1.054"]
+    assert plain[2:6] == ["600.0 [599.0, 602.0]", "633.0 [632.0, 635.0], 3 allocation retries", "1.055", "1.054"]
     assert ours[4:] == ["1.040", "1.054", "1.033", "565", "1.000 of 32.0 GiB", "1.50%", "30.0, 31.5"]
     assert (per_head[2], per_head[4], per_head[-2:]) == ("-", "-", ["-", "-"])
     assert len({len(header), len(plain), len(ours), len(per_head)}) == 1

@@ -1,4 +1,4 @@
-"""The pipeline benchmark's verdicts on invented times, and a size that does not fit."""
+"""Verdicts of the pipeline benchmark on invented times, and a size that does not fit."""
 
 import argparse
 import json
@@ -11,20 +11,20 @@ from megamtp.errors import InputError
 from tests.unit.tools.benchmarks.test_plans import InventedMeter
 
 
-def test_a_size_that_does_not_fit_is_named_and_others_are_measured(tmp_path, monkeypatch, capsys):
-    def measure(config, stage, alive, device, micro_batches):
+def test_an_error_names_the_size_that_does_not_fit_and_other_sizes_are_measured(tmp_path, monkeypatch, capsys):
+    def measure(config, stage, in_flight, device, micro_batches):
         if config.model.num_attention_heads == 40:  # 13B
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return InventedMeter(device, 1).measure(config, stage, alive)
+        return InventedMeter(device, 1).measure(config, stage, in_flight)
 
-    class Here:
+    class InThisProcess:
         def __init__(self, function, *arguments):
             self.call = lambda: function(*arguments)
 
         def result(self):
             return self.call()
 
-    monkeypatch.setattr(pipeline, "Fresh", Here)
+    monkeypatch.setattr(pipeline, "Fresh", InThisProcess)
     monkeypatch.setattr(stages, "measure", measure)
     arguments = ["--smoke", "--set", "--stages", "4", "--output", str(tmp_path)]  # --set alone: models of full size
     pipeline.main([*arguments, "--sizes", "13b", "6.7b"])
@@ -37,7 +37,7 @@ def test_a_size_that_does_not_fit_is_named_and_others_are_measured(tmp_path, mon
         pipeline.main([*arguments, "--sizes", "13b"])
 
 
-def test_verdicts_name_what_holds_and_what_fails():
+def test_verdicts_hold_and_fail():
     def result(plan: str, heads: int, step: float, slowest: float, peak: int | None) -> dict:
         return {
             "size": "6.7b",
@@ -63,12 +63,12 @@ def test_verdicts_name_what_holds_and_what_fails():
     verdict, memory = pipeline._verdicts(results).splitlines()
     assert verdict == (
         "- 6.7b, V=32000, 8 stages, n=4, spread losses: slowest / mean 1.040 <= 1.05: holds; n=4 / n=1 1.060 <= FLOP "
-        "ratio 1.050 + 0.02: holds; memory off by 11.0% at most: FAILS"
+        "ratio 1.050 + 0.02: holds; largest memory error 11.0%: FAILS"
     )
-    assert memory == "- memory, measured over planned, 5 stages of all plans: 0.980 to 1.110, median 1.040"
+    assert memory == "- memory, measured / planned, 5 stages of all plans: 0.980 to 1.110, median 1.040"
 
 
-def test_options_are_the_issues():
+def test_options_set_the_configuration():
     parsed = argparse.Namespace(
         sequence_length=4096, micro_batches=32, pipelines=8, vocabularies=[32000], stages=[8], heads=[4], set=[]
     )

@@ -33,7 +33,7 @@ def test_losses_of_a_finished_run(tmp_path, capsys):
     quickstart.main(["--run", str(tmp_path / "run"), "--output", str(tmp_path / "results")])
     shown = capsys.readouterr().out
     assert "| validation loss | 4.250 | 4.500 | 5.000 | 5.125 |" in shown
-    assert "| below the unigram entropy, 6.000 | 1.750 | 1.500 | 1.000 | 0.875 |" in shown
+    assert "| unigram entropy (6.000) minus validation loss | 1.750 | 1.500 | 1.000 | 0.875 |" in shown
     written = json.loads((tmp_path / "results/quickstart.json").read_text())
     assert written["settings"]["steps"] == 2
     assert [result["training"] for result in written["results"]] == [5.5, 5.6, 5.7, 5.8]

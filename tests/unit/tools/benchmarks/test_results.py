@@ -1,4 +1,4 @@
-"""The page of all measurements: the committed one is what the committed JSON files make."""
+"""tools/results/README.md is up to date with the JSON files, and its links work."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ def committed() -> str:
     return results.page(results.FOLDER)
 
 
-def test_writing_the_page_again_changes_nothing(committed):
+def test_the_committed_page_is_up_to_date(committed):
     assert (results.FOLDER / "README.md").read_text() == committed
 
 
@@ -29,15 +29,15 @@ def test_every_file_of_the_folder_is_on_the_page(committed):
     assert all(name.endswith((".json", ".png")) or name == "README.md" for name in names)
 
 
-def test_every_link_of_the_page_leads_to_a_heading(committed):
+def test_every_link_on_the_page_leads_to_a_heading(committed):
     anchors = [results.anchor(line.lstrip("# ")) for line in committed.splitlines() if line.startswith("#")]
     links = [part.split(")")[0] for part in committed.split("](#")[1:]]
     assert len(links) > 40 and set(links) <= set(anchors)
     assert len(anchors) == len(set(anchors))
 
 
-def test_a_section_has_all_that_its_file_says(tmp_path):
-    """A changed number and a note appear; without a picture none is shown."""
+def test_a_section_shows_the_content_of_its_file(tmp_path):
+    """Changed numbers and a note appear. There is no plot if its file is missing."""
     for path in results.FOLDER.glob("*.json"):
         shutil.copy(path, tmp_path)
     content = json.loads((tmp_path / "world.json").read_text()) | {"note": "On a hot day."}
@@ -53,7 +53,7 @@ def test_a_section_has_all_that_its_file_says(tmp_path):
 
 
 @pytest.mark.parametrize("command", ["python tools/benchmark.py worlds", "bash launch/test.sh"])
-def test_a_file_that_no_benchmark_wrote_is_named(command, tmp_path):
+def test_a_file_that_no_benchmark_wrote_is_refused(command, tmp_path):
     shutil.copy(results.FOLDER / "paper.json", tmp_path)
     (tmp_path / "mine.json").write_text(json.dumps({"circumstances": {"command": command}}))
     with pytest.raises(InputError, match=f"mine.json: its command is {command}; expected one of tools/benchmark.py"):
@@ -61,10 +61,8 @@ def test_a_file_that_no_benchmark_wrote_is_named(command, tmp_path):
 
 
 def test_a_smoke_run_is_refused(tmp_path):
-    content = json.loads((results.FOLDER / "world.json").read_text())
     shutil.copy(results.FOLDER / "paper.json", tmp_path)
+    content = json.loads((results.FOLDER / "world.json").read_text())
     (tmp_path / "world.json").write_text(json.dumps(content | {"smoke": True}))
-    with pytest.raises(
-        InputError, match=r"world.json is of a smoke run; expected a measurement: run it without --smoke"
-    ):
+    with pytest.raises(InputError, match=r"^world.json was written by a smoke run; expected measurements: remove it$"):
         results.page(tmp_path)

@@ -1,4 +1,4 @@
-"""Step time against the number of ranks, on invented times."""
+"""Step times at several numbers of ranks, on invented times."""
 
 from benchmarks import output, world
 
@@ -7,15 +7,17 @@ from tests.measurements import rows
 MEASURED = {"ours": 150.0, "fsdp2 one backward": 190.0, "deepspeed as shipped": 250.0}
 
 
-def test_world_goes_up_and_down_and_divides_by_the_first(tmp_path, monkeypatch, capsys):
-    """A step as long as it was given, and longer by the number of times that its process was made."""
-    made = []
+def test_rounds_alternate_their_order_and_ratios_are_to_the_first_number_of_ranks(tmp_path, monkeypatch, capsys):
+    """Each later process takes 1 ms longer, so the order of the rounds shows in the times."""
+    ranks_of_processes = []
 
     class Invented:
         def __init__(self, function, config, names, num_steps):
-            made.append(config.cluster.emulate)
+            ranks_of_processes.append(config.cluster.emulate)
             slower = {"deepspeed as shipped": config.cluster.emulate / 8}
-            self.answer = {name: [MEASURED[name] * slower.get(name, 1.0) + len(made)] * num_steps for name in names}
+            self.answer = {
+                name: [MEASURED[name] * slower.get(name, 1.0) + len(ranks_of_processes)] * num_steps for name in names
+            }
 
         def result(self):
             return self.answer
@@ -23,9 +25,9 @@ def test_world_goes_up_and_down_and_divides_by_the_first(tmp_path, monkeypatch, 
     monkeypatch.setattr(world, "Fresh", Invented)
     monkeypatch.setattr(output, "start", lambda options: None)
     world.main(["--world-sizes", "8", "64", "512", "--output", str(tmp_path), "--steps", "3"])
-    assert made == [8, 64, 512, 512, 64, 8]
+    assert ranks_of_processes == [8, 64, 512, 512, 64, 8]
     header, *found = rows(capsys.readouterr().out)
-    assert header[1:3] == ["ours, ms", "over 8 ranks"]
+    assert header[1:3] == ["ours, ms", "step / step at 8 ranks"]
     assert [row[0] for row in found] == ["8", "64", "512"]
     assert [row[1] for row in found] == ["153.5 [151.0, 156.0]", "153.5 [152.0, 155.0]", "153.5 [153.0, 154.0]"]
     assert [row[2] for row in found] == ["1.000"] * 3

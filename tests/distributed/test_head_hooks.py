@@ -1,4 +1,4 @@
-"""The corrections (a) to (e) of head_phase.py, the number of gathers and reductions, and the trace of evaluations."""
+"""The corrections (a) to (e) of head_hooks.py, the number of gathers and reductions, and the trace of evaluations."""
 
 from collections import Counter
 

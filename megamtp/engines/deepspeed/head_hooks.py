@@ -1,16 +1,19 @@
 """Corrects DeepSpeed's gradients while heads run forward and backward passes inside the trunk's forward pass.
 
 DeepSpeed assumes that a forward pass computes no gradients. Sequential heads (losses/sequential.py) break that
-assumption in five places. Without these corrections gradients are wrong, often silently:
+assumption: their backward passes run inside the forward pass. The outer backward pass, `loss.backward()`, then only
+runs the trunk's backward pass. Without five corrections gradients are wrong, often silently. DeepSpeed would
 
-    (a) The heads' backward passes start from the gradient with which the outer backward pass will start.
-    (b) Every head adds to the unembedding's gradient: it is reduced only after the last head.
-    (c) The optimizer learns before the forward pass, not at the outer backward pass, whether the micro-batch is the
-        last one of its step. This is in zero.py.
-    (d) BF16_Optimizer adds the heads' gradients to its fp32 sums before the outer backward pass sets them to zero.
-    (e) After an interrupted step, the heads' gradients that wait for their reduction are discarded.
+    (a) scale the loss only for the outer backward pass. The heads' backward passes start from the same scaled gradient.
+    (b) reduce the unembedding's gradient before every head has added to it. We mark it as ready only for the last head.
+    (c) set whether the micro-batch is the last of its step at the outer backward pass, which is too late for the heads'
+        reductions. zero.py sets it before the forward pass.
+    (d) set the heads' bf16 gradients to zero at the outer backward pass. We add them to BF16_Optimizer's fp32 sums
+        before that.
+    (e) keep the heads' gradients that wait for their reduction if a step is interrupted, and add them to the next step.
+        We discard them.
 
-Tests: tests/distributed/test_head_phase.py.
+Tests: tests/distributed/test_head_hooks.py.
 """
 
 import contextlib
@@ -31,15 +34,16 @@ from megamtp.engines.deepspeed.members import (
     sharded,
     trained,
 )
-from megamtp.losses.sequential import HeadPhase
+from megamtp.losses.sequential import HeadHooks
 from megamtp.model.mtp import MTPModel
 
-HEAD_PHASE_RANGE = "megamtp heads"  # name of the heads' range in profiler traces
-PIN = -1  # pins a parameter as an entry in its set of active modules; the ids of modules are 0 or larger
+HEADS_PROFILER_RANGE = "megamtp heads"
+# A module id that no module has. DeepSpeed does not release a parameter while its set of active modules contains an id.
+PIN = -1
 
 
-class ZeroHeadPhase(HeadPhase):
-    """The HeadPhase under ZeRO-1 and ZeRO-3.
+class ZeroHeadHooks(HeadHooks):
+    """The HeadHooks under ZeRO-1 and ZeRO-3.
 
     Args:
         communication: None if DeepSpeed's own coordinator and buckets move weights and gradients.
@@ -56,19 +60,19 @@ class ZeroHeadPhase(HeadPhase):
         optimizer = self.engine.optimizer
         if is_bf16(optimizer):
             optimizer.clear_lp_grads()  # (d) as DeepSpeed does before a backward pass
-        with self._pinned(self.model.unembedding), torch.profiler.record_function(HEAD_PHASE_RANGE):
+        with self._pinned(self.model.unembedding), torch.profiler.record_function(HEADS_PROFILER_RANGE):
             yield
         if is_bf16(optimizer):
             optimizer.update_hp_grads(clear_lp_grads=True)  # (d) before the outer backward pass sets them to zero
 
     @contextlib.contextmanager
-    def one_head(self, index: int) -> Iterator[None]:
+    def one_head(self, local_index: int) -> Iterator[None]:
         shared_parameters = trained(self.model.unembedding.parameters())
         for parameter in shared_parameters:
             # (b) The gradient is complete after the last head. Until then it must not enter a reduction bucket.
-            parameter.ds_grad_is_ready = index == len(self.model.heads) - 1
+            parameter.ds_grad_is_ready = local_index == len(self.model.heads) - 1
         try:
-            with self._pinned(self.model.heads[index]):
+            with self._pinned(self.model.heads[local_index]):
                 yield
         finally:
             for parameter in shared_parameters:
@@ -98,7 +102,7 @@ class ZeroHeadPhase(HeadPhase):
 
     @contextlib.contextmanager
     def discard_gradients_on_error(self) -> Iterator[None]:
-        """Encloses the micro-batches of a step. If the step is interrupted, the next step gets no gradient of it."""
+        """Encloses the micro-batches of a step. If it is interrupted, no gradients remain for the next step."""
         try:
             yield
         except BaseException:
@@ -130,8 +134,8 @@ class ZeroHeadPhase(HeadPhase):
     def evaluating(self) -> Iterator[None]:
         """Encloses forward passes without backward passes, so that they do not disturb DeepSpeed's prefetching.
 
-        DeepSpeed's coordinator records the order of fetches once, and discards the record when a pass has another
-        order, as an evaluation has. So evaluations use a coordinator of their own.
+        DeepSpeed's coordinator records the order of fetches once, and discards the record when the order changes. An
+        evaluation has another order than training, so it uses a second coordinator.
         """
         optimizer = self.engine.optimizer
         if not is_zero3(optimizer) or self.communication:  # WeightGatherer records both orders itself
@@ -155,8 +159,8 @@ class ZeroHeadPhase(HeadPhase):
             offload.param_coordinator = training_coordinator
 
 
-class PipelineHeadPhase(HeadPhase):
-    """The HeadPhase in a pipeline. It needs only (a), because gradients are reduced after the last pass of a step."""
+class PipelineHeadHooks(HeadHooks):
+    """The HeadHooks in a pipeline. It needs only (a), because gradients are reduced after the last pass of a step."""
 
     def __init__(self, engine: DeepSpeedEngine):
         self.engine = engine
@@ -168,7 +172,7 @@ class PipelineHeadPhase(HeadPhase):
 def outer_loss_gradient(engine: DeepSpeedEngine) -> float:
     """Returns the gradient with which the outer backward pass will start: loss scale / gradient accumulation steps.
 
-    This is (a) above.
+    This is correction (a).
     """
     with torch.enable_grad():
         # The clone has a grad_fn. DeepSpeed does not scale a leaf, because it does not regard it as a loss.
