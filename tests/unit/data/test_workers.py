@@ -210,7 +210,7 @@ SLOW = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let background jobs ignore SIGINT
 from pathlib import Path
-from megamtp.data import input_files, shards, tokenised_shards
+from megamtp.data import shards, tokenised_shards
 from megamtp.data.corpus import prepare
 from megamtp.data.input_files import find_source
 shards.MIN_SHARD_BYTES = 1000
