@@ -1,4 +1,4 @@
-"""What tests of the benchmarks share: their options, the cells of their tables, and an invented trace."""
+"""Options, table cells and an invented trace for the tests of benchmarks."""
 
 import argparse
 from pathlib import Path
@@ -11,7 +11,7 @@ def options(folder: Path, *arguments: str) -> argparse.Namespace:
 
 
 def rows(table: str) -> list[list[str]]:
-    """A Markdown table's cells, header first, without the line below it."""
+    """Returns the cells of a Markdown table, with the header first and without the line below it."""
     cells = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")
     ]
@@ -19,11 +19,11 @@ def rows(table: str) -> list[list[str]]:
 
 
 def invented_trace(exposed: float) -> exposure.Trace:
-    """A step of 600 ms, of which 400 to 500 are the head phase, with `exposed` ms of transfers at its beginning."""
+    """Returns a step of 600 ms. Its head phase is 400 to 500 and begins with `exposed` ms of exposed transfer."""
     computing, transfers = [], []
     for start in range(0, 600, 10):
-        late = exposed if start == 400 else 0.5
-        computing.append((start + late, start + 10.0))
-        transfers.append((float(start), start + max(late, 5.0)))
+        compute_delay = exposed if start == 400 else 0.5
+        computing.append((start + compute_delay, start + 10.0))
+        transfers.append((float(start), start + max(compute_delay, 5.0)))
     parts = {"step": [(0.0, 600.0)], "heads": [(400.0, 500.0)], "trunk": [(0.0, 400.0), (500.0, 600.0)]}
     return exposure.Trace(computing, transfers, [(400.0, 400.25)], parts)

@@ -1,4 +1,4 @@
-"""Every benchmark that measures a GPU, with --smoke. Run with: bash launch/test.sh tests/gpu/test_benchmarks.py"""
+"""Runs the benchmarks that measure a GPU with --smoke: bash launch/test.sh tests/gpu/test_benchmarks.py."""
 
 import os
 import subprocess

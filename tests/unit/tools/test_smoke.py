@@ -1,4 +1,4 @@
-"""Every benchmark's main() with --smoke on a CPU; those that need a GPU are in tests/gpu/test_benchmarks.py."""
+"""Runs main() of every benchmark with --smoke on a CPU. tests/gpu/test_benchmarks.py runs them on a GPU."""
 
 import argparse
 import contextlib
@@ -35,7 +35,7 @@ def test_every_benchmark_has_one_smoke_test():
 
 
 def _main(arguments: list[str], port: int | None = None) -> str:
-    """What tools/benchmark.py prints; `port`: on one of several ranks, which meet there."""
+    """Runs tools/benchmark.py and returns its output. `port`: the master port if there are several ranks."""
     if port:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     sys.argv = ["benchmark.py", *arguments]
@@ -46,15 +46,15 @@ def _main(arguments: list[str], port: int | None = None) -> str:
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory) -> Iterator[Callable[[str], tuple[Path, str]]]:
-    """smoke(name) -> (folder of a benchmark's files, what it printed); each benchmark runs once, in this process.
+    """Returns smoke(name) -> (folder of the files, printed text), which runs each benchmark once in this process.
 
-    Processes that it starts with multiprocessing are forked from the server of tests/ranks.py: a new process would
-    import torch and DeepSpeed, which takes longer than a smoke run.
+    Processes that a benchmark starts with multiprocessing are forked from the server of tests/ranks.py, because a new
+    process would import torch and DeepSpeed, which takes longer than a smoke run.
     """
-    done: dict[str, tuple[Path, str]] = {}
+    finished: dict[str, tuple[Path, str]] = {}
 
     def run(name: str) -> tuple[Path, str]:
-        if name not in done:
+        if name not in finished:
             folder, scratch = tmp_path_factory.mktemp(name), tmp_path_factory.mktemp("scratch")
             arguments = [name, "--smoke", "--output", str(folder)]
             arguments += ["--scratch", str(scratch)] if name in WITH_SCRATCH else []
@@ -66,8 +66,8 @@ def smoke(tmp_path_factory) -> Iterator[Callable[[str], tuple[Path, str]]]:
             else:
                 printed = _main(arguments)
             assert not any(scratch.iterdir())
-            done[name] = folder, printed
-        return done[name]
+            finished[name] = folder, printed
+        return finished[name]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(processes, "SPAWN", get_context("forkserver"))
@@ -92,32 +92,32 @@ def test_real_ranks_are_compared_with_the_prediction(smoke):
 
 @without_a_gpu
 @pytest.mark.parametrize("name", ONLY_ON_A_GPU)
-def test_the_others_ask_for_a_gpu(name, tmp_path, call_command):
+def test_other_benchmarks_need_a_gpu(name, tmp_path, call_command):
     status, _, errors = call_command(command, name, "--smoke", "--output", tmp_path)
     assert (status, errors) == (2, "megamtp: error: no GPU; expected one: benchmarks measure a GPU's time\n")
 
 
-def invented_options(*arguments: str) -> argparse.Namespace:
-    parser = output.parser("", "invented")
+def parse_example(*arguments: str) -> argparse.Namespace:
+    parser = output.parser("", "example")
     parser.add_argument("--size", type=int, default=10)
     parser.add_argument("--data", type=Path, required=True)
     return output.parse(parser, list(arguments), {"size": 1, "data": Path("corpus")})
 
 
-def test_smoke_replaces_defaults_and_nothing_else(tmp_path):
-    given = invented_options("--data", "mine")
-    assert (given.smoke, given.size, given.data, given.output) == (False, 10, Path("mine"), Path("results"))
-    small = invented_options("--smoke", "--output", str(tmp_path))
+def test_smoke_replaces_only_defaults(tmp_path):
+    defaults = parse_example("--data", "mine")
+    assert (defaults.smoke, defaults.size, defaults.data, defaults.output) == (False, 10, Path("mine"), Path("results"))
+    small = parse_example("--smoke", "--output", str(tmp_path))
     assert (small.smoke, small.size, small.data, small.output) == (True, 1, tmp_path / "corpus", tmp_path)
-    explicit = invented_options("--data", "mine", "--size", "10", "--smo", "--output", "results")
+    explicit = parse_example("--data", "mine", "--size", "10", "--smo", "--output", "results")
     assert (explicit.smoke, explicit.size, explicit.data, explicit.output) == (True, 10, Path("mine"), Path("results"))
-    with pytest.raises(InputError, match=r"the following arguments are required: --data; see .* invented --help"):
-        invented_options("--size", "3")
+    with pytest.raises(InputError, match=r"the following arguments are required: --data; see .* example --help"):
+        parse_example("--size", "3")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_smoke_run_writes_to_a_new_folder(tmp_path, monkeypatch):
-    """Not to results, which is tools/results for a user who is in tools."""
+    """Without --output, a smoke run must not write to results, which may be tools/results."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    folders = [invented_options("--smoke").output for _ in range(2)]
+    folders = [parse_example("--smoke").output for _ in range(2)]
     assert sorted(folders) == sorted(tmp_path.iterdir()) and len(set(folders)) == 2

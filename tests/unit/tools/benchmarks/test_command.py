@@ -1,4 +1,4 @@
-"""The benchmarks' command line: wrong arguments, and a machine without a GPU, are one line and status 2."""
+"""Wrong arguments, or a machine without a GPU, end a benchmark with one line and exit status 2."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from tests.cases import ROOT
 
 @pytest.mark.skipif(output.torch.cuda.is_available(), reason="this machine has a GPU")
 @pytest.mark.parametrize("name", ["overhead", "world", "trace", "loss", "pipeline"])
-def test_without_a_gpu_every_benchmark_is_one_line_and_status_2(name, tmp_path):
+def test_without_a_gpu_benchmarks_exit_with_one_line_and_status_2(name, tmp_path):
     command = [sys.executable, "tools/benchmark.py", name, "--output", str(tmp_path / "results")]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert finished.returncode == 2
@@ -47,7 +47,7 @@ def test_without_a_gpu_every_benchmark_is_one_line_and_status_2(name, tmp_path):
         (links, [], "one process; expected several ranks"),
     ],
 )
-def test_bad_arguments_are_named_before_a_gpu_is_looked_for(module, arguments, message):
-    with pytest.raises(InputError, match=message) as caught:
+def test_bad_arguments_are_refused_before_the_gpu_is_checked(module, arguments, message):
+    with pytest.raises(InputError, match=message) as error:
         module.main(arguments)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(error.value)

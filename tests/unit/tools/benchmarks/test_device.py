@@ -1,4 +1,4 @@
-"""The clock of a CPU, which a smoke run has where there is no GPU."""
+"""The CPU clock, which smoke runs use without a GPU."""
 
 import time
 
@@ -8,7 +8,7 @@ from benchmarks.device import find_device, record_time, seconds_between, synchro
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_a_cpu_is_timed_by_its_own_clock():
+def test_cpu_times():
     device = find_device()
     assert device == torch.device("cpu")
     start = record_time(device)

@@ -1,4 +1,4 @@
-"""Configurations of emulated ranks and of real ones, and the settings that results name."""
+"""Configurations of emulated and of real ranks, and the settings in result files."""
 
 import os
 
@@ -9,14 +9,14 @@ from megamtp.errors import InputError
 from tests.measurements import options
 
 
-def test_a_launchers_ranks_are_real(tmp_path, monkeypatch):
-    """No emulation, one table, and no benchmark that one process must make."""
+def test_ranks_of_a_launcher_are_not_emulated(tmp_path, monkeypatch):
+    """Only rank 0 writes files. Benchmarks that need a single process refuse to run."""
     monkeypatch.setattr(os, "environ", os.environ | {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4"})
-    given = options(tmp_path)
-    found = emulation.config("1.3b", 4, emulation.num_ranks(64), given)
-    assert found.cluster.emulate is None and found.train.global_batch_tokens == 4 * 2 * 4096
-    assert emulation.settings(found, given) == {"network": "NCCL", "T": 4096, "micro-batches": 1}
-    output.write(given, {}, [], "table", output.figure(2, 2)[0])
+    parsed = options(tmp_path)
+    config = emulation.config("1.3b", 4, emulation.num_ranks(64), parsed)
+    assert config.cluster.emulate is None and config.train.global_batch_tokens == 4 * 2 * 4096
+    assert emulation.settings(config, parsed) == {"network": "NCCL", "T": 4096, "micro-batches": 1}
+    output.write(parsed, {}, [], "table", output.figure(2, 2)[0])
     assert not list(tmp_path.iterdir())  # rank 0 writes
     for module, arguments in ((world, []), (overhead, ["--sizes", "0.3b", "--cold"]), (overhead, [])):
         with pytest.raises(
@@ -26,8 +26,8 @@ def test_a_launchers_ranks_are_real(tmp_path, monkeypatch):
             module.main(arguments)
 
 
-def test_settings_tell_the_network(tmp_path):
-    """What test_planner.py gives back to the planner, and nothing that was not set."""
+def test_settings_describe_the_network(tmp_path):
+    """Settings have the values that the planner's tests read, and nothing that was not set."""
     flat = options(tmp_path)
     assert emulation.settings(emulation.config("1.3b", 4, 512, flat), flat) == {
         "bandwidth": "1e+11",

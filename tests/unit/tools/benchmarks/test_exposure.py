@@ -1,4 +1,4 @@
-"""Exposed communication of invented kernels, in milliseconds known beforehand."""
+"""Exposed communication of invented kernels with known times in milliseconds."""
 
 import pytest
 from benchmarks.exposure import Exposure, Kernel, read, subtract, union
@@ -13,7 +13,7 @@ def computing(start: float, end: float, stream: int = COMPUTE) -> Kernel:
 
 
 def emulated(start: float, end: float, stream: int = GATHER, copy_end: float | None = None) -> list[Kernel]:
-    """A transfer as the emulated cluster runs it: begin, copy, and a hold that may begin late."""
+    """Returns the kernels of an emulated transfer: mark, copy, and a hold that may start late."""
     copy_end = start + 1 if copy_end is None else copy_end
     return [
         Kernel("mark", stream, start, start + 0.1),
@@ -23,7 +23,7 @@ def emulated(start: float, end: float, stream: int = GATHER, copy_end: float | N
 
 
 @pytest.mark.parametrize(
-    ("intervals", "covered", "left"),
+    ("intervals", "covered", "remaining"),
     [
         ([(0, 10)], [], [(0, 10)]),
         ([], [(0, 10)], []),
@@ -34,16 +34,16 @@ def emulated(start: float, end: float, stream: int = GATHER, copy_end: float | N
         ([(5, 6)], [(0, 1), (2, 5), (6, 7)], [(5, 6)]),
     ],
 )
-def test_subtraction(intervals, covered, left):
-    assert subtract(intervals, covered) == left
+def test_subtraction(intervals, covered, remaining):
+    assert subtract(intervals, covered) == remaining
 
 
-def test_union_joins_what_overlaps_or_touches():
+def test_union_joins_intervals_that_overlap_or_touch():
     assert union([(5, 6), (0, 2), (1, 3), (3, 4), (0, 1)]) == [(0, 4), (5, 6)]
 
 
 def test_hidden_exposed_and_idle_times():
-    """Computes 0-10 and 14-20, transfers 4-12: 10-12 are exposed, 12-14 idle."""
+    """With computation in 0-10 and 14-20 and a transfer in 4-12, 10-12 is exposed and 12-14 idle."""
     trace = read([computing(0, 6), computing(6, 10), computing(14, 20), *emulated(4, 12)])
     assert trace.computing == [(0, 10), (14, 20)]
     assert trace.transfers == [(4, 12)]
@@ -55,9 +55,9 @@ def test_hidden_exposed_and_idle_times():
     assert trace.exposure("step").share == 0.1
 
 
-def test_a_part_counts_only_what_lies_in_it():
-    """The head phase is 8-18 of that step, and on the device it is one range for each stream."""
-    ranges = [Kernel(HEADS_PROFILER_RANGE, COMPUTE, 9, 18), Kernel(HEADS_PROFILER_RANGE, GATHER, 8, 12)]
+def test_a_part_counts_only_intervals_inside_it():
+    """The head phase is 8-18 of the same step. On the device it has one range for each stream."""
+    ranges = [Kernel(HEADS_PROFILER_RANGE, COMPUTE, 9, 18), Kernel(HEAD_PHASE_RANGE, GATHER, 8, 12)]
     trace = read([computing(0, 10), computing(14, 20), *emulated(4, 12), *ranges])
     assert trace.parts == {"step": [(0, 20)], "heads": [(8, 18)], "trunk": [(0, 8), (18, 20)]}
     assert trace.exposure("heads") == Exposure(
@@ -70,9 +70,7 @@ def test_a_part_counts_only_what_lies_in_it():
 
 
 def test_every_micro_batch_has_a_head_phase():
-    """Exposed of the transfer 7-17 are 10-14 and a piece in the second head phase, 16-18, too short to count as
-    long.
-    """
+    """Of the transfer 7-17, 10-14 is exposed, and a piece in the second head phase that is too short to be long."""
     ranges = [Kernel(HEADS_PROFILER_RANGE, COMPUTE, start, start + 2) for start in (6, 16)]
     trace = read([computing(0, 10), computing(14, 16.6), computing(17, 20), *emulated(7, 17), *ranges])
     assert trace.parts["heads"] == [(6, 8), (16, 18)]
@@ -83,7 +81,7 @@ def test_every_micro_batch_has_a_head_phase():
 
 
 def test_a_transfer_ends_with_its_own_hold():
-    """One after the other on one stream, with nothing under way in 8-10; in between, its stream only waits."""
+    """With two transfers on one stream, nothing is in flight between the first hold and the second mark."""
     trace = read([computing(0, 1), *emulated(2, 8, copy_end=5), *emulated(10, 13), computing(20, 21)])
     assert trace.transfers == [(2, 8), (10, 13)]
     assert trace.exposure("step") == Exposure(
@@ -98,15 +96,15 @@ def test_a_transfer_ends_with_its_own_hold():
 
 
 def test_each_stream_has_its_own_transfers():
-    """The second one's beginning and end lie within the first, on another stream."""
+    """The second transfer starts and ends during the first, on another stream."""
     first, second = emulated(0, 10, copy_end=6), emulated(2, 4, SCATTER)
     trace = read([computing(11, 12), *first, *second])
     assert trace.transfers == [(0, 10)]
     assert read([computing(11, 12), *second]).transfers == [(2, 4)]
 
 
-def test_what_runs_beside_transfers_on_other_streams_computes():
-    """Also on a second stream; and no kernel is a transfer because its name contains one's."""
+def test_kernels_on_other_streams_are_computation():
+    """This includes a second computing stream, and a kernel whose name contains that of a transfer kernel."""
     trace = read(
         [computing(0, 2), Kernel("threshold_backward", COMPUTE, 2, 3), computing(3, 6, stream=8), *emulated(0, 8)]
     )
@@ -124,7 +122,7 @@ def test_real_collectives_are_transfers_of_their_own():
     )
 
 
-def test_a_real_transfer_on_the_computing_stream_is_no_computing():
+def test_a_real_transfer_on_the_computing_stream_is_not_computation():
     trace = read(
         [computing(0, 4), Kernel("ncclDevKernel_SendRecv(ncclDevKernelArgsStorage)", COMPUTE, 4, 6), computing(6, 8)]
     )

@@ -1,4 +1,4 @@
-"""tools/benchmarks/learning.py on invented metrics: what is read, the table, the picture."""
+"""tools/benchmarks/learning.py on invented metrics: reading, table and plot."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ STEPS = 240
 
 
 def write_metrics(path: Path, factor: float, steps: int = STEPS) -> Path:
-    """Two heads, whose losses fall from 10 to 4 and 5 times the factor for the last hundred steps."""
+    """Writes metrics of two heads. The losses fall from 10 to 4 and 5, multiplied by `factor`."""
     lines = []
     for step in range(1, steps + 1):
         losses = [factor * max(last, 10 - 0.05 * step) for last in (4.0, 5.0)]
@@ -24,31 +24,31 @@ def write_metrics(path: Path, factor: float, steps: int = STEPS) -> Path:
     return path
 
 
-def test_the_table_compares_with_the_first(tmp_path):
-    learned = {
+def test_the_table_compares_variants_with_the_first(tmp_path):
+    by_variant = {
         name: learning.read(write_metrics(tmp_path / name, factor), STEPS)
         for name, factor in (("bf16", 1), ("fp8", 1.002))
     }
-    *_, one, two = learning.tables(learning.results(learned)).splitlines()
-    assert one == "| fp8 | 1 | 4.0080 | +0.20% | 4.5080 | +0.18% |"
-    assert two == "| fp8 | 2 | 5.0100 | +0.20% | 5.5100 | +0.18% |"
-    first = learning.results(learned)[0]
+    *_, head_1, head_2 = learning.tables(learning.results(by_variant)).splitlines()
+    assert head_1 == "| fp8 | 1 | 4.0080 | +0.20% | 4.5080 | +0.18% |"
+    assert head_2 == "| fp8 | 2 | 5.0100 | +0.20% | 5.5100 | +0.18% |"
+    first = learning.results(by_variant)[0]
     assert first["training_difference"] == first["validation_difference"] == 0
     assert len(first["curve"]) == STEPS // learning.POINT_STEPS
     assert first["curve"][0] == pytest.approx(np.mean([10 - 0.05 * step for step in range(1, 21)]), abs=1e-4)
 
 
-def test_the_picture(tmp_path):
-    learned = {
+def test_the_plot(tmp_path):
+    by_variant = {
         name: learning.read(write_metrics(tmp_path / name, 1 + i / 500), STEPS)
         for i, name in enumerate(learning.VARIANTS)
     }
-    learning.draw(learned).savefig(tmp_path / "learning.png")
+    learning.draw(by_variant).savefig(tmp_path / "learning.png")
     content = (tmp_path / "learning.png").read_bytes()
     assert content.startswith(b"\x89PNG\r\n\x1a\n") and len(content) > 20_000
 
 
-def test_an_unfinished_run_is_named(tmp_path):
+def test_an_unfinished_run_is_refused(tmp_path):
     path = write_metrics(tmp_path / "metrics.jsonl", 1.0, steps=STEPS - 1)
     with pytest.raises(InputError, match=f"holds 239 of {STEPS} steps"):
         learning.read(path, STEPS)
@@ -63,6 +63,6 @@ def test_finished_trainings_are_only_read(tmp_path, monkeypatch, capsys):
     assert "| fp8 | 1 | 4.0000 | +0.00% | 4.5000 | +0.00% |" in capsys.readouterr().out
 
 
-def test_a_missing_corpus_is_named(tmp_path):
+def test_a_missing_corpus_is_refused(tmp_path):
     with pytest.raises(InputError, match="see --prepare"):
         learning.main(["--data", str(tmp_path), "--output", str(tmp_path)])

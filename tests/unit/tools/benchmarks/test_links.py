@@ -1,4 +1,4 @@
-"""Latency and bandwidth found again from times computed with them; collectives are timed behind a head start."""
+"""Latency and bandwidth are recovered from computed times; collectives are queued before they start."""
 
 import dataclasses
 from unittest.mock import Mock, create_autospec
@@ -11,8 +11,8 @@ from megamtp.cluster.network import Network
 from megamtp.config import ClusterConfig, EfficiencyConfig
 
 
-def test_links_are_found_again():
-    """Latency and bandwidth from the times that an emulated network of them would take."""
+def test_fit_recovers_latency_and_bandwidth():
+    """The times are those of an emulated network."""
     efficiency = EfficiencyConfig(reduce_scatter=0.9, all_reduce=1.25)
     cluster = ClusterConfig(emulate=2, latency=30e-6, flat_bandwidth=150e9, efficiency=efficiency)
     network = Network(cluster)
@@ -23,8 +23,8 @@ def test_links_are_found_again():
     assert dataclasses.asdict(fitted.efficiency) == pytest.approx(dataclasses.asdict(efficiency), rel=1e-3)
 
 
-def test_collectives_are_timed_after_a_head_start_on_the_card(monkeypatch):
-    """The kernels are stand-ins with the real ones' signatures."""
+def test_collectives_are_queued_behind_a_hold(monkeypatch):
+    """The kernels are mocks with the signatures of the real kernels."""
     mark, hold, call = create_autospec(links.mark, side_effect=lambda time: time), create_autospec(links.hold), Mock()
     zeros = torch.zeros
     monkeypatch.setattr(links, "mark", mark)

@@ -1,11 +1,11 @@
-"""The loss's table and picture, on invented times."""
+"""The table and the plot of the loss benchmark, on invented times."""
 
 from benchmarks import loss
 
 from tests.measurements import rows
 
 
-def test_loss_says_in_what_dtype_gradients_are_summed(tmp_path):
+def test_the_table_shows_the_dtype_of_gradient_sums(tmp_path):
     names = ["ours", "liger-kernel", "cut-cross-entropy", loss.PRODUCTS]
     results = [
         {
@@ -20,9 +20,9 @@ def test_loss_says_in_what_dtype_gradients_are_summed(tmp_path):
         for dim, vocabulary in loss.SHAPES
         for index, name in enumerate(names)
     ]
-    _, *found = rows(loss.tables(results))
-    assert len(found) == 12
-    assert found[0] == ["2048", "32000", "ours", "float32", "5.00 [4.00, 6.00]", "1.20", "0.50"]
-    assert (found[3][3], found[3][-1]) == ("bfloat16", "-")
+    _, *table_rows = rows(loss.tables(results))
+    assert len(table_rows) == 12
+    assert table_rows[0] == ["2048", "32000", "ours", "float32", "5.00 [4.00, 6.00]", "1.20", "0.50"]
+    assert (table_rows[3][3], table_rows[3][-1]) == ("bfloat16", "-")
     loss._draw(results).savefig(tmp_path / "loss.png")
     assert (tmp_path / "loss.png").stat().st_size > 10_000

@@ -1,4 +1,4 @@
-"""The files that every benchmark writes."""
+"""Files that all benchmarks write."""
 
 import json
 
@@ -9,18 +9,18 @@ from megamtp.errors import InputError
 from tests.measurements import options
 
 
-def test_a_file_in_place_of_the_folder_is_named(tmp_path, monkeypatch):
+def test_a_file_instead_of_the_output_folder_is_refused(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(output.torch.cuda, "is_available", lambda: True)
     with pytest.raises(InputError, match=r"--output .*file: File exists; expected a folder"):
         output.start(options(tmp_path / "file"))
 
 
-def test_both_files_are_called_as_asked(tmp_path, capsys):
-    picture, (axes,) = output.figure(4, 3)
+def test_both_files_have_the_given_name(tmp_path, capsys):
+    figure, (axes,) = output.figure(4, 3)
     output.bars(axes, ["a", "b"], {"one": {"a": 1.0, "b": 2.0}, "other": {"b": 3.0}})
     assert [round(bar.get_height()) for bar in axes.patches] == [1, 2, 3]
-    output.write(options(tmp_path, "--name", "sms16"), {"SMs held": 16}, [{"n": 1}], "the table", picture)
+    output.write(options(tmp_path, "--name", "sms16"), {"SMs held": 16}, [{"n": 1}], "the table", figure)
     assert {path.name for path in tmp_path.iterdir()} == {"sms16.json", "sms16.png"}
     assert json.loads((tmp_path / "sms16.json").read_text())["settings"] == {"SMs held": 16}
     assert "; SMs held 16\n\nthe table\n\n`python tools/benchmark.py " in capsys.readouterr().out

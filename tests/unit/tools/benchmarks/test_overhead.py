@@ -1,4 +1,4 @@
-"""The step time of several heads over that of one, on invented times."""
+"""The table of `overhead` on invented times, and the order of its measurements."""
 
 import json
 from types import SimpleNamespace
@@ -8,7 +8,7 @@ from benchmarks import emulation, output, overhead, variants
 from tests.measurements import invented_trace, rows
 
 
-def overhead_result(variant: str, heads: int, milliseconds: float, **further) -> dict:
+def overhead_result(variant: str, heads: int, milliseconds: float, **other_fields) -> dict:
     return {
         "size": "6.7b",
         "variant": variant,
@@ -19,11 +19,11 @@ def overhead_result(variant: str, heads: int, milliseconds: float, **further) ->
         "kept_bytes": 0,
         "peak_bytes": 2**35,
         "allocation_retries": 0,
-        **further,
+        **other_fields,
     }
 
 
-def test_overhead_shows_ratios_and_first_steps(tmp_path):
+def test_the_table_shows_ratios_and_first_steps(tmp_path):
     exposed = {"heads": {"total": 100.0, "transferring": 30.0, "exposed": 1.5, "idle": 1.0}}
     results = [
         overhead_result("plain", 1, 600),
@@ -44,23 +44,23 @@ def test_overhead_shows_ratios_and_first_steps(tmp_path):
     assert (tmp_path / "overhead.png").stat().st_size > 10_000
 
 
-def test_overhead_has_a_process_for_each_size_and_traces_last_in_it(tmp_path, monkeypatch):
-    done, own = [], []
+def test_each_size_has_a_new_process_that_records_traces_last(tmp_path, monkeypatch):
+    events, functions = [], []
 
     def fresh(function, *arguments):
-        own.append(function.__name__)
+        functions.append(function.__name__)
         return SimpleNamespace(result=lambda: function(*arguments))
 
     def first_step(config):
         return 7.0 + config.model.num_future_tokens
 
     def measure(makers, rounds, steps, keep):
-        done.append(("measured", *makers))
+        events.append(("measured", *makers))
         return {name: variants.Measurement([600.0] * rounds * steps, peak_bytes=2**35) for name in makers}
 
     def traces(makers):
-        done.append(("traced", *makers))
-        if done[-1][1].startswith("6.7b"):  # what the first size took is safe
+        events.append(("traced", *makers))
+        if events[-1][1].startswith("6.7b"):  # the results of the first size are already written
             assert len(json.loads((tmp_path / "overhead.json").read_text())["results"]) == 5
         return {name: invented_trace(1.0) for name in makers}
 
@@ -72,14 +72,14 @@ def test_overhead_has_a_process_for_each_size_and_traces_last_in_it(tmp_path, mo
     monkeypatch.setattr(overhead, "_first_step", first_step)
     names, cells = ["plain", "ours", "ours fp8"], ["n=1 plain", "n=1 ours", "n=4 plain", "n=4 ours", "n=4 ours fp8"]
     overhead.main(["--sizes", "0.3b", "6.7b", "--variants", *names, "--cold", "--output", str(tmp_path)])
-    assert done == [
-        (what, *(f"{size} {cell}" for cell in of))
+    assert events == [
+        (event, *(f"{size} {cell}" for cell in event_cells))
         for size in ("0.3b", "6.7b")
-        for what, of in (("measured", cells), ("traced", cells[-2:]))
+        for event, event_cells in (("measured", cells), ("traced", cells[-2:]))
     ]
-    assert own == ["_measure_size", "first_step", "first_step"] * 2
-    found = rows(overhead.tables(json.loads((tmp_path / "overhead.json").read_text())["results"]))[1:]
-    assert {(row[0], row[1]): row[-2] for row in found} == {
+    assert functions == ["_measure_size", "first_step", "first_step"] * 2
+    table_rows = rows(overhead.tables(json.loads((tmp_path / "overhead.json").read_text())["results"]))[1:]
+    assert {(row[0], row[1]): row[-2] for row in table_rows} == {
         (size, name): "-" if name == "plain" else "5.50%" for size in ("0.3b", "6.7b") for name in names
     }
-    assert [row[-1] for row in found] == ["-", "8.0, 11.0", "-"] * 2
+    assert [row[-1] for row in table_rows] == ["-", "8.0, 11.0", "-"] * 2

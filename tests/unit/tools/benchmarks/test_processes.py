@@ -1,4 +1,4 @@
-"""Work in a process of its own."""
+"""Function calls in new processes."""
 
 import argparse
 import math
@@ -10,7 +10,7 @@ from benchmarks import output, processes
 from megamtp.errors import InputError
 
 
-def test_a_fresh_process_answers_or_says_how_it_ended():
+def test_a_new_process_returns_a_result_or_an_error():
     first, second = processes.Fresh(os.getpid), processes.Fresh(os.getpid)
     assert len({first.result(), second.result(), os.getpid()}) == 3
     with pytest.raises(InputError, match="no GPU"):

@@ -1,4 +1,4 @@
-"""What an invented run of the quickstart has learned."""
+"""Losses of an invented quickstart run."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""tools/benchmarks/saving.py: steps told apart by a training's metrics."""
+"""tools/benchmarks/saving.py finds the steps during which a checkpoint was written."""
 
 from benchmarks import saving
 
@@ -11,9 +11,10 @@ def train(step: int, seconds: float, save: float = 0.0) -> dict:
     }
 
 
-def test_steps_are_told_apart():
-    """Saved after steps 3 and 6; the first is on disk after step 5, and its publication counts with step 6; the
-    second never is.
+def test_steps_while_saving():
+    """Checkpoints are saved after steps 3 and 6. The first is on disk after step 5; the second is never finished.
+
+    The publication of the first checkpoint is a pause in step 6.
     """
     records = [
         train(1, 9),
@@ -32,5 +33,8 @@ def test_steps_are_told_apart():
         (7, 2.25, 0.5, True),
     ]
     assert saving.verdict(steps) == "step while saving / other step: 1.800 <= 1.1: FAILS"
-    even = [train(1, 9), train(2, 9), train(3, 2), train(4, 2, save=9.0)]
-    assert saving.verdict(saving.steps_of(even, save_every=3)) == "step while saving / other step: 1.000 <= 1.1: holds"
+    equal_steps = [train(1, 9), train(2, 9), train(3, 2), train(4, 2, save=9.0)]
+    assert (
+        saving.verdict(saving.steps_of(equal_steps, save_every=3))
+        == "step while saving / other step: 1.000 <= 1.1: holds"
+    )

@@ -1,4 +1,4 @@
-"""How much longer a step with several heads takes, from invented steps."""
+"""Step time ratios of the summary, from invented steps."""
 
 from benchmarks import summary
 

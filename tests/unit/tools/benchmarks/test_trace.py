@@ -1,4 +1,4 @@
-"""The verdict on exposed communication, on an invented trace."""
+"""The verdict on exposed communication in an invented trace."""
 
 import json
 
@@ -9,7 +9,7 @@ from tests.measurements import invented_trace, rows
 
 
 @pytest.mark.parametrize(("exposed", "status", "word"), [(1.0, 0, "holds"), (8.5, 1, "FAILS")])
-def test_trace_tells_whether_the_head_phase_is_exposed(tmp_path, monkeypatch, exposed, status, word, capsys):
+def test_trace_fails_if_too_much_of_the_head_phase_is_exposed(tmp_path, monkeypatch, exposed, status, word, capsys):
     class Invented(variants.Variant):
         def __init__(self, config):
             self.prefetches = config.engine.prefetch_modules > 0
@@ -32,16 +32,16 @@ def test_trace_tells_whether_the_head_phase_is_exposed(tmp_path, monkeypatch, ex
     monkeypatch.setattr(output, "start", lambda options, smoke_on_cpu: None)
     try:
         trace.main(["--output", str(tmp_path), "--limit", "6"])
-        ended = 0
+        exit_status = 0
     except SystemExit as end:
-        ended = end.code
-    assert ended == status
+        exit_status = end.code
+    assert exit_status == status
     shown = capsys.readouterr().out
     share = exposed + 9 * 0.5
     assert f"prefetch as configured: head phase: exposed {share:.2f} % <= 6 %: {word}" in shown
     assert "no prefetch: head phase: exposed 14.00 % <= 6 %: FAILS" in shown
     assert [row[1] for row in rows(shown)[1:]] == [*["step", "head phase", "trunk"] * 2, "step"]
-    transferring, long = 9 * 5.0 + max(exposed, 5.0), share  # pieces of half a millisecond count as long
+    transferring, long = 9 * 5.0 + max(exposed, 5.0), share  # pieces of at least 0.5 ms are long
     expected = ["100.0", f"{100 - share:.1f}", f"{transferring:.1f}", f"{share:.2f}", f"{long:.2f}"]
     assert rows(shown)[2][2:10] == [*expected, "0.25", f"{share:.2f}%", "0.00"]
     assert rows(shown)[-1][2:10] == ["590.0", "588.0", "0.0", "0.00", "0.00", "0.00", "0.00%", "2.00"]
