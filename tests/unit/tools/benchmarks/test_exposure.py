@@ -57,7 +57,7 @@ def test_hidden_exposed_and_idle_times():
 
 def test_a_part_counts_only_intervals_inside_it():
     """The head phase is 8-18 of the same step. On the device it has one range for each stream."""
-    ranges = [Kernel(HEADS_PROFILER_RANGE, COMPUTE, 9, 18), Kernel(HEAD_PHASE_RANGE, GATHER, 8, 12)]
+    ranges = [Kernel(HEADS_PROFILER_RANGE, COMPUTE, 9, 18), Kernel(HEADS_PROFILER_RANGE, GATHER, 8, 12)]
     trace = read([computing(0, 10), computing(14, 20), *emulated(4, 12), *ranges])
     assert trace.parts == {"step": [(0, 20)], "heads": [(8, 18)], "trunk": [(0, 8), (18, 20)]}
     assert trace.exposure("heads") == Exposure(
