@@ -51,7 +51,7 @@ POINT_STEPS = 20  # one point of a curve is the mean over so many steps
 
 
 def main(arguments: list[str]) -> None:
-    """Raises InputError."""
+    """Runs the benchmark. Raises InputError."""
     parser = output.parser(__doc__, "recovery")
     corpora.add_options(parser)
     parser.add_argument("--size", default="0.3b", choices=emulation.MICRO_BATCHES)
