@@ -182,7 +182,7 @@ def _run_rank(rank: int, num_ranks: int, store: str, corpus: str, names: list[st
 
 
 def main() -> None:
-    """Trains the requested cases in processes of their own. Raises InputError."""
+    """Trains the requested cases in new processes. Raises InputError."""
     parser = Parser(__doc__)
     parser.add_argument("--cases", nargs="+", metavar="NAME", default=list(CASES), help="train only these cases [all]")
     parser.add_argument("--list", action="store_true", help="print the names of all cases and exit")

@@ -1,1 +1,1 @@
-"""What tools/benchmark.py measures, and the baselines that it measures against."""
+"""The benchmarks of tools/benchmark.py, and the baselines with which they compare megamtp."""

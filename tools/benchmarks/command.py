@@ -26,7 +26,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Raises InputError."""
+    """Runs the benchmark that the command line names. Raises InputError."""
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(__doc__ + "\n" + "\n".join(f"  {name:15s}{meaning}" for name, meaning in COMMANDS.items()))
         return

@@ -46,7 +46,7 @@ READERS = {
 
 
 def main(arguments: list[str]) -> None:
-    """Raises InputError."""
+    """Runs the benchmark. Raises InputError."""
     options = parse(arguments)
     output.make_folder(options)
     has_megatron, machine_load = find_spec("megatron") is not None, os.getloadavg()[0]

@@ -43,7 +43,7 @@ def parser(description: str, name: str) -> Parser:
     )
     parser.add_argument("--micro-batches", type=output.positive, default=1, help="micro-batches per step and rank [1]")
     parser.add_argument("--steps", type=output.positive, default=5, help="measured steps in each round [5]")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other settings")
     parser.set_defaults(sequence_length=SEQUENCE_LENGTH)
     return parser
 
@@ -92,7 +92,7 @@ def config(size: str, heads: int, world_size: int, options: argparse.Namespace, 
 
 
 def settings(config: Config, options: argparse.Namespace) -> dict[str, object]:
-    """Returns the settings of the cluster and of the step that the results name."""
+    """Returns the settings of the cluster and of the step, as the result files name them."""
     cluster = config.cluster
     other_settings = {"T": options.sequence_length, "micro-batches": options.micro_batches}
     other_settings |= {"set": " ".join(options.set)} if options.set else {}

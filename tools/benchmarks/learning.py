@@ -66,7 +66,7 @@ class LossCurves:
 
 
 def main(arguments: list[str]) -> None:
-    """Raises InputError."""
+    """Runs the benchmark. Raises InputError."""
     parser = output.parser(__doc__, "learning")
     corpora.add_options(parser)
     parser.add_argument(

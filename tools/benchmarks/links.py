@@ -34,7 +34,7 @@ HEAD_START = 5e-3  # seconds that the device waits while the host queues all col
 
 
 def main(arguments: list[str]) -> None:
-    """Raises InputError."""
+    """Runs the benchmark. Raises InputError."""
     parser = output.parser(__doc__, "links")
     parser.add_argument(
         "--rounds", type=output.positive, default=5, help=f"measurements of {REPEATS} collectives in a row [5]"

@@ -47,7 +47,7 @@ class Implementation:
 
 
 def main(arguments: list[str]) -> None:
-    """Raises InputError."""
+    """Runs the benchmark. Raises InputError."""
     parser = output.parser(__doc__, "loss")
     parser.add_argument("--rows", type=output.positive, default=8192, help="number of positions [8192]")
     parser.add_argument(

@@ -48,7 +48,7 @@ def parser(description: str, name: str) -> Parser:
 
 
 def parse(parser: Parser, arguments: list[str], smoke: dict[str, Any]) -> argparse.Namespace:
-    """Reads the options of a benchmark; --smoke replaces their defaults by the values in `smoke`.
+    """Reads the options of a benchmark; --smoke replaces their defaults with the values in `smoke`.
 
     With --smoke, an option in `smoke` is not required. A relative path in it is relative to the folder of --output,
     which is a new temporary folder by default, so that a smoke run does not write next to real results.

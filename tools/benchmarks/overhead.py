@@ -33,7 +33,7 @@ SMOKE = emulation.SMOKE | {"sizes": ["0.3b"], "heads": [1, 2], "world_size": 2, 
 
 
 def main(arguments: list[str]) -> None:
-    """Raises InputError."""
+    """Runs the benchmark. Raises InputError."""
     sizes = list(emulation.MICRO_BATCHES)
     parser = emulation.parser(__doc__, "overhead")
     parser.add_argument("--sizes", nargs="+", default=sizes, choices=sizes, help="models [all]")

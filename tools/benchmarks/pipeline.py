@@ -41,7 +41,7 @@ GIB = 2**30
 
 
 def main(arguments: list[str]) -> None:
-    """Raises InputError."""
+    """Runs the benchmark. Raises InputError."""
     parser = output.parser(__doc__, "pipeline")
     parser.add_argument(
         "--sizes", nargs="+", default=["6.7b", "13b"], choices=emulation.MICRO_BATCHES, help="models [6.7b 13b]"
@@ -274,7 +274,7 @@ def _table(results: list[dict]) -> str:
 
 
 def _verdicts(results: list[dict]) -> str:
-    """Returns a line for each model with several heads: does the chosen plan stay within the limits?"""
+    """Returns a line for each model with several heads, which says if the chosen plan stays within the limits."""
     models, lines = _by_model(results), []
     for key, by_plan in models.items():
         if key[3] == 1:

@@ -24,7 +24,7 @@ Cells = dict[tuple[str, int, str], list[float]]  # milliseconds by (size, heads,
 
 
 def main(arguments: list[str]) -> None:
-    """Raises InputError."""
+    """Runs the benchmark. Raises InputError."""
     parser = output.parser(__doc__, "prediction")
     parser.add_argument(
         "--measured", type=Path, required=True, metavar="JSON", help="result file of `overhead` on real ranks"

@@ -32,7 +32,7 @@ SMOKE = {"input": [corpora.SMOKE_TEXT], "vocab_size": 400, "rounds": 1}
 
 
 def main(arguments: list[str]) -> None:
-    """Raises InputError."""
+    """Runs the benchmark. Raises InputError."""
     parser = output.parser(__doc__, "prepare")
     parser.add_argument("--input", nargs="+", type=Path, metavar="PATH", help="text [Python's standard library]")
     parser.add_argument(

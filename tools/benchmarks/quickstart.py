@@ -20,7 +20,7 @@ SMOKE: dict[str, Any] = {}  # the run may have any size
 
 
 def main(arguments: list[str]) -> None:
-    """Raises InputError."""
+    """Runs the benchmark. Raises InputError."""
     parser = output.parser(__doc__, "quickstart")
     parser.add_argument("--run", type=Path, default=Path("runs/quickstart"), help="the run's folder [runs/quickstart]")
     options = output.parse(parser, arguments, SMOKE)

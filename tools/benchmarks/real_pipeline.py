@@ -39,7 +39,7 @@ SMOKE = {"steps": 2}
 
 
 def main(arguments: list[str]) -> None:
-    """Raises InputError."""
+    """Runs the benchmark. Raises InputError."""
     parser = output.parser(__doc__, "real_pipeline")
     parser.add_argument("--predicted", type=Path, required=True, metavar="JSON", help="result file of `pipeline`")
     parser.add_argument(

@@ -38,7 +38,7 @@ width of the model.
 
 
 def main(arguments: list[str]) -> None:
-    """Raises InputError."""
+    """Writes the page and prints its path. Raises InputError."""
     parser = Parser(__doc__)
     parser.prog += " results"
     parser.parse_args(arguments)

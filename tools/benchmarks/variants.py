@@ -48,7 +48,7 @@ class Variant:
         raise NotImplementedError
 
     def forward_and_backward(self) -> Tensor:
-        """Runs all micro-batches of a step and returns the loss of the last micro-batch."""
+        """Runs all micro-batches of a step and returns the last loss. Variants may drop the gradients."""
         for _ in range(self.micro_batches):
             loss = self.one_micro_batch()
         return loss

@@ -1,4 +1,4 @@
-"""Measures the step time for several numbers of ranks of the emulated cluster: the host's cost of sharding.
+"""Measures the step time for several numbers of emulated ranks, to show how much time sharding costs the host.
 
     %(prog)s --output results
 
@@ -27,9 +27,9 @@ WorldJob = tuple[Config, list[str]]  # the configuration for a number of ranks, 
 
 
 def main(arguments: list[str]) -> None:
-    """Raises InputError."""
+    """Runs the benchmark. Raises InputError."""
     parser = emulation.parser(__doc__, "world")
-    parser.add_argument("--size", default="1.3b", choices=emulation.MICRO_BATCHES)
+    parser.add_argument("--size", default="1.3b", choices=emulation.MICRO_BATCHES, help="model [1.3b]")
     parser.add_argument("--heads", type=output.positive, default=1, help="number of heads [1]")
     parser.add_argument(
         "--world-sizes",
@@ -121,7 +121,7 @@ def _by_variant(results: list[dict]) -> dict[str, dict[int, list[float]]]:
     }
 
 
-def _over_first(steps: dict[int, list[float]]) -> dict[int, float]:
+def _relative_to_first(steps: dict[int, list[float]]) -> dict[int, float]:
     """Returns each median divided by the median at the first measured number of ranks."""
     medians = {ranks: statistics.median(milliseconds) for ranks, milliseconds in steps.items()}
     first = next(iter(medians.values()))
@@ -129,7 +129,7 @@ def _over_first(steps: dict[int, list[float]]) -> dict[int, float]:
 
 
 def tables(results: list[dict]) -> str:
-    columns = [(name, steps, _over_first(steps)) for name, steps in _by_variant(results).items()]
+    columns = [(name, steps, _relative_to_first(steps)) for name, steps in _by_variant(results).items()]
     header = ["ranks"] + [
         cell for name, steps, _ in columns for cell in (f"{name}, ms", f"step / step at {next(iter(steps))} ranks")
     ]
@@ -146,7 +146,7 @@ def tables(results: list[dict]) -> str:
 def _draw(results: list[dict], size: str) -> Figure:
     figure, (axes,) = output.figure(8, 4.5)
     for index, (name, steps) in enumerate(_by_variant(results).items()):
-        ratios = _over_first(steps)
+        ratios = _relative_to_first(steps)
         last, ratio = list(ratios.items())[-1]
         label = f"{name}: {ratio:.3f} at {last} ranks"
         axes.plot(

@@ -49,8 +49,8 @@ def test_predictions_that_do_not_match_are_refused(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"missing.json cannot be read .*expected the JSON file of `pipeline`"):
         real_pipeline.main(["--predicted", str(tmp_path / "missing.json")])
     content = {"settings": {"pipelines": 2}, "results": [{"stages": 2, "step_seconds": 1.0}]}
-    (tmp_path / "found.json").write_text(json.dumps(content))
+    (tmp_path / "predicted.json").write_text(json.dumps(content))
     with pytest.raises(
-        InputError, match=r"1 ranks; expected as many as a plan in .*found.json has, \[4\]: use torchrun"
+        InputError, match=r"1 ranks; expected as many as a plan in .*predicted.json has, \[4\]: use torchrun"
     ):
-        real_pipeline.main(["--predicted", str(tmp_path / "found.json")])
+        real_pipeline.main(["--predicted", str(tmp_path / "predicted.json")])

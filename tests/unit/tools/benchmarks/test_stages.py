@@ -11,7 +11,7 @@ from tests.cases import small_config
 
 @pytest.mark.parametrize("make_plan", [whole_loss_partition, spread_loss_partition])
 def test_a_measured_stage_sums_the_gradients_of_its_micro_batches(make_plan):
-    """Two micro-batches give twice the gradients, and every gradient is added once."""
+    """Two micro-batches give twice the gradients, although all heads share the unembedding."""
     config = small_config(
         1, 4, engine__kind="pipeline", engine__num_stages=2, model__num_layers=6, model__vocab_size=300
     )

@@ -26,10 +26,10 @@ def test_rounds_alternate_their_order_and_ratios_are_to_the_first_number_of_rank
     monkeypatch.setattr(output, "start", lambda options: None)
     world.main(["--world-sizes", "8", "64", "512", "--output", str(tmp_path), "--steps", "3"])
     assert ranks_of_processes == [8, 64, 512, 512, 64, 8]
-    header, *found = rows(capsys.readouterr().out)
+    header, *table_rows = rows(capsys.readouterr().out)
     assert header[1:3] == ["ours, ms", "step / step at 8 ranks"]
-    assert [row[0] for row in found] == ["8", "64", "512"]
-    assert [row[1] for row in found] == ["153.5 [151.0, 156.0]", "153.5 [152.0, 155.0]", "153.5 [153.0, 154.0]"]
-    assert [row[2] for row in found] == ["1.000"] * 3
-    assert [row[6] for row in found] == ["1.000", "-", f"{16003.5 / 253.5:.3f}"]
+    assert [row[0] for row in table_rows] == ["8", "64", "512"]
+    assert [row[1] for row in table_rows] == ["153.5 [151.0, 156.0]", "153.5 [152.0, 155.0]", "153.5 [153.0, 154.0]"]
+    assert [row[2] for row in table_rows] == ["1.000"] * 3
+    assert [row[6] for row in table_rows] == ["1.000", "-", f"{16003.5 / 253.5:.3f}"]
     assert (tmp_path / "world.png").stat().st_size > 10_000
