@@ -121,7 +121,7 @@ def test_conversion_error_is_one_line(sources, tmp_path, monkeypatch, capsys):
         ("canonical", "other", "--to", "meta"): ["holds other files", "notes.txt"],
         ("canonical", "new", "--num-future-tokens", "2"): ["has 3 heads", "expected --num-future-tokens=2"],
         ("canonical", "new", "--to", "canonical", "--dtype", "bf16"): ["fp32"],
-        ("universal", "new", "--config", str(config)): ["model.norm_eps=0.001, not 1.0"],
+        ("universal", "new", "--config", str(config)): ["model.norm_eps=0.001, expected 1.0"],
         ("../../other", "new"): ["not a checkpoint of a known format", "universal"],
         ("../../nowhere", "new"): ["does not exist"],
         ("x" * 300, "new"): ["cannot be read: File name too long", "expected a checkpoint"],
