@@ -176,7 +176,7 @@ CASES = {
     ),
     "DeepSpeed value that DeepSpeed rejects": (
         lambda corpus, tmp: ["engine.deepspeed.comms_logger=5"],
-        ["refused by DeepSpeed"],
+        ["DeepSpeed rejects engine.deepspeed"],
     ),
     "rope_theta is zero": (lambda corpus, tmp: ["model.rope_theta=0"], ["model.rope_theta=0", "above 0"]),
     "interpolation of a missing key": (
@@ -185,7 +185,7 @@ CASES = {
     ),
     "unknown DeepSpeed section": (
         lambda corpus, tmp: ["engine.deepspeed.amp2.enabled=true"],
-        ["amp2", "not known to work"],
+        ["amp2", "not supported"],
     ),
     "unknown DeepSpeed key": (
         lambda corpus, tmp: ["engine.deepspeed.zero_optimization.no_such_key=1"],
@@ -218,7 +218,7 @@ CASES = {
     ),
     "cut with an empty stage": (
         lambda corpus, tmp: [*pipeline(2), "engine.stage_layers=[4,0]"],
-        ["engine.stage_layers=[4, 0]", "at least 1"],
+        ["engine.stage_layers[1]=0", "at least 1"],
     ),
     "ZeRO-3's offload with a pipeline": (
         lambda corpus, tmp: [*pipeline(2), "engine.offload_parameters=true"],
@@ -242,7 +242,7 @@ CASES = {
     ),
     "deferred heads in a pipeline": (
         lambda corpus, tmp: [*pipeline(2), "engine.head_schedule=deferred"],
-        ["engine.head_schedule=deferred", "sequential"],
+        ["engine.head_schedule=deferred", "engine.kind=zero3 or zero1"],
     ),
     "fp16 in a pipeline": (
         lambda corpus, tmp: [*pipeline(2), "train.precision=fp16"],
@@ -254,7 +254,7 @@ CASES = {
     ),
     "initial weights of another model": (
         lambda corpus, tmp: [f"run.initial_weights={initial_weights(tmp)}"],
-        ["run.initial_weights", "model.num_layers=5", "not 4", "set model.num_layers=5"],
+        ["run.initial_weights", "model.num_layers=5, expected 4", "set model.num_layers=5"],
     ),
     "DeepCompile": (lambda corpus, tmp: ["engine.deepspeed.compile.deepcompile=true"], ["compile", "DeepCompile"]),
 }
