@@ -16,8 +16,8 @@ from typing import Any
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "TRUE")
-_context = get_context("forkserver")
-_context.set_forkserver_preload(
+fork_server = get_context("forkserver")
+fork_server.set_forkserver_preload(
     [
         "torch",
         "deepspeed",
@@ -42,7 +42,7 @@ def run_ranks(
     Raises:
         AssertionError: a rank failed. The message has the tracebacks of all failed ranks.
     """
-    return _run(_context, backend, function, world_size, arguments, timeout_seconds)
+    return _run(fork_server, backend, function, world_size, arguments, timeout_seconds)
 
 
 def run_gpu_rank(

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from megamtp.cluster.ports import reserve_port
+from tests.ranks import fork_server
 
 ROOT = Path(__file__).parents[2]
 MODULE = "megamtp.pretrain"
@@ -40,6 +42,31 @@ def run(command: list[str], cwd: Path = ROOT, timeout: float = 240, **variables:
         capture_output=True,
         text=True,
     )
+
+
+def pretrain_on_one_rank(arguments: list[str], timeout: float = 240) -> subprocess.CompletedProcess:
+    """Does what `python -m megamtp.pretrain arguments...` does, in a process forked from the server of tests/ranks.py.
+
+    The server has already imported torch and DeepSpeed, which takes a new process several seconds.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [f"{folder}/stdout", f"{folder}/stderr"]
+        process = fork_server.Process(target=_pretrain, args=(arguments, outputs))
+        process.start()
+        process.join(timeout)
+        assert process.exitcode is not None, f"still runs after {timeout} s"
+        texts = [Path(output).read_text() for output in outputs]
+        return subprocess.CompletedProcess(arguments, process.exitcode, *texts)
+
+
+def _pretrain(arguments: list[str], outputs: list[str]) -> None:
+    from megamtp import pretrain
+
+    for stream, output in zip((sys.stdout, sys.stderr), outputs, strict=True):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), stream.fileno())
+    os.chdir(ROOT)
+    sys.argv = ["pretrain", *arguments]
+    pretrain.entry()
 
 
 def records(run_directory: Path, kind: str = "train") -> list[dict]:

@@ -18,7 +18,7 @@ from megamtp.config import read_config
 from megamtp.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from megamtp.data.windows import CHECKED_TOKENS, Windows
 from tests.checkpoints import SMALL, contents, random_model
-from tests.end_to_end.jobs import MODULE, damage, deepspeed, records, run, wait_for
+from tests.end_to_end.jobs import MODULE, damage, deepspeed, pretrain_on_one_rank, records, run, wait_for
 
 ONE_RANK = ["-m", MODULE]  # without a launcher
 
@@ -273,7 +273,7 @@ def test_mistake_is_one_line(case, arguments, corpus, tmp_path):
     make, words = CASES[case]
     folder = tmp_path / "made"
     folder.mkdir()
-    finished = run([*ONE_RANK, *arguments, f"run.directory={tmp_path}/run", *make(corpus, folder)])
+    finished = pretrain_on_one_rank([*arguments, f"run.directory={tmp_path}/run", *make(corpus, folder)])
     assert_one_line(finished, words)
     assert not (tmp_path / "run").exists()
 
@@ -444,7 +444,10 @@ def test_model_name_that_is_too_long(tmp_path):
 )
 def test_missing_checkpoint(command, tmp_path):
     module, *rest = (word.format(tmp_path) for word in command)
-    assert_one_line(run(["-m", module, *rest]), ["no checkpoint", str(tmp_path)])
+    assert_one_line(
+        run(["-m", module, *rest]),
+        [f"{tmp_path} is not a checkpoint of a known format; expected one of these: run, canonical"],
+    )
     assert list(tmp_path.iterdir()) == []
 
 
