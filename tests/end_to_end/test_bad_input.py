@@ -534,7 +534,7 @@ def test_damaged_configuration_of_a_run_is_replaced(content, trained, arguments,
     (tmp_path / "run/config.yaml").write_text(content)
     finished = run([*ONE_RANK, *arguments, "train.steps=2", f"run.directory={tmp_path}/run"])
     assert finished.returncode == 0, finished.stderr
-    assert "what has changed since the run began is not known" in finished.stdout
+    assert "the run's settings cannot be compared with the earlier ones" in finished.stdout
     assert read_config([str(tmp_path / "run/config.yaml")]).train.steps == 2
 
 
