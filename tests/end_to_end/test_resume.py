@@ -43,7 +43,7 @@ def test_killed_and_resumed_equals_uninterrupted(num_ranks, settings, arguments,
         assert "embedding, trunk 1-2, head 1" in output and "slowest stage / mean" in output
         # "is predicted to be faster" or "is not predicted to be faster"
         assert f"engine.spread_losses={str(SPREAD not in settings).lower()} is " in output
-        assert "megamtp: warning:" in output and "few for 2 stages" in output
+        assert "megamtp: warning:" in output and "so the 2 stages are idle for" in output
     run([*deepspeed(num_ranks, "tests.end_to_end.killed_pretrain"), *arguments, f"run.directory={killed}"])
     assert [record["step"] for record in records(killed)] == list(range(1, KILLED_STEP))
     assert [path.name for path in checkpoints(killed)] == ["step-0000010"]
