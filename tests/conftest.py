@@ -16,7 +16,11 @@ def pytest_addoption(parser):
     )
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--full"):
+        long_items = [item for item in items if item.get_closest_marker("full")]
+        items[:] = [item for item in items if item not in long_items]
+        config.hook.pytest_deselected(items=long_items)
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for item in items:
         for mark in item.iter_markers("gpu"):

@@ -6,7 +6,7 @@ from tests.end_to_end.kill_campaign import Killer, final_state
 
 
 @pytest.mark.timeout(600)
-def test_run_killed_four_times_equals_an_uninterrupted_run(arguments, tmp_path):
+def test_run_killed_repeatedly_equals_an_uninterrupted_run(arguments, tmp_path, request):
     arguments = [
         *arguments,
         "train.steps=24",
@@ -19,9 +19,10 @@ def test_run_killed_four_times_equals_an_uninterrupted_run(arguments, tmp_path):
     outcomes = [
         killer.run_killed((0,), saving=True, after_steps=3),
         killer.run_killed((1,), saving=False, after_steps=2),
-        killer.run_killed((0, 1), saving=True, after_steps=1),
-        killer.run_killed((1,), saving=True, after_steps=1),
     ]
+    if request.config.getoption("--full"):
+        outcomes.append(killer.run_killed((0, 1), saving=True, after_steps=1))
+        outcomes.append(killer.run_killed((1,), saving=True, after_steps=1))
     assert all("killed ranks [" in line and "ranks []" not in line for line in outcomes), outcomes
     killer.run_to_the_end()
     assert final_state(tmp_path / "killed") == final_state(tmp_path / "whole")

@@ -56,7 +56,7 @@ def test_stopped_while_it_prepares_the_corpus(quickstart, tmp_path):
     assert "Traceback" not in output
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.full), signal.SIGINT])
 def test_stopped_while_it_trains(number, quickstart, tmp_path):
     process = quickstart()
     wait_for(lambda: len(records(tmp_path / "run")) >= 2 or process.poll() is not None, seconds=200)

@@ -12,6 +12,8 @@ import pytest
 from megamtp.checkpoint.store import newest_checkpoint, read_manifest
 from tests.end_to_end.jobs import MODULE, ROOT, deepspeed, environment, ranks, records, run, wait_for
 
+FULL = pytest.mark.full
+
 ENDLESS = ["train.steps=1000000", "data.validation=null", "run.save_every_steps=1000000", "run.requeue_exit_code=85"]
 
 
@@ -57,7 +59,9 @@ def test_signal_to_the_deepspeed_process(arguments, tmp_path, start):
     assert_saved_and_gone(tmp_path / "run")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=FULL), pytest.param(signal.SIGUSR1, marks=FULL)]
+)
 def test_signal_to_the_local_command(number, arguments, tmp_path, start):
     process = start_job(start, ["-m", "megamtp.commands.local"], arguments, tmp_path / "run")
     process.send_signal(number)
@@ -67,7 +71,7 @@ def test_signal_to_the_local_command(number, arguments, tmp_path, start):
     assert_saved_and_gone(tmp_path / "run")
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.5, 2.0, 4.0])
+@pytest.mark.parametrize("seconds", [0.0, pytest.param(0.5, marks=FULL), 2.0, pytest.param(4.0, marks=FULL)])
 def test_signal_before_the_first_step(seconds, arguments, tmp_path, start):
     """No process may remain, whether the ranks had started or not."""
     process = start(["-m", "megamtp.commands.local", *arguments, *ENDLESS, f"run.directory={tmp_path}/run"])
