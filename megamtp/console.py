@@ -1,8 +1,10 @@
 """Prints lines for the user. Failed writes are ignored: training continues without a terminal or log disk."""
 
 import io
+import os
 import sys
 from contextlib import suppress
+from typing import TextIO
 
 MAX_ERROR_CHARACTERS = 2000  # error messages quote arguments, which may be of any length
 
@@ -33,6 +35,11 @@ def print_error(error: object) -> None:
         line = f"{line[: MAX_ERROR_CHARACTERS // 2]} ... {line[-MAX_ERROR_CHARACTERS // 2 :]}"
     with suppress(OSError):
         print(f"megamtp: error: {line}", file=sys.stderr, flush=True)
+
+
+def discard_output(stream: TextIO) -> None:
+    """Sends the stream to /dev/null. Python writes unwritten output again at exit, which would fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def escape_unencodable_characters() -> None:

@@ -29,7 +29,7 @@ PROBES = (
 
 
 def read_tokenizer(path: Path, vocab_size: int) -> SentencePieceTokenizer:
-    """Opens a SentencePiece model. Raises CheckpointError if it is none, or has more pieces than the model has rows."""
+    """Opens a SentencePiece model. Raises CheckpointError if it is invalid or has more pieces than the model rows."""
     try:
         tokenizer = SentencePieceTokenizer(path)
     except InputError as error:

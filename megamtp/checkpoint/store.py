@@ -80,7 +80,7 @@ def _step(checkpoint: Path) -> int:
 
 
 def newest_checkpoint(run_directory: Path) -> Path:
-    """Returns the complete checkpoint with the highest step. Raises CheckpointError if there is none."""
+    """Returns the complete checkpoint of the highest step. Raises CheckpointError if no checkpoint is complete."""
     complete = checkpoints(run_directory)
     if not complete:
         raise CheckpointError(

@@ -11,6 +11,7 @@ from typing import TextIO
 
 from megamtp.cluster.environment import find_place
 from megamtp.cluster.signals import SIGNALS
+from megamtp.console import discard_output
 from megamtp.errors import InputError, translate_os_error
 
 # The other ranks sleep while rank 0 reports an error. Its launcher then ends them.
@@ -80,7 +81,7 @@ def _drop_unwritable(stream: TextIO | None) -> None:
     try:
         stream.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        discard_output(stream)
 
 
 def _end(outcome: list[int]) -> None:

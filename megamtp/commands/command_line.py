@@ -10,13 +10,12 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from megamtp.console import escape_unencodable_characters, print_error
+from megamtp.console import discard_output, escape_unencodable_characters, print_error
 from megamtp.errors import InputError
 
 OUTPUT_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-COMMAND_VARIABLE = (
-    "MEGAMTP_COMMAND"  # set by a shell script that calls a command, such as launch/local.sh, to its own name
-)
+# A shell script that calls a command, such as launch/local.sh, sets this variable to its own name.
+COMMAND_VARIABLE = "MEGAMTP_COMMAND"
 
 
 class Parser(argparse.ArgumentParser):
@@ -71,9 +70,7 @@ def run(main: Callable[[], int | None]) -> None:
     except OSError as error:
         if error.filename or error.errno not in OUTPUT_ERRORS:
             raise
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # Python tries to write the rest again when it exits
+        discard_output(sys.stdout)
         status = 128 + signal.SIGPIPE
         if error.errno != errno.EPIPE:
             print_error(f"the output cannot be written: {error.strerror}; make room for it")

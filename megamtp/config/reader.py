@@ -81,7 +81,7 @@ def with_absolute_paths(config: Config) -> Config:
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """Returns a line `section.key: old -> new` for every setting that differs."""
+    """Returns one line for each setting that differs: `section.key: old value -> new value`."""
     lines = []
     for key in _keys(Config):
         before, after = (functools.reduce(getattr, key.split("."), config) for config in (old, new))
@@ -237,6 +237,7 @@ def _expected(key: str) -> str:
     return ""
 
 
+@functools.cache
 def _keys(section: Any, prefix: str = "") -> "dict[str, dataclasses.Field[Any]]":
     """Returns the field of every setting by its dotted key."""
     items = {}
@@ -248,6 +249,7 @@ def _keys(section: Any, prefix: str = "") -> "dict[str, dataclasses.Field[Any]]"
     return items
 
 
+@functools.cache
 def _sections(section: Any, prefix: str = "") -> list[str]:
     """Returns the dotted keys of all sections. A section comes before the sections inside it."""
     keys: list[str] = []

@@ -1,4 +1,4 @@
-"""PREFIX.crc holds a CRC-32 for every 4 KiB of PREFIX.bin, so that damaged tokens are never trained on.
+"""Checksums of a corpus: PREFIX.crc has the CRC-32 of each 4 KiB of PREFIX.bin. Training refuses damaged tokens.
 
 Megatron-LM's programs neither write nor read this file. Its content, little-endian:
 

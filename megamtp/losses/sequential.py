@@ -67,7 +67,7 @@ class SequentialHeadLoss(torch.autograd.Function):
 
 
 class IntermediateStageHeads(torch.autograd.Function):
-    """(z, head_loss, num_heads, hooks) -> (z, summed negative log-likelihoods [n]), if a later stage needs z, too.
+    """(z, head_loss, num_heads, hooks) -> (z, summed negative log-likelihoods [n]), on stages that also forward z.
 
     Like SequentialHeadLoss, but backward receives the dz of the later stages' heads, which already includes the loss
     gradient, and adds the dz of this stage's heads.

@@ -8,7 +8,7 @@
 Each head is one transformer layer (heads.py has other kinds). All heads read the same z and share one unembedding
 (final norm and projection to the vocabulary). With n = 1 this is an ordinary decoder-only model.
 
-MTPModel is the ModelPart that holds the whole model; each stage of a pipeline is a ModelPart, too. MTPModel.forward
+MTPModel is a ModelPart that holds the whole model; each pipeline stage is also a ModelPart. MTPModel.forward
 returns the training loss. Where to read on:
 
     part.py         ModelPart: builds the modules, runs the trunk, computes the heads' losses

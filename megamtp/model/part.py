@@ -1,6 +1,6 @@
 """A part of the multi-token model: some trunk layers, some heads and some rows of the unembedding.
 
-MTPModel (mtp.py) is the part that holds the whole model. Each stage of a pipeline is a part, too.
+MTPModel (mtp.py) is the part that holds the whole model. Each pipeline stage is also a part.
 """
 
 from collections.abc import Iterator, Mapping

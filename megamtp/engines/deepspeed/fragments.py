@@ -1,4 +1,4 @@
-"""This rank's fp32 master weights and optimizer state, by parameter name, for every DeepSpeed optimizer.
+"""Finds a rank's fp32 master weights and optimizer state, by parameter name, in any DeepSpeed optimizer.
 
 Each DeepSpeed optimizer concatenates pieces of the parameters into flat fp32 tensors: ZeRO-3 has one tensor per
 sub-group, the others have one per parameter group. This module finds the parameter's name for every piece, so that a

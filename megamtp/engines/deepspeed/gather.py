@@ -61,7 +61,7 @@ class Streams:
             stream.wait_event(event)
 
     def wait_for_compute(self, stream: torch.cuda.Stream | None) -> None:
-        """Makes a stream wait for everything queued on the compute stream so far."""
+        """Makes a stream wait for all work that is already queued on the compute stream."""
         if stream is not None and self.compute is not None:
             stream.wait_stream(self.compute)
 

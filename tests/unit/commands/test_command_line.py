@@ -1,4 +1,4 @@
-"""Tests of what all commands share: --help, exit statuses, errors in one line, and output that cannot be written."""
+"""Tests the shared command line: --help, exit statuses, errors in one line, and output that cannot be written."""
 
 import importlib
 import importlib.util

@@ -1,4 +1,4 @@
-"""Tests of what convert_checkpoint prints. tests/end_to_end/test_convert.py converts every format to every other."""
+"""Tests the output of convert_checkpoint. tests/end_to_end/test_convert.py converts every format to every other."""
 
 import dataclasses
 import sys

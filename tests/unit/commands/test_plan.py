@@ -1,4 +1,4 @@
-"""Tests of the output of plan for configurations that fit and for one that does not."""
+"""Tests the output of plan: configurations that fit, and one that does not."""
 
 import subprocess
 import sys

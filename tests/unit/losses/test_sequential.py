@@ -33,14 +33,19 @@ def test_dw_is_summed_in_fp32():
     assert torch.equal(totals[-1], torch.full((4, 3), 264.0))
 
 
-def test_parameter_gradients_exist_after_forward_and_dz_after_backward():
+def two_heads():
+    """Returns z, the heads' shared weight, and head_loss(index, z) = sum of (index + 1) * weight * z."""
     weight = torch.ones(3, requires_grad=True)
-    z = torch.arange(3.0, requires_grad=True)
 
     def head_loss(index, z_head):
         loss = ((index + 1) * weight * z_head).sum()
         return loss, loss.detach()
 
+    return torch.arange(3.0, requires_grad=True), weight, head_loss
+
+
+def test_parameter_gradients_exist_after_forward_and_dz_after_backward():
+    z, weight, head_loss = two_heads()
     loss, _ = SequentialHeadLoss.apply(z, head_loss, 2, HeadHooks())
     assert torch.equal(weight.grad, 3 * z.detach())
     assert z.grad is None
@@ -49,13 +54,7 @@ def test_parameter_gradients_exist_after_forward_and_dz_after_backward():
 
 
 def test_heads_of_an_intermediate_stage_add_their_dz_to_that_of_later_stages():
-    weight = torch.ones(3, requires_grad=True)
-    z = torch.arange(3.0, requires_grad=True)
-
-    def head_loss(index, z_head):
-        loss = ((index + 1) * weight * z_head).sum()
-        return loss, loss.detach()
-
+    z, weight, head_loss = two_heads()
     forwarded_z, nll_sums = IntermediateStageHeads.apply(z, head_loss, 2, HeadHooks())
     assert torch.equal(weight.grad, 3 * z.detach())
     assert torch.equal(forwarded_z, z)
