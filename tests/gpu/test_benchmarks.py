@@ -21,7 +21,7 @@ def _run(name: str, folder: Path, *arguments: str, num_ranks: int = 1) -> None:
     finished = subprocess.run(
         [sys.executable, *(launcher if num_ranks > 1 else []), *command],
         cwd=ROOT,
-        env=os.environ | {"DS_ACCELERATOR": "cuda", "PYTHONPATH": str(ROOT)},
+        env=os.environ | {"DS_ACCELERATOR": "cuda", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
         stdout=subprocess.PIPE,
         text=True,
         check=True,
