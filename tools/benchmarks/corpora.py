@@ -46,8 +46,8 @@ def prepare(options: argparse.Namespace) -> None:
         call("megamtp.commands.prepare_data", "--input", *options.prepare, *corpus)
 
 
-def settings(data: Path) -> list[str]:
-    """Returns the settings of a training on the corpus in `data`. Raises InputError."""
+def overrides(data: Path) -> list[str]:
+    """Returns the `key=value` arguments of a training on the corpus in `data`. Raises InputError."""
     try:
         vocab_size = json.loads((data / SUMMARY).read_text())["vocab_size"]
     except (OSError, ValueError, KeyError) as error:

@@ -54,12 +54,13 @@ def num_ranks(requested: int) -> int:
     return launched if launched > 1 else requested
 
 
-def model(size: str, heads: int) -> list[str]:
-    """Returns the configuration arguments of a model of one of the paper's sizes."""
-    return [str(CONFIGS / f"{size}_n{1 if heads == 1 else 4}.yaml"), f"model.num_future_tokens={heads}"]
+def model_arguments(size: str, heads: int) -> list[str]:
+    """Returns the arguments of read_config for a model of one of the paper's sizes."""
+    # the files of one size differ only in the number of heads
+    return [str(CONFIGS / f"{size}_n4.yaml"), f"model.num_future_tokens={heads}"]
 
 
-def config(size: str, heads: int, world_size: int, options: argparse.Namespace, *settings: str) -> Config:
+def config(size: str, heads: int, world_size: int, options: argparse.Namespace, *overrides: str) -> Config:
     """Returns the configuration of a step with sequential heads and options.micro_batches micro-batches per rank.
 
     Raises:
@@ -71,9 +72,9 @@ def config(size: str, heads: int, world_size: int, options: argparse.Namespace, 
         f"cluster.flat_bandwidth={options.bandwidth}",
         f"cluster.communication_sms={options.sms}",
     ]
-    config = read_config(
+    step_config = read_config(
         [
-            *model(size, heads),
+            *model_arguments(size, heads),
             "data.train=none",
             "run.directory=none",
             *([] if find_place().world_size > 1 else cluster),
@@ -81,14 +82,15 @@ def config(size: str, heads: int, world_size: int, options: argparse.Namespace, 
             f"train.micro_batch_size={micro_batch}",
             f"train.global_batch_tokens={options.sequence_length * micro_batch * options.micro_batches * world_size}",
             *options.set,
-            *settings,
+            *overrides,
         ]
     )
-    if config.engine.head_schedule != "sequential":
+    if step_config.engine.head_schedule != "sequential":
         raise InputError(
-            f"engine.head_schedule={config.engine.head_schedule}; expected sequential: others have no head phase"
+            f"engine.head_schedule={step_config.engine.head_schedule}; expected sequential: only it has a head phase "
+            "to measure"
         )
-    return config
+    return step_config
 
 
 def settings(config: Config, options: argparse.Namespace) -> dict[str, object]:

@@ -87,7 +87,7 @@ def main(arguments: list[str]) -> None:
     for name in options.variants:
         run = options.runs / name
         if not _finished(run / METRICS, options.steps):
-            call("megamtp.pretrain", *_settings(options.data, run, options.steps), *VARIANTS[name], *options.set)
+            call("megamtp.pretrain", *_overrides(options.data, run, options.steps), *VARIANTS[name], *options.set)
         by_variant[name] = read(run / METRICS, options.steps)
     settings = {
         "model": "0.3B, n = 4",
@@ -99,11 +99,11 @@ def main(arguments: list[str]) -> None:
     output.write(options, settings, results(by_variant), tables(results(by_variant)), draw(by_variant))
 
 
-def _settings(data: Path, run: Path, steps: int) -> list[str]:
-    """Returns settings with the paper's learning rate, 1/1000 of its batch, and warmup over 1/10 of the steps."""
+def _overrides(data: Path, run: Path, steps: int) -> list[str]:
+    """Returns arguments with the paper's learning rate, 1/1000 of its batch, and warmup over 1/10 of the steps."""
     return [
         str(ROOT / "configs/0.3b_n4.yaml"),
-        *corpora.settings(data),
+        *corpora.overrides(data),
         f"run.directory={run}",
         f"train.steps={steps}",
         "train.global_batch_tokens=8192",

@@ -119,12 +119,12 @@ def config_of(
     sequence_length: int,
     micro_batches: int,
     pipelines: int,
-    *settings: str,
+    *overrides: str,
 ) -> Config:
     """Returns the configuration of a pipeline with micro-batches of one window. Raises InputError."""
     return read_config(
         [
-            *emulation.model(size, heads),
+            *emulation.model_arguments(size, heads),
             "data.train=none",
             "run.directory=none",
             "engine.kind=pipeline",
@@ -133,7 +133,7 @@ def config_of(
             f"train.sequence_length={sequence_length}",
             "train.micro_batch_size=1",
             f"train.global_batch_tokens={sequence_length * micro_batches * pipelines}",
-            *settings,
+            *overrides,
         ]
     )
 

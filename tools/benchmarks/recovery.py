@@ -85,7 +85,7 @@ def main(arguments: list[str]) -> None:
         )
     output.make_folder(options)
     corpora.prepare(options)
-    overrides = _settings(options)
+    overrides = _overrides(options)
     kill = train_and_kill(overrides, options.run, options.kill_at, options.rank)
     recovery = train_to_the_end(overrides, options.run)
     records = [json.loads(line) for line in records_until(options.run / METRICS, options.steps)]
@@ -106,10 +106,10 @@ def main(arguments: list[str]) -> None:
     output.write(options, settings, [result], tables([result]), _draw(result, options.heads))
 
 
-def _settings(options: argparse.Namespace) -> list[str]:
+def _overrides(options: argparse.Namespace) -> list[str]:
     return [
-        *emulation.model(options.size, options.heads),
-        *corpora.settings(options.data),
+        *emulation.model_arguments(options.size, options.heads),
+        *corpora.overrides(options.data),
         f"data.tokenizer={options.data}/tokenizer.model",
         f"run.directory={options.run}",
         f"train.steps={options.steps}",
@@ -153,9 +153,9 @@ class Recovery:
 class RecoveryJob:
     """A training with megamtp.commands.local, ended when the `with` block ends. Error messages contain `where`."""
 
-    def __init__(self, settings: list[str], run: Path, where: str):
+    def __init__(self, overrides: list[str], run: Path, where: str):
         self.metrics, self.where = run / METRICS, where
-        self.process = subprocess.Popen([sys.executable, "-m", "megamtp.commands.local", *settings])
+        self.process = subprocess.Popen([sys.executable, "-m", "megamtp.commands.local", *overrides])
 
     def __enter__(self) -> "RecoveryJob":
         return self
@@ -187,9 +187,9 @@ class RecoveryJob:
         raise InputError(f"--rank {number}; expected a rank of the job")
 
 
-def train_and_kill(settings: list[str], run: Path, step: int, rank: int) -> Kill:
+def train_and_kill(overrides: list[str], run: Path, step: int, rank: int) -> Kill:
     """Trains until `step` is in the metrics, kills a rank, and waits for the end of the job."""
-    with RecoveryJob(settings, run, f"before step {step}, at which a rank is killed") as job:
+    with RecoveryJob(overrides, run, f"before step {step}, at which a rank is killed") as job:
         job.wait_until(lambda: job.last_step() >= step)
         job.rank(rank).kill()
         start, last = time.time(), job.last_step()
@@ -197,10 +197,10 @@ def train_and_kill(settings: list[str], run: Path, step: int, rank: int) -> Kill
         return Kill(last, rank, status, time.time() - start)
 
 
-def train_to_the_end(settings: list[str], run: Path) -> Recovery:
+def train_to_the_end(overrides: list[str], run: Path) -> Recovery:
     """Starts the job again and waits for its end. Raises InputError if it fails."""
     before = (run / METRICS).stat().st_ino
-    with RecoveryJob(settings, run, "after a rank had been killed") as job:
+    with RecoveryJob(overrides, run, "after a rank had been killed") as job:
         start = time.time()
         # a resumed run first rewrites the metrics up to its checkpoint
         job.wait_until(lambda: (run / METRICS).stat().st_ino != before)

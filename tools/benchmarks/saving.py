@@ -69,9 +69,9 @@ def main(arguments: list[str]) -> None:
     options = output.parse(parser, arguments, SMOKE)
     output.make_folder(options)
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
-        config = read_config(_settings(options, Path(folder)))
+        config = read_config(_overrides(options, Path(folder)))
         corpora.write_random(Path(config.data.train), 4 * options.tokens, 1000, config.model.vocab_size)
-        call("megamtp.commands.local", *_settings(options, Path(folder)))
+        call("megamtp.commands.local", *_overrides(options, Path(folder)))
         records = [json.loads(line) for line in records_until(Path(folder) / METRICS, options.steps)]
     steps, checkpoints = (
         steps_of(records, options.save_every),
@@ -92,9 +92,9 @@ def main(arguments: list[str]) -> None:
     output.write(options, settings, results, tables(results), _draw(steps))
 
 
-def _settings(options: argparse.Namespace, folder: Path) -> list[str]:
+def _overrides(options: argparse.Namespace, folder: Path) -> list[str]:
     return [
-        *emulation.model(options.size, options.heads),
+        *emulation.model_arguments(options.size, options.heads),
         f"data.train={folder}/tokens",
         f"run.directory={folder}",
         f"train.steps={options.steps}",

@@ -36,10 +36,12 @@ def main(arguments: list[str]) -> None:
         help="largest allowed exposed share of the head phase [3]",
     )
     options = output.parse(parser, arguments, SMOKE)
-    settings_of = {CONFIGURED: [], NONE: ["engine.prefetch_modules=0"], PLAIN: []}
+    overrides_of = {CONFIGURED: [], NONE: ["engine.prefetch_modules=0"], PLAIN: []}
     configs = {
-        name: emulation.config(options.size, options.heads, emulation.num_ranks(options.world_size), options, *settings)
-        for name, settings in settings_of.items()
+        name: emulation.config(
+            options.size, options.heads, emulation.num_ranks(options.world_size), options, *overrides
+        )
+        for name, overrides in overrides_of.items()
     }
     output.start(options, smoke_on_cpu=False)  # a CPU has no streams to trace
     emulation.join(configs[CONFIGURED])
