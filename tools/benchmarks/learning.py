@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import corpora, emulation, output
 from benchmarks.processes import call
+from megamtp.config import RESOLVED, read_config
 from megamtp.errors import InputError
 from megamtp.training.metrics import FILE as METRICS
 from megamtp.training.metrics import records_until
@@ -24,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 VARIANTS = {
     "bf16": [],
     "fp8": ["head_loss.precision=fp8"],
-    "fp8-further": ["head_loss.precision=fp8", "head_loss.fp8_first_head=false"],
+    "fp8-heads-2-to-n": ["head_loss.precision=fp8", "head_loss.fp8_first_head=false"],
 }
 SMOKE = corpora.SMOKE | {
     "variants": ["bf16"],  # fp8 needs a GPU
@@ -39,23 +40,23 @@ SMOKE = corpora.SMOKE | {
     ],
 }
 LAST_STEPS = 100  # the final training loss is the mean over these steps
-POINT_STEPS = 20  # one point of a curve is the mean over so many steps
+POINT_STEPS = 20  # one point of a curve is the mean over this many steps
 
 
 @dataclass(frozen=True)
-class LossCurves:
-    """LossCurves of one training.
+class TrainingLosses:
+    """The losses of one training, in nats per token.
 
     Attributes:
         training: [steps, heads].
-        validation: of the last validation, [heads].
+        last_validation: [heads].
     """
 
     training: np.ndarray
-    validation: np.ndarray
+    last_validation: np.ndarray
 
     @property
-    def final(self) -> np.ndarray:
+    def final_training(self) -> np.ndarray:
         return self.training[-LAST_STEPS:].mean(0)
 
     @property
@@ -74,14 +75,15 @@ def main(arguments: list[str]) -> None:
         nargs="+",
         default=["bf16", "fp8"],
         choices=VARIANTS,
-        help="the others are compared with the first [bf16 fp8]",
+        help="losses to train with; the others are compared with the first [bf16 fp8]",
     )
-    parser.add_argument("--steps", type=int, default=2000, help="steps of each training [2000]")
+    parser.add_argument("--steps", type=output.positive, default=2000, help="steps of each training [2000]")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other settings of all trainings")
     parser.add_argument(
         "--runs", type=Path, default=Path("runs/learning"), help="folder of the trainings [runs/learning]"
     )
     options = output.parse(parser, arguments, SMOKE)
+    output.make_folder(options)
     corpora.prepare(options)
     by_variant = {}
     for name in options.variants:
@@ -89,18 +91,19 @@ def main(arguments: list[str]) -> None:
         if not _finished(run / METRICS, options.steps):
             call("megamtp.pretrain", *_overrides(options.data, run, options.steps), *VARIANTS[name], *options.set)
         by_variant[name] = read(run / METRICS, options.steps)
+    config = read_config([str(options.runs / options.variants[0] / RESOLVED)])
     settings = {
         "model": "0.3B, n = 4",
         "steps": options.steps,
-        "tokens a step": 8192,
+        "tokens a step": config.train.global_batch_tokens,
         "training loss": f"mean of the last {LAST_STEPS}",
+        **({"set": " ".join(options.set)} if options.set else {}),
     }
-    options.output.mkdir(parents=True, exist_ok=True)
     output.write(options, settings, results(by_variant), tables(results(by_variant)), draw(by_variant))
 
 
 def _overrides(data: Path, run: Path, steps: int) -> list[str]:
-    """Returns arguments with the paper's learning rate, 1/1000 of its batch, and warmup over 1/10 of the steps."""
+    """Returns arguments with the paper's learning rate, 1/1024 of its batch, and warm-up over 1/10 of the steps."""
     return [
         str(ROOT / "configs/0.3b_n4.yaml"),
         *corpora.overrides(data),
@@ -124,19 +127,20 @@ def _finished(path: Path, steps: int) -> bool:
     return any(record["kind"] == "validation" and record["step"] == steps for record in records)
 
 
-def read(path: Path, steps: int) -> LossCurves:
+def read(path: Path, steps: int) -> TrainingLosses:
     """Returns the losses of a finished run. Raises InputError if the run did not reach its last step."""
     records = [json.loads(line) for line in records_until(path, steps)]
     training = np.array([record["losses"] for record in records if record["kind"] == "train"])
     validations = [record for record in records if record["kind"] == "validation"]
     if len(training) != steps or not validations or validations[-1]["step"] != steps:
         raise InputError(
-            f"{path} holds {len(training)} of {steps} steps and their validation; run the benchmark again to resume it"
+            f"{path} has {len(training)} training steps; expected {steps}, and a validation after the last: run the "
+            "benchmark again, which resumes the training"
         )
-    return LossCurves(training, np.array(validations[-1]["losses"]))
+    return TrainingLosses(training, np.array(validations[-1]["losses"]))
 
 
-def results(by_variant: dict[str, LossCurves]) -> list[dict]:
+def results(by_variant: dict[str, TrainingLosses]) -> list[dict]:
     """Returns one result per variant and head.
 
     A result has losses in nats per token, differences relative to the first variant, and the curve of the training.
@@ -146,15 +150,15 @@ def results(by_variant: dict[str, LossCurves]) -> list[dict]:
         {
             "variant": name,
             "head": head + 1,
-            "training": float(losses.final[head]),
-            "training_difference": float(losses.final[head] / first.final[head] - 1),
-            "validation": float(losses.validation[head]),
-            "validation_difference": float(losses.validation[head] / first.validation[head] - 1),
+            "training": float(losses.final_training[head]),
+            "training_difference": float(losses.final_training[head] / first.final_training[head] - 1),
+            "validation": float(losses.last_validation[head]),
+            "validation_difference": float(losses.last_validation[head] / first.last_validation[head] - 1),
             "steps_a_point": POINT_STEPS,
             "curve": losses.curve[:, head].round(4).tolist(),
         }
         for name, losses in by_variant.items()
-        for head in range(len(losses.validation))
+        for head in range(len(losses.last_validation))
     ]
 
 
@@ -176,7 +180,7 @@ def tables(results: list[dict]) -> str:
     )
 
 
-def draw(by_variant: dict[str, LossCurves]) -> Figure:
+def draw(by_variant: dict[str, TrainingLosses]) -> Figure:
     """Draws the loss curves of all variants and, beside them, their differences from the first variant."""
     (first_name, first), *others = by_variant.items()
     figure, (loss_axes, difference_axes) = output.figure(11, 5, columns=2)

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from benchmarks import learning
 
+from megamtp.config import RESOLVED, write_config
 from megamtp.errors import InputError
+from tests.cases import small_config
 
 STEPS = 240
 
@@ -50,17 +52,28 @@ def test_the_plot(tmp_path):
 
 def test_an_unfinished_run_is_refused(tmp_path):
     path = write_metrics(tmp_path / "metrics.jsonl", 1.0, steps=STEPS - 1)
-    with pytest.raises(InputError, match=f"holds 239 of {STEPS} steps"):
+    with pytest.raises(InputError, match=f"has 239 training steps; expected {STEPS}, and a validation"):
         learning.read(path, STEPS)
 
 
 def test_finished_trainings_are_only_read(tmp_path, monkeypatch, capsys):
+    config = small_config(1, 4)
     for name in ("bf16", "fp8"):
         (tmp_path / name).mkdir()
+        write_config(config, tmp_path / name / RESOLVED)
         write_metrics(tmp_path / name / "metrics.jsonl", 1.0)
     monkeypatch.setattr(learning, "call", lambda *arguments: pytest.fail(f"called {arguments}"))
     learning.main(["--data", "none", "--runs", str(tmp_path), "--steps", str(STEPS), "--output", str(tmp_path)])
-    assert "| fp8 | 1 | 4.0000 | +0.00% | 4.5000 | +0.00% |" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"tokens a step {config.train.global_batch_tokens}, " in shown
+    assert "| fp8 | 1 | 4.0000 | +0.00% | 4.5000 | +0.00% |" in shown
+
+
+def test_an_unwritable_output_is_refused_before_the_training(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(learning, "call", lambda *arguments: pytest.fail(f"called {arguments}"))
+    with pytest.raises(InputError, match=r"--output .*file: File exists; expected a folder"):
+        learning.main(["--data", "none", "--prepare", "text", "--output", str(tmp_path / "file")])
 
 
 def test_a_missing_corpus_is_refused(tmp_path):
