@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 
 from benchmarks import output
 from benchmarks.corpora import write_even, write_random, write_sparse
-from benchmarks.processes import Fresh
+from benchmarks.processes import ProcessCall
 from megamtp.data.blend import Blend
 from megamtp.data.indexed_dataset import IndexedDataset
 from megamtp.data.loader import TrainLoader
@@ -93,7 +93,7 @@ def measure_opening(folder: Path, size: float, has_megatron: bool, options: argp
     )
     variants = [OURS, *([FIRST, AGAIN] if has_megatron and size <= options.megatron_limit else [])]
     for name in variants:
-        seconds, mebibytes = Fresh(_opening, open_ours if name == OURS else open_megatron, str(prefix)).result()
+        seconds, mebibytes = ProcessCall(_opening, open_ours if name == OURS else open_megatron, str(prefix)).run()
         yield {"part": "opening", "tokens": num_tokens, "name": name, "seconds": seconds, "mebibytes": mebibytes}
     for path in folder.glob(f"{prefix.name}*.*"):
         path.unlink()
@@ -105,7 +105,7 @@ def measure_reading(folder: Path, read_tokens: float, read_steps: int, has_megat
         os.link(folder / f"random{end}", folder / f"unchecked{end}")
     results = []
     for name, (corpus, documents) in (READERS | ({"GPTDataset": ("random", None)} if has_megatron else {})).items():
-        rate = Fresh(_reading, str(folder / corpus), documents, read_steps).result()
+        rate = ProcessCall(_reading, str(folder / corpus), documents, read_steps).run()
         results.append({"part": "reading", "name": name, "tokens_per_second": rate})
     return results
 

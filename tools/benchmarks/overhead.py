@@ -23,7 +23,7 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks import emulation, output, variants
-from benchmarks.processes import Fresh
+from benchmarks.processes import ProcessCall
 from megamtp.config import Config
 from megamtp.errors import InputError
 from megamtp.model.cost import flops_per_token
@@ -76,11 +76,11 @@ def main(arguments: list[str]) -> None:
     results: list[dict] = []
     for size, by_heads in configs.items():
         job = size, by_heads, options
-        measured = Fresh(_measure_size, *job).result() if num_launched_ranks == 1 else _measure_size(*job)
+        measured = ProcessCall(_measure_size, *job).run() if num_launched_ranks == 1 else _measure_size(*job)
         if options.cold:
             for result in measured:
                 if result["variant"] == "ours":
-                    result["first_step_seconds"] = Fresh(_first_step, by_heads[result["heads"]]).result()
+                    result["first_step_seconds"] = ProcessCall(_first_step, by_heads[result["heads"]]).run()
         results += measured
         output.write(options, settings, results, tables(results), _draw(results))
 

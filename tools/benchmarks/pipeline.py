@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import emulation, output, plans, timeline
 from benchmarks.device import find_device
-from benchmarks.processes import Fresh
+from benchmarks.processes import ProcessCall
 from megamtp.config import Config, read_config
 from megamtp.errors import InputError
 from megamtp.model.cost import flops_per_token
@@ -145,7 +145,7 @@ def _results_of_size(size: str, options: argparse.Namespace) -> list[dict]:
     """
     start = time.perf_counter()
     try:
-        results = Fresh(measure_size, size, options).result()
+        results = ProcessCall(measure_size, size, options).run()
     except (RuntimeError, InputError) as error:
         if len(options.sizes) == 1:
             raise

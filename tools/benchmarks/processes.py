@@ -12,11 +12,11 @@ from megamtp.errors import InputError
 SPAWN = multiprocessing.get_context("spawn")
 
 
-class Fresh:
+class ProcessCall:
     """A function call in a new process.
 
-    The process starts and imports its modules at once, but calls the function only when `result` is called. So it can
-    start while another process measures.
+    The process starts and imports its modules at once, so that another process can measure meanwhile. It calls the
+    function only in `run`.
     """
 
     def __init__(self, function: Callable[..., Any], *arguments: Any):
@@ -25,7 +25,7 @@ class Fresh:
         self._process.start()
         child_connection.close()
 
-    def result(self) -> Any:
+    def run(self) -> Any:
         """Calls the function, waits for it and returns its result.
 
         Raises:
@@ -37,7 +37,7 @@ class Fresh:
             answer = self._connection.recv()
         except (EOFError, OSError):
             self._process.join()
-            raise RuntimeError(f"the process that measured ended with status {self._process.exitcode}") from None
+            raise RuntimeError(f"the measuring process ended with status {self._process.exitcode}") from None
         self._process.join()
         if isinstance(answer, InputError):
             raise answer

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from benchmarks import emulation, output, variants
-from benchmarks.processes import Fresh
+from benchmarks.processes import ProcessCall
 from megamtp.config import Config
 from megamtp.errors import InputError
 
@@ -95,13 +95,13 @@ def _measure(jobs: list[WorldJob], options: argparse.Namespace) -> list[dict]:
 
 def _run_jobs(jobs: list[WorldJob], num_steps: int) -> Iterator[tuple[Config, dict[str, list[float]]]]:
     """Runs each job in a new process, which starts while the previous job measures."""
-    next_process = Fresh(_steps, *jobs[0], num_steps)
+    next_process = ProcessCall(_steps, *jobs[0], num_steps)
     for index, (config, _) in enumerate(jobs, start=1):
         process = next_process
         if index < len(jobs):
-            next_process = Fresh(_steps, *jobs[index], num_steps)
+            next_process = ProcessCall(_steps, *jobs[index], num_steps)
         start = time.perf_counter()
-        yield config, process.result()
+        yield config, process.run()
         print(f"{config.cluster.emulate} ranks: {time.perf_counter() - start:.0f} s in all", flush=True)
 
 

@@ -11,7 +11,7 @@ from tests.measurements import rows
 def test_data_measures_opening_and_reading(tmp_path, monkeypatch, capsys):
     """Runs in this process on small files. The measured values mean nothing."""
     monkeypatch.setattr(
-        data, "Fresh", lambda function, *arguments: SimpleNamespace(result=lambda: function(*arguments))
+        data, "ProcessCall", lambda function, *arguments: SimpleNamespace(run=lambda: function(*arguments))
     )
     monkeypatch.setattr(data, "READ_STEPS", 2)
     monkeypatch.setattr(data, "LARGEST_INDEX", 500_000)

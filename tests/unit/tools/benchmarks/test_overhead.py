@@ -47,9 +47,9 @@ def test_the_table_shows_ratios_and_first_steps(tmp_path):
 def test_each_size_has_a_new_process_that_records_traces_last(tmp_path, monkeypatch):
     events, functions = [], []
 
-    def fresh(function, *arguments):
+    def process_call(function, *arguments):
         functions.append(function.__name__)
-        return SimpleNamespace(result=lambda: function(*arguments))
+        return SimpleNamespace(run=lambda: function(*arguments))
 
     def first_step(config):
         return 7.0 + config.model.num_future_tokens
@@ -68,7 +68,7 @@ def test_each_size_has_a_new_process_that_records_traces_last(tmp_path, monkeypa
     monkeypatch.setattr(variants, "traces", traces)
     monkeypatch.setattr(emulation, "join", lambda config: None)
     monkeypatch.setattr(output, "start", lambda options: None)
-    monkeypatch.setattr(overhead, "Fresh", fresh)
+    monkeypatch.setattr(overhead, "ProcessCall", process_call)
     monkeypatch.setattr(overhead, "_first_step", first_step)
     names, cells = ["plain", "ours", "ours fp8"], ["n=1 plain", "n=1 ours", "n=4 plain", "n=4 ours", "n=4 ours fp8"]
     overhead.main(["--sizes", "0.3b", "6.7b", "--variants", *names, "--cold", "--output", str(tmp_path)])

@@ -21,10 +21,10 @@ def test_an_error_names_the_size_that_does_not_fit_and_other_sizes_are_measured(
         def __init__(self, function, *arguments):
             self.call = lambda: function(*arguments)
 
-        def result(self):
+        def run(self):
             return self.call()
 
-    monkeypatch.setattr(pipeline, "Fresh", InThisProcess)
+    monkeypatch.setattr(pipeline, "ProcessCall", InThisProcess)
     monkeypatch.setattr(stages, "measure", measure)
     arguments = ["--smoke", "--set", "--stages", "4", "--output", str(tmp_path)]  # --set alone: models of full size
     pipeline.main([*arguments, "--sizes", "13b", "6.7b"])

@@ -19,10 +19,10 @@ def test_rounds_alternate_their_order_and_ratios_are_to_the_first_number_of_rank
                 name: [MEASURED[name] * slower.get(name, 1.0) + len(ranks_of_processes)] * num_steps for name in names
             }
 
-        def result(self):
+        def run(self):
             return self.answer
 
-    monkeypatch.setattr(world, "Fresh", Invented)
+    monkeypatch.setattr(world, "ProcessCall", Invented)
     monkeypatch.setattr(output, "start", lambda options: None)
     world.main(["--world-sizes", "8", "64", "512", "--output", str(tmp_path), "--steps", "3"])
     assert ranks_of_processes == [8, 64, 512, 512, 64, 8]
