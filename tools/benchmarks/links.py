@@ -44,7 +44,8 @@ def main(arguments: list[str]) -> None:
     place = find_place()
     if place.world_size == 1:
         raise InputError("one process; expected several ranks: start it with torchrun --nproc-per-node GPUS")
-    output.start(options)
+    output.require_gpu(options)
+    output.make_folder(options)
     join_peers(place, ClusterConfig())
     seconds_of = {kind: {size: _seconds(kind, size, options.rounds) for size in options.sizes} for kind in KINDS}
     network = fit(seconds_of, place.world_size)

@@ -55,7 +55,8 @@ def main(arguments: list[str]) -> None:
     )
     parser.set_defaults(shapes=SHAPES, product_width=PRODUCT_WIDTH)
     options = output.parse(parser, arguments, SMOKE)
-    output.start(options)
+    output.require_gpu(options)
+    output.make_folder(options)
     rate, results = _rate(options.product_width), []
     for dim, vocabulary in options.shapes:
         results += _measure_shape(options.rows, dim, vocabulary, rate, options.rounds)

@@ -73,22 +73,14 @@ def _temporary_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="megamtp_smoke_") if find_place().rank == 0 else tempfile.gettempdir())
 
 
-def start(options: argparse.Namespace, on_gpu: bool = True, smoke_on_cpu: bool = True) -> None:
-    """Checks that there is a GPU, and makes the output folder. Call it before the first measurement.
-
-    Args:
-        smoke_on_cpu: a smoke run may use the CPU if there is no GPU.
-
-    Raises:
-        InputError: there is no GPU, or the folder cannot be made.
-    """
-    if on_gpu and not torch.cuda.is_available() and not (options.smoke and smoke_on_cpu):
+def require_gpu(options: argparse.Namespace, smoke_on_cpu: bool = True) -> None:
+    """Raises InputError if there is no GPU. With `smoke_on_cpu`, a smoke run needs no GPU."""
+    if not torch.cuda.is_available() and not (options.smoke and smoke_on_cpu):
         raise InputError("no GPU; expected one: benchmarks measure a GPU's time")
-    make_folder(options)
 
 
 def make_folder(options: argparse.Namespace) -> None:
-    """Makes the output folder. Raises InputError if that fails."""
+    """Makes the output folder. Call it before the first measurement. Raises InputError if it fails."""
     try:
         options.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -67,7 +67,8 @@ def main(arguments: list[str]) -> None:
     configs = {
         size: {n: emulation.config(size, n, num_ranks, options) for n in options.heads} for size in options.sizes
     }
-    output.start(options)
+    output.require_gpu(options)
+    output.make_folder(options)
     settings = {
         "ranks": num_ranks,
         **emulation.settings(configs[options.sizes[0]][1], options),

@@ -81,7 +81,8 @@ def main(arguments: list[str]) -> None:
         )
     for size in options.sizes:
         _configs(size, options)  # raises for invalid options before anything is measured
-    output.start(options)
+    output.require_gpu(options)
+    output.make_folder(options)
     results = []
     for size in options.sizes:
         results += _results_of_size(size, options)

@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> None:
     options = output.parse(parser, arguments, SMOKE)
     if 1 not in options.workers:
         raise InputError(f"--workers {options.workers}; expected 1 among them: the others are compared with it")
-    output.start(options, on_gpu=False)
+    output.make_folder(options)
     source = find_source(options.input) if options.input else standard_library()
     with tempfile.TemporaryDirectory(dir=options.output) as folder:
         times, num_bytes = measure(source, Path(folder), options.vocab_size, options.workers, options.rounds)

@@ -60,7 +60,8 @@ def main(arguments: list[str]) -> None:
         raise InputError(
             f"{place.world_size} ranks; expected as many as a plan in {options.predicted} has, {sizes}: use torchrun"
         )
-    output.start(options)
+    output.require_gpu(options)
+    output.make_folder(options)
     join_peers(place, ClusterConfig())
     results = [prediction | {"seconds": step_seconds(prediction, settings, options)} for prediction in chosen]
     if torch.cuda.is_available():  # last, because the profiler slows all later steps

@@ -43,7 +43,8 @@ def main(arguments: list[str]) -> None:
         )
         for name, overrides in overrides_of.items()
     }
-    output.start(options, smoke_on_cpu=False)  # a CPU has no streams to trace
+    output.require_gpu(options, smoke_on_cpu=False)  # a CPU has no streams to trace
+    output.make_folder(options)
     emulation.join(configs[CONFIGURED])
     makers = {
         name: partial(variants.Plain if name == PLAIN else variants.Ours, config) for name, config in configs.items()

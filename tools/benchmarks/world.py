@@ -68,7 +68,8 @@ def main(arguments: list[str]) -> None:
                 f"nothing to measure at {world_size} ranks; expected other --variants, or --shipped-at {world_size}"
             )
         jobs.append((emulation.config(options.size, options.heads, world_size, options), names))
-    output.start(options)
+    output.require_gpu(options)
+    output.make_folder(options)
     results = _measure(jobs, options)
     settings = {
         "size": options.size,

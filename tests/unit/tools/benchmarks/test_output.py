@@ -10,11 +10,10 @@ from megamtp.errors import InputError
 from tests.measurements import options
 
 
-def test_a_file_instead_of_the_output_folder_is_refused(tmp_path, monkeypatch):
+def test_a_file_instead_of_the_output_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(output.torch.cuda, "is_available", lambda: True)
     with pytest.raises(InputError, match=r"--output .*file: File exists; expected a folder"):
-        output.start(options(tmp_path / "file"))
+        output.make_folder(options(tmp_path / "file"))
 
 
 def test_both_files_have_the_given_name(tmp_path, monkeypatch, capsys):

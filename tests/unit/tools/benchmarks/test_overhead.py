@@ -67,7 +67,7 @@ def test_each_size_has_a_new_process_that_records_traces_last(tmp_path, monkeypa
     monkeypatch.setattr(variants, "measure", measure)
     monkeypatch.setattr(variants, "traces", traces)
     monkeypatch.setattr(emulation, "join", lambda config: None)
-    monkeypatch.setattr(output, "start", lambda options: None)
+    monkeypatch.setattr(output, "require_gpu", lambda options: None)
     monkeypatch.setattr(overhead, "ProcessCall", process_call)
     monkeypatch.setattr(overhead, "_first_step", first_step)
     names, cells = ["plain", "ours", "ours fp8"], ["n=1 plain", "n=1 ours", "n=4 plain", "n=4 ours", "n=4 ours fp8"]

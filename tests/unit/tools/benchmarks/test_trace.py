@@ -29,7 +29,7 @@ def test_trace_fails_if_too_much_of_the_head_phase_is_exposed(tmp_path, monkeypa
     monkeypatch.setattr(variants, "measure", measure)
     monkeypatch.setattr(variants, "traces", lambda makers: {name: make().trace() for name, make in makers.items()})
     monkeypatch.setattr(emulation, "join", lambda config: None)
-    monkeypatch.setattr(output, "start", lambda options, smoke_on_cpu: None)
+    monkeypatch.setattr(output, "require_gpu", lambda options, smoke_on_cpu: None)
     try:
         trace.main(["--output", str(tmp_path), "--limit", "6"])
         exit_status = 0

@@ -23,7 +23,7 @@ def test_rounds_alternate_their_order_and_ratios_are_to_the_first_number_of_rank
             return self.answer
 
     monkeypatch.setattr(world, "ProcessCall", Invented)
-    monkeypatch.setattr(output, "start", lambda options: None)
+    monkeypatch.setattr(output, "require_gpu", lambda options: None)
     world.main(["--world-sizes", "8", "64", "512", "--output", str(tmp_path), "--steps", "3"])
     assert ranks_of_processes == [8, 64, 512, 512, 64, 8]
     header, *table_rows = rows(capsys.readouterr().out)
