@@ -17,7 +17,8 @@ from megamtp.engines.deepspeed.join import join_peers
 from megamtp.errors import InputError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-MICRO_BATCHES = {"0.3b": 4, "0.6b": 4, "1.3b": 2, "3b": 2, "6.7b": 2, "13b": 1}
+MICRO_BATCH_SIZES = {"0.3b": 4, "0.6b": 4, "1.3b": 2, "3b": 2, "6.7b": 2, "13b": 1}  # windows, by model
+SIZES = list(MICRO_BATCH_SIZES)
 SEQUENCE_LENGTH = 4096
 TINY = [  # model settings for smoke runs
     "model.dim=64",
@@ -35,11 +36,11 @@ def parser(description: str, name: str) -> Parser:
     parser.add_argument(
         "--bandwidth",
         default="100e9",
-        help="bytes/s of a flat network; null: NVLink in a node, 400 Gb/s between nodes [100e9]",
+        help="bytes/s of a flat network; null: NVLink inside a node, 400 Gb/s between nodes [100e9]",
     )
     parser.add_argument("--sms", default="1", help="multiprocessors (SMs) that communication occupies [1]")
     parser.add_argument(
-        "--micro-batch", type=output.positive, help="windows per micro-batch and rank [4 to 1, by size]"
+        "--micro-batch", type=output.positive, help="windows per micro-batch and rank [from 4 for 0.3b to 1 for 13b]"
     )
     parser.add_argument("--micro-batches", type=output.positive, default=1, help="micro-batches per step and rank [1]")
     parser.add_argument("--steps", type=output.positive, default=5, help="measured steps in each round [5]")
@@ -66,7 +67,7 @@ def config(size: str, heads: int, world_size: int, options: argparse.Namespace, 
     Raises:
         InputError: a setting is invalid, or the heads are not sequential.
     """
-    micro_batch = options.micro_batch or MICRO_BATCHES[size]
+    micro_batch = options.micro_batch or MICRO_BATCH_SIZES[size]
     cluster = [
         f"cluster.emulate={world_size}",
         f"cluster.flat_bandwidth={options.bandwidth}",
@@ -107,6 +108,6 @@ def settings(config: Config, options: argparse.Namespace) -> dict[str, object]:
 
 
 def join(config: Config) -> None:
-    """Makes this process rank 0 of the emulated cluster, or joins the launcher's ranks, if not done before."""
+    """Makes this process rank 0 of the emulated cluster, or joins the launcher's ranks. Later calls do nothing."""
     if not torch.distributed.is_initialized():
         join_peers(place_in_cluster(find_place(), config.cluster), config.cluster)

@@ -34,9 +34,8 @@ SMOKE = emulation.SMOKE | {"sizes": ["0.3b"], "heads": [1, 2], "world_size": 2, 
 
 def main(arguments: list[str]) -> None:
     """Runs the benchmark. Raises InputError."""
-    sizes = list(emulation.MICRO_BATCHES)
     parser = emulation.parser(__doc__, "overhead")
-    parser.add_argument("--sizes", nargs="+", default=sizes, choices=sizes, help="models [all]")
+    parser.add_argument("--sizes", nargs="+", default=emulation.SIZES, choices=emulation.SIZES, help="models [all]")
     parser.add_argument(
         "--heads", nargs="+", type=output.positive, default=[1, 4], help="numbers of heads, 1 first [1 4]"
     )
@@ -45,7 +44,7 @@ def main(arguments: list[str]) -> None:
         nargs="+",
         default=list(variants.NAMES[:5]),
         choices=variants.NAMES,
-        help="[all except deepspeed as shipped]",
+        help="what to measure [all except deepspeed as shipped]",
     )
     parser.add_argument("--world-size", type=output.positive, default=64, help="emulated ranks [64]")
     parser.add_argument("--rounds", type=output.positive, default=2, help="rounds over all variants [2]")

@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> None:
     """Runs the benchmark. Raises InputError."""
     parser = output.parser(__doc__, "pipeline")
     parser.add_argument(
-        "--sizes", nargs="+", default=["6.7b", "13b"], choices=emulation.MICRO_BATCHES, help="models [6.7b 13b]"
+        "--sizes", nargs="+", default=["6.7b", "13b"], choices=emulation.SIZES, help="models [6.7b 13b]"
     )
     parser.add_argument(
         "--heads", nargs="+", type=output.positive, default=[1, 4], help="numbers of heads, 1 first [1 4]"

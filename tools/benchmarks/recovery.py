@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> None:
     """Runs the benchmark. Raises InputError."""
     parser = output.parser(__doc__, "recovery")
     corpora.add_options(parser)
-    parser.add_argument("--size", default="0.3b", choices=emulation.MICRO_BATCHES, help="model [0.3b]")
+    parser.add_argument("--size", default="0.3b", choices=emulation.SIZES, help="model [0.3b]")
     parser.add_argument("--heads", type=output.positive, default=4, help="number of heads [4]")
     parser.add_argument("--steps", type=output.positive, default=1000, help="steps of the training [1000]")
     parser.add_argument(

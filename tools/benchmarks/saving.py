@@ -57,7 +57,7 @@ class Step:
 def main(arguments: list[str]) -> None:
     """Runs the benchmark. Raises InputError."""
     parser = output.parser(__doc__, "saving")
-    parser.add_argument("--size", default="1.3b", choices=emulation.MICRO_BATCHES, help="model [1.3b]")
+    parser.add_argument("--size", default="1.3b", choices=emulation.SIZES, help="model [1.3b]")
     parser.add_argument("--heads", type=output.positive, default=4, help="number of heads [4]")
     parser.add_argument("--steps", type=output.positive, default=40, help="steps of the training [40]")
     parser.add_argument(

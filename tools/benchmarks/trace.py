@@ -25,7 +25,7 @@ COLORS = {"head phase": "0.9", "computing": "tab:blue", "communicating": "tab:gr
 def main(arguments: list[str]) -> None:
     """Runs the benchmark. Raises InputError."""
     parser = emulation.parser(__doc__, "trace")
-    parser.add_argument("--size", default="6.7b", choices=emulation.MICRO_BATCHES, help="model [6.7b]")
+    parser.add_argument("--size", default="6.7b", choices=emulation.SIZES, help="model [6.7b]")
     parser.add_argument("--heads", type=output.positive, default=4, help="number of heads [4]")
     parser.add_argument("--world-size", type=output.positive, default=64, help="emulated ranks [64]")
     parser.add_argument(

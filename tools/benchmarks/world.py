@@ -29,7 +29,7 @@ WorldJob = tuple[Config, list[str]]  # the configuration for a number of ranks, 
 def main(arguments: list[str]) -> None:
     """Runs the benchmark. Raises InputError."""
     parser = emulation.parser(__doc__, "world")
-    parser.add_argument("--size", default="1.3b", choices=emulation.MICRO_BATCHES, help="model [1.3b]")
+    parser.add_argument("--size", default="1.3b", choices=emulation.SIZES, help="model [1.3b]")
     parser.add_argument("--heads", type=output.positive, default=1, help="number of heads [1]")
     parser.add_argument(
         "--world-sizes",
@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> None:
         nargs="+",
         default=["ours", "fsdp2 one backward", SHIPPED],
         choices=variants.NAMES,
-        help=f"[ours, fsdp2 one backward, {SHIPPED}]",
+        help=f"what to measure [ours, fsdp2 one backward, {SHIPPED}]",
     )
     parser.add_argument(
         "--shipped-at",
