@@ -9,7 +9,7 @@ from megamtp.errors import InputError
 COMMANDS = {
     "quickstart": "the losses that launch/quickstart.sh reached: reads its run, trains nothing",
     "overhead": "step time with n heads divided by step time with one head: megamtp, FSDP2, and no engine",
-    "world": "step time for several numbers of ranks: megamtp, FSDP2, and unmodified DeepSpeed",
+    "world": "step time for several numbers of ranks: megamtp, FSDP2, and megamtp with DeepSpeed's communication",
     "links": "latency and bandwidth of collectives on real GPUs, compared with the emulated cluster",
     "prediction": "step times of the emulated cluster compared with real ranks: reads two result files of `overhead`",
     "trace": "exposed communication in the head phase with and without prefetch; fails if it is above a limit",

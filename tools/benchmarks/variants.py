@@ -19,9 +19,9 @@ from megamtp.model.initial import STANDARD_DEVIATION
 from megamtp.model.mtp import MTPModel
 from megamtp.training.loop import freeze_garbage_collector
 
-NAMES = ("plain", "ours", "ours fp8", "fsdp2 one backward", "fsdp2 per head", "deepspeed as shipped")
+SHIPPED = "deepspeed as shipped"  # the name of Shipped in result files
 LARGE = 2**24  # bytes
-# the variants whose n = 1 step is that of another variant
+# variant: the variant whose n = 1 step it is compared with
 ONE_HEAD = {"ours fp8": "ours", "fsdp2 per head": "fsdp2 one backward"}
 
 
@@ -142,7 +142,7 @@ class OursFloat8(Ours):
 
 
 class Shipped(Ours):
-    """Like Ours, with the gathers and reductions of unmodified DeepSpeed."""
+    """Like Ours, with DeepSpeed's own gathers and reductions."""
 
     def build(self) -> None:
         engine = dataclasses.replace(self.config.engine, communication="deepspeed")
@@ -200,7 +200,14 @@ class FsdpPerHead(FsdpOneBackward):
         return torch.stack(losses).sum()
 
 
-CLASSES = dict(zip(NAMES, (Plain, Ours, OursFloat8, FsdpOneBackward, FsdpPerHead, Shipped), strict=True))
+CLASSES: dict[str, type[Variant]] = {
+    "plain": Plain,
+    "ours": Ours,
+    "ours fp8": OursFloat8,
+    "fsdp2 one backward": FsdpOneBackward,
+    "fsdp2 per head": FsdpPerHead,
+    SHIPPED: Shipped,
+}
 
 
 @dataclasses.dataclass
@@ -221,7 +228,7 @@ class Measurement:
     allocation_retries: int = 0
 
 
-WARM_UP = 3  # steps of a new variant: the first steps compile and record the order of fetches
+WARM_UP = 3  # steps of a new variant: the first steps compile and record the order of gathers
 
 
 def measure(
@@ -230,7 +237,7 @@ def measure(
     """Measures `steps` steps of each cell in each of `rounds` rounds.
 
     Args:
-        keep: keep sharded variants in memory to the last round. Plain models are always rebuilt, because two of them
+        keep: keep sharded variants in memory until the last round. Plain models are always rebuilt, because two of them
             do not fit in memory.
     """
     kept: dict[str, Variant] = {}
@@ -240,7 +247,7 @@ def measure(
             torch.cuda.empty_cache()  # memory cached for one variant's streams cannot be used by another's
             kept_storages, before = set(storages()), torch.cuda.memory_allocated()
             variant, measurement = kept.get(cell) or make(), measurements[cell]
-            for _ in range(1 if cell in kept else WARM_UP):
+            for _ in range(1 if cell in kept else WARM_UP):  # 1 fills the cache that was emptied above
                 variant.step()
             if cell not in kept:
                 measurement.kept_bytes = torch.cuda.memory_allocated() - before
@@ -255,6 +262,7 @@ def measure(
             output.say(f"{cell}: {output.spread(milliseconds)} ms")
             measurement.allocation_retries += _allocation_retries() - retries
             measurement.milliseconds += milliseconds
+            # the memory of this variant alone, without the other variants that are kept
             peak = torch.cuda.max_memory_allocated() - before_steps + measurement.kept_bytes
             measurement.peak_bytes = max(measurement.peak_bytes, peak)
             if keep and not isinstance(variant, Plain):

@@ -1,10 +1,11 @@
-"""Measures the step time for several numbers of emulated ranks, to show how much time sharding costs the host.
+"""Measures the step time for several numbers of emulated ranks, to show how the host's work for sharding grows.
 
     %(prog)s --output results
 
 A process can be a rank of only one cluster, so each number of ranks is measured in a new process, which measures every
-variant. Rounds go through the numbers of ranks in rising and falling order alternately. Unmodified DeepSpeed
-("deepspeed as shipped") is measured for few numbers of ranks, because its steps take seconds.
+variant. Rounds go through the numbers of ranks in rising and falling order alternately. "deepspeed as shipped" is
+megamtp with DeepSpeed's own gathers and reductions (engine.communication=deepspeed). It is measured for only a few
+numbers of ranks, because its steps take seconds.
 """
 
 import argparse
@@ -18,12 +19,12 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from benchmarks import emulation, output, variants
 from benchmarks.processes import ProcessCall
+from benchmarks.variants import SHIPPED
 from megamtp.config import Config
 from megamtp.errors import InputError
 
-SHIPPED = "deepspeed as shipped"
 SMOKE = emulation.SMOKE | {"size": "0.3b", "world_sizes": [2, 4], "shipped_at": [2], "rounds": 1}
-WorldJob = tuple[Config, list[str]]  # the configuration for a number of ranks, and the variants to measure
+Case = tuple[Config, list[str]]  # the configuration for a number of ranks, and the variants to measure
 
 
 def main(arguments: list[str]) -> None:
@@ -43,7 +44,7 @@ def main(arguments: list[str]) -> None:
         "--variants",
         nargs="+",
         default=["ours", "fsdp2 one backward", SHIPPED],
-        choices=variants.NAMES,
+        choices=variants.CLASSES,
         help=f"what to measure [ours, fsdp2 one backward, {SHIPPED}]",
     )
     parser.add_argument(
@@ -60,33 +61,33 @@ def main(arguments: list[str]) -> None:
         raise InputError(
             f"under a launcher of {num_launched_ranks} ranks; expected one process: the numbers of ranks are emulated"
         )
-    jobs = []
+    cases = []
     for world_size in options.world_sizes:
         names = [name for name in options.variants if name != SHIPPED or world_size in options.shipped_at]
         if not names:
             raise InputError(
                 f"nothing to measure at {world_size} ranks; expected other --variants, or --shipped-at {world_size}"
             )
-        jobs.append((emulation.config(options.size, options.heads, world_size, options), names))
+        cases.append((emulation.config(options.size, options.heads, world_size, options), names))
     output.require_gpu(options)
     output.make_folder(options)
-    results = _measure(jobs, options)
+    results = _measure(cases, options)
     settings = {
         "size": options.size,
         "n": options.heads,
-        **emulation.settings(jobs[0][0], options),
+        **emulation.settings(cases[0][0], options),
         "steps": options.rounds * options.steps,
     }
     output.write(options, settings, results, tables(results), _draw(results, options.size))
 
 
-def _measure(jobs: list[WorldJob], options: argparse.Namespace) -> list[dict]:
+def _measure(cases: list[Case], options: argparse.Namespace) -> list[dict]:
     """Returns the milliseconds of the steps of each variant at each number of ranks, over all rounds."""
     milliseconds_of: dict[tuple[int | None, str], list[float]] = {
-        (config.cluster.emulate, name): [] for config, names in jobs for name in names
+        (config.cluster.emulate, name): [] for config, names in cases for name in names
     }
-    jobs_of_all_rounds = [job for index in range(options.rounds) for job in jobs[:: -1 if index % 2 else 1]]
-    for config, steps in _run_jobs(jobs_of_all_rounds, options.steps):
+    cases_of_all_rounds = [case for index in range(options.rounds) for case in cases[:: -1 if index % 2 else 1]]
+    for config, steps in _run_cases(cases_of_all_rounds, options.steps):
         for name, milliseconds in steps.items():
             milliseconds_of[config.cluster.emulate, name] += milliseconds
     return [
@@ -94,19 +95,19 @@ def _measure(jobs: list[WorldJob], options: argparse.Namespace) -> list[dict]:
     ]
 
 
-def _run_jobs(jobs: list[WorldJob], num_steps: int) -> Iterator[tuple[Config, dict[str, list[float]]]]:
-    """Runs each job in a new process, which starts while the previous job measures."""
-    next_process = ProcessCall(_steps, *jobs[0], num_steps)
-    for index, (config, _) in enumerate(jobs, start=1):
+def _run_cases(cases: list[Case], num_steps: int) -> Iterator[tuple[Config, dict[str, list[float]]]]:
+    """Measures each case in a new process, which starts while the previous process measures."""
+    next_process = ProcessCall(_measure_steps, *cases[0], num_steps)
+    for index, (config, _) in enumerate(cases, start=1):
         process = next_process
-        if index < len(jobs):
-            next_process = ProcessCall(_steps, *jobs[index], num_steps)
+        if index < len(cases):
+            next_process = ProcessCall(_measure_steps, *cases[index], num_steps)
         start = time.perf_counter()
         yield config, process.run()
         print(f"{config.cluster.emulate} ranks: {time.perf_counter() - start:.0f} s in all", flush=True)
 
 
-def _steps(config: Config, names: list[str], num_steps: int) -> dict[str, list[float]]:
+def _measure_steps(config: Config, names: list[str], num_steps: int) -> dict[str, list[float]]:
     """Returns the milliseconds of the steps of each variant, measured as a rank of the configured cluster."""
     emulation.join(config)
     makers = {name: partial(variants.CLASSES[name], config) for name in names}
