@@ -61,7 +61,7 @@ def _prediction(results: list[dict], on_gpu: bool) -> None:
 def _trace(results: list[dict], on_gpu: bool) -> None:
     assert [(r["variant"], r["prefetch_modules"] is None) for r in results] == [
         (trace.CONFIGURED, False),
-        (trace.NONE, False),
+        (trace.NO_PREFETCH, False),
         (trace.PLAIN, True),
     ]
     for result in results:

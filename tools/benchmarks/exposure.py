@@ -10,6 +10,8 @@ from megamtp.engines.deepspeed.head_hooks import HEADS_PROFILER_RANGE
 
 # An emulated transfer starts with the kernel "mark" and ends with the kernel "hold". Other kernels may run in between.
 BEGIN, HOLD, REAL_TRANSFER = "mark", "hold", "nccl"
+# An exposed piece of this length is a transfer that nothing can overlap, as at the start and the end of a step.
+LONG_MILLISECONDS = 0.5
 Interval = tuple[float, float]
 
 
@@ -23,9 +25,6 @@ class Kernel:
     end: float
 
 
-LONG = 0.5  # milliseconds; such a long exposed piece is a transfer that cannot overlap, as at both ends of a step
-
-
 @dataclass(frozen=True)
 class Exposure:
     """Milliseconds of a part of a step.
@@ -34,9 +33,9 @@ class Exposure:
         computing: with computation.
         transferring: with a transfer in flight.
         exposed: with a transfer in flight and no computation.
-        exposed_long: the part of `exposed` in pieces of at least LONG.
+        exposed_long: the part of `exposed` in pieces of at least LONG_MILLISECONDS.
         exposed_moving: the part of `exposed` in which a kernel of an emulated transfer copies or sums. These kernels
-            use the whole GPU.
+            use the whole GPU. Tables call it "exposed while copying"; the name is the key in result files.
         idle: with neither computation nor transfer.
     """
 
@@ -49,7 +48,7 @@ class Exposure:
     idle: float
 
     @property
-    def share(self) -> float:
+    def exposed_share(self) -> float:
         return self.exposed / self.total
 
 
@@ -60,14 +59,14 @@ class Trace:
     Attributes:
         computing: intervals with computation.
         transfers: intervals with a transfer in flight.
-        moving: intervals in which kernels of emulated transfers copied or summed.
+        copying: intervals in which kernels of emulated transfers copied or summed.
         parts: the intervals of "step" and, if the program marked the head phase, of "heads" (the head phase of each
             micro-batch, from its first kernel to its last) and "trunk" (the rest of the step).
     """
 
     computing: list[Interval]
     transfers: list[Interval]
-    moving: list[Interval]
+    copying: list[Interval]
     parts: dict[str, list[Interval]]
 
     @property
@@ -79,26 +78,27 @@ class Trace:
         return {part: asdict(self.exposure(part)) for part in self.parts}
 
     def exposure(self, part: str) -> Exposure:
-        windows = self.parts[part]
-        total, computing = _length(windows, windows), _length(self.computing, windows)
-        exposed_intervals = _within(self.exposed, windows)
+        spans = self.parts[part]
+        total, computing = _length(spans, spans), _length(self.computing, spans)
+        exposed_intervals = _within(self.exposed, spans)
         exposed, long = (
-            sum(end - start for start, end in exposed_intervals if end - start >= least) for least in (0.0, LONG)
+            sum(end - start for start, end in exposed_intervals if end - start >= least)
+            for least in (0.0, LONG_MILLISECONDS)
         )
-        moving = _length(self.moving, exposed_intervals)
-        transferring = _length(self.transfers, windows)
-        return Exposure(total, computing, transferring, exposed, long, moving, total - computing - exposed)
+        copying = _length(self.copying, exposed_intervals)
+        transferring = _length(self.transfers, spans)
+        return Exposure(total, computing, transferring, exposed, long, copying, total - computing - exposed)
 
 
 def record(step: Callable[[], object]) -> Trace:
     """Runs one step under the profiler and returns its trace.
 
-    A range that the program marked covers, on the device, the kernels that were started in it.
+    On the device, the range of the head phase covers the kernels that were launched in it.
     """
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         step()
         torch.cuda.synchronize()
-    return read(
+    return trace_of(
         [
             Kernel(
                 event.name(),
@@ -113,8 +113,8 @@ def record(step: Callable[[], object]) -> Trace:
     )
 
 
-def read(events: list[Kernel]) -> Trace:
-    """Sorts the kernels of one step into computation and communication.
+def trace_of(events: list[Kernel]) -> Trace:
+    """Returns the trace of one step: its kernels, sorted into computation and communication.
 
     NCCL's kernels on any stream are communication. In an emulated cluster, so is every kernel on a transfer's stream.
     """
@@ -128,7 +128,7 @@ def read(events: list[Kernel]) -> Trace:
         (communication if communicates else others).append(kernel)
     computing = union([(kernel.start, kernel.end) for kernel in others])
     transfers = _transfers(communication)
-    moving = union(
+    copying = union(
         [
             (kernel.start, kernel.end)
             for kernel in communication
@@ -140,7 +140,7 @@ def read(events: list[Kernel]) -> Trace:
     if head_ranges:
         parts["heads"] = union([(event.start, event.end) for event in head_ranges])
         parts["trunk"] = subtract(parts["step"], parts["heads"])
-    return Trace(computing, transfers, moving, parts)
+    return Trace(computing, transfers, copying, parts)
 
 
 def union(intervals: list[Interval]) -> list[Interval]:
@@ -183,15 +183,15 @@ def _transfers(kernels: list[Kernel]) -> list[Interval]:
     return union(transfers)
 
 
-def _within(intervals: list[Interval], windows: list[Interval]) -> list[Interval]:
-    """Returns the parts of `intervals` inside `windows`."""
+def _within(intervals: list[Interval], spans: list[Interval]) -> list[Interval]:
+    """Returns the parts of `intervals` inside `spans`."""
     return [
         (max(start, first), min(end, last))
-        for first, last in windows
+        for first, last in spans
         for start, end in intervals
         if start < last and end > first
     ]
 
 
-def _length(intervals: list[Interval], windows: list[Interval]) -> float:
-    return sum(end - start for start, end in _within(intervals, windows))
+def _length(intervals: list[Interval], spans: list[Interval]) -> float:
+    return sum(end - start for start, end in _within(intervals, spans))

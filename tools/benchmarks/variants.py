@@ -81,7 +81,7 @@ class Variant:
             traces.append(exposure.record(self.forward_and_backward))
             self.finish()
         part = "heads" if "heads" in traces[0].parts else "step"
-        return sorted(traces, key=lambda trace: trace.exposure(part).share)[times // 2]
+        return sorted(traces, key=lambda trace: trace.exposure(part).exposed_share)[times // 2]
 
 
 def _random_model(config: Config, schedule: str, model_class: type[MTPModel] = MTPModel) -> MTPModel:

@@ -1,7 +1,7 @@
 """Exposed communication of invented kernels with known times in milliseconds."""
 
 import pytest
-from benchmarks.exposure import Exposure, Kernel, read, subtract, union
+from benchmarks.exposure import Exposure, Kernel, subtract, trace_of, union
 
 from megamtp.engines.deepspeed.head_hooks import HEADS_PROFILER_RANGE
 
@@ -44,7 +44,7 @@ def test_union_joins_intervals_that_overlap_or_touch():
 
 def test_hidden_exposed_and_idle_times():
     """With computation in 0-10 and 14-20 and a transfer in 4-12, 10-12 is exposed and 12-14 idle."""
-    trace = read([computing(0, 6), computing(6, 10), computing(14, 20), *emulated(4, 12)])
+    trace = trace_of([computing(0, 6), computing(6, 10), computing(14, 20), *emulated(4, 12)])
     assert trace.computing == [(0, 10), (14, 20)]
     assert trace.transfers == [(4, 12)]
     assert trace.exposed == [(10, 12)]
@@ -52,13 +52,13 @@ def test_hidden_exposed_and_idle_times():
     assert trace.exposure("step") == Exposure(
         total=20, computing=16, transferring=8, exposed=2, exposed_long=2, exposed_moving=0, idle=2
     )
-    assert trace.exposure("step").share == 0.1
+    assert trace.exposure("step").exposed_share == 0.1
 
 
 def test_a_part_counts_only_intervals_inside_it():
     """The head phase is 8-18 of the same step. On the device it has one range for each stream."""
     ranges = [Kernel(HEADS_PROFILER_RANGE, COMPUTE, 9, 18), Kernel(HEADS_PROFILER_RANGE, GATHER, 8, 12)]
-    trace = read([computing(0, 10), computing(14, 20), *emulated(4, 12), *ranges])
+    trace = trace_of([computing(0, 10), computing(14, 20), *emulated(4, 12), *ranges])
     assert trace.parts == {"step": [(0, 20)], "heads": [(8, 18)], "trunk": [(0, 8), (18, 20)]}
     assert trace.exposure("heads") == Exposure(
         total=10, computing=6, transferring=4, exposed=2, exposed_long=2, exposed_moving=0, idle=2
@@ -72,7 +72,7 @@ def test_a_part_counts_only_intervals_inside_it():
 def test_every_micro_batch_has_a_head_phase():
     """Of the transfer 7-17, 10-14 is exposed, and a piece in the second head phase that is too short to be long."""
     ranges = [Kernel(HEADS_PROFILER_RANGE, COMPUTE, start, start + 2) for start in (6, 16)]
-    trace = read([computing(0, 10), computing(14, 16.6), computing(17, 20), *emulated(7, 17), *ranges])
+    trace = trace_of([computing(0, 10), computing(14, 16.6), computing(17, 20), *emulated(7, 17), *ranges])
     assert trace.parts["heads"] == [(6, 8), (16, 18)]
     assert trace.parts["trunk"] == [(0, 6), (8, 16), (18, 20)]
     heads, trunk = trace.exposure("heads"), trace.exposure("trunk")
@@ -82,7 +82,7 @@ def test_every_micro_batch_has_a_head_phase():
 
 def test_a_transfer_ends_with_its_own_hold():
     """With two transfers on one stream, nothing is in flight between the first hold and the second mark."""
-    trace = read([computing(0, 1), *emulated(2, 8, copy_end=5), *emulated(10, 13), computing(20, 21)])
+    trace = trace_of([computing(0, 1), *emulated(2, 8, copy_end=5), *emulated(10, 13), computing(20, 21)])
     assert trace.transfers == [(2, 8), (10, 13)]
     assert trace.exposure("step") == Exposure(
         total=21,
@@ -98,14 +98,14 @@ def test_a_transfer_ends_with_its_own_hold():
 def test_each_stream_has_its_own_transfers():
     """The second transfer starts and ends during the first, on another stream."""
     first, second = emulated(0, 10, copy_end=6), emulated(2, 4, SCATTER)
-    trace = read([computing(11, 12), *first, *second])
+    trace = trace_of([computing(11, 12), *first, *second])
     assert trace.transfers == [(0, 10)]
-    assert read([computing(11, 12), *second]).transfers == [(2, 4)]
+    assert trace_of([computing(11, 12), *second]).transfers == [(2, 4)]
 
 
 def test_kernels_on_other_streams_are_computation():
     """This includes a second computing stream, and a kernel whose name contains that of a transfer kernel."""
-    trace = read(
+    trace = trace_of(
         [computing(0, 2), Kernel("threshold_backward", COMPUTE, 2, 3), computing(3, 6, stream=8), *emulated(0, 8)]
     )
     assert trace.computing == [(0, 6)]
@@ -115,7 +115,7 @@ def test_kernels_on_other_streams_are_computation():
 
 
 def test_real_collectives_are_transfers_of_their_own():
-    trace = read([computing(0, 4), Kernel("ncclDevKernel_AllGather_RING_LL", GATHER, 3, 6)])
+    trace = trace_of([computing(0, 4), Kernel("ncclDevKernel_AllGather_RING_LL", GATHER, 3, 6)])
     assert trace.transfers == [(3, 6)]
     assert trace.exposure("step") == Exposure(
         total=6, computing=4, transferring=3, exposed=2, exposed_long=2, exposed_moving=0, idle=0
@@ -123,7 +123,7 @@ def test_real_collectives_are_transfers_of_their_own():
 
 
 def test_a_real_transfer_on_the_computing_stream_is_not_computation():
-    trace = read(
+    trace = trace_of(
         [computing(0, 4), Kernel("ncclDevKernel_SendRecv(ncclDevKernelArgsStorage)", COMPUTE, 4, 6), computing(6, 8)]
     )
     assert trace.computing == [(0, 4), (6, 8)]

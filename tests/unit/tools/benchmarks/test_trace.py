@@ -39,7 +39,7 @@ def test_trace_fails_if_too_much_of_the_head_phase_is_exposed(tmp_path, monkeypa
     shown = capsys.readouterr().out
     share = exposed + 9 * 0.5
     assert f"prefetch as configured: head phase: exposed {share:.2f} % <= 6 %: {word}" in shown
-    assert "no prefetch: head phase: exposed 14.00 % <= 6 %: FAILS" in shown
+    assert "no prefetch (control): head phase: exposed 14.00 % > 6 %: as expected" in shown
     assert [row[1] for row in rows(shown)[1:]] == [*["step", "head phase", "trunk"] * 2, "step"]
     transferring, long = 9 * 5.0 + max(exposed, 5.0), share  # pieces of at least 0.5 ms are long
     expected = ["100.0", f"{100 - share:.1f}", f"{transferring:.1f}", f"{share:.2f}", f"{long:.2f}"]
