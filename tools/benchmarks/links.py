@@ -28,9 +28,9 @@ from megamtp.errors import InputError
 
 KINDS = ("all_gather", "reduce_scatter", "all_reduce")
 SIZES = [2**power for power in range(12, 31, 2)]  # bytes of the whole tensor
-REPEATS = 10  # collectives in a row; the time of one is 1/10 of their time
+REPEATS = 10  # collectives in a row; the time of one is their time divided by REPEATS
 SMOKE = {"sizes": [2**12, 2**18, 2**24], "rounds": 1}
-HEAD_START = 5e-3  # seconds that the device waits while the host queues all collectives
+QUEUE_SECONDS = 5e-3  # the device waits this long, in which time the host queues all collectives
 
 
 def main(arguments: list[str]) -> None:
@@ -69,18 +69,18 @@ def main(arguments: list[str]) -> None:
 
 
 def fit(seconds_of: dict[str, dict[int, float]], world_size: int) -> Network:
-    """Returns the flat network that reproduces the measured seconds.
+    """Returns a flat network that is fitted to the measured seconds.
 
-    It is exact for the largest tensors, and in the mean for the smallest all-gather and reduce-scatter.
+    It reproduces the times of the largest tensors, and the mean time of the smallest all-gather and reduce-scatter.
     """
-    smallest, *_, largest = seconds_of[KINDS[0]]
-    latency = statistics.mean(seconds_of[kind][smallest] for kind in KINDS[:2])
-    reached = {
+    smallest, *_, largest = seconds_of["all_gather"]
+    latency = statistics.mean(seconds_of[kind][smallest] for kind in ("all_gather", "reduce_scatter"))
+    bandwidths = {
         kind: PASSES[kind] * largest * (world_size - 1) / world_size / (times[largest] - latency)
         for kind, times in seconds_of.items()
     }
-    bandwidth = reached[KINDS[0]]
-    efficiency = EfficiencyConfig(**{kind: reached[kind] / bandwidth for kind in KINDS[1:]})
+    bandwidth = bandwidths["all_gather"]
+    efficiency = EfficiencyConfig(**{kind: bandwidths[kind] / bandwidth for kind in ("reduce_scatter", "all_reduce")})
     cluster = dataclasses.replace(
         ClusterConfig(), emulate=world_size, latency=latency, flat_bandwidth=bandwidth, efficiency=efficiency
     )
@@ -93,11 +93,11 @@ def _seconds(kind: str, num_bytes: int, rounds: int) -> float:
     call = _collective(kind, num_bytes, device)
     for _ in range(3):
         call()
-    times, barrier_end = [], torch.zeros(1, dtype=torch.int64, device=device)
+    times, hold_start = [], torch.zeros(1, dtype=torch.int64, device=device)
     for _ in range(rounds):
         dist.barrier()
         if device.type == "cuda":
-            hold(mark(barrier_end), HEAD_START, num_sms=1)
+            hold(mark(hold_start), QUEUE_SECONDS, num_sms=1)
         start = record_time(device)
         for _ in range(REPEATS):
             call()

@@ -39,4 +39,4 @@ def test_collectives_are_queued_behind_a_hold(monkeypatch):
     assert call.call_count == 3 + 3 * links.REPEATS
     (time,), _ = mark.call_args
     assert (time.shape, time.dtype) == ((1,), torch.int64)
-    hold.assert_called_with(time, links.HEAD_START, num_sms=1)
+    hold.assert_called_with(time, links.QUEUE_SECONDS, num_sms=1)
