@@ -16,13 +16,13 @@ from benchmarks.processes import call
 from megamtp.commands.command_line import Parser
 from megamtp.data import checksums
 from megamtp.data.corpus import SUMMARY
-from megamtp.data.indexed_dataset import HEADER, LONGEST_SEQUENCE, MAGIC, VERSION, IndexedDatasetWriter
+from megamtp.data.indexed_dataset import DTYPES, HEADER, LONGEST_SEQUENCE, MAGIC, VERSION, IndexedDatasetWriter
 from megamtp.errors import InputError
 
 SMOKE_TEXT = Path(__file__).parents[2] / "megamtp/data"  # for smoke runs: megamtp's own source code
 SMOKE: dict[str, Any] = {"data": Path("corpus"), "prepare": [str(SMOKE_TEXT)], "vocab_size": 512}
-UINT16 = 8  # the code of this dtype in the index
-CHUNK = 1 << 20
+UINT16 = next(code for code, dtype in DTYPES.items() if dtype == np.uint16)
+CHUNK = 1 << 20  # entries of the index, or checksums, that are written together
 
 
 def add_options(parser: Parser) -> None:
@@ -62,10 +62,11 @@ def write_even(prefix: Path, num_tokens: int, document_tokens: int) -> None:
     num_documents = num_tokens // document_tokens
     with open(f"{prefix}.idx", "wb") as index:
         index.write(HEADER.pack(MAGIC, VERSION, UINT16, num_documents, num_documents + 1))
+        # The arrays of the index (see megamtp/data/indexed_dataset.py). Entry i of each is factor * i + offset.
         for dtype, factor, offset, count in (
-            ("<i4", 0, document_tokens, num_documents),
-            ("<i8", 2 * document_tokens, 0, num_documents),
-            ("<i8", 1, 0, num_documents + 1),
+            ("<i4", 0, document_tokens, num_documents),  # lengths
+            ("<i8", 2 * document_tokens, 0, num_documents),  # offsets in the .bin
+            ("<i8", 1, 0, num_documents + 1),  # first sequence of each document
         ):
             for first in range(0, count, CHUNK):
                 index.write((np.arange(first, min(first + CHUNK, count)) * factor + offset).astype(dtype).data)
@@ -75,19 +76,26 @@ def write_even(prefix: Path, num_tokens: int, document_tokens: int) -> None:
 def write_sparse(prefix: Path, num_tokens: int, num_documents: int, block_bytes: int = checksums.BLOCK_BYTES) -> None:
     """Writes empty documents, and a last document that has all tokens. The .bin and the .idx are sparse files.
 
-    The .crc is not sparse: for 10^12 tokens and the default block size, it has 2 GB.
+    The .crc is not sparse: for 10^12 tokens and the default block size, it takes 2 GB.
     """
+    # The lengths of the last sequences, which have all tokens. The other sequences are empty.
     lengths = [LONGEST_SEQUENCE] * (num_tokens // LONGEST_SEQUENCE)
     lengths.append(num_tokens - sum(lengths))
-    pointers = np.cumsum([0, *lengths[:-1]], dtype="<i8") * 2
+    offsets = np.cumsum([0, *lengths[:-1]], dtype="<i8") * 2
+    num_sequences = num_documents
+    # The arrays of the index (see megamtp/data/indexed_dataset.py). Entries that are not written are 0.
+    lengths_start = HEADER.size
+    offsets_start = lengths_start + 4 * num_sequences
+    documents_start = offsets_start + 8 * num_sequences
     with open(f"{prefix}.idx", "wb") as index:
-        index.write(HEADER.pack(MAGIC, VERSION, UINT16, num_documents, num_documents + 1))
-        index.seek(HEADER.size + 4 * (num_documents - len(lengths)))
+        index.write(HEADER.pack(MAGIC, VERSION, UINT16, num_sequences, num_documents + 1))
+        index.seek(lengths_start + 4 * (num_sequences - len(lengths)))
         index.write(np.array(lengths, dtype="<i4").data)
-        index.seek(HEADER.size + 4 * num_documents + 8 * (num_documents - len(pointers)))
-        index.write(pointers.data)
-        index.seek(HEADER.size + 12 * num_documents + 8 * num_documents)
-        index.write(np.array([num_documents], dtype="<i8").data)
+        index.seek(offsets_start + 8 * (num_sequences - len(offsets)))
+        index.write(offsets.data)
+        # all documents begin at sequence 0, so only the last has tokens
+        index.seek(documents_start + 8 * num_documents)
+        index.write(np.array([num_sequences], dtype="<i8").data)
     _write_zeros(prefix, 2 * num_tokens, block_bytes)
 
 
@@ -105,11 +113,11 @@ def _write_zeros(prefix: Path, num_bytes: int, block_bytes: int) -> None:
             stream.write(zlib.crc32(bytes(rest)).to_bytes(4, "little"))
 
 
-def write_random(prefix: Path, num_tokens: int, document_tokens: int, vocab_size: int) -> None:
-    """Writes random tokens in documents of 1 to 2 * document_tokens tokens."""
+def write_random(prefix: Path, num_tokens: int, mean_document_tokens: int, vocab_size: int) -> None:
+    """Writes random tokens in documents of 1 to 2 * mean_document_tokens tokens."""
     generator, written = np.random.default_rng(0), 0
     with IndexedDatasetWriter(prefix, np.uint16) as writer:
         while written < num_tokens:
-            document = generator.integers(vocab_size, size=generator.integers(1, 2 * document_tokens + 1))
+            document = generator.integers(vocab_size, size=generator.integers(1, 2 * mean_document_tokens + 1))
             writer.add_document(document)
             written += len(document)
