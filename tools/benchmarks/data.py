@@ -2,9 +2,11 @@
 
     %(prog)s --output results
 
-The documents of the corpora have 1000 tokens. The largest corpus has 10^12 tokens by default: 10^9 documents in a
-sparse index, and 2 GB of checksums. Opening is the work that a job does before its first batch; GPTDataset is measured
-without its cache and with it. Memory is the peak of the anonymous memory (RssAnon) that opening the corpus adds.
+The documents of a corpus of up to 10^11 tokens have 1000 tokens each. A larger corpus, such as that of 10^12 tokens,
+has one document for every 1000 tokens, too, but all tokens are in the last document, so that its index is a sparse
+file; the checksums of 10^12 tokens take 2 GB. The corpus that is read has documents of 1 to 2000 random tokens. Opening
+is the work that a job does before its first batch; GPTDataset is measured without its cache and with it. Memory is the
+peak of the anonymous memory (RssAnon) that opening the corpus adds.
 """
 
 import argparse
@@ -32,12 +34,12 @@ from megamtp.data.windows import Windows
 from megamtp.errors import InputError
 
 T, HEADS, VOCABULARY, DOCUMENT_TOKENS = 4096, 4, 32000, 1000
-LARGEST_INDEX = 10**11  # tokens up to which the index is written in full
+MAX_EVEN_TOKENS = 10**11  # all documents of a larger corpus are empty, except the last
 MICRO_BATCH, READ_STEPS = 8, 400
 SMOKE = {"sizes": [1e5], "megatron_limit": 0.0, "read_tokens": 1e5, "read_steps": 2}
-OURS, FIRST, AGAIN = "ours", "GPTDataset, first time", "GPTDataset, from its cache"
-# reader: (corpus, data.documents)
-READERS = {
+OURS, GPT_FIRST, GPT_CACHED = "ours", "GPTDataset, first time", "GPTDataset, from its cache"
+# variant: (corpus, data.documents)
+READ_VARIANTS = {
     "ours, continue": ("random", "continue"),
     "ours, continue, no .crc": ("unchecked", "continue"),
     "ours, mask": ("random", "mask"),
@@ -87,13 +89,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def measure_opening(folder: Path, size: float, has_megatron: bool, options: argparse.Namespace) -> Iterator[dict]:
     prefix, num_tokens = folder / f"tokens{size:.0f}", round(size)
-    sparse = num_tokens > LARGEST_INDEX
-    (write_sparse if sparse else write_even)(
-        prefix, num_tokens, num_tokens // DOCUMENT_TOKENS if sparse else DOCUMENT_TOKENS
-    )
-    variants = [OURS, *([FIRST, AGAIN] if has_megatron and size <= options.megatron_limit else [])]
+    if num_tokens > MAX_EVEN_TOKENS:
+        write_sparse(prefix, num_tokens, num_documents=num_tokens // DOCUMENT_TOKENS)
+    else:
+        write_even(prefix, num_tokens, DOCUMENT_TOKENS)
+    variants = [OURS, *([GPT_FIRST, GPT_CACHED] if has_megatron and size <= options.megatron_limit else [])]
     for name in variants:
-        seconds, mebibytes = ProcessCall(_opening, open_ours if name == OURS else open_megatron, str(prefix)).run()
+        seconds, mebibytes = ProcessCall(_open, open_ours if name == OURS else open_megatron, str(prefix)).run()
         yield {"part": "opening", "tokens": num_tokens, "name": name, "seconds": seconds, "mebibytes": mebibytes}
     for path in folder.glob(f"{prefix.name}*.*"):
         path.unlink()
@@ -104,8 +106,9 @@ def measure_reading(folder: Path, read_tokens: float, read_steps: int, has_megat
     for end in (".bin", ".idx"):
         os.link(folder / f"random{end}", folder / f"unchecked{end}")
     results = []
-    for name, (corpus, documents) in (READERS | ({"GPTDataset": ("random", None)} if has_megatron else {})).items():
-        rate = ProcessCall(_reading, str(folder / corpus), documents, read_steps).run()
+    variants = READ_VARIANTS | ({"GPTDataset": ("random", None)} if has_megatron else {})
+    for name, (corpus, documents) in variants.items():
+        rate = ProcessCall(_read_rate, str(folder / corpus), documents, read_steps).run()
         results.append({"part": "reading", "name": name, "tokens_per_second": rate})
     return results
 
@@ -145,7 +148,7 @@ def open_megatron(prefix: str) -> Dataset[object]:
     return GPTDataset(dataset, prefix, documents, None, Split.train, config)
 
 
-def _opening(open_corpus: Callable[[str], TrainLoader | Dataset[object]], prefix: str) -> tuple[float, float]:
+def _open(open_corpus: Callable[[str], TrainLoader | Dataset[object]], prefix: str) -> tuple[float, float]:
     """Returns (seconds, mebibytes) from the start to the first batch or sample."""
     _import_all(open_corpus)
     with _peak_mebibytes() as peak:
@@ -156,10 +159,10 @@ def _opening(open_corpus: Callable[[str], TrainLoader | Dataset[object]], prefix
     return seconds, peak[0]
 
 
-def _reading(prefix: str, documents: str | None, read_steps: int) -> float:
+def _read_rate(prefix: str, documents: str | None, read_steps: int) -> float:
     """Returns tokens per second of CPU time on one core, for a file in the page cache.
 
-    CPU time does not depend on the other programs on the machine.
+    CPU time depends less on other programs than wall time does.
     """
     read: Callable[[int], object]
     if documents is None:
@@ -168,7 +171,7 @@ def _reading(prefix: str, documents: str | None, read_steps: int) -> float:
         read = lambda step: [dataset[step * MICRO_BATCH + index] for index in range(MICRO_BATCH)]  # noqa: E731
     else:
         read = open_ours(prefix, documents).read
-    Path(f"{prefix}.bin").read_bytes()
+    Path(f"{prefix}.bin").read_bytes()  # into the page cache
     read(0)
     start = time.process_time()
     for step in range(1, read_steps + 1):
@@ -214,7 +217,7 @@ def tables(results: list[dict]) -> str:
         ["read with", "million tokens per second, one core"],
         [[r["name"], f"{r['tokens_per_second'] / 1e6:.1f}"] for r in read],
     )
-    was_compared = any(r["name"] in (FIRST, AGAIN) for r in opened)
+    was_compared = any(r["name"] in (GPT_FIRST, GPT_CACHED) for r in opened)
     note = "" if was_compared else "\n\nGPTDataset was not measured: install megatron-core, or raise --megatron-limit."
     return f"{opening_table}\n\n{reading_table}{note}"
 
