@@ -44,13 +44,13 @@ class Step:
 
     Attributes:
         seconds: without pauses for checkpoints.
-        still: seconds of pauses for checkpoints.
+        pause_seconds: of pauses of the training for checkpoints.
         saving: a checkpoint was being written.
     """
 
     number: int
     seconds: float
-    still: float
+    pause_seconds: float
     saving: bool
 
 
@@ -73,10 +73,8 @@ def main(arguments: list[str]) -> None:
         corpora.write_random(Path(config.data.train), 4 * options.tokens, 1000, config.model.vocab_size)
         call("megamtp.commands.local", *_overrides(options, Path(folder)))
         records = [json.loads(line) for line in records_until(Path(folder) / METRICS, options.steps)]
-    steps, checkpoints = (
-        steps_of(records, options.save_every),
-        [record for record in records if record["kind"] == "checkpoint"],
-    )
+    steps = steps_of(records, options.save_every)
+    checkpoints = [record for record in records if record["kind"] == "checkpoint"]
     if not any(step.saving for step in steps) or all(step.saving for step in steps):
         given = f"--steps {options.steps} --save-every {options.save_every}"
         raise InputError(f"{given}: every step or none ran while saving; expected some of both")
@@ -88,8 +86,12 @@ def main(arguments: list[str]) -> None:
         "saves every": options.save_every,
     }
     settings |= {"set": " ".join(options.set)} if options.set else {}
-    results = [vars(step) for step in steps] + checkpoints
+    results = [_result(step) for step in steps] + checkpoints
     output.write(options, settings, results, tables(results), _draw(steps))
+
+
+def _result(step: Step) -> dict:
+    return {"number": step.number, "seconds": step.seconds, "still": step.pause_seconds, "saving": step.saving}
 
 
 def _overrides(options: argparse.Namespace, folder: Path) -> list[str]:
@@ -115,9 +117,9 @@ def steps_of(records: Iterable[dict], save_every: int) -> list[Step]:
         if record["kind"] == "checkpoint":
             saving = False
         elif record["kind"] == "train":
-            still = record["seconds"].pop("save", 0.0)
+            pause_seconds = record["seconds"].pop("save", 0.0)
             saving = saving or (record["step"] > 1 and (record["step"] - 1) % save_every == 0)
-            steps.append(Step(record["step"], sum(record["seconds"].values()), still, saving))
+            steps.append(Step(record["step"], sum(record["seconds"].values()), pause_seconds, saving))
     return steps[WARM_UP:]
 
 
@@ -131,7 +133,11 @@ def _medians(steps: list[Step]) -> tuple[float, float]:
 
 def tables(results: list[dict]) -> str:
     checkpoints = [result for result in results if result.get("kind") == "checkpoint"]
-    steps = [Step(**result) for result in results if result.get("kind") != "checkpoint"]
+    steps = [
+        Step(result["number"], result["seconds"], result["still"], result["saving"])
+        for result in results
+        if result.get("kind") != "checkpoint"
+    ]
     return "\n\n".join([_steps_table(steps), _checkpoints_table(checkpoints), verdict(steps)])
 
 
@@ -171,11 +177,11 @@ def _draw(steps: list[Step]) -> Figure:
     for label, saving, color in (("not saving", False, "tab:blue"), ("while saving", True, "tab:orange")):
         shown = [step for step in steps if step.saving is saving]
         axes.bar([step.number for step in shown], [step.seconds for step in shown], color=color, label=label)
-    with_pause = [step for step in steps if step.still]
+    with_pause = [step for step in steps if step.pause_seconds]
     bottom = [step.seconds for step in with_pause]
     axes.bar(
         [step.number for step in with_pause],
-        [step.still for step in with_pause],
+        [step.pause_seconds for step in with_pause],
         bottom=bottom,
         color="tab:red",
         label="pause",

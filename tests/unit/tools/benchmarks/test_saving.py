@@ -25,7 +25,7 @@ def test_steps_while_saving():
         {"kind": "checkpoint", "step": 3},
     ]
     steps = saving.steps_of([*records, train(6, 1, save=0.125), train(7, 2, save=0.5)], save_every=3)
-    assert [(step.number, step.seconds, step.still, step.saving) for step in steps] == [
+    assert [(step.number, step.seconds, step.pause_seconds, step.saving) for step in steps] == [
         (3, 1.25, 0.0, False),
         (4, 2.25, 0.5, True),
         (5, 2.25, 0.0, True),
