@@ -4,7 +4,7 @@
 
 Each round measures every variant once: `sentencepiece.encode` of all texts, already in memory, on one thread; one
 worker that tokenises the same files into parts; and several workers. The tokenizer is trained before the first round.
-"Per core" divides by the CPU seconds of all cores, which depend less on other programs than the wall time does.
+"Per core" is MB per second of CPU time, summed over all cores. CPU time depends less on other programs than wall time.
 """
 
 import resource
@@ -49,8 +49,8 @@ def main(arguments: list[str]) -> None:
         times, num_bytes = measure(source, Path(folder), options.vocab_size, options.workers, options.rounds)
     settings = {"text": f"{num_bytes / 1e6:.1f} MB", "vocabulary": options.vocab_size, "rounds": options.rounds}
     results = [
-        {"variant": name, "bytes": num_bytes, "seconds": own.wall, "cpu_seconds": own.cpu}
-        for name, own in times.items()
+        {"variant": name, "bytes": num_bytes, "seconds": variant_times.wall, "cpu_seconds": variant_times.cpu}
+        for name, variant_times in times.items()
     ]
     output.write(options, settings, results, tables(results), draw(times, num_bytes))
 
@@ -104,7 +104,15 @@ def _sentencepiece(texts: list[str], model: Path) -> Callable[[], None]:
 
 
 def _workers(source: Source, parts: Path, model: Path, num_workers: int) -> Callable[[], None]:
-    task = TokenisationTask(parts, str(model), "", source.json_key, 0, False, False)
+    task = TokenisationTask(
+        folder=parts,
+        tokenizer=str(model),
+        tokenizer_digest="",  # only part of the names of the files in `parts`
+        json_key=source.json_key,
+        seed=0,
+        cuts_documents=False,
+        with_text_hashes=False,
+    )
     return lambda: workers.tokenise_all(shards.cut_into_shards(source.files, cuts_documents=False), task, num_workers)
 
 
@@ -119,10 +127,12 @@ def tables(results: list[dict]) -> str:
         by_wall_time = output.spread([result["bytes"] / 1e6 / value for value in result["seconds"]], 2)
         per_core = output.spread([result["bytes"] / 1e6 / value for value in result["cpu_seconds"]], 2)
         over_sentencepiece = (
-            _ratio(result["cpu_seconds"], by_name[SENTENCEPIECE]["cpu_seconds"]) if name != SENTENCEPIECE else ""
+            _speed_ratio(result["cpu_seconds"], by_name[SENTENCEPIECE]["cpu_seconds"]) if name != SENTENCEPIECE else ""
         )
         over_one_worker = (
-            _ratio(result["seconds"], by_name[_name(1)]["seconds"]) if name not in (SENTENCEPIECE, _name(1)) else ""
+            _speed_ratio(result["seconds"], by_name[_name(1)]["seconds"])
+            if name not in (SENTENCEPIECE, _name(1))
+            else ""
         )
         rows.append([name, by_wall_time, per_core, over_sentencepiece, over_one_worker])
     return output.table(
@@ -130,7 +140,7 @@ def tables(results: list[dict]) -> str:
     )
 
 
-def _ratio(seconds: list[float], base_seconds: list[float]) -> str:
+def _speed_ratio(seconds: list[float], base_seconds: list[float]) -> str:
     return output.spread([base / value for value, base in zip(seconds, base_seconds, strict=True)], 2)
 
 
