@@ -97,12 +97,14 @@ def measured_costs(config: Config, meter: Meter) -> PassCosts:
     head = meter.measure(config, _stage(StageContents(0, last_head, False, rows=0, spread=True))).seconds
     head_forward, head_backward = head[PassKind.FORWARD], head[PassKind.BACKWARD]
     one_head = sum(_passes(config, meter, model.num_layers - 1, model.num_layers).values())
-    loss, copy = one_head - head_forward - head_backward, 0.0
+    # One head costs its passes, a loss and, once per stage, the copy of the unembedding (PassCosts.unembedding_copy). A
+    # second head costs its passes and a loss. Loss and copy cannot be separated if n = 1: both count as the loss.
+    loss, unembedding_copy = one_head - head_forward - head_backward, 0.0
     if n > 1:
         two_heads = sum(_passes(config, meter, model.num_layers - 2, model.num_layers).values())
         loss = two_heads - one_head - head_forward - head_backward
-        copy = one_head - head_forward - head_backward - loss
-    rows = max(1, model.vocab_size // (config.engine.num_stages or 1))
+        unembedding_copy = one_head - head_forward - head_backward - loss
+    rows = max(1, model.vocab_size // config.engine.pipeline_stages)
     slice_seconds = meter.measure(config, _stage(StageContents(0, range(0), False, rows, spread=True))).seconds
     embedding = max(0.0, sum(with_embedding.values()) - sum(layers.values()))
     return PassCosts(
@@ -111,7 +113,7 @@ def measured_costs(config: Config, meter: Meter) -> PassCosts:
         head_forward=(head_forward,) * n,
         head_backward=(head_backward,) * n,
         loss=max(0.0, loss),
-        unembedding_copy=max(0.0, copy),
+        unembedding_copy=max(0.0, unembedding_copy),
         embedding=embedding,
         slice_statistics=slice_seconds[PassKind.STATISTICS] / rows,
         slice_gradients=slice_seconds[PassKind.GRADIENTS] / rows,
@@ -120,17 +122,18 @@ def measured_costs(config: Config, meter: Meter) -> PassCosts:
 
 def _stage(contents: StageContents) -> Stage:
     """Returns a stage with `contents` and no trunk layers. Its position in the model does not matter to a meter."""
-    return Stage(1, 1, contents.heads, contents, 0.0, 0.0, {})
+    return Stage(1, 1, contents.heads, contents, forward=0.0, backward=0.0, memory_bytes={})
 
 
 def _passes(config: Config, meter: Meter, first: int, end: int) -> dict[PassKind, float]:
     heads, contents = heads_between(config, first, end), contents_between(config, first, end)
-    return meter.measure(config, Stage(first, end, heads, contents, 0.0, 0.0, {})).seconds
+    stage = Stage(first, end, heads, contents, forward=0.0, backward=0.0, memory_bytes={})
+    return meter.measure(config, stage).seconds
 
 
 def naive_layers(config: Config) -> list[int]:
     """Returns equal numbers of layers per stage, with all heads in the last stage."""
-    num_layers, num_stages, n = config.model.num_layers, config.engine.num_stages or 1, config.model.num_future_tokens
+    num_layers, num_stages, n = config.model.num_layers, config.engine.pipeline_stages, config.model.num_future_tokens
     if num_layers // num_stages >= n:
         return _even(num_layers, num_stages)
     return [*_even(num_layers - n, num_stages - 1), n]
