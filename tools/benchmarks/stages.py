@@ -77,15 +77,15 @@ class MeasuredStage(StagePart):
             state.output = self(state.input.clone())  # DeepSpeed copies the input, too
         elif kind == PassKind.BACKWARD:
             assert state.output is not None
-            state.output.backward(self.gradient if state.output.dim() else None)
+            state.output.backward(self.gradient if state.output.dim() else None)  # a loss is a scalar
 
     @property
     def kinds(self) -> list[PassKind]:
         """The passes of a micro-batch on this stage, in order."""
         return [PassKind.FORWARD, PassKind.BACKWARD]
 
-    def num_uses(self, kind: PassKind) -> int:
-        """Returns the number of losses in a pass; its time is divided by this number."""
+    def num_losses(self, kind: PassKind) -> int:
+        """Returns the number of losses in a pass of kind STATISTICS or GRADIENTS, otherwise 1. It divides the time."""
         return 1
 
 
@@ -108,11 +108,15 @@ class MeasuredSpreadStage(MeasuredStage):
             state.gradients = [
                 self._gradients(index, *head_slice, d_weight) for index, head_slice in enumerate(state.slices)
             ]
+            # through autograd, so that the hook that adds gradients to the sums runs
             torch.autograd.backward(weight.view_as(weight), d_weight.to(weight.dtype))
             state.slices = None
         else:
             assert state.output is not None
-            gradients = (state.gradients or [self.gradient] * len(state.hidden))[: len(state.hidden)]
+            # In a pipeline, the gradients of the stage's own heads are sums over all slices. Here tensors of the same
+            # size replace them: the gradients of this slice, or a fixed tensor if the stage has no rows.
+            replacements = state.gradients or [self.gradient] * len(state.hidden)
+            gradients = replacements[: len(state.hidden)]
             roots = [(state.output, self.gradient)] if self.stage.end < self.config.num_layers else []
             roots += [
                 (hidden, gradient.view_as(hidden)) for hidden, gradient in zip(state.hidden, gradients, strict=True)
@@ -138,7 +142,7 @@ class MeasuredSpreadStage(MeasuredStage):
     def kinds(self) -> list[PassKind]:
         return list(PassKind) if self.stage.contents.rows else [PassKind.FORWARD, PassKind.BACKWARD]
 
-    def num_uses(self, kind: PassKind) -> int:
+    def num_losses(self, kind: PassKind) -> int:
         return len(self.micro_batch_targets) if kind in (PassKind.STATISTICS, PassKind.GRADIENTS) else 1
 
 
@@ -181,12 +185,12 @@ def measure(
             measurement.peak_bytes[count] = peak - before
     finally:
         del measured_stage
-        release(device)
+        _release(device)
     return measurement
 
 
-def release(device: torch.device) -> None:
-    """Returns the cached memory of a GPU to the driver."""
+def _release(device: torch.device) -> None:
+    """Frees objects in reference cycles, and returns the cached memory of a GPU to the driver."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
@@ -207,14 +211,16 @@ def _times(stage: MeasuredStage, micro_batches: int) -> dict[PassKind, list[floa
         if index == 0 and stage.device.type == "cuda":
             torch.cuda.synchronize()  # compilation delayed this micro-batch: start the next on an idle device
         all_times.append(times)
-    _check(stage, state)
+    _require_finite(stage, state)
     return {
-        kind: [seconds_between(times[index], times[index + 1]) / stage.num_uses(kind) for times in all_times[WARM_UP:]]
+        kind: [
+            seconds_between(times[index], times[index + 1]) / stage.num_losses(kind) for times in all_times[WARM_UP:]
+        ]
         for index, kind in enumerate(stage.kinds)
     }
 
 
-def _check(stage: MeasuredStage, state: StageMicroBatch) -> None:
+def _require_finite(stage: MeasuredStage, state: StageMicroBatch) -> None:
     """Waits for the device. Raises RuntimeError if a gradient or an output is not finite."""
     assert state.output is not None
     totals = [total.abs().max() for total in stage.sums.values()]
