@@ -74,7 +74,7 @@ def _read(path: Path) -> tuple[dict, list[dict]]:
     try:
         content = json.loads(path.read_text())
         for result in content["results"]:
-            result["planned_step"] = result.pop("step_seconds")
+            result["planned_step"] = result.pop("step_seconds")  # "seconds" will be the measured steps
         return content["settings"], content["results"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
@@ -84,7 +84,7 @@ def _read(path: Path) -> tuple[dict, list[dict]]:
 
 def step_seconds(predicted: dict, settings: dict, options: argparse.Namespace) -> list[float]:
     """Returns the seconds of each step of a plan, on every rank. Collective."""
-    seconds = _run(predicted, settings, lambda run: [run.step() for _ in range(options.steps)])
+    seconds = _with_engine(predicted, settings, lambda engine: [engine.step() for _ in range(options.steps)])
     output.say(
         f"{predicted['size']} n={predicted['heads']} {predicted['plan']}: {output.spread([1e3 * s for s in seconds])} "
         "ms"
@@ -94,7 +94,7 @@ def step_seconds(predicted: dict, settings: dict, options: argparse.Namespace) -
 
 def profile(result: dict, settings: dict) -> dict:
     """Returns the computing time of each rank in a step, and the step's bubble and imbalance. Collective."""
-    computing = of_all_ranks(_run(result, settings, Run.computing_seconds))
+    computing = of_all_ranks(_with_engine(result, settings, PlanEngine.computing_seconds))
     pipelines, step = settings["pipelines"], statistics.median(result["seconds"])
     firsts = range(0, len(computing), pipelines)  # the ranks of a stage are consecutive
     by_stage = [statistics.mean(computing[first : first + pipelines]) for first in firsts]
@@ -102,14 +102,14 @@ def profile(result: dict, settings: dict) -> dict:
     return {"computing_seconds": computing, "real_bubble": bubble, "real_imbalance": imbalance(by_stage)}
 
 
-def _run(predicted: dict, settings: dict, use: Callable[["Run"], Any]) -> Any:
-    """Builds and compiles a plan's engine, returns the result of `use` for it, and frees the engine."""
+def _with_engine(predicted: dict, settings: dict, measure: Callable[["PlanEngine"], Any]) -> Any:
+    """Builds and compiles a plan's engine, returns what `measure` returns for it, and frees the engine."""
     kept_storages = set(variants.storages())
-    run = Run(_config(predicted, settings))
+    engine = PlanEngine(_config(predicted, settings))
     for _ in range(WARM_UP):
-        run.step()
-    result = use(run)
-    del run
+        engine.step()
+    result = measure(engine)
+    del engine
     variants.free(kept_storages)
     return result
 
@@ -131,8 +131,8 @@ def _config(predicted: dict, settings: dict) -> Config:
     )
 
 
-class Run:
-    """The engine of a plan, and micro-batches of random tokens."""
+class PlanEngine:
+    """The engine of a plan, and micro-batches of random tokens for it."""
 
     def __init__(self, config: Config):
         engine, n, train = build_engine(config), config.model.num_future_tokens, config.train
@@ -145,9 +145,10 @@ class Run:
         batch = Batch(tokens[:, : train.sequence_length].contiguous(), targets)
         self.micro_batches = [batch] * config.num_micro_batches(self.engine.data_parallel_size)
         self.counts = [config.train.global_batch_tokens] * n
-        deepspeed_engine = engine.deepspeed_engine
-        self._take_step, deepspeed_engine._take_model_step = deepspeed_engine._take_model_step, self._end_of_passes
-        self.end = 0.0
+        self.end_of_passes = 0.0
+        # DeepSpeed runs the optimizer in _take_model_step, after the last pass of a step: the measured time ends there.
+        self._take_model_step = engine.deepspeed_engine._take_model_step
+        engine.deepspeed_engine._take_model_step = self._record_end_and_step
 
     def step(self) -> float:
         """Trains one step and returns the seconds to the last pass of the slowest rank. Collective."""
@@ -156,20 +157,20 @@ class Run:
         result = self.engine.train_batch(self.micro_batches, self.counts, lr=1e-5)
         if not torch.isfinite(torch.tensor(result.gradient_norm)):
             raise RuntimeError(f"the gradient's norm is {result.gradient_norm}")
-        return max(of_all_ranks(self.end - start))
+        return max(of_all_ranks(self.end_of_passes - start))
 
     def computing_seconds(self) -> float:
         """Returns the seconds in which this rank's card computes in the passes of one step. Collective.
 
-        Call it last: the optimizer does not run in this step nor in later steps.
+        Call it last: it switches the optimizer off.
         """
-        self._take_step = lambda lr_kwargs: None
+        self._take_model_step = lambda lr_kwargs: None
         trace = exposure.record(lambda: self.engine.train_batch(self.micro_batches, self.counts, lr=1e-5))
         return trace.exposure("step").computing / 1e3
 
-    def _end_of_passes(self, lr_kwargs: Any) -> None:
-        self.end = self._now()
-        self._take_step(lr_kwargs)
+    def _record_end_and_step(self, lr_kwargs: Any) -> None:
+        self.end_of_passes = self._now()
+        self._take_model_step(lr_kwargs)
 
     def _now(self) -> float:
         synchronize(self.device)

@@ -35,7 +35,7 @@ def test_the_table_and_the_verdict(tmp_path):
 
 def test_bubble_and_imbalance_of_a_profiled_step(monkeypatch):
     """Two pipelines with two stages. The ranks of a stage are consecutive."""
-    monkeypatch.setattr(real_pipeline, "_run", lambda result, settings, use: None)
+    monkeypatch.setattr(real_pipeline, "_with_engine", lambda result, settings, measure: None)
     monkeypatch.setattr(real_pipeline, "of_all_ranks", lambda seconds: [0.5, 0.7, 0.8, 1.0])
     profiled = real_pipeline.profile({"seconds": [0.9, 1.0, 1.5]}, {"pipelines": 2})
     assert profiled == {
