@@ -2,7 +2,7 @@
 
 from megamtp.config.reader import (
     RESOLVED,
-    describe,
+    describe_keys,
     differences,
     print_help,
     read_config,
@@ -34,7 +34,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "TrainConfig",
-    "describe",
+    "describe_keys",
     "differences",
     "print_help",
     "read_config",

@@ -31,11 +31,11 @@ from megamtp.files import write_atomically
 
 RESOLVED = "config.yaml"  # a file in a run's folder with the whole configuration
 MAX_DEPTH = 16  # levels of nested lists and mappings
-MAX_NUMBER_LENGTH = 400  # characters; Python refuses to print integers of over 4300 digits
+MAX_NUMBER_LENGTH = 400  # characters, of any base; Python prints integers of at most 4300 decimal digits
 
 
 def read_config(arguments: list[str]) -> Config:
-    """Returns the checked configuration that `[file.yaml, key=value, ...]` describe. Later arguments override earlier.
+    """Returns the checked configuration that `[file.yaml, key=value, ...]` describe. Later ones override earlier ones.
 
     Raises:
         InputError: a file cannot be read, a key is unknown (the message names the most similar key), or a value is
@@ -43,7 +43,7 @@ def read_config(arguments: list[str]) -> Config:
     """
     settings = _schema()
     for argument in arguments:
-        settings = _merge(settings, *_parse(argument))
+        settings = _merge(settings, argument, _parse(argument))
     try:
         missing = sorted(OmegaConf.missing_keys(settings))
         config = None if missing else OmegaConf.to_object(settings)
@@ -90,7 +90,7 @@ def differences(old: Config, new: Config) -> list[str]:
     return lines
 
 
-def describe() -> str:
+def describe_keys() -> str:
     """Returns one line per key with its meaning, type and default."""
     defaults = _schema()
     required = OmegaConf.missing_keys(defaults)
@@ -106,7 +106,7 @@ def print_help(arguments: list[str], description: str) -> bool:
     if "--help" not in arguments and "-h" not in arguments:
         return False
     with suppress(BrokenPipeError):  # the reader has closed the pipe, as `| head` does
-        print(f"{description}\nKeys [type; default]:\n{describe()}")
+        print(f"{description}\nKeys [type; default]:\n{describe_keys()}")
     return True
 
 
@@ -118,38 +118,45 @@ def _schema() -> DictConfig:
     return schema
 
 
-def _parse(argument: str) -> tuple[str, DictConfig]:
-    """Returns the name of an argument for error messages, and its settings."""
+def _parse(argument: str) -> DictConfig:
+    """Returns the settings of a YAML file or of key=value."""
     # os.path.isfile returns False if the name is too long for a path; Path.is_file may raise OSError.
-    if "=" in argument and not os.path.isfile(argument):
-        key, _, value = argument.partition("=")
-        try:
-            _require_shallow(value, key.count(".") + key.count("["))
-            return argument, OmegaConf.from_dotlist([argument])
-        except Exception as error:  # YAML tags may raise any exception: !!bool 3 raises KeyError
-            in_braces = isinstance(error, yaml.YAMLError) and "{" in argument
-            spaces = ", with a space after each colon in braces: {a: {b: 2}}" if in_braces else ""
-            raise InputError(f"{argument}: {_yaml_problem(error)}; expected key=value{spaces}") from None
+    is_override = "=" in argument and not os.path.isfile(argument)
+    return _parse_override(argument) if is_override else _parse_file(argument)
+
+
+def _parse_override(argument: str) -> DictConfig:
+    key, _, value = argument.partition("=")
     try:
-        text = Path(argument).read_text(encoding="utf-8")
+        _check_yaml_limits(value, key.count(".") + key.count("["))
+        return OmegaConf.from_dotlist([argument])
+    except Exception as error:  # YAML tags may raise any exception: !!bool 3 raises KeyError
+        in_braces = isinstance(error, yaml.YAMLError) and "{" in argument
+        spaces = ", with a space after each colon in braces: {a: {b: 2}}" if in_braces else ""
+        raise InputError(f"{argument}: {_yaml_problem(error)}; expected key=value{spaces}") from None
+
+
+def _parse_file(path: str) -> DictConfig:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise InputError(f"{argument}: not UTF-8 text; expected a YAML file or key=value") from None
+        raise InputError(f"{path}: not UTF-8 text; expected a YAML file or key=value") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{argument}: {reason}; expected a YAML file or key=value") from None
+        raise InputError(f"{path}: {reason}; expected a YAML file or key=value") from None
     try:
-        _require_shallow(text)
+        _check_yaml_limits(text)
         settings = OmegaConf.load(io.StringIO(text))
     except (OSError, AssertionError):
         settings = None  # OmegaConf raises these if the file holds only a number, quoted or not, or a boolean
     except Exception as error:
         mark = getattr(error, "problem_mark", None)
         place = f"line {mark.line + 1}: " if mark else ""
-        raise InputError(f"{argument} is not valid YAML, {place}{_yaml_problem(error)}; correct the file") from None
+        raise InputError(f"{path} is not valid YAML, {place}{_yaml_problem(error)}; correct the file") from None
     if not isinstance(settings, DictConfig):
-        raise InputError(f"{argument} holds no mapping of keys; expected sections such as 'model: {{dim: 128}}'")
+        raise InputError(f"{path} holds no mapping of keys; expected sections such as 'model: {{dim: 128}}'")
     _drop_empty_sections(settings)
-    return argument, settings
+    return settings
 
 
 def _drop_empty_sections(settings: DictConfig) -> None:
@@ -165,7 +172,7 @@ def _drop_empty_sections(settings: DictConfig) -> None:
             del node[name]
 
 
-def _require_shallow(text: str, depth: int = 0) -> None:
+def _check_yaml_limits(text: str, depth: int = 0) -> None:
     """Refuses YAML text that is nested too deeply, or has too long a number, to be parsed and printed safely.
 
     Args:
@@ -194,7 +201,7 @@ def _merge(settings: DictConfig, source: str, given: DictConfig) -> DictConfig:
     known = _keys(Config)
     for name, value in _settings(OmegaConf.to_container(given)):
         if name not in known:
-            raise InputError(f"{source}: unknown key {name}; {_nearest(str(name), list(known))}")
+            raise InputError(f"{source}: unknown key {name}; {_suggestion(str(name), list(known))}")
         # OmegaConf reads every whole number except 0 as true.
         if known[name].type in (bool, bool | None) and number(str(value)) not in (None, 0, 1):
             raise InputError(f"{source}: {name}: {value} is neither true nor false{_expected(name)}")
@@ -230,7 +237,8 @@ def _expected(key: str) -> str:
         expected: Any = item.type
         if key.startswith((f"{setting}.", f"{setting}[")):
             container = typing.get_args(expected)[0] if isinstance(expected, types.UnionType) else expected
-            expected = next(reversed(typing.get_args(container)), None)
+            inner = typing.get_args(container)
+            expected = inner[-1] if inner else None
         elif key != setting:
             continue
         return f"; expected {type_name(expected)}" if expected else ""
@@ -259,7 +267,7 @@ def _sections(section: Any, prefix: str = "") -> list[str]:
     return keys
 
 
-def _nearest(name: str, known: list[str]) -> str:
+def _suggestion(name: str, known: list[str]) -> str:
     def similarity(key: str) -> float:
         """Returns the similarity to the key or to its last part, if that is larger, so that `lr` finds optimizer.lr."""
         pairs = ((name, key), (name.rpartition(".")[2], key.rpartition(".")[2]))
