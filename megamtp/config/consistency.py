@@ -1,4 +1,4 @@
-"""Checks settings of different sections against each other, without looking at devices or files.
+"""Checks every section, and settings of different sections against each other, without looking at devices or files.
 
 Tests: tests/unit/config/test_reader.py.
 """
@@ -25,7 +25,7 @@ def check(config: Config) -> None:
         "run.initial_weights with cluster.emulate",
         "one of them: an emulated rank does not compute with a model's weights",
     )
-    config.num_micro_batches(data_parallel_size=1)
+    config.num_micro_batches(data_parallel_size=1)  # raises if no number of ranks can share the batch
 
 
 def _check_head_loss(config: Config) -> None:

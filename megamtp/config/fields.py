@@ -15,14 +15,14 @@ from megamtp.errors import InputError
 
 MAX_INTEGER = 2**31 - 1  # the product of two integers, such as a tensor's size, fits into int64
 MAX_FLOAT = 3.4e38  # the largest fp32 number: DeepSpeed and torch compute in fp32
-MAX_BYTES = 4096  # the longest string: Linux refuses longer paths
+MAX_TEXT_BYTES = 4096  # the longest string: Linux refuses longer paths
 
-__all__ = ["REQUIRED", "Section", "check_paths", "expect", "number", "option", "shown", "type_name"]
+__all__ = ["REQUIRED", "Section", "check_paths", "expect", "option", "parse_number", "shown", "type_name"]
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """The values that a field may have. None means that there is no such bound.
+    """The values that a field may have. None means that there is no such bound; `below` needs `at_least`.
 
     In a list or a mapping, each element must be within the bounds.
     """
@@ -32,7 +32,7 @@ class Bounds:
     below: float | None = None
     at_most: float | None = None
     one_of: tuple[str | None, ...] = ()
-    max_bytes: int = MAX_BYTES
+    max_bytes: int = MAX_TEXT_BYTES
 
     def check_number(self, found: str, value: float) -> None:
         """Raises InputError if the number is out of bounds. `found` names the setting and its value."""
@@ -58,7 +58,7 @@ def option(
     below: float | None = None,
     at_most: float | None = None,
     one_of: tuple[str | None, ...] = (),
-    max_bytes: int = MAX_BYTES,
+    max_bytes: int = MAX_TEXT_BYTES,
     only: dict[str, tuple[str, ...]] | None = None,
 ) -> Any:
     """Returns a dataclass field with its `--help` text and its bounds.
@@ -66,11 +66,12 @@ def option(
     Args:
         default: REQUIRED makes the user give a value.
         meaning: the `--help` text.
-        at_least, above, below, at_most: bounds of a number, or of each number in a list or a mapping.
+        at_least, above, below, at_most: bounds of a number, or of each number in a list or a mapping. `below` needs
+            `at_least`.
         one_of: the values of a string.
         max_bytes: largest size of a string as UTF-8.
-        only: names of other fields of the section, and the values of these with which this field has an effect. With
-            other values, every value of this field except its default is refused.
+        only: {other field of the section: its values with which this field has an effect}. With any other value of
+            that field, this field must have its default value.
     """
     bounds = Bounds(at_least, above, below, at_most, one_of, max_bytes)
     metadata = {"meaning": meaning, "bounds": bounds, "only": only or {}}
@@ -92,20 +93,20 @@ class Section:
             else:
                 _check_value(key, value, item.type, item.metadata["bounds"])
         for item in items:
-            self._check_use(name, item)
+            self._check_has_effect(name, item)
         self.check_together()
 
     def check_together(self) -> None:
         """Raises InputError if settings of this section conflict. Each is within its own bounds."""
 
-    def _check_use(self, name: str, item: "dataclasses.Field[Any]") -> None:
+    def _check_has_effect(self, name: str, item: "dataclasses.Field[Any]") -> None:
         value = getattr(self, item.name)
         default = item.default if item.default is not MISSING else typing.cast(Any, item.default_factory)()
         for other, values in item.metadata.get("only", {}).items():
             chosen = getattr(self, other)
             expect(
                 chosen in values or value == default,
-                f"{name}.{item.name}={value} with {name}.{other}={chosen}",
+                f"{name}.{item.name}={value} with {name}.{other}={shown(chosen)}",
                 f"{name}.{other}={' or '.join(values)}: the setting has no effect otherwise",
             )
 
@@ -130,7 +131,7 @@ def type_name(expected: Any) -> str:
     return "mapping" if typing.get_origin(expected) is dict else getattr(expected, "__name__", str(expected))
 
 
-def number(word: str) -> float | None:
+def parse_number(word: str) -> float | None:
     """Returns the number that the word represents, or None if it does not represent a number."""
     try:
         return float(word)

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megamtp.config import consistency
-from megamtp.config.fields import number, shown, type_name
+from megamtp.config.fields import parse_number, shown, type_name
 from megamtp.config.schema import BYTES, Config
 from megamtp.errors import InputError
 from megamtp.files import write_atomically
@@ -203,7 +203,7 @@ def _merge(settings: DictConfig, source: str, given: DictConfig) -> DictConfig:
         if name not in known:
             raise InputError(f"{source}: unknown key {name}; {_suggestion(str(name), list(known))}")
         # OmegaConf reads every whole number except 0 as true.
-        if known[name].type in (bool, bool | None) and number(str(value)) not in (None, 0, 1):
+        if known[name].type in (bool, bool | None) and parse_number(str(value)) not in (None, 0, 1):
             raise InputError(f"{source}: {name}: {value} is neither true nor false{_expected(name)}")
     try:
         merged = OmegaConf.merge(settings, given)

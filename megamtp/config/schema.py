@@ -11,7 +11,7 @@ import shlex
 from dataclasses import dataclass, field
 from typing import Any
 
-from megamtp.config.fields import REQUIRED, Section, check_paths, expect, number, option
+from megamtp.config.fields import REQUIRED, Section, check_paths, expect, option, parse_number
 from megamtp.errors import InputError
 
 BYTES = "bytes"  # data.tokenizer of byte-level runs
@@ -128,7 +128,7 @@ class OptimizerConfig(Section):
 
 @dataclass(frozen=True)
 class TrainConfig(Section):
-    """What is trained, independent of the number of ranks.
+    """What is trained, independently of the number of ranks.
 
     micro_batch_size, activation_checkpointing and compile change only speed, memory and rounding.
     """
@@ -211,7 +211,7 @@ class EngineConfig(Section):
 
 @dataclass(frozen=True)
 class EfficiencyConfig(Section):
-    """Share of the bandwidth that each collective reaches."""
+    """Share of the bandwidth that each collective reaches; above 1 if the bandwidth was measured with a slower one."""
 
     all_gather: float = option(1.0, "share of the bandwidth that all_gather reaches", at_least=1e-6, at_most=2)
     reduce_scatter: float = option(1.0, "share of the bandwidth that reduce_scatter reaches", at_least=1e-6, at_most=2)
@@ -242,7 +242,7 @@ class DataConfig(Section):
     train: str = option(
         REQUIRED,
         "prefix of the corpus, or weights and prefixes: '0.7 a/train 0.3 b/train'",
-        max_bytes=2**17,  # shlex takes a time that grows with the square of the length
+        max_bytes=2**17,  # the time of shlex grows with the square of the length
     )
     validation: str | None = option(None, "prefix of the validation corpus; null: no evaluation")
     tokenizer: str | None = option(None, "SentencePiece model, which is exported with the weights; or bytes")
@@ -264,10 +264,10 @@ class DataConfig(Section):
             words = shlex.split(self.train)
         except ValueError:  # a quotation mark in a single corpus's name
             words = [self.train]
-        if len(words) < 2 or number(words[0]) is None:
+        if len(words) < 2 or parse_number(words[0]) is None:
             return [(1.0, self.train)]
         found, prefixes = f"data.train={self.train}", words[1::2]
-        weights = [weight for weight in map(number, words[::2]) if weight is not None and 0 < weight < math.inf]
+        weights = [weight for weight in map(parse_number, words[::2]) if weight is not None and 0 < weight < math.inf]
         good = len(words) % 2 == 0 and len(weights) == len(prefixes)
         expect(good, found, "WEIGHT PREFIX WEIGHT PREFIX ..., weights above 0, names with spaces quoted")
         expect(sum(weights) < math.inf, found, "weights whose sum is a finite number")
@@ -290,7 +290,7 @@ class RunConfig(Section):
     )
     save_every_steps: int = option(1000, "steps between checkpoints; the last step is always saved", at_least=1)
     keep_checkpoints: int = option(2, "newest checkpoints kept", at_least=1)
-    keep_every_steps: int | None = option(None, "checkpoints at its multiples are also kept; null: none", at_least=1)
+    keep_every_steps: int | None = option(None, "also keep checkpoints of steps it divides; null: none", at_least=1)
     evaluate_every_steps: int = option(1000, "steps between evaluations; the last is always evaluated", at_least=1)
     evaluation_windows: int | None = option(None, "validation windows of an evaluation; null: all", at_least=1)
     log_every_steps: int = option(1, "steps between lines of metrics", at_least=1)
