@@ -104,7 +104,7 @@ class HeadLossConfig(Section):
         "fp8: the loss's products in fp8 while training (bf16 models; Ada, Hopper and later GPUs); null: the model's",
         one_of=(None, "fp8"),
     )
-    fp8_first_head: bool = option(True, "precision=fp8: head 1 too; false: heads 2 to n only")
+    fp8_first_head: bool = option(True, "fp8 also for head 1; false: heads 2 to n only", only=Only(precision=("fp8",)))
 
     def in_float8(self, index: int) -> bool:
         """Returns whether the head at `index` (from 0) trains with an fp8 loss."""

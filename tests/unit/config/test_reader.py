@@ -268,6 +268,11 @@ def test_long_settings_are_refused(argument, words):
     ("arguments", "message"),
     [
         (
+            "head_loss.fp8_first_head=false",
+            "head_loss.fp8_first_head=False with head_loss.precision=null; expected head_loss.precision=fp8: the "
+            "setting has no effect otherwise",
+        ),
+        (
             "engine.kind=zero1 engine.offload_parameters=true",
             "engine.offload_parameters=True with engine.kind=zero1; expected engine.kind=zero3: the setting has no "
             "effect otherwise",
