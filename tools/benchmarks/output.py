@@ -35,16 +35,16 @@ def positive(text: str) -> int:
 
 def parser(description: str, name: str) -> Parser:
     """Returns a parser with the options that all benchmarks share."""
-    parser = Parser(description)
-    parser.prog += f" {name}"
-    parser.add_argument("--output", type=Path, help="folder for the files [results; with --smoke: a new folder]")
-    parser.add_argument("--name", default=name, help=f"name of the files, with .json and .png [{name}]")
-    parser.add_argument(
+    new_parser = Parser(description)
+    new_parser.prog += f" {name}"
+    new_parser.add_argument("--output", type=Path, help="folder for the files [results; with --smoke: a new folder]")
+    new_parser.add_argument("--name", default=name, help=f"name of the files, with .json and .png [{name}]")
+    new_parser.add_argument(
         "--smoke",
         action="store_true",
         help="run at a tiny size, to check that the benchmark works: its measurements mean nothing",
     )
-    return parser
+    return new_parser
 
 
 def parse(parser: Parser, arguments: list[str], smoke: dict[str, Any]) -> argparse.Namespace:
@@ -53,6 +53,7 @@ def parse(parser: Parser, arguments: list[str], smoke: dict[str, Any]) -> argpar
     With --smoke, an option in `smoke` is not required. A relative path in it is relative to the folder of --output,
     which is a new temporary folder by default, so that a smoke run does not write next to real results.
     """
+    # The first pass only reads --smoke and --output, which decide the defaults and which options are required.
     required = [action for action in parser._actions if action.required]
     for action in required:
         action.required = False
@@ -87,7 +88,7 @@ def make_folder(options: argparse.Namespace) -> None:
         raise InputError(f"--output {options.output}: {error.strerror}; expected a folder to write to") from None
 
 
-def circumstances() -> dict[str, str]:
+def find_circumstances() -> dict[str, str]:
     """Returns the card, the version of torch, the date and the command."""
     cpu = f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
     ranks = find_place().world_size
@@ -117,10 +118,11 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def heading(where: dict[str, str], settings: dict) -> str:
+def heading(circumstances: dict[str, str], settings: dict) -> str:
     """Returns one line with the card, the date and the settings of a measurement."""
     shown = (f"{name} {_with_unit(name, value)}" for name, value in settings.items())
-    return f"{where['card']}, torch {where['torch']}, {where['date']}; {', '.join(shown)}"
+    card, torch_version, date = (circumstances[name] for name in ("card", "torch", "date"))
+    return f"{card}, torch {torch_version}, {date}; {', '.join(shown)}"
 
 
 def _with_unit(name: str, value: object) -> object:
@@ -132,30 +134,30 @@ def _with_unit(name: str, value: object) -> object:
     return f"{float(str(value)) * 1e6:g} µs" if name == "latency" else value
 
 
-def write(options: argparse.Namespace, settings: dict, results: list[dict], shown: str, figure: Figure) -> None:
-    """Prints `shown` with its circumstances, and writes the JSON file and the plot, on the first rank only."""
+def write(options: argparse.Namespace, settings: dict, results: list[dict], markdown: str, figure: Figure) -> None:
+    """Prints `markdown` with its circumstances, and writes the JSON file and the plot, on the first rank only."""
     if find_place().rank > 0:
         return
-    where = circumstances()
-    content: dict[str, object] = {"circumstances": where, "settings": settings, "results": results}
+    circumstances = find_circumstances()
+    content: dict[str, object] = {"circumstances": circumstances, "settings": settings, "results": results}
     if options.smoke:
         content["smoke"] = True
         print(f"A smoke run: these numbers mean nothing. Its files are in {options.output}.\n")
     stem = options.output / options.name
     Path(f"{stem}.json").write_text(json.dumps(content, indent=1))
     figure.savefig(f"{stem}.png")
-    print(f"{heading(where, settings)}\n\n{shown}\n\n`{where['command']}`\n", flush=True)
+    print(f"{heading(circumstances, settings)}\n\n{markdown}\n\n`{circumstances['command']}`\n", flush=True)
 
 
 def figure(
     width: float, height: float, rows: int = 1, columns: int = 1, sharex: bool = False
 ) -> tuple[Figure, list[Axes]]:
     """Returns a figure and its axes, which have no top and right spines."""
-    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
-    all_axes = figure.subplots(rows, columns, squeeze=False, sharex=sharex).flatten().tolist()
+    new_figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
+    all_axes = new_figure.subplots(rows, columns, squeeze=False, sharex=sharex).flatten().tolist()
     for axes in all_axes:
         axes.spines[["top", "right"]].set_visible(False)
-    return figure, all_axes
+    return new_figure, all_axes
 
 
 def bars(axes: Axes, groups: list[str], heights: dict[str, dict[str, float]]) -> None:
