@@ -27,7 +27,7 @@ from megamtp.losses.float8 import Float8Weight
 from megamtp.losses.linear_cross_entropy import SharedGradient, default_chunk_rows, linear_cross_entropy
 from megamtp.training.preflight import FLOAT8_CAPABILITY
 
-HEADS, OF_HEADS = 4, ", one of 4 heads"
+HEADS = 4
 SHAPES = [(2048, 32000), (4096, 32000), (4096, 128256)]
 PRODUCT_WIDTH = 8192  # of the square matrices whose product measures the card's rate
 SMOKE = {"rows": 128, "rounds": 1, "shapes": [(128, 512)], "product_width": 128}
@@ -39,11 +39,11 @@ PRODUCTS = "the three products alone"
 
 @dataclass(frozen=True)
 class Implementation:
-    """Forward and backward of `num_uses` losses, and the dtype in which they sum dW over chunks of rows."""
+    """Forward and backward of `num_losses` losses, and the dtype in which they sum dW over chunks of rows."""
 
     run: Callable[[], object]
     sum_dtype: torch.dtype = torch.bfloat16
-    num_uses: int = 1
+    num_losses: int = 1
 
 
 def main(arguments: list[str]) -> None:
@@ -70,12 +70,12 @@ def _rate(width: int) -> float:
     return 2 * width**3 / (statistics.median(_milliseconds(lambda: left @ right, warmup=100, rep=500)) / 1e3)
 
 
-def _milliseconds(run: Callable[[], object], **how: Any) -> list[float]:
-    """Returns the times that Triton's do_bench measures with the arguments `how`; on a CPU, the time of one run."""
+def _milliseconds(run: Callable[[], object], **timing: Any) -> list[float]:
+    """Returns the times that Triton's do_bench measures with the arguments `timing`; on a CPU, the time of one run."""
     if torch.cuda.is_available():
         from triton.testing import do_bench
 
-        return do_bench(run, return_mode="all", **how)
+        return do_bench(run, return_mode="all", **timing)
     start = time.perf_counter()
     run()
     return [1e3 * (time.perf_counter() - start)]
@@ -86,6 +86,7 @@ def _measure_shape(rows: int, dim: int, vocabulary: int, rate: float, rounds: in
     hidden = torch.randn(rows, dim, device=device, dtype=torch.bfloat16, requires_grad=True)
     weight = (torch.randn(vocabulary, dim, device=device) * DEVIATION).bfloat16().requires_grad_()
     targets = torch.randint(vocabulary, (rows,), device=device)
+    # the logit of a target is about TARGET_LOGIT, because a row of the weight has a squared norm of DEVIATION^2 * dim
     peaked = (0.3 * hidden + weight[targets] * TARGET_LOGIT / (DEVIATION**2 * dim)).detach().requires_grad_()
     inputs, floor = [hidden, peaked, weight], 6 * rows * dim * vocabulary / rate * 1e3
     implementations = _implementations(hidden, peaked, weight, targets)
@@ -98,7 +99,7 @@ def _measure_shape(rows: int, dim: int, vocabulary: int, rate: float, rounds: in
             milliseconds[name] += _milliseconds(implementations[name].run, rep=100, grad_to_none=inputs)
     results = []
     for name, implementation in implementations.items():
-        times = [time / implementation.num_uses for time in milliseconds[name]]
+        times = [time / implementation.num_losses for time in milliseconds[name]]
         median = statistics.median(times)
         results.append(
             {
@@ -142,20 +143,19 @@ def _implementations(hidden: Tensor, peaked: Tensor, weight: Tensor, targets: Te
             shared, float8_weight = SharedGradient(HEADS), Float8Weight() if float8 else None
             for _ in range(HEADS):
                 hidden.grad = None
-                linear_cross_entropy(hidden, weight, targets, shared_gradient=shared, float8_weight=float8_weight)[
-                    0
-                ].backward()
+                loss, _ = linear_cross_entropy(
+                    hidden, weight, targets, shared_gradient=shared, float8_weight=float8_weight
+                )
+                loss.backward()
 
         return Implementation(run, torch.float32, HEADS)
 
-    detached, gradient = (
-        hidden.detach(),
-        torch.randn(len(hidden), len(weight), device=hidden.device, dtype=torch.bfloat16),
-    )
+    detached = hidden.detach()
+    gradient = torch.randn(len(hidden), len(weight), device=hidden.device, dtype=torch.bfloat16)
     implementations = {
         "ours": ours(None),
         **{f"ours, {rows} rows": ours(rows) for rows in CHUNK_ROWS if rows != default_chunk_rows(len(weight), 2)},
-        f"ours{OF_HEADS}": all_heads(float8=False),
+        f"ours, one of {HEADS} heads": all_heads(float8=False),
         "logits in memory, fp32": forward_and_backward(
             lambda: F.cross_entropy((hidden @ weight.T).float(), targets, reduction="sum")
         ),
@@ -167,7 +167,7 @@ def _implementations(hidden: Tensor, peaked: Tensor, weight: Tensor, targets: Te
         implementations["ours, fp8"] = forward_and_backward(
             lambda: linear_cross_entropy(hidden, weight, targets, float8_weight=Float8Weight())[0], torch.float32
         )
-        implementations[f"ours, fp8{OF_HEADS}"] = all_heads(float8=True)
+        implementations[f"ours, fp8, one of {HEADS} heads"] = all_heads(float8=True)
     if hidden.is_cuda and find_spec("liger_kernel"):
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger
 
