@@ -47,7 +47,7 @@ SMOKE = corpora.SMOKE | {
         "run.evaluation_windows=4",
     ],
 }
-POINT_STEPS = 20  # one point of a curve is the mean over so many steps
+POINT_STEPS = 20  # one point of a curve is the mean over about this many steps
 
 
 def main(arguments: list[str]) -> None:
@@ -151,10 +151,10 @@ class Recovery:
 
 
 class RecoveryJob:
-    """A training with megamtp.commands.local, ended when the `with` block ends. Error messages contain `where`."""
+    """A training with megamtp.commands.local, ended when the `with` block ends. Error messages contain `when`."""
 
-    def __init__(self, overrides: list[str], run: Path, where: str):
-        self.metrics, self.where = run / METRICS, where
+    def __init__(self, overrides: list[str], run: Path, when: str):
+        self.metrics, self.when = run / METRICS, when
         self.process = subprocess.Popen([sys.executable, "-m", "megamtp.commands.local", *overrides])
 
     def __enter__(self) -> "RecoveryJob":
@@ -165,11 +165,11 @@ class RecoveryJob:
         self.process.wait()
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
-        """Waits until a condition is true. Raises InputError if the training ends before."""
+        """Waits until a condition is true. Raises InputError if the training ends first."""
         while not condition():
             if self.process.poll() is not None:
                 raise InputError(
-                    f"the training ended with status {self.process.returncode} {self.where}; expected it to run"
+                    f"the training ended with status {self.process.returncode} {self.when}; expected it to run"
                 )
             time.sleep(0.05)
 
@@ -178,20 +178,20 @@ class RecoveryJob:
         lines = records_until(self.metrics, sys.maxsize)
         return max((json.loads(line)["step"] for line in lines), default=0)
 
-    def rank(self, number: int) -> psutil.Process:
+    def process_of_rank(self, rank: int) -> psutil.Process:
         """Returns the process of a rank. Raises InputError if there is no such rank."""
         for process in psutil.Process(self.process.pid).children(recursive=True):
             words = process.cmdline()
-            if "deepspeed.launcher.launch" not in words and process.environ().get("RANK") == str(number):
+            if "deepspeed.launcher.launch" not in words and process.environ().get("RANK") == str(rank):
                 return process
-        raise InputError(f"--rank {number}; expected a rank of the job")
+        raise InputError(f"--rank {rank}; expected a rank of the job")
 
 
 def train_and_kill(overrides: list[str], run: Path, step: int, rank: int) -> Kill:
     """Trains until `step` is in the metrics, kills a rank, and waits for the end of the job."""
     with RecoveryJob(overrides, run, f"before step {step}, at which a rank is killed") as job:
         job.wait_until(lambda: job.last_step() >= step)
-        job.rank(rank).kill()
+        job.process_of_rank(rank).kill()
         start, last = time.time(), job.last_step()
         status = job.process.wait()
         return Kill(last, rank, status, time.time() - start)
@@ -199,16 +199,16 @@ def train_and_kill(overrides: list[str], run: Path, step: int, rank: int) -> Kil
 
 def train_to_the_end(overrides: list[str], run: Path) -> Recovery:
     """Starts the job again and waits for its end. Raises InputError if it fails."""
-    before = (run / METRICS).stat().st_ino
+    old_inode = (run / METRICS).stat().st_ino
     with RecoveryJob(overrides, run, "after a rank had been killed") as job:
         start = time.time()
         # a resumed run first rewrites the metrics up to its checkpoint
-        job.wait_until(lambda: (run / METRICS).stat().st_ino != before)
+        job.wait_until(lambda: (run / METRICS).stat().st_ino != old_inode)
         resumed = job.last_step()
         job.wait_until(lambda: job.last_step() > resumed)
         seconds = time.time() - start
         if job.process.wait():
-            raise InputError(f"the training ended with status {job.process.returncode} {job.where}; expected 0")
+            raise InputError(f"the training ended with status {job.process.returncode} {job.when}; expected 0")
         return Recovery(resumed, seconds)
 
 
