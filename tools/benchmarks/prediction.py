@@ -33,8 +33,8 @@ def main(arguments: list[str]) -> None:
         "--emulated", type=Path, required=True, metavar="JSON", help="result file of `overhead` on one GPU"
     )
     options = output.parse(parser, arguments, SMOKE)
-    (settings, measured), (emulation, emulated) = read(options.measured), read(options.emulated)
-    if settings["ranks"] != emulation["ranks"] or measured.keys() != emulated.keys():
+    (real_settings, real), (emulated_settings, emulated) = read(options.measured), read(options.emulated)
+    if real_settings["ranks"] != emulated_settings["ranks"] or real.keys() != emulated.keys():
         raise InputError(
             f"{options.emulated} has other sizes, heads, variants or ranks than {options.measured}; expected the same"
         )
@@ -47,15 +47,15 @@ def main(arguments: list[str]) -> None:
             "measured": milliseconds,
             "emulated": emulated[size, heads, variant],
         }
-        for (size, heads, variant), milliseconds in measured.items()
+        for (size, heads, variant), milliseconds in real.items()
     ]
-    shown = {
-        "ranks": settings["ranks"],
-        "card": settings["card"],
-        "measured": settings["date"],
-        "emulated": emulation["date"],
+    settings = {
+        "ranks": real_settings["ranks"],
+        "card": real_settings["card"],
+        "measured": real_settings["date"],
+        "emulated": emulated_settings["date"],
     }
-    output.write(options, shown, results, tables(results), _draw(results))
+    output.write(options, settings, results, tables(results), _draw(results))
 
 
 def read(path: Path) -> tuple[dict, Cells]:
