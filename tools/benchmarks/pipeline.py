@@ -4,9 +4,9 @@
 
 There are three plans. "naive" gives each stage the same number of layers, and the last stage all heads. "whole layers"
 is the best cut between layers. "spread losses" is the best cut if every stage computes the losses of a slice of the
-vocabulary. The faster of the last two is the chosen plan (**). The simulation has the passes of the schedule and the
-transfers between stages. It does not have the optimizer and the reduction of gradients over pipelines. Planned memory
-is compared without the optimizer's shard, which is not measured.
+vocabulary. The faster of the last two is the chosen plan, in bold. The simulation includes the passes of the schedule
+and the transfers between stages. It leaves out the optimizer and the reduction of gradients over pipelines. Planned
+memory is compared without the optimizer's shard, which is not measured.
 """
 
 import argparse
@@ -277,19 +277,19 @@ def _table(results: list[dict]) -> str:
 def _verdicts(results: list[dict]) -> str:
     """Returns a line for each model with several heads, which says if the chosen plan stays within the limits."""
     models, lines = _by_model(results), []
-    for key, by_plan in models.items():
-        if key[3] == 1:
+    for (size, vocabulary, num_stages, n), by_plan in models.items():
+        if n == 1:
             continue
         chosen = _chosen(by_plan)
         ratio, flops = _ratios(chosen, models)
         errors = [abs(error) for result in by_plan.values() for error in _memory_errors(result)]
         balanced, cheap = chosen["imbalance"] <= MAX_IMBALANCE, ratio <= flops + MAX_OVER_FLOPS
         line = (
-            f"- {key[0]}, V={key[1]}, {key[2]} stages, n={key[3]}, {chosen['plan']}: slowest / mean "
+            f"- {size}, V={vocabulary}, {num_stages} stages, n={n}, {chosen['plan']}: slowest / mean "
             f"{chosen['imbalance']:.3f} <= "
         )
         line += (
-            f"{MAX_IMBALANCE}: {_word(balanced)}; n={key[3]} / n=1 {ratio:.3f} <= FLOP ratio {flops:.3f} + "
+            f"{MAX_IMBALANCE}: {_word(balanced)}; n={n} / n=1 {ratio:.3f} <= FLOP ratio {flops:.3f} + "
             f"{MAX_OVER_FLOPS}: "
         )
         line += _word(cheap)
@@ -309,18 +309,20 @@ def _word(holds: bool) -> str:
 
 def _draw(results: list[dict], boxes: list[list[timeline.Box]]) -> Figure:
     """Draws the plans of the first size with the most heads, the largest vocabulary and the most stages."""
-    largest = max((r["heads"], r["vocabulary"], r["stages"]) for r in results if r["size"] == results[0]["size"])
+    size = results[0]["size"]
+    n, vocabulary, num_stages = max((r["heads"], r["vocabulary"], r["stages"]) for r in results if r["size"] == size)
     shown = [
         (result, plan_boxes)
         for result, plan_boxes in zip(results, boxes, strict=True)
-        if (result["size"], result["heads"], result["vocabulary"], result["stages"]) == (results[0]["size"], *largest)
+        if (result["size"], result["heads"], result["vocabulary"], result["stages"])
+        == (size, n, vocabulary, num_stages)
     ]
     end = max(box.end for _, plan_boxes in shown for box in plan_boxes)
-    figure, all_axes = output.figure(14, 1.2 + len(shown) * (1.0 + 0.22 * largest[2]), rows=len(shown), sharex=True)
+    figure, all_axes = output.figure(14, 1.2 + len(shown) * (1.0 + 0.22 * num_stages), rows=len(shown), sharex=True)
     for axes, (result, plan_boxes) in zip(all_axes, shown, strict=True):
         title = f"{result['plan']}: step {result['step_seconds'] * 1e3:.0f} ms, bubble {result['bubble']:.1%}"
-        timeline.draw(axes, plan_boxes, largest[2], f"{title}, slowest / mean {result['imbalance']:.3f}", end)
+        timeline.draw(axes, plan_boxes, num_stages, f"{title}, slowest / mean {result['imbalance']:.3f}", end)
     timeline.legend(figure, {box.label for _, plan_boxes in shown for box in plan_boxes})
     all_axes[-1].set_xlabel("ms")
-    figure.suptitle(f"{results[0]['size']}, n={largest[0]}, V={largest[1]}")
+    figure.suptitle(f"{size}, n={n}, V={vocabulary}")
     return figure
