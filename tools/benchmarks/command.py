@@ -6,7 +6,7 @@ import sys
 from megamtp.commands.command_line import run
 from megamtp.errors import InputError
 
-COMMANDS = {
+BENCHMARKS = {
     "quickstart": "the losses that launch/quickstart.sh reached: reads its run, trains nothing",
     "overhead": "step time with n heads divided by step time with one head: megamtp, FSDP2, and no engine",
     "world": "step time for several numbers of ranks: megamtp, FSDP2, and megamtp with DeepSpeed's communication",
@@ -28,11 +28,11 @@ COMMANDS = {
 def main() -> None:
     """Runs the benchmark that the command line names. Raises InputError."""
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
-        print(__doc__ + "\n" + "\n".join(f"  {name:15s}{meaning}" for name, meaning in COMMANDS.items()))
+        print(__doc__ + "\n" + "\n".join(f"  {name:15s}{meaning}" for name, meaning in BENCHMARKS.items()))
         return
     name, *arguments = sys.argv[1:]
-    if name not in COMMANDS:
-        raise InputError(f"unknown benchmark {name}; expected one of {', '.join(COMMANDS)}")
+    if name not in BENCHMARKS:
+        raise InputError(f"unknown benchmark {name}; expected one of {', '.join(BENCHMARKS)}")
     importlib.import_module(f"benchmarks.{name}").main(arguments)
 
 

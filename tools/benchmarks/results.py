@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 from benchmarks import output, summary
-from benchmarks.command import COMMANDS
+from benchmarks.command import BENCHMARKS
 from megamtp.commands.command_line import Parser
 from megamtp.errors import InputError
 
@@ -58,22 +58,26 @@ def page(folder: Path) -> str:
         if content.get("smoke"):
             raise InputError(f"{stem}.json was written by a smoke run; expected measurements: remove it")
     paper = contents.pop(PAPER)
-    stems = {name: [stem for stem in contents if _benchmark(stem, contents[stem]) == name] for name in COMMANDS}
-    modules = {name: importlib.import_module(f"benchmarks.{name}") for name in COMMANDS if stems[name]}
-    lines = [f"- {_link(SUMMARY)}"]
+    stems = {name: [stem for stem in contents if _benchmark(stem, contents[stem]) == name] for name in BENCHMARKS}
+    modules = {name: importlib.import_module(f"benchmarks.{name}") for name in BENCHMARKS if stems[name]}
+    contents_lines = [f"- {_link(SUMMARY)}"]
     sections = [_summary(contents, paper)]
     for name, module in modules.items():
         files = [f"{stem}.json" for stem in stems[name]]
-        lines.append(f"- {_link(name)}: {_sentence(module)} {', '.join(map(_link, files))}")
-        sections += [f"## {name}", _sentence(module), *(_section(folder, s, contents[s], module) for s in stems[name])]
-    return "\n\n".join([INTRODUCTION + "\n" + "\n".join(lines), *sections]) + "\n"
+        contents_lines.append(f"- {_link(name)}: {_first_paragraph(module)} {', '.join(map(_link, files))}")
+        sections += [
+            f"## {name}",
+            _first_paragraph(module),
+            *(_section(folder, s, contents[s], module) for s in stems[name]),
+        ]
+    return "\n\n".join([INTRODUCTION + "\n" + "\n".join(contents_lines), *sections]) + "\n"
 
 
 def _benchmark(stem: str, content: dict) -> str:
     """Returns the name of the benchmark that wrote a file. Raises InputError if no benchmark did."""
     words = shlex.split(content["circumstances"]["command"])
     name = words[words.index("tools/benchmark.py") + 1] if "tools/benchmark.py" in words else ""
-    if name not in COMMANDS:
+    if name not in BENCHMARKS:
         raise InputError(f"{stem}.json: its command is {shlex.join(words)}; expected one of tools/benchmark.py")
     return name
 
@@ -101,7 +105,7 @@ def _heading(content: dict) -> str:
     return output.heading(content["circumstances"], content["settings"])
 
 
-def _sentence(module: ModuleType) -> str:
+def _first_paragraph(module: ModuleType) -> str:
     """Returns the first paragraph of a benchmark module's docstring."""
     return " ".join((inspect.getdoc(module) or "").split("\n\n")[0].split())
 

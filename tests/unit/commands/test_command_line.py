@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from benchmarks.command import COMMANDS as BENCHMARKS
+from benchmarks.command import BENCHMARKS
 from benchmarks.command import main as run_benchmark
 
 from megamtp.commands.command_line import Parser
