@@ -47,3 +47,11 @@ def test_trace_fails_if_too_much_of_the_head_phase_is_exposed(tmp_path, monkeypa
     assert rows(shown)[-1][2:10] == ["590.0", "588.0", "0.0", "0.00", "0.00", "0.00", "0.00%", "2.00"]
     assert json.loads((tmp_path / "trace.json").read_text())["results"][1]["prefetch_modules"] == 0
     assert (tmp_path / "trace.png").stat().st_size > 10_000
+
+
+def test_a_limit_that_the_control_does_not_exceed_is_too_high():
+    heads = {"exposed": 1.0, "total": 100.0}
+    result = {"variant": trace.NO_PREFETCH, "exposure": {"heads": heads}, "limit_percent": 3.0}
+    assert trace._verdict(result) == (
+        "no prefetch (control): head phase: exposed 1.00 % <= 3 %: the limit is too high to detect missing prefetch"
+    )
