@@ -60,17 +60,17 @@ def page(folder: Path) -> str:
     paper = contents.pop(PAPER)
     stems = {name: [stem for stem in contents if _benchmark(stem, contents[stem]) == name] for name in BENCHMARKS}
     modules = {name: importlib.import_module(f"benchmarks.{name}") for name in BENCHMARKS if stems[name]}
-    contents_lines = [f"- {_link(SUMMARY)}"]
+    table_of_contents = [f"- {_link(SUMMARY)}"]
     sections = [_summary(contents, paper)]
     for name, module in modules.items():
         files = [f"{stem}.json" for stem in stems[name]]
-        contents_lines.append(f"- {_link(name)}: {_first_paragraph(module)} {', '.join(map(_link, files))}")
+        table_of_contents.append(f"- {_link(name)}: {_first_paragraph(module)} {', '.join(map(_link, files))}")
         sections += [
             f"## {name}",
             _first_paragraph(module),
             *(_section(folder, s, contents[s], module) for s in stems[name]),
         ]
-    return "\n\n".join([INTRODUCTION + "\n" + "\n".join(contents_lines), *sections]) + "\n"
+    return "\n\n".join([INTRODUCTION + "\n" + "\n".join(table_of_contents), *sections]) + "\n"
 
 
 def _benchmark(stem: str, content: dict) -> str:
