@@ -138,8 +138,8 @@ class EmulatedGroup(dist.ProcessGroup):
         self, outputs: list[Tensor], tensors: list[Tensor], opts: object = None
     ) -> EmulatedWork:
         def move() -> None:
-            shards = [tensor.view(-1).expand(self._size, -1) for tensor in tensors]
-            torch._foreach_copy_([output.view(self._size, -1) for output in outputs], shards)
+            shards = [_wide(tensor).view(-1).expand(self._size, -1) for tensor in tensors]
+            torch._foreach_copy_([_wide(output).view(self._size, -1) for output in outputs], shards)
 
         return self._run("all_gather", outputs, tensors, move)
 
@@ -207,6 +207,15 @@ def join(cluster: ClusterConfig) -> deque[EmulatedTransfer]:
     dist.Backend.register_backend(BACKEND, lambda *_: EmulatedGroup(network, transfers), devices=["cpu", "cuda"])
     dist.init_process_group(BACKEND, store=FakeStore(), rank=0, world_size=network.world_size)
     return transfers
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Returns fp8 data, which travel as bytes, as 16-bit numbers: torch copies as many numbers a second of either size.
+
+    NCCL copies bytes as fast as other numbers.
+    """
+    is_even = tensor.dtype == torch.uint8 and tensor.numel() % 2 == 0 and tensor.data_ptr() % 2 == 0
+    return tensor.view(torch.int16) if is_even else tensor
 
 
 def _is_view_of(shard: Tensor, whole: Tensor) -> bool:

@@ -1,5 +1,6 @@
 """The configuration of a run. schema.py lists every setting; reader.py reads YAML files and overrides."""
 
+from megamtp.config.cluster_schema import ClusterConfig, EfficiencyConfig
 from megamtp.config.reader import (
     RESOLVED,
     describe_keys,
@@ -12,10 +13,8 @@ from megamtp.config.reader import (
 from megamtp.config.schema import (
     BYTES,
     MAX_LAYERS,
-    ClusterConfig,
     Config,
     DataConfig,
-    EfficiencyConfig,
     HeadLossConfig,
     ModelConfig,
     OptimizerConfig,

@@ -6,7 +6,7 @@ Tests: tests/unit/config/test_reader.py.
 from dataclasses import fields
 
 from megamtp.config.fields import expect, shown
-from megamtp.config.schema import Config
+from megamtp.config.schema import FLOAT8_MULTIPLE, Config
 
 
 def check(config: Config) -> None:
@@ -18,6 +18,8 @@ def check(config: Config) -> None:
     for section in fields(config):
         getattr(config, section.name).check(section.name)
     _check_head_loss(config)
+    if config.train.precision == "fp8":
+        _check_float8(config)
     if config.engine.kind == "pipeline":
         _check_pipeline(config)
     expect(
@@ -34,12 +36,30 @@ def _check_head_loss(config: Config) -> None:
         found = f"head_loss.weights has {len(head_loss.weights)} numbers"
         expect(len(head_loss.weights) == n, found, f"{n}, one per head (model.num_future_tokens)")
     expect(any(config.head_weights), f"head_loss.weights={config.head_weights}", "at least one above 0")
-    if head_loss.precision == "fp8":
-        fp8, precision = "head_loss.precision=fp8", config.train.precision
-        expect(precision == "bf16", f"{fp8} with train.precision={precision}", "train.precision=bf16")
+    if head_loss.precision is not None:
+        found = f"head_loss.precision={head_loss.precision} with train.precision={config.train.precision}"
+        expect(config.train.dtype == "bf16", found, "train.precision=bf16 or fp8")
+    if config.resolved_head_loss.precision == "fp8":
+        fp8 = "head_loss.precision=fp8" if head_loss.precision else "train.precision=fp8"
         for name in ("dim", "vocab_size"):
-            size = getattr(config.model, name)
-            expect(size % 16 == 0, f"{fp8} with model.{name}={size}", "a multiple of 16, as fp8 products need")
+            _check_float8_size(fp8, f"model.{name}", getattr(config.model, name))
+
+
+def _check_float8(config: Config) -> None:
+    model, train, fp8 = config.model, config.train, "train.precision=fp8"
+    _check_float8_size(fp8, "model.dim", model.dim)
+    _check_float8_size(fp8, "width of the MLP", model.hidden_dim)
+    _check_float8_size(fp8, "width of keys and values", model.key_value_heads * model.head_dim)
+    _check_float8_size(
+        fp8, "train.micro_batch_size x train.sequence_length", train.micro_batch_size * train.sequence_length
+    )
+    shipped = config.engine.kind == "zero3" and config.engine.communication == "deepspeed"
+    expect(not shipped, f"{fp8} with engine.communication=deepspeed", "grouped, which gathers weights in fp8")
+
+
+def _check_float8_size(fp8: str, name: str, size: int) -> None:
+    found = f"{fp8} with {name}={size}"
+    expect(size % FLOAT8_MULTIPLE == 0, found, f"a multiple of {FLOAT8_MULTIPLE}, as fp8 products need")
 
 
 def _check_pipeline(config: Config) -> None:

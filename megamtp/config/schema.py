@@ -8,16 +8,18 @@ Tests: tests/unit/config/test_reader.py.
 
 import math
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from megamtp.config.cluster_schema import ClusterConfig
 from megamtp.config.fields import REQUIRED, Section, check_paths, expect, option, parse_number
 from megamtp.errors import InputError
 
 BYTES = "bytes"  # data.tokenizer of byte-level runs
 MAX_LAYERS = 1000  # several times as many as the deepest models have; more would take minutes to plan
 MAX_CORPORA = 1024
-PRECISIONS = ("fp32", "bf16", "fp16")
+DTYPES = ("fp32", "bf16", "fp16")
+FLOAT8_MULTIPLE = 16  # fp8 products need dimensions that are multiples of it
 Only = dict[str, tuple[str, ...]]  # the other fields, and their values, with which an option has an effect: see option
 ZERO, ZERO3, PIPELINE = Only(kind=("zero3", "zero1")), Only(kind=("zero3",)), Only(kind=("pipeline",))
 
@@ -101,10 +103,10 @@ class HeadLossConfig(Section):
     z_loss: float = option(0.0, "coefficient of the mean squared log-partition function (0: none)", at_least=0)
     precision: str | None = option(
         None,
-        "fp8: the loss's products in fp8 while training (bf16 models; Ada, Hopper and later GPUs); null: the model's",
-        one_of=(None, "fp8"),
+        "products of the losses while training: bf16, or fp8 in a bf16 or fp8 run; null: train.precision",
+        one_of=(None, "fp8", "bf16"),
     )
-    fp8_first_head: bool = option(True, "fp8 also for head 1; false: heads 2 to n only", only=Only(precision=("fp8",)))
+    fp8_first_head: bool = option(True, "fp8 also for head 1; false: heads 2 to n only")
 
     def in_float8(self, index: int) -> bool:
         """Returns whether the head at `index` (from 0) trains with an fp8 loss."""
@@ -139,11 +141,21 @@ class TrainConfig(Section):
     )
     micro_batch_size: int = option(REQUIRED, "windows of one forward pass of one rank", at_least=1)
     sequence_length: int = option(4096, "positions of a window (T)", at_least=1)
-    precision: str = option("bf16", "bf16, fp32 or fp16 (fp16 on GPUs only)", one_of=PRECISIONS)
+    precision: str = option(
+        "bf16",
+        "bf16, fp32, fp16 (on GPUs only), or fp8: as bf16, with the layers' products in fp8 (Ada, Hopper and later "
+        "GPUs; emulated on CPUs, slowly)",
+        one_of=(*DTYPES, "fp8"),
+    )
     activation_checkpointing: bool = option(False, "recompute trunk layers in the backward pass to save memory")
     compile: bool | None = option(None, "run the layers through torch.compile; null: on GPUs")
     # training/starting.py derives a seed of each rank from it, which must be below 2^63.
     seed: int = option(0, "seed of the initial weights and of the order of the data", at_least=0, at_most=2**39 - 1)
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of weights and activations. With precision=fp8 only products are in fp8."""
+        return "bf16" if self.precision == "fp8" else self.precision
 
 
 @dataclass(frozen=True)
@@ -194,7 +206,7 @@ class EngineConfig(Section):
         0, "zero3: parameters with fewer elements than this stay on every rank", at_least=0, only=ZERO3
     )
     reduce_dtype: str | None = option(
-        None, "precision of gradient reductions; null: train.precision", one_of=(*PRECISIONS, None)
+        None, "precision of gradient reductions; null: that of train.precision, bf16 for fp8", one_of=(*DTYPES, None)
     )
     offload_optimizer: bool = option(False, "zero1, zero3: keep optimizer state in CPU memory", only=ZERO)
     offload_parameters: bool = option(False, "zero3: keep parameter shards in CPU memory", only=ZERO3)
@@ -207,32 +219,6 @@ class EngineConfig(Section):
         """Returns num_stages. It must be set, as it is in every checked configuration of a pipeline."""
         assert self.num_stages is not None
         return self.num_stages
-
-
-@dataclass(frozen=True)
-class EfficiencyConfig(Section):
-    """Share of the bandwidth that each collective reaches; above 1 if the bandwidth was measured with a slower one."""
-
-    all_gather: float = option(1.0, "share of the bandwidth that all_gather reaches", at_least=1e-6, at_most=2)
-    reduce_scatter: float = option(1.0, "share of the bandwidth that reduce_scatter reaches", at_least=1e-6, at_most=2)
-    all_reduce: float = option(1.0, "share of the bandwidth that all_reduce reaches", at_least=1e-6, at_most=2)
-    broadcast: float = option(1.0, "share of the bandwidth that broadcast reaches", at_least=1e-6, at_most=2)
-
-
-@dataclass(frozen=True)
-class ClusterConfig(Section):
-    """A cluster emulated on one GPU, to see what a job would cost on it. Defaults: H100, NVLink, 400 Gb/s per GPU."""
-
-    emulate: int | None = option(None, "ranks of the emulated cluster; null: no emulation", at_least=1, at_most=2**20)
-    latency: float = option(20e-6, "seconds before a collective's first byte", at_least=0)
-    flat_bandwidth: float | None = option(
-        None, "bytes/s of a rank if all ranks are connected alike; null: use the next three settings", at_least=1
-    )
-    ranks_per_node: int = option(8, "ranks of a node", at_least=1)
-    node_bandwidth: float = option(360e9, "bytes/s of each rank inside its node", at_least=1)
-    network_bandwidth: float = option(50e9, "bytes/s of each rank to other nodes, all links at once", at_least=1)
-    efficiency: EfficiencyConfig = field(default_factory=EfficiencyConfig)
-    communication_sms: int = option(16, "multiprocessors that a collective occupies", at_least=1, at_most=2**10)
 
 
 @dataclass(frozen=True)
@@ -327,6 +313,11 @@ class Config:
     @property
     def head_weights(self) -> list[float]:
         return list(self.head_loss.weights or [1.0] * self.model.num_future_tokens)
+
+    @property
+    def resolved_head_loss(self) -> HeadLossConfig:
+        """Returns head_loss with its precision filled in from train.precision."""
+        return replace(self.head_loss, precision=self.head_loss.precision or self.train.precision)
 
     @property
     def global_batch_windows(self) -> int:

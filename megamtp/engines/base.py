@@ -12,9 +12,10 @@ from torch import Tensor
 from megamtp.checkpoint.state import RunState
 from megamtp.config import TrainConfig
 from megamtp.data.loader import Batch
+from megamtp.model.layers import LayerOptions
 from megamtp.targets import IGNORED
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by train.precision
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by train.dtype
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,10 @@ class Engine(Protocol):
         """
 
 
-def compiles_layers(train: TrainConfig, device: torch.device) -> bool:
-    """Returns whether layers run through torch.compile: train.compile, or by default whether there is a GPU."""
-    return device.type == "cuda" if train.compile is None else train.compile
+def layer_options(train: TrainConfig, device: torch.device) -> LayerOptions:
+    """Returns how layers run. By default they run through torch.compile on a GPU."""
+    compiled = device.type == "cuda" if train.compile is None else train.compile
+    return LayerOptions(train.activation_checkpointing, compiled, train.precision == "fp8")
 
 
 def move_to_device(micro_batches: Iterable[Batch], device: torch.device) -> list[Batch]:

@@ -105,6 +105,7 @@ class PipelineEngine(HostedEngine):
 
     def _begin(self, micro_batches: list[Batch], loss_scales: list[float]) -> None:
         """Prepares a step or an evaluation. Called before its first pass."""
+        self.part.quantise_weights()
         self.part.begin(micro_batches, loss_scales)
 
     def _end(self) -> None:

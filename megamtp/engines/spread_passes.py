@@ -267,7 +267,7 @@ class SpreadPassRunner:
 
     def _empty_activation(self) -> Tensor:
         shape = *self.batches[0].inputs.shape, self.part.config.dim
-        return torch.empty(shape, dtype=DTYPES[self.part.run_config.train.precision], device=self.part.device)
+        return torch.empty(shape, dtype=DTYPES[self.part.run_config.train.dtype], device=self.part.device)
 
     def _heads(self, stage: int) -> range:
         return self.partition.stages[stage].heads

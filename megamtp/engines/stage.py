@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megamtp.config import Config
 from megamtp.data.loader import Batch
-from megamtp.engines.base import DTYPES, compiles_layers
+from megamtp.engines.base import DTYPES, layer_options
 from megamtp.engines.initial_weights import initial_weights
 from megamtp.model.part import Extent, ModelPart
 from megamtp.planning.partition import Partition, Stage
@@ -47,12 +47,11 @@ class StagePart(ModelPart):
             super().__init__(
                 config.model,
                 _extent(config, stage, first_row),
-                config.head_loss,
-                recompute_trunk=train.activation_checkpointing,
-                compile_layers=compiles_layers(train, device),
+                config.resolved_head_loss,
+                options=layer_options(train, device),
             )
         self.run_config, self.stage, self.device = config, stage, device
-        self.to(DTYPES[train.precision]).to_empty(device=device)
+        self.to(DTYPES[train.dtype]).to_empty(device=device)
         if stage.contents.spread and self.extent.rows:  # checkpoints store the slice as part of the full tensor
             weight = cast(RowSlice, self.unembedding_weight)
             weight.full_shape = config.model.vocab_size, config.model.dim

@@ -12,7 +12,7 @@ from torch import Tensor
 from megamtp.cluster.environment import raised_by_all
 from megamtp.config import Config
 from megamtp.data.loader import Batch
-from megamtp.engines.base import DTYPES, StepResult, compiles_layers, loss_scales, move_to_device
+from megamtp.engines.base import DTYPES, StepResult, layer_options, loss_scales, move_to_device
 from megamtp.engines.deepspeed import host
 from megamtp.engines.deepspeed.grouped_communication import GroupedCommunication
 from megamtp.engines.deepspeed.head_hooks import ZeroHeadHooks
@@ -50,6 +50,7 @@ class ZeroEngine(HostedEngine):
         """See Engine.train_batch."""
         engine = self.deepspeed_engine
         engine.train()
+        self._quantise_weights()
         # If the reduction averages gradients over the ranks, loss_scales must undo that.
         averages = self.communication is None or self.communication.reducer.averages
         num_averaged_ranks = self.world_size if averages else 1
@@ -74,6 +75,7 @@ class ZeroEngine(HostedEngine):
     def evaluate(self, batches: Iterable[Batch]) -> Tensor:
         """See Engine.evaluate."""
         self.deepspeed_engine.eval()
+        self._quantise_weights()
         scales = [1.0] * self.config.model.num_future_tokens
         totals = torch.zeros(2, len(scales), dtype=torch.float64, device=self.device)
         with self.head_hooks.evaluating():
@@ -82,22 +84,22 @@ class ZeroEngine(HostedEngine):
                 totals += torch.stack((nll_sums, (batch.targets != IGNORED).sum(dim=(1, 2))))
         return totals.flatten()
 
+    def _quantise_weights(self) -> None:
+        if self.config.engine.kind == "zero1":  # grouped communication quantises the shards of zero3
+            self.model.quantise_weights()
+
 
 def _build_model(config: Config, settings: dict, device: torch.device) -> MTPModel:
     """Builds the model with its initial weights. Under ZeRO-3 no rank ever holds more than one full parameter."""
     sharded = config.engine.kind == "zero3"
     with host.sharded_construction(settings) if sharded else torch.device("meta"):
         model = MTPModel(
-            config.model,
-            config.head_loss,
-            config.engine.head_schedule,
-            recompute_trunk=config.train.activation_checkpointing,
-            compile_layers=compiles_layers(config.train, device),
+            config.model, config.resolved_head_loss, config.engine.head_schedule, layer_options(config.train, device)
         )
     if sharded:
         host.gather_as_one_module(model, (TransformerLayer, head_class(config.model)))
     else:
-        model = model.to(DTYPES[config.train.precision]).to_empty(device=device)
+        model = model.to(DTYPES[config.train.dtype]).to_empty(device=device)
     if config.cluster.emulate and sharded:
         host.fill_shards(model, STANDARD_DEVIATION)
     elif sharded:

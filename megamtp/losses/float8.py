@@ -23,11 +23,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-WEIGHT_DTYPE, GRADIENT_DTYPE = torch.float8_e4m3fn, torch.float8_e5m2
-E4M3_MAX = 448.0
-MIN_AMAX = 2.0**-100  # so that the scale of a tensor of zeros is not 0
+from megamtp.precision.operations import E4M3, quantise
+
 GRADIENT_SCALE = 2.0**12  # e5m2 then holds |G| from 2^-28 to 14; with z-loss |G| can exceed 1
-BLOCK_SIZE = 128  # rows and columns of a kernel program's tile
 
 
 class Float8Weight:
@@ -49,7 +47,7 @@ class Float8Weight:
             factor: factor of the gradient with respect to the logits.
         """
         if self.weight_VD is None:
-            self.transposed_DV = torch.empty(weight_VD.T.shape, dtype=WEIGHT_DTYPE, device=weight_VD.device)
+            self.transposed_DV = torch.empty(weight_VD.T.shape, dtype=E4M3, device=weight_VD.device)
             self.weight_VD, self.scale = quantise(weight_VD, transposed=self.transposed_DV)
         hidden8_ND, hidden_scale = quantise(hidden_ND)
         gradient_scale = torch.full((), factor / GRADIENT_SCALE, dtype=torch.float32, device=hidden_ND.device)
@@ -100,43 +98,3 @@ class Float8Products:
             use_fast_accum=False,
             out=out,
         )
-
-
-def quantise(x_MN: Tensor, transposed: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Returns (x / scale in e4m3, scale), where scale maps the largest element of x to 448.
-
-    The scale is an fp32 scalar on x's device.
-
-    Args:
-        transposed: [N, M] in e4m3; receives the transpose of the result.
-    """
-    amax = torch.linalg.vector_norm(x_MN, float("inf"))
-    if x_MN.is_cuda:
-        return _triton(x_MN, amax, transposed)
-    amax = amax.float().clamp(min=MIN_AMAX)
-    quantised_MN = (x_MN.float() * (E4M3_MAX / amax)).to(WEIGHT_DTYPE)
-    if transposed is not None:
-        transposed.copy_(quantised_MN.T)
-    return quantised_MN, amax / E4M3_MAX
-
-
-def _triton(x_MN: Tensor, amax: Tensor, transposed: Tensor | None) -> tuple[Tensor, Tensor]:
-    from megamtp.losses import kernels
-
-    quantised_MN = torch.empty_like(x_MN, dtype=WEIGHT_DTYPE)
-    scale = torch.empty((), dtype=torch.float32, device=x_MN.device)
-    num_rows, num_columns = x_MN.shape
-    kernels.quantise[(-(-num_rows // BLOCK_SIZE), -(-num_columns // BLOCK_SIZE))](
-        x_MN,
-        amax,
-        quantised_MN,
-        transposed,
-        scale,
-        num_rows,
-        num_columns,
-        largest=E4M3_MAX,
-        min_amax=MIN_AMAX,
-        block=BLOCK_SIZE,
-        num_warps=8,
-    )
-    return quantised_MN, scale

@@ -110,31 +110,3 @@ def slice_gradient(logits, targets, log_partitions, scales, num_columns, stride,
         values = tl.load(logits + start + columns, mask=inside, other=-float("inf")).to(tl.float32)
         gradient = scale * tl.exp(values - log_partition) - tl.where(start + columns == target, factor, 0.0)
         tl.store(logits + start + columns, gradient.to(logits.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-@no_type_check
-def quantise(
-    x,
-    amax,
-    quantised,
-    transposed,
-    scale,
-    num_rows,
-    num_columns,
-    largest: tl.constexpr,
-    min_amax: tl.constexpr,
-    block: tl.constexpr,
-):
-    """Writes x / scale, the scale and, if `transposed` is given, the transpose; one program per tile of the matrix."""
-    rows = (tl.program_id(0).to(tl.int64) * block + tl.arange(0, block))[:, None]
-    columns = (tl.program_id(1).to(tl.int64) * block + tl.arange(0, block))[None, :]
-    inside = (rows < num_rows) & (columns < num_columns)
-    amax_or_min = tl.maximum(tl.load(amax).to(tl.float32), min_amax)
-    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-        tl.store(scale, amax_or_min / largest)
-    values = tl.load(x + rows * num_columns + columns, mask=inside).to(tl.float32) * (largest / amax_or_min)
-    quantised_values = values.to(quantised.dtype.element_ty)
-    tl.store(quantised + rows * num_columns + columns, quantised_values, mask=inside)
-    if transposed is not None:
-        tl.store(transposed + columns * num_rows + rows, quantised_values, mask=inside)

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megamtp.losses.float8 import GRADIENT_DTYPE, GRADIENT_SCALE, Float8Products, Float8Weight
+from megamtp.losses.float8 import GRADIENT_SCALE, Float8Products, Float8Weight
 from megamtp.losses.softmax_gradient import negative_log_likelihood_, softmax_gradient_
+from megamtp.precision.operations import E5M2
 
 MAX_CHUNK_BYTES, MAX_CHUNK_ROWS = 2**29, 8192
 
@@ -209,7 +210,7 @@ def _run_chunk(
         )
         return nll_C, log_partition_C.square() * valid_C
     needs_float8_gradient = float8_products and buffers.d_hidden_ND is not None
-    float8_gradient_CV = torch.empty_like(logits_CV, dtype=GRADIENT_DTYPE) if needs_float8_gradient else None
+    float8_gradient_CV = torch.empty_like(logits_CV, dtype=E5M2) if needs_float8_gradient else None
     nll_C, squared_log_partition_C = softmax_gradient_(
         logits_CV, targets_C, options.logits_factor, options.z_loss, float8_gradient_CV, GRADIENT_SCALE
     )

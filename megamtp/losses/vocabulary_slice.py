@@ -12,9 +12,10 @@ Source: Yeung et al. 2024, arXiv:2411.05288, section 4, algorithm 1.
 import torch
 from torch import Tensor
 
-from megamtp.losses.float8 import GRADIENT_DTYPE, GRADIENT_SCALE, Float8Products
+from megamtp.losses.float8 import GRADIENT_SCALE, Float8Products
 from megamtp.losses.linear_cross_entropy import accumulation_dtype, matmul_accumulate
 from megamtp.losses.softmax_gradient import BLOCK_COLUMNS
+from megamtp.precision.operations import E5M2
 from megamtp.targets import IGNORED
 
 
@@ -87,7 +88,7 @@ def slice_gradients(
         return gradient_NR @ weight_RD
     d_hidden_ND = torch.zeros_like(hidden_ND)
     if factor:
-        float8_gradient_NR = (gradient_NR * (GRADIENT_SCALE / factor)).to(GRADIENT_DTYPE)
+        float8_gradient_NR = (gradient_NR * (GRADIENT_SCALE / factor)).to(E5M2)
         float8_products.hidden_gradient(float8_gradient_NR, out=d_hidden_ND)
     return d_hidden_ND
 

@@ -5,7 +5,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
 from megamtp.config import ModelConfig
-from megamtp.model.layers import DocumentMask, rotary_tables
+from megamtp.model.layers import DocumentMask
+from megamtp.model.rotary import rotary_tables
 
 
 @torch.no_grad()

@@ -17,15 +17,23 @@ from megamtp.config import ModelConfig
 from megamtp.errors import InputError
 from megamtp.extensions import find_kind
 from megamtp.losses.linear_cross_entropy import linear_cross_entropy
-from megamtp.model.layers import DocumentMask, KeyValueCache, LayerCost, TransformerLayer, rms_norm
+from megamtp.model.layers import (
+    DEFAULT_OPTIONS,
+    DocumentMask,
+    KeyValueCache,
+    LayerCost,
+    LayerOptions,
+    TransformerLayer,
+    rms_norm,
+)
 
 
 class Head(nn.Module):
     """One head: maps z to the hidden state from which the unembedding predicts a token.
 
-    The model constructs a subclass as `Kind(model, index, compiled)`: the ModelConfig, the head's index from 0, and
-    whether the head may use torch.compile. Initial values follow from the parameters' names: see initial.py. ZeRO-3
-    gathers all parameters of a head before `forward`.
+    The model constructs a subclass as `Kind(model, index, options)`: the ModelConfig, the head's index from 0, and the
+    LayerOptions of the run, which a head of your own may ignore. Initial values follow from the parameters' names: see
+    initial.py. ZeRO-3 gathers all parameters of a head before `forward`.
     """
 
     def forward(self, z_BTD: Tensor, document_mask: DocumentMask | None = None) -> Tensor:
@@ -59,8 +67,8 @@ class ParallelHead(TransformerLayer, Head):
     Source: Gloeckle et al. 2024, arXiv:2404.19737, section 2.
     """
 
-    def __init__(self, model: ModelConfig, index: int, compiled: bool = False):
-        TransformerLayer.__init__(self, model, compiled=compiled)
+    def __init__(self, model: ModelConfig, index: int, options: LayerOptions = DEFAULT_OPTIONS):
+        TransformerLayer.__init__(self, model, options)
 
 
 HEAD_KINDS: Mapping[str, type[Head]] = {"parallel": ParallelHead}

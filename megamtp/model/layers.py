@@ -6,7 +6,7 @@ Source: Touvron et al. 2023, arXiv:2302.13971, section 2.2; grouped queries: Ain
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,10 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from megamtp.config import ModelConfig
+from megamtp.model.rotary import rotary_tables, rotate
+from megamtp.precision import float8
+from megamtp.precision.float8 import QuantisedWeights
+from megamtp.precision.weights import WeightGroup
 
 KeyValueCache = tuple[Tensor, Tensor]
 # Names of a layer's parameters, in the order in which transformer_layer expects them.
@@ -29,6 +33,28 @@ WEIGHTS = (
     "mlp.up.weight",
     "mlp.down.weight",
 )
+# The weights that read one input, which fp8 quantises with one scale, in the order of QuantisedLayer.
+WEIGHT_GROUPS = (WEIGHTS[1:4], WEIGHTS[4:5], WEIGHTS[6:8], WEIGHTS[8:9])
+# (query, key and value; output; gate and up; down) in fp8
+QuantisedLayer = tuple[QuantisedWeights, QuantisedWeights, QuantisedWeights, QuantisedWeights]
+
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """How layers run. None of these options changes the parameters.
+
+    Attributes:
+        recompute: activation checkpointing of trunk layers. Heads are never recomputed.
+        compiled: run through torch.compile; all layers share one compiled function.
+        float8: compute the products in fp8, from weights that WeightQuantiser has quantised.
+    """
+
+    recompute: bool = False
+    compiled: bool = False
+    float8: bool = False
+
+
+DEFAULT_OPTIONS = LayerOptions()
 
 
 class DocumentMask(NamedTuple):
@@ -51,30 +77,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
-@functools.lru_cache(maxsize=8)
-def rotary_tables(
-    num_positions: int, head_dim: int, theta: float, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Returns (cos, sin), each [num_positions, head_dim], for pairs (k, k + K/2) as in transformers' Llama.
-
-    Computed in fp32, because 16 bits cannot hold large positions exactly. Cached, because all layers of all
-    micro-batches use the same tables.
-
-    Source: Su et al. 2021, arXiv:2104.09864, equation 34.
-    """
-    with torch.inference_mode(False), torch.no_grad():
-        frequencies = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
-        angles = torch.outer(torch.arange(num_positions, device=device, dtype=torch.float32), frequencies)
-        angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
-    """Rotates each pair (k, k + K/2) of queries or keys by the angle of its position."""
-    first, second = x_BHTK.chunk(2, dim=-1)
-    return x_BHTK * cos_TK + torch.cat((-second, first), dim=-1) * sin_TK
-
-
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -87,42 +89,48 @@ class _Linear(torch.autograd.Function):
         return gradient @ weight, gradient.flatten(0, -2).T @ x.flatten(0, -2)
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor, quantised: QuantisedWeights | None = None) -> Tensor:
     """Returns x W^T, and saves the parameter itself for backward. (torch's linear saves a transposed view.)
 
     ZeRO-3 frees a parameter's memory after forward and gathers the weights into other memory for backward. A view would
     keep the old memory allocated or, if the engine reuses buffers, read the weights of another layer.
     tests/distributed/test_gather.py and tests/gpu/test_emulated.py fail with torch's linear.
     """
-    return _Linear.apply(x, weight)
+    return _Linear.apply(x, weight) if quantised is None else float8.linear(x, weight, quantised)
+
+
+def norm_linears(
+    x_BTD: Tensor, norm_D: Tensor, weights: tuple[Tensor, ...], eps: float, quantised: QuantisedWeights | None = None
+) -> tuple[Tensor, ...]:
+    """Returns (x, y W_1^T, y W_2^T, ...) with y = rms_norm(x). fp8 needs x among them: see float8.norm_linears."""
+    if quantised is not None:
+        return float8.norm_linears(x_BTD, norm_D, weights, eps, quantised)
+    normed_BTD = rms_norm(x_BTD, norm_D, eps)
+    return x_BTD, *(linear(normed_BTD, weight) for weight in weights)
 
 
 def attention(
-    x_BTD: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
+    queries_BTD: Tensor,
+    keys: Tensor,
+    values: Tensor,
     rotary: tuple[Tensor, Tensor],
     head_dim: int,
     cache: KeyValueCache | None = None,
     mask: Tensor | BlockMask | None = None,
 ) -> tuple[Tensor, KeyValueCache]:
-    """Computes causal self-attention, grouped-query if `key` and `value` have fewer rows than `query`.
+    """Computes causal self-attention, grouped-query if `keys` and `values` have fewer heads than the queries.
 
     Args:
-        query, key, value, output: weights [out, in].
+        keys, values: [B, T, H_kv K].
         rotary: (cos, sin) [T, K] of the new positions, or [B, 1, T, K].
         cache: keys and values [B, H_kv, past, K] of earlier positions.
         mask: see DocumentMask.attention; None: a position attends to itself and all earlier positions.
 
     Returns:
-        (output [B, T, D], keys and values [B, H_kv, past + T, K] of earlier and new positions).
+        (attended values [B, T, D], keys and values [B, H_kv, past + T, K] of earlier and new positions).
     """
-    batch, length, _ = x_BTD.shape
-    queries, keys, values = (
-        linear(x_BTD, weight).view(batch, length, -1, head_dim).transpose(1, 2) for weight in (query, key, value)
-    )
+    batch, length, _ = queries_BTD.shape
+    queries, keys, values = (x.view(batch, length, -1, head_dim).transpose(1, 2) for x in (queries_BTD, keys, values))
     queries, keys = rotate(queries, *rotary), rotate(keys, *rotary)
     past = 0
     if cache is not None:
@@ -132,9 +140,9 @@ def attention(
     if isinstance(mask, BlockMask):
         attended = flex_attention(queries, keys, values, block_mask=mask, enable_gqa=grouped)
     else:
-        masking = _causal_masking(length, past, x_BTD.device) if mask is None else {"attn_mask": mask}
+        masking = _causal_masking(length, past, keys.device) if mask is None else {"attn_mask": mask}
         attended = F.scaled_dot_product_attention(queries, keys, values, enable_gqa=grouped, **masking)
-    return linear(attended.transpose(1, 2).reshape(batch, length, -1), output), (keys, values)
+    return attended.transpose(1, 2).reshape(batch, length, -1), (keys, values)
 
 
 def _causal_masking(length: int, past: int, device: torch.device) -> dict:
@@ -151,6 +159,22 @@ def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return linear(F.silu(linear(x, gate)) * linear(x, up), down)
 
 
+def norm_mlp(
+    x_BTD: Tensor,
+    norm_D: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    eps: float,
+    quantised_gate_up: QuantisedWeights | None = None,
+    quantised_down: QuantisedWeights | None = None,
+) -> Tensor:
+    """Returns x + swiglu(rms_norm(x))."""
+    if quantised_gate_up is not None and quantised_down is not None:
+        return float8.norm_mlp(x_BTD, norm_D, gate, up, down, eps, quantised_gate_up, quantised_down)
+    return x_BTD + swiglu(rms_norm(x_BTD, norm_D, eps), gate, up, down)
+
+
 def transformer_layer(
     x_BTD: Tensor,
     weights: tuple[Tensor, ...],
@@ -159,17 +183,20 @@ def transformer_layer(
     eps: float,
     cache: KeyValueCache | None = None,
     mask: Tensor | BlockMask | None = None,
+    quantised: QuantisedLayer | None = None,
 ) -> tuple[Tensor, KeyValueCache]:
     """Returns (output, keys and values of all positions): output = h + swiglu(norm(h)), h = x + attention(norm(x)).
 
     Args:
         weights: in the order of WEIGHTS. They are arguments so that all layers share one compiled function.
+        quantised: the same weights in fp8, which the products then use; None: compute in the weights' dtype.
     """
     attention_norm, query, key, value, output, mlp_norm, gate, up, down = weights
-    normed_BTD = rms_norm(x_BTD, attention_norm, eps)
-    attended_BTD, cache = attention(normed_BTD, query, key, value, output, rotary, head_dim, cache, mask)
-    x_BTD = x_BTD + attended_BTD
-    return x_BTD + swiglu(rms_norm(x_BTD, mlp_norm, eps), gate, up, down), cache
+    query_key_value8, output8, gate_up8, down8 = quantised or (None, None, None, None)
+    x_BTD, queries, keys, values = norm_linears(x_BTD, attention_norm, (query, key, value), eps, query_key_value8)
+    attended_BTD, cache = attention(queries, keys, values, rotary, head_dim, cache, mask)
+    x_BTD = x_BTD + linear(attended_BTD, output, output8)
+    return norm_mlp(x_BTD, mlp_norm, gate, up, down, eps, gate_up8, down8), cache
 
 
 def layer_output(
@@ -179,9 +206,10 @@ def layer_output(
     head_dim: int,
     eps: float,
     mask: Tensor | BlockMask | None = None,
+    quantised: QuantisedLayer | None = None,
 ) -> Tensor:
     """Returns the layer's output without keys and values: the function that training compiles."""
-    return transformer_layer(x_BTD, weights, rotary, head_dim, eps, mask=mask)[0]
+    return transformer_layer(x_BTD, weights, rotary, head_dim, eps, mask=mask, quantised=quantised)[0]
 
 
 @functools.cache
@@ -228,16 +256,19 @@ class NormWeight(nn.Module):
 class TransformerLayer(nn.Module):
     """One transformer layer: a trunk layer, or a parallel head.
 
-    Args:
-        recompute: activation checkpointing. `forward` applies it inside the module, so an engine's module hooks see one
-            forward and one backward: a single gather serves recomputation and gradient.
-        compiled: run through torch.compile; all layers share one compiled function.
+    `forward` applies activation checkpointing inside the module, so an engine's module hooks see one forward and one
+    backward: a single gather serves recomputation and gradient.
+
+    Attributes:
+        weight_groups: the quantised weights, if the layer computes in fp8. Someone must quantise them before `forward`:
+            see ModelPart.quantise_weights. ZeRO-3 does so with shards.
     """
 
-    def __init__(self, model: ModelConfig, recompute: bool = False, compiled: bool = False):
+    def __init__(self, model: ModelConfig, options: LayerOptions = DEFAULT_OPTIONS):
         super().__init__()
         self.head_dim, self.theta, self.eps = model.head_dim, model.rope_theta, model.norm_eps
-        self.recompute, self.compiled = recompute, compiled
+        self.options = options
+        self.weight_groups = [WeightGroup(names) for names in WEIGHT_GROUPS if options.float8]
         self._weights: tuple[Tensor, ...] | None = None
         key_value_dim = model.key_value_heads * model.head_dim
         self.attention_norm = NormWeight(model.dim)
@@ -269,6 +300,12 @@ class TransformerLayer(nn.Module):
             self._weights = tuple(self.get_parameter(name) for name in WEIGHTS)
         return self._weights
 
+    @property
+    def _quantised(self) -> QuantisedLayer | None:
+        quantised = tuple(group.quantised for group in self.weight_groups)
+        assert None not in quantised, "weights are not quantised"
+        return cast(QuantisedLayer, quantised) if quantised else None
+
     def cost(self, sequence_length: int) -> LayerCost:
         """Returns the forward cost of one position of a window of `sequence_length`. Norms count no operations.
 
@@ -286,10 +323,10 @@ class TransformerLayer(nn.Module):
         Args:
             document_mask: keeps attention inside documents; None: a position attends to all earlier positions.
         """
-        function = compiled_layer_output() if self.compiled else layer_output
+        function = compiled_layer_output() if self.options.compiled else layer_output
         mask, rotary = document_mask or (None, self._rotary(0, x_BTD))
-        arguments = (x_BTD, self.weights, rotary, self.head_dim, self.eps, mask)
-        if self.recompute and torch.is_grad_enabled():
+        arguments = (x_BTD, self.weights, rotary, self.head_dim, self.eps, mask, self._quantised)
+        if self.options.recompute and torch.is_grad_enabled():
             return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
         return function(*arguments)
 

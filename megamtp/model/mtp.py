@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from megamtp.config import HeadLossConfig, ModelConfig
 from megamtp.model.heads import Head, Unembedding
-from megamtp.model.layers import DocumentMask, KeyValueCache, TransformerLayer
+from megamtp.model.layers import DEFAULT_OPTIONS, DocumentMask, KeyValueCache, LayerOptions, TransformerLayer
 from megamtp.model.part import Extent, ModelPart
 
 
@@ -49,10 +49,9 @@ class MTPModel(ModelPart):
         model: ModelConfig,
         head_loss: HeadLossConfig | None = None,
         schedule: str = "sequential",
-        recompute_trunk: bool = False,
-        compile_layers: bool = False,
+        options: LayerOptions = DEFAULT_OPTIONS,
     ):
-        super().__init__(model, Extent.whole(model), head_loss, schedule, recompute_trunk, compile_layers)
+        super().__init__(model, Extent.whole(model), head_loss, schedule, options)
 
     def forward(
         self, inputs_BT: Tensor, targets_nBT: Tensor, loss_scales: list[float], documents_BT: Tensor | None = None

@@ -4,7 +4,7 @@ MTPModel (mtp.py) is the part that holds the whole model. Each pipeline stage is
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import torch
@@ -17,7 +17,8 @@ from megamtp.losses.sequential import HeadHooks, IntermediateStageHeads, Sequent
 from megamtp.losses.vocabulary_slice import slice_gradients, slice_statistics
 from megamtp.model.documents import make_document_mask
 from megamtp.model.heads import Unembedding, head_class
-from megamtp.model.layers import DocumentMask, TransformerLayer
+from megamtp.model.layers import DEFAULT_OPTIONS, DocumentMask, LayerOptions, TransformerLayer
+from megamtp.precision.weights import WeightGroup, WeightQuantiser, quantiser_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -82,8 +83,7 @@ class ModelPart(nn.Module):
         schedule: "sequential" runs the backward pass of each head directly after its forward pass
             (losses/sequential.py); "deferred" leaves the heads to the ordinary backward pass. The gradients are the
             same.
-        recompute_trunk: activation checkpointing of each trunk layer. Heads are never recomputed.
-        compile_layers: run all layers, of trunk and heads, through one compiled function.
+        options: how the layers of trunk and heads run.
 
     Attributes:
         head_hooks: the engine's hooks around sequential heads. Each engine assigns its own.
@@ -95,20 +95,19 @@ class ModelPart(nn.Module):
         extent: Extent,
         head_loss: HeadLossConfig | None = None,
         schedule: str = "sequential",
-        recompute_trunk: bool = False,
-        compile_layers: bool = False,
+        options: LayerOptions = DEFAULT_OPTIONS,
     ):
         super().__init__()
         self.config, self.extent, self.schedule = model, extent, schedule
         self.head_loss_config = head_loss or HeadLossConfig()
-        self.compile_layers = compile_layers
+        self.options = options
         self.head_hooks = HeadHooks()
         make_head = head_class(model)
         self.embedding = nn.Embedding(model.vocab_size, model.dim) if extent.has_embedding else None
-        self.trunk = NumberedModules(
-            {index: TransformerLayer(model, recompute_trunk, compile_layers) for index in extent.trunk}
-        )
-        self.heads = NumberedModules({index: make_head(model, index, compile_layers) for index in extent.heads})
+        self.trunk = NumberedModules({index: TransformerLayer(model, options) for index in extent.trunk})
+        head_options = replace(options, recompute=False)
+        self.heads = NumberedModules({index: make_head(model, index, head_options) for index in extent.heads})
+        self._weight_quantiser: WeightQuantiser | None = None
         self.unembedding = (
             Unembedding(model, len(extent.rows), bool(extent.heads)) if extent.heads or extent.rows else None
         )
@@ -124,6 +123,24 @@ class ModelPart(nn.Module):
         assert self.unembedding is not None and self.unembedding.weight is not None
         return self.unembedding.weight
 
+    @property
+    def weight_groups(self) -> list[tuple[nn.Module, WeightGroup]]:
+        """The weights that layers use in fp8, with the layers; empty in other precisions."""
+        return [(layer, group) for layer in (*self.trunk, *self.heads) for group in getattr(layer, "weight_groups", [])]
+
+    def quantise_weights(self) -> None:
+        """Quantises the weights that layers use in fp8; call it whenever the weights have changed.
+
+        Each rank must hold the full weights. Under ZeRO-3, GroupedCommunication quantises shards instead.
+        """
+        groups = self.weight_groups
+        if self._weight_quantiser is None and groups:
+            self._weight_quantiser = quantiser_of(
+                [(group, [layer.get_parameter(name) for name in group.names]) for layer, group in groups]
+            )
+        if self._weight_quantiser is not None:
+            self._weight_quantiser.update()
+
     def document_mask(self, documents_BT: Tensor | None) -> DocumentMask | None:
         """Returns the mask for the layers of this part, which keeps attention inside documents; None without documents.
 
@@ -132,7 +149,7 @@ class ModelPart(nn.Module):
         """
         if documents_BT is None:
             return None
-        use_block_mask = self.compile_layers and documents_BT.is_cuda
+        use_block_mask = self.options.compiled and documents_BT.is_cuda
         return make_document_mask(documents_BT, self.config, next(self.parameters()).dtype, use_block_mask)
 
     def run_trunk(self, x: Tensor, document_mask: DocumentMask | None = None) -> Tensor:

@@ -31,7 +31,7 @@ class Link:
         """
         train, num_hops = config.train, config.engine.pipeline_stages - 1
         positions = train.micro_batch_size * train.sequence_length
-        hidden_bytes = positions * config.model.dim * (4 if train.precision == "fp32" else 2)
+        hidden_bytes = positions * config.model.dim * (4 if train.dtype == "fp32" else 2)
         return TransferTimes(
             self.seconds(hidden_bytes),
             self.seconds(hidden_bytes, num_hops),

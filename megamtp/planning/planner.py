@@ -302,7 +302,7 @@ def _gradient_scale(config: Config) -> int:
 
 
 def _num_float8_heads(config: Config) -> int:
-    return sum(config.head_loss.in_float8(index) for index in range(config.model.num_future_tokens))
+    return sum(config.resolved_head_loss.in_float8(index) for index in range(config.model.num_future_tokens))
 
 
 def nearest_fitting(config: Config, world_size: int, gpu: Gpu) -> tuple[str, Config, int] | None:

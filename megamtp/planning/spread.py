@@ -115,7 +115,7 @@ def spread_loss_partition(
     model, costs = config.model, costs or flop_costs(config)
     bounds = list(itertools.pairwise([0, *itertools.accumulate(spread_layers(config, costs))]))
     pass_costs = [_forward_and_backward(config, costs, *pair) for pair in bounds]
-    small_multiple = FLOAT8_MULTIPLE if config.head_loss.precision == "fp8" else 1
+    small_multiple = FLOAT8_MULTIPLE if config.resolved_head_loss.precision == "fp8" else 1
     slices_are_large = model.vocab_size >= LARGE_SLICE * config.engine.pipeline_stages
     multiple = ROW_MULTIPLE if slices_are_large else small_multiple
     rows = share_rows([sum(both) for both in pass_costs], _row_cost(config, costs), model.vocab_size, multiple)

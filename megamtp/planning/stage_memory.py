@@ -47,7 +47,7 @@ def stage_memory(
         num_in_flight: micro-batches between their forward and their backward pass.
     """
     model, train = config.model, config.train
-    dtype_bytes = 4 if train.precision == "fp32" else 2
+    dtype_bytes = 4 if train.dtype == "fp32" else 2
     parameters = contents.num_trunk_layers * num_layer_parameters(model)
     parameters += sum(num_head_parameters(model, index) for index in contents.heads)
     parameters += (contents.has_embedding * model.vocab_size + contents.rows) * model.dim + bool(
@@ -124,7 +124,9 @@ def _largest_pass_bytes(config: Config, contents: StageContents, dtype_bytes: in
     vocabulary = model.vocab_size * model.dim
     rounding = (4 + dtype_bytes) * vocabulary  # the sum of dW in fp32, and its copy in the model's dtype for autograd
     chunk = 4 * vocabulary + chunk_bytes(config, dtype_bytes)
-    if config.head_loss.precision == "fp8":  # two fp8 copies of the weight, one of hidden, one of the chunk's gradient
+    if (
+        config.resolved_head_loss.precision == "fp8"
+    ):  # two fp8 copies of the weight, one of hidden, one of the chunk's gradient
         chunk += 2 * vocabulary + boundary // dtype_bytes + chunk_bytes(config, 1)
     # The sum of dW stays in memory while all heads except for the last run their layer's backward pass.
     waiting = 4 * vocabulary if contents.num_heads > 1 else 0
@@ -145,7 +147,9 @@ def _slice_pass_bytes(config: Config, contents: StageContents, dtype_bytes: int)
     model, tokens = config.model, config.train.micro_batch_size * config.train.sequence_length
     losses = model.num_future_tokens * (2 * _boundary_bytes(config, dtype_bytes) + tokens * contents.rows * dtype_bytes)
     slice_elements = contents.rows * model.dim
-    if config.head_loss.precision == "fp8":  # copies of the slice, of all hidden states and of one head's gradient
+    if (
+        config.resolved_head_loss.precision == "fp8"
+    ):  # copies of the slice, of all hidden states and of one head's gradient
         losses += 2 * slice_elements + model.num_future_tokens * tokens * model.dim
         losses += (dtype_bytes + 1) * tokens * contents.rows
     return losses + (4 + dtype_bytes) * slice_elements

@@ -34,7 +34,7 @@ class Metrics:
         self.seconds: dict[str, float] = {}
         self.is_writer = rank == 0
         self.flops_per_token = flops_per_token(config.model, config.train.sequence_length)
-        self.peak_flops = config.run.peak_flops or _peak_flops_of(device, config.train.precision)
+        self.peak_flops = config.run.peak_flops or _peak_flops_of(device, config.train.dtype)
         if not self.is_writer:
             return
         directory = Path(config.run.directory)

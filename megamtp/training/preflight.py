@@ -58,8 +58,8 @@ def check(config: Config, place: Place) -> CheckedRun:
     data_parallel_rank_and_size, partition = check_engine(config, place.rank, place.world_size)
     if config.train.precision == "fp16" and not torch.cuda.is_available():
         raise InputError("train.precision=fp16 without a GPU; expected fp32 or bf16: DeepSpeed's fp16 needs a GPU")
-    if config.head_loss.precision == "fp8":
-        _check_float8()
+    if "fp8" in (config.train.precision, config.resolved_head_loss.precision):
+        _check_float8(config)
     if config.data.tokenizer:
         _check_tokenizer(config)
     train = [_windows(config, prefix) for _, prefix in config.data.train_corpora]
@@ -180,16 +180,15 @@ def report_vocabulary(config: Config) -> None:
             print_warning(f"training works, but {error}")
 
 
-def _check_float8() -> None:
+def _check_float8(config: Config) -> None:
+    fp8 = "train.precision=fp8" if config.train.precision == "fp8" else "head_loss.precision=fp8"
     if not torch.cuda.is_available():
-        found = "without a GPU"
+        print_warning(f"{fp8} without a GPU: fp8 products are emulated, slowly")
     elif torch.cuda.get_device_capability() < FLOAT8_CAPABILITY:
-        found = f"on {torch.cuda.get_device_name()}"
-    else:
-        return
-    raise InputError(
-        f"head_loss.precision=fp8 {found}; expected a GPU with fp8 products (H100, H200 or later): set it to null"
-    )
+        raise InputError(
+            f"{fp8} on {torch.cuda.get_device_name()}; expected a GPU with fp8 products (H100, H200 or later): set it "
+            "to bf16"
+        )
 
 
 def _check_tokenizer(config: Config) -> None:

@@ -13,7 +13,7 @@ from megamtp.config import ModelConfig, read_config
 from megamtp.errors import InputError
 from megamtp.model.cost import flops_per_token, head_cost, num_head_parameters, num_parameters
 from megamtp.model.heads import HEAD_KINDS, Head
-from megamtp.model.layers import DocumentMask, LayerCost
+from megamtp.model.layers import DEFAULT_OPTIONS, DocumentMask, LayerCost, LayerOptions
 from tests.cases import small_config
 from tests.distributed.test_checkpoints import BOUND, FURTHER_STEPS, MICRO_BATCHES, STEPS, _train
 from tests.engine_steps import largest_errors
@@ -26,7 +26,7 @@ NARROW = 8
 class NarrowHead(Head):
     """Returns z + up(gelu(down(z))), without attention and norm."""
 
-    def __init__(self, model: ModelConfig, index: int, compiled: bool = False):
+    def __init__(self, model: ModelConfig, index: int, options: LayerOptions = DEFAULT_OPTIONS):
         super().__init__()
         self.down = nn.Linear(model.dim, NARROW, bias=False)
         self.up = nn.Linear(NARROW, model.dim, bias=False)

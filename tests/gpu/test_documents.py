@@ -26,7 +26,7 @@ def _errors_and_graphs() -> tuple[dict[torch.dtype, float], int]:
     from torch._dynamo.utils import counters
 
     from megamtp.model.documents import make_document_mask
-    from megamtp.model.layers import TransformerLayer
+    from megamtp.model.layers import LayerOptions, TransformerLayer
 
     model = ModelConfig(dim=128, num_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=9, mlp_dim=256)
     errors = dict.fromkeys(BOUNDS, 0.0)
@@ -34,7 +34,7 @@ def _errors_and_graphs() -> tuple[dict[torch.dtype, float], int]:
         exact = TransformerLayer(model).cuda().double()
         for parameter in exact.parameters():
             torch.nn.init.normal_(parameter, std=0.1) if parameter.dim() > 1 else torch.nn.init.ones_(parameter)
-        compiled = TransformerLayer(model, compiled=True).cuda().to(dtype)
+        compiled = TransformerLayer(model, LayerOptions(compiled=True)).cuda().to(dtype)
         compiled.load_state_dict(exact.state_dict())
         exact.load_state_dict(compiled.state_dict())  # so that both have the same rounded weights
         for _ in range(3):

@@ -10,10 +10,11 @@ import torch
 
 from megamtp.config import HeadLossConfig, ModelConfig
 from megamtp.losses import float8
-from megamtp.losses.float8 import Float8Weight, quantise
+from megamtp.losses.float8 import Float8Weight
 from megamtp.losses.linear_cross_entropy import linear_cross_entropy
 from megamtp.losses.softmax_gradient import softmax_gradient_
 from megamtp.model.mtp import MTPModel
+from megamtp.precision.operations import E4M3, E5M2, quantise
 from megamtp.training.preflight import FLOAT8_CAPABILITY
 from tests.cases import small_config
 from tests.engine_steps import largest_errors
@@ -52,8 +53,8 @@ def test_loss_and_gradients(case):
 def test_the_quantising_kernel_equals_torchs_cast():
     """Except for a few ties: the kernel's division may differ from torch's in the last bit."""
     x = torch.randn(1000, 400, generator=torch.Generator().manual_seed(0)).bfloat16()
-    transposed = torch.empty(400, 1000, dtype=float8.WEIGHT_DTYPE, device="cuda")
-    quantised, scale = quantise(x.cuda(), transposed)
+    transposed = torch.empty(400, 1000, dtype=E4M3, device="cuda")
+    quantised, scale = quantise(x.cuda(), E4M3, transposed)
     expected, expected_scale = quantise(x)
     assert scale.item() == pytest.approx(expected_scale.item(), rel=1e-6)
     different = quantised.cpu().float() != expected.float()
@@ -76,7 +77,7 @@ def test_the_kernels_copy_equals_its_gradient(z_loss):
     logits = (3 * torch.randn(300, 40000, generator=generator)).to("cuda", torch.bfloat16)
     targets = torch.randint(40000, (300,), generator=generator).cuda()
     targets[::7] = -100
-    without_copy, gradient, copy = logits.clone(), logits.clone(), torch.empty_like(logits, dtype=float8.GRADIENT_DTYPE)
+    without_copy, gradient, copy = logits.clone(), logits.clone(), torch.empty_like(logits, dtype=E5M2)
     softmax_gradient_(without_copy, targets, 0.3, z_loss)
     softmax_gradient_(gradient, targets, 0.3, z_loss, copy, float8.GRADIENT_SCALE)
     torch.testing.assert_close(without_copy, gradient, rtol=2**-7, atol=0)
@@ -90,7 +91,7 @@ def test_four_heads_quantise_the_weight_once(monkeypatch):
 
     def recording_quantise(x, transposed=None):
         quantised_shapes.extend([tuple(x.shape)] if transposed is not None else [])
-        return quantise(x, transposed)
+        return quantise(x, E4M3, transposed)
 
     monkeypatch.setattr(float8, "quantise", recording_quantise)
     config = ModelConfig(dim=256, num_layers=6, num_future_tokens=4, num_attention_heads=4, vocab_size=32000)

@@ -15,6 +15,7 @@ import itertools
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,53 +23,10 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
 from megamtp.cluster.collectives import all_gather_single
-from megamtp.engines.deepspeed.members import sharded
-
-
-class Streams:
-    """The streams of one device. On a CPU they are None, and every operation is finished when it returns.
-
-    Attributes:
-        compute: the stream that the model runs on.
-        gather: the stream of all-gathers.
-        reduce: the stream of reduce-scatters.
-    """
-
-    def __init__(self, device: torch.device):
-        self.device, self.on_gpu = device, device.type == "cuda"
-        self.compute = torch.cuda.current_stream(device) if self.on_gpu else None
-        self.gather = torch.cuda.Stream(device) if self.on_gpu else None
-        self.reduce = torch.cuda.Stream(device) if self.on_gpu else None
-
-    @contextlib.contextmanager
-    def on(self, stream: torch.cuda.Stream | None) -> Iterator[None]:
-        """Switches to `stream` and back to the compute stream, without the cost of querying the current stream."""
-        if stream is not None:
-            torch.cuda.set_stream(stream)
-        try:
-            yield
-        finally:
-            if self.compute is not None:
-                torch.cuda.set_stream(self.compute)
-
-    def record(self, stream: torch.cuda.Stream | None) -> torch.cuda.Event | None:
-        """Records an event in a stream."""
-        return None if stream is None else stream.record_event()
-
-    def wait_event(self, event: torch.cuda.Event | None, stream: torch.cuda.Stream | None) -> None:
-        """Makes a stream wait for an event, without blocking the CPU."""
-        if event is not None and stream is not None:
-            stream.wait_event(event)
-
-    def wait_for_compute(self, stream: torch.cuda.Stream | None) -> None:
-        """Makes a stream wait for all work that is already queued on the compute stream."""
-        if stream is not None and self.compute is not None:
-            stream.wait_stream(self.compute)
-
-    def mark_used_by_compute(self, tensor: Tensor) -> None:
-        """Keeps the memory of another stream's tensor from being reused before the compute stream is done with it."""
-        if self.compute is not None:
-            tensor.record_stream(self.compute)
+from megamtp.engines.deepspeed.float8_shards import group_shards, shard_quantiser
+from megamtp.engines.deepspeed.members import ShardedParameter, sharded
+from megamtp.engines.deepspeed.streams import Streams
+from megamtp.precision.operations import E4M3
 
 
 @dataclass
@@ -77,7 +35,7 @@ class Buffer:
 
     Attributes:
         flat: a flat, padded tensor for each parameter: the output of the all-gather.
-        weights: views of `flat` with the parameters' shapes.
+        weights: views of `flat` with the shapes of the unit's `receivers`.
         last_use: the event after which the memory may be overwritten.
     """
 
@@ -91,7 +49,8 @@ class Unit:
 
     Attributes:
         parameters: all parameters, in DeepSpeed's order.
-        gathered: the parameters that are available in full only while the module runs.
+        gathered: the parameters that are available in full only while the module runs, except for those in float8.
+        float8: the weights that are gathered in fp8.
         persistent: the parameters that stay available in full until the end of the step.
         shard_sizes: number of elements in a shard of each parameter, with padding.
         padding: number of padding elements in all shards of each parameter.
@@ -105,18 +64,58 @@ class Unit:
     def __init__(self, module: nn.Module, world_size: int):
         self.module = module
         self.parameters = sorted(sharded(module.parameters()), key=lambda parameter: parameter.ds_id)
-        self.gathered = [parameter for parameter in self.parameters if not parameter.ds_persist]
-        self.persistent = [parameter for parameter in self.parameters if parameter.ds_persist]
+        self.float8 = group_shards(module)
+        self.float8_parameters = [parameter for shards in self.float8 for parameter in shards.parameters]
+        others = [parameter for parameter in self.parameters if parameter not in set(self.float8_parameters)]
+        self.gathered = [parameter for parameter in others if not parameter.ds_persist]
+        self.persistent = [parameter for parameter in others if parameter.ds_persist]
         self.shard_sizes = [parameter.ds_tensor.numel() for parameter in self.parameters]
         self.padding = [
             size * world_size - parameter.ds_numel
             for size, parameter in zip(self.shard_sizes, self.parameters, strict=True)
         ]
-        self.shapes = tuple(tuple(parameter.ds_shape) for parameter in self.gathered)
+        # Units with equal shapes share buffers.
+        self.shapes = tuple(
+            tuple(tuple(parameter.ds_shape) for parameter in parameters)
+            for parameters in (self.gathered, self.float8_parameters)
+        )
         self.buffer: Buffer | None = None
         self.handles: list[dist.Work] = []
         self.offload_done: torch.cuda.Event | None = None
         self.num_pins = self.num_ready_gradients = 0
+
+    @property
+    def shards(self) -> list[Tensor]:
+        """This rank's shards of all weights that are gathered. With fp8 among them, all are uint8."""
+        shards = [parameter.ds_tensor for parameter in self.gathered]
+        if not self.float8:
+            return shards
+        return [shard.view(torch.uint8) for shard in shards] + [
+            shard for group in self.float8 for shard in group.shards
+        ]
+
+    @property
+    def receivers(self) -> list[Any]:
+        """The tensors whose `data` are the gathered weights."""
+        quantised = [shards.group.quantised for shards in self.float8]
+        return [*self.gathered, *(matrix for weights in quantised if weights for matrix in weights.matrices)]
+
+    def views(self, flat: list[Tensor], wholes: list[Tensor]) -> list[Tensor]:
+        """Returns the gathered weights for the receivers.
+
+        Args:
+            flat: the flat, padded weights.
+            wholes: the memory of each group of weights in fp8.
+        """
+        weights = [
+            tensor.view(parameter.dtype)[: parameter.ds_numel].view(parameter.ds_shape)
+            for tensor, parameter in zip(flat, self.gathered, strict=False)
+        ]
+        start = len(weights)
+        for shards, whole in zip(self.float8, wholes, strict=True):
+            weights += shards.matrices(flat[start : start + len(shards.sizes)], whole)
+            start += len(shards.sizes)
+        return weights
 
 
 class WeightGatherer:
@@ -140,7 +139,11 @@ class WeightGatherer:
         self._training, self._position = True, 0
         self._another_micro_batch_follows = False  # whether another micro-batch with the same weights follows
         self._shape_only: list[Unit] = []  # units whose weights have shapes but no memory
-        self._empty = torch.empty(0, dtype=units[0].parameters[0].dtype, device=streams.device)
+        dtypes = units[0].parameters[0].dtype, E4M3
+        self._empty = {dtype: torch.empty(0, dtype=dtype, device=streams.device) for dtype in dtypes}
+        self._quantise_shards = shard_quantiser(
+            [group for unit in units for group in unit.float8], group, streams.device
+        )
 
     def start_forward(self, training: bool, another_micro_batch_follows: bool) -> None:
         """Starts a forward pass: completes the order that the previous pass recorded, and releases outdated weights.
@@ -151,6 +154,7 @@ class WeightGatherer:
         self._is_complete[self._training] = bool(self._orders[self._training])
         if not (self._another_micro_batch_follows and training):
             self.release_all()
+            self._quantise_shards()
             self._streams.wait_for_compute(self._streams.gather)  # the optimizer may have changed the shards
         self._training, self._position, self._another_micro_batch_follows = training, 0, another_micro_batch_follows
 
@@ -182,9 +186,7 @@ class WeightGatherer:
         if unit.buffer is not None:  # gathered for the next micro-batch
             return
         for parameter in unit.gathered:
-            parameter.data = torch.empty(1, dtype=parameter.dtype, device=self._streams.device).expand(
-                parameter.ds_shape
-            )
+            parameter.data = self._shape_only_data(parameter)
         self._shape_only.append(unit)
 
     def release(self, unit: Unit) -> None:
@@ -251,14 +253,14 @@ class WeightGatherer:
     def _start_gather(self, unit: Unit) -> None:
         if unit.buffer is not None:
             return
-        shards = [parameter.ds_tensor for parameter in unit.gathered]
+        shards = unit.shards
         with self._streams.on(self._streams.gather):
             offloaded = self._streams.on_gpu and bool(shards) and not shards[0].is_cuda
             if offloaded:
                 shards = [shard.to(self._streams.device, non_blocking=True) for shard in shards]
             if self._world_size == 1 or not shards:
-                weights = [shard.view(shape) for shard, shape in zip(shards, unit.shapes, strict=True)]
-                unit.buffer = Buffer(shards, weights)
+                wholes = [group.memory.to(self._streams.device, non_blocking=True) for group in unit.float8]
+                unit.buffer = Buffer(shards, unit.views(shards, wholes))
                 for shard in shards if offloaded else ():
                     # Otherwise the allocator could give its memory to later copies too early.
                     self._streams.mark_used_by_compute(shard)
@@ -270,9 +272,15 @@ class WeightGatherer:
                     handle.wait()  # on the gather stream: later copies may get the memory of these shards
             if offloaded:
                 unit.offload_done = self._streams.record(self._streams.gather)
-        for parameter, weight in zip(unit.gathered, unit.buffer.weights, strict=True):
-            parameter.data = weight
+        for receiver, weight in zip(unit.receivers, unit.buffer.weights, strict=True):
+            receiver.data = weight
+        for parameter in unit.float8_parameters:
+            parameter.data = self._shape_only_data(parameter)
+        for parameter in (*unit.gathered, *unit.float8_parameters):
             parameter.ds_status = ZeroParamStatus.AVAILABLE
+
+    def _shape_only_data(self, parameter: ShardedParameter) -> Tensor:
+        return torch.empty(1, dtype=parameter.dtype, device=self._streams.device).expand(parameter.ds_shape)
 
     def _all_gather(self, outputs: list[Tensor], shards: list[Tensor]) -> list[dist.Work]:
         """Starts one collective for all parameters, or one per parameter on gloo.
@@ -291,15 +299,14 @@ class WeightGatherer:
         if free_buffers:
             return free_buffers.popleft()
         # New memory is allocated on the gather stream, so no unfinished work of another stream can use it.
-        flat = [
-            torch.empty(shard.numel() * self._world_size, dtype=shard.dtype, device=self._streams.device)
-            for shard in shards
-        ]
-        weights = [
-            tensor[: parameter.ds_numel].view(parameter.ds_shape)
-            for tensor, parameter in zip(flat, unit.gathered, strict=True)
-        ]
-        return Buffer(flat, weights)
+        flat = [self._empty_gathered(shard.numel(), shard.dtype) for shard in shards[: len(unit.gathered)]]
+        wholes = [self._empty_gathered(group.memory.numel(), torch.uint8) for group in unit.float8]
+        for group, whole in zip(unit.float8, wholes, strict=True):
+            flat += whole.split([size * self._world_size for size in group.sizes])
+        return Buffer(flat, unit.views(flat, wholes))
+
+    def _empty_gathered(self, shard_size: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shard_size * self._world_size, dtype=dtype, device=self._streams.device)
 
     def _wait(self, unit: Unit) -> None:
         for handle in unit.handles:
@@ -311,13 +318,14 @@ class WeightGatherer:
         if unit.buffer is None or unit.num_pins:
             return
         self._wait(unit)
-        if self._world_size > 1 and unit.gathered:
+        if self._world_size > 1 and unit.buffer.flat:
             unit.buffer.last_use = self._streams.record(self._streams.compute)
             self._free_buffers.setdefault(unit.shapes, deque()).append(unit.buffer)
         unit.buffer = None
         self._clear_weights(unit)
 
     def _clear_weights(self, unit: Unit) -> None:
-        for parameter in unit.gathered:
-            parameter.data = self._empty
+        for tensor in (*unit.receivers, *unit.float8_parameters):
+            tensor.data = self._empty[tensor.dtype]
+        for parameter in (*unit.gathered, *unit.float8_parameters):
             parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE

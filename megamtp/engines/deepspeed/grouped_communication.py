@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megamtp.engines.deepspeed.gather import Streams, Unit, WeightGatherer
+from megamtp.engines.deepspeed.gather import Unit, WeightGatherer
 from megamtp.engines.deepspeed.members import DeepSpeedEngine, ShardedParameter, is_zero3, sharded
 from megamtp.engines.deepspeed.reduction import DeviceOrderedStream, GradientReducer
+from megamtp.engines.deepspeed.streams import Streams
 
 
 class Coordinator:

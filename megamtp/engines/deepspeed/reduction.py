@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megamtp.engines.deepspeed.gather import Streams, Unit
+from megamtp.engines.deepspeed.gather import Unit
 from megamtp.engines.deepspeed.members import ShardedParameter, Zero3Optimizer
+from megamtp.engines.deepspeed.streams import Streams
 
 MAX_IN_FLIGHT = 2  # reductions that may be unfinished; the compute stream waits for older reductions
 

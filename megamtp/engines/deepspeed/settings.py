@@ -69,7 +69,7 @@ def deepspeed_config(config: Config, data_parallel_size: int) -> dict[str, Any]:
     Raises:
         InputError: engine.deepspeed has a setting that megamtp sets itself, or one of REFUSED.
     """
-    precision = config.train.precision
+    dtype = config.train.dtype
     ours = {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": config.num_micro_batches(data_parallel_size),
@@ -80,9 +80,9 @@ def deepspeed_config(config: Config, data_parallel_size: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,  # any element-wise optimizer works
         "zero_force_ds_cpu_optimizer": False,  # offloaded steps use torch's fused AdamW, which needs no compiler
         "bf16": _bf16_settings(config),
-        "fp16": {"enabled": precision == "fp16"},
+        "fp16": {"enabled": dtype == "fp16"},
         "data_types": {"grad_accum_dtype": "fp32"},  # explicit: DeepSpeed's default is the model's dtype
-        "communication_data_type": config.engine.reduce_dtype or precision,
+        "communication_data_type": config.engine.reduce_dtype or dtype,
         "zero_optimization": _zero_settings(config),
     }
     _refuse(config.engine.deepspeed, "")
@@ -98,7 +98,7 @@ def deepspeed_config(config: Config, data_parallel_size: int) -> dict[str, Any]:
 
 
 def _bf16_settings(config: Config) -> dict[str, Any]:
-    settings: dict[str, Any] = {"enabled": config.train.precision == "bf16"}
+    settings: dict[str, Any] = {"enabled": config.train.dtype == "bf16"}
     if config.engine.kind == "pipeline":
         # Every gradient is added to its fp32 sum at once, so that a pipeline does not need correction (d) of
         # head_hooks.py.

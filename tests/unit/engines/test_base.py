@@ -5,7 +5,7 @@ import torch
 
 from megamtp.config import TrainConfig
 from megamtp.data.loader import Batch
-from megamtp.engines.base import compiles_layers, count_targets, loss_scales, move_to_device
+from megamtp.engines.base import count_targets, layer_options, loss_scales, move_to_device
 
 CPU = torch.device("cpu")
 
@@ -34,4 +34,4 @@ def test_all_micro_batches_move_to_the_device():
     [(None, "cuda", True), (None, "cpu", False), (True, "cpu", True), (False, "cuda", False)],
 )
 def test_layers_are_compiled_on_gpus_by_default(setting, device, expected):
-    assert compiles_layers(TrainConfig(compile=setting), torch.device(device)) is expected
+    assert layer_options(TrainConfig(compile=setting), torch.device(device)).compiled is expected

@@ -7,11 +7,12 @@ import torch
 
 from megamtp.config import HeadLossConfig, ModelConfig
 from megamtp.losses import float8
-from megamtp.losses.float8 import Float8Weight, quantise
+from megamtp.losses.float8 import Float8Weight
 from megamtp.losses.linear_cross_entropy import linear_cross_entropy
 from megamtp.losses.softmax_gradient import softmax_gradient_
 from megamtp.model import part
 from megamtp.model.mtp import MTPModel
+from megamtp.precision.operations import E4M3, E5M2, quantise
 from tests.float8_cases import Case, relative_error
 
 CASES = [
@@ -24,8 +25,8 @@ CASES = [
 def test_quantisation_keeps_relative_precision_and_the_largest_element():
     x = torch.randn(40, 24, generator=torch.Generator().manual_seed(0)).bfloat16()
     x[3, 5] = -50.0
-    transposed = torch.empty(24, 40, dtype=float8.WEIGHT_DTYPE)
-    quantised, scale = quantise(x, transposed)
+    transposed = torch.empty(24, 40, dtype=E4M3)
+    quantised, scale = quantise(x, E4M3, transposed)
     assert quantised.dtype == torch.float8_e4m3fn and scale.dtype == torch.float32
     assert torch.equal(transposed.float(), quantised.float().T)
     restored = quantised.float() * scale
@@ -71,7 +72,7 @@ def test_small_probabilities_survive_in_e5m2_but_not_in_e4m3():
     logits = hidden @ weight.T
     targets = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
     errors = {}
-    for dtype, scale in ((float8.GRADIENT_DTYPE, float8.GRADIENT_SCALE), (torch.float8_e4m3fn, 2.0**8)):
+    for dtype, scale in ((E5M2, float8.GRADIENT_SCALE), (torch.float8_e4m3fn, 2.0**8)):
         gradient, copy = logits.clone(), torch.empty_like(logits, dtype=dtype)
         softmax_gradient_(gradient, targets, 1.0, 0.0, copy, scale)
         errors[dtype] = relative_error((copy.float() / scale @ weight).mean(0), (gradient @ weight).mean(0))
@@ -103,9 +104,9 @@ def quantised_shapes(monkeypatch):
     """Returns a list that receives the shape of each quantised weight."""
     shapes = []
 
-    def recording_quantise(x, transposed=None):
+    def recording_quantise(x, dtype=E4M3, transposed=None):
         shapes.extend([x.shape] if transposed is not None else [])
-        return quantise(x, transposed)
+        return quantise(x, dtype, transposed)
 
     monkeypatch.setattr(float8, "quantise", recording_quantise)
     return shapes

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from megamtp.model.layers import TransformerLayer, rms_norm, rotary_tables, rotate
+from megamtp.model.layers import TransformerLayer, rms_norm
+from megamtp.model.rotary import rotary_tables, rotate
 from tests.models import model_config
 
 

@@ -5,6 +5,7 @@ import torch
 
 from megamtp.config import HeadLossConfig
 from megamtp.model import layers
+from megamtp.model.layers import LayerOptions
 from tests.models import built_model, model_config
 
 
@@ -23,7 +24,7 @@ def test_recomputation_changes_no_gradient():
     tokens, targets = torch.randint(50, (2, 9)), torch.randint(50, (2, 2, 9))
     gradients = []
     for recompute in (False, True):
-        model = built_model(config, recompute_trunk=recompute)
+        model = built_model(config, options=LayerOptions(recompute=recompute))
         model(tokens, targets, [0.1, 0.2])[0].backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     for plain, recomputed in zip(*gradients, strict=True):
@@ -60,6 +61,6 @@ def test_only_trunk_layers_are_recomputed(recompute, monkeypatch):
     calls = []
     original = layers.layer_output
     monkeypatch.setattr(layers, "layer_output", lambda *arguments: calls.append(1) or original(*arguments))
-    model = built_model(model_config(), recompute_trunk=recompute)
+    model = built_model(model_config(), options=LayerOptions(recompute=recompute))
     model(torch.randint(50, (2, 9)), torch.randint(50, (2, 2, 9)), [0.1, 0.2])[0].backward()
     assert len(calls) == 5 + (3 if recompute else 0)

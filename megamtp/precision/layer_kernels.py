@@ -1,0 +1,178 @@
+"""The Triton kernels of RMSNorm and SwiGLU that read or write fp8. See kernels.py.
+
+Tests: tests/gpu/test_operations.py.
+"""
+
+from typing import no_type_check
+
+import triton
+import triton.language as tl
+
+from megamtp.precision.kernels import read_amax, scale_of, to_float8
+
+
+@triton.jit
+@no_type_check
+def norm_quantise(
+    x,
+    weight,
+    quantised,
+    reciprocal_rms,
+    num_columns,
+    scale_index,
+    eps: tl.constexpr,
+    bound: tl.constexpr,
+    largest: tl.constexpr,
+    min_amax: tl.constexpr,
+    block: tl.constexpr,
+):
+    """Writes a row's norm in e4m3, 1 / rms of each row, and at scale_index the scale bound * max |weight| / largest.
+
+    One program per row; `block` is at least the number of columns.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, block)
+    inside = columns < num_columns
+    values = tl.load(x + row * num_columns + columns, mask=inside, other=0.0).to(tl.float32)
+    weights = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    reciprocal = tl.rsqrt(tl.sum(values * values) / num_columns + eps)
+    amax = tl.maximum(bound * tl.max(tl.abs(weights)), min_amax)
+    normed = (values * reciprocal * weights).to(x.dtype.element_ty).to(tl.float32)
+    normed8 = to_float8(normed, amax, largest, quantised.dtype.element_ty)
+    tl.store(quantised + row * num_columns + columns, normed8, mask=inside)
+    tl.store(reciprocal_rms + row, reciprocal)
+    if row == 0:
+        tl.store(reciprocal_rms + scale_index, scale_of(amax, largest))
+
+
+@triton.jit
+@no_type_check
+def norm_backward(
+    d_normed, x, weight, reciprocal_rms, residual, d_x, d_weight_parts, num_rows, num_columns, block: tl.constexpr
+):
+    """Writes residual + d_normed's gradient with respect to x, and each program's sum of the weight's gradient.
+
+    Each program loops over rows; `block` is at least the number of columns.
+    """
+    columns = tl.arange(0, block)
+    inside = columns < num_columns
+    weights = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    d_weights = tl.zeros([block], dtype=tl.float32)
+    for index in range(tl.program_id(0), num_rows, tl.num_programs(0)):
+        row = tl.cast(index, tl.int64) * num_columns
+        gradient = tl.load(d_normed + row + columns, mask=inside, other=0.0).to(tl.float32)
+        values = tl.load(x + row + columns, mask=inside, other=0.0).to(tl.float32)
+        added = tl.load(residual + row + columns, mask=inside, other=0.0).to(tl.float32)
+        reciprocal = tl.load(reciprocal_rms + index)
+        unit = values * reciprocal
+        d_weights += gradient * unit
+        gradient *= weights
+        mean = tl.sum(gradient * unit) / num_columns
+        d_values = added + reciprocal * (gradient - unit * mean)
+        tl.store(d_x + row + columns, d_values.to(d_x.dtype.element_ty), mask=inside)
+    tl.store(d_weight_parts + tl.program_id(0) * num_columns + columns, d_weights, mask=inside)
+
+
+@triton.jit
+@no_type_check
+def _load(matrix, row, column, inside, stride):
+    return tl.load(matrix + row * stride + column, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+@no_type_check
+def _swiglu_gradients(gradient, gate, up):
+    """Returns the gradients with respect to (gate, up)."""
+    sigmoid = tl.sigmoid(gate)
+    return gradient * up * sigmoid * (1 + gate * (1 - sigmoid)), gradient * gate * sigmoid
+
+
+@triton.jit
+@no_type_check
+def swiglu_maxima(gate, up, maxima, num_rows, num_columns, stride, block: tl.constexpr):
+    """Writes the largest magnitude of silu(gate) * up in this program's rows."""
+    largest = tl.zeros([block], dtype=tl.float32)
+    for index in range(tl.program_id(0), num_rows, tl.num_programs(0)):
+        row = tl.cast(index, tl.int64)
+        for start in range(0, num_columns, block):
+            column = start + tl.arange(0, block)
+            inside = column < num_columns
+            gates, ups = _load(gate, row, column, inside, stride), _load(up, row, column, inside, stride)
+            largest = tl.maximum(largest, tl.abs(gates * tl.sigmoid(gates) * ups))
+    tl.store(maxima + tl.program_id(0), tl.max(largest))
+
+
+@triton.jit
+@no_type_check
+def swiglu_quantise(
+    gate,
+    up,
+    maxima,
+    quantised,
+    num_rows,
+    num_columns,
+    stride,
+    largest: tl.constexpr,
+    min_amax: tl.constexpr,
+    num_maxima: tl.constexpr,
+    rows: tl.constexpr,
+    columns: tl.constexpr,
+):
+    """Writes silu(gate) * up, divided by the scale, and the scale."""
+    row = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)[:, None]
+    column = tl.program_id(1) * columns + tl.arange(0, columns)[None, :]
+    inside = (row < num_rows) & (column < num_columns)
+    amax = read_amax(maxima, num_maxima, min_amax)
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        tl.store(maxima + num_maxima, scale_of(amax, largest))
+    gates, ups = _load(gate, row, column, inside, stride), _load(up, row, column, inside, stride)
+    values8 = to_float8(gates * tl.sigmoid(gates) * ups, amax, largest, quantised.dtype.element_ty)
+    tl.store(quantised + row * num_columns + column, values8, mask=inside)
+
+
+@triton.jit
+@no_type_check
+def swiglu_backward_maxima(d_hidden, gate, up, maxima, num_rows, num_columns, stride, block: tl.constexpr):
+    """Writes the largest magnitude of the gradients with respect to gate and up in this program's rows."""
+    largest = tl.zeros([block], dtype=tl.float32)
+    for index in range(tl.program_id(0), num_rows, tl.num_programs(0)):
+        row = tl.cast(index, tl.int64)
+        for start in range(0, num_columns, block):
+            column = start + tl.arange(0, block)
+            inside = column < num_columns
+            gates, ups = _load(gate, row, column, inside, stride), _load(up, row, column, inside, stride)
+            gradient = _load(d_hidden, row, column, inside, num_columns)
+            d_gates, d_ups = _swiglu_gradients(gradient, gates, ups)
+            largest = tl.maximum(largest, tl.maximum(tl.abs(d_gates), tl.abs(d_ups)))
+    tl.store(maxima + tl.program_id(0), tl.max(largest))
+
+
+@triton.jit
+@no_type_check
+def swiglu_backward(
+    d_hidden,
+    gate,
+    up,
+    maxima,
+    quantised,
+    num_rows,
+    num_columns,
+    stride,
+    largest: tl.constexpr,
+    min_amax: tl.constexpr,
+    num_maxima: tl.constexpr,
+    rows: tl.constexpr,
+    columns: tl.constexpr,
+):
+    """Writes the gradients with respect to gate and up side by side, divided by the scale, and the scale."""
+    row = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)[:, None]
+    column = tl.program_id(1) * columns + tl.arange(0, columns)[None, :]
+    inside = (row < num_rows) & (column < num_columns)
+    amax = read_amax(maxima, num_maxima, min_amax)
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        tl.store(maxima + num_maxima, scale_of(amax, largest))
+    gates, ups = _load(gate, row, column, inside, stride), _load(up, row, column, inside, stride)
+    d_gates, d_ups = _swiglu_gradients(_load(d_hidden, row, column, inside, num_columns), gates, ups)
+    target = quantised + row * (2 * num_columns) + column
+    tl.store(target, to_float8(d_gates, amax, largest, quantised.dtype.element_ty), mask=inside)
+    tl.store(target + num_columns, to_float8(d_ups, amax, largest, quantised.dtype.element_ty), mask=inside)
