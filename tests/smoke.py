@@ -31,7 +31,9 @@ def check(name: str, folder: Path, printed: str, on_gpu: bool = False) -> None:
 
 
 def _overhead(results: list[dict], on_gpu: bool) -> None:
-    one, two = ["plain", "ours", "fsdp2 one backward"], ["plain", "ours", "ours fp8", "fsdp2 one backward"]
+    float8 = ["plain all fp8", "ours all fp8"]
+    one = ["plain", "ours", *float8, "fsdp2 one backward"]
+    two = ["plain", "ours", "ours fp8", *float8, "fsdp2 one backward"]
     expected = [(1, name) for name in one] + [(2, name) for name in [*two, "fsdp2 per head"]]
     assert [(r["heads"], r["variant"]) for r in results] == expected
     for result in results:

@@ -8,7 +8,7 @@ A step is forward and backward on one GPU, which is a rank of an emulated cluste
 ratio, too. Each size runs in its own process, which measures the variants alternately. "ours" is megamtp. "plain" is a
 bare single-GPU step, without engine and communication. The hosting overhead of a variant is its n = 1 step time divided
 by that of "plain". "ours fp8" computes the losses of all heads in fp8; it is compared with the n = 1 step of "ours",
-which is in bf16.
+which is in bf16. "all fp8" is train.precision=fp8: it is compared with its own n = 1 step, and with that of "ours".
 """
 
 import argparse
@@ -28,7 +28,7 @@ from megamtp.config import Config
 from megamtp.errors import InputError
 from megamtp.model.cost import flops_per_token
 
-TRACED = ("ours", "ours fp8")
+TRACED = ("ours", "ours fp8", "ours all fp8")
 SMOKE = emulation.SMOKE | {"sizes": ["0.3b"], "heads": [1, 2], "world_size": 2, "rounds": 1}
 
 
@@ -137,6 +137,8 @@ def tables(results: list[dict]) -> str:
     heads = list(dict.fromkeys(r["heads"] for r in results))
     by_key = {(r["size"], r["variant"], r["heads"]): r for r in results}
     header = ["size", "variant", *(f"n={n}, ms" for n in heads), *(f"n={n} / n=1" for n in heads[1:]), "FLOP ratio"]
+    compares_bf16 = any(result["variant"] == "ours all fp8" for result in results)
+    header += [f"n={n} / n=1 of ours in bf16" for n in heads[1:]] if compares_bf16 else []
     header += ["hosting overhead, n=1", "TFLOP/s, n=1", f"peak memory n={heads[-1]} / n=1", "exposed in head phase"]
     is_cold = any("first_step_seconds" in result for result in results)
     header += ["first step, s"] if is_cold else []
@@ -144,12 +146,11 @@ def tables(results: list[dict]) -> str:
     for size, name in dict.fromkeys((r["size"], r["variant"]) for r in results):
         cells = [by_key.get((size, name, n)) for n in heads]
         one_head = by_key.get((size, variants.ONE_HEAD.get(name, name), 1))
-        one_head_ms, plain_ms = (
-            statistics.median(r["milliseconds"]) if r else None for r in (one_head, by_key.get((size, "plain", 1)))
-        )
-        ratios = [
-            f"{statistics.median(c['milliseconds']) / one_head_ms:.3f}" if c and one_head_ms else "-" for c in cells[1:]
-        ]
+        plain = by_key.get((size, variants.PLAIN.get(name, "plain"), 1))
+        bases = one_head, plain, by_key.get((size, "ours", 1))
+        one_head_ms, plain_ms, bf16_ms = (statistics.median(r["milliseconds"]) if r else None for r in bases)
+        ratios = _ratios(cells[1:], one_head_ms)
+        bf16_ratios = _ratios(cells[1:], bf16_ms if name == "ours all fp8" else None) if compares_bf16 else []
         flops = [
             f"{by_key[size, name, n]['flops'] / one_head['flops']:.3f}"
             for n in heads[1:]
@@ -163,6 +164,7 @@ def tables(results: list[dict]) -> str:
                 *map(_milliseconds, cells),
                 *ratios,
                 " ".join(flops),
+                *bf16_ratios,
                 f"{one_head_ms / plain_ms:.3f}" if one_head_ms and plain_ms else "-",
                 f"{one_head['flops'] / one_head_ms / 1e9:.0f}" if one_head else "-",
                 f"{last['peak_bytes'] / one_head['peak_bytes']:.3f} of {one_head['peak_bytes'] / 2**30:.1f} GiB"
@@ -173,6 +175,10 @@ def tables(results: list[dict]) -> str:
             ]
         )
     return output.table(header, rows)
+
+
+def _ratios(cells: list[dict | None], base_ms: float | None) -> list[str]:
+    return [f"{statistics.median(c['milliseconds']) / base_ms:.3f}" if c and base_ms else "-" for c in cells]
 
 
 def _milliseconds(result: dict | None) -> str:

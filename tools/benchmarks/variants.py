@@ -14,6 +14,7 @@ from benchmarks import exposure, output
 from benchmarks.device import find_device, record_time, seconds_between, synchronize
 from megamtp.config import Config
 from megamtp.data.loader import Batch
+from megamtp.engines.base import layer_options
 from megamtp.engines.zero import ZeroEngine
 from megamtp.model.initial import STANDARD_DEVIATION
 from megamtp.model.mtp import MTPModel
@@ -23,6 +24,8 @@ SHIPPED = "deepspeed as shipped"  # the name of Shipped in result files
 LARGE = 2**24  # bytes
 # variant: the variant whose n = 1 step it is compared with
 ONE_HEAD = {"ours fp8": "ours", "fsdp2 per head": "fsdp2 one backward"}
+# variant: the bare single-GPU step that it is compared with, if that is not "plain"
+PLAIN = {"plain all fp8": "plain all fp8", "ours all fp8": "plain all fp8"}
 
 
 class Variant:
@@ -88,7 +91,7 @@ def _random_model(config: Config, schedule: str, model_class: type[MTPModel] = M
     """Returns an unsharded bf16 model with random weights on the device. On a GPU, its layers are compiled."""
     device = find_device()
     with torch.device("meta"):
-        model = model_class(config.model, config.head_loss, schedule, compile_layers=device.type == "cuda")
+        model = model_class(config.model, config.resolved_head_loss, schedule, layer_options(config.train, device))
     model = model.to(torch.bfloat16).to_empty(device=device)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -108,6 +111,18 @@ class Plain(Variant):
         loss, _ = self.model(self.batch.inputs, self.batch.targets, self.scales)
         loss.backward()
         return loss
+
+
+class PlainAllFloat8(Plain):
+    """Like Plain, with train.precision=fp8. Weights are quantised between steps, outside of the measured time."""
+
+    def build(self) -> None:
+        self.config = _all_in_float8(self.config)
+        super().build()
+        self.model.quantise_weights()
+
+    def finish(self) -> None:
+        self.model.quantise_weights()
 
 
 class Ours(Variant):
@@ -139,6 +154,18 @@ class OursFloat8(Ours):
             self.config, head_loss=dataclasses.replace(self.config.head_loss, precision="fp8")
         )
         super().build()
+
+
+class OursAllFloat8(Ours):
+    """Like Ours, with train.precision=fp8: the products of layers and losses, and the gathers of weights."""
+
+    def build(self) -> None:
+        self.config = _all_in_float8(self.config)
+        super().build()
+
+
+def _all_in_float8(config: Config) -> Config:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, precision="fp8"))
 
 
 class Shipped(Ours):
@@ -204,6 +231,8 @@ CLASSES: dict[str, type[Variant]] = {
     "plain": Plain,
     "ours": Ours,
     "ours fp8": OursFloat8,
+    "plain all fp8": PlainAllFloat8,
+    "ours all fp8": OursAllFloat8,
     "fsdp2 one backward": FsdpOneBackward,
     "fsdp2 per head": FsdpPerHead,
     SHIPPED: Shipped,
