@@ -6,7 +6,7 @@ from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
-from benchmarks import data, links, loss, prediction, prepare, saving, trace
+from benchmarks import data, float8, links, loss, prediction, prepare, saving, trace
 
 # benchmarks that read files of another benchmark: (option, other benchmark, path in its folder)
 INPUTS = {
@@ -71,6 +71,21 @@ def _trace(results: list[dict], on_gpu: bool) -> None:
         assert list(result["exposure"]) == parts
         assert all(0 <= part["exposed"] <= part["transferring"] for part in result["exposure"].values())
         assert result["exposure"]["step"]["computing"] > 0
+
+
+def _layer(results: list[dict], on_gpu: bool) -> None:
+    assert [(r["size"], r["precision"]) for r in results] == [("0.3b", "bf16"), ("0.3b", "fp8")]
+    for result in results:
+        assert min(result["forward_milliseconds"]) > 0 and min(result["milliseconds"]) > 0
+        parts = [result[part] for part in ("products", "attention", "traffic")]
+        assert min(parts) > 0 and result["floor"] == sum(parts)
+
+
+def _float8(results: list[dict], on_gpu: bool) -> None:
+    errors = {(r["operands"], r["scaling"]): r["output"] for r in results if "scaling" in r}
+    assert list(errors) == list(product(float8.DISTRIBUTIONS, float8.SCALINGS))
+    assert all(0 < error < 1 for error in errors.values())
+    assert any("run" in result for result in results) is on_gpu
 
 
 def _loss(results: list[dict], on_gpu: bool) -> None:
@@ -154,6 +169,8 @@ CHECKS: dict[str, Callable[[list[dict], bool], None]] = {
     "links": _links,
     "prediction": _prediction,
     "trace": _trace,
+    "layer": _layer,
+    "float8": _float8,
     "loss": _loss,
     "pipeline": _pipeline,
     "real_pipeline": _real_pipeline,

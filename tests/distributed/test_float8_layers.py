@@ -1,20 +1,24 @@
 """Layers in fp8 (train.precision=fp8) under all engines: gradients, gathered weights, and the bytes of gathers."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megamtp.checkpoint import store
 from megamtp.config import Config
 from megamtp.data.loader import Batch
 from megamtp.model.initial import initial_value
 from megamtp.model.layers import DEFAULT_OPTIONS, LayerOptions
 from megamtp.model.mtp import MTPModel
 from megamtp.targets import IGNORED
-from tests.cases import global_batch, small_config
+from tests.cases import global_batch, own_share, small_config
 from tests.engine_steps import names_on_all_ranks, step_with_gradients
 from tests.ranks import run_ranks
 from tests.reference import relative_error
+from tests.saved import save
 
 PIPELINE = {"engine__kind": "pipeline", "engine__num_stages": 2, "engine__stage_layers": [3, 2]}
 SETTINGS = {
@@ -46,7 +50,9 @@ def _config(ranks: int, settings: dict) -> Config:
         "head_loss__chunk_rows": 16,
     }
     lengths = {"train__sequence_length": 16, "train__global_batch_tokens": 16 * 2 * sharers * 2}
-    return small_config(sharers, 2, **common, **lengths, train__micro_batch_size=2, train__precision="fp8", **settings)
+    return small_config(
+        sharers, 2, **common | lengths | {"train__micro_batch_size": 2, "train__precision": "fp8"} | settings
+    )
 
 
 def _reference(config: Config, batches: list[Batch], options: LayerOptions) -> dict[str, Tensor]:
@@ -188,3 +194,52 @@ def _reductions() -> int:
         dist.all_reduce = all_reduce
     assert calls == [4 * config.model.num_layers]
     return len(calls)
+
+
+def _losses(config: Config, engine, steps: range) -> list[list[float]]:
+    """Trains, and returns each step's losses by head."""
+    from megamtp.engines.base import count_targets
+
+    losses, size = [], engine.data_parallel_size
+    for step in steps:
+        batches = global_batch(config, step, config.num_micro_batches(size) * size)
+        own = own_share(batches, engine.data_parallel_rank, size)
+        counts = count_targets(own, True, size, engine.device)
+        nll_sums = engine.train_batch(own, counts, 1e-2).nll_sums.double()
+        dist.all_reduce(nll_sums)
+        losses.append([nll / count for nll, count in zip(nll_sums.tolist(), counts, strict=True)])
+    return losses
+
+
+def _trained(directory: str) -> list[list[float]]:
+    """Saves a checkpoint after 3 steps; returns the losses of the next 3 steps."""
+    from megamtp.engines.build import build_engine
+
+    config = _config(2, {"engine__kind": "zero3", "run__directory": directory})
+    engine = build_engine(config)
+    _losses(config, engine, range(3))
+    save(config, engine, 3)
+    return _losses(config, engine, range(3, 6))
+
+
+def _resumed(directory: str, settings: dict) -> list[list[float]]:
+    from megamtp.engines.build import build_engine
+
+    config = _config(2, settings)
+    engine = build_engine(config)
+    engine.load(store.newest_checkpoint(Path(directory)))
+    return _losses(config, engine, range(3, 6))
+
+
+def test_a_resumed_run_continues_bit_for_bit_and_may_change_its_precision(tmp_path):
+    expected = run_ranks(_trained, 2, str(tmp_path))[0]
+    assert run_ranks(_resumed, 2, str(tmp_path), {"engine__kind": "zero3"})[0] == expected
+    changes = (
+        {"train__precision": "bf16"},
+        {"engine__kind": "zero1"},
+        {"train__precision": "bf16", "engine__kind": "zero1"},
+    )
+    for change in changes:
+        losses = run_ranks(_resumed, 2, str(tmp_path), {"engine__kind": "zero3"} | change)[0]
+        assert losses != expected
+        torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=5e-3, atol=0)

@@ -22,7 +22,20 @@ from tests.ranks import run_ranks
 from tests.smoke import INPUTS, check
 
 ON_TWO_RANKS = ["links", "real_pipeline"]
-ON_A_CPU = ["overhead", "world", "prediction", "loss", "pipeline", "prepare", "data", "saving", "recovery", "learning"]
+ON_A_CPU = [
+    "overhead",
+    "world",
+    "prediction",
+    "layer",
+    "float8",
+    "loss",
+    "pipeline",
+    "prepare",
+    "data",
+    "saving",
+    "recovery",
+    "learning",
+]
 ON_A_CPU += [*ON_TWO_RANKS, "quickstart"]
 MEASURES_NOTHING = ["results"]
 WITH_SCRATCH = ["data", "saving"]  # write to a folder that they remove

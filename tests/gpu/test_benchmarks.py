@@ -12,7 +12,18 @@ from tests.end_to_end.jobs import ROOT
 from tests.smoke import INPUTS, check
 
 ONLY_ON_A_GPU = ["trace"]
-BY_ITSELF = [*ONLY_ON_A_GPU, "overhead", "world", "loss", "pipeline", "saving", "recovery", "learning"]
+BY_ITSELF = [
+    *ONLY_ON_A_GPU,
+    "overhead",
+    "world",
+    "layer",
+    "float8",
+    "loss",
+    "pipeline",
+    "saving",
+    "recovery",
+    "learning",
+]
 
 
 def _run(name: str, folder: Path, *arguments: str, num_ranks: int = 1) -> None:

@@ -13,6 +13,8 @@ BENCHMARKS = {
     "links": "latency and bandwidth of collectives on real GPUs, compared with the emulated cluster",
     "prediction": "step times of the emulated cluster compared with real ranks: reads two result files of `overhead`",
     "trace": "exposed communication in the head phase with and without prefetch; fails if it is above a limit",
+    "layer": "one transformer layer in bf16 and in fp8: its time, beside its products, attention and memory traffic",
+    "float8": "the errors of fp8 products with scales per tensor, per row and per block (time: on a GPU)",
     "loss": "the loss of one head: its time divided by the time of its three matrix products, and its memory",
     "pipeline": "the step of a pipeline, simulated with measured stage times, for three plans and several n",
     "real_pipeline": "the step of a pipeline on real ranks, compared with the prediction of `pipeline`",

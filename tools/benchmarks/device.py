@@ -1,6 +1,8 @@
 """Finds the device that a benchmark measures (the GPU, or the CPU if a smoke run has no GPU) and reads its clock."""
 
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -33,3 +35,14 @@ def seconds_between(start: RecordedTime, end: RecordedTime) -> float:
         return start.elapsed_time(end) / 1e3
     assert isinstance(start, float) and isinstance(end, float)
     return end - start
+
+
+def measure_milliseconds(run: Callable[[], object], **timing: Any) -> list[float]:
+    """Returns the times that Triton's do_bench measures with the arguments `timing`; on a CPU, the time of one run."""
+    if torch.cuda.is_available():
+        from triton.testing import do_bench
+
+        return do_bench(run, return_mode="all", **timing)
+    start = time.perf_counter()
+    run()
+    return [1e3 * (time.perf_counter() - start)]

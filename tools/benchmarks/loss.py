@@ -9,12 +9,10 @@ once, with random weights. cut-cross-entropy skips small probabilities; it is al
 """
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +20,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks import output
-from benchmarks.device import find_device
+from benchmarks.device import find_device, measure_milliseconds
 from megamtp.losses.float8 import Float8Weight
 from megamtp.losses.linear_cross_entropy import SharedGradient, default_chunk_rows, linear_cross_entropy
 from megamtp.training.preflight import FLOAT8_CAPABILITY
@@ -67,18 +65,7 @@ def main(arguments: list[str]) -> None:
 def _rate(width: int) -> float:
     """Returns the FLOP/s of a large bf16 matrix product on this card."""
     left, right = torch.randn(2, width, width, device=find_device(), dtype=torch.bfloat16)
-    return 2 * width**3 / (statistics.median(_milliseconds(lambda: left @ right, warmup=100, rep=500)) / 1e3)
-
-
-def _milliseconds(run: Callable[[], object], **timing: Any) -> list[float]:
-    """Returns the times that Triton's do_bench measures with the arguments `timing`; on a CPU, the time of one run."""
-    if torch.cuda.is_available():
-        from triton.testing import do_bench
-
-        return do_bench(run, return_mode="all", **timing)
-    start = time.perf_counter()
-    run()
-    return [1e3 * (time.perf_counter() - start)]
+    return 2 * width**3 / (statistics.median(measure_milliseconds(lambda: left @ right, warmup=100, rep=500)) / 1e3)
 
 
 def _measure_shape(rows: int, dim: int, vocabulary: int, rate: float, rounds: int) -> list[dict]:
@@ -96,7 +83,7 @@ def _measure_shape(rows: int, dim: int, vocabulary: int, rate: float, rounds: in
         # rotate the order: the previous loss leaves the card hot or cold
         first = index * len(names) // rounds
         for name in names[first:] + names[:first]:
-            milliseconds[name] += _milliseconds(implementations[name].run, rep=100, grad_to_none=inputs)
+            milliseconds[name] += measure_milliseconds(implementations[name].run, rep=100, grad_to_none=inputs)
     results = []
     for name, implementation in implementations.items():
         times = [time / implementation.num_losses for time in milliseconds[name]]

@@ -4,14 +4,14 @@ import subprocess
 import sys
 
 import pytest
-from benchmarks import data, links, loss, output, overhead, pipeline, trace, world
+from benchmarks import data, layer, links, loss, output, overhead, pipeline, trace, world
 
 from megamtp.errors import InputError
 from tests.cases import ROOT
 
 
 @pytest.mark.skipif(output.torch.cuda.is_available(), reason="this machine has a GPU")
-@pytest.mark.parametrize("name", ["overhead", "world", "trace", "loss", "pipeline"])
+@pytest.mark.parametrize("name", ["overhead", "world", "trace", "layer", "loss", "pipeline"])
 def test_without_a_gpu_benchmarks_exit_with_one_line_and_status_2(name, tmp_path):
     command = [sys.executable, "tools/benchmark.py", name, "--output", str(tmp_path / "results")]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -38,6 +38,7 @@ def test_without_a_gpu_benchmarks_exit_with_one_line_and_status_2(name, tmp_path
         (trace, ["--world-size", "-4"], "--world-size: -4; expected"),
         (trace, ["--sms", "0"], "communication_sms=0; expected at least 1"),
         (trace, ["--limit", "low"], "--limit: invalid float value"),
+        (layer, ["--sizes", "7b"], "invalid choice: '7b'.*see .*layer --help"),
         (loss, ["--rows", "1.5"], "--rows: 1.5; expected"),
         (pipeline, ["--heads", "4", "1"], "--heads 4 1; expected 1 first"),
         (pipeline, ["--stages", "33"], "engine.num_stages=33 with model.num_layers=32; expected no more stages"),

@@ -1,0 +1,27 @@
+"""The fp8 benchmark: errors of scalings, against known numbers, and its tables."""
+
+import pytest
+import torch
+from benchmarks import float8
+
+from megamtp.precision.operations import E4M3, E5M2
+
+
+@pytest.mark.parametrize("scaling", float8.SCALINGS[:3])
+def test_a_scale_per_row_or_block_saves_small_rows(scaling):
+    """The second row is 2^-20 of the first, which e4m3 cannot hold with one scale; e5m2 can."""
+    x = torch.ones(2, 256, dtype=torch.bfloat16)
+    x[1] = 2.0**-20
+    for dtype, survives in ((E4M3, scaling != "tensor"), (E5M2, True)):
+        restored = float8._rounded(x, dtype, scaling)
+        torch.testing.assert_close(restored[0], x[0].double())
+        assert torch.equal(restored[1], x[1].double() if survives else torch.zeros(256, dtype=torch.float64))
+
+
+def test_tables():
+    error = {"output": 0.037, "input_gradient": 0.0591, "weight_gradient": 0.05}
+    results = [{"operands": "normal", "scaling": "tensor"} | error, {"run": "bf16", "milliseconds": [1.0, 2.0, 3.0]}]
+    tables = float8.tables(results)
+    assert "| normal | tensor | 3.70% | 5.91% | 5.00% |" in tables
+    assert "| bf16 | 2.000 [1.000, 3.000] |" in tables
+    assert "bf16" not in float8.tables(results[:1])

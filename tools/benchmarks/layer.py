@@ -1,0 +1,206 @@
+"""Measures one transformer layer, in bf16 and in fp8, beside the time of its parts.
+
+    %(prog)s --sizes 0.3b 1.3b 6.7b --output results
+
+The parts are its matrix products alone, its attention alone, and the memory traffic of everything else, if each kernel
+reads its inputs and writes its outputs once at the speed of a large copy. The layer runs as in training: compiled, with
+weights that were quantised before.
+"""
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from benchmarks import emulation, output
+from benchmarks.device import find_device, measure_milliseconds
+from megamtp.config import Config
+from megamtp.engines.base import layer_options
+from megamtp.model.initial import STANDARD_DEVIATION
+from megamtp.model.layers import TransformerLayer
+from megamtp.precision import float8
+from megamtp.precision.operations import E4M3, E5M2, scaled_product
+from megamtp.precision.weights import quantiser_of
+
+PRECISIONS = ("bf16", "fp8")
+COPY_BYTES = 2**30
+SMOKE = emulation.SMOKE | {"sizes": ["0.3b"]}
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the benchmark. Raises InputError."""
+    parser = emulation.parser(__doc__, "layer")
+    parser.add_argument("--sizes", nargs="+", default=emulation.SIZES, choices=emulation.SIZES, help="models [all]")
+    options = output.parse(parser, arguments, SMOKE)
+    output.require_gpu(options)
+    output.make_folder(options)
+    configs = {size: emulation.config(size, 1, 1, options) for size in options.sizes}
+    bytes_per_ms, results = _copy_speed(options.smoke), []
+    for size, config in configs.items():
+        for precision in PRECISIONS:
+            results.append(_measure(size, config, precision, bytes_per_ms))
+            median = statistics.median(results[-1]["milliseconds"])
+            output.say(f"{size} {precision}: {median:.3f} ms, {results[-1]['floor']:.3f} ms in parts")
+    settings = {"T": options.sequence_length, "copy": f"{bytes_per_ms / 1e6:.0f} GB/s"}
+    output.write(options, settings, results, tables(results), _draw(results))
+
+
+def _copy_speed(smoke: bool) -> float:
+    """Returns the bytes that a large copy reads and writes in a millisecond."""
+    source = torch.empty(2**20 if smoke else COPY_BYTES, dtype=torch.uint8, device=find_device())
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / statistics.median(measure_milliseconds(lambda: target.copy_(source)))
+
+
+def _measure(size: str, config: Config, precision: str, bytes_per_ms: float) -> dict:
+    model, train, device = config.model, config.train, find_device()
+    batch, length, in_float8 = train.micro_batch_size, train.sequence_length, precision == "fp8"
+    positions, key_value_dim = batch * length, model.key_value_heads * model.head_dim
+    products = sum(
+        _product(in_float8, positions, rows, columns)
+        for rows, columns in _weights(model.dim, key_value_dim, model.hidden_dim)
+    )
+    attention = _attention(batch, length, model.num_attention_heads, model.key_value_heads, model.head_dim)
+    num_bytes = positions * _traffic(in_float8, model.dim, key_value_dim, model.hidden_dim)
+    if in_float8:
+        num_bytes += 2 * sum(rows * columns for rows, columns in _weights(model.dim, key_value_dim, model.hidden_dim))
+    traffic = num_bytes / bytes_per_ms
+    forward, both = _layer(config, in_float8, device)
+    return {
+        "size": size,
+        "precision": precision,
+        "dim": model.dim,
+        "positions": positions,
+        "forward_milliseconds": forward,
+        "milliseconds": both,
+        "products": products,
+        "attention": attention,
+        "traffic": traffic,
+        "floor": products + attention + traffic,
+    }
+
+
+def _weights(dim: int, key_value_dim: int, hidden_dim: int) -> list[tuple[int, int]]:
+    """Returns (outputs, inputs) of the layer's products, where weights that read one input are one product."""
+    return [(dim + 2 * key_value_dim, dim), (dim, dim), (2 * hidden_dim, dim), (dim, hidden_dim)]
+
+
+def _product(in_float8: bool, positions: int, rows: int, columns: int) -> float:
+    """Returns the milliseconds of one weight's product and of its two gradients."""
+    return sum(
+        statistics.median(measure_milliseconds(run))
+        for run in (_float8_products if in_float8 else _bf16_products)(positions, rows, columns)
+    )
+
+
+def _bf16_products(positions: int, rows: int, columns: int) -> Iterator[Callable[[], Tensor]]:
+    x, gradient, weight = (_random(*shape) for shape in ((positions, columns), (positions, rows), (rows, columns)))
+    yield lambda: x @ weight.T
+    yield lambda: gradient @ weight
+    yield lambda: gradient.T @ x
+
+
+def _float8_products(positions: int, rows: int, columns: int) -> Iterator[Callable[[], Tensor]]:
+    scale = torch.ones(1, 1, device=find_device())
+
+    def product(
+        left: tuple[int, int], left_dtype: torch.dtype, right: tuple[int, int], fast: bool
+    ) -> Callable[[], Tensor]:
+        left8, right8 = _random(*left).to(left_dtype), _random(*right).to(E4M3)
+        return lambda: scaled_product(left8, scale, right8, scale, torch.bfloat16, fast)
+
+    yield product((positions, columns), E4M3, (rows, columns), float8.FAST_FORWARD)
+    yield product((positions, rows), E5M2, (columns, rows), float8.FAST_BACKWARD)
+    yield product((rows, positions), E5M2, (columns, positions), float8.FAST_BACKWARD)
+
+
+def _attention(batch: int, length: int, num_heads: int, num_key_value_heads: int, head_dim: int) -> float:
+    """Returns the milliseconds of forward and backward."""
+    queries = _random(batch, length, num_heads, head_dim).transpose(1, 2).requires_grad_()
+    keys, values = (
+        _random(batch, length, num_key_value_heads, head_dim).transpose(1, 2).requires_grad_() for _ in range(2)
+    )
+    gradient = torch.randn_like(queries)
+
+    def run() -> None:
+        F.scaled_dot_product_attention(
+            queries, keys, values, is_causal=True, enable_gqa=num_heads != num_key_value_heads
+        ).backward(gradient)
+
+    return statistics.median(measure_milliseconds(run, grad_to_none=[queries, keys, values]))
+
+
+def _traffic(in_float8: bool, dim: int, key_value_dim: int, hidden_dim: int) -> int:
+    """Returns the bytes that forward and backward read and write per position, outside of products and attention.
+
+    Each bf16 number counts 2 bytes, each fp8 number 1. In this order: norms, rotation, sums with the residual stream,
+    SwiGLU; in fp8 also quantisation, with its pass for the largest magnitude, and transposes.
+    """
+    rotation, sums = 2 * 4 * (dim + key_value_dim), 2 * 6 * dim
+    if not in_float8:
+        norms, swiglu = 2 * (4 + 10) * dim, (6 + 12) * hidden_dim
+        return norms + rotation + sums + swiglu
+    norms, swiglu = 2 * (3 + 8) * dim, (9 + 14) * hidden_dim
+    quantisation = 3 * 6 * dim + 6 * (dim + 2 * key_value_dim)
+    transposes = 2 * (2 * dim + 3 * hidden_dim)
+    return norms + rotation + sums + swiglu + quantisation + transposes
+
+
+def _layer(config: Config, in_float8: bool, device: torch.device) -> tuple[list[float], list[float]]:
+    """Returns the milliseconds of forward, and those of forward and backward."""
+    model, train = config.model, config.train
+    options = layer_options(dataclasses.replace(train, precision="fp8" if in_float8 else "bf16"), device)
+    layer = TransformerLayer(model, options).to(device, torch.bfloat16)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(0.0, STANDARD_DEVIATION)
+    if layer.weight_groups:
+        groups = [(group, [layer.get_parameter(name) for name in group.names]) for group in layer.weight_groups]
+        quantiser_of(groups).update()
+    x = _random(train.micro_batch_size, train.sequence_length, model.dim).requires_grad_()
+    gradient = torch.randn_like(x) * 1e-4
+    gradients = [x, *layer.parameters()]
+    forward = measure_milliseconds(lambda: layer(x))
+    return forward, measure_milliseconds(lambda: layer(x).backward(gradient), grad_to_none=gradients)
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.randn(*shape, device=find_device(), dtype=torch.bfloat16)
+
+
+def tables(results: list[dict]) -> str:
+    header = ["size", "precision", "D", "positions", "forward, ms", "forward and backward, ms"]
+    header += ["products, ms", "attention, ms", "memory traffic, ms", "sum of parts, ms", "measured / sum"]
+    rows = [
+        [
+            r["size"],
+            r["precision"],
+            str(r["dim"]),
+            str(r["positions"]),
+            output.spread(r["forward_milliseconds"], 2),
+            output.spread(r["milliseconds"], 2),
+            *(f"{r[part]:.2f}" for part in ("products", "attention", "traffic", "floor")),
+            f"{statistics.median(r['milliseconds']) / r['floor']:.3f}",
+        ]
+        for r in results
+    ]
+    return output.table(header, rows)
+
+
+def _draw(results: list[dict]) -> Figure:
+    groups = list(dict.fromkeys(result["size"] for result in results))
+    base = {r["size"]: statistics.median(r["milliseconds"]) for r in results if r["precision"] == "bf16"}
+    heights: dict[str, dict[str, float]] = {}
+    for result in results:
+        size, precision = result["size"], result["precision"]
+        heights.setdefault(precision, {})[size] = statistics.median(result["milliseconds"]) / base[size]
+        heights.setdefault(f"{precision}, sum of parts", {})[size] = result["floor"] / base[size]
+    figure, (axes,) = output.figure(2 + 1.6 * len(groups), 4.5)
+    output.bars(axes, groups, heights)
+    axes.set_ylabel("time / time of the layer in bf16")
+    figure.legend(frameon=False, ncols=2, loc="outside upper center")
+    return figure
