@@ -12,6 +12,7 @@ from megamtp.config.reader import (
 )
 from megamtp.config.schema import (
     BYTES,
+    FLOAT8_MULTIPLE,
     MAX_LAYERS,
     Config,
     DataConfig,
@@ -23,6 +24,7 @@ from megamtp.config.schema import (
 
 __all__ = [
     "BYTES",
+    "FLOAT8_MULTIPLE",
     "MAX_LAYERS",
     "RESOLVED",
     "ClusterConfig",

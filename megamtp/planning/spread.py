@@ -13,7 +13,7 @@ import math
 import operator
 from dataclasses import dataclass, replace
 
-from megamtp.config import Config
+from megamtp.config import FLOAT8_MULTIPLE, Config
 from megamtp.errors import InputError
 from megamtp.planning.links import NOMINAL_LINK
 from megamtp.planning.partition import (
@@ -32,7 +32,6 @@ from megamtp.planning.spread_schedule import SpreadSchedule, StageTimes, Transfe
 from megamtp.planning.stage_memory import StageContents, stage_memory
 
 ROW_MULTIPLE, LARGE_SLICE = 128, 1024  # large slices have a multiple of 128 rows, for fast matrix products
-FLOAT8_MULTIPLE = 16  # fp8 products need a multiple of 16 rows
 
 
 @dataclass(frozen=True)

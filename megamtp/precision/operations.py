@@ -7,6 +7,11 @@ spans 30 powers of two.
 On a GPU, Triton kernels run (kernels.py); elsewhere the same formulas in torch, slowly. Rounding may differ in the last
 bit of the scaled value.
 
+One scale per tensor is enough, because fp8 numbers are floating-point numbers: for normal operands it leaves an error
+of 3.7 % in an output, where a scale for every 128 numbers leaves 3.6 %; in the gradients, 5.9 % and 5.7 %. A finer
+scale helps only if some columns are much larger than the others (`python tools/benchmark.py float8`). It would need
+another quantised copy for each product, because the three products of a weight sum over different dimensions.
+
 Source: Micikevicius et al. 2022, arXiv:2209.05433, for the formats and their use.
 Shapes: [M, N] is any matrix.
 
@@ -22,7 +27,6 @@ from torch import Tensor
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 LARGEST = {E4M3: 448.0, E5M2: 57344.0}
 MIN_AMAX = 2.0**-100  # so that the scale of a tensor of zeros is not 0
-MULTIPLE = 16  # fp8 products need dimensions that are multiples of it
 TILE = {"rows": 64, "columns": 128}
 SQUARE_TILE = {"rows": 128, "columns": 128}
 MAXIMA = {"num_maxima": 1024}  # programs that look for the largest magnitude
