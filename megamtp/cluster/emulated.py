@@ -138,8 +138,9 @@ class EmulatedGroup(dist.ProcessGroup):
         self, outputs: list[Tensor], tensors: list[Tensor], opts: object = None
     ) -> EmulatedWork:
         def move() -> None:
-            shards = [_wide(tensor).view(-1).expand(self._size, -1) for tensor in tensors]
-            torch._foreach_copy_([_wide(output).view(self._size, -1) for output in outputs], shards)
+            pairs = [_widened(tensor, output) for tensor, output in zip(tensors, outputs, strict=True)]
+            shards = [shard.view(-1).expand(self._size, -1) for shard, _ in pairs]
+            torch._foreach_copy_([whole.view(self._size, -1) for _, whole in pairs], shards)
 
         return self._run("all_gather", outputs, tensors, move)
 
@@ -209,13 +210,14 @@ def join(cluster: ClusterConfig) -> deque[EmulatedTransfer]:
     return transfers
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    """Returns fp8 data, which travel as bytes, as 16-bit numbers: torch copies as many numbers a second of either size.
+def _widened(shard: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns fp8 data, which travel as bytes, as 16-bit numbers if possible: torch copies as many numbers a second.
 
     NCCL copies bytes as fast as other numbers.
     """
-    is_even = tensor.dtype == torch.uint8 and tensor.numel() % 2 == 0 and tensor.data_ptr() % 2 == 0
-    return tensor.view(torch.int16) if is_even else tensor
+    if shard.dtype != torch.uint8 or any(x % 2 for x in (shard.numel(), shard.data_ptr(), whole.data_ptr())):
+        return shard, whole
+    return shard.view(torch.int16), whole.view(torch.int16)
 
 
 def _is_view_of(shard: Tensor, whole: Tensor) -> bool:

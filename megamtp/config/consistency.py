@@ -39,7 +39,10 @@ def _check_head_loss(config: Config) -> None:
     if head_loss.precision is not None:
         found = f"head_loss.precision={head_loss.precision} with train.precision={config.train.precision}"
         expect(config.train.dtype == "bf16", found, "train.precision=bf16 or fp8")
-    if config.resolved_head_loss.precision == "fp8":
+    in_float8 = config.resolved_head_loss.precision == "fp8"
+    found = f"head_loss.fp8_first_head=False with head_loss.precision={shown(head_loss.precision)}"
+    expect(head_loss.fp8_first_head or in_float8, found, "losses in fp8: the setting has no effect otherwise")
+    if in_float8:
         fp8 = "head_loss.precision=fp8" if head_loss.precision else "train.precision=fp8"
         for name in ("dim", "vocab_size"):
             _check_float8_size(fp8, f"model.{name}", getattr(config.model, name))
@@ -48,8 +51,10 @@ def _check_head_loss(config: Config) -> None:
 def _check_float8(config: Config) -> None:
     model, train, fp8 = config.model, config.train, "train.precision=fp8"
     _check_float8_size(fp8, "model.dim", model.dim)
-    _check_float8_size(fp8, "width of the MLP", model.hidden_dim)
-    _check_float8_size(fp8, "width of keys and values", model.key_value_heads * model.head_dim)
+    _check_float8_size(fp8, "model.mlp_dim", model.hidden_dim)
+    _check_float8_size(
+        fp8, "model.num_key_value_heads x the width of an attention head", model.key_value_heads * model.head_dim
+    )
     _check_float8_size(
         fp8, "train.micro_batch_size x train.sequence_length", train.micro_batch_size * train.sequence_length
     )
@@ -87,5 +92,5 @@ def _check_pipeline(config: Config) -> None:
     breakdown = engine.deepspeed.get("wall_clock_breakdown")
     found = "engine.deepspeed.wall_clock_breakdown with engine.kind=pipeline"
     expect(not breakdown, found, "false: DeepSpeed's pipeline starts its timers twice")
-    expect(config.train.precision != "fp16", "train.precision=fp16 with engine.kind=pipeline", "bf16 or fp32")
+    expect(config.train.precision != "fp16", "train.precision=fp16 with engine.kind=pipeline", "bf16, fp32 or fp8")
     expect(config.cluster.emulate is None, "cluster.emulate with engine.kind=pipeline", "engine.kind=zero3")

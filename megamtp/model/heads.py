@@ -33,7 +33,8 @@ class Head(nn.Module):
 
     The model constructs a subclass as `Kind(model, index, options)`: the ModelConfig, the head's index from 0, and the
     LayerOptions of the run, which a head of your own may ignore. Initial values follow from the parameters' names: see
-    initial.py. ZeRO-3 gathers all parameters of a head before `forward`.
+    initial.py. ZeRO-3 gathers all parameters of a head before `forward`, except for those that a TransformerLayer uses
+    in fp8: see TransformerLayer.quantised.
     """
 
     def forward(self, z_BTD: Tensor, document_mask: DocumentMask | None = None) -> Tensor:

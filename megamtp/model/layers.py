@@ -212,6 +212,12 @@ def layer_output(
     return transformer_layer(x_BTD, weights, rotary, head_dim, eps, mask=mask, quantised=quantised)[0]
 
 
+def weight_groups(module: nn.Module) -> list[tuple["TransformerLayer", WeightGroup]]:
+    """Returns the weights that a module's layers use in fp8, with their layers; empty in other precisions."""
+    layers = [layer for layer in module.modules() if isinstance(layer, TransformerLayer)]
+    return [(layer, group) for layer in layers for group in layer.weight_groups]
+
+
 @functools.cache
 def compiled_layer_output() -> Callable[..., Tensor]:
     """Returns layer_output with torch.compile applied, which compiles at the first call for each shape."""
@@ -301,7 +307,8 @@ class TransformerLayer(nn.Module):
         return self._weights
 
     @property
-    def _quantised(self) -> QuantisedLayer | None:
+    def quantised(self) -> QuantisedLayer | None:
+        """The weights in fp8, if the layer computes in fp8: ZeRO-3 then gathers only these, not the parameters."""
         quantised = tuple(group.quantised for group in self.weight_groups)
         assert None not in quantised, "weights are not quantised"
         return cast(QuantisedLayer, quantised) if quantised else None
@@ -325,7 +332,7 @@ class TransformerLayer(nn.Module):
         """
         function = compiled_layer_output() if self.options.compiled else layer_output
         mask, rotary = document_mask or (None, self._rotary(0, x_BTD))
-        arguments = (x_BTD, self.weights, rotary, self.head_dim, self.eps, mask, self._quantised)
+        arguments = (x_BTD, self.weights, rotary, self.head_dim, self.eps, mask, self.quantised)
         if self.options.recompute and torch.is_grad_enabled():
             return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
         return function(*arguments)

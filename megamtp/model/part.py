@@ -17,8 +17,8 @@ from megamtp.losses.sequential import HeadHooks, IntermediateStageHeads, Sequent
 from megamtp.losses.vocabulary_slice import slice_gradients, slice_statistics
 from megamtp.model.documents import make_document_mask
 from megamtp.model.heads import Unembedding, head_class
-from megamtp.model.layers import DEFAULT_OPTIONS, DocumentMask, LayerOptions, TransformerLayer
-from megamtp.precision.weights import WeightGroup, WeightQuantiser, quantiser_of
+from megamtp.model.layers import DEFAULT_OPTIONS, DocumentMask, LayerOptions, TransformerLayer, weight_groups
+from megamtp.precision.weights import WeightQuantiser, quantiser_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -123,17 +123,12 @@ class ModelPart(nn.Module):
         assert self.unembedding is not None and self.unembedding.weight is not None
         return self.unembedding.weight
 
-    @property
-    def weight_groups(self) -> list[tuple[nn.Module, WeightGroup]]:
-        """The weights that layers use in fp8, with the layers; empty in other precisions."""
-        return [(layer, group) for layer in (*self.trunk, *self.heads) for group in getattr(layer, "weight_groups", [])]
-
     def quantise_weights(self) -> None:
         """Quantises the weights that layers use in fp8; call it whenever the weights have changed.
 
         Each rank must hold the full weights. Under ZeRO-3, GroupedCommunication quantises shards instead.
         """
-        groups = self.weight_groups
+        groups = weight_groups(self)
         if self._weight_quantiser is None and groups:
             self._weight_quantiser = quantiser_of(
                 [(group, [layer.get_parameter(name) for name in group.names]) for layer, group in groups]

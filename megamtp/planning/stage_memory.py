@@ -50,12 +50,13 @@ def stage_memory(
     dtype_bytes = 4 if train.dtype == "fp32" else 2
     parameters = contents.num_trunk_layers * num_layer_parameters(model)
     parameters += sum(num_head_parameters(model, index) for index in contents.heads)
+    float8_bytes = parameters if train.precision == "fp8" else 0  # the layers' quantised weights
     parameters += (contents.has_embedding * model.vocab_size + contents.rows) * model.dim + bool(
         contents.rows
     ) * model.dim
     saved = _saved_bytes(config, contents, dtype_bytes)
     return {
-        "weights": dtype_bytes * parameters,
+        "weights": dtype_bytes * parameters + float8_bytes,
         "gradients": 4 * parameters,
         OPTIMIZER: optimizer_kind(config.optimizer).state_bytes() * parameters // data_parallel_size,
         "activations": num_in_flight * saved,
@@ -124,9 +125,8 @@ def _largest_pass_bytes(config: Config, contents: StageContents, dtype_bytes: in
     vocabulary = model.vocab_size * model.dim
     rounding = (4 + dtype_bytes) * vocabulary  # the sum of dW in fp32, and its copy in the model's dtype for autograd
     chunk = 4 * vocabulary + chunk_bytes(config, dtype_bytes)
-    if (
-        config.resolved_head_loss.precision == "fp8"
-    ):  # two fp8 copies of the weight, one of hidden, one of the chunk's gradient
+    if config.resolved_head_loss.precision == "fp8":
+        # two fp8 copies of the weight, one of hidden, one of the chunk's gradient
         chunk += 2 * vocabulary + boundary // dtype_bytes + chunk_bytes(config, 1)
     # The sum of dW stays in memory while all heads except for the last run their layer's backward pass.
     waiting = 4 * vocabulary if contents.num_heads > 1 else 0
@@ -147,9 +147,8 @@ def _slice_pass_bytes(config: Config, contents: StageContents, dtype_bytes: int)
     model, tokens = config.model, config.train.micro_batch_size * config.train.sequence_length
     losses = model.num_future_tokens * (2 * _boundary_bytes(config, dtype_bytes) + tokens * contents.rows * dtype_bytes)
     slice_elements = contents.rows * model.dim
-    if (
-        config.resolved_head_loss.precision == "fp8"
-    ):  # copies of the slice, of all hidden states and of one head's gradient
+    if config.resolved_head_loss.precision == "fp8":
+        # copies of the slice, of all hidden states and of one head's gradient
         losses += 2 * slice_elements + model.num_future_tokens * tokens * model.dim
         losses += (dtype_bytes + 1) * tokens * contents.rows
     return losses + (4 + dtype_bytes) * slice_elements

@@ -1,8 +1,8 @@
 """Quantisation to fp8, alone or fused with an RMSNorm or SwiGLU, and products of quantised matrices.
 
-A quantised matrix is a pair (x / scale in fp8, scale) with one fp32 scale [1, 1], which maps the largest magnitude to
-the largest fp8 number. Weights and activations are in e4m3; gradients are in e5m2, which has fewer mantissa bits but
-spans 30 powers of two.
+A quantised matrix is a pair (x / scale in fp8, scale) with one fp32 scale [1, 1], which maps the largest magnitude, or
+a bound of it, to the largest fp8 number. Weights and activations are in e4m3; gradients are in e5m2, which has fewer
+mantissa bits but spans 30 powers of two.
 
 On a GPU, Triton kernels run (kernels.py); elsewhere the same formulas in torch, slowly. Rounding may differ in the last
 bit of the scaled value.
@@ -144,6 +144,7 @@ def norm_quantise(x_MN: Tensor, weight_N: Tensor, eps: float) -> tuple[Tensor, T
 
     The scale needs no pass over y: |y| is at most sqrt(N) * max |weight|.
     """
+    x_MN = x_MN.contiguous()
     num_rows, num_columns = x_MN.shape
     bound = num_columns**0.5
     if not x_MN.is_cuda:
@@ -177,6 +178,7 @@ def norm_backward(
     d_normed_MN: Tensor, x_MN: Tensor, weight_N: Tensor, reciprocal_rms_M: Tensor, residual_MN: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Returns (residual + the gradient with respect to x, the gradient with respect to weight) of an RMSNorm."""
+    x_MN, residual_MN = x_MN.contiguous(), residual_MN.contiguous()
     if not x_MN.is_cuda:
         unit_MN, gradient_MN = x_MN.float() * reciprocal_rms_M[:, None], d_normed_MN.float()
         d_weight_N = (gradient_MN * unit_MN).sum(0)

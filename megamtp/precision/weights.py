@@ -44,7 +44,7 @@ class WeightQuantiser:
     """Quantises tensors of several groups, with a scale for each group.
 
     Args:
-        sources: 16-bit tensors; each contiguous. They may be empty.
+        sources: 16-bit tensors; each contiguous. They may be empty, and must stay where they are in memory.
         targets: e4m3 tensors with as many elements as the sources, on the same device; each contiguous.
         groups: index of each source's group, from 0.
         device: of the scales.
@@ -58,10 +58,12 @@ class WeightQuantiser:
     ):
         self._sources, self._targets = list(sources), list(targets)
         self._group_of = list(groups)
-        self._groups = torch.tensor(self._group_of, device=device)
-        self._filled = [index for index, source in enumerate(sources) if source.numel()]
-        self._table: Tensor | None = None
-        self._addresses: list[int] = []
+        self._filled = [source for source in sources if source.numel()]
+        filled_groups = [group for source, group in zip(sources, groups, strict=True) if source.numel()]
+        self._filled_groups = torch.tensor(filled_groups, dtype=torch.int64, device=device)
+        addresses = [tensor.data_ptr() for tensor in (*sources, *targets)]
+        sizes = [source.numel() for source in sources]
+        self._table = torch.tensor([*addresses, *sizes, *groups], device=device)
         # cuBLAS needs scales at addresses that are multiples of 16 bytes.
         self._scales = torch.ones(max(self._group_of) + 1, 4, dtype=torch.float32, device=device)
         self.scales = list(self._scales[:, :1].split(1))
@@ -75,9 +77,8 @@ class WeightQuantiser:
         """
         amax = torch.zeros_like(self._scales[:, 0])
         if self._filled:
-            sources = [self._sources[index] for index in self._filled]
-            largest = torch.stack(torch._foreach_norm(sources, float("inf"))).float().to(amax.device)
-            amax.scatter_reduce_(0, self._groups[self._filled], largest, "amax")
+            largest = torch.stack(torch._foreach_norm(self._filled, float("inf"))).float().to(amax.device)
+            amax.scatter_reduce_(0, self._filled_groups, largest, "amax")
         if all_reduce_max is not None:
             all_reduce_max(amax)
         amax.clamp_(min=MIN_AMAX)
@@ -95,11 +96,6 @@ class WeightQuantiser:
 
         from megamtp.precision import kernels
 
-        addresses = [tensor.data_ptr() for tensor in (*self._sources, *self._targets)]
-        if addresses != self._addresses:  # an engine may move its shards
-            sizes = [source.numel() for source in self._sources]
-            self._table = torch.tensor([*addresses, *sizes, *self._group_of], device=factors.device)
-            self._addresses = addresses
         types = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
         kernels.quantise_tensors[(len(self._sources), KERNEL_PROGRAMS)](
             self._table,

@@ -57,9 +57,9 @@ def check(config: Config, place: Place) -> CheckedRun:
     """
     data_parallel_rank_and_size, partition = check_engine(config, place.rank, place.world_size)
     if config.train.precision == "fp16" and not torch.cuda.is_available():
-        raise InputError("train.precision=fp16 without a GPU; expected fp32 or bf16: DeepSpeed's fp16 needs a GPU")
+        raise InputError("train.precision=fp16 without a GPU; expected fp32, bf16 or fp8: DeepSpeed's fp16 needs a GPU")
     if "fp8" in (config.train.precision, config.resolved_head_loss.precision):
-        _check_float8(config)
+        _check_float8(config, place.rank)
     if config.data.tokenizer:
         _check_tokenizer(config)
     train = [_windows(config, prefix) for _, prefix in config.data.train_corpora]
@@ -180,13 +180,14 @@ def report_vocabulary(config: Config) -> None:
             print_warning(f"training works, but {error}")
 
 
-def _check_float8(config: Config) -> None:
+def _check_float8(config: Config, rank: int) -> None:
     fp8 = "train.precision=fp8" if config.train.precision == "fp8" else "head_loss.precision=fp8"
     if not torch.cuda.is_available():
-        print_warning(f"{fp8} without a GPU: fp8 products are emulated, slowly")
+        if rank == 0:
+            print_warning(f"{fp8} without a GPU: fp8 products are emulated, slowly")
     elif torch.cuda.get_device_capability() < FLOAT8_CAPABILITY:
         raise InputError(
-            f"{fp8} on {torch.cuda.get_device_name()}; expected a GPU with fp8 products (H100, H200 or later): set it "
+            f"{fp8} on {torch.cuda.get_device_name()}; expected a GPU with fp8 products (Ada, Hopper or later): set it "
             "to bf16"
         )
 

@@ -1,5 +1,6 @@
 """Layers in fp8 (train.precision=fp8) under all engines: gradients, gathered weights, and the bytes of gathers."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megamtp.checkpoint import store
-from megamtp.config import Config
+from megamtp.config import Config, ModelConfig
 from megamtp.data.loader import Batch
+from megamtp.model.heads import Head
 from megamtp.model.initial import initial_value
-from megamtp.model.layers import DEFAULT_OPTIONS, LayerOptions
+from megamtp.model.layers import DEFAULT_OPTIONS, DocumentMask, LayerCost, LayerOptions, TransformerLayer, linear
 from megamtp.model.mtp import MTPModel
 from megamtp.targets import IGNORED
 from tests.cases import global_batch, own_share, small_config
@@ -143,6 +145,7 @@ def _gathers(ranks: int) -> list[tuple[list[int], bool]]:
         for group, expected in zip(unit.float8, getattr(whole, "weight_groups", []), strict=True):
             weights, scale = group.group.quantised
             gathered = torch.cat([matrix.flatten().view(torch.uint8) for matrix in weights])
+            assert all(matrix.data_ptr() % 16 == 0 for matrix in weights)  # fp8 products on a GPU need it
             # Quantised and then gathered equals gathered and then quantised, on every rank, bit for bit.
             assert torch.equal(gathered, expected.quantised.matrices[0].flatten().view(torch.uint8))
             assert torch.equal(scale, expected.quantised.scale)
@@ -211,6 +214,94 @@ def _losses(config: Config, engine, steps: range) -> list[list[float]]:
     return losses
 
 
+def _evaluations(ranks: int) -> list[tuple[list[float], list[float]]]:
+    """Returns the evaluation after a training step, and that of one process with the trained weights, by engine."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    from megamtp.engines.build import build_engine
+
+    results = []
+    for name in ("zero1", "zero3", "pipeline"):
+        config = _config(ranks, SETTINGS[name])
+        engine = build_engine(config)
+        size = engine.data_parallel_size
+        batches = global_batch(config, 1, 2 * size)
+        own = own_share(batches, engine.data_parallel_rank, size)
+        engine.evaluate(own)  # quantises the weights before the step
+        _losses(config, engine, range(1))
+        totals = engine.evaluate(own)
+        dist.all_reduce(totals)
+        weights: dict[str, Tensor] = {}
+        for key, parameter in engine.model.named_parameters():
+            weights[key] = safe_get_full_fp32_param(parameter).bfloat16()
+        by_rank: list[dict[str, Tensor]] = [{}] * ranks
+        dist.all_gather_object(by_rank, weights)
+        model = MTPModel(config.model, config.resolved_head_loss, options=LayerOptions(float8=True)).bfloat16()
+        merged = {key: tensor for rank_weights in by_rank for key, tensor in rank_weights.items()}
+        model.load_state_dict(merged)
+        model.quantise_weights()
+        with torch.no_grad():
+            exact = sum(model(batch.inputs, batch.targets, [1.0] * 3)[1] for batch in batches)
+        results.append((totals[:3].tolist(), exact.tolist()))
+    return results
+
+
+def test_evaluation_uses_the_newest_weights():
+    for result in run_ranks(_evaluations, 2, 2):
+        for losses, exact in result:
+            torch.testing.assert_close(torch.tensor(losses), torch.tensor(exact), rtol=1e-5, atol=0)
+
+
+class NestedHead(Head):
+    """A head of a user's own that contains a layer, and a matrix that stays in bf16."""
+
+    def __init__(self, model: ModelConfig, index: int, options: LayerOptions = DEFAULT_OPTIONS):
+        super().__init__()
+        self.layer = TransformerLayer(model, options)
+        self.matrix = torch.nn.Linear(model.dim, model.dim, bias=False)
+
+    def forward(self, z_BTD: Tensor, document_mask: DocumentMask | None = None) -> Tensor:
+        return self.layer(z_BTD, document_mask) + linear(z_BTD, self.matrix.weight)
+
+    def cost(self, sequence_length: int) -> LayerCost:
+        return self.layer.cost(sequence_length)
+
+
+NESTED = {"model__head_kind": f"{__name__}:NestedHead"}
+
+
+def test_heads_of_a_users_own_may_contain_layers():
+    for error, effect in run_ranks(_nested_errors, 2):
+        assert error < BOUND and effect > FLOAT8_EFFECT
+
+
+def _nested_errors() -> tuple[float, float]:
+    SETTINGS["nested"] = {"engine__kind": "zero3"} | NESTED
+    return _errors(2, ["nested"])[0]
+
+
+class OwnForward(TransformerLayer, Head):
+    """A head that computes in bf16 with parameters that ZeRO-3 gathers in fp8 only."""
+
+    def __init__(self, model: ModelConfig, index: int, options: LayerOptions = DEFAULT_OPTIONS):
+        TransformerLayer.__init__(self, model, options)
+
+    def forward(self, z_BTD: Tensor, document_mask: DocumentMask | None = None) -> Tensor:
+        return linear(z_BTD, self.get_parameter("attention.output.weight"))
+
+
+def _own_forward() -> bool:
+    from megamtp.engines.build import build_engine
+
+    config = _config(2, {"engine__kind": "zero3", "model__head_kind": f"{__name__}:OwnForward"})
+    losses = build_engine(config).evaluate(global_batch(config, 0, 1))[:3].tolist()
+    return any(math.isfinite(loss) for loss in losses)
+
+
+def test_parameters_that_were_not_gathered_give_no_finite_loss():
+    assert run_ranks(_own_forward, 2) == [False, False]
+
+
 def _trained(directory: str) -> list[list[float]]:
     """Saves a checkpoint after 3 steps; returns the losses of the next 3 steps."""
     from megamtp.engines.build import build_engine
@@ -237,6 +328,7 @@ def test_a_resumed_run_continues_bit_for_bit_and_may_change_its_precision(tmp_pa
     changes = (
         {"train__precision": "bf16"},
         {"engine__kind": "zero1"},
+        PIPELINE | {"train__global_batch_tokens": 16 * 2 * 4},  # as many micro-batches as two ranks have
         {"train__precision": "bf16", "engine__kind": "zero1"},
     )
     for change in changes:

@@ -156,10 +156,6 @@ CASES = {
         ["zero_optimization.stage", "conflicts"],
     ),
     "fp16 on a CPU": (lambda corpus, tmp: ["train.precision=fp16"], ["fp16", "without a GPU"]),
-    "fp8 on a CPU": (
-        lambda corpus, tmp: ["head_loss.precision=fp8", "train.precision=bf16"],
-        ["head_loss.precision=fp8", "without a GPU"],
-    ),
     "infinite learning rate": (lambda corpus, tmp: ["optimizer.lr=inf"], ["optimizer.lr=inf", "a finite number"]),
     "infinite z-loss": (lambda corpus, tmp: ["head_loss.z_loss=inf"], ["head_loss.z_loss=inf", "a finite number"]),
     "all head weights are zero": (

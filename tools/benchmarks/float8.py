@@ -17,7 +17,15 @@ from torch import Tensor
 
 from benchmarks import output
 from benchmarks.device import find_device, measure_milliseconds
-from megamtp.precision.operations import E4M3, E5M2, LARGEST, quantise, quantise_with_transpose, scaled_product
+from megamtp.precision.operations import (
+    E4M3,
+    E5M2,
+    LARGEST,
+    MIN_AMAX,
+    quantise,
+    quantise_with_transpose,
+    scaled_product,
+)
 
 BLOCK = 128
 SMOKE = {"positions": 128, "width": 128}
@@ -103,7 +111,7 @@ def _rounded(x: Tensor, dtype: torch.dtype, scaling: str) -> Tensor:
         quantised, scale = quantise(x.contiguous(), dtype)
         return quantised.double() * scale.double()
     groups = x.double().unflatten(1, (-1, BLOCK if scaling == "block" else x.shape[1]))
-    scale = groups.abs().amax(-1, keepdim=True).clamp(min=2.0**-100) / LARGEST[dtype]
+    scale = groups.abs().amax(-1, keepdim=True).clamp(min=MIN_AMAX) / LARGEST[dtype]
     return ((groups / scale).float().to(dtype).double() * scale).flatten(1)
 
 

@@ -1,7 +1,7 @@
 """ZeRO-3's shards of weights that layers use in fp8: each rank quantises its own shards, and gathers move e4m3.
 
-gather.py gathers them together with the other weights of their module. The parameters themselves then have a shape but
-no memory; layers read the quantised copies.
+gather.py gathers them together with the other weights of their module. The parameters themselves then have a shape, but
+their data are NaN; layers read the quantised copies.
 
 Tests: tests/distributed/test_float8_layers.py.
 """
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megamtp.engines.deepspeed.members import ShardedParameter, sharded
+from megamtp.model.layers import weight_groups
 from megamtp.precision.operations import E4M3
 from megamtp.precision.weights import WeightGroup, WeightQuantiser
 
@@ -39,30 +40,39 @@ class GroupShards:
         """Each weight's shard, uint8."""
         return list(self.memory.split(self.sizes))
 
-    def num_matrices(self, num_gathered_bytes: int) -> int:
-        """Returns 1 if the gathered weights are one matrix, with no padding between them; else one per weight."""
-        is_padded = num_gathered_bytes != sum(parameter.ds_numel for parameter in self.parameters)
-        return len(self.parameters) if is_padded else 1
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shape of each weight."""
+        return tuple(tuple(parameter.ds_shape) for parameter in self.parameters)
 
-    def matrices(self, flat: Sequence[Tensor], whole: Tensor) -> list[Tensor]:
-        """Returns the gathered weights as e4m3 matrices.
+    def is_one_matrix(self, world_size: int) -> bool:
+        """Returns whether the gathered weights lie one below the other, without padding between them."""
+        return world_size * self.memory.numel() == sum(parameter.ds_numel for parameter in self.parameters)
 
-        Args:
-            flat: the gathered weights, uint8, flat and padded: pieces of `whole`.
+    def empty_gathered(self, world_size: int, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns memory for the gathered weights: (each flat and padded, uint8; the e4m3 matrices in it).
+
+        Padded weights get memory of their own: fp8 products need matrices at addresses that are multiples of 16.
         """
-        width = self.parameters[0].ds_shape[1]
-        if len(self.parameters) > 1 and self.num_matrices(whole.numel()) == 1:
-            return [whole.view(E4M3).view(-1, width)]
-        return [
-            piece[: parameter.ds_numel].view(E4M3).view(parameter.ds_shape)
-            for piece, parameter in zip(flat, self.parameters, strict=True)
+        sizes = [size * world_size for size in self.sizes]
+        if self.is_one_matrix(world_size):
+            whole = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+            return list(whole.split(sizes)), [self.one_matrix(whole)]
+        flat = [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
+        matrices = [
+            tensor[: parameter.ds_numel].view(E4M3).view(parameter.ds_shape)
+            for tensor, parameter in zip(flat, self.parameters, strict=True)
         ]
+        return flat, matrices
+
+    def one_matrix(self, whole: Tensor) -> Tensor:
+        """Returns the memory of all weights, without padding, as one e4m3 matrix."""
+        return whole.view(E4M3).view(-1, self.parameters[0].ds_shape[1])
 
 
 def group_shards(module: nn.Module) -> list[GroupShards]:
     """Returns the shards of a module's weights in fp8; empty in other precisions."""
-    groups: list[WeightGroup] = getattr(module, "weight_groups", [])
-    return [GroupShards(module, group) for group in groups]
+    return [GroupShards(layer, group) for layer, group in weight_groups(module)]
 
 
 def shard_quantiser(
@@ -81,7 +91,7 @@ def shard_quantiser(
             indices.append(index)
     quantiser = WeightQuantiser(sources, targets, indices, device)
     for scale, shards in zip(quantiser.scales, groups, strict=True):
-        shards.group.allocate(scale, shards.num_matrices(world_size * shards.memory.numel()), device)
+        shards.group.allocate(scale, 1 if shards.is_one_matrix(world_size) else len(shards.parameters), device)
     return lambda: quantiser.update(lambda amax: dist.all_reduce(amax, dist.ReduceOp.MAX, group=process_group))
 
 

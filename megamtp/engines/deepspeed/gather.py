@@ -49,8 +49,8 @@ class Unit:
 
     Attributes:
         parameters: all parameters, in DeepSpeed's order.
-        gathered: the parameters that are available in full only while the module runs, except for those in float8.
-        float8: the weights that are gathered in fp8.
+        float8: the weights that are gathered in fp8; the parameters themselves are never available in full.
+        gathered: the other parameters that are available in full only while the module runs.
         persistent: the parameters that stay available in full until the end of the step.
         shard_sizes: number of elements in a shard of each parameter, with padding.
         padding: number of padding elements in all shards of each parameter.
@@ -66,7 +66,8 @@ class Unit:
         self.parameters = sorted(sharded(module.parameters()), key=lambda parameter: parameter.ds_id)
         self.float8 = group_shards(module)
         self.float8_parameters = [parameter for shards in self.float8 for parameter in shards.parameters]
-        others = [parameter for parameter in self.parameters if parameter not in set(self.float8_parameters)]
+        in_float8 = set(self.float8_parameters)
+        others = [parameter for parameter in self.parameters if parameter not in in_float8]
         self.gathered = [parameter for parameter in others if not parameter.ds_persist]
         self.persistent = [parameter for parameter in others if parameter.ds_persist]
         self.shard_sizes = [parameter.ds_tensor.numel() for parameter in self.parameters]
@@ -75,9 +76,9 @@ class Unit:
             for size, parameter in zip(self.shard_sizes, self.parameters, strict=True)
         ]
         # Units with equal shapes share buffers.
-        self.shapes = tuple(
-            tuple(tuple(parameter.ds_shape) for parameter in parameters)
-            for parameters in (self.gathered, self.float8_parameters)
+        self.shapes = (
+            tuple(tuple(parameter.ds_shape) for parameter in self.gathered),
+            tuple(shards.shapes for shards in self.float8),
         )
         self.buffer: Buffer | None = None
         self.handles: list[dist.Work] = []
@@ -99,23 +100,6 @@ class Unit:
         """The tensors whose `data` are the gathered weights."""
         quantised = [shards.group.quantised for shards in self.float8]
         return [*self.gathered, *(matrix for weights in quantised if weights for matrix in weights.matrices)]
-
-    def views(self, flat: list[Tensor], wholes: list[Tensor]) -> list[Tensor]:
-        """Returns the gathered weights for the receivers.
-
-        Args:
-            flat: the flat, padded weights.
-            wholes: the memory of each group of weights in fp8.
-        """
-        weights = [
-            tensor.view(parameter.dtype)[: parameter.ds_numel].view(parameter.ds_shape)
-            for tensor, parameter in zip(flat, self.gathered, strict=False)
-        ]
-        start = len(weights)
-        for shards, whole in zip(self.float8, wholes, strict=True):
-            weights += shards.matrices(flat[start : start + len(shards.sizes)], whole)
-            start += len(shards.sizes)
-        return weights
 
 
 class WeightGatherer:
@@ -139,8 +123,9 @@ class WeightGatherer:
         self._training, self._position = True, 0
         self._another_micro_batch_follows = False  # whether another micro-batch with the same weights follows
         self._shape_only: list[Unit] = []  # units whose weights have shapes but no memory
-        dtypes = units[0].parameters[0].dtype, E4M3
-        self._empty = {dtype: torch.empty(0, dtype=dtype, device=streams.device) for dtype in dtypes}
+        dtype = units[0].parameters[0].dtype
+        self._empty = {kind: torch.empty(0, dtype=kind, device=streams.device) for kind in (dtype, E4M3)}
+        self._nan = torch.full((1,), float("nan"), dtype=dtype, device=streams.device)
         self._quantise_shards = shard_quantiser(
             [group for unit in units for group in unit.float8], group, streams.device
         )
@@ -256,15 +241,11 @@ class WeightGatherer:
         shards = unit.shards
         with self._streams.on(self._streams.gather):
             offloaded = self._streams.on_gpu and bool(shards) and not shards[0].is_cuda
-            if offloaded:
-                shards = [shard.to(self._streams.device, non_blocking=True) for shard in shards]
             if self._world_size == 1 or not shards:
-                wholes = [group.memory.to(self._streams.device, non_blocking=True) for group in unit.float8]
-                unit.buffer = Buffer(shards, unit.views(shards, wholes))
-                for shard in shards if offloaded else ():
-                    # Otherwise the allocator could give its memory to later copies too early.
-                    self._streams.mark_used_by_compute(shard)
+                unit.buffer = self._local_buffer(unit, offloaded)
             else:
+                if offloaded:
+                    shards = [shard.to(self._streams.device, non_blocking=True) for shard in shards]
                 unit.buffer = self._take_buffer(unit, shards)
                 self._streams.wait_event(unit.buffer.last_use, self._streams.gather)
                 unit.handles = self._all_gather(unit.buffer.flat, shards)
@@ -280,7 +261,8 @@ class WeightGatherer:
             parameter.ds_status = ZeroParamStatus.AVAILABLE
 
     def _shape_only_data(self, parameter: ShardedParameter) -> Tensor:
-        return torch.empty(1, dtype=parameter.dtype, device=self._streams.device).expand(parameter.ds_shape)
+        """Returns NaN in the parameter's shape, so that no code can read it unnoticed."""
+        return self._nan.expand(parameter.ds_shape)
 
     def _all_gather(self, outputs: list[Tensor], shards: list[Tensor]) -> list[dist.Work]:
         """Starts one collective for all parameters, or one per parameter on gloo.
@@ -299,14 +281,32 @@ class WeightGatherer:
         if free_buffers:
             return free_buffers.popleft()
         # New memory is allocated on the gather stream, so no unfinished work of another stream can use it.
-        flat = [self._empty_gathered(shard.numel(), shard.dtype) for shard in shards[: len(unit.gathered)]]
-        wholes = [self._empty_gathered(group.memory.numel(), torch.uint8) for group in unit.float8]
-        for group, whole in zip(unit.float8, wholes, strict=True):
-            flat += whole.split([size * self._world_size for size in group.sizes])
-        return Buffer(flat, unit.views(flat, wholes))
+        flat = [
+            torch.empty(shard.numel() * self._world_size, dtype=shard.dtype, device=self._streams.device)
+            for shard in shards[: len(unit.gathered)]
+        ]
+        weights = [
+            tensor.view(parameter.dtype)[: parameter.ds_numel].view(parameter.ds_shape)
+            for tensor, parameter in zip(flat, unit.gathered, strict=True)
+        ]
+        for group in unit.float8:
+            group_flat, matrices = group.empty_gathered(self._world_size, self._streams.device)
+            flat += group_flat
+            weights += matrices
+        return Buffer(flat, weights)
 
-    def _empty_gathered(self, shard_size: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(shard_size * self._world_size, dtype=dtype, device=self._streams.device)
+    def _local_buffer(self, unit: Unit, offloaded: bool) -> Buffer:
+        """Returns the weights of a single rank, which are its shards, copied to the device if they are offloaded."""
+        memories = [*(parameter.ds_tensor for parameter in unit.gathered), *(group.memory for group in unit.float8)]
+        if offloaded:
+            memories = [memory.to(self._streams.device, non_blocking=True) for memory in memories]
+            for memory in memories:
+                # Otherwise the allocator could give its memory to later copies too early.
+                self._streams.mark_used_by_compute(memory)
+        others, in_float8 = memories[: len(unit.gathered)], memories[len(unit.gathered) :]
+        weights = [memory.view(parameter.ds_shape) for memory, parameter in zip(others, unit.gathered, strict=True)]
+        weights += [group.one_matrix(memory) for memory, group in zip(in_float8, unit.float8, strict=True)]
+        return Buffer(memories, weights)
 
     def _wait(self, unit: Unit) -> None:
         for handle in unit.handles:

@@ -83,7 +83,8 @@ class GroupedCommunication:
         return self.gatherer.pinned(self._units[module])
 
     def remove(self) -> None:
-        """Restores DeepSpeed's own hooks, coordinator and buckets."""
+        """Restores DeepSpeed's own hooks, coordinator and buckets. Layers in fp8 cannot use these."""
+        assert not any(unit.float8 for unit in self._units.values())
         optimizer = self._optimizer
         self.gatherer.release_all(pinned=True)
         for hook in self._hooks:

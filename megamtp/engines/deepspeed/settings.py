@@ -53,7 +53,7 @@ REFUSED = {
     "fp16.fp16_master_weights_and_grads": "master weights are fp32",
     "bf16.bf16_master_weights_and_grads": "master weights are fp32",
     "zero_optimization.zero_hpz_partition_size": "hpZ is not supported",
-    "zero_optimization.zero_quantized_weights": "quantised gathers are not supported",
+    "zero_optimization.zero_quantized_weights": "set train.precision=fp8, which gathers weights in fp8",
     "zero_optimization.zero_quantized_nontrainable_weights": "quantised gathers are not supported",
     "zero_optimization.zero_quantized_gradients": "quantised reductions are not supported",
     "zero_optimization.mics_shard_size": "MiCS is not supported",

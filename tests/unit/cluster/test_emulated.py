@@ -7,20 +7,14 @@ from tests.cases import global_batch, own_share, small_config
 from tests.ranks import run_ranks
 
 
-def _transfers_of_a_step(world_size: int) -> list[tuple[str, int, float]]:
+def _transfers_of_a_step(world_size: int, **settings) -> list[tuple[str, int, float]]:
     from megamtp.cluster import emulated
     from megamtp.engines.deepspeed.join import join_peers
     from megamtp.engines.zero import ZeroEngine
 
-    config = small_config(
-        world_size,
-        engine__kind="zero3",
-        cluster__emulate=world_size,
-        cluster__flat_bandwidth=1e9,
-        cluster__latency=0,
-        model__num_future_tokens=2,
-        train__precision="bf16",
-    )
+    common = {"engine__kind": "zero3", "cluster__emulate": world_size, "cluster__flat_bandwidth": 1e9}
+    common |= {"cluster__latency": 0, "model__num_future_tokens": 2, "train__precision": "bf16"}
+    config = small_config(world_size, **common | settings)
     logs = []
     join = emulated.join
     emulated.join = lambda cluster: logs.append(join(cluster))
@@ -30,6 +24,32 @@ def _transfers_of_a_step(world_size: int) -> list[tuple[str, int, float]]:
         logs[0].clear()
         engine.train_batch(own_share(global_batch(config, step, 1), 0, 1), [40, 40], lr=1e-3)
     return [(transfer.kind, transfer.num_bytes, transfer.seconds) for transfer in logs[0]]
+
+
+def _transfers_in_float8(world_size: int) -> list[tuple[str, int, float]]:
+    lengths = {
+        "train__sequence_length": 16,
+        "train__micro_batch_size": 1,
+        "train__global_batch_tokens": 16 * world_size,
+    }
+    sizes = {"model__mlp_dim": 32, "model__vocab_size": 112}
+    return _transfers_of_a_step(world_size, train__precision="fp8", **lengths, **sizes)
+
+
+@pytest.mark.parametrize("world_size", [2, 6])
+def test_bytes_of_a_step_in_float8(world_size):
+    """Matrices of layers have one byte per element. With 6 ranks, a shard has an odd number of bytes."""
+    (transfers,) = run_ranks(_transfers_in_float8, 1, world_size, backend="none")
+
+    def padded(*sizes: int) -> int:
+        return sum(-(-size // world_size) * world_size for size in sizes)
+
+    layer = padded(*[256] * 4, *[32 * 16] * 3) + 2 * padded(16, 16)
+    embedding, unembedding = 2 * padded(112 * 16), 2 * padded(16, 112 * 16)
+    gathers = [num_bytes for kind, num_bytes, _ in transfers if kind == "all_gather"]
+    assert sorted(gathers) == sorted([embedding, unembedding, *[layer] * (3 + 2 + 3)])
+    # The scales of all layers' four groups, in one reduction.
+    assert next(num_bytes for kind, num_bytes, _ in transfers if kind == "all_reduce") == 4 * 5 * 4
 
 
 @pytest.mark.parametrize("world_size", [2, 64])

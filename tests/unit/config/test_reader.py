@@ -268,6 +268,11 @@ def test_long_settings_are_refused(argument, words):
     ("arguments", "message"),
     [
         (
+            "head_loss.fp8_first_head=false",
+            "head_loss.fp8_first_head=False with head_loss.precision=null; expected losses in fp8: the setting has no "
+            "effect otherwise",
+        ),
+        (
             "engine.kind=zero1 engine.offload_parameters=true",
             "engine.offload_parameters=True with engine.kind=zero1; expected engine.kind=zero3: the setting has no "
             "effect otherwise",
@@ -392,7 +397,11 @@ def test_what_fp8_cannot_do_is_named(argument, words):
     ("arguments", "words"),
     [
         ("model.dim=136 model.num_attention_heads=4", "train.precision=fp8 with model.dim=136; expected a multiple"),
-        ("model.mlp_dim=40", "train.precision=fp8 with width of the MLP=40; expected a multiple of 16"),
+        ("model.mlp_dim=40", "train.precision=fp8 with model.mlp_dim=40; expected a multiple of 16"),
+        (
+            "model.dim=32 model.num_attention_heads=4 model.num_key_value_heads=1",
+            "fp8 with model.num_key_value_heads x the width of an attention head=8; expected a multiple of 16",
+        ),
         ("model.vocab_size=100", "train.precision=fp8 with model.vocab_size=100; expected a multiple of 16"),
         (
             "train.sequence_length=24 train.global_batch_tokens=24",

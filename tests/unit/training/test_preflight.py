@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from megamtp.cluster.environment import Place
 from megamtp.config import read_config, write_config
@@ -11,6 +12,7 @@ from megamtp.data.indexed_dataset import IndexedDatasetWriter
 from megamtp.data.tokenizer import SentencePieceTokenizer
 from megamtp.errors import InputError
 from megamtp.training.preflight import (
+    _check_float8,
     _check_tokenizer,
     _check_vocabulary,
     _refuse_run_without_emulation,
@@ -20,6 +22,34 @@ from megamtp.training.preflight import (
 from tests import tokenizer_kinds
 
 CONFIG = str(Path(__file__).parents[3] / "configs/quickstart.yaml")
+
+
+FP8 = [CONFIG, "run.directory=r", "data.train=a", "train.precision=fp8"]
+
+
+def test_fp8_on_a_cpu_is_emulated_which_rank_0_says(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for rank in (0, 1):
+        _check_float8(read_config(FP8), rank)
+    assert capsys.readouterr().err == (
+        "megamtp: warning: train.precision=fp8 without a GPU: fp8 products are emulated, slowly\n"
+    )
+
+
+@pytest.mark.parametrize("key", ["train.precision", "head_loss.precision"])
+def test_fp8_on_a_gpu_without_it_is_refused(key, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
+    config = read_config([*FP8[:3], "train.precision=bf16", f"{key}=fp8"])
+    for capability, refused in (((8, 0), True), ((8, 9), False), ((9, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        if not refused:
+            _check_float8(config, 0)
+            continue
+        with pytest.raises(
+            InputError, match=rf"^{key}=fp8 on NVIDIA A100; expected a GPU with fp8 products .*to bf16$"
+        ):
+            _check_float8(config, 0)
 
 
 def test_vocabulary_of_a_corpus(tmp_path):
