@@ -63,7 +63,7 @@ def _differences(world_size: int) -> dict[str, list[str]]:
     return differing
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", [2, 3, pytest.param(4, marks=pytest.mark.full)])
 def test_equals_deepspeeds_communication_bit_for_bit(world_size):
     for differing in run_ranks(_differences, world_size, world_size, backend="ordered"):
         assert differing == {name: [] for name in SETTINGS}

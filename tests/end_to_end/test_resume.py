@@ -22,17 +22,16 @@ PIPELINE = ["engine.kind=pipeline", "engine.num_stages=2", "engine.stage_layers=
 SPREAD = "engine.spread_losses=true"
 
 
-# The last case (two pipelines without spread losses) runs only with --full. The others cover 2 x 2 ranks and pipelines
-# without spread losses, but not together.
-KILLED = [(2, []), (2, [*PIPELINE, "train.precision=bf16"]), (4, [*PIPELINE, SPREAD]), (4, PIPELINE)]
+FULL = pytest.mark.full
+KILLED = [
+    (2, []),
+    (4, [*PIPELINE, SPREAD]),
+    pytest.param(2, [*PIPELINE, "train.precision=bf16"], marks=FULL),
+    pytest.param(4, PIPELINE, marks=FULL),
+]
 
 
-def pytest_generate_tests(metafunc):
-    if metafunc.function is test_killed_and_resumed_equals_uninterrupted:
-        cases = KILLED if metafunc.config.getoption("--full") else KILLED[:-1]
-        metafunc.parametrize(("num_ranks", "settings"), cases)
-
-
+@pytest.mark.parametrize(("num_ranks", "settings"), KILLED)
 @pytest.mark.timeout(600)
 def test_killed_and_resumed_equals_uninterrupted(num_ranks, settings, arguments, tmp_path):
     whole, killed, arguments = tmp_path / "whole", tmp_path / "killed", [*arguments, *settings]
@@ -79,7 +78,7 @@ def test_saves_are_reported(twice_saved):
         assert record["copy_seconds"] > 0 and record["wait_seconds"] > 0
 
 
-@pytest.mark.parametrize("kind", ["truncated", "flipped", "missing"])
+@pytest.mark.parametrize("kind", ["truncated", *(pytest.param(kind, marks=FULL) for kind in ("flipped", "missing"))])
 def test_resumes_from_the_newest_intact_checkpoint(kind, twice_saved, arguments, tmp_path):
     """The file of the second rank is damaged. The final state is bitwise the same."""
     shutil.copytree(twice_saved, tmp_path / "run")

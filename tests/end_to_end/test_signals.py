@@ -34,7 +34,7 @@ def start_job(start, command, arguments, directory):
     return process
 
 
-@pytest.mark.parametrize(("rank", "number"), [(0, signal.SIGTERM), (1, signal.SIGUSR1)])
+@pytest.mark.parametrize(("rank", "number"), [pytest.param(0, signal.SIGTERM, marks=FULL), (1, signal.SIGUSR1)])
 def test_signal_to_one_rank_stops_all(rank, number, arguments, tmp_path, start):
     process = start_job(start, deepspeed(2), arguments, tmp_path / "run")
     ranks(tmp_path / "run")[rank].send_signal(number)
