@@ -242,7 +242,7 @@ CASES = {
     ),
     "fp16 in a pipeline": (
         lambda corpus, tmp: [*pipeline(2), "train.precision=fp16"],
-        ["train.precision=fp16", "bf16 or fp32"],
+        ["train.precision=fp16", "bf16, fp32 or fp8"],
     ),
     "initial weights are not a checkpoint": (
         lambda corpus, tmp: [f"run.initial_weights={corpus}"],

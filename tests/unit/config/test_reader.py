@@ -325,7 +325,7 @@ def test_long_settings_are_refused(argument, words):
         ),
         (
             "engine.kind=pipeline engine.num_stages=2 train.precision=fp16",
-            "train.precision=fp16 with engine.kind=pipeline; expected bf16 or fp32",
+            "train.precision=fp16 with engine.kind=pipeline; expected bf16, fp32 or fp8",
         ),
         (
             "engine.kind=pipeline engine.num_stages=2 cluster.emulate=2",
