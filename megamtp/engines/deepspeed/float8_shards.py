@@ -25,6 +25,7 @@ class GroupShards:
         parameters: the group's weights.
         sizes: bytes of a shard of each weight, with padding.
         memory: uint8: the shards, one behind the other.
+        shards: each weight's shard, a view of `memory`.
     """
 
     def __init__(self, module: nn.Module, group: WeightGroup):
@@ -34,11 +35,7 @@ class GroupShards:
         device = self.parameters[0].ds_tensor.device
         on_host = torch.cuda.is_available() and device.type == "cpu"  # offloaded
         self.memory = torch.zeros(sum(self.sizes), dtype=torch.uint8, device=device, pin_memory=on_host)
-
-    @property
-    def shards(self) -> list[Tensor]:
-        """Each weight's shard, uint8."""
-        return list(self.memory.split(self.sizes))
+        self.shards = list(self.memory.split(self.sizes))
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:

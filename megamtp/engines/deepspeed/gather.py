@@ -11,6 +11,7 @@ Tests: tests/distributed/test_gather.py, tests/gpu/test_emulated.py.
 """
 
 import contextlib
+import functools
 import itertools
 from collections import deque
 from collections.abc import Iterator
@@ -95,9 +96,9 @@ class Unit:
             shard for group in self.float8 for shard in group.shards
         ]
 
-    @property
+    @functools.cached_property
     def receivers(self) -> list[Any]:
-        """The tensors whose `data` are the gathered weights."""
+        """The tensors whose `data` are the gathered weights. The weights in fp8 must have their quantiser."""
         quantised = [shards.group.quantised for shards in self.float8]
         return [*self.gathered, *(matrix for weights in quantised if weights for matrix in weights.matrices)]
 
