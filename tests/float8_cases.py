@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,10 +11,20 @@ from torch import Tensor
 from megamtp.losses.float8 import Float8Weight
 from megamtp.losses.linear_cross_entropy import linear_cross_entropy
 from megamtp.targets import IGNORED
+from megamtp.training.preflight import FLOAT8_CAPABILITY
 
 # Largest relative rounding error: half a spacing, 2^-4 in e4m3 and 2^-3 in e5m2. For numbers whose logarithm is uniform
 # over a binade, the root mean square error is 0.42 of that.
 E4M3_ERROR, E5M2_ERROR = 0.42 * 2**-4, 0.42 * 2**-3
+
+
+NEEDS_FLOAT8 = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        torch.cuda.is_available() and torch.cuda.get_device_capability() < FLOAT8_CAPABILITY,
+        reason="no fp8 products on this GPU",
+    ),
+]
 
 
 @dataclass(frozen=True)

@@ -15,19 +15,12 @@ from megamtp.losses.linear_cross_entropy import linear_cross_entropy
 from megamtp.losses.softmax_gradient import softmax_gradient_
 from megamtp.model.mtp import MTPModel
 from megamtp.precision.operations import E4M3, E5M2, quantise
-from megamtp.training.preflight import FLOAT8_CAPABILITY
 from tests.cases import small_config
 from tests.engine_steps import largest_errors
-from tests.float8_cases import E4M3_ERROR, E5M2_ERROR, Case
+from tests.float8_cases import E4M3_ERROR, E5M2_ERROR, NEEDS_FLOAT8, Case
 from tests.ranks import run_gpu_rank
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        torch.cuda.is_available() and torch.cuda.get_device_capability() < FLOAT8_CAPABILITY,
-        reason="no fp8 products on this GPU",
-    ),
-]
+pytestmark = NEEDS_FLOAT8
 
 # They include chunks and last chunks whose rows are not a multiple of 16, and the largest vocabulary in use.
 CASES = [

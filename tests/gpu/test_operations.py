@@ -13,16 +13,10 @@ from megamtp.model.mtp import MTPModel
 from megamtp.precision import operations
 from megamtp.precision.operations import E4M3, E5M2
 from megamtp.precision.weights import WeightQuantiser
-from megamtp.training.preflight import FLOAT8_CAPABILITY
+from tests.float8_cases import NEEDS_FLOAT8
 from tests.reference import relative_error
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        torch.cuda.is_available() and torch.cuda.get_device_capability() < FLOAT8_CAPABILITY,
-        reason="no fp8 products on this GPU",
-    ),
-]
+pytestmark = NEEDS_FLOAT8
 SHAPES = [(256, 192), (304, 1040), (2048, 4096)]  # the second has tiles that are not full in either direction
 
 
