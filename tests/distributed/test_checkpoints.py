@@ -55,7 +55,8 @@ def _train(config, engine, steps: range) -> list[list[float]]:
 
     size, losses = engine.data_parallel_size, []
     for step in steps:
-        own = own_share(global_batch(config, step, MICRO_BATCHES), engine.data_parallel_rank, size)
+        batches = global_batch(config, step, config.num_micro_batches(size) * size)
+        own = own_share(batches, engine.data_parallel_rank, size)
         counts = count_targets(own, True, size, engine.device)
         nll_sums = engine.train_batch(own, counts, 1e-2).nll_sums.double()
         dist.all_reduce(nll_sums)

@@ -17,6 +17,7 @@ from megamtp.model.layers import DEFAULT_OPTIONS, DocumentMask, LayerCost, Layer
 from megamtp.model.mtp import MTPModel
 from megamtp.targets import IGNORED
 from tests.cases import global_batch, own_share, small_config
+from tests.distributed.test_checkpoints import _train
 from tests.engine_steps import names_on_all_ranks, step_with_gradients
 from tests.ranks import run_ranks
 from tests.reference import relative_error
@@ -199,21 +200,6 @@ def _reductions() -> int:
     return len(calls)
 
 
-def _losses(config: Config, engine, steps: range) -> list[list[float]]:
-    """Trains, and returns each step's losses by head."""
-    from megamtp.engines.base import count_targets
-
-    losses, size = [], engine.data_parallel_size
-    for step in steps:
-        batches = global_batch(config, step, config.num_micro_batches(size) * size)
-        own = own_share(batches, engine.data_parallel_rank, size)
-        counts = count_targets(own, True, size, engine.device)
-        nll_sums = engine.train_batch(own, counts, 1e-2).nll_sums.double()
-        dist.all_reduce(nll_sums)
-        losses.append([nll / count for nll, count in zip(nll_sums.tolist(), counts, strict=True)])
-    return losses
-
-
 def _evaluations(ranks: int) -> list[tuple[list[float], list[float]]]:
     """Returns the evaluation after a training step, and that of one process with the trained weights, by engine."""
     from deepspeed.utils import safe_get_full_fp32_param
@@ -228,7 +214,7 @@ def _evaluations(ranks: int) -> list[tuple[list[float], list[float]]]:
         batches = global_batch(config, 1, 2 * size)
         own = own_share(batches, engine.data_parallel_rank, size)
         engine.evaluate(own)  # quantises the weights before the step
-        _losses(config, engine, range(1))
+        _train(config, engine, range(1))
         totals = engine.evaluate(own)
         dist.all_reduce(totals)
         weights: dict[str, Tensor] = {}
@@ -308,9 +294,9 @@ def _trained(directory: str) -> list[list[float]]:
 
     config = _config(2, {"engine__kind": "zero3", "run__directory": directory})
     engine = build_engine(config)
-    _losses(config, engine, range(3))
+    _train(config, engine, range(3))
     save(config, engine, 3)
-    return _losses(config, engine, range(3, 6))
+    return _train(config, engine, range(3, 6))
 
 
 def _resumed(directory: str, settings: dict) -> list[list[float]]:
@@ -319,7 +305,7 @@ def _resumed(directory: str, settings: dict) -> list[list[float]]:
     config = _config(2, settings)
     engine = build_engine(config)
     engine.load(store.newest_checkpoint(Path(directory)))
-    return _losses(config, engine, range(3, 6))
+    return _train(config, engine, range(3, 6))
 
 
 def test_a_resumed_run_continues_bit_for_bit_and_may_change_its_precision(tmp_path):
