@@ -1,4 +1,4 @@
-"""Tests the output of plan: configurations that fit, and one that does not."""
+"""Tests what `plan` prints for configurations that fit, and for one that does not fit."""
 
 import subprocess
 import sys
