@@ -159,8 +159,9 @@ def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return linear(F.silu(linear(x, gate)) * linear(x, up), down)
 
 
-def norm_mlp(
+def add_norm_mlp(
     x_BTD: Tensor,
+    added_BTD: Tensor,
     norm_D: Tensor,
     gate: Tensor,
     up: Tensor,
@@ -169,9 +170,10 @@ def norm_mlp(
     quantised_gate_up: QuantisedWeights | None = None,
     quantised_down: QuantisedWeights | None = None,
 ) -> Tensor:
-    """Returns x + swiglu(rms_norm(x))."""
+    """Returns h + swiglu(rms_norm(h)) with h = x + added."""
     if quantised_gate_up is not None and quantised_down is not None:
-        return float8.norm_mlp(x_BTD, norm_D, gate, up, down, eps, quantised_gate_up, quantised_down)
+        return float8.add_norm_mlp(x_BTD, added_BTD, norm_D, gate, up, down, eps, quantised_gate_up, quantised_down)
+    x_BTD = x_BTD + added_BTD
     return x_BTD + swiglu(rms_norm(x_BTD, norm_D, eps), gate, up, down)
 
 
@@ -195,8 +197,8 @@ def transformer_layer(
     query_key_value8, output8, gate_up8, down8 = quantised or (None, None, None, None)
     x_BTD, queries, keys, values = norm_linears(x_BTD, attention_norm, (query, key, value), eps, query_key_value8)
     attended_BTD, cache = attention(queries, keys, values, rotary, head_dim, cache, mask)
-    x_BTD = x_BTD + linear(attended_BTD, output, output8)
-    return norm_mlp(x_BTD, mlp_norm, gate, up, down, eps, gate_up8, down8), cache
+    attended_BTD = linear(attended_BTD, output, output8)
+    return add_norm_mlp(x_BTD, attended_BTD, mlp_norm, gate, up, down, eps, gate_up8, down8), cache
 
 
 def layer_output(

@@ -56,8 +56,9 @@ def linear(x: Tensor, weight: Tensor, quantised: QuantisedWeights) -> Tensor:
     return _Float8Linear.apply(x, weight, quantised.scale, *quantised.matrices)
 
 
-def norm_mlp(
+def add_norm_mlp(
     x_BTD: Tensor,
+    added_BTD: Tensor,
     norm_D: Tensor,
     gate: Tensor,
     up: Tensor,
@@ -66,9 +67,10 @@ def norm_mlp(
     quantised_gate_up: QuantisedWeights,
     quantised_down: QuantisedWeights,
 ) -> Tensor:
-    """Returns x + down(silu(gate(y)) * up(y)) with y = rms_norm(x)."""
-    return _Float8NormMlp.apply(
+    """Returns h + down(silu(gate(y)) * up(y)) with h = x + added, y = rms_norm(h)."""
+    return _Float8AddNormMlp.apply(
         x_BTD,
+        added_BTD,
         norm_D,
         gate,
         up,
@@ -89,7 +91,7 @@ class _Float8NormLinears(torch.autograd.Function):
         weights = weights_and_quantised[:num_weights]
         weight_scale, *matrices = weights_and_quantised[num_weights:]
         x_ND = x_BTD.flatten(0, -2)
-        normed8_ND, scale, reciprocal_rms_N = norm_quantise(x_ND, norm_D, eps)
+        _, normed8_ND, scale, reciprocal_rms_N = norm_quantise(x_ND, norm_D, eps)
         ctx.sizes = [len(weight) for weight in weights]
         outputs = _outputs(normed8_ND, scale, matrices, weight_scale, ctx.sizes, x_BTD.dtype)
         ctx.save_for_backward(x_BTD, norm_D, reciprocal_rms_N, normed8_ND, scale, weight_scale, *matrices)
@@ -129,11 +131,12 @@ class _Float8Linear(torch.autograd.Function):
         return d_x_ND.view(*gradient.shape[:-1], -1), d_weight, None, None
 
 
-class _Float8NormMlp(torch.autograd.Function):
+class _Float8AddNormMlp(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         x_BTD: Tensor,
+        added_BTD: Tensor,
         norm_D: Tensor,
         gate: Tensor,
         up: Tensor,
@@ -144,64 +147,61 @@ class _Float8NormMlp(torch.autograd.Function):
         down_matrix: Tensor,
         *gate_up_matrices: Tensor,
     ) -> Tensor:
-        x_ND = x_BTD.flatten(0, -2)
-        normed8_ND, scale, reciprocal_rms_N = norm_quantise(x_ND, norm_D, eps)
+        x_ND, normed8_ND, scale, reciprocal_rms_N = norm_quantise(
+            x_BTD.flatten(0, -2), norm_D, eps, added_BTD.reshape(-1, len(norm_D))
+        )
         sizes = [len(gate), len(up)]
         gate_NH, up_NH = _outputs(normed8_ND, scale, gate_up_matrices, gate_up_scale, sizes, x_BTD.dtype)
-        hidden8_NH, hidden_scale = swiglu_quantise(gate_NH, up_NH)
+        hidden8_NH, hidden8_HN, hidden_scale = swiglu_quantise(gate_NH, up_NH)
         output_ND = scaled_product(hidden8_NH, hidden_scale, down_matrix, down_scale, x_BTD.dtype, FAST_FORWARD)
         ctx.save_for_backward(
-            x_BTD,
+            x_ND,
             norm_D,
             reciprocal_rms_N,
             normed8_ND,
             scale,
             gate_NH,
             up_NH,
-            hidden8_NH,
+            hidden8_HN,
             hidden_scale,
             gate_up_scale,
             down_scale,
             down_matrix,
             *gate_up_matrices,
         )
-        return x_BTD + output_ND.view_as(x_BTD)
+        return (x_ND + output_ND).view_as(x_BTD)
 
     @staticmethod
     def backward(ctx: Any, gradient_BTD: Tensor) -> tuple[Tensor | None, ...]:
         (
-            x_BTD,
+            x_ND,
             norm_D,
             reciprocal_rms_N,
             normed8_ND,
             scale,
             gate_NH,
             up_NH,
-            hidden8_NH,
+            hidden8_HN,
             hidden_scale,
             gate_up_scale,
             down_scale,
             down_matrix,
             *gate_up_matrices,
         ) = ctx.saved_tensors
-        dtype = x_BTD.dtype
-        gradient_ND = gradient_BTD.reshape(normed8_ND.shape)
+        dtype = x_ND.dtype
+        gradient_ND = gradient_BTD.reshape(x_ND.shape)
         gradient8_ND, gradient8_DN, gradient_scale = quantise_with_transpose([gradient_ND], E5M2)
         d_hidden_NH = _input_gradient(gradient8_ND, gradient_scale, [down_matrix], down_scale, dtype)
-        hidden8_HN = transpose([hidden8_NH], gradient_scale)
         (d_down,) = _weight_gradients(gradient8_DN, gradient_scale, hidden8_HN, hidden_scale, [len(down_matrix)], dtype)
-        d_gate_up8_NS, d_gate_up_scale = swiglu_backward(d_hidden_NH, gate_NH, up_NH)
+        d_gate_up8_NS, d_gate_up8_SN, d_gate_up_scale = swiglu_backward(d_hidden_NH, gate_NH, up_NH)
         d_normed_ND = _input_gradient(d_gate_up8_NS, d_gate_up_scale, gate_up_matrices, gate_up_scale, dtype)
+        normed8_DN = transpose([normed8_ND], gradient_scale)
         d_gate, d_up = _weight_gradients(
-            transpose([d_gate_up8_NS], gradient_scale),
-            d_gate_up_scale,
-            transpose([normed8_ND], gradient_scale),
-            scale,
-            [gate_NH.shape[1]] * 2,
-            dtype,
+            d_gate_up8_SN, d_gate_up_scale, normed8_DN, scale, [gate_NH.shape[1]] * 2, dtype
         )
-        d_x_ND, d_norm_D = norm_backward(d_normed_ND, x_BTD.flatten(0, -2), norm_D, reciprocal_rms_N, gradient_ND)
-        return (d_x_ND.view_as(x_BTD), d_norm_D, d_gate, d_up, d_down, *[None] * (4 + len(gate_up_matrices)))
+        d_x_ND, d_norm_D = norm_backward(d_normed_ND, x_ND, norm_D, reciprocal_rms_N, gradient_ND)
+        d_x_BTD = d_x_ND.view_as(gradient_BTD)
+        return (d_x_BTD, d_x_BTD, d_norm_D, d_gate, d_up, d_down, *[None] * (4 + len(gate_up_matrices)))
 
 
 def _outputs(

@@ -8,13 +8,15 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from megamtp.precision.kernels import read_amax, scale_of, to_float8
+from megamtp.precision.kernels import factor_of, pack, read_amax, scale_of, store_transposed
 
 
 @triton.jit
 @no_type_check
 def norm_quantise(
     x,
+    added,
+    total,
     weight,
     quantised,
     reciprocal_rms,
@@ -28,17 +30,23 @@ def norm_quantise(
 ):
     """Writes a row's norm in e4m3, 1 / rms of each row, and at scale_index the scale bound * max |weight| / largest.
 
-    One program per row; `block` is at least the number of columns.
+    One program per row; `block` is at least the number of columns. If `added` is given, the kernel writes x + added to
+    `total`, and norms that.
     """
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, block)
     inside = columns < num_columns
     values = tl.load(x + row * num_columns + columns, mask=inside, other=0.0).to(tl.float32)
+    if added is not None:
+        values += tl.load(added + row * num_columns + columns, mask=inside, other=0.0).to(tl.float32)
+        rounded = values.to(x.dtype.element_ty)
+        tl.store(total + row * num_columns + columns, rounded, mask=inside)
+        values = rounded.to(tl.float32)
     weights = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     reciprocal = tl.rsqrt(tl.sum(values * values) / num_columns + eps)
     amax = tl.maximum(bound * tl.max(tl.abs(weights)), min_amax)
     normed = (values * reciprocal * weights).to(x.dtype.element_ty).to(tl.float32)
-    normed8 = to_float8(normed, amax, largest, quantised.dtype.element_ty)
+    normed8 = (normed * factor_of(amax, largest)).to(quantised.dtype.element_ty)
     tl.store(quantised + row * num_columns + columns, normed8, mask=inside)
     tl.store(reciprocal_rms + row, reciprocal)
     if row == 0:
@@ -109,6 +117,7 @@ def swiglu_quantise(
     up,
     maxima,
     quantised,
+    transposed,
     num_rows,
     num_columns,
     stride,
@@ -118,16 +127,22 @@ def swiglu_quantise(
     rows: tl.constexpr,
     columns: tl.constexpr,
 ):
-    """Writes silu(gate) * up, divided by the scale, and the scale."""
-    row = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)[:, None]
-    column = tl.program_id(1) * columns + tl.arange(0, columns)[None, :]
-    inside = (row < num_rows) & (column < num_columns)
+    """Writes silu(gate) * up, divided by the scale; its transpose; and the scale."""
+    first_row, first_column = tl.program_id(0) * rows, tl.program_id(1) * columns
+    column = first_column + tl.arange(0, columns)[None, :]
     amax = read_amax(maxima, num_maxima, min_amax)
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
         tl.store(maxima + num_maxima, scale_of(amax, largest))
-    gates, ups = _load(gate, row, column, inside, stride), _load(up, row, column, inside, stride)
-    values8 = to_float8(gates * tl.sigmoid(gates) * ups, amax, largest, quantised.dtype.element_ty)
-    tl.store(quantised + row * num_columns + column, values8, mask=inside)
+    factor = factor_of(amax, largest)
+    words = tl.zeros([rows // 4, columns], dtype=tl.uint32)
+    for index in tl.static_range(4):
+        row = tl.cast(first_row, tl.int64) + 4 * tl.arange(0, rows // 4)[:, None] + index
+        inside = (row < num_rows) & (column < num_columns)
+        gates, ups = _load(gate, row, column, inside, stride), _load(up, row, column, inside, stride)
+        scaled = gates * tl.sigmoid(gates) * ups * factor
+        tl.store(quantised + row * num_columns + column, scaled.to(quantised.dtype.element_ty), mask=inside)
+        words = pack(words, scaled, index, quantised.dtype.element_ty)
+    store_transposed(transposed, words, first_row, first_column, num_rows, num_columns, num_rows, rows, columns)
 
 
 @triton.jit
@@ -155,6 +170,7 @@ def swiglu_backward(
     up,
     maxima,
     quantised,
+    transposed,
     num_rows,
     num_columns,
     stride,
@@ -164,15 +180,26 @@ def swiglu_backward(
     rows: tl.constexpr,
     columns: tl.constexpr,
 ):
-    """Writes the gradients with respect to gate and up side by side, divided by the scale, and the scale."""
-    row = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)[:, None]
-    column = tl.program_id(1) * columns + tl.arange(0, columns)[None, :]
-    inside = (row < num_rows) & (column < num_columns)
+    """Writes the gradients with respect to gate and up side by side, in fp8; their transpose; and the scale."""
+    first_row, first_column = tl.program_id(0) * rows, tl.program_id(1) * columns
+    column = first_column + tl.arange(0, columns)[None, :]
     amax = read_amax(maxima, num_maxima, min_amax)
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
         tl.store(maxima + num_maxima, scale_of(amax, largest))
-    gates, ups = _load(gate, row, column, inside, stride), _load(up, row, column, inside, stride)
-    d_gates, d_ups = _swiglu_gradients(_load(d_hidden, row, column, inside, num_columns), gates, ups)
-    target = quantised + row * (2 * num_columns) + column
-    tl.store(target, to_float8(d_gates, amax, largest, quantised.dtype.element_ty), mask=inside)
-    tl.store(target + num_columns, to_float8(d_ups, amax, largest, quantised.dtype.element_ty), mask=inside)
+    factor = factor_of(amax, largest)
+    gate_words = tl.zeros([rows // 4, columns], dtype=tl.uint32)
+    up_words = tl.zeros([rows // 4, columns], dtype=tl.uint32)
+    for index in tl.static_range(4):
+        row = tl.cast(first_row, tl.int64) + 4 * tl.arange(0, rows // 4)[:, None] + index
+        inside = (row < num_rows) & (column < num_columns)
+        gates, ups = _load(gate, row, column, inside, stride), _load(up, row, column, inside, stride)
+        d_gates, d_ups = _swiglu_gradients(_load(d_hidden, row, column, inside, num_columns), gates, ups)
+        d_gates, d_ups = d_gates * factor, d_ups * factor
+        target = quantised + row * (2 * num_columns) + column
+        tl.store(target, d_gates.to(quantised.dtype.element_ty), mask=inside)
+        tl.store(target + num_columns, d_ups.to(quantised.dtype.element_ty), mask=inside)
+        gate_words = pack(gate_words, d_gates, index, quantised.dtype.element_ty)
+        up_words = pack(up_words, d_ups, index, quantised.dtype.element_ty)
+    store_transposed(transposed, gate_words, first_row, first_column, num_rows, num_columns, num_rows, rows, columns)
+    target = transposed + tl.cast(num_columns, tl.int64) * (num_rows // 4)
+    store_transposed(target, up_words, first_row, first_column, num_rows, num_columns, num_rows, rows, columns)

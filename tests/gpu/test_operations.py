@@ -65,10 +65,13 @@ def test_transpose(shape):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_norm(shape):
-    x, gradient, residual = (_random(*shape, seed=seed) for seed in range(3))
-    weight = 1 + 0.1 * _random(shape[1], seed=3)
-    quantised, scale, reciprocal_rms = operations.norm_quantise(x, weight, 1e-5)
-    _compare(operations.norm_quantise(x.cuda(), weight.cuda(), 1e-5), (quantised, scale, reciprocal_rms))
+    x, gradient, residual, added = (_random(*shape, seed=seed) for seed in range(4))
+    weight = 1 + 0.1 * _random(shape[1], seed=4)
+    for addend in (added, None):
+        expected = operations.norm_quantise(x, weight, 1e-5, addend)
+        on_gpu = None if addend is None else addend.cuda()
+        _compare(operations.norm_quantise(x.cuda(), weight.cuda(), 1e-5, on_gpu), expected)
+    reciprocal_rms = expected[-1]
     arguments = gradient, x, weight, reciprocal_rms, residual
     d_x, d_weight = operations.norm_backward(*(tensor.cuda() for tensor in arguments))
     expected_d_x, expected_d_weight = operations.norm_backward(*arguments)
@@ -81,8 +84,13 @@ def test_swiglu(shape):
     rows, columns = shape
     gate_up, gradient = _random(rows, 2 * columns), _random(rows, columns, seed=1)
     on_gpu, halves = gate_up.cuda().split(columns, 1), gate_up.split(columns, 1)
-    _compare(operations.swiglu_quantise(*on_gpu), operations.swiglu_quantise(*halves))
-    _compare(operations.swiglu_backward(gradient.cuda(), *on_gpu), operations.swiglu_backward(gradient, *halves))
+    for actual, expected in (
+        (operations.swiglu_quantise(*on_gpu), operations.swiglu_quantise(*halves)),
+        (operations.swiglu_backward(gradient.cuda(), *on_gpu), operations.swiglu_backward(gradient, *halves)),
+    ):
+        quantised, transposed, scale = actual
+        _compare((quantised, scale), expected[::2])
+        assert torch.equal(transposed.view(torch.uint8), quantised.view(torch.uint8).T)
 
 
 def test_weights_equal_those_of_the_cpu():

@@ -4,29 +4,35 @@
 
 The parts are its matrix products alone, its attention alone, and the memory traffic of everything else, if each kernel
 reads its inputs and writes its outputs once at the speed of a large copy. The layer runs as in training: compiled, with
-weights that were quantised before.
+weights that were quantised before. With --torchao, the benchmark also measures the same layer with torchao's fp8
+products (convert_to_float8_training with its defaults), compiled; it quantises its weights in each forward pass.
 """
 
 import dataclasses
+import functools
+import importlib
 import statistics
 from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks import emulation, output
 from benchmarks.device import find_device, measure_milliseconds
 from megamtp.config import Config
 from megamtp.engines.base import layer_options
+from megamtp.errors import InputError
 from megamtp.model.initial import STANDARD_DEVIATION
-from megamtp.model.layers import TransformerLayer
+from megamtp.model.layers import TransformerLayer, attention, rms_norm
+from megamtp.model.rotary import rotary_tables
 from megamtp.precision import float8
 from megamtp.precision.operations import E4M3, E5M2, scaled_product
 from megamtp.precision.weights import quantiser_of
 
-PRECISIONS = ("bf16", "fp8")
+PRECISIONS, TORCHAO = ("bf16", "fp8"), "fp8, torchao"
 COPY_BYTES = 2**30
 SMOKE = emulation.SMOKE | {"sizes": ["0.3b"]}
 
@@ -35,13 +41,16 @@ def main(arguments: list[str]) -> None:
     """Runs the benchmark. Raises InputError."""
     parser = emulation.parser(__doc__, "layer")
     parser.add_argument("--sizes", nargs="+", default=emulation.SIZES, choices=emulation.SIZES, help="models [all]")
+    parser.add_argument("--torchao", action="store_true", help="also measure torchao's fp8 products")
     options = output.parse(parser, arguments, SMOKE)
     output.require_gpu(options)
+    if options.torchao:
+        _import_torchao()
     output.make_folder(options)
     configs = {size: emulation.config(size, 1, 1, options) for size in options.sizes}
     bytes_per_ms, results = _copy_speed(options.smoke), []
     for size, config in configs.items():
-        for precision in PRECISIONS:
+        for precision in PRECISIONS + (TORCHAO,) * options.torchao:
             results.append(_measure(size, config, precision, bytes_per_ms))
             median = statistics.median(results[-1]["milliseconds"])
             output.say(f"{size} {precision}: {median:.3f} ms, {results[-1]['floor']:.3f} ms in parts")
@@ -58,7 +67,7 @@ def _copy_speed(smoke: bool) -> float:
 
 def _measure(size: str, config: Config, precision: str, bytes_per_ms: float) -> dict:
     model, train, device = config.model, config.train, find_device()
-    batch, length, in_float8 = train.micro_batch_size, train.sequence_length, precision == "fp8"
+    batch, length, in_float8 = train.micro_batch_size, train.sequence_length, precision != "bf16"
     positions, key_value_dim = batch * length, model.key_value_heads * model.head_dim
     products = sum(
         _product(in_float8, positions, rows, columns)
@@ -69,7 +78,8 @@ def _measure(size: str, config: Config, precision: str, bytes_per_ms: float) -> 
     if in_float8:
         num_bytes += 2 * sum(rows * columns for rows, columns in _weights(model.dim, key_value_dim, model.hidden_dim))
     traffic = num_bytes / bytes_per_ms
-    forward, both = _layer(config, in_float8, device)
+    make = _torchao_layer if precision == TORCHAO else functools.partial(_own_layer, in_float8=in_float8)
+    forward, both = _layer(config, *make(config, device))
     return {
         "size": size,
         "precision": precision,
@@ -140,32 +150,69 @@ def _traffic(in_float8: bool, dim: int, key_value_dim: int, hidden_dim: int) -> 
     Each bf16 number counts 2 bytes, each fp8 number 1. In this order: norms, rotation, sums with the residual stream,
     SwiGLU; in fp8 also quantisation, with its pass for the largest magnitude, and transposes.
     """
-    rotation, sums = 2 * 4 * (dim + key_value_dim), 2 * 6 * dim
+    rotation = 2 * 4 * (dim + key_value_dim)
     if not in_float8:
-        norms, swiglu = 2 * (4 + 10) * dim, (6 + 12) * hidden_dim
+        norms, sums, swiglu = 2 * (4 + 10) * dim, 2 * 6 * dim, (6 + 12) * hidden_dim
         return norms + rotation + sums + swiglu
-    norms, swiglu = 2 * (3 + 8) * dim, (9 + 14) * hidden_dim
+    # The second norm's kernel also computes a sum. SwiGLU's kernels also write transposes.
+    norms, sums, swiglu = (3 + 7 + 2 * 8) * dim, 6 * dim, (10 + 16) * hidden_dim
     quantisation = 3 * 6 * dim + 6 * (dim + 2 * key_value_dim)
-    transposes = 2 * (2 * dim + 3 * hidden_dim)
+    transposes = 2 * 2 * dim
     return norms + rotation + sums + swiglu + quantisation + transposes
 
 
-def _layer(config: Config, in_float8: bool, device: torch.device) -> tuple[list[float], list[float]]:
+def _layer(config: Config, layer: nn.Module, run: Callable[[Tensor], Tensor]) -> tuple[list[float], list[float]]:
     """Returns the milliseconds of forward, and those of forward and backward."""
-    model, train = config.model, config.train
-    options = layer_options(dataclasses.replace(train, precision="fp8" if in_float8 else "bf16"), device)
-    layer = TransformerLayer(model, options).to(device, torch.bfloat16)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(0.0, STANDARD_DEVIATION)
+    x = _random(config.train.micro_batch_size, config.train.sequence_length, config.model.dim).requires_grad_()
+    gradient = torch.randn_like(x) * 1e-4
+    gradients = [x, *layer.parameters()]
+    forward = measure_milliseconds(lambda: run(x))
+    return forward, measure_milliseconds(lambda: run(x).backward(gradient), grad_to_none=gradients)
+
+
+def _own_layer(config: Config, device: torch.device, in_float8: bool) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """Returns (layer, its forward function)."""
+    options = layer_options(dataclasses.replace(config.train, precision="fp8" if in_float8 else "bf16"), device)
+    layer = _initialized(TransformerLayer(config.model, options), device)
     if layer.weight_groups:
         groups = [(group, [layer.get_parameter(name) for name in group.names]) for group in layer.weight_groups]
         quantiser_of(groups).update()
-    x = _random(train.micro_batch_size, train.sequence_length, model.dim).requires_grad_()
-    gradient = torch.randn_like(x) * 1e-4
-    gradients = [x, *layer.parameters()]
-    forward = measure_milliseconds(lambda: layer(x))
-    return forward, measure_milliseconds(lambda: layer(x).backward(gradient), grad_to_none=gradients)
+    return layer, layer
+
+
+def _torchao_layer(config: Config, device: torch.device) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """Returns (layer with torchao's linear modules, its compiled forward function)."""
+    model = config.model
+    layer = _initialized(TransformerLayer(model), device)
+    _import_torchao().convert_to_float8_training(layer)
+    rotary = rotary_tables(config.train.sequence_length, model.head_dim, model.rope_theta, device, torch.bfloat16)
+    projections, mlp = layer.attention, layer.mlp
+
+    def run(x_BTD: Tensor) -> Tensor:
+        normed_BTD = rms_norm(x_BTD, layer.attention_norm.weight, model.norm_eps)
+        queries, keys, values = (projections[name](normed_BTD) for name in ("query", "key", "value"))
+        x_BTD = x_BTD + projections["output"](attention(queries, keys, values, rotary, model.head_dim)[0])
+        normed_BTD = rms_norm(x_BTD, layer.mlp_norm.weight, model.norm_eps)
+        return x_BTD + mlp["down"](F.silu(mlp["gate"](normed_BTD)) * mlp["up"](normed_BTD))
+
+    return layer, torch.compile(run, dynamic=False, fullgraph=True)
+
+
+def _import_torchao() -> ModuleType:
+    """Raises InputError."""
+    try:
+        return importlib.import_module("torchao.float8")
+    except ImportError as error:
+        raise InputError(f"--torchao: {error}; expected torchao: pip install torchao") from None
+
+
+def _initialized(layer: TransformerLayer, device: torch.device) -> TransformerLayer:
+    """Returns the layer in bf16 on the device with the weights that a training starts from."""
+    layer.to(device, torch.bfloat16)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(0.0, STANDARD_DEVIATION)
+    return layer
 
 
 def _random(*shape: int) -> Tensor:

@@ -63,7 +63,7 @@ def test_norm_and_linears(together):
         tensor.requires_grad_()
     outputs = float8.norm_linears(x, norm, tuple(weights), EPS, quantised)
     torch.autograd.backward(outputs, gradients)
-    normed8 = _restored(norm_quantise(x.detach(), norm.detach(), EPS)[:2])
+    normed8 = _restored(norm_quantise(x.detach(), norm.detach(), EPS)[1:3])
     weights8, gradient8 = _restored_weights(quantised), _restored(quantise(torch.cat(gradients[1:], 1), E5M2))
     assert torch.equal(outputs[0], x)
     assert relative_error(torch.cat(outputs[1:], 1), normed8 @ weights8.T) < BOUND
@@ -75,25 +75,29 @@ def test_norm_and_linears(together):
 
 
 def test_norm_and_mlp():
-    x, norm, gradient = _random(ROWS, DIM), 1 + _random(DIM, seed=1, size=0.2), _random(ROWS, DIM, seed=2)
+    x, added, gradient = (_random(ROWS, DIM, seed=seed) for seed in (0, 6, 2))
+    norm = 1 + _random(DIM, seed=1, size=0.2)
     gate, up = (_random(HIDDEN, DIM, seed=seed, size=0.2) for seed in (3, 4))
     down = _random(DIM, HIDDEN, seed=5, size=0.2)
     gate_up8, down8 = _quantised(gate, up), _quantised(down)
-    for tensor in (x, norm, gate, up, down):
+    for tensor in (x, added, norm, gate, up, down):
         tensor.requires_grad_()
-    output = float8.norm_mlp(x, norm, gate, up, down, EPS, gate_up8, down8)
+    output = float8.add_norm_mlp(x, added, norm, gate, up, down, EPS, gate_up8, down8)
     output.backward(gradient)
-    normed8 = _restored(norm_quantise(x.detach(), norm.detach(), EPS)[:2])
+    total, *normed_and_scale, _ = norm_quantise(x.detach(), norm.detach(), EPS, added.detach())
+    assert torch.equal(total, x + added)
+    normed8 = _restored(normed_and_scale)
     halves = (normed8 @ _restored_weights(gate_up8).T).bfloat16().split(HIDDEN, 1)
-    hidden8, gradient8 = _restored(swiglu_quantise(*halves)), _restored(quantise(gradient, E5M2))
-    exact = x.detach().double() + hidden8 @ _restored_weights(down8).T
+    hidden8, gradient8 = _restored(swiglu_quantise(*halves)[::2]), _restored(quantise(gradient, E5M2))
+    exact = total.double() + hidden8 @ _restored_weights(down8).T
     assert relative_error(output, exact) < BOUND
     assert relative_error(down.grad, gradient8.T @ hidden8) < BOUND_IF_QUANTISED_AGAIN
-    d_halves8 = _restored(swiglu_backward((gradient8 @ _restored_weights(down8)).bfloat16(), *halves))
+    d_halves8 = _restored(swiglu_backward((gradient8 @ _restored_weights(down8)).bfloat16(), *halves)[::2])
     assert relative_error(torch.cat((gate.grad, up.grad)), d_halves8.T @ normed8) < BOUND_IF_QUANTISED_AGAIN
-    exact_x, exact_norm = (tensor.detach().double().requires_grad_() for tensor in (x, norm))
+    exact_x, exact_norm = (tensor.detach().double().requires_grad_() for tensor in (total, norm))
     F.rms_norm(exact_x, (DIM,), exact_norm, EPS).backward(d_halves8 @ _restored_weights(gate_up8))
     assert relative_error(x.grad, exact_x.grad + gradient.double()) < BOUND_IF_QUANTISED_AGAIN
+    assert torch.equal(x.grad, added.grad)
     assert relative_error(norm.grad, exact_norm.grad) < BOUND_IF_QUANTISED_AGAIN
 
 

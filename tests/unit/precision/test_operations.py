@@ -91,7 +91,7 @@ def test_the_norms_scale_is_a_bound(weight_size):
     x, weight = _random(48, 64), weight_size * (1 + 0.2 * _random(64, seed=1))
     x[0] = 0.0
     x[0, weight.abs().argmax()] = 100.0
-    quantised, scale, reciprocal_rms = operations.norm_quantise(x, weight, 1e-6)
+    _, quantised, scale, reciprocal_rms = operations.norm_quantise(x, weight, 1e-6)
     assert quantised.float().abs().max() == 448.0
     expected = F.rms_norm(x.double(), (64,), weight.double(), 1e-6)
     restored = quantised.double() * scale
@@ -99,8 +99,17 @@ def test_the_norms_scale_is_a_bound(weight_size):
     torch.testing.assert_close(reciprocal_rms.double(), (x.double().square().mean(1) + 1e-6).rsqrt(), rtol=1e-5, atol=0)
 
 
+def test_a_norm_of_a_sum_equals_the_norm_of_its_rounded_total():
+    x, added, weight = _random(16, 32), _random(16, 32, seed=1), 1 + 0.2 * _random(32, seed=2)
+    total, *results = operations.norm_quantise(x, weight, 1e-6, added)
+    assert torch.equal(total, x + added)
+    _, *expected = operations.norm_quantise(x + added, weight, 1e-6)
+    for result, expected_result in zip(results, expected, strict=True):
+        assert torch.equal(result.float(), expected_result.float())
+
+
 def test_the_norm_of_zeros_is_finite():
-    quantised, scale, reciprocal_rms = operations.norm_quantise(
+    _, quantised, scale, reciprocal_rms = operations.norm_quantise(
         torch.zeros(16, 32, dtype=torch.bfloat16), torch.zeros(32, dtype=torch.bfloat16), 1e-6
     )
     assert not quantised.float().any() and torch.isfinite(scale) and torch.isfinite(reciprocal_rms).all()
@@ -109,7 +118,7 @@ def test_the_norm_of_zeros_is_finite():
 def test_gradients_of_a_norm():
     x, gradient, residual = (_random(48, 64, seed=seed) for seed in range(3))
     weight = 1 + 0.2 * _random(64, seed=3)
-    _, _, reciprocal_rms = operations.norm_quantise(x, weight, 1e-5)
+    *_, reciprocal_rms = operations.norm_quantise(x, weight, 1e-5)
     d_x, d_weight = operations.norm_backward(gradient, x, weight, reciprocal_rms, residual)
     exact_x, exact_weight = (tensor.double().requires_grad_() for tensor in (x, weight))
     F.rms_norm(exact_x, (64,), exact_weight, 1e-5).backward(gradient.double())
@@ -122,7 +131,9 @@ def test_swiglu_and_its_gradients():
     exact_gate, exact_up = (half.double().requires_grad_() for half in gate_up.split(64, 1))
     exact = F.silu(exact_gate) * exact_up
     exact.backward(gradient.double())
-    hidden, scale = operations.swiglu_quantise(*gate_up.split(64, 1))
+    hidden, transposed, scale = operations.swiglu_quantise(*gate_up.split(64, 1))
+    assert torch.equal(transposed.float(), hidden.float().T)
     assert relative_error(hidden.double() * scale, exact.detach()) < 0.03
-    quantised, scale = operations.swiglu_backward(gradient, *gate_up.split(64, 1))
+    quantised, transposed, scale = operations.swiglu_backward(gradient, *gate_up.split(64, 1))
+    assert torch.equal(transposed.float(), quantised.float().T)
     assert relative_error(quantised.double() * scale, torch.cat((exact_gate.grad, exact_up.grad), 1)) < 0.06

@@ -1,6 +1,11 @@
 """The table of the layer benchmark, and its count of bytes."""
 
+import sys
+
+import pytest
 from benchmarks import layer
+
+from megamtp.errors import InputError
 
 
 def _result(precision: str, milliseconds: list[float]) -> dict:
@@ -20,11 +25,17 @@ def test_memory_traffic_of_a_position():
     """Counted by hand for a layer of width 1 with one number each of keys, values and SwiGLU."""
     norms, rotation, sums, swiglu = 2 * (2 + 5) * 2, 4 * 2 * 2, 6 * 2, (3 + 6) * 2
     assert layer._traffic(False, 1, 1, 1) == norms + rotation + sums + swiglu
-    float8_norms = 2 * (2 + 1) + 2 * (6 + 2)
-    # largest magnitude, then quantisation: forward 4 + 4 + 1; backward 6 + 6 + 2
-    float8_swiglu = 9 + 14
+    float8_norms = (2 + 1) + (4 + 2 + 1) + 2 * (6 + 2)  # the second with its sum
+    # largest magnitude, then quantisation with the transpose: forward 4 + 4 + 2; backward 6 + 6 + 4
+    float8_swiglu = 10 + 16
     # largest magnitude, and reading and writing with the transpose: attention's output, two gradients of 1 number, and
     # one gradient of 3
     quantisation = 3 * (2 + 2 + 2) + (2 + 2 + 2) * 3
-    transposes = 2 * (1 + 1 + 1 + 2)  # two norms, SwiGLU's output, and the gradients of gate and up
-    assert layer._traffic(True, 1, 1, 1) == float8_norms + rotation + sums + float8_swiglu + quantisation + transposes
+    transposes = 2 * (1 + 1)  # two norms
+    assert layer._traffic(True, 1, 1, 1) == float8_norms + rotation + 6 + float8_swiglu + quantisation + transposes
+
+
+def test_torchao_must_be_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    with pytest.raises(InputError, match=r"^--torchao: .*; expected torchao: pip install torchao$"):
+        layer._import_torchao()
