@@ -88,6 +88,14 @@ def _float8(results: list[dict], on_gpu: bool) -> None:
     assert any("run" in result for result in results) is on_gpu
 
 
+def _gradients(results: list[dict], on_gpu: bool) -> None:
+    heads = {r["parameter"]: r["fp8 bf16"] for r in results if r["parameter"].startswith("heads")}
+    assert len(heads) == 9 and all(len(cosines) == 2 for cosines in heads.values())
+    for result in results:
+        assert min(result["fp8 fp32"]) > 0.8 and min(result["bf16 fp32"]) > 0.99
+    assert min(heads["heads mlp.up.weight"]) < 1 - 1e-5  # fp8 products ran
+
+
 def _loss(results: list[dict], on_gpu: bool) -> None:
     names = {result["name"] for result in results}
     ours = {"ours", f"ours, one of {loss.HEADS} heads", "ours, 4096 rows"}
@@ -171,6 +179,7 @@ CHECKS: dict[str, Callable[[list[dict], bool], None]] = {
     "trace": _trace,
     "layer": _layer,
     "float8": _float8,
+    "gradients": _gradients,
     "loss": _loss,
     "pipeline": _pipeline,
     "real_pipeline": _real_pipeline,

@@ -28,6 +28,7 @@ ON_A_CPU = [
     "prediction",
     "layer",
     "float8",
+    "gradients",
     "loss",
     "pipeline",
     "prepare",

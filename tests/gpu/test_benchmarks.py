@@ -18,6 +18,7 @@ BY_ITSELF = [
     "world",
     "layer",
     "float8",
+    "gradients",
     "loss",
     "pipeline",
     "saving",

@@ -15,6 +15,7 @@ BENCHMARKS = {
     "trace": "exposed communication in the head phase with and without prefetch; fails if it is above a limit",
     "layer": "one transformer layer in bf16 and in fp8: its time, beside its products, attention and memory traffic",
     "float8": "the errors of fp8 products with scales per tensor, per row and per block (time: on a GPU)",
+    "gradients": "the angles between the gradients of steps in fp8, bf16 and fp32, by kind of parameter",
     "loss": "the loss of one head: its time divided by the time of its three matrix products, and its memory",
     "pipeline": "the step of a pipeline, simulated with measured stage times, for three plans and several n",
     "real_pipeline": "the step of a pipeline on real ranks, compared with the prediction of `pipeline`",

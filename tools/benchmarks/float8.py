@@ -5,7 +5,8 @@
 Errors are relative to float64 with bf16 operands, by row of the result, for operands of several distributions: the
 output of a layer's product (e4m3 x e4m3), the gradient of its input and that of its weight (e5m2 x e4m3). "one factor"
 keeps the other factor in bf16. A scale per row serves one of the three products only: the other two sum over the rows,
-so they need another quantised copy.
+so they need another quantised copy. The errors of accumulation are those of a product on a GPU, relative to float64
+with the same fp8 operands.
 """
 
 import statistics
@@ -125,6 +126,7 @@ def _times(positions: int, width: int) -> list[dict]:
     x, weight = _normal(positions, width, seed=0), _normal(width, width, seed=1)
     x8, scale = quantise(x)
     weight8, weight_scale = quantise(weight)
+    exact = (x8.double() * scale) @ (weight8.double() * weight_scale).T
     rows, columns = (torch.ones(shape, device=x.device) for shape in ((positions, 1), (1, width)))
 
     def by_row() -> Tensor:
@@ -141,7 +143,11 @@ def _times(positions: int, width: int) -> list[dict]:
         "fp8, scale per row": by_row,
         "quantisation with transpose": lambda: quantise_with_transpose([x], E4M3),
     }
-    return [{"run": name, "milliseconds": measure_milliseconds(run)} for name, run in runs.items()]
+    results: list[dict] = [{"run": name, "milliseconds": measure_milliseconds(run)} for name, run in runs.items()]
+    for result, fast in ((results[1], True), (results[2], False)):
+        product = scaled_product(x8, scale, weight8, weight_scale, torch.float32, fast)
+        result["accumulation_error"] = _error(product, exact)
+    return results
 
 
 def tables(results: list[dict]) -> str:
@@ -151,8 +157,16 @@ def tables(results: list[dict]) -> str:
         header,
         [[r["operands"], r["scaling"], *(f"{r[name]:.2%}" for name in names)] for r in results if "scaling" in r],
     )
-    times = [[r["run"], output.spread(r["milliseconds"], 3)] for r in results if "run" in r]
-    return errors + ("\n\n" + output.table(["product", "ms"], times) if times else "")
+    times = [
+        [r["run"], output.spread(r["milliseconds"], 3), _percent(r.get("accumulation_error"))]
+        for r in results
+        if "run" in r
+    ]
+    return errors + ("\n\n" + output.table(["product", "ms", "error of accumulation"], times) if times else "")
+
+
+def _percent(error: float | None) -> str:
+    return "-" if error is None else f"{error:.3%}"
 
 
 def _draw(results: list[dict]) -> Figure:

@@ -21,7 +21,9 @@ def test_a_scale_per_row_or_block_saves_small_rows(scaling):
 def test_tables():
     error = {"output": 0.037, "input_gradient": 0.0591, "weight_gradient": 0.05}
     results = [{"operands": "normal", "scaling": "tensor"} | error, {"run": "bf16", "milliseconds": [1.0, 2.0, 3.0]}]
+    results.append({"run": "fp8, scale per tensor", "milliseconds": [1.0], "accumulation_error": 0.0017})
     tables = float8.tables(results)
     assert "| normal | tensor | 3.70% | 5.91% | 5.00% |" in tables
-    assert "| bf16 | 2.000 [1.000, 3.000] |" in tables
+    assert "| bf16 | 2.000 [1.000, 3.000] | - |" in tables
+    assert "| fp8, scale per tensor | 1.000 [1.000, 1.000] | 0.170% |" in tables
     assert "bf16" not in float8.tables(results[:1])
