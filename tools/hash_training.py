@@ -1,7 +1,7 @@
 """Trains tiny models with all engines and options on CPU ranks and prints hashes of the results.
 
-Each case trains 12 steps in fp32. If a change of the code leaves all hashes as they were, it changes no result. Run
-both versions on the same machine:
+Each case trains 12 steps, in fp32 unless its name says fp8. If a change of the code leaves all hashes as they were, it
+changes no result. Run both versions on the same machine:
 
     git worktree add ../before main
     python ../before/tools/hash_training.py > before.txt
@@ -48,17 +48,23 @@ OPTIONS = {
     "one-head": "model.num_future_tokens=1 head_loss.weights=[1]",
     "everything": EVERYTHING,
 }
+FLOAT8 = """train.precision=fp8 model.dim=32 model.mlp_dim=48 model.vocab_size=112 train.sequence_length=16
+    head_loss.chunk_rows=16"""
 ZERO1_OPTIONS = OPTIONS | {
+    "fp8": FLOAT8,
     "deferred": "engine.head_schedule=deferred",
     "deferred-everything": f"{EVERYTHING} engine.head_schedule=deferred",
     "offload": "engine.offload_optimizer=true",
 }
-ZERO3_OPTIONS = ZERO1_OPTIONS | {
+ZERO3_OPTIONS = {name: settings for name, settings in ZERO1_OPTIONS.items() if name != "fp8"} | {
     "offload": "engine.offload_optimizer=true engine.offload_parameters=true",
     "persistent": "engine.param_persistence_threshold=100",
 }
-GROUPED_OPTIONS = ZERO3_OPTIONS | {"persistent": f"{ZERO3_OPTIONS['persistent']} engine.prefetch_modules=0"}
-PIPELINE_OPTIONS = OPTIONS | {"everything": f"{EVERYTHING} accumulation=4"}
+GROUPED_OPTIONS = ZERO3_OPTIONS | {
+    "persistent": f"{ZERO3_OPTIONS['persistent']} engine.prefetch_modules=0",
+    "fp8": FLOAT8,
+}
+PIPELINE_OPTIONS = OPTIONS | {"everything": f"{EVERYTHING} accumulation=4", "fp8": FLOAT8}
 FEW_OPTIONS = {option: PIPELINE_OPTIONS[option] for option in ("plain", "everything")}
 PIPELINES = {  # name: (ranks, settings, options)
     "heads-on-one-stage": (2, "engine.num_stages=2 engine.stage_layers=[3,3]", PIPELINE_OPTIONS),

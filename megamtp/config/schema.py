@@ -282,7 +282,9 @@ class RunConfig(Section):
     log_every_steps: int = option(1, "steps between lines of metrics", at_least=1)
     tensorboard: bool = option(True, "write TensorBoard events beside metrics.jsonl")
     peak_flops: float | None = option(
-        None, "FLOP/s of a GPU, for the model FLOPs utilization; null: looked up for known GPUs", above=0
+        None,
+        "FLOP/s of a GPU, for the model FLOPs utilization; null: looked up for known GPUs, in bf16 also for fp8",
+        above=0,
     )
     stall_seconds: int | None = option(
         None,
