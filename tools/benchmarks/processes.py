@@ -1,14 +1,18 @@
 """Runs functions in new processes, for work that a process can do only once, such as joining a process group."""
 
 import multiprocessing
+import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from megamtp.errors import InputError
 
+TOOLS = Path(__file__).parents[1]
 SPAWN = multiprocessing.get_context("spawn")
 
 
@@ -53,10 +57,23 @@ def _serve(connection: Connection, function: Callable[..., Any], arguments: tupl
     connection.send(answer)
 
 
-def call(module: str, *arguments: str) -> None:
-    """Runs a module of megamtp as a command. Raises InputError if it fails; the command prints the reason."""
-    status = subprocess.run([sys.executable, "-m", module, *arguments]).returncode
+def call(module: str, *arguments: str, log: Path | None = None, environment: dict[str, str] | None = None) -> None:
+    """Runs a module of megamtp or benchmarks as a command.
+
+    Args:
+        log: file to which the command's output is appended. None: the command prints it.
+        environment: further variables of the command's environment.
+
+    Raises:
+        InputError: the command failed; it has printed the reason.
+    """
+    path = os.pathsep.join([str(TOOLS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    variables = os.environ | {"PYTHONPATH": path} | (environment or {})
+    command = [sys.executable, "-m", module, *arguments]
+    if log:
+        log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") if log else nullcontext() as stream:
+        status = subprocess.run(command, env=variables, stdout=stream, stderr=stream).returncode
     if status:
-        raise InputError(
-            f"{module} ended with status {status}; expected 0: fix the error that it printed, then try again"
-        )
+        printed = f"in {log}" if log else "that it printed"
+        raise InputError(f"{module} ended with status {status}; expected 0: fix the error {printed}, then try again")
