@@ -11,7 +11,7 @@ from benchmarks import data, float8, links, loss, prediction, prepare, saving, t
 # benchmarks that read files of another benchmark: (option, other benchmark, path in its folder)
 INPUTS = {
     "real_pipeline": ("--predicted", "pipeline", "pipeline.json"),
-    "quickstart": ("--run", "learning", "runs/bf16"),
+    "quickstart": ("--run", "learning", "runs/0.3b_seed0/bf16"),
 }
 
 
