@@ -63,10 +63,11 @@ def quantise_with_transpose(pieces: Sequence[Tensor], dtype: torch.dtype) -> tup
     return cast_MN, cast_MN.T.contiguous(), one
 
 
-def swiglu_backward(d_hidden_MN: Tensor, gate_MN: Tensor, up_MN: Tensor) -> tuple[Tensor, Tensor]:
+def swiglu_backward(d_hidden_MN: Tensor, gate_MN: Tensor, up_MN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Replaces operations.swiglu_backward."""
-    quantised_M2N, scale = operations.swiglu_backward(d_hidden_MN, gate_MN, up_MN)
-    return _cast(quantised_M2N.float() * scale)
+    quantised_M2N, _, scale = operations.swiglu_backward(d_hidden_MN, gate_MN, up_MN)
+    cast_M2N, one = _cast(quantised_M2N.float() * scale)
+    return cast_M2N, cast_M2N.T.contiguous(), one
 
 
 _scaled_hidden_gradient = Float8Products.hidden_gradient

@@ -48,9 +48,10 @@ def test_gradients_are_cast_and_activations_are_not():
 
 def test_gradients_of_swiglu_are_cast():
     gradient, gate, up = (random(ROWS, DIM, seed=seed) for seed in range(3))
-    expected = restored(*operations.swiglu_backward(gradient, gate, up))
-    cast, scale = unscaled_gradients.swiglu_backward(gradient, gate, up)
+    expected = restored(*operations.swiglu_backward(gradient, gate, up)[::2])
+    cast, transposed, scale = unscaled_gradients.swiglu_backward(gradient, gate, up)
     assert cast.dtype == E4M3 and scale.item() == 1
+    assert torch.equal(transposed.float(), cast.float().T) and transposed.is_contiguous()
     # half a spacing of e4m3: relative for normal numbers, absolute below
     torch.testing.assert_close(cast.float(), expected, rtol=2**-4, atol=2**-10)
     assert not unscaled_gradients.swiglu_backward(gradient * 2**-16, gate, up)[0].float().any()
