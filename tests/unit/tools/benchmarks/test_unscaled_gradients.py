@@ -94,6 +94,7 @@ def test_layers_train_with_the_fault_also_when_compiled(monkeypatch):
     )
     monkeypatch.setattr(layers, "compiled_layer_output", backend)
     with unscaled_gradients.planted():
+        assert float8.swiglu_backward is unscaled_gradients.swiglu_backward  # the fault before it hides its own
         faulty, compiled = (layer_gradients(compiled, size=1.0) for compiled in (False, True))
         small = layer_gradients(False, size=2**-14)
     for name, gradient in faulty.items():
