@@ -13,9 +13,10 @@ import sys
 from megamtp.commands.command_line import Parser, run
 from megamtp.config import Config, read_config
 from megamtp.errors import InputError
+from megamtp.planning.gpus import GPUS, Gpu
 from megamtp.planning.loss_choice import describe_speed, with_other_loss_placement
 from megamtp.planning.partition import Partition
-from megamtp.planning.planner import GPUS, SECONDS_PER_DAY, Gpu, Plan, nearest_fitting, plan
+from megamtp.planning.planner import SECONDS_PER_DAY, Plan, nearest_fitting, plan
 from megamtp.planning.spread import SpreadPartition
 
 GIB = 2**30

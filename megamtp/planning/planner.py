@@ -13,51 +13,16 @@ from typing import Any
 from megamtp.cluster.network import Network
 from megamtp.config import Config
 from megamtp.errors import InputError
-from megamtp.model.cost import (
-    head_cost,
-    layer_cost,
-    num_head_parameters,
-    num_layer_parameters,
-    num_parameters,
-    num_unembedding_parameters,
-)
-from megamtp.model.layers import LayerCost
-from megamtp.optimizers.kinds import optimizer_kind
+from megamtp.model.cost import num_parameters
+from megamtp.planning.gpus import Gpu
 from megamtp.planning.links import Link
+from megamtp.planning.memory import checkpoint_bytes, gradient_scale, host_memory, state_bytes, zero_memory
 from megamtp.planning.partition import Partition, data_parallel_rank_and_size, whole_loss_partition
-from megamtp.planning.pass_costs import PassCosts
+from megamtp.planning.pass_seconds import micro_batch_seconds, pass_seconds
 from megamtp.planning.spread import SpreadPartition, spread_layers, spread_loss_partition
-from megamtp.planning.stage_memory import OPTIMIZER, chunk_bytes
+from megamtp.planning.stage_memory import OPTIMIZER
 
 SECONDS_PER_DAY = 86400.0
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU as measured in bf16.
-
-    Attributes:
-        memory_bytes: bytes that one process can allocate.
-        matrix_flops: FLOP/s of large matrix products.
-        attention_flops: FLOP/s of attention; causal products count half.
-        memory_bandwidth: bytes/s.
-        float8_speedup: FLOP/s of the loss's fp8 products divided by the FLOP/s of the same products in bf16.
-    """
-
-    memory_bytes: float
-    matrix_flops: float
-    attention_flops: float
-    memory_bandwidth: float
-    multiprocessors: int
-    float8_speedup: float
-
-
-# Rates and bytes are fitted to the "plain" steps of tools/results/overhead*.json on both GPUs (2026-11-28 and -29). The
-# GPUs have the same FLOP/s and differ in memory bandwidth.
-GPUS = {"h100": Gpu(79e9, 712e12, 246e12, 2.8e12, 132, 1.8), "h200": Gpu(140e9, 712e12, 246e12, 4.0e12, 132, 1.8)}
-# Bytes that a layer's norms, rotation, activation and sums read and write per element of the residual stream, forward
-# and backward.
-ELEMENT_BYTES = 102
 
 
 @dataclass(frozen=True)
@@ -116,12 +81,12 @@ def plan(config: Config, world_size: int, gpu: Gpu) -> Plan:
             f"engine.head_schedule={engine.head_schedule}: not measured, so not planned; expected sequential"
         )
     num_micro_batches = config.num_micro_batches(world_size)
-    compute, exposed = _micro_batch_seconds(config, world_size, gpu)
+    compute, exposed = micro_batch_seconds(config, world_size, gpu)
     share = num_parameters(config.model) / world_size
     return Plan(
-        _memory(config, world_size),
-        _host_memory(config, share),
-        _checkpoint_bytes(config),
+        zero_memory(config, world_size),
+        host_memory(config, share),
+        checkpoint_bytes(config),
         num_micro_batches,
         num_micro_batches * compute,
         num_micro_batches * exposed,
@@ -139,7 +104,7 @@ def _plan_pipeline(config: Config, world_size: int, gpu: Gpu) -> Plan:
     Where losses are spread, rows and orders are those that a run derives from the partition's layers.
     """
     _, num_pipelines = data_parallel_rank_and_size(config, 0, world_size)
-    cluster, engine, costs = config.cluster, config.engine, _pass_costs(config, gpu)
+    cluster, engine, costs = config.cluster, config.engine, pass_seconds(config, gpu)
     link = Link(cluster.flat_bandwidth or cluster.network_bandwidth, cluster.latency)
     transfer_times = link.transfer_times(config)
     partition: Partition | SpreadPartition
@@ -155,154 +120,19 @@ def _plan_pipeline(config: Config, world_size: int, gpu: Gpu) -> Plan:
     weights = max(stage.memory_bytes["weights"] for stage in partition.stages)
     network = Network(dataclasses.replace(cluster, emulate=num_pipelines))
     # DeepSpeed's pipeline all-reduces whole gradients, although each pipeline keeps only a shard of the sums.
-    reduction = network.seconds("all_reduce", weights * _gradient_scale(config))
+    reduction = network.seconds("all_reduce", weights * gradient_scale(config))
     reduction += network.seconds("all_gather", weights)
-    share = max(stage.memory_bytes[OPTIMIZER] for stage in partition.stages) / _state_bytes(config)
+    share = max(stage.memory_bytes[OPTIMIZER] for stage in partition.stages) / state_bytes(config)
     return Plan(
         largest.memory_bytes,
-        _host_memory(config, share),
-        _checkpoint_bytes(config),
+        host_memory(config, share),
+        checkpoint_bytes(config),
         num_micro_batches,
         compute,
         partition.step_time(transfer_times) - compute + reduction,
         _optimizer_seconds(weights / 2 / num_pipelines, gpu),
         partition,
     )
-
-
-def _pass_costs(config: Config, gpu: Gpu) -> PassCosts:
-    """Returns costs in seconds."""
-    model, n = config.model, config.model.num_future_tokens
-    adding = 10 / gpu.memory_bandwidth  # bytes to add a gradient to its fp32 sum, read and written
-    forward, product = _layer_seconds(config, gpu), 2 * _tokens(config) * model.dim / gpu.matrix_flops
-    heads = _head_seconds(config, gpu)
-    saved = _num_float8_heads(config) / n * (1 - 1 / gpu.float8_speedup)  # share of a product that fp8 heads save
-    return PassCosts(
-        layer_forward=forward,
-        layer_backward=2 * forward + adding * num_layer_parameters(model),
-        head_forward=tuple(heads),
-        head_backward=tuple(2 * head + adding * num_head_parameters(model, index) for index, head in enumerate(heads)),
-        loss=model.vocab_size * product * (3 - 2 * saved),
-        unembedding_copy=adding * num_unembedding_parameters(model),
-        embedding=adding * model.vocab_size * model.dim,
-        slice_statistics=product * (1 - saved),
-        slice_gradients=product * (2 - saved),
-    )
-
-
-def _layer_seconds(config: Config, gpu: Gpu) -> float:
-    """Returns the time of one trunk layer's forward pass of one micro-batch."""
-    return _tokens(config) * _seconds_per_token(layer_cost(config.model, config.train.sequence_length), gpu)
-
-
-def _head_seconds(config: Config, gpu: Gpu) -> list[float]:
-    """Returns the time of each head's forward pass of one micro-batch, without its loss."""
-    costs = [
-        head_cost(config.model, index, config.train.sequence_length) for index in range(config.model.num_future_tokens)
-    ]
-    return [_tokens(config) * _seconds_per_token(cost, gpu) for cost in costs]
-
-
-def _tokens(config: Config) -> int:
-    """Returns the number of tokens of one micro-batch."""
-    return config.train.micro_batch_size * config.train.sequence_length
-
-
-def _seconds_per_token(cost: LayerCost, gpu: Gpu) -> float:
-    return (
-        cost.matrix_flops / gpu.matrix_flops
-        + cost.attention_flops / gpu.attention_flops
-        + cost.streamed_elements * ELEMENT_BYTES / 3 / gpu.memory_bandwidth
-    )
-
-
-def _memory(config: Config, world_size: int) -> dict[str, float]:
-    model, tokens = config.model, _tokens(config)
-    share = num_parameters(model) / world_size
-    layer, vocabulary = 2 * num_layer_parameters(model), 2 * model.vocab_size * model.dim
-    largest = max(layer, *(2 * num_head_parameters(model, index) for index in range(model.num_future_tokens)))
-    saved_by_layer = 2 * tokens * layer_cost(model, config.train.sequence_length).kept_elements
-    costs = [head_cost(model, index, config.train.sequence_length) for index in range(model.num_future_tokens)]
-    saved_by_head = 2 * tokens * max(cost.kept_elements for cost in costs)
-    boundaries = 2 * tokens * model.dim * model.num_trunk_layers
-    chunk = chunk_bytes(config, logit_bytes=2)
-    # dW in fp32 and in the dtype of the reduction, and a chunk of logits. In fp8 also two copies of the weight, one of
-    # the hidden states, and one of the chunk's gradient.
-    head_loss = (2 + _gradient_scale(config)) * vocabulary + chunk
-    head_loss += vocabulary + tokens * model.dim + chunk // 2 if _num_float8_heads(config) else 0
-    on_device, gathers = 0 if config.engine.offload_optimizer else 1, world_size > 1 or config.engine.offload_parameters
-    return {
-        "weights": 0 if config.engine.offload_parameters else 2 * share,
-        "gradients": 4 * share * on_device,
-        "optimizer": _state_bytes(config) * share * on_device,
-        "gathered weights": (1 + config.engine.prefetch_modules) * largest + 2 * vocabulary if gathers else 0,
-        "gradients in flight": _gradient_scale(config) * largest,
-        "activations": boundaries + max(saved_by_layer, saved_by_head)
-        if config.train.activation_checkpointing
-        else model.num_trunk_layers * saved_by_layer + saved_by_head,
-        "backward pass of one layer": 13 * tokens * model.hidden_dim,
-        "head loss": head_loss,
-    }
-
-
-def _host_memory(config: Config, share: float) -> dict[str, float]:
-    """Returns CPU bytes by kind. `share`: parameters whose optimizer state the rank keeps, on the GPU or the CPU."""
-    engine = config.engine
-    return {
-        "copy for the checkpoint": _state_bytes(config) * share,
-        "offloaded gradients and optimizer": (4 + _state_bytes(config)) * share * engine.offload_optimizer,
-        "offloaded weights": 2 * share * engine.offload_parameters,
-    }
-
-
-def _checkpoint_bytes(config: Config) -> int:
-    return _state_bytes(config) * num_parameters(config.model)
-
-
-def _micro_batch_seconds(config: Config, world_size: int, gpu: Gpu) -> tuple[float, float]:
-    """Returns the (compute, exposed communication) time of one micro-batch's forward and backward pass."""
-    model = config.model
-    forward, heads = _layer_seconds(config, gpu), _head_seconds(config, gpu)
-    product = 2 * _tokens(config) * model.vocab_size * model.dim / gpu.matrix_flops
-    num_float8_heads = _num_float8_heads(config)
-    losses = 3 * product * model.num_future_tokens - 2 * product * num_float8_heads * (1 - 1 / gpu.float8_speedup)
-    if num_float8_heads:  # reads the weight to find its largest element, and to write two copies in 8 bits
-        losses += 6 * model.vocab_size * model.dim / gpu.memory_bandwidth
-    recomputation = model.num_trunk_layers * forward if config.train.activation_checkpointing else 0.0
-    compute = 3 * (model.num_trunk_layers * forward + sum(heads)) + losses + recomputation
-
-    network = Network(dataclasses.replace(config.cluster, emulate=world_size))
-    layer, vocabulary = 2 * num_layer_parameters(model), 2 * model.vocab_size * model.dim
-    sizes = [2 * num_head_parameters(model, index) for index in range(model.num_future_tokens)]
-    scale = _gradient_scale(config)
-    gather, reduction = network.seconds("all_gather", layer), network.seconds("reduce_scatter", scale * layer)
-    head_gathers = [network.seconds("all_gather", size) for size in sizes]
-    head_reductions = [network.seconds("reduce_scatter", scale * size) for size in sizes]
-    embedding = network.seconds("all_gather", vocabulary) + network.seconds("reduce_scatter", scale * vocabulary)
-    # Nothing runs before the first gathers or after the last reductions, which are those of the embedding and a layer.
-    at_ends = embedding + gather + reduction
-    between_layers = (model.num_trunk_layers - 1) * max(0.0, gather - forward)
-    between_layers += (model.num_trunk_layers - 1) * max(0.0, gather + reduction - 2 * forward)
-    for head_gather, head_reduction, head in zip(head_gathers, head_reductions, heads, strict=True):
-        between_layers += max(0.0, head_gather + head_reduction - 2 * head)
-    transfers = (2 * gather + reduction) * model.num_trunk_layers + 2 * sum(head_gathers) + sum(head_reductions)
-    slowed = compute * min(1.0, transfers / compute)  # time of computation while transfers occupy multiprocessors
-    slowdown = slowed * config.cluster.communication_sms / gpu.multiprocessors if world_size > 1 else 0.0
-    return compute, at_ends + between_layers + slowdown
-
-
-def _state_bytes(config: Config) -> int:
-    """Returns the bytes of one parameter's fp32 weight and optimizer state."""
-    return optimizer_kind(config.optimizer).state_bytes()
-
-
-def _gradient_scale(config: Config) -> int:
-    """Returns the bytes of a gradient in a reduction, divided by the bytes of its weight in 16 bits."""
-    return 2 if config.engine.reduce_dtype == "fp32" else 1
-
-
-def _num_float8_heads(config: Config) -> int:
-    return sum(config.resolved_head_loss.in_float8(index) for index in range(config.model.num_future_tokens))
 
 
 def nearest_fitting(config: Config, world_size: int, gpu: Gpu) -> tuple[str, Config, int] | None:

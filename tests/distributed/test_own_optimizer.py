@@ -10,7 +10,8 @@ from megamtp.checkpoint.tensors import read_tensor
 from megamtp.errors import CheckpointError, InputError
 from megamtp.optimizers.base import OptimizerKind
 from megamtp.optimizers.kinds import OPTIMIZERS
-from megamtp.planning.planner import GPUS, plan
+from megamtp.planning.gpus import GPUS
+from megamtp.planning.planner import plan
 from tests.cases import small_config
 from tests.distributed.test_checkpoints import BOUND, FURTHER_STEPS, MICRO_BATCHES, STEPS, _train
 from tests.ranks import run_ranks

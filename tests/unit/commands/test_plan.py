@@ -3,8 +3,9 @@
 import subprocess
 import sys
 
+from megamtp.planning.gpus import GPUS
 from megamtp.planning.partition import whole_loss_partition
-from megamtp.planning.planner import GPUS, plan
+from megamtp.planning.planner import plan
 from tests.cases import ROOT, pipeline_config
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from megamtp.errors import InputError
 from megamtp.model.cost import flops_per_token, num_parameters
-from megamtp.planning.planner import GPUS, nearest_fitting, plan
+from megamtp.planning.gpus import GPUS
+from megamtp.planning.planner import nearest_fitting, plan
 from megamtp.planning.spread import best_partition
 from tests.cases import ROOT, pipeline_config, published_config
 
