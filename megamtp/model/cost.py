@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import nn
 
-from megamtp.config import ModelConfig
+from megamtp.config import ModelConfig, TrainConfig
 from megamtp.model.layers import LayerCost
 from megamtp.model.mtp import MTPModel
 
@@ -52,6 +52,18 @@ def layer_cost(model: ModelConfig, sequence_length: int) -> LayerCost:
 def head_cost(model: ModelConfig, index: int, sequence_length: int) -> LayerCost:
     """Returns the cost of one position in the head at `index` (from 0), without the projection to the vocabulary."""
     return meta_model(model).heads[index].cost(sequence_length)
+
+
+def computes_in_float8(cost: LayerCost, train: TrainConfig) -> bool:
+    """Returns whether the layer or head with this cost computes its products in fp8."""
+    return train.precision == "fp8" and cost.float8_kept_bytes is not None
+
+
+def kept_bytes(cost: LayerCost, train: TrainConfig) -> int:
+    """Returns the bytes that the layer or head with this cost saves at one position for its backward pass."""
+    if train.precision == "fp8" and cost.float8_kept_bytes is not None:
+        return cost.float8_kept_bytes
+    return cost.kept_elements * (4 if train.dtype == "fp32" else 2)
 
 
 @lru_cache

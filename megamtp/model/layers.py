@@ -241,12 +241,14 @@ class LayerCost:
         streamed_elements: elements of the residual stream at one position: D for a built-in layer. The planner
             multiplies them by the bytes that a built-in layer reads and writes per element, and divides by the memory
             bandwidth. That is the time of element-wise operations: norms, rotation, activation and sums.
+        float8_kept_bytes: saved instead with train.precision=fp8. None: the products then stay in 16 bits.
     """
 
     matrix_flops: int
     attention_flops: int
     kept_elements: int
     streamed_elements: int
+    float8_kept_bytes: int | None = None
 
     @property
     def flops(self) -> int:
@@ -324,7 +326,8 @@ class TransformerLayer(nn.Module):
         hidden_dim = len(self.get_parameter("mlp.gate.weight"))
         matrices = 2 * dim * dim + 2 * dim * key_value_dim + 3 * dim * hidden_dim
         kept_elements = 6 * dim + 2 * key_value_dim + 3 * hidden_dim
-        return LayerCost(2 * matrices, 2 * sequence_length * dim, kept_elements, dim)
+        float8_bytes = 11 * dim + 4 * key_value_dim + 5 * hidden_dim
+        return LayerCost(2 * matrices, 2 * sequence_length * dim, kept_elements, dim, float8_bytes)
 
     def forward(self, x_BTD: Tensor, document_mask: DocumentMask | None = None) -> Tensor:
         """Returns the layer's output [B, T, D].

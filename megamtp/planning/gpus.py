@@ -1,7 +1,4 @@
-"""The GPUs that plans know, and their rates.
-
-Tests: tests/unit/planning/test_planner.py.
-"""
+"""The GPUs that plans know, their rates, and those of layers in each precision."""
 
 from dataclasses import dataclass
 
@@ -29,6 +26,40 @@ class Gpu:
 # Rates and bytes are fitted to the "plain" steps of tools/results/overhead*.json on both GPUs (2026-11-28 and -29). The
 # GPUs have the same FLOP/s and differ in memory bandwidth.
 GPUS = {"h100": Gpu(79e9, 712e12, 246e12, 2.8e12, 132, 1.8), "h200": Gpu(140e9, 712e12, 246e12, 4.0e12, 132, 1.8)}
-# Bytes that a layer's norms, rotation, activation and sums read and write per element of the residual stream, forward
-# and backward.
-ELEMENT_BYTES = 102
+
+
+@dataclass(frozen=True)
+class LayerRates:
+    """How fast layers are whose products are in one precision.
+
+    Attributes:
+        product_speedup: FLOP/s of the products divided by the FLOP/s of the same products in bf16.
+        element_bytes: bytes that norms, rotation, activation, sums and quantisation read and write per element of the
+            residual stream, forward and backward.
+        weight_bytes: bytes that are read and written per element of a weight outside of products, once a micro-batch.
+        host_seconds: time that the CPU needs to launch one pass of a layer, forward or backward.
+        backward_bytes: bytes that a layer's backward pass allocates and frees again, per hidden element of the MLP.
+    """
+
+    product_speedup: float
+    element_bytes: float
+    weight_bytes: float
+    host_seconds: float
+    backward_bytes: int
+
+
+# By train.precision. bf16 is fitted as GPUS are. Its host_seconds are a guess, because no measured step waited for the
+# CPU; together with HOOK_SECONDS they are below 2 ms, the mean time of the GPU for a pass of a 0.3B layer.
+# fp8, from single layers on an H200 (2026-11-30): products run at 1431 TFLOP/s, and 168 bytes per element and 2 per
+# weight, which tools/benchmarks/layer.py counts, move at 3.5 TB/s instead of 4.0. A step of 1.3B with 24 layers took
+# 124 ms, although the GPU needed 108: 5.1 ms of the CPU per layer, with HOOK_SECONDS. backward_bytes are counted: two
+# gradients in 16 bits, and the hidden elements and their gradients in 8 bits, with transposes.
+LAYER_RATES = {"bf16": LayerRates(1.0, 102, 0, 0.7e-3, 13), "fp8": LayerRates(1431 / 712, 192, 2.3, 1.8e-3, 9)}
+# Time that the CPU needs for a layer's or a head's communication in one pass under ZeRO-3, and for one head's loss.
+HOOK_SECONDS, LOSS_HOST_SECONDS = 0.75e-3, 0.5e-3
+
+
+def find_gpu(device_name: str) -> Gpu | None:
+    """Returns the GPU with torch's name of a device; None if GPUS lacks it."""
+    words = device_name.lower().split()
+    return next((gpu for name, gpu in GPUS.items() if name in words), None)

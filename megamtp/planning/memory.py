@@ -6,37 +6,47 @@ Tests: tests/unit/planning/test_planner.py.
 """
 
 from megamtp.config import Config
-from megamtp.model.cost import head_cost, layer_cost, num_head_parameters, num_layer_parameters, num_parameters
+from megamtp.model.cost import (
+    computes_in_float8,
+    head_cost,
+    layer_cost,
+    num_head_parameters,
+    num_layer_parameters,
+    num_parameters,
+)
 from megamtp.optimizers.kinds import optimizer_kind
-from megamtp.planning.stage_memory import chunk_bytes
+from megamtp.planning.gpus import LAYER_RATES
+from megamtp.planning.stage_memory import bytes_saved_by_heads, bytes_saved_by_layer, chunk_bytes, num_float8_parameters
 
 
 def zero_memory(config: Config, world_size: int) -> dict[str, float]:
     """Returns the bytes of one rank's GPU at its peak under ZeRO-3, by kind."""
     model, tokens = config.model, num_tokens(config)
     share = num_parameters(model) / world_size
-    layer, vocabulary = 2 * num_layer_parameters(model), 2 * model.vocab_size * model.dim
-    largest = max(layer, *(2 * num_head_parameters(model, index) for index in range(model.num_future_tokens)))
-    saved_by_layer = 2 * tokens * layer_cost(model, config.train.sequence_length).kept_elements
-    costs = [head_cost(model, index, config.train.sequence_length) for index in range(model.num_future_tokens)]
-    saved_by_head = 2 * tokens * max(cost.kept_elements for cost in costs)
+    heads, vocabulary = range(model.num_future_tokens), 2 * model.vocab_size * model.dim
+    largest = 2 * max(num_layer_parameters(model), *(num_head_parameters(model, index) for index in heads))
+    layer_bytes, head_bytes = gathered_bytes(config)
+    saved_by_layer, saved_by_head = bytes_saved_by_layer(config), max(bytes_saved_by_heads(config, heads))
     boundaries = 2 * tokens * model.dim * model.num_trunk_layers
     chunk = chunk_bytes(config, logit_bytes=2)
     # dW in fp32 and in the dtype of the reduction, and a chunk of logits. In fp8 also two copies of the weight, one of
     # the hidden states, and one of the chunk's gradient.
     head_loss = (2 + gradient_scale(config)) * vocabulary + chunk
     head_loss += vocabulary + tokens * model.dim + chunk // 2 if num_float8_heads(config) else 0
+    in_layer = LAYER_RATES[config.train.precision].backward_bytes * tokens * model.hidden_dim
     on_device, gathers = 0 if config.engine.offload_optimizer else 1, world_size > 1 or config.engine.offload_parameters
     return {
-        "weights": 0 if config.engine.offload_parameters else 2 * share,
+        "weights": 0 if config.engine.offload_parameters else _shard_bytes(config, share),
         "gradients": 4 * share * on_device,
         "optimizer": state_bytes(config) * share * on_device,
-        "gathered weights": (1 + config.engine.prefetch_modules) * largest + 2 * vocabulary if gathers else 0,
+        "gathered weights": (1 + config.engine.prefetch_modules) * max(layer_bytes, *head_bytes) + 2 * vocabulary
+        if gathers
+        else 0,
         "gradients in flight": gradient_scale(config) * largest,
         "activations": boundaries + max(saved_by_layer, saved_by_head)
         if config.train.activation_checkpointing
         else model.num_trunk_layers * saved_by_layer + saved_by_head,
-        "backward pass of one layer": 13 * tokens * model.hidden_dim,
+        "backward pass of one layer": in_layer,
         "head loss": head_loss,
     }
 
@@ -47,8 +57,28 @@ def host_memory(config: Config, share: float) -> dict[str, float]:
     return {
         "copy for the checkpoint": state_bytes(config) * share,
         "offloaded gradients and optimizer": (4 + state_bytes(config)) * share * engine.offload_optimizer,
-        "offloaded weights": 2 * share * engine.offload_parameters,
+        "offloaded weights": _shard_bytes(config, share) * engine.offload_parameters,
     }
+
+
+def gathered_bytes(config: Config) -> tuple[int, list[int]]:
+    """Returns the bytes of the weights that ZeRO-3 gathers for (a trunk layer, each head)."""
+    model, train = config.model, config.train
+    heads = range(model.num_future_tokens)
+    costs = [layer_cost(model, train.sequence_length)]
+    costs += [head_cost(model, index, train.sequence_length) for index in heads]
+    parameters = [num_layer_parameters(model), *(num_head_parameters(model, index) for index in heads)]
+    layer, *by_head = (
+        number * (1 if computes_in_float8(cost, train) else 2) for number, cost in zip(parameters, costs, strict=True)
+    )
+    return layer, by_head
+
+
+def _shard_bytes(config: Config, share: float) -> float:
+    """Returns the bytes of the weights of `share` parameters, and of the copies in fp8 that layers have of them."""
+    model = config.model
+    copied = num_float8_parameters(config, model.num_trunk_layers, range(model.num_future_tokens))
+    return (2 + copied / num_parameters(model)) * share
 
 
 def checkpoint_bytes(config: Config) -> int:

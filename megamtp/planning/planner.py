@@ -14,7 +14,7 @@ from megamtp.cluster.network import Network
 from megamtp.config import Config
 from megamtp.errors import InputError
 from megamtp.model.cost import num_parameters
-from megamtp.planning.gpus import Gpu
+from megamtp.planning.gpus import LAYER_RATES, Gpu
 from megamtp.planning.links import Link
 from megamtp.planning.memory import checkpoint_bytes, gradient_scale, host_memory, state_bytes, zero_memory
 from megamtp.planning.partition import Partition, data_parallel_rank_and_size, whole_loss_partition
@@ -62,7 +62,7 @@ class Plan:
 
 
 def plan(config: Config, world_size: int, gpu: Gpu) -> Plan:
-    """Returns the plan for ZeRO-3 with grouped communication, or for a pipeline, in bf16 with sequential heads.
+    """Returns the plan for ZeRO-3 with grouped communication and sequential heads, or for a pipeline; in bf16 or fp8.
 
     Raises:
         InputError: another engine, precision or head schedule, or a batch that does not divide among the ranks.
@@ -72,10 +72,13 @@ def plan(config: Config, world_size: int, gpu: Gpu) -> Plan:
         f"engine.kind={engine.kind}, engine.communication={engine.communication}, "
         f"train.precision={config.train.precision}"
     )
-    if settings == "engine.kind=pipeline, engine.communication=grouped, train.precision=bf16":
+    is_measured = engine.kind in ("zero3", "pipeline") and engine.communication == "grouped"
+    if not is_measured or config.train.precision not in LAYER_RATES:
+        raise InputError(
+            f"{settings}: not measured, so not planned; expected zero3 or pipeline, grouped, and bf16 or fp8"
+        )
+    if engine.kind == "pipeline":
         return _plan_pipeline(config, world_size, gpu)
-    if settings != "engine.kind=zero3, engine.communication=grouped, train.precision=bf16":
-        raise InputError(f"{settings}: not measured, so not planned; expected zero3 or pipeline, grouped and bf16")
     if engine.head_schedule != "sequential":
         raise InputError(
             f"engine.head_schedule={engine.head_schedule}: not measured, so not planned; expected sequential"
@@ -117,7 +120,8 @@ def _plan_pipeline(config: Config, world_size: int, gpu: Gpu) -> Plan:
     num_micro_batches = config.num_micro_batches(num_pipelines)
     compute = num_micro_batches * sum(partition.costs) / len(partition.costs)
     largest = max(partition.stages, key=lambda stage: sum(stage.memory_bytes.values()))
-    weights = max(stage.memory_bytes["weights"] for stage in partition.stages)
+    # in 16 bits: neither the copies in fp8 nor fp32 sums are sent
+    weights = max(stage.memory_bytes["gradients"] for stage in partition.stages) // 2
     network = Network(dataclasses.replace(cluster, emulate=num_pipelines))
     # DeepSpeed's pipeline all-reduces whole gradients, although each pipeline keeps only a shard of the sums.
     reduction = network.seconds("all_reduce", weights * gradient_scale(config))

@@ -9,7 +9,14 @@ from dataclasses import dataclass
 
 from megamtp.config import Config
 from megamtp.losses.linear_cross_entropy import default_chunk_rows
-from megamtp.model.cost import head_cost, layer_cost, num_head_parameters, num_layer_parameters
+from megamtp.model.cost import (
+    computes_in_float8,
+    head_cost,
+    kept_bytes,
+    layer_cost,
+    num_head_parameters,
+    num_layer_parameters,
+)
 from megamtp.optimizers.kinds import optimizer_kind
 
 OPTIMIZER = "optimizer"  # the kind that data parallelism shards
@@ -50,13 +57,12 @@ def stage_memory(
     dtype_bytes = 4 if train.dtype == "fp32" else 2
     parameters = contents.num_trunk_layers * num_layer_parameters(model)
     parameters += sum(num_head_parameters(model, index) for index in contents.heads)
-    float8_bytes = parameters if train.precision == "fp8" else 0  # the layers' quantised weights
     parameters += (contents.has_embedding * model.vocab_size + contents.rows) * model.dim + bool(
         contents.rows
     ) * model.dim
     saved = _saved_bytes(config, contents, dtype_bytes)
     return {
-        "weights": dtype_bytes * parameters + float8_bytes,
+        "weights": dtype_bytes * parameters + num_float8_parameters(config, contents.num_trunk_layers, contents.heads),
         "gradients": 4 * parameters,
         OPTIMIZER: optimizer_kind(config.optimizer).state_bytes() * parameters // data_parallel_size,
         "activations": num_in_flight * saved,
@@ -65,6 +71,17 @@ def stage_memory(
             _embedding_gradient_bytes(config, contents, dtype_bytes) - saved,
         ),
     }
+
+
+def num_float8_parameters(config: Config, num_trunk_layers: int, heads: range) -> int:
+    """Returns the number of parameters of layers and heads that have a copy in fp8."""
+    model, train = config.model, config.train
+    in_float8 = computes_in_float8(layer_cost(model, train.sequence_length), train)
+    parameters = num_trunk_layers * num_layer_parameters(model) if in_float8 else 0
+    for index in heads:
+        if computes_in_float8(head_cost(model, index, train.sequence_length), train):
+            parameters += num_head_parameters(model, index)
+    return parameters
 
 
 def chunk_bytes(config: Config, logit_bytes: int) -> int:
@@ -82,18 +99,18 @@ def _boundary_bytes(config: Config, dtype_bytes: int) -> int:
     return config.train.micro_batch_size * config.train.sequence_length * config.model.dim * dtype_bytes
 
 
-def _bytes_saved_by_layer(config: Config, dtype_bytes: int) -> int:
+def bytes_saved_by_layer(config: Config) -> int:
     """Returns the bytes that one trunk layer saves of a micro-batch for its backward pass."""
     train = config.train
-    elements = layer_cost(config.model, train.sequence_length).kept_elements
-    return train.micro_batch_size * train.sequence_length * elements * dtype_bytes
+    cost = layer_cost(config.model, train.sequence_length)
+    return train.micro_batch_size * train.sequence_length * kept_bytes(cost, train)
 
 
-def _bytes_saved_by_heads(config: Config, heads: range, dtype_bytes: int) -> list[int]:
+def bytes_saved_by_heads(config: Config, heads: range) -> list[int]:
     """Returns the bytes that each head saves of a micro-batch for its backward pass."""
     train = config.train
-    elements = [head_cost(config.model, index, train.sequence_length).kept_elements for index in heads]
-    return [train.micro_batch_size * train.sequence_length * kept * dtype_bytes for kept in elements]
+    costs = [head_cost(config.model, index, train.sequence_length) for index in heads]
+    return [train.micro_batch_size * train.sequence_length * kept_bytes(cost, train) for cost in costs]
 
 
 def _saved_bytes(config: Config, contents: StageContents, dtype_bytes: int) -> int:
@@ -103,10 +120,10 @@ def _saved_bytes(config: Config, contents: StageContents, dtype_bytes: int) -> i
     spread losses save as much as trunk layers do, and their outputs. Other heads have run their backward pass already.
     """
     boundary = _boundary_bytes(config, dtype_bytes)
-    layer = boundary if config.train.activation_checkpointing else _bytes_saved_by_layer(config, dtype_bytes)
+    layer = boundary if config.train.activation_checkpointing else bytes_saved_by_layer(config)
     trunk = contents.num_trunk_layers * layer
     if contents.spread:
-        heads = _bytes_saved_by_heads(config, contents.heads, dtype_bytes)
+        heads = bytes_saved_by_heads(config, contents.heads)
         return 2 * boundary + trunk + sum(saved + 2 * boundary for saved in heads)
     return (2 + bool(contents.num_heads)) * boundary + trunk
 
@@ -117,7 +134,7 @@ def _largest_pass_bytes(config: Config, contents: StageContents, dtype_bytes: in
     # The layer's last weight gradient, a matrix of the MLP, and two gradients of x.
     layer = dtype_bytes * model.hidden_dim * model.dim + 2 * boundary
     if train.activation_checkpointing and contents.num_trunk_layers:
-        layer += _bytes_saved_by_layer(config, dtype_bytes)
+        layer += bytes_saved_by_layer(config)
     if contents.spread:
         return max(layer, _slice_pass_bytes(config, contents, dtype_bytes))
     if not contents.num_heads:
@@ -131,7 +148,7 @@ def _largest_pass_bytes(config: Config, contents: StageContents, dtype_bytes: in
     # The sum of dW stays in memory while all heads except for the last run their layer's backward pass.
     waiting = 4 * vocabulary if contents.num_heads > 1 else 0
     # dz in fp32. For the running head: the gradient of its z, its layer's output, the normed output and its gradient.
-    saved = max(_bytes_saved_by_heads(config, contents.heads, dtype_bytes))
+    saved = max(bytes_saved_by_heads(config, contents.heads))
     head = 4 * boundary // dtype_bytes + 4 * boundary + saved + max(rounding, chunk, waiting + layer)
     return max(layer, head)
 

@@ -1,16 +1,22 @@
 """The cost of a model: numbers of parameters, and floating-point operations computed by hand."""
 
+import dataclasses
+
 import pytest
 
 from megamtp.model.cost import (
+    computes_in_float8,
     flops_per_token,
+    kept_bytes,
     layer_cost,
     num_layer_parameters,
     num_parameters,
     num_unembedding_parameters,
     peak_flops,
 )
+from megamtp.model.layers import LayerCost
 from megamtp.model.mtp import MTPModel
+from tests.cases import small_config
 from tests.models import model_config
 
 
@@ -43,6 +49,20 @@ def test_flops_are_three_times_those_of_the_forward_products():
     layer = 2 * (4 * 32 * 32 + 3 * 32 * 48) + 2 * 10 * 32
     assert layer_cost(config, 10).flops == layer
     assert flops_per_token(config, 10) == 3 * (5 * layer + 2 * (2 * 50 * 32))
+
+
+def test_bytes_that_a_layer_saves_in_each_precision():
+    config = model_config(num_key_value_heads=2, mlp_dim=48)
+    cost, own = layer_cost(config, 10), LayerCost(1, 1, kept_elements=5, streamed_elements=1)
+    key_value_dim = config.key_value_heads * config.head_dim
+    elements = 6 * 32 + 2 * key_value_dim + 3 * 48
+    # x and h, queries and attended values in 16 bits; attended values and both norms' outputs also in 8
+    fp8 = 2 * (4 * 32 + 2 * key_value_dim + 2 * 48) + 3 * 32 + 48
+    rows = ("fp32", 4 * elements, 20), ("bf16", 2 * elements, 10), ("fp8", fp8, 10)
+    for precision, expected, expected_of_own in rows:
+        train = dataclasses.replace(small_config().train, precision=precision)
+        assert (kept_bytes(cost, train), kept_bytes(own, train)) == (expected, expected_of_own)
+        assert (computes_in_float8(cost, train), computes_in_float8(own, train)) == (precision == "fp8", False)
 
 
 def test_the_unembedding_counts_the_final_norm():
