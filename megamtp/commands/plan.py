@@ -17,6 +17,7 @@ from megamtp.planning.gpus import GPUS, Gpu
 from megamtp.planning.loss_choice import describe_speed, with_other_loss_placement
 from megamtp.planning.partition import Partition
 from megamtp.planning.planner import SECONDS_PER_DAY, Plan, nearest_fitting, plan
+from megamtp.planning.precision_choice import with_bf16
 from megamtp.planning.spread import SpreadPartition
 
 GIB = 2**30
@@ -45,22 +46,22 @@ def main() -> None:
         sys.exit(1)
     print(_time_table(planned, config))
     if planned.partition:
-        print(_other_losses(planned, config, options.gpus, gpu))
+        print(_alternative(planned, *with_other_loss_placement(config), options.gpus, gpu))
+    if config.train.precision == "fp8":
+        print(_alternative(planned, *with_bf16(config), options.gpus, gpu))
 
 
-def _other_losses(planned: Plan, config: Config, world_size: int, gpu: Gpu) -> str:
-    """Returns lines about the same pipeline with spread losses, or without them if `config` spreads them."""
-    changed, setting = with_other_loss_placement(config)
+def _alternative(planned: Plan, changed: Config, setting: str, world_size: int, gpu: Gpu) -> str:
+    """Returns lines about the same run with one setting changed: its step, its memory, and whether it is faster."""
     try:
         other = plan(changed, world_size, gpu)
     except InputError as error:
         return f"\nwith {setting}: {error}"
-    assert other.partition is not None
     ratio, memory = other.step_seconds / planned.step_seconds, other.peak_bytes / GIB
     fits = "" if other.peak_bytes <= gpu.memory_bytes else ", which does not fit"
+    balance = f"; {other.partition.balance_summary}" if other.partition else ""
     return (
-        f"\nwith {setting}: step {other.step_seconds:.3f} s, at most {memory:.2f} GiB{fits}; "
-        f"{other.partition.balance_summary}\n"
+        f"\nwith {setting}: step {other.step_seconds:.3f} s, at most {memory:.2f} GiB{fits}{balance}\n"
         f"{describe_speed(setting, ratio)}"
     )
 

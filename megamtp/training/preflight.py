@@ -27,6 +27,7 @@ from megamtp.engines.initial_weights import open_initial_weights
 from megamtp.errors import CheckpointError, InputError
 from megamtp.files import take_lock
 from megamtp.planning.partition import Partition
+from megamtp.planning.precision_choice import describe_slow_float8
 from megamtp.planning.spread import SpreadPartition
 from megamtp.training.metrics import FILE as METRICS
 from megamtp.training.metrics import records_until
@@ -59,7 +60,7 @@ def check(config: Config, place: Place) -> CheckedRun:
     if config.train.precision == "fp16" and not torch.cuda.is_available():
         raise InputError("train.precision=fp16 without a GPU; expected fp32, bf16 or fp8: DeepSpeed's fp16 needs a GPU")
     if "fp8" in (config.train.precision, config.resolved_head_loss.precision):
-        _check_float8(config, place.rank)
+        _check_float8(config, place)
     if config.data.tokenizer:
         _check_tokenizer(config)
     train = [_windows(config, prefix) for _, prefix in config.data.train_corpora]
@@ -180,16 +181,21 @@ def report_vocabulary(config: Config) -> None:
             print_warning(f"training works, but {error}")
 
 
-def _check_float8(config: Config, rank: int) -> None:
+def _check_float8(config: Config, place: Place) -> None:
+    """Warns on rank 0 if fp8 is slow here. Raises InputError on a GPU without fp8 products."""
     fp8 = "train.precision=fp8" if config.train.precision == "fp8" else "head_loss.precision=fp8"
     if not torch.cuda.is_available():
-        if rank == 0:
+        if place.rank == 0:
             print_warning(f"{fp8} without a GPU: fp8 products are emulated, slowly")
     elif torch.cuda.get_device_capability() < FLOAT8_CAPABILITY:
         raise InputError(
             f"{fp8} on {torch.cuda.get_device_name()}; expected a GPU with fp8 products (Ada, Hopper or later): set it "
             "to bf16"
         )
+    elif place.rank == 0:
+        warning = describe_slow_float8(config, place.world_size, torch.cuda.get_device_name())
+        if warning:
+            print_warning(warning)
 
 
 def _check_tokenizer(config: Config) -> None:

@@ -1,7 +1,10 @@
 """Tests what `plan` prints for configurations that fit, and for one that does not fit."""
 
+import re
 import subprocess
 import sys
+
+import pytest
 
 from megamtp.planning.gpus import GPUS
 from megamtp.planning.partition import whole_loss_partition
@@ -37,6 +40,7 @@ def test_output_for_configurations_that_fit_and_do_not_fit():
         "waiting for other stages" in pipeline.stdout and "\nwith engine.spread_losses=true: step " in pipeline.stdout
     )
     assert "\nengine.spread_losses=true is predicted to be faster: 0.9" in pipeline.stdout
+    assert "train.precision" not in fits.stdout + pipeline.stdout
     (layers,) = (
         line.split()[-1] for line in pipeline.stdout.splitlines() if line.startswith("a run uses this partition with ")
     )
@@ -57,3 +61,17 @@ def test_output_for_configurations_that_fit_and_do_not_fit():
     wrong = run("configs/13b_n4.yaml", "--gpus", "7")
     assert wrong.returncode == 2
     assert wrong.stderr.count("\n") == 1 and "7 ranks" in wrong.stderr
+
+
+@pytest.mark.parametrize("engine", [[], ["engine.kind=pipeline", "engine.num_stages=4"]], ids=["zero3", "pipeline"])
+def test_a_plan_in_fp8_also_says_how_long_a_step_in_bf16_takes(engine):
+    for size, settings, verdict in (
+        ("6.7b", [], "not predicted to be faster: 1."),
+        ("0.3b", ["train.sequence_length=64"], "predicted to be faster: 0."),
+    ):
+        settings = [f"configs/{size}_n4.yaml", "train.micro_batch_size=1", *settings, *engine]
+        fp8, bf16 = (run(*settings, "--gpus", "64", f"train.precision={kind}").stdout for kind in ("fp8", "bf16"))
+        (step,) = re.findall(r"\n\| \*\*step, s\*\* \| \*\*(.*)\*\* \|", bf16)
+        assert f"\nwith train.precision=bf16: step {step} s, at most " in fp8
+        assert f"\ntrain.precision=bf16 is {verdict}" in fp8
+        assert fp8.count("\nwith engine.spread_losses=true: ") == len(engine) // 2

@@ -20,17 +20,19 @@ from megamtp.training.preflight import (
     report_vocabulary,
 )
 from tests import tokenizer_kinds
+from tests.cases import published_config
 
 CONFIG = str(Path(__file__).parents[3] / "configs/quickstart.yaml")
 
 
+SMALL_MICRO_BATCHES = ["train.micro_batch_size=1", "train.sequence_length=64"]
 FP8 = [CONFIG, "run.directory=r", "data.train=a", "train.precision=fp8"]
 
 
 def test_fp8_on_a_cpu_is_emulated_which_rank_0_says(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for rank in (0, 1):
-        _check_float8(read_config(FP8), rank)
+        _check_float8(read_config(FP8), Place(rank, rank, 2))
     assert capsys.readouterr().err == (
         "megamtp: warning: train.precision=fp8 without a GPU: fp8 products are emulated, slowly\n"
     )
@@ -44,12 +46,24 @@ def test_fp8_on_a_gpu_without_it_is_refused(key, monkeypatch):
     for capability, refused in (((8, 0), True), ((8, 9), False), ((9, 0), False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
         if not refused:
-            _check_float8(config, 0)
+            _check_float8(config, Place(0, 0, 1))
             continue
         with pytest.raises(
             InputError, match=rf"^{key}=fp8 on NVIDIA A100; expected a GPU with fp8 products .*to bf16$"
         ):
-            _check_float8(config, 0)
+            _check_float8(config, Place(0, 0, 1))
+
+
+def test_fp8_that_is_slower_than_bf16_is_reported_by_rank_0(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    for rank in (1, 0):
+        _check_float8(published_config("0.3b", 4, "train.precision=fp8", *SMALL_MICRO_BATCHES), Place(rank, rank, 64))
+        _check_float8(published_config("6.7b", 4, "train.precision=fp8"), Place(rank, rank, 64))
+    warning = capsys.readouterr().err
+    assert warning.startswith("megamtp: warning: train.precision=fp8 on NVIDIA H200: train.precision=bf16 is predicted")
+    assert warning.count("\n") == 1
 
 
 def test_vocabulary_of_a_corpus(tmp_path):
