@@ -51,12 +51,12 @@ class LayerRates:
 # By train.precision. bf16 is fitted as GPUS are. Its host_seconds are a guess, because no measured step waited for the
 # CPU; together with HOOK_SECONDS they are below 2 ms, the mean time of the GPU for a pass of a 0.3B layer.
 # fp8, from single layers on an H200 (2026-11-30): products run at 1431 TFLOP/s, and 168 bytes per element and 2 per
-# weight, which tools/benchmarks/layer.py counts, move at 3.5 TB/s instead of 4.0. A step of 1.3B with 24 layers took
-# 124 ms, although the GPU needed 108: 5.1 ms of the CPU per layer, with HOOK_SECONDS. backward_bytes are counted: two
+# weight, which tools/benchmarks/layer.py counts, move at 3.5 TB/s instead of 4.0. The CPU needed 34 ms to launch a
+# step of the 0.3B model's 18 layers, and 58 ms with ZeRO-3: 0.95 and 1.6 ms a pass. backward_bytes are counted: two
 # gradients in 16 bits, and the hidden elements and their gradients in 8 bits, with transposes.
-LAYER_RATES = {"bf16": LayerRates(1.0, 102, 0, 0.7e-3, 13), "fp8": LayerRates(1431 / 712, 192, 2.3, 1.8e-3, 9)}
+LAYER_RATES = {"bf16": LayerRates(1.0, 102, 0, 0.7e-3, 13), "fp8": LayerRates(1431 / 712, 192, 2.3, 0.95e-3, 9)}
 # Time that the CPU needs for a layer's or a head's communication in one pass under ZeRO-3, and for one head's loss.
-HOOK_SECONDS, LOSS_HOST_SECONDS = 0.75e-3, 0.5e-3
+HOOK_SECONDS, LOSS_HOST_SECONDS = 0.65e-3, 0.5e-3
 
 
 def find_gpu(device_name: str) -> Gpu | None:

@@ -39,9 +39,9 @@ def test_all_sizes_and_gpus_are_recorded():
     }
 
 
-def test_all_sizes_are_recorded_in_fp8():
-    sizes = {(result["size"], result["heads"]) for result, _, _ in RECORDED_IN_FLOAT8.values()}
-    assert sizes == {(size, heads) for size in SIZES for heads in (1, 4)}
+def test_steps_in_fp8_are_recorded():
+    recorded_cases = {(result["size"], result["heads"]) for result, _, _ in RECORDED_IN_FLOAT8.values()}
+    assert recorded_cases >= {("1.3b", 1), ("1.3b", 4), ("13b", 1), ("13b", 4)}
 
 
 @pytest.mark.parametrize("name", RECORDED)
