@@ -174,7 +174,7 @@ def _draw(results: list[dict]) -> Figure:
     groups = list(dict.fromkeys(result["operands"] for result in errors))
     heights = {
         scaling: {
-            r["operands"]: statistics.mean((r["output"], r["input_gradient"], r["weight_gradient"]))
+            r["operands"]: 100 * statistics.mean((r["output"], r["input_gradient"], r["weight_gradient"]))
             for r in errors
             if r["scaling"] == scaling
         }
@@ -182,6 +182,6 @@ def _draw(results: list[dict]) -> Figure:
     }
     figure, (axes,) = output.figure(2 + 1.6 * len(groups), 4.5)
     output.bars(axes, groups, heights)
-    axes.set_ylabel("relative error, mean of the three products")
+    axes.set_ylabel("relative error, mean of the three products, %")
     figure.legend(frameon=False, ncols=4, loc="outside upper center")
     return figure

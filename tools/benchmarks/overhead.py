@@ -222,7 +222,8 @@ def _draw(results: list[dict]) -> Figure:
     output.bars(axes, groups, heights)
     axes.set_ylabel(f"step time / one-head step time of {base_name}")
     axes.axhline(1.0, color="0.5", linewidth=0.8)
-    axes.set_ylim(bottom=0.8)
+    lowest = min(height for by_group in heights.values() for height in by_group.values())
+    axes.set_ylim(bottom=0.8 if lowest > 0.8 else 0.0)
     figure.legend(frameon=False, ncols=min(3, len(names)), loc="outside upper center")
     return figure
 
