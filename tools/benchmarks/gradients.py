@@ -2,8 +2,8 @@
 
     %(prog)s --size 0.3b --output results
 
-All three steps have the same initial weights, rounded to bf16, and the same random tokens. The table has one row for
-each kind of parameter, such as the query weights of all trunk layers.
+All three steps have the same initial weights, rounded to bf16, and the same random tokens. Layers are not compiled.
+The table has one row for each kind of parameter, such as the query weights of all trunk layers.
 """
 
 import re
@@ -33,10 +33,13 @@ def main(arguments: list[str]) -> None:
     options = output.parse(parser, arguments, SMOKE)
     output.make_folder(options)
     configs = {
-        precision: emulation.config(options.size, options.heads, 1, options, f"train.precision={precision}")
+        precision: emulation.config(
+            options.size, options.heads, 1, options, f"train.precision={precision}", "train.compile=false"
+        )
         for precision in PRECISIONS
     }
-    gradients = {precision: _gradients(config) for precision, config in configs.items()}
+    weights = _initial_weights(configs["bf16"])
+    gradients = {precision: _gradients(config, weights) for precision, config in configs.items()}
     train = configs["bf16"].train
     settings = {"model": options.size, "n": options.heads, "T": train.sequence_length}
     settings |= {"windows": train.micro_batch_size}
@@ -44,15 +47,24 @@ def main(arguments: list[str]) -> None:
     output.write(options, settings, results, tables(results), _draw(results))
 
 
-def _gradients(config: Config) -> dict[str, Tensor]:
-    """Returns the gradient of each parameter in a step's precision, on the CPU."""
+def _initial_weights(config: Config) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        parameters = dict(MTPModel(config.model).named_parameters())
+    return {
+        name: initial_value(name, tuple(parameter.shape), config.model, seed=0).to(find_device(), torch.bfloat16)
+        for name, parameter in parameters.items()
+    }
+
+
+def _gradients(config: Config, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the gradient of each parameter in a step's precision."""
     model, train, device = config.model, config.train, find_device()
-    part = MTPModel(model, config.resolved_head_loss, options=layer_options(train, device))
-    part = part.to(device, DTYPES[train.dtype])
+    with torch.device("meta"):
+        part = MTPModel(model, config.resolved_head_loss, options=layer_options(train, device))
+    part = part.to(DTYPES[train.dtype]).to_empty(device=device)
     with torch.no_grad():
         for name, parameter in part.named_parameters():
-            value = initial_value(name, tuple(parameter.shape), model, seed=0)
-            parameter.copy_(value.bfloat16())
+            parameter.copy_(weights[name])
     part.quantise_weights()
     n, batch, length = model.num_future_tokens, train.micro_batch_size, train.sequence_length
     generator = torch.Generator().manual_seed(0)
@@ -61,7 +73,7 @@ def _gradients(config: Config) -> dict[str, Tensor]:
     loss, _ = part(tokens_BT[:, :length], targets_nBT, [1 / (batch * length)] * n)
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in part.named_parameters()}
-    return {name: gradient.cpu() for name, gradient in gradients.items() if gradient is not None}
+    return {name: gradient for name, gradient in gradients.items() if gradient is not None}
 
 
 def compare(gradients: dict[str, dict[str, Tensor]]) -> list[dict]:
