@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from megamtp.errors import InputError
-from megamtp.model.layers import KeyValueCache
+from megamtp.model.attention import KeyValueCache
 from megamtp.model.mtp import MTPModel
 
 

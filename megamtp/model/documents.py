@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
 from megamtp.config import ModelConfig
-from megamtp.model.layers import DocumentMask
+from megamtp.model.attention import DocumentMask
 from megamtp.model.rotary import rotary_tables
 
 

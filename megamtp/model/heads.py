@@ -17,15 +17,8 @@ from megamtp.config import ModelConfig
 from megamtp.errors import InputError
 from megamtp.extensions import find_kind
 from megamtp.losses.linear_cross_entropy import linear_cross_entropy
-from megamtp.model.layers import (
-    DEFAULT_OPTIONS,
-    DocumentMask,
-    KeyValueCache,
-    LayerCost,
-    LayerOptions,
-    TransformerLayer,
-    rms_norm,
-)
+from megamtp.model.attention import DocumentMask, KeyValueCache
+from megamtp.model.layers import DEFAULT_OPTIONS, LayerCost, LayerOptions, TransformerLayer, rms_norm
 
 
 class Head(nn.Module):

@@ -12,7 +12,7 @@ MTPModel is a ModelPart that holds the whole model; each pipeline stage is also 
 returns the training loss. Where to read on:
 
     part.py         ModelPart: builds the modules, runs the trunk, computes the heads' losses
-    layers.py       one transformer layer
+    layers.py       one transformer layer (attention.py, rotary.py)
     heads.py        the kinds of heads, and the unembedding
     documents.py    several documents in one window
     initial.py      initial weights
@@ -30,8 +30,9 @@ import torch
 from torch import Tensor, nn
 
 from megamtp.config import HeadLossConfig, ModelConfig
+from megamtp.model.attention import DocumentMask, KeyValueCache
 from megamtp.model.heads import Head, Unembedding
-from megamtp.model.layers import DEFAULT_OPTIONS, DocumentMask, KeyValueCache, LayerOptions, TransformerLayer
+from megamtp.model.layers import DEFAULT_OPTIONS, LayerOptions, TransformerLayer
 from megamtp.model.part import Extent, ModelPart
 
 

@@ -15,9 +15,10 @@ from megamtp.losses.float8 import Float8Products, Float8Weight
 from megamtp.losses.linear_cross_entropy import SharedGradient
 from megamtp.losses.sequential import HeadHooks, IntermediateStageHeads, SequentialHeadLoss
 from megamtp.losses.vocabulary_slice import slice_gradients, slice_statistics
+from megamtp.model.attention import DocumentMask
 from megamtp.model.documents import make_document_mask
 from megamtp.model.heads import Unembedding, head_class
-from megamtp.model.layers import DEFAULT_OPTIONS, DocumentMask, LayerOptions, TransformerLayer, weight_groups
+from megamtp.model.layers import DEFAULT_OPTIONS, LayerOptions, TransformerLayer, weight_groups
 from megamtp.precision.weights import WeightQuantiser, quantiser_of
 
 M = TypeVar("M", bound=nn.Module)

@@ -11,9 +11,10 @@ from torch import Tensor
 from megamtp.checkpoint import store
 from megamtp.config import Config, ModelConfig
 from megamtp.data.loader import Batch
+from megamtp.model.attention import DocumentMask
 from megamtp.model.heads import Head
 from megamtp.model.initial import initial_value
-from megamtp.model.layers import DEFAULT_OPTIONS, DocumentMask, LayerCost, LayerOptions, TransformerLayer, linear
+from megamtp.model.layers import DEFAULT_OPTIONS, LayerCost, LayerOptions, TransformerLayer, linear
 from megamtp.model.mtp import MTPModel
 from megamtp.targets import IGNORED
 from tests.cases import global_batch, own_share, small_config

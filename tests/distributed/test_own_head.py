@@ -11,9 +11,10 @@ from megamtp.checkpoint import canonical, formats, store
 from megamtp.checkpoint.tensors import read_tensor
 from megamtp.config import ModelConfig, read_config
 from megamtp.errors import InputError
+from megamtp.model.attention import DocumentMask
 from megamtp.model.cost import flops_per_token, head_cost, num_head_parameters, num_parameters
 from megamtp.model.heads import HEAD_KINDS, Head
-from megamtp.model.layers import DEFAULT_OPTIONS, DocumentMask, LayerCost, LayerOptions
+from megamtp.model.layers import DEFAULT_OPTIONS, LayerCost, LayerOptions
 from tests.cases import small_config
 from tests.distributed.test_checkpoints import BOUND, FURTHER_STEPS, MICRO_BATCHES, STEPS, _train
 from tests.engine_steps import largest_errors

@@ -25,8 +25,9 @@ from benchmarks.device import find_device, measure_milliseconds
 from megamtp.config import Config
 from megamtp.engines.base import layer_options
 from megamtp.errors import InputError
+from megamtp.model.attention import attention
 from megamtp.model.initial import STANDARD_DEVIATION
-from megamtp.model.layers import TransformerLayer, attention, rms_norm
+from megamtp.model.layers import TransformerLayer, rms_norm
 from megamtp.model.rotary import rotary_tables
 from megamtp.precision import float8
 from megamtp.precision.operations import E4M3, E5M2, scaled_product
