@@ -283,7 +283,7 @@ class RunConfig(Section):
     tensorboard: bool = option(True, "write TensorBoard events beside metrics.jsonl")
     peak_flops: float | None = option(
         None,
-        "FLOP/s of a GPU, for the model FLOPs utilization; null: looked up for known GPUs, in bf16 also for fp8",
+        "FLOP/s of a GPU, for the model FLOPs utilization; null: the rate of a known GPU; for fp8, its rate in bf16",
         above=0,
     )
     stall_seconds: int | None = option(

@@ -61,7 +61,8 @@ def computes_in_float8(cost: LayerCost, train: TrainConfig) -> bool:
 
 def kept_bytes(cost: LayerCost, train: TrainConfig) -> int:
     """Returns the bytes that the layer or head with this cost saves at one position for its backward pass."""
-    if train.precision == "fp8" and cost.float8_kept_bytes is not None:
+    if computes_in_float8(cost, train):
+        assert cost.float8_kept_bytes is not None
         return cost.float8_kept_bytes
     return cost.kept_elements * (4 if train.dtype == "fp32" else 2)
 

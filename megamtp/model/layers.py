@@ -269,7 +269,7 @@ class TransformerLayer(nn.Module):
         hidden_dim = len(self.get_parameter("mlp.gate.weight"))
         matrices = 2 * dim * dim + 2 * dim * key_value_dim + 3 * dim * hidden_dim
         kept_elements = 6 * dim + 2 * key_value_dim + 3 * hidden_dim
-        float8_bytes = 11 * dim + 4 * key_value_dim + 5 * hidden_dim
+        float8_bytes = 13 * dim + 6 * key_value_dim + 5 * hidden_dim
         return LayerCost(2 * matrices, 2 * sequence_length * dim, kept_elements, dim, float8_bytes)
 
     def forward(self, x_BTD: Tensor, document_mask: DocumentMask | None = None) -> Tensor:

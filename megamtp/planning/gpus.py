@@ -50,16 +50,18 @@ class LayerRates:
 
 # By train.precision. bf16 is fitted as GPUS are. Its host_seconds are a guess, because no measured step waited for the
 # CPU; together with HOOK_SECONDS they are below 2 ms, the mean time of the GPU for a pass of a 0.3B layer.
-# fp8, from single layers on an H200 (2026-11-30): products run at 1431 TFLOP/s, and 168 bytes per element and 2 per
-# weight, which tools/benchmarks/layer.py counts, move at 3.5 TB/s instead of 4.0. The CPU needed 34 ms to launch a
-# step of the 0.3B model's 18 layers, and 58 ms with ZeRO-3: 0.95 and 1.6 ms a pass. backward_bytes are counted: two
-# gradients in 16 bits, and the hidden elements and their gradients in 8 bits, with transposes.
+# fp8: products of single layers run at 1431 TFLOP/s on an H200 (2026-11-30). tools/benchmarks/layer.py counts 160 bytes
+# per element and 2 per weight; the larger numbers are fitted to tools/results/overhead_fp8*.json. The CPU needed 34 ms
+# to launch a step of the 0.3B model's 18 layers, and 58 ms with ZeRO-3: 0.95 and 1.6 ms a pass. backward_bytes are
+# fitted to the same files' peak memory.
 LAYER_RATES = {"bf16": LayerRates(1.0, 102, 0, 0.7e-3, 13), "fp8": LayerRates(1431 / 712, 192, 2.3, 0.95e-3, 9)}
 # Time that the CPU needs for a layer's or a head's communication in one pass under ZeRO-3, and for one head's loss.
 HOOK_SECONDS, LOSS_HOST_SECONDS = 0.65e-3, 0.5e-3
 
 
 def find_gpu(device_name: str) -> Gpu | None:
-    """Returns the GPU with torch's name of a device; None if GPUS lacks it."""
+    """Returns the GPU with torch's name of a device; None if GPUS lacks it: PCIe cards and parts of GPUs, too."""
     words = device_name.lower().split()
+    if {"pcie", "nvl", "mig"} & set(words):
+        return None
     return next((gpu for name, gpu in GPUS.items() if name in words), None)

@@ -55,9 +55,13 @@ def _rates(config: Config, cost: LayerCost) -> LayerRates:
     return LAYER_RATES["fp8" if computes_in_float8(cost, config.train) else "bf16"]
 
 
-def _both_passes(config: Config, cost: LayerCost, gpu: Gpu) -> tuple[float, float]:
-    """Returns the times of a layer's or a head's (forward, backward) pass of one micro-batch, without a loss."""
-    forward, host = _forward_on_gpu(config, cost, gpu), _rates(config, cost).host_seconds
+def _both_passes(config: Config, cost: LayerCost, gpu: Gpu, hook_seconds: float = 0.0) -> tuple[float, float]:
+    """Returns the times of a layer's or a head's (forward, backward) pass of one micro-batch, without a loss.
+
+    Args:
+        hook_seconds: time of the CPU for a pass besides launching the layer.
+    """
+    forward, host = _forward_on_gpu(config, cost, gpu), _rates(config, cost).host_seconds + hook_seconds
     return max(forward, host), max(2 * forward, host)
 
 
@@ -100,10 +104,7 @@ def _seconds_on_host(config: Config) -> float:
 def _exposed_seconds(config: Config, world_size: int, gpu: Gpu, compute: float) -> float:
     model, scale = config.model, gradient_scale(config)
     network = Network(dataclasses.replace(config.cluster, emulate=world_size))
-    forward, *heads = (
-        max(_forward_on_gpu(config, cost, gpu), _rates(config, cost).host_seconds + HOOK_SECONDS)
-        for cost in _costs(config)
-    )
+    (forward, backward), *heads = (_both_passes(config, cost, gpu, HOOK_SECONDS) for cost in _costs(config))
     layer_bytes, head_bytes = gathered_bytes(config)
     gather = network.seconds("all_gather", layer_bytes)
     reduction = network.seconds("reduce_scatter", 2 * scale * num_layer_parameters(model))
@@ -116,9 +117,9 @@ def _exposed_seconds(config: Config, world_size: int, gpu: Gpu, compute: float) 
     # Nothing runs before the first gathers or after the last reductions, which are those of the embedding and a layer.
     at_ends = embedding + gather + reduction
     between_layers = (model.num_trunk_layers - 1) * max(0.0, gather - forward)
-    between_layers += (model.num_trunk_layers - 1) * max(0.0, gather + reduction - 2 * forward)
-    for head_gather, head_reduction, head in zip(head_gathers, head_reductions, heads, strict=True):
-        between_layers += max(0.0, head_gather + head_reduction - 2 * head)
+    between_layers += (model.num_trunk_layers - 1) * max(0.0, gather + reduction - backward)
+    for head_gather, head_reduction, (_, head_backward) in zip(head_gathers, head_reductions, heads, strict=True):
+        between_layers += max(0.0, head_gather + head_reduction - head_backward)
     transfers = (2 * gather + reduction) * model.num_trunk_layers + 2 * sum(head_gathers) + sum(head_reductions)
     slowed = min(compute, transfers)  # time of computation while transfers occupy multiprocessors
     slowdown = slowed * config.cluster.communication_sms / gpu.multiprocessors if world_size > 1 else 0.0

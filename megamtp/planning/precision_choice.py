@@ -10,9 +10,12 @@ from megamtp.planning.planner import plan
 
 
 def with_bf16(config: Config) -> tuple[Config, str]:
-    """Returns the configuration with train.precision=bf16, and that setting as `key=value`."""
-    changed = dataclasses.replace(config, train=dataclasses.replace(config.train, precision="bf16"))
-    return changed, "train.precision=bf16"
+    """Returns the configuration with train.precision=bf16, and the changed settings as `key=value`."""
+    changed, settings = dataclasses.replace(config, train=dataclasses.replace(config.train, precision="bf16")), ""
+    if config.head_loss.precision is None and not config.head_loss.fp8_first_head:  # has no effect in bf16
+        changed = dataclasses.replace(changed, head_loss=dataclasses.replace(config.head_loss, fp8_first_head=True))
+        settings = " head_loss.fp8_first_head=true"
+    return changed, f"train.precision=bf16{settings}"
 
 
 def describe_slow_float8(config: Config, world_size: int, device_name: str) -> str | None:

@@ -31,7 +31,7 @@ def norm_quantise(
     """Writes a row's norm in e4m3, 1 / rms of each row, and at scale_index the scale bound * max |weight| / largest.
 
     One program per row; `block` is at least the number of columns. If `added` is given, the kernel writes x + added to
-    `total`, and norms that.
+    `total`, and normalises the sum.
     """
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, block)

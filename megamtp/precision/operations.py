@@ -56,6 +56,7 @@ def quantise_with_transpose(pieces: Sequence[Tensor], dtype: torch.dtype) -> tup
 
 def _empty_words(num_rows: int, num_columns: int, device: torch.device) -> Tensor:
     """Returns memory for a matrix in fp8 as 32-bit words of four numbers, which is how kernels write transposes."""
+    assert num_columns % 4 == 0, f"{num_columns} rows to transpose; expected a multiple of 4"
     return torch.empty(num_rows, num_columns // 4, dtype=torch.int32, device=device)
 
 
@@ -109,6 +110,7 @@ def transpose(matrices: Sequence[Tensor], after: Tensor) -> Tensor:
         after: a tensor of the backward pass that is not read. torch.compile would otherwise move a transposition of
             what the forward pass knows into the forward pass, and keep its result in memory.
     """
+    assert all(len(matrix) % 4 == 0 for matrix in matrices), "expected multiples of 4 rows to transpose"
     width, dtype = matrices[0].shape[1], matrices[0].dtype
     if not matrices[0].is_cuda:
         return torch.cat(list(matrices)).T.contiguous()

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from benchmarks.trainings import DIVERGED
 from torch import Tensor
 
 from megamtp.checkpoint import store
@@ -176,6 +177,7 @@ def test_run_ends_after_too_many_nonfinite_steps(tmp_path):
     assert other_error == "SystemExit: 2"
     assert error.startswith(f"InputError: step {2 + MAX_NONFINITE_STEPS}: the losses of rank 1 (")
     assert f"; non-finite steps in a row: {MAX_NONFINITE_STEPS}. A new job resumes from step-0000002: " in error
+    assert DIVERGED in error  # by which the benchmark `learning` knows such a run
     assert _equal_weights(weights[1], weights[-1]) and len(weights) == 2 + MAX_NONFINITE_STEPS
     assert [path.name for path in (Path(tmp_path) / "checkpoints").iterdir()] == ["step-0000002"]
 

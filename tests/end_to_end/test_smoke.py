@@ -97,6 +97,14 @@ def test_on_a_cpu(name, smoke):
 
 
 @without_a_gpu
+@pytest.mark.full
+def test_learning_notices_a_planted_fault(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    arguments = ["--variants", "bf16", "fault", "--fault-steps", "20", "--output", str(tmp_path)]
+    assert "(seed 0, step 20); exceeds 0.5%, as it should: holds" in _main(["learning", "--smoke", *arguments])
+
+
+@without_a_gpu
 def test_real_ranks_are_compared_with_the_prediction(smoke):
     predicted, compared = (
         json.loads((smoke(name)[0] / f"{name}.json").read_text())["results"] for name in ("pipeline", "real_pipeline")

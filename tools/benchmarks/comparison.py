@@ -75,10 +75,16 @@ def _finite(number: float) -> float | None:
 
 
 def _mean_and_error(differences: np.ndarray) -> list[float] | None:
-    """Returns the mean and its standard error; None without two finite differences."""
+    """Returns the mean and its standard error; None without two finite differences.
+
+    Differences of neighbouring steps are similar, so the error is that of the mean of POINT_STEPS steps, if there are
+    at least two such means.
+    """
     if len(differences) < 2 or not np.isfinite(differences).all():
         return None
-    return [float(differences.mean()), float(differences.std(ddof=1) / math.sqrt(len(differences)))]
+    num_means = len(differences) // POINT_STEPS
+    means = differences[: num_means * POINT_STEPS].reshape(num_means, -1).mean(1) if num_means > 1 else differences
+    return [float(differences.mean()), float(means.std(ddof=1) / math.sqrt(len(means)))]
 
 
 def tables(results: list[dict]) -> str:
@@ -143,7 +149,7 @@ def _bound_verdict(first: str, rows: list[dict]) -> str:
     within = sum(difference <= BOUND for difference in differences)
     return (
         f"{rows[0]['variant']}: validation loss within {BOUND:.1%} of {first}: in {within} of {len(rows)} rows; "
-        f"largest difference {max(differences):.2%}: {_word(within == len(rows))}"
+        f"largest difference {max(differences):.2%}: {_holds_or_fails(within == len(rows))}"
     )
 
 
@@ -161,7 +167,7 @@ def _gap_verdict(rows: list[dict]) -> str:
     return (
         f"{rows[0]['variant']}: gap of the training loss in the last third {last_gap:.3%} <= in the middle third "
         f"{middle_gap:.3%} + {NUM_ERRORS} standard errors of {error:.3%}: "
-        f"{_word(last_gap <= middle_gap + NUM_ERRORS * error)}"
+        f"{_holds_or_fails(last_gap <= middle_gap + NUM_ERRORS * error)}"
     )
 
 
@@ -176,7 +182,7 @@ def _control_verdict(first: str, rows: list[dict]) -> str:
         shown.append(f"{reached} (seed {seed}, step {of_seed[0]['step']})")
     return (
         f"{FAULT} (control): largest difference of a validation loss from {first}: {', '.join(shown)}; exceeds "
-        f"{BOUND:.1%}, as it should: {_word(noticed)}"
+        f"{BOUND:.1%}, as it should: {_holds_or_fails(noticed)}"
     )
 
 
@@ -184,10 +190,10 @@ def _difference_between_seeds(rows: list[dict]) -> str:
     """Relative to the smallest loss."""
     losses: dict[int, list[float]] = {}
     for row in rows:
-        losses.setdefault(row["head"], []).append(row["validation"])
+        losses.setdefault(row["head"], []).append(math.nan if row["validation"] is None else row["validation"])
     shown = ", ".join(f"head {head} {max(values) / min(values) - 1:.2%}" for head, values in losses.items())
     return f"{rows[0]['variant']}: difference of the validation loss between seeds: {shown}"
 
 
-def _word(holds: bool) -> str:
+def _holds_or_fails(holds: bool) -> str:
     return "holds" if holds else "FAILS"

@@ -43,6 +43,7 @@ def main(arguments: list[str]) -> None:
     train = configs["bf16"].train
     settings = {"model": options.size, "n": options.heads, "T": train.sequence_length}
     settings |= {"windows": train.micro_batch_size}
+    settings |= {"set": " ".join(options.set)} if options.set else {}
     results = compare(gradients)
     output.write(options, settings, results, tables(results), _draw(results))
 
@@ -99,14 +100,15 @@ def _cosine(left: Tensor, right: Tensor) -> float:
 
 
 def tables(results: list[dict]) -> str:
-    header = ["parameter", "number", *(f"cosine of {a} and {b}, mean [least]" for a, b in PAIRS)]
+    header = ["parameter", "number", *(f"cosine of {a} and {b}, mean [minimum]" for a, b in PAIRS)]
     rows = [
-        [r["parameter"], str(len(r["fp8 bf16"])), *(_mean_and_least(r[f"{a} {b}"]) for a, b in PAIRS)] for r in results
+        [r["parameter"], str(len(r["fp8 bf16"])), *(_mean_and_minimum(r[f"{a} {b}"]) for a, b in PAIRS)]
+        for r in results
     ]
     return output.table(header, rows)
 
 
-def _mean_and_least(values: list[float]) -> str:
+def _mean_and_minimum(values: list[float]) -> str:
     return f"{sum(values) / len(values):.5f} [{min(values):.5f}]"
 
 

@@ -5,7 +5,8 @@
 The parts are its matrix products alone, its attention alone, and the memory traffic of everything else, if each kernel
 reads its inputs and writes its outputs once at the speed of a large copy. The layer runs as in training: compiled, with
 weights that were quantised before. With --torchao, the benchmark also measures the same layer with torchao's fp8
-products (convert_to_float8_training with its defaults), compiled; it quantises its weights in each forward pass.
+products (convert_to_float8_training with its defaults), compiled; it quantises its weights in each forward pass. The
+parts beside it are those of megamtp's layer in fp8.
 """
 
 import dataclasses
@@ -74,7 +75,7 @@ def _measure(size: str, config: Config, precision: str, bytes_per_ms: float) -> 
         _product(in_float8, positions, rows, columns)
         for rows, columns in _weights(model.dim, key_value_dim, model.hidden_dim)
     )
-    attention = _attention(batch, length, model.num_attention_heads, model.key_value_heads, model.head_dim)
+    attention_milliseconds = _attention(batch, length, model.num_attention_heads, model.key_value_heads, model.head_dim)
     num_bytes = positions * _traffic(in_float8, model.dim, key_value_dim, model.hidden_dim)
     if in_float8:
         num_bytes += 2 * sum(rows * columns for rows, columns in _weights(model.dim, key_value_dim, model.hidden_dim))
@@ -89,9 +90,9 @@ def _measure(size: str, config: Config, precision: str, bytes_per_ms: float) -> 
         "forward_milliseconds": forward,
         "milliseconds": both,
         "products": products,
-        "attention": attention,
+        "attention": attention_milliseconds,
         "traffic": traffic,
-        "floor": products + attention + traffic,
+        "floor": products + attention_milliseconds + traffic,
     }
 
 

@@ -6,7 +6,7 @@ Tests: tests/unit/tools/benchmarks/test_learning.py.
 import json
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from benchmarks.processes import call
+from megamtp.config import RESOLVED, differences, read_config
 from megamtp.errors import InputError
 from megamtp.training.metrics import FILE as METRICS
 from megamtp.training.metrics import records_until
@@ -49,16 +50,18 @@ class TrainingRun:
     """A training in a run directory.
 
     Attributes:
-        arguments: returns the module's arguments without run.directory; called only to train.
+        settings: returns the arguments of megamtp.pretrain without run.directory.
+        first_arguments: further arguments of `module`, before those of megamtp.pretrain.
         last_step: the run is finished after its first evaluation at this step or later.
         may_diverge: whether it is a finished run, too, if it has ended because a loss or a gradient was not finite. Its
             output goes to a log, which says so.
     """
 
     directory: Path
-    arguments: Callable[[], list[str]]
+    settings: Callable[[], list[str]]
     last_step: int
     module: str = "megamtp.pretrain"
+    first_arguments: tuple[str, ...] = ()
     may_diverge: bool = False
 
     @property
@@ -75,9 +78,21 @@ class TrainingRun:
             record["kind"] == "validation" and record["step"] >= self.last_step for record in self._records()
         )
 
+    def _settings(self) -> list[str]:
+        return [*self.settings(), f"run.directory={self.directory}"]
+
+    def check(self) -> None:
+        """Raises InputError if the settings are invalid, or if the folder has a run with other settings."""
+        config, resolved = read_config(self._settings()), self.directory / RESOLVED
+        if resolved.exists() and (changes := differences(read_config([str(resolved)]), config)):
+            raise InputError(
+                f"{self.directory} has a training with other settings ({'; '.join(changes)}); expected the same: "
+                "choose another folder with --runs"
+            )
+
     def train(self, has_log: bool, environment: dict[str, str] | None = None) -> None:
         """Trains to the last step; resumes an interrupted run. Raises InputError."""
-        arguments = [*self.arguments(), f"run.directory={self.directory}"]
+        arguments = [*self.first_arguments, *self._settings()]
         log = self.log if has_log or self.may_diverge else None
         try:
             call(self.module, *arguments, log=log, environment=environment)
@@ -126,7 +141,11 @@ def train_all(runs: list[TrainingRun], jobs: int) -> None:
             environments.put(environment)
 
     with ThreadPoolExecutor(jobs) as executor:
-        list(executor.map(train, pending))
+        futures = [executor.submit(train, run) for run in pending]
+        finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        executor.shutdown(wait=False, cancel_futures=True)
+    for future in finished:
+        future.result()
 
 
 def _environments(jobs: int) -> list[dict[str, str]]:

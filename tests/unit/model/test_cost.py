@@ -56,8 +56,9 @@ def test_bytes_that_a_layer_saves_in_each_precision():
     cost, own = layer_cost(config, 10), LayerCost(1, 1, kept_elements=5, streamed_elements=1)
     key_value_dim = config.key_value_heads * config.head_dim
     elements = 6 * 32 + 2 * key_value_dim + 3 * 48
-    # x and h, queries and attended values in 16 bits; attended values and both norms' outputs also in 8
-    fp8 = 2 * (4 * 32 + 2 * key_value_dim + 2 * 48) + 3 * 32 + 48
+    # x and h, rotated queries and keys, attended values in 16 bits; attended values and both norms' outputs also in 8;
+    # the product that holds queries, keys and values, because the values are a view of it
+    fp8 = 2 * (4 * 32 + key_value_dim + 2 * 48) + 3 * 32 + 48 + 2 * (32 + 2 * key_value_dim)
     rows = ("fp32", 4 * elements, 20), ("bf16", 2 * elements, 10), ("fp8", fp8, 10)
     for precision, expected, expected_of_own in rows:
         train = dataclasses.replace(small_config().train, precision=precision)

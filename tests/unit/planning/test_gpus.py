@@ -11,6 +11,9 @@ from megamtp.planning.gpus import GPUS, find_gpu
         ("NVIDIA H200", "h200"),
         ("NVIDIA H100 80GB HBM3", "h100"),
         ("NVIDIA GH200 480GB", None),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA H200 MIG 3g.71gb", None),
         ("NVIDIA A100-SXM4-80GB", None),
     ],
 )

@@ -128,9 +128,9 @@ def test_layers_in_fp8_gather_a_byte_per_weight_and_keep_a_copy_of_their_shards(
     layer, num_layers, tokens = num_layer_parameters(published_config("6.7b", 4).model), 32, 2 * 4096
     assert bf16.memory["gathered weights"] - fp8.memory["gathered weights"] == 3 * layer
     assert fp8.memory["weights"] - bf16.memory["weights"] == pytest.approx(num_layers * layer / 64)
-    # Two norms' outputs and the MLP's hidden elements lose a byte each; attended values are also kept in 8 bits.
-    # 28 trunk layers and one head at a time keep them.
-    saved = 29 * tokens * (2 * 4096 + 11008 - 4096)
+    # Two norms' outputs and the MLP's hidden elements lose a byte each; attended values are also kept in 8 bits, and
+    # queries and keys also before their rotation. 28 trunk layers and one head at a time keep them.
+    saved = 29 * tokens * (2 * 4096 + 11008 - 4096 - 2 * 2 * 4096)
     assert bf16.memory["activations"] - fp8.memory["activations"] == saved
     for kind in ("gradients", "optimizer", "gradients in flight", "head loss"):
         assert fp8.memory[kind] == bf16.memory[kind]

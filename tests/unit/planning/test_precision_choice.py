@@ -17,6 +17,12 @@ def test_only_the_precision_changes():
     assert changed.resolved_head_loss.precision == "bf16"
 
 
+def test_what_has_no_effect_in_bf16_changes_too():
+    changed, settings = with_bf16(published_config("0.3b", 4, "train.precision=fp8", "head_loss.fp8_first_head=false"))
+    assert settings == "train.precision=bf16 head_loss.fp8_first_head=true"
+    assert changed == published_config("0.3b", 4, *settings.split())
+
+
 @pytest.mark.parametrize("engine", [[], ["engine.kind=pipeline", "engine.num_stages=4"]], ids=["zero3", "pipeline"])
 def test_slow_fp8_is_described(engine):
     fp8, bf16 = (published_config("0.3b", 4, f"train.precision={kind}", *SHORT, *engine) for kind in ("fp8", "bf16"))

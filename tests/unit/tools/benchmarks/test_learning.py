@@ -2,13 +2,14 @@
 
 import json
 import threading
+import time
 from pathlib import Path
 
 import pytest
 from benchmarks import comparison, learning, trainings
 from benchmarks.trainings import LOG, TrainingRun
 
-from megamtp.config import RESOLVED, write_config
+from megamtp.config import RESOLVED, read_config, write_config
 from megamtp.errors import InputError
 from tests.cases import small_config
 
@@ -68,10 +69,11 @@ def test_a_curve_has_at_most_150_points():
 def test_thirds_have_the_mean_and_the_standard_error_of_their_steps(tmp_path):
     """The difference grows evenly, by 0.1 % in each third: from its mean to its end are half of that."""
     row = rows(tmp_path, bf16_0={}, fp8_0={"growth": 0.003})[2]
-    spread = 0.001 * (80**2 - 1) ** 0.5 / (12**0.5 * 80) * (80 / 79) ** 0.5
+    # The 80 steps of a third are four means of 20 steps.
+    spread = 0.001 * (4**2 - 1) ** 0.5 / (12**0.5 * 4) * (4 / 3) ** 0.5
     for third, mean in (("middle_third", 0.0015), ("last_third", 0.0025)):
         assert row[third][0] == pytest.approx(mean, rel=0.01)
-        assert row[third][1] == pytest.approx(spread / 80**0.5, rel=1e-6)
+        assert row[third][1] == pytest.approx(spread / 4**0.5, rel=1e-6)
 
 
 def test_verdicts_that_hold(tmp_path):
@@ -182,16 +184,52 @@ def test_an_unfinished_run_is_refused(tmp_path):
         TrainingRun(directory, list, STEPS).read()
 
 
-def test_finished_trainings_are_only_read(tmp_path, monkeypatch, capsys):
-    config = small_config(1, 4)
+def write_runs(tmp_path: Path, steps: int) -> list[str]:
+    """Writes finished trainings of so many steps. Returns options of the benchmark."""
+    (tmp_path / "corpus.json").write_text('{"vocab_size": 512}')
+    options = ["--data", str(tmp_path), "--runs", str(tmp_path), "--output", str(tmp_path)]
+    parsed = learning._parser().parse_args([*options, "--steps", str(steps)])
     for name in ("bf16", "fp8"):
-        directory = write_metrics(tmp_path / "0.3b_seed0" / name)
-        write_config(config, directory / RESOLVED)
+        directory = write_metrics(tmp_path / "0.3b_seed0" / name, steps=steps)
+        settings = [*learning._settings(parsed, 0, name), f"run.directory={directory}"]
+        write_config(read_config(settings), directory / RESOLVED)
+    return options
+
+
+def test_finished_trainings_are_only_read(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(trainings, "call", lambda *arguments, **_: pytest.fail(f"called {arguments}"))
-    learning.main(["--data", "none", "--runs", str(tmp_path), "--steps", str(STEPS), "--output", str(tmp_path)])
+    learning.main([*write_runs(tmp_path, STEPS), "--steps", str(STEPS)])
     shown = capsys.readouterr().out
-    assert f"model 0.3B, n = 2, seeds 0, steps 240, tokens a step {config.train.global_batch_tokens}, " in shown
+    assert "model 0.3B, n = 4, seeds 0, steps 240, tokens a step 8192, " in shown
     assert "| 0 | fp8 | 1 | 4.0000 | +0.00% | 4.5000 | +0.00% | +0.000% ± 0.000% | +0.000% ± 0.000% |" in shown
+
+
+def test_trainings_with_other_settings_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainings, "call", lambda *arguments, **_: pytest.fail(f"called {arguments}"))
+    options = write_runs(tmp_path, STEPS)
+    with pytest.raises(InputError, match=r"0.3b_seed0/bf16 has .*train.steps: 240 -> 120.*another folder with --runs"):
+        learning.main([*options, "--steps", "120"])
+    with pytest.raises(InputError, match=r"bf16 has .*train.sequence_length: 2048 -> 1024"):
+        learning.main([*options, "--steps", str(STEPS), "--set", "train.sequence_length=1024"])
+
+
+def test_after_an_error_no_further_training_starts(tmp_path, monkeypatch):
+    """The first training runs until the second has failed."""
+    started, failed = [], threading.Event()
+
+    def call(module, *arguments, log, environment):
+        started.append(log.parent.name)
+        if log.parent.name == "b":
+            failed.set()
+            raise InputError("b failed")
+        assert failed.wait(60)
+        time.sleep(0.5)
+
+    monkeypatch.setattr(trainings, "call", call)
+    runs = [TrainingRun(tmp_path / name, list, STEPS) for name in "abcdef"]
+    with pytest.raises(InputError, match=r"^b failed$"):
+        trainings.train_all(runs, jobs=2)
+    assert started[:2] == ["a", "b"] and len(started) <= 3  # c may start before the error is known
 
 
 def settings_of(arguments: list[str]) -> dict[str, str]:
