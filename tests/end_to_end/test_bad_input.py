@@ -23,6 +23,11 @@ from tests.end_to_end.jobs import MODULE, damage, deepspeed, pretrain_on_one_ran
 ONE_RANK = ["-m", MODULE]  # without a launcher
 
 
+def full(*values: object) -> object:
+    """Returns a parameter set that runs only with --full."""
+    return pytest.param(*values, marks=pytest.mark.full)
+
+
 def truncated(corpus: Path, folder: Path, suffix: str) -> Path:
     """Copies a corpus's training split and truncates its .bin or .idx file."""
     for end in (".bin", ".idx"):
@@ -274,7 +279,9 @@ def test_mistake_is_one_line(case, arguments, corpus, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("case", ["unknown key", "truncated .bin file", "batch not divisible", "no cut that fits"])
+@pytest.mark.parametrize(
+    "case", ["unknown key", "truncated .bin file", full("batch not divisible"), full("no cut that fits")]
+)
 def test_mistake_is_one_line_under_a_launcher(case, arguments, corpus, tmp_path):
     if case == "batch not divisible":  # depends on the number of ranks
         make, words = (lambda *_: ["train.micro_batch_size=8"]), ["multiple of 512", "2 ranks"]
@@ -296,7 +303,7 @@ def test_mistake_is_one_line_under_a_launcher(case, arguments, corpus, tmp_path)
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("detected_by", ["bounds", "checksum"])
+@pytest.mark.parametrize("detected_by", [full("bounds"), "checksum"])
 def test_damage_inside_a_corpus_ends_all_ranks_before_they_train_on_it(detected_by, arguments, tmp_path):
     """The second of two ranks would read the damaged record in step 4. The three steps before it are saved."""
     tokens = np.random.default_rng(0).integers(400, size=3_000_000, dtype=np.uint16)
@@ -374,7 +381,7 @@ pretrain.entry()
     ("failing", "settings"),
     [
         ("shards.ShardedTensors.read", []),  # while a run resumes
-        ("initial_weights.initial_value", []),
+        full("initial_weights.initial_value", []),
         ("initial_weights.initial_value", pipeline(2)),
     ],
 )
@@ -524,7 +531,7 @@ def assert_same_checkpoints(run_directory: Path, expected: Path) -> None:
     assert read_manifest(newest) == read_manifest(expected_newest)
 
 
-@pytest.mark.parametrize("content", ["", "model: [", "model: {no_such_key: 1}"])
+@pytest.mark.parametrize("content", [full(""), full("model: ["), "model: {no_such_key: 1}"])
 def test_damaged_configuration_of_a_run_is_replaced(content, trained, arguments, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     (tmp_path / "run/config.yaml").write_text(content)

@@ -91,7 +91,9 @@ def smoke(tmp_path_factory) -> Iterator[Callable[[str], tuple[Path, str]]]:
 
 
 @without_a_gpu
-@pytest.mark.parametrize("name", ON_A_CPU)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.full if name == "recovery" else ()) for name in ON_A_CPU]
+)
 def test_on_a_cpu(name, smoke):
     check(name, *smoke(name))
 
