@@ -60,7 +60,7 @@ HOOK_SECONDS, LOSS_HOST_SECONDS = 0.65e-3, 0.5e-3
 
 
 def find_gpu(device_name: str) -> Gpu | None:
-    """Returns the GPU with torch's name of a device; None if GPUS lacks it: PCIe cards and parts of GPUs, too."""
+    """Returns the GPU that torch calls `device_name`; None for others, also for PCIe cards and MIG slices."""
     words = device_name.lower().split()
     if {"pcie", "nvl", "mig"} & set(words):
         return None

@@ -149,7 +149,7 @@ def _bound_verdict(first: str, rows: list[dict]) -> str:
     within = sum(difference <= BOUND for difference in differences)
     return (
         f"{rows[0]['variant']}: validation loss within {BOUND:.1%} of {first}: in {within} of {len(rows)} rows; "
-        f"largest difference {max(differences):.2%}: {_holds_or_fails(within == len(rows))}"
+        f"largest difference {max(differences):.2%}: {output.holds_or_fails(within == len(rows))}"
     )
 
 
@@ -167,7 +167,7 @@ def _gap_verdict(rows: list[dict]) -> str:
     return (
         f"{rows[0]['variant']}: gap of the training loss in the last third {last_gap:.3%} <= in the middle third "
         f"{middle_gap:.3%} + {NUM_ERRORS} standard errors of {error:.3%}: "
-        f"{_holds_or_fails(last_gap <= middle_gap + NUM_ERRORS * error)}"
+        f"{output.holds_or_fails(last_gap <= middle_gap + NUM_ERRORS * error)}"
     )
 
 
@@ -182,7 +182,7 @@ def _control_verdict(first: str, rows: list[dict]) -> str:
         shown.append(f"{reached} (seed {seed}, step {of_seed[0]['step']})")
     return (
         f"{FAULT} (control): largest difference of a validation loss from {first}: {', '.join(shown)}; exceeds "
-        f"{BOUND:.1%}, as it should: {_holds_or_fails(noticed)}"
+        f"{BOUND:.1%}, as it should: {output.holds_or_fails(noticed)}"
     )
 
 
@@ -193,7 +193,3 @@ def _difference_between_seeds(rows: list[dict]) -> str:
         losses.setdefault(row["head"], []).append(math.nan if row["validation"] is None else row["validation"])
     shown = ", ".join(f"head {head} {max(values) / min(values) - 1:.2%}" for head, values in losses.items())
     return f"{rows[0]['variant']}: difference of the validation loss between seeds: {shown}"
-
-
-def _holds_or_fails(holds: bool) -> str:
-    return "holds" if holds else "FAILS"

@@ -118,6 +118,11 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def holds_or_fails(holds: bool) -> str:
+    """Returns the last word of a verdict."""
+    return "holds" if holds else "FAILS"
+
+
 def heading(circumstances: dict[str, str], settings: dict) -> str:
     """Returns one line with the card, the date and the settings of a measurement."""
     shown = (f"{name} {_with_unit(name, value)}" for name, value in settings.items())

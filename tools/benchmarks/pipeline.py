@@ -289,22 +289,20 @@ def _verdicts(results: list[dict]) -> str:
             f"{chosen['imbalance']:.3f} <= "
         )
         line += (
-            f"{MAX_IMBALANCE}: {_word(balanced)}; n={n} / n=1 {ratio:.3f} <= FLOP ratio {flops:.3f} + "
+            f"{MAX_IMBALANCE}: {output.holds_or_fails(balanced)}; n={n} / n=1 {ratio:.3f} <= FLOP ratio {flops:.3f} + "
             f"{MAX_OVER_FLOPS}: "
         )
-        line += _word(cheap)
+        line += output.holds_or_fails(cheap)
         if errors:
-            line += f"; largest memory error {max(errors):.1%}: {_word(max(errors) <= MAX_MEMORY_ERROR)}"
+            line += (
+                f"; largest memory error {max(errors):.1%}: {output.holds_or_fails(max(errors) <= MAX_MEMORY_ERROR)}"
+            )
         lines.append(line)
     ratios = [error + 1 for result in results for error in _memory_errors(result)]
     if ratios:
         shares = f"{min(ratios):.3f} to {max(ratios):.3f}, median {statistics.median(ratios):.3f}"
         lines.append(f"- memory, measured / planned, {len(ratios)} stages of all plans: {shares}")
     return "\n".join(lines)
-
-
-def _word(holds: bool) -> str:
-    return "holds" if holds else "FAILS"
 
 
 def _draw(results: list[dict], boxes: list[list[timeline.Box]]) -> Figure:

@@ -98,7 +98,7 @@ def _table(results: list[dict]) -> str:
 def _verdict(results: list[dict]) -> str:
     errors = [abs(ratio(result) - 1) for result in results]
     within = sum(error <= MAX_ERROR for error in errors)
-    word = "holds" if within == len(errors) else "FAILS"
+    word = output.holds_or_fails(within == len(errors))
     return (
         f"error of the emulated step <= {MAX_ERROR:.0%}: in {within} of {len(errors)} rows; largest error "
         f"{max(errors):.1%}: {word}"

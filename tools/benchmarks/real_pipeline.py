@@ -217,7 +217,7 @@ def _table(results: list[dict]) -> str:
 
 def _verdict(results: list[dict]) -> str:
     worst = max(abs(_ratio(result) - 1) for result in results)
-    word = "holds" if worst <= MAX_ERROR else "FAILS"
+    word = output.holds_or_fails(worst <= MAX_ERROR)
     return f"largest error of the predicted step {worst:.1%} <= {MAX_ERROR:.0%}: {word}"
 
 

@@ -144,7 +144,7 @@ def tables(results: list[dict]) -> str:
 def verdict(steps: list[Step]) -> str:
     other, saving = _medians(steps)
     ratio = saving / other
-    return f"step while saving / other step: {ratio:.3f} <= {MAX_RATIO}: {'holds' if ratio <= MAX_RATIO else 'FAILS'}"
+    return f"step while saving / other step: {ratio:.3f} <= {MAX_RATIO}: {output.holds_or_fails(ratio <= MAX_RATIO)}"
 
 
 def _steps_table(steps: list[Step]) -> str:

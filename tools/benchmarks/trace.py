@@ -84,7 +84,7 @@ def _verdict(result: dict) -> str:
     if result["variant"] == NO_PREFETCH:  # the control, which shows that the check can fail
         sign, word = ("<=", "the limit is too high to detect missing prefetch") if is_within else (">", "as expected")
         return f"{NO_PREFETCH} (control): head phase: exposed {percent:.2f} % {sign} {limit:g} %: {word}"
-    word = "holds" if is_within else "FAILS"
+    word = output.holds_or_fails(is_within)
     return f"{result['variant']}: head phase: exposed {percent:.2f} % <= {limit:g} %: {word}"
 
 

@@ -1,4 +1,4 @@
-"""Tests what `plan` prints for configurations that fit, and for one that does not fit."""
+"""The output of `plan` for configurations that fit into the memory of a GPU, and for one that does not fit."""
 
 import re
 import subprocess
