@@ -20,6 +20,8 @@ def check(config: Config) -> None:
     _check_head_loss(config)
     if config.train.precision == "fp8":
         _check_float8(config)
+    if config.train.cuda_graphs:
+        _check_cuda_graphs(config)
     if config.engine.kind == "pipeline":
         _check_pipeline(config)
     expect(
@@ -65,6 +67,19 @@ def _check_float8(config: Config) -> None:
 def _check_float8_size(fp8: str, name: str, size: int) -> None:
     found = f"{fp8} with {name}={size}"
     expect(size % FLOAT8_MULTIPLE == 0, found, f"a multiple of {FLOAT8_MULTIPLE}, as fp8 products need")
+
+
+def _check_cuda_graphs(config: Config) -> None:
+    train, engine = config.train, config.engine
+    grouped = engine.kind == "zero3" and engine.communication == "grouped"
+    for name, value, is_supported, expected in (
+        ("engine.kind", engine.kind, grouped or engine.kind == "zero3", "zero3"),
+        ("engine.communication", engine.communication, grouped, "grouped"),
+        ("train.compile", train.compile, train.compile is not False, "null or true: torch.compile makes the graphs"),
+        ("train.activation_checkpointing", True, not train.activation_checkpointing, "false"),
+        ("data.documents", config.data.documents, config.data.documents != "isolate", "continue or mask"),
+    ):
+        expect(is_supported, f"train.cuda_graphs=true with {name}={shown(value)}", expected)
 
 
 def _check_pipeline(config: Config) -> None:

@@ -132,7 +132,7 @@ class OptimizerConfig(Section):
 class TrainConfig(Section):
     """What is trained, independently of the number of ranks.
 
-    micro_batch_size, activation_checkpointing and compile change only speed, memory and rounding.
+    micro_batch_size, activation_checkpointing, compile and cuda_graphs change only speed, memory and rounding.
     """
 
     steps: int = option(REQUIRED, "optimizer steps", at_least=1)
@@ -149,6 +149,9 @@ class TrainConfig(Section):
     )
     activation_checkpointing: bool = option(False, "recompute trunk layers in the backward pass to save memory")
     compile: bool | None = option(None, "run the layers through torch.compile; null: on GPUs")
+    cuda_graphs: bool = option(
+        False, "zero3, grouped: launch a layer's kernels as a CUDA graph, for small models whose steps wait for the CPU"
+    )
     # training/starting.py derives a seed of each rank from it, which must be below 2^63.
     seed: int = option(0, "seed of the initial weights and of the order of the data", at_least=0, at_most=2**39 - 1)
 

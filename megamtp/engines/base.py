@@ -98,7 +98,7 @@ class Engine(Protocol):
 def layer_options(train: TrainConfig, device: torch.device) -> LayerOptions:
     """Returns how layers run. By default they run through torch.compile on a GPU."""
     compiled = device.type == "cuda" if train.compile is None else train.compile
-    return LayerOptions(train.activation_checkpointing, compiled, train.precision == "fp8")
+    return LayerOptions(train.activation_checkpointing, compiled, train.precision == "fp8", train.cuda_graphs)
 
 
 def move_to_device(micro_batches: Iterable[Batch], device: torch.device) -> list[Batch]:

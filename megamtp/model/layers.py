@@ -47,11 +47,14 @@ class LayerOptions:
         recompute: activation checkpointing of trunk layers. Heads are never recomputed.
         compiled: run through torch.compile; all layers share one compiled function.
         float8: compute the products in fp8, from weights that WeightQuantiser has quantised.
+        cuda_graphs: let torch.compile launch a layer's kernels as a CUDA graph. Weights are copied into the graph's
+            memory, and outputs stay valid until the next micro-batch.
     """
 
     recompute: bool = False
     compiled: bool = False
     float8: bool = False
+    cuda_graphs: bool = False
 
 
 DEFAULT_OPTIONS = LayerOptions()
@@ -164,10 +167,15 @@ def weight_groups(module: nn.Module) -> list[tuple["TransformerLayer", WeightGro
 
 
 @functools.cache
-def compiled_layer_output() -> Callable[..., Tensor]:
-    """Returns layer_output with torch.compile applied, which compiles at the first call for each shape."""
+def compiled_layer_output(cuda_graphs: bool = False) -> Callable[..., Tensor]:
+    """Returns layer_output with torch.compile applied, which compiles at the first call for each shape.
+
+    Args:
+        cuda_graphs: see LayerOptions.
+    """
     # fullgraph: raise an error instead of running parts of the layer uncompiled.
-    return torch.compile(layer_output, dynamic=False, fullgraph=True)
+    options: dict[str, Any] | None = {"triton.cudagraphs": True} if cuda_graphs else None
+    return torch.compile(layer_output, dynamic=False, fullgraph=True, options=options)
 
 
 @dataclass(frozen=True)
@@ -278,7 +286,7 @@ class TransformerLayer(nn.Module):
         Args:
             document_mask: keeps attention inside documents; None: a position attends to all earlier positions.
         """
-        function = compiled_layer_output() if self.options.compiled else layer_output
+        function = compiled_layer_output(self.options.cuda_graphs) if self.options.compiled else layer_output
         mask, rotary = document_mask or (None, self._rotary(0, x_BTD))
         arguments = (x_BTD, self.weights, rotary, self.head_dim, self.eps, mask, self.quantised)
         if self.options.recompute and torch.is_grad_enabled():

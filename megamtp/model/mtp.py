@@ -74,6 +74,8 @@ class MTPModel(ModelPart):
             (loss, nll_sums [n]): the sum over heads of scale * loss, and each head's negative log-likelihood, summed
             over its targets, without scale and z-loss.
         """
+        if self.options.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # the graphs may overwrite what the last micro-batch left
         document_mask = self.document_mask(documents_BT)
         z_BTD = self.z(inputs_BT, document_mask)
         return self.run_heads(z_BTD, targets_nBT, loss_scales, document_mask)

@@ -59,6 +59,8 @@ def check(config: Config, place: Place) -> CheckedRun:
     data_parallel_rank_and_size, partition = check_engine(config, place.rank, place.world_size)
     if config.train.precision == "fp16" and not torch.cuda.is_available():
         raise InputError("train.precision=fp16 without a GPU; expected fp32, bf16 or fp8: DeepSpeed's fp16 needs a GPU")
+    if config.train.cuda_graphs and not torch.cuda.is_available():
+        raise InputError("train.cuda_graphs=true without a GPU; expected false")
     if "fp8" in (config.train.precision, config.resolved_head_loss.precision):
         _check_float8(config, place)
     if config.data.tokenizer:

@@ -160,6 +160,7 @@ CASES = {
         lambda corpus, tmp: ["engine.deepspeed.zero_optimization.stage=2"],
         ["zero_optimization.stage", "conflicts"],
     ),
+    "CUDA graphs on a CPU": (lambda corpus, tmp: ["train.cuda_graphs=true"], ["cuda_graphs=true", "without a GPU"]),
     "fp16 on a CPU": (lambda corpus, tmp: ["train.precision=fp16"], ["fp16", "without a GPU"]),
     "infinite learning rate": (lambda corpus, tmp: ["optimizer.lr=inf"], ["optimizer.lr=inf", "a finite number"]),
     "infinite z-loss": (lambda corpus, tmp: ["head_loss.z_loss=inf"], ["head_loss.z_loss=inf", "a finite number"]),

@@ -19,11 +19,12 @@ pytestmark = pytest.mark.gpu
 WORLD_SIZE, STEPS = 4, 12
 
 
-# (activation checkpointing, modules to prefetch, micro-batches per step)
-CASES = [(False, 2, 1), (True, 2, 2), (False, 0, 1), (False, 5, 3)]
+# (activation checkpointing, modules to prefetch, micro-batches per step, CUDA graphs)
+CASES = [(False, 2, 1, False), (True, 2, 2, False), (False, 0, 1, False), (False, 5, 3, False)]
+CASES += [(False, 2, 1, True), (False, 2, 3, True)]
 
 
-def _gradient_errors() -> dict[tuple[bool, int, int], list[float]]:
+def _gradient_errors() -> dict[tuple[bool, int, int, bool], list[float]]:
     """Returns for each case the largest relative error of any gradient shard in each of STEPS steps."""
     from torch._dynamo.utils import counters
 
@@ -32,7 +33,8 @@ def _gradient_errors() -> dict[tuple[bool, int, int], list[float]]:
     from megamtp.model.mtp import MTPModel
 
     errors_of_cases = {}
-    for checkpointing, prefetch, accumulation in CASES:
+    for case in CASES:
+        checkpointing, prefetch, accumulation, cuda_graphs = case
         config = small_config(
             WORLD_SIZE,
             model__dim=256,
@@ -44,6 +46,7 @@ def _gradient_errors() -> dict[tuple[bool, int, int], list[float]]:
             train__sequence_length=512,
             train__global_batch_tokens=2 * 512 * WORLD_SIZE * accumulation,
             train__activation_checkpointing=checkpointing,
+            train__cuda_graphs=cuda_graphs,
             engine__prefetch_modules=prefetch,
             cluster__emulate=WORLD_SIZE,
             cluster__flat_bandwidth=20e9,
@@ -56,7 +59,7 @@ def _gradient_errors() -> dict[tuple[bool, int, int], list[float]]:
         with torch.no_grad():
             for parameter, sharded in zip(plain.parameters(), engine.model.parameters(), strict=True):
                 parameter.copy_(sharded.ds_tensor.repeat(WORLD_SIZE)[: parameter.numel()].view_as(parameter))
-        errors = errors_of_cases[checkpointing, prefetch, accumulation] = []
+        errors = errors_of_cases[case] = []
         for step in range(STEPS):
             plain.zero_grad()
             batches = []
@@ -73,7 +76,10 @@ def _gradient_errors() -> dict[tuple[bool, int, int], list[float]]:
                     for parameter, sharded in zip(plain.parameters(), engine.model.parameters(), strict=True)
                 )
             )
-        assert counters["stats"]["unique_graphs"] == 1  # for all layers of all these engines
+            if cuda_graphs:
+                assert engine.evaluate(iter(batches)).isfinite().all()  # has graphs of its own
+        # One for all layers of all engines; with CUDA graphs also one for training and one for evaluation.
+        assert counters["stats"]["unique_graphs"] == (3 if cuda_graphs else 1)
         assert sum(counters["graph_break"].values()) == 0
     return errors_of_cases
 

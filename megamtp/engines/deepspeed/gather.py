@@ -204,6 +204,9 @@ class WeightGatherer:
             unit = self._shape_only.pop()
             if unit.buffer is None:
                 self._clear_weights(unit)
+        for shapes, buffers in self._free_buffers.items():
+            # A unit then has the same memory in each step, as CUDA graphs that read it need.
+            self._free_buffers[shapes] = deque(sorted(buffers, key=lambda buffer: buffer.flat[0].data_ptr()))
 
     def _advance(self, unit: Unit) -> None:
         """Moves on to `unit` in the recorded order. Records a new order from the position where a pass deviates."""

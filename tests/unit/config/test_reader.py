@@ -430,6 +430,22 @@ def test_missing_key_is_named():
 
 
 @pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("engine.kind=zero1", "engine.kind=zero1; expected zero3"),
+        ("engine.kind=pipeline engine.num_stages=2", "engine.kind=pipeline; expected zero3"),
+        ("engine.communication=deepspeed", "engine.communication=deepspeed; expected grouped"),
+        ("train.compile=false", "train.compile=False; expected null or true: torch.compile makes the graphs"),
+        ("train.activation_checkpointing=true", "train.activation_checkpointing=True; expected false"),
+        ("data.documents=isolate", "data.documents=isolate; expected continue or mask"),
+    ],
+)
+def test_cuda_graphs_are_refused_where_they_do_not_work(settings, message):
+    with pytest.raises(InputError, match=f"^train.cuda_graphs=true with {message}$"):
+        read_config([*GOOD, "train.cuda_graphs=true", *settings.split()])
+
+
+@pytest.mark.parametrize(
     ("text", "words"),
     [("model: {dim: [", "line 2: did not find"), ("model:\n  dim: 3\n  dim: 4\n", "line 3: found duplicate key dim")],
 )
