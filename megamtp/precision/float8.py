@@ -24,9 +24,9 @@ from megamtp.precision.operations import (
 )
 
 # Fast accumulation keeps some 14 bits of a sum. In the forward pass that is enough for sums over the width. In the
-# backward pass it is not, although rounding to e5m2 is a larger error than accumulation: in 3,000 steps of a 0.3B model
-# (tools/benchmark.py learning) the training loss of the last third was 0.46 % above that of bf16 with fast accumulation,
-# and 0.19 % with exact accumulation, which costs 3 % of a layer's time.
+# backward pass it is not, although rounding to e5m2 is a larger error than accumulation. In 3,000 steps of a 0.3B model
+# (tools/benchmark.py learning) the training loss of the last third was 0.46 % above that of bf16 with fast
+# accumulation, and 0.19 % with exact accumulation, which costs 3 % of a layer's time.
 FAST_FORWARD, FAST_BACKWARD = True, False
 
 
