@@ -1,6 +1,7 @@
 """The configuration of a run. schema.py lists every setting; reader.py reads YAML files and overrides."""
 
 from megamtp.config.cluster_schema import ClusterConfig, EfficiencyConfig
+from megamtp.config.model_schema import MAX_LAYERS, ModelConfig
 from megamtp.config.reader import (
     RESOLVED,
     describe_keys,
@@ -13,11 +14,9 @@ from megamtp.config.reader import (
 from megamtp.config.schema import (
     BYTES,
     FLOAT8_MULTIPLE,
-    MAX_LAYERS,
     Config,
     DataConfig,
     HeadLossConfig,
-    ModelConfig,
     OptimizerConfig,
     TrainConfig,
 )

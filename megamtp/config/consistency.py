@@ -4,6 +4,7 @@ Tests: tests/unit/config/test_reader.py.
 """
 
 from dataclasses import fields
+from itertools import accumulate
 
 from megamtp.config.fields import expect, shown
 from megamtp.config.schema import FLOAT8_MULTIPLE, Config
@@ -83,21 +84,25 @@ def _check_cuda_graphs(config: Config) -> None:
 
 
 def _check_pipeline(config: Config) -> None:
-    engine, num_layers = config.engine, config.model.num_layers
+    engine, num_layers = config.engine, config.model.num_layers_and_heads
     expect(
         engine.num_stages is not None and engine.num_stages >= 2,
         f"engine.num_stages={shown(engine.num_stages)}",
         "at least 2 with engine.kind=pipeline (engine.kind=zero1 is a pipeline of one stage)",
     )
     num_stages = engine.pipeline_stages
-    found = f"engine.num_stages={num_stages} with model.num_layers={num_layers}"
-    expect(num_stages <= num_layers, found, "no more stages than layers")
+    found = f"engine.num_stages={num_stages} with {num_layers} trunk layers and heads"
+    expect(num_stages <= num_layers, found, "no more stages than these")
     if engine.stage_layers is not None:
         expect(
             len(engine.stage_layers) == num_stages and sum(engine.stage_layers) == num_layers,
             f"engine.stage_layers={engine.stage_layers}",
-            f"{num_stages} numbers (engine.num_stages) that sum to model.num_layers={num_layers}",
+            f"{num_stages} numbers (engine.num_stages) that sum to the {num_layers} trunk layers and heads",
         )
+        sharing = range(config.model.num_trunk_layers + 2, num_layers) if config.model.shares_chain_weights else ()
+        separated = any(end in sharing for end in accumulate(engine.stage_layers))
+        expected = f"the last {config.model.num_future_tokens - 1} heads in one stage: they share their weights"
+        expect(not separated, f"engine.stage_layers={engine.stage_layers}", expected)
         has_memory_limit = engine.stage_memory_bytes is not None
         expect(not has_memory_limit, "engine.stage_memory_bytes with engine.stage_layers", "one of them")
     zero = engine.deepspeed.get("zero_optimization")

@@ -13,81 +13,15 @@ from typing import Any
 
 from megamtp.config.cluster_schema import ClusterConfig
 from megamtp.config.fields import REQUIRED, Section, check_paths, expect, option, parse_number
+from megamtp.config.model_schema import ModelConfig
 from megamtp.errors import InputError
 
 BYTES = "bytes"  # data.tokenizer of byte-level runs
-MAX_LAYERS = 1000  # several times as many as the deepest models have; more would take minutes to plan
 MAX_CORPORA = 1024
 DTYPES = ("fp32", "bf16", "fp16")
 FLOAT8_MULTIPLE = 16  # fp8 products need dimensions that are multiples of it
 Only = dict[str, tuple[str, ...]]  # the other fields, and their values, with which an option has an effect: see option
 ZERO, ZERO3, PIPELINE = Only(kind=("zero3", "zero1")), Only(kind=("zero3",)), Only(kind=("pipeline",))
-
-
-@dataclass(frozen=True)
-class ModelConfig(Section):
-    """A multi-token model of Llama layers. `num_layers` counts trunk layers plus heads, as in the paper (L)."""
-
-    dim: int = option(REQUIRED, "width of the residual stream", at_least=1, at_most=2**20)
-    num_layers: int = option(
-        REQUIRED, "layers, trunk and heads together (L); the trunk has L - n", at_least=1, at_most=MAX_LAYERS
-    )
-    num_future_tokens: int = option(
-        4, "heads (n): head i predicts the i-th next token; 1 is an ordinary model", at_least=1
-    )
-    head_kind: str = option(
-        "parallel", "parallel: one layer that reads z; or MODULE:CLASS of your own (model/heads.py)"
-    )
-    num_attention_heads: int = option(REQUIRED, "attention heads of a layer", at_least=1)
-    num_key_value_heads: int | None = option(
-        None, "key/value heads of a layer (GQA); null: one per attention head", at_least=1
-    )
-    mlp_dim: int | None = option(
-        None, "hidden width of SwiGLU; null: 8/3 dim, rounded up to a multiple of 256", at_least=1, at_most=2**24
-    )
-    vocab_size: int = option(
-        REQUIRED,
-        "rows of embedding and unembedding; rows that no token uses still take part in the softmax",
-        at_least=1,
-        at_most=2**24,
-    )
-    rope_theta: float = option(10000.0, "base of the rotary embedding's wavelengths", above=0)
-    norm_eps: float = option(1e-5, "epsilon of RMSNorm", above=0)
-
-    @property
-    def num_trunk_layers(self) -> int:
-        return self.num_layers - self.num_future_tokens
-
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.num_attention_heads
-
-    @property
-    def key_value_heads(self) -> int:
-        return self.num_key_value_heads or self.num_attention_heads
-
-    @property
-    def hidden_dim(self) -> int:
-        """Hidden width of SwiGLU (f in the paper's table)."""
-        return self.mlp_dim or -(-8 * self.dim // (3 * 256)) * 256
-
-    def check_together(self) -> None:
-        """See Section."""
-        expect(
-            self.num_future_tokens < self.num_layers,
-            f"model.num_future_tokens={self.num_future_tokens} with model.num_layers={self.num_layers}",
-            "fewer heads than layers: num_layers counts trunk and heads together, and the trunk needs one",
-        )
-        expect(
-            self.dim % self.num_attention_heads == 0 and self.head_dim % 2 == 0,
-            f"model.dim={self.dim} with model.num_attention_heads={self.num_attention_heads}",
-            "heads of one even width: dim a multiple of 2 x num_attention_heads",
-        )
-        expect(
-            self.num_attention_heads % self.key_value_heads == 0,
-            f"model.num_key_value_heads={self.num_key_value_heads}",
-            f"a divisor of model.num_attention_heads={self.num_attention_heads}",
-        )
 
 
 @dataclass(frozen=True)

@@ -26,16 +26,21 @@ class Batch:
         targets: int64 [n, B, T]; some may be IGNORED.
         documents: int64 [B, T], non-decreasing in each row. Attention is restricted to positions of the same document.
             None: attention is causal only.
+        following: int64 [B, n - 1], the tokens after each window, or IGNORED. None: unknown, for heads that do not read
+            tokens.
     """
 
     inputs: Tensor
     targets: Tensor
     documents: Tensor | None = None
+    following: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """Returns a copy on another device."""
-        documents = None if self.documents is None else self.documents.to(device)
-        return Batch(self.inputs.to(device), self.targets.to(device), documents)
+        documents, following = (
+            None if tensor is None else tensor.to(device) for tensor in (self.documents, self.following)
+        )
+        return Batch(self.inputs.to(device), self.targets.to(device), documents, following)
 
 
 class WindowSequence(Protocol):
@@ -159,7 +164,10 @@ def read_group(batches: Iterator[Batch], size: int) -> tuple[list[Batch], str | 
 
 
 def _stack(windows: list[Window]) -> Batch:
-    inputs, targets, documents = zip(*windows, strict=True)
+    inputs, targets, documents, following = zip(*windows, strict=True)
     return Batch(
-        torch.stack(inputs), torch.stack(targets, dim=1), None if documents[0] is None else torch.stack(documents)
+        torch.stack(inputs),
+        torch.stack(targets, dim=1),
+        None if documents[0] is None else torch.stack(documents),
+        torch.stack(following),
     )

@@ -22,11 +22,13 @@ class Window(NamedTuple):
         targets: int64 [n, T]; targets[i - 1, t] is the token i positions after inputs[t], or IGNORED.
         documents: int64 [T], which document each input belongs to, numbered from 0 in each window. None if attention
             may cross document boundaries.
+        following: int64 [n - 1], the tokens after the inputs, of whichever document; IGNORED beyond the corpus.
     """
 
     inputs: Tensor
     targets: Tensor
     documents: Tensor | None
+    following: Tensor
 
 
 class Windows:
@@ -87,17 +89,17 @@ class Windows:
         available = self._read(start, start + len(tokens))
         tokens[: len(available)] = available
         window = torch.from_numpy(tokens)
-        inputs, targets = window[:length], window[1:].unfold(0, length, 1)
+        inputs, targets, following = window[:length], window[1:].unfold(0, length, 1), window[length:-1]
         if self.documents == "continue":
-            return Window(inputs, targets, None)
+            return Window(inputs, targets, None, following)
         boundaries = self.dataset.boundaries(start, start + len(available)) - start
         targets = targets.clone(memory_format=torch.contiguous_format)
         targets.numpy()[self._targets_across(boundaries)] = IGNORED
         if self.documents == "mask":
-            return Window(inputs, targets, None)
+            return Window(inputs, targets, None, following)
         is_first = np.zeros(length, np.int64)
         is_first[boundaries[boundaries < length]] = 1
-        return Window(inputs, targets, torch.from_numpy(is_first.cumsum()))
+        return Window(inputs, targets, torch.from_numpy(is_first.cumsum()), following)
 
     def _targets_across(self, boundaries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns (i - 1, t) of all targets that a document boundary separates from their input.

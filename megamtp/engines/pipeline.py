@@ -54,7 +54,7 @@ class PipelineEngine(HostedEngine):
         self.attach_model(self.stage_module)
         deepspeed_pipeline.accumulate_gradients_in_place(self.deepspeed_engine)
         self.part.head_hooks = PipelineHeadHooks(self.deepspeed_engine)
-        deepspeed_pipeline.replace_tied_reduction(self.deepspeed_engine, self._reduce_unembedding)
+        deepspeed_pipeline.replace_tied_reduction(self.deepspeed_engine, self._reduce_copies)
         if self.rank == 0:
             self._report()
 
@@ -83,25 +83,24 @@ class PipelineEngine(HostedEngine):
                 totals[1, head] += sum(int((batch.targets[head] != IGNORED).sum()) for batch in group)
         return totals.flatten()
 
-    def _reduce_unembedding(self, engine: object) -> None:
-        """Sums the gradients of all copies of the unembedding, once per step.
+    def _reduce_copies(self, engine: object) -> None:
+        """Sums the gradients of all copies of the unembedding, and of the embedding, once per step.
 
         DeepSpeed calls it on each stage after the stage has sent its last gradient upstream. The all-reduce runs while
         earlier stages still run backward passes.
 
-        One all-reduce sums over all stages with heads of all pipelines. DeepSpeed then reduces every gradient over the
+        One all-reduce sums over all stages with a copy of all pipelines. DeepSpeed then reduces every gradient over the
         pipelines. All pipelines except for the first set the gradient to zero before that, so that this second sum
         changes nothing. All copies get the same bits and stay equal (on CPUs except for rounding at the ends of shards:
         see optimizers/adamw.py). DeepSpeed's own reduction of tied weights sums over the stages of one pipeline only.
         Each stage would then sum over the pipelines, possibly in another order than other stages.
         """
-        if not self.stage_module.unembedding_group:
-            return
-        for parameter in self.part.copied_parameters:
-            gradient = deepspeed_pipeline.accumulated_gradient(self.deepspeed_engine, parameter)
-            dist.all_reduce(gradient, group=self.stage_module.unembedding_group)
-            if self.data_parallel_rank > 0:
-                gradient.zero_()
+        for parameters, group in self.stage_module.copies:
+            for parameter in parameters:
+                gradient = deepspeed_pipeline.accumulated_gradient(self.deepspeed_engine, parameter)
+                dist.all_reduce(gradient, group=group)
+                if self.data_parallel_rank > 0:
+                    gradient.zero_()
 
     def _begin(self, micro_batches: list[Batch], loss_scales: list[float]) -> None:
         """Prepares a step or an evaluation. Called before its first pass."""

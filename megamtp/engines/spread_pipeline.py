@@ -53,9 +53,9 @@ class SpreadPipelineEngine(PipelineEngine):
         stage_passes = self.evaluation.orders[self.runner.stage]
         return [stage_pass for stage_pass in stage_passes if stage_pass.kind != PassKind.BACKWARD]
 
-    def _reduce_unembedding(self, engine: object) -> None:
+    def _reduce_copies(self, engine: object) -> None:
         self.runner.finish()  # on all ranks, reductions start after all transfers
-        super()._reduce_unembedding(engine)
+        super()._reduce_copies(engine)
 
     def _end(self) -> None:
         self.runner.finish()

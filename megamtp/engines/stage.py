@@ -59,8 +59,8 @@ class StagePart(ModelPart):
         self.initialise()
 
     @property
-    def copied_parameters(self) -> list[torch.nn.Parameter]:
-        """The parameters that every stage with heads holds a copy of."""
+    def copied_unembedding(self) -> list[torch.nn.Parameter]:
+        """The parameters of the unembedding that every stage with heads holds a copy of."""
         if self.unembedding is None or not self.stage.heads:
             return []
         return (
@@ -68,6 +68,11 @@ class StagePart(ModelPart):
             if self.stage.contents.spread
             else list(self.unembedding.parameters())
         )
+
+    @property
+    def copied_embedding(self) -> list[torch.nn.Parameter]:
+        """The embedding, of which the first stage and every stage with a head that reads tokens hold a copy."""
+        return [] if self.embedding is None else list(self.embedding.parameters())
 
     def begin(self, micro_batches: Iterable[Batch], loss_scales: list[float]) -> None:
         """Begins a step or an evaluation.
@@ -86,26 +91,38 @@ class StagePart(ModelPart):
             x: token ids [B, T] on the first stage, else the previous stage's output.
 
         Returns:
-            The trunk's hidden states [B, T, D], which are z on stages with heads; on the last stage the heads' loss.
+            On the last stage the heads' loss; on other stages with heads the state for the next head; else the trunk's
+            hidden states. All but the loss are [B, T, D].
         """
         batch = next(self.batches)
         document_mask = self.document_mask(batch.documents)
-        x = self.run_trunk(x, document_mask)
+        x_BTD, embedded = self._embed(x, batch)
+        state_BTD = self.run_trunk(x_BTD, document_mask)
         if not self.stage.heads:
-            return x
-        x, nll_sums = self.run_heads(x, batch.targets, self.loss_scales, document_mask)
+            return state_BTD
+        loss_or_state, nll_sums = self.run_heads(state_BTD, batch.targets, self.loss_scales, document_mask, embedded)
         self.nll_sums[self.stage.heads.start : self.stage.heads.stop] += nll_sums
-        return x
+        return loss_or_state
 
     def run_layers(self, x: Tensor, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """Runs trunk layers and heads without losses, for a pipeline with spread losses.
 
+        Args:
+            x: see `forward`.
+
         Returns:
-            (the trunk's hidden states [B, T, D], the normed output [B, T, D] of each head).
+            (the output for the next stage [B, T, D], the normed output [B, T, D] of each head).
         """
         document_mask = self.document_mask(batch.documents)
-        x = self.run_trunk(x, document_mask)
-        return x, self.normed_head_outputs(x, document_mask)
+        x_BTD, embedded = self._embed(x, batch)
+        return self.run_heads_without_losses(self.run_trunk(x_BTD, document_mask), document_mask, embedded)
+
+    def _embed(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Returns (the input of the trunk layers, the embeddings that heads read)."""
+        if self.embedding is None:
+            return x, None
+        own_BTD, embedded = self.embed(batch.inputs, batch.following)
+        return own_BTD if self.stage.contents.has_embedding else x, embedded
 
     @torch.no_grad()
     def initialise(self) -> None:

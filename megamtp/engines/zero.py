@@ -4,6 +4,7 @@ Source: Rajbhandari et al. 2020, arXiv:1910.02054.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,6 @@ from megamtp.engines.deepspeed.members import full_shape
 from megamtp.engines.deepspeed.settings import deepspeed_config
 from megamtp.engines.hosted import HostedEngine
 from megamtp.engines.initial_weights import initial_weights
-from megamtp.model.heads import head_class
 from megamtp.model.initial import STANDARD_DEVIATION
 from megamtp.model.layers import TransformerLayer
 from megamtp.model.mtp import MTPModel
@@ -62,7 +62,7 @@ class ZeroEngine(HostedEngine):
                 # Correction (c) of head_hooks.py: DeepSpeed itself sets this at the start of the outer backward pass,
                 # which is too late for the heads' reductions.
                 engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
-                loss, micro_batch_nll_sums = engine(batch.inputs, batch.targets, scales, batch.documents)
+                loss, micro_batch_nll_sums = engine(*_inputs(batch, scales))
                 engine.backward(loss)
                 engine.step()
                 nll_sums += micro_batch_nll_sums
@@ -80,13 +80,18 @@ class ZeroEngine(HostedEngine):
         totals = torch.zeros(2, len(scales), dtype=torch.float64, device=self.device)
         with self.head_hooks.evaluating():
             for batch in (batch.to(self.device) for batch in batches):
-                _, nll_sums = self.deepspeed_engine(batch.inputs, batch.targets, scales, batch.documents)
+                _, nll_sums = self.deepspeed_engine(*_inputs(batch, scales))
                 totals += torch.stack((nll_sums, (batch.targets != IGNORED).sum(dim=(1, 2))))
         return totals.flatten()
 
     def _quantise_weights(self) -> None:
         if self.config.engine.kind == "zero1":  # grouped communication quantises the shards of zero3
             self.model.quantise_weights()
+
+
+def _inputs(batch: Batch, scales: list[float]) -> tuple[Any, ...]:
+    """Returns the arguments of MTPModel.forward."""
+    return batch.inputs, batch.targets, scales, batch.documents, batch.following
 
 
 def _build_model(config: Config, settings: dict, device: torch.device) -> MTPModel:
@@ -97,7 +102,7 @@ def _build_model(config: Config, settings: dict, device: torch.device) -> MTPMod
             config.model, config.resolved_head_loss, config.engine.head_schedule, layer_options(config.train, device)
         )
     if sharded:
-        host.gather_as_one_module(model, (TransformerLayer, head_class(config.model)))
+        host.gather_as_one_module(model, (TransformerLayer, *map(type, model.heads)))
     else:
         model = model.to(DTYPES[config.train.dtype]).to_empty(device=device)
     if config.cluster.emulate and sharded:

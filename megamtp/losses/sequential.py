@@ -88,6 +88,22 @@ class IntermediateStageHeads(torch.autograd.Function):
         return dz_of_later_stages_BTD + dz_BTD, None, None, None
 
 
+class AddedLoss(torch.autograd.Function):
+    """(state, loss, loss_gradient) -> state, on stages that also forward the state, for heads that read each other.
+
+    Backward passes the gradient of the state on, and starts the loss's backward pass from `loss_gradient`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, state_BTD: Tensor, loss: Tensor, loss_gradient: float) -> Tensor:
+        ctx.loss_gradient = torch.full_like(loss, loss_gradient)
+        return state_BTD.view_as(state_BTD)
+
+    @staticmethod
+    def backward(ctx: Any, d_state_BTD: Tensor) -> tuple[Tensor, Tensor, None]:
+        return d_state_BTD, ctx.loss_gradient, None
+
+
 def _run_heads(
     z_BTD: Tensor, head_loss: HeadLoss, num_heads: int, hooks: HeadHooks, loss_gradient: float
 ) -> tuple[Tensor, Tensor, Tensor]:

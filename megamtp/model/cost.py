@@ -51,7 +51,7 @@ def layer_cost(model: ModelConfig, sequence_length: int) -> LayerCost:
 @lru_cache
 def head_cost(model: ModelConfig, index: int, sequence_length: int) -> LayerCost:
     """Returns the cost of one position in the head at `index` (from 0), without the projection to the vocabulary."""
-    return meta_model(model).heads[index].cost(sequence_length)
+    return meta_model(model).head(index).cost(sequence_length)
 
 
 def computes_in_float8(cost: LayerCost, train: TrainConfig) -> bool:
@@ -75,8 +75,9 @@ def num_layer_parameters(model: ModelConfig) -> int:
 
 @lru_cache
 def num_head_parameters(model: ModelConfig, index: int) -> int:
-    """Returns the number of parameters of the head at `index` (from 0)."""
-    return _num_module_parameters(meta_model(model).heads[index])
+    """Returns the number of parameters of the head at `index` (from 0); 0 if an earlier head has the same module."""
+    is_first_use = meta_model(model).head_class.module_index(model, index) == index
+    return _num_module_parameters(meta_model(model).head(index)) if is_first_use else 0
 
 
 @lru_cache

@@ -1,71 +1,202 @@
-"""The modules after the trunk: n heads and the unembedding that they share.
+"""The kinds of heads. n heads follow the trunk; their outputs go through the unembedding (unembedding.py).
 
 Head i, counted from 1 as in the paper, predicts the i-th next token; head 1 is the next-token head. Its index in lists
 and tensors is i - 1.
 
-A head kind is a subclass of Head. `model.head_kind` selects it: `parallel`, or MODULE:CLASS for a class in a module of
-your own.
+Heads run one after another. A state goes through them, and is z at first: each head reads the state, returns a hidden
+state for the unembedding, and says what the state is for the next head (`next_state`).
+
+    kind                 heads                                               state for the next head
+    parallel             one layer each                                      z
+    linear               one matrix each                                     z
+    causal               one layer each                                      the head's output
+    anticausal           one layer each; head n runs first, head 1 last      the head's output
+    chained, deepseek    head 1: a layer; the others: a projection of        the head's output after the final norm
+                         [state, embedding of a next token], and a layer
+    chained, eagle3      head 1: a layer; the others: a layer whose queries, z after head 1, then the head's output
+                         keys and values read [embedding, state]
+
+A head kind is a subclass of Head. `model.head_kind` selects it: a name in HEAD_KINDS, or MODULE:CLASS for a class in a
+module of your own.
+
+Sources: Gloeckle et al. 2024, arXiv:2404.19737, section 2 and appendix B; DeepSeek-V3, arXiv:2412.19437, section 2.2;
+EAGLE-3, arXiv:2503.01840, section 3.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from megamtp.config import ModelConfig
-from megamtp.errors import InputError
 from megamtp.extensions import find_kind
-from megamtp.losses.linear_cross_entropy import linear_cross_entropy
 from megamtp.model.attention import DocumentMask, KeyValueCache
-from megamtp.model.layers import DEFAULT_OPTIONS, LayerCost, LayerOptions, TransformerLayer, rms_norm
-
-
-class Head(nn.Module):
-    """One head: maps z to the hidden state from which the unembedding predicts a token.
-
-    The model constructs a subclass as `Kind(model, index, options)`: the ModelConfig, the head's index from 0, and the
-    LayerOptions of the run, which a head of your own may ignore. Initial values follow from the parameters' names: see
-    initial.py. ZeRO-3 gathers all parameters of a head before `forward`, except for those that a TransformerLayer uses
-    in fp8: see TransformerLayer.quantised.
-    """
-
-    def forward(self, z_BTD: Tensor, document_mask: DocumentMask | None = None) -> Tensor:
-        """Returns the hidden state [B, T, D] before the final norm.
-
-        Args:
-            document_mask: keeps attention inside documents; None: a position attends to all earlier positions.
-        """
-        raise NotImplementedError
-
-    def cost(self, sequence_length: int) -> LayerCost:
-        """Returns the forward cost of one position of a window of `sequence_length`."""
-        raise NotImplementedError
-
-    def extend(self, z_BTD: Tensor, cache: KeyValueCache | None) -> tuple[Tensor, KeyValueCache]:
-        """Returns the hidden states of T positions that follow the cached positions, and the extended cache.
-
-        Decoding calls this method.
-
-        Raises:
-            InputError: this head kind does not implement decoding.
-        """
-        raise InputError(
-            f"{type(self).__name__} does not decode; expected a head kind with a method `extend`, such as parallel"
-        )
+from megamtp.model.eagle import EagleDepth
+from megamtp.model.head import Head
+from megamtp.model.layers import (
+    DEFAULT_OPTIONS,
+    Float8Module,
+    LayerCost,
+    LayerOptions,
+    NormWeight,
+    TransformerLayer,
+    linear,
+    rms_norm,
+)
 
 
 class ParallelHead(TransformerLayer, Head):
-    """One transformer layer that reads z.
-
-    Source: Gloeckle et al. 2024, arXiv:2404.19737, section 2.
-    """
+    """One transformer layer that reads z."""
 
     def __init__(self, model: ModelConfig, index: int, options: LayerOptions = DEFAULT_OPTIONS):
         TransformerLayer.__init__(self, model, options)
 
+    def forward(
+        self, state_BTD: Tensor, document_mask: DocumentMask | None = None, next_BTD: Tensor | None = None
+    ) -> Tensor:
+        """See Head.forward."""
+        return TransformerLayer.forward(self, state_BTD, document_mask)
 
-HEAD_KINDS: Mapping[str, type[Head]] = {"parallel": ParallelHead}
+    def extend(
+        self, state_BTD: Tensor, cache: KeyValueCache | None, next_BTD: Tensor | None = None
+    ) -> tuple[Tensor, KeyValueCache]:
+        """See Head.extend."""
+        return TransformerLayer.extend(self, state_BTD, cache)
+
+
+class LinearHead(Float8Module, Head):
+    """One matrix that multiplies z. With model.first_head=layer, head 1 is a layer instead."""
+
+    @classmethod
+    def make(cls, model: ModelConfig, index: int, options: LayerOptions) -> Head:
+        """See Head.make."""
+        is_layer = index == 0 and model.first_head == "layer"
+        return ParallelHead(model, index, options) if is_layer else cls(model, index, options)
+
+    def __init__(self, model: ModelConfig, index: int, options: LayerOptions = DEFAULT_OPTIONS):
+        super().__init__([("matrix.weight",)], options)
+        self.matrix = nn.Linear(model.dim, model.dim, bias=False)
+
+    def forward(
+        self, state_BTD: Tensor, document_mask: DocumentMask | None = None, next_BTD: Tensor | None = None
+    ) -> Tensor:
+        """See Head.forward."""
+        (quantised,) = self.quantised or (None,)
+        return linear(state_BTD, self.matrix.weight, quantised)
+
+    def cost(self, sequence_length: int) -> LayerCost:
+        """See Head.cost."""
+        dim = self.matrix.in_features
+        return LayerCost(2 * dim * dim, 0, dim, dim, float8_kept_bytes=3 * dim)
+
+    def extend(
+        self, state_BTD: Tensor, cache: KeyValueCache | None, next_BTD: Tensor | None = None
+    ) -> tuple[Tensor, KeyValueCache]:
+        """See Head.extend. The cache is empty."""
+        return self(state_BTD), cache or (state_BTD[:, :0], state_BTD[:, :0])
+
+
+class CausalHead(ParallelHead):
+    """One transformer layer. Head 1 reads z, and head i + 1 reads the output of head i."""
+
+    is_chain = True
+
+    def next_state(self, state_BTD: Tensor, hidden_BTD: Tensor, normed_BTD: Tensor) -> Tensor:
+        """See Head.next_state."""
+        return hidden_BTD
+
+
+class AnticausalHead(CausalHead):
+    """One transformer layer. Head n reads z, and head i reads the output of head i + 1. Trunk and heads are a Llama."""
+
+    farthest_first = True
+
+
+class ChainedHead(Head):
+    """Makes the heads of the kind `chained`: head 1 is a layer, and the others have the form of model.chain_form."""
+
+    is_chain = reads_tokens = True
+
+    @classmethod
+    def make(cls, model: ModelConfig, index: int, options: LayerOptions) -> Head:
+        """See Head.make."""
+        classes: dict[str, tuple[type[Head], type[Head]]] = {
+            "deepseek": (DeepSeekFirst, DeepSeekDepth),
+            "eagle3": (ParallelHead, EagleDepth),
+        }
+        first, others = classes[model.chain_form]
+        return (others if index else first)(model, index, options)
+
+    @classmethod
+    def module_index(cls, model: ModelConfig, index: int) -> int:
+        """See Head.module_index."""
+        return min(index, 1) if model.shares_chain_weights else index
+
+
+class DeepSeekFirst(ParallelHead):
+    """Head 1 of DeepSeek's chain: a layer whose output, after the final norm, the first depth reads."""
+
+    def next_state(self, state_BTD: Tensor, hidden_BTD: Tensor, normed_BTD: Tensor) -> Tensor:
+        """See Head.next_state."""
+        return normed_BTD
+
+
+class DeepSeekDepth(Float8Module, Head):
+    """A depth of DeepSeek's chain: a layer that reads projection([norm(state), norm(embedding of a next token)]).
+
+    Source: DeepSeek-V3, arXiv:2412.19437, equations 21 to 23.
+    """
+
+    def __init__(self, model: ModelConfig, index: int, options: LayerOptions = DEFAULT_OPTIONS):
+        super().__init__([("projection.weight",)], options)
+        self.state_norm, self.embedding_norm = NormWeight(model.dim), NormWeight(model.dim)
+        self.projection = nn.Linear(2 * model.dim, model.dim, bias=False)
+        self.layer = TransformerLayer(model, options)
+
+    def forward(
+        self, state_BTD: Tensor, document_mask: DocumentMask | None = None, next_BTD: Tensor | None = None
+    ) -> Tensor:
+        """See Head.forward."""
+        return self.layer(self._projected(state_BTD, next_BTD), document_mask)
+
+    def next_state(self, state_BTD: Tensor, hidden_BTD: Tensor, normed_BTD: Tensor) -> Tensor:
+        """See Head.next_state."""
+        return normed_BTD
+
+    def cost(self, sequence_length: int) -> LayerCost:
+        """See Head.cost. Besides what the layer keeps, the inputs of both norms and of the projection are kept."""
+        layer, (dim, input_dim) = self.layer.cost(sequence_length), self.projection.weight.shape
+        return replace(
+            layer,
+            matrix_flops=layer.matrix_flops + 2 * dim * input_dim,
+            kept_elements=layer.kept_elements + 2 * input_dim,
+            streamed_elements=layer.streamed_elements + dim,
+            float8_kept_bytes=(layer.float8_kept_bytes or 0) + 3 * input_dim,
+        )
+
+    def extend(
+        self, state_BTD: Tensor, cache: KeyValueCache | None, next_BTD: Tensor | None = None
+    ) -> tuple[Tensor, KeyValueCache]:
+        """See Head.extend."""
+        return self.layer.extend(self._projected(state_BTD, next_BTD), cache)
+
+    def _projected(self, state_BTD: Tensor, next_BTD: Tensor | None) -> Tensor:
+        assert next_BTD is not None
+        eps = self.layer.eps
+        normed_state_BTD = rms_norm(state_BTD, self.state_norm.weight, eps)
+        normed_next_BTD = rms_norm(next_BTD, self.embedding_norm.weight, eps)
+        (quantised,) = self.quantised or (None,)
+        return linear(torch.cat((normed_state_BTD, normed_next_BTD), dim=-1), self.projection.weight, quantised)
+
+
+HEAD_KINDS: Mapping[str, type[Head]] = {
+    "parallel": ParallelHead,
+    "linear": LinearHead,
+    "causal": CausalHead,
+    "anticausal": AnticausalHead,
+    "chained": ChainedHead,
+}
 
 
 def head_class(model: ModelConfig) -> type[Head]:
@@ -77,40 +208,7 @@ def head_class(model: ModelConfig) -> type[Head]:
     return find_kind(model.head_kind, HEAD_KINDS, Head, "model.head_kind")
 
 
-class Unembedding(nn.Module):
-    """The final norm and the projection to the vocabulary, shared by all heads.
-
-    One module holds both parameters directly, so that ZeRO-3 gathers them together, once.
-
-    Args:
-        rows: number of rows of the projection in this part of the model; 0 if it has only the norm.
-        has_norm: whether this part has the norm; every part with heads does.
-    """
-
-    def __init__(self, model: ModelConfig, rows: int, has_norm: bool = True):
-        super().__init__()
-        self.norm = nn.Parameter(torch.empty(model.dim)) if has_norm else None
-        self.weight = nn.Parameter(torch.empty(rows, model.dim)) if rows else None
-        self.eps = model.norm_eps
-
-    def normed(self, hidden_BTD: Tensor) -> Tensor:
-        """Returns the hidden state after the final norm."""
-        norm = self.norm
-        assert norm is not None
-        return rms_norm(hidden_BTD, norm, self.eps)
-
-    def forward(
-        self, hidden_BTD: Tensor, targets_BT: Tensor | None = None, **options: Any
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Returns the logits [B, T, V] without targets, else (loss, summed negative log-likelihood).
-
-        The module computes the loss itself, because ZeRO-3 gathers the weight only while `forward` runs.
-
-        Args:
-            options: passed to linear_cross_entropy.
-        """
-        normed_BTD, weight = self.normed(hidden_BTD), self.weight
-        assert weight is not None
-        if targets_BT is None:
-            return normed_BTD @ weight.T
-        return linear_cross_entropy(normed_BTD.flatten(0, -2), weight, targets_BT.flatten(), **options)
+def head_order(model: ModelConfig) -> range:
+    """Returns the indices of all heads in the order in which they run. Raises InputError: see find_kind."""
+    indices = range(model.num_future_tokens)
+    return indices[::-1] if head_class(model).farthest_first else indices

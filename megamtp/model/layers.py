@@ -4,7 +4,7 @@ Source: Touvron et al. 2023, arXiv:2302.13971, section 2.2; grouped queries: Ain
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -84,7 +84,14 @@ def linear(x: Tensor, weight: Tensor, quantised: QuantisedWeights | None = None)
     keep the old memory allocated or, if the engine reuses buffers, read the weights of another layer.
     tests/distributed/test_gather.py and tests/gpu/test_emulated.py fail with torch's linear.
     """
-    return _Linear.apply(x, weight) if quantised is None else float8.linear(x, weight, quantised)
+    return linears(x, (weight,), quantised)[0]
+
+
+def linears(x: Tensor, weights: tuple[Tensor, ...], quantised: QuantisedWeights | None = None) -> tuple[Tensor, ...]:
+    """Returns (x W_1^T, x W_2^T, ...); see linear."""
+    if quantised is None:
+        return tuple(_Linear.apply(x, weight) for weight in weights)
+    return float8.linears(x, weights, quantised)
 
 
 def norm_linears(
@@ -160,22 +167,16 @@ def layer_output(
     return transformer_layer(x_BTD, weights, rotary, head_dim, eps, mask=mask, quantised=quantised)[0]
 
 
-def weight_groups(module: nn.Module) -> list[tuple["TransformerLayer", WeightGroup]]:
-    """Returns the weights that a module's layers use in fp8, with their layers; empty in other precisions."""
-    layers = [layer for layer in module.modules() if isinstance(layer, TransformerLayer)]
-    return [(layer, group) for layer in layers for group in layer.weight_groups]
-
-
 @functools.cache
-def compiled_layer_output(cuda_graphs: bool = False) -> Callable[..., Tensor]:
-    """Returns layer_output with torch.compile applied, which compiles at the first call for each shape.
+def compiled(function: Callable[..., Tensor], cuda_graphs: bool = False) -> Callable[..., Tensor]:
+    """Returns the function with torch.compile applied, which compiles at the first call for each shape.
 
     Args:
         cuda_graphs: see LayerOptions.
     """
     # fullgraph: raise an error instead of running parts of the layer uncompiled.
     options: dict[str, Any] | None = {"triton.cudagraphs": True} if cuda_graphs else None
-    return torch.compile(layer_output, dynamic=False, fullgraph=True, options=options)
+    return torch.compile(function, dynamic=False, fullgraph=True, options=options)
 
 
 @dataclass(frozen=True)
@@ -214,30 +215,57 @@ class NormWeight(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim))
 
 
-class TransformerLayer(nn.Module):
+class Float8Module(nn.Module):
+    """A module whose products can run in fp8.
+
+    Attributes:
+        weight_groups: the quantised weights, if the module computes in fp8. Someone must quantise them before
+            `forward`: see ModelPart.quantise_weights. ZeRO-3 does so with shards.
+    """
+
+    def __init__(self, names: Sequence[tuple[str, ...]], options: LayerOptions):
+        super().__init__()
+        self.weight_groups = [WeightGroup(names_of_group) for names_of_group in names if options.float8]
+
+    @property
+    def quantised(self) -> tuple[QuantisedWeights, ...] | None:
+        """The weights in fp8, if the module computes in fp8: ZeRO-3 then gathers only these, not the parameters."""
+        quantised = tuple(group.quantised for group in self.weight_groups)
+        assert None not in quantised, "weights are not quantised"
+        return cast(tuple[QuantisedWeights, ...], quantised) or None
+
+
+def weight_groups(module: nn.Module) -> list[tuple[Float8Module, WeightGroup]]:
+    """Returns the weights that a module and its submodules use in fp8, with their modules."""
+    modules = [submodule for submodule in module.modules() if isinstance(submodule, Float8Module)]
+    return [(submodule, group) for submodule in modules for group in submodule.weight_groups]
+
+
+class TransformerLayer(Float8Module):
     """One transformer layer: a trunk layer, or a parallel head.
 
     `forward` applies activation checkpointing inside the module, so an engine's module hooks see one forward and one
     backward: a single gather serves recomputation and gradient.
 
-    Attributes:
-        weight_groups: the quantised weights, if the layer computes in fp8. Someone must quantise them before `forward`:
-            see ModelPart.quantise_weights. ZeRO-3 does so with shards.
+    Args:
+        attention_inputs: number of vectors of width D that queries, keys and values read.
     """
 
-    def __init__(self, model: ModelConfig, options: LayerOptions = DEFAULT_OPTIONS):
-        super().__init__()
+    parameter_order: tuple[str, ...] = WEIGHTS
+
+    def __init__(self, model: ModelConfig, options: LayerOptions = DEFAULT_OPTIONS, attention_inputs: int = 1):
+        super().__init__(WEIGHT_GROUPS, options)
         self.head_dim, self.theta, self.eps = model.head_dim, model.rope_theta, model.norm_eps
         self.options = options
-        self.weight_groups = [WeightGroup(names) for names in WEIGHT_GROUPS if options.float8]
         self._weights: tuple[Tensor, ...] | None = None
+        input_dim = attention_inputs * model.dim
         key_value_dim = model.key_value_heads * model.head_dim
         self.attention_norm = NormWeight(model.dim)
         self.attention = nn.ModuleDict(
             {
-                "query": nn.Linear(model.dim, model.dim, bias=False),
-                "key": nn.Linear(model.dim, key_value_dim, bias=False),
-                "value": nn.Linear(model.dim, key_value_dim, bias=False),
+                "query": nn.Linear(input_dim, model.dim, bias=False),
+                "key": nn.Linear(input_dim, key_value_dim, bias=False),
+                "value": nn.Linear(input_dim, key_value_dim, bias=False),
                 "output": nn.Linear(model.dim, model.dim, bias=False),
             }
         )
@@ -252,32 +280,26 @@ class TransformerLayer(nn.Module):
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
-        """The layer's parameters in the order of WEIGHTS.
+        """The layer's parameters in the order of `parameter_order`.
 
         Cached, because looking them up takes longer than a kernel launch. Comparing the first parameter is enough to
         notice new parameters: an engine that replaces parameters replaces all of a layer's.
         """
         if self._weights is None or self._weights[0] is not self.attention_norm.weight:
-            self._weights = tuple(self.get_parameter(name) for name in WEIGHTS)
+            self._weights = tuple(self.get_parameter(name) for name in self.parameter_order)
         return self._weights
-
-    @property
-    def quantised(self) -> QuantisedLayer | None:
-        """The weights in fp8, if the layer computes in fp8: ZeRO-3 then gathers only these, not the parameters."""
-        quantised = tuple(group.quantised for group in self.weight_groups)
-        assert None not in quantised, "weights are not quantised"
-        return cast(QuantisedLayer, quantised) if quantised else None
 
     def cost(self, sequence_length: int) -> LayerCost:
         """Returns the forward cost of one position of a window of `sequence_length`. Norms count no operations.
 
         Source: Gloeckle et al. 2024, arXiv:2404.19737, table S5.
         """
-        key_value_dim, dim = self.get_parameter("attention.key.weight").shape
-        hidden_dim = len(self.get_parameter("mlp.gate.weight"))
-        matrices = 2 * dim * dim + 2 * dim * key_value_dim + 3 * dim * hidden_dim
-        kept_elements = 6 * dim + 2 * key_value_dim + 3 * hidden_dim
-        float8_bytes = 13 * dim + 6 * key_value_dim + 5 * hidden_dim
+        key_value_dim, input_dim = self.get_parameter("attention.key.weight").shape
+        hidden_dim, dim = self.get_parameter("mlp.gate.weight").shape
+        matrices = dim * dim + input_dim * (dim + 2 * key_value_dim) + 3 * dim * hidden_dim
+        further = 2 * (input_dim - dim)  # a second input of attention, before and after its norm
+        kept_elements = 6 * dim + 2 * key_value_dim + 3 * hidden_dim + further
+        float8_bytes = 13 * dim + 6 * key_value_dim + 5 * hidden_dim + 2 * further
         return LayerCost(2 * matrices, 2 * sequence_length * dim, kept_elements, dim, float8_bytes)
 
     def forward(self, x_BTD: Tensor, document_mask: DocumentMask | None = None) -> Tensor:
@@ -286,9 +308,13 @@ class TransformerLayer(nn.Module):
         Args:
             document_mask: keeps attention inside documents; None: a position attends to all earlier positions.
         """
-        function = compiled_layer_output(self.options.cuda_graphs) if self.options.compiled else layer_output
-        mask, rotary = document_mask or (None, self._rotary(0, x_BTD))
-        arguments = (x_BTD, self.weights, rotary, self.head_dim, self.eps, mask, self.quantised)
+        return self.run(layer_output, document_mask, x_BTD)
+
+    def run(self, function: Callable[..., Tensor], document_mask: DocumentMask | None, *inputs_BTD: Tensor) -> Tensor:
+        """Calls function(*inputs, weights, rotary, head_dim, eps, mask, quantised), compiled or recomputed as asked."""
+        function = compiled(function, self.options.cuda_graphs) if self.options.compiled else function
+        mask, rotary = document_mask or (None, self.rotary(0, inputs_BTD[0]))
+        arguments = (*inputs_BTD, self.weights, rotary, self.head_dim, self.eps, mask, self.quantised)
         if self.options.recompute and torch.is_grad_enabled():
             return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
         return function(*arguments)
@@ -296,8 +322,9 @@ class TransformerLayer(nn.Module):
     def extend(self, x_BTD: Tensor, cache: KeyValueCache | None) -> tuple[Tensor, KeyValueCache]:
         """Returns the output for T positions that follow the cached positions, and the extended cache."""
         past = cache[0].shape[2] if cache else 0
-        return transformer_layer(x_BTD, self.weights, self._rotary(past, x_BTD), self.head_dim, self.eps, cache)
+        return transformer_layer(x_BTD, self.weights, self.rotary(past, x_BTD), self.head_dim, self.eps, cache)
 
-    def _rotary(self, past: int, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    def rotary(self, past: int, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns (cos, sin), each [T, K], of the T positions after the first `past` positions."""
         cos, sin = rotary_tables(past + x_BTD.shape[1], self.head_dim, self.theta, x_BTD.device, x_BTD.dtype)
         return cos[past:], sin[past:]

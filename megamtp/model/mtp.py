@@ -5,15 +5,17 @@
                                                                       |   ...
                                                                       +-> head n -> unembedding -> token t + n
 
-Each head is one transformer layer (heads.py has other kinds). All heads read the same z and share one unembedding
-(final norm and projection to the vocabulary). With n = 1 this is an ordinary decoder-only model.
+Each head is one transformer layer, and all heads read the same z; heads.py has other kinds, some of which read the head
+before, or the next tokens. All heads share one unembedding (final norm and projection to the vocabulary). With n = 1
+this is an ordinary decoder-only model.
 
 MTPModel is a ModelPart that holds the whole model; each pipeline stage is also a ModelPart. MTPModel.forward
 returns the training loss. Where to read on:
 
     part.py         ModelPart: builds the modules, runs the trunk, computes the heads' losses
     layers.py       one transformer layer (attention.py, rotary.py)
-    heads.py        the kinds of heads, and the unembedding
+    heads.py        the kinds of heads (head.py, eagle.py)
+    unembedding.py  the final norm and the projection to the vocabulary
     documents.py    several documents in one window
     initial.py      initial weights
     ../losses/      fused unembedding and cross-entropy; forward and backward of one head after another
@@ -31,9 +33,10 @@ from torch import Tensor, nn
 
 from megamtp.config import HeadLossConfig, ModelConfig
 from megamtp.model.attention import DocumentMask, KeyValueCache
-from megamtp.model.heads import Head, Unembedding
+from megamtp.model.head import Head
 from megamtp.model.layers import DEFAULT_OPTIONS, LayerOptions, TransformerLayer
 from megamtp.model.part import Extent, ModelPart
+from megamtp.model.unembedding import Unembedding
 
 
 class MTPModel(ModelPart):
@@ -55,7 +58,12 @@ class MTPModel(ModelPart):
         super().__init__(model, Extent.whole(model), head_loss, schedule, options)
 
     def forward(
-        self, inputs_BT: Tensor, targets_nBT: Tensor, loss_scales: list[float], documents_BT: Tensor | None = None
+        self,
+        inputs_BT: Tensor,
+        targets_nBT: Tensor,
+        loss_scales: list[float],
+        documents_BT: Tensor | None = None,
+        following: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Computes the training loss of one micro-batch.
 
@@ -69,6 +77,7 @@ class MTPModel(ModelPart):
                 multiplies the head's loss, which is summed over targets.
             documents_BT: int64 document numbers, which do not decrease along a row. In trunk and heads, a position
                 attends only to earlier positions with the same number. None: to all earlier positions.
+            following: int64 [B, n - 1], the tokens after each row of inputs, or IGNORED; needed if heads read tokens.
 
         Returns:
             (loss, nll_sums [n]): the sum over heads of scale * loss, and each head's negative log-likelihood, summed
@@ -77,17 +86,24 @@ class MTPModel(ModelPart):
         if self.options.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()  # the graphs may overwrite what the last micro-batch left
         document_mask = self.document_mask(documents_BT)
-        z_BTD = self.z(inputs_BT, document_mask)
-        return self.run_heads(z_BTD, targets_nBT, loss_scales, document_mask)
+        x_BTD, embedded = self.embed(inputs_BT, following)
+        z_BTD = self.run_trunk(x_BTD, document_mask)
+        return self.run_heads(z_BTD, targets_nBT, loss_scales, document_mask, embedded)
 
     def z(self, inputs_BT: Tensor, document_mask: DocumentMask | None = None) -> Tensor:
         """Returns the trunk's output [B, T, D]."""
-        return self.run_trunk(inputs_BT, document_mask)
+        return self.run_trunk(self.embedding(inputs_BT), document_mask)
 
-    def logits(self, inputs_BT: Tensor) -> Tensor:
-        """Returns the logits of every head [n, B, T, V], for inspection and tests: training never holds them all."""
-        z_BTD = self.z(inputs_BT)
-        return torch.stack([self.unembedding(head(z_BTD)) for head in self.heads])
+    def logits(self, inputs_BT: Tensor, following: Tensor | None = None) -> Tensor:
+        """Returns the logits of every head [n, B, T, V], for inspection and tests: training never holds them all.
+
+        Args:
+            following: see `forward`.
+        """
+        x_BTD, embedded = self.embed(inputs_BT, following)
+        _, normed = self.run_heads_without_losses(self.run_trunk(x_BTD), embedded=embedded)
+        weight = self.unembedding_weight
+        return torch.stack([normed_BTD @ weight.T for normed_BTD in normed])
 
     def next_token_logits(
         self, inputs_BT: Tensor, caches: list[KeyValueCache] | None
@@ -96,10 +112,13 @@ class MTPModel(ModelPart):
 
         Args:
             inputs_BT: the tokens that follow the cached tokens.
-            caches: one per trunk layer, and one for head 1, as the previous call returned them; None at the start.
+            caches: one per trunk layer, and one for each head that runs, as the previous call returned them; None at
+                the start.
         """
-        hidden_BTD = self.embedding(inputs_BT)
-        layers: list[TransformerLayer | Head] = [*self.trunk, self.heads[0]]
+        hidden_BTD, order = self.embedding(inputs_BT), self.head_order
+        # Heads that run before head 1 belong to it: their outputs are the state that it reads.
+        heads = [self.head(index) for index in order[: order.index(0) + 1]]
+        layers: list[TransformerLayer | Head] = [*self.trunk, *heads]
         past_caches: Sequence[KeyValueCache | None] = caches or [None] * len(layers)
         extended_caches: list[KeyValueCache] = []
         for layer, past_cache in zip(layers, past_caches, strict=True):

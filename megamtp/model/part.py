@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from megamtp.config import HeadLossConfig, ModelConfig
 from megamtp.losses.float8 import Float8Products, Float8Weight
 from megamtp.losses.linear_cross_entropy import SharedGradient
-from megamtp.losses.sequential import HeadHooks, IntermediateStageHeads, SequentialHeadLoss
+from megamtp.losses.sequential import AddedLoss, HeadHooks, IntermediateStageHeads, SequentialHeadLoss
 from megamtp.losses.vocabulary_slice import slice_gradients, slice_statistics
 from megamtp.model.attention import DocumentMask
 from megamtp.model.documents import make_document_mask
-from megamtp.model.heads import Unembedding, head_class
+from megamtp.model.head import Head
+from megamtp.model.heads import head_class, head_order
 from megamtp.model.layers import DEFAULT_OPTIONS, LayerOptions, TransformerLayer, weight_groups
+from megamtp.model.unembedding import Unembedding
 from megamtp.precision.weights import WeightQuantiser, quantiser_of
 
 M = TypeVar("M", bound=nn.Module)
@@ -28,11 +30,12 @@ M = TypeVar("M", bound=nn.Module)
 class Extent:
     """The layers, heads and rows of the unembedding that a part holds.
 
-    The part with trunk layer 0 also holds the embedding. Every part with heads holds a copy of the final norm.
+    The part with trunk layer 0 also holds the embedding, and so does every part with a head that reads tokens. Every
+    part with heads holds a copy of the final norm.
 
     Attributes:
         trunk: indices of trunk layers, from 0.
-        heads: indices of heads, from 0: index i - 1 is head i.
+        heads: indices of heads, from 0, contiguous: index i - 1 is head i.
         rows: rows of the unembedding: all rows in a part that computes its own heads' losses, a slice in a part of a
             pipeline with spread losses.
     """
@@ -46,9 +49,9 @@ class Extent:
         """Returns the extent of the whole model."""
         return cls(range(model.num_trunk_layers), range(model.num_future_tokens), range(model.vocab_size))
 
-    @property
-    def has_embedding(self) -> bool:
-        return 0 in self.trunk
+    def has_embedding(self, model: ModelConfig) -> bool:
+        """Returns whether the part holds the embedding, or a copy of it."""
+        return 0 in self.trunk or (head_class(model).reads_tokens and any(self.heads))
 
 
 class NumberedModules(nn.Module, Generic[M]):
@@ -82,8 +85,9 @@ class ModelPart(nn.Module):
 
     Args:
         schedule: "sequential" runs the backward pass of each head directly after its forward pass
-            (losses/sequential.py); "deferred" leaves the heads to the ordinary backward pass. The gradients are the
-            same.
+            (losses/sequential.py); "deferred" leaves the heads to the ordinary backward pass, as heads that read each
+            other always are. The gradients are the same. Each loss computes the gradient of its hidden state at once,
+            so the logits of two heads never exist at the same time.
         options: how the layers of trunk and heads run.
 
     Attributes:
@@ -103,20 +107,32 @@ class ModelPart(nn.Module):
         self.head_loss_config = head_loss or HeadLossConfig()
         self.options = options
         self.head_hooks = HeadHooks()
-        make_head = head_class(model)
-        self.embedding = nn.Embedding(model.vocab_size, model.dim) if extent.has_embedding else None
+        self.head_class = head_class(model)
+        self.embedding = nn.Embedding(model.vocab_size, model.dim) if extent.has_embedding(model) else None
         self.trunk = NumberedModules({index: TransformerLayer(model, options) for index in extent.trunk})
-        head_options = replace(options, recompute=False)
-        self.heads = NumberedModules({index: make_head(model, index, head_options) for index in extent.heads})
+        self.heads = NumberedModules(self._make_heads(replace(options, recompute=False)))
         self._weight_quantiser: WeightQuantiser | None = None
         self.unembedding = (
             Unembedding(model, len(extent.rows), bool(extent.heads)) if extent.heads or extent.rows else None
         )
 
+    def _make_heads(self, options: LayerOptions) -> dict[int, Head]:
+        modules = sorted({self.head_class.module_index(self.config, index) for index in self.extent.heads})
+        return {index: self.head_class.make(self.config, index, options) for index in modules}
+
+    def head(self, index: int) -> Head:
+        """Returns the module of the head at `index` (from 0). Several heads may share one."""
+        return self.heads[self.head_class.module_index(self.config, index)]
+
     @property
     def has_last_head(self) -> bool:
-        """Whether this part holds head n, so that no later part needs z."""
-        return self.config.num_future_tokens - 1 in self.extent.heads
+        """Whether this part holds the head that runs last, so that no later part needs the state."""
+        return head_order(self.config)[-1] in self.extent.heads
+
+    @property
+    def head_order(self) -> list[int]:
+        """The indices of the part's heads in the order in which they run."""
+        return [index for index in head_order(self.config) if index in self.extent.heads]
 
     @property
     def unembedding_weight(self) -> nn.Parameter:
@@ -148,43 +164,71 @@ class ModelPart(nn.Module):
         use_block_mask = self.options.compiled and documents_BT.is_cuda
         return make_document_mask(documents_BT, self.config, next(self.parameters()).dtype, use_block_mask)
 
-    def run_trunk(self, x: Tensor, document_mask: DocumentMask | None = None) -> Tensor:
+    def embed(self, inputs_BT: Tensor, following: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Looks tokens up in the part's embedding.
+
+        Args:
+            inputs_BT, following: see MTPModel.forward.
+
+        Returns:
+            (embeddings of the inputs [B, T, D], and with the tokens after them [B, T + n - 1, D]): the second is None
+            if no head reads tokens.
+        """
+        assert self.embedding is not None
+        if not self.head_class.reads_tokens or self.config.num_future_tokens == 1:
+            return self.embedding(inputs_BT), None
+        assert following is not None, "heads that read tokens need the tokens after the window"
+        # Tokens beyond the corpus are IGNORED. Only positions whose targets are also beyond it would read them.
+        tokens = torch.cat((inputs_BT, following.clamp(min=0)), dim=1)
+        embedded = self.embedding(tokens)
+        return embedded[:, : inputs_BT.shape[1]].contiguous(), embedded
+
+    def run_trunk(self, x_BTD: Tensor, document_mask: DocumentMask | None = None) -> Tensor:
         """Runs the part's trunk layers.
 
         Args:
-            x: token ids [B, T] in the part with the embedding, else the output [B, T, D] of the part before.
+            x_BTD: the embeddings of the inputs in the part with trunk layer 0, else the output of the part before.
 
         Returns:
             [B, T, D]: the output of the part's last trunk layer; `x` if the part has no trunk layer.
         """
-        if self.embedding is not None:
-            x = self.embedding(x)
         for layer in self.trunk:
-            x = layer(x, document_mask)
-        return x
+            x_BTD = layer(x_BTD, document_mask)
+        return x_BTD
 
     def run_heads(
-        self, z_BTD: Tensor, targets_nBT: Tensor, loss_scales: list[float], document_mask: DocumentMask | None = None
+        self,
+        state_BTD: Tensor,
+        targets_nBT: Tensor,
+        loss_scales: list[float],
+        document_mask: DocumentMask | None = None,
+        embedded: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Runs the part's heads and computes their losses. The part must have all rows of the unembedding.
 
         Args:
+            state_BTD: z, or the state that the part before has returned.
             targets_nBT, loss_scales: of all heads of the model; see MTPModel.forward.
+            embedded: the second result of `embed`.
 
         Returns:
-            (loss_or_z, nll_sums): `loss_or_z` is the loss, summed over the part's heads, if the part has the last head,
-            else z for the next part; `nll_sums` holds the summed negative log-likelihood of each of the part's heads.
+            (loss_or_state, nll_sums): `loss_or_state` is the loss, summed over the part's heads, if the part has the
+            head that runs last, else the state for the next part; `nll_sums` holds the summed negative log-likelihood
+            of each of the part's heads, by index.
         """
-        heads, settings, unembedding = list(self.extent.heads), self.head_loss_config, self.unembedding
+        order, settings, unembedding = self.head_order, self.head_loss_config, self.unembedding
         assert unembedding is not None
-        sequential = self.schedule == "sequential" and torch.is_grad_enabled() and z_BTD.requires_grad
-        shared_gradient, float8_weight = SharedGradient(num_uses=len(heads)), Float8Weight()
+        in_training = torch.is_grad_enabled() and state_BTD.requires_grad
+        sequential = self.schedule == "sequential" and in_training and not self.head_class.is_chain
+        shared_gradient, float8_weight = SharedGradient(num_uses=len(order)), Float8Weight()
         loss_gradient = self.head_hooks.loss_gradient()
 
-        def head_loss(local_index: int, z_BTD: Tensor) -> tuple[Tensor, Tensor]:
-            index = heads[local_index]
-            return unembedding(
-                self.heads[index](z_BTD, document_mask),
+        def run_head(place: int, state_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            index = order[place]
+            head = self.head(index)
+            hidden_BTD = head(state_BTD, document_mask, self._next_embeddings(index, state_BTD, embedded))
+            loss, nll_sum, normed_BTD = unembedding(
+                hidden_BTD,
                 targets_nBT[index],
                 scale=loss_scales[index],
                 loss_gradient=loss_gradient,
@@ -194,18 +238,48 @@ class ModelPart(nn.Module):
                 shared_gradient=shared_gradient,
                 float8_weight=float8_weight if settings.in_float8(index) else None,
             )
+            return loss, nll_sum, head.next_state(state_BTD, hidden_BTD, normed_BTD)
 
         if sequential:
             function = SequentialHeadLoss if self.has_last_head else IntermediateStageHeads
-            return function.apply(z_BTD, head_loss, len(heads), self.head_hooks)
-        losses, nll_sums = zip(*(head_loss(local_index, z_BTD) for local_index in range(len(heads))), strict=True)
-        return torch.stack(losses).sum() if self.has_last_head else z_BTD, torch.stack(nll_sums)
+            loss_or_state, nll_sums = function.apply(
+                state_BTD, lambda place, z_BTD: run_head(place, z_BTD)[:2], len(order), self.head_hooks
+            )
+            return loss_or_state, self._by_index(nll_sums)
+        losses, sums = [], []
+        for place in range(len(order)):
+            loss, nll_sum, state_BTD = run_head(place, state_BTD)
+            losses.append(loss)
+            sums.append(nll_sum)
+        loss = torch.stack(losses).sum()
+        if not self.has_last_head:
+            state_BTD = AddedLoss.apply(state_BTD, loss, loss_gradient)
+        return loss if self.has_last_head else state_BTD, self._by_index(torch.stack(sums))
 
-    def normed_head_outputs(self, z_BTD: Tensor, document_mask: DocumentMask | None = None) -> list[Tensor]:
-        """Returns the output [B, T, D] of each of the part's heads after the final norm, for spread losses."""
-        if self.unembedding is None:
-            return []
-        return [self.unembedding.normed(head(z_BTD, document_mask)) for head in self.heads]
+    def run_heads_without_losses(
+        self, state_BTD: Tensor, document_mask: DocumentMask | None = None, embedded: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Runs the part's heads, for spread losses.
+
+        Returns:
+            (the state for the next part [B, T, D], the output [B, T, D] of each head after the final norm, by index).
+        """
+        normed = {}
+        for index in self.head_order:
+            assert self.unembedding is not None
+            head = self.head(index)
+            hidden_BTD = head(state_BTD, document_mask, self._next_embeddings(index, state_BTD, embedded))
+            normed[index] = self.unembedding.normed(hidden_BTD)
+            state_BTD = head.next_state(state_BTD, hidden_BTD, normed[index])
+        return state_BTD, [normed[index] for index in self.extent.heads]
+
+    def _next_embeddings(self, index: int, state_BTD: Tensor, embedded: Tensor | None) -> Tensor | None:
+        """Returns the embeddings [B, T, D] that the head at `index` reads: those of the `index`-th next tokens."""
+        return None if embedded is None or index == 0 else embedded[:, index : index + state_BTD.shape[1]]
+
+    def _by_index(self, values: Tensor) -> Tensor:
+        """Returns values of the part's heads, which are in the order in which heads run, by index."""
+        return values.flip(0) if self.head_class.farthest_first else values
 
     def slice_products(
         self, index: int, hidden_ND: Tensor, float8_weight: Float8Weight, factor: float

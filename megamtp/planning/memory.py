@@ -14,6 +14,7 @@ from megamtp.model.cost import (
     num_layer_parameters,
     num_parameters,
 )
+from megamtp.model.heads import head_class
 from megamtp.optimizers.kinds import optimizer_kind
 from megamtp.planning.gpus import LAYER_RATES
 from megamtp.planning.stage_memory import bytes_saved_by_heads, bytes_saved_by_layer, chunk_bytes, num_float8_parameters
@@ -26,7 +27,9 @@ def zero_memory(config: Config, world_size: int) -> dict[str, float]:
     heads, vocabulary = range(model.num_future_tokens), 2 * model.vocab_size * model.dim
     largest = 2 * max(num_layer_parameters(model), *(num_head_parameters(model, index) for index in heads))
     layer_bytes, head_bytes = gathered_bytes(config)
-    saved_by_layer, saved_by_head = bytes_saved_by_layer(config), max(bytes_saved_by_heads(config, heads))
+    # The heads' backward passes follow all losses if heads read each other.
+    alive = sum if head_class(model).is_chain else max
+    saved_by_layer, saved_by_head = bytes_saved_by_layer(config), alive(bytes_saved_by_heads(config, heads))
     boundaries = 2 * tokens * model.dim * model.num_trunk_layers
     chunk = chunk_bytes(config, logit_bytes=2)
     # dW in fp32 and in the dtype of the reduction, and a chunk of logits. In fp8 also two copies of the weight, one of

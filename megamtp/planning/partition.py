@@ -17,6 +17,7 @@ from itertools import accumulate
 
 from megamtp.config import Config
 from megamtp.errors import InputError
+from megamtp.model.heads import head_class, head_order
 from megamtp.planning.one_f_one_b import TimedPass, simulate
 from megamtp.planning.pass_costs import PassCosts, flop_costs
 from megamtp.planning.spread_schedule import TimedStagePass, TransferTimes
@@ -33,8 +34,8 @@ class Stage:
         first, end: the stage has the layers first, ..., end - 1.
         heads: indices, from 0, of its heads.
         contents: its modules in numbers.
-        forward, backward: cost of one micro-batch on one rank. Heads run both passes during the forward pass, so their
-            whole cost is in `forward`; recomputation is in `backward`.
+        forward, backward: cost of one micro-batch on one rank. Heads run both passes during the forward pass, unless
+            they read each other, so their whole cost is in `forward`; recomputation is in `backward`.
         memory_bytes: bytes of one rank at its peak, by kind.
     """
 
@@ -110,7 +111,7 @@ class Partition:
 
 def describe_stages(stages: list[Stage], costs: list[float]) -> list[str]:
     """Returns a line for each stage: its share of the costs, its memory and its modules."""
-    num_trunk_layers, lines = stages[-1].end - stages[-1].heads.stop, []
+    num_trunk_layers, lines = sum(stage.contents.num_trunk_layers for stage in stages), []
     for index, (stage, cost) in enumerate(zip(stages, costs, strict=True)):
         parts = ["embedding"] if index == 0 else []
         trunk = range(stage.first, min(stage.end, num_trunk_layers))
@@ -184,8 +185,12 @@ def make_stage(
 ) -> Stage:
     """Returns stage `index` with the layers first, ..., end - 1 and the losses of its heads."""
     contents = contents_between(config, first, end)
-    forward = costs.trunk_forward(contents) + costs.heads_and_losses(contents.heads)
+    forward = costs.trunk_forward(contents) + costs.heads_forward(contents.heads) + costs.losses(contents.heads)
     backward = costs.trunk_backward(contents, config.train.activation_checkpointing)
+    if head_class(config.model).is_chain:
+        backward += costs.heads_backward(contents.heads)
+    else:
+        forward += costs.heads_backward(contents.heads)
     num_in_flight = min(config.engine.pipeline_stages - index, num_micro_batches)
     memory_bytes = stage_memory(config, data_parallel_size, contents, num_in_flight)
     return Stage(first, end, heads_between(config, first, end), contents, forward, backward, memory_bytes)
@@ -204,9 +209,20 @@ def contents_between(config: Config, first: int, end: int, spread_rows: int | No
 
 
 def heads_between(config: Config, first: int, end: int) -> range:
-    """Returns the indices of the heads among the layers first, ..., end - 1."""
+    """Returns the indices, ascending, of the heads among the layers first, ..., end - 1.
+
+    The heads follow the trunk in the order in which they run.
+    """
     num_trunk_layers = config.model.num_trunk_layers
-    return range(max(first, num_trunk_layers) - num_trunk_layers, max(end, num_trunk_layers) - num_trunk_layers)
+    indices = head_order(config.model)[max(first - num_trunk_layers, 0) : max(end - num_trunk_layers, 0)]
+    return indices if indices.step > 0 else indices[::-1]
+
+
+def separates_shared_heads(config: Config, first: int, end: int) -> bool:
+    """Returns whether the layers first, ..., end - 1 are some, but not all, of the heads that share one module."""
+    heads = heads_between(config, first, end)
+    sharing = config.model.num_future_tokens - 1 if config.model.shares_chain_weights else 0
+    return 0 < sum(index > 0 for index in heads) < sharing
 
 
 def _best_bounds(config: Config, data_parallel_size: int, num_micro_batches: int, costs: PassCosts) -> list[int]:
@@ -214,14 +230,15 @@ def _best_bounds(config: Config, data_parallel_size: int, num_micro_batches: int
 
     The slowest stage is as fast as possible; among such partitions, the stages are as even as possible.
     """
-    num_layers, num_stages = config.model.num_layers, config.engine.pipeline_stages
+    num_layers, num_stages = config.model.num_layers_and_heads, config.engine.pipeline_stages
     limit = config.engine.stage_memory_bytes or math.inf
     stage_costs: dict[tuple[int, int, int], float] = {}
     for index in range(num_stages):
         for first in range(num_layers):
             for end in range(first + 1, num_layers + 1):
                 stage = make_stage(config, data_parallel_size, num_micro_batches, index, first, end, costs)
-                stage_costs[index, first, end] = stage.cost if sum(stage.memory_bytes.values()) <= limit else math.inf
+                fits = sum(stage.memory_bytes.values()) <= limit and not separates_shared_heads(config, first, end)
+                stage_costs[index, first, end] = stage.cost if fits else math.inf
     slowest, _ = cheapest_bounds(num_layers, num_stages, lambda *stage: stage_costs[stage], max)
     if slowest == math.inf:
         raise InputError(

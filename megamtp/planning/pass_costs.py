@@ -50,10 +50,9 @@ class PassCosts:
         """Returns the backward cost of the heads, without their losses."""
         return sum(self.head_backward[index] for index in heads)
 
-    def heads_and_losses(self, heads: range) -> float:
-        """Returns the cost of both passes of the heads with their losses, where losses are not spread."""
-        passes = self.heads_forward(heads) + self.heads_backward(heads)
-        return passes + len(heads) * self.loss + bool(heads) * self.unembedding_copy
+    def losses(self, heads: range) -> float:
+        """Returns the cost of the heads' losses, forward and backward, where losses are not spread."""
+        return len(heads) * self.loss + bool(heads) * self.unembedding_copy
 
 
 def flop_costs(config: Config) -> PassCosts:

@@ -163,7 +163,7 @@ def _alternatives(config: Config, world_size: int) -> Iterator[tuple[str, Config
     while (
         config.engine.kind == "pipeline"
         and not config.engine.stage_layers
-        and 2 * num_stages <= config.model.num_layers
+        and 2 * num_stages <= config.model.num_layers_and_heads
     ):
         num_stages *= 2
         engine = dataclasses.replace(config.engine, num_stages=num_stages)

@@ -25,6 +25,7 @@ from megamtp.planning.partition import (
     describe_stages,
     heads_between,
     imbalance,
+    separates_shared_heads,
     whole_loss_partition,
 )
 from megamtp.planning.pass_costs import PassCosts, flop_costs
@@ -151,10 +152,12 @@ def spread_layers(config: Config, costs: PassCosts) -> list[int]:
     """
     if config.engine.stage_layers:
         return config.engine.stage_layers
-    num_layers, num_stages = config.model.num_layers, config.engine.pipeline_stages
+    num_layers, num_stages = config.model.num_layers_and_heads, config.engine.pipeline_stages
     losses = _row_cost(config, costs) * config.model.vocab_size
 
     def cost(_: int, first: int, end: int) -> float:
+        if separates_shared_heads(config, first, end):
+            return math.inf
         return sum(_forward_and_backward(config, costs, first, end))
 
     slowest, _ = cheapest_bounds(num_layers, num_stages, cost, max)

@@ -7,7 +7,7 @@ memory that a pass allocates and frees again.
 
 from dataclasses import dataclass
 
-from megamtp.config import Config
+from megamtp.config import Config, ModelConfig
 from megamtp.losses.linear_cross_entropy import default_chunk_rows
 from megamtp.model.cost import (
     computes_in_float8,
@@ -17,6 +17,7 @@ from megamtp.model.cost import (
     num_head_parameters,
     num_layer_parameters,
 )
+from megamtp.model.heads import head_class
 from megamtp.optimizers.kinds import optimizer_kind
 
 OPTIMIZER = "optimizer"  # the kind that data parallelism shards
@@ -44,6 +45,10 @@ class StageContents:
         """The number of heads."""
         return len(self.heads)
 
+    def reads_tokens(self, model: ModelConfig) -> bool:
+        """Returns whether a head reads tokens, for which the stage holds a copy of the embedding."""
+        return head_class(model).reads_tokens and any(self.heads)
+
 
 def stage_memory(
     config: Config, data_parallel_size: int, contents: StageContents, num_in_flight: int
@@ -57,9 +62,8 @@ def stage_memory(
     dtype_bytes = 4 if train.dtype == "fp32" else 2
     parameters = contents.num_trunk_layers * num_layer_parameters(model)
     parameters += sum(num_head_parameters(model, index) for index in contents.heads)
-    parameters += (contents.has_embedding * model.vocab_size + contents.rows) * model.dim + bool(
-        contents.rows
-    ) * model.dim
+    has_embedding = contents.has_embedding or contents.reads_tokens(model)
+    parameters += (has_embedding * model.vocab_size + contents.rows) * model.dim + bool(contents.rows) * model.dim
     saved = _saved_bytes(config, contents, dtype_bytes)
     return {
         "weights": dtype_bytes * parameters + num_float8_parameters(config, contents.num_trunk_layers, contents.heads),
@@ -117,12 +121,13 @@ def _saved_bytes(config: Config, contents: StageContents, dtype_bytes: int) -> i
     """Returns the bytes that each micro-batch in flight keeps.
 
     These are the stage's input and output, its heads' dz, and what its layers save for their backward pass. Heads with
-    spread losses save as much as trunk layers do, and their outputs. Other heads have run their backward pass already.
+    spread losses, and heads that read each other, save as much as trunk layers do, and their outputs. Other heads have
+    run their backward pass already.
     """
     boundary = _boundary_bytes(config, dtype_bytes)
     layer = boundary if config.train.activation_checkpointing else bytes_saved_by_layer(config)
     trunk = contents.num_trunk_layers * layer
-    if contents.spread:
+    if contents.spread or head_class(config.model).is_chain:
         heads = bytes_saved_by_heads(config, contents.heads)
         return 2 * boundary + trunk + sum(saved + 2 * boundary for saved in heads)
     return (2 + bool(contents.num_heads)) * boundary + trunk
@@ -176,4 +181,5 @@ def _embedding_gradient_bytes(config: Config, contents: StageContents, dtype_byt
 
     It is the last gradient of a micro-batch, whose other activations are freed by then.
     """
-    return dtype_bytes * config.model.vocab_size * config.model.dim if contents.has_embedding else 0
+    has_embedding = contents.has_embedding or contents.reads_tokens(config.model)
+    return dtype_bytes * config.model.vocab_size * config.model.dim if has_embedding else 0

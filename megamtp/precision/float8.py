@@ -52,9 +52,9 @@ def norm_linears(
     return _Float8NormLinears.apply(x_BTD, norm_D, eps, len(weights), *weights, quantised.scale, *quantised.matrices)
 
 
-def linear(x: Tensor, weight: Tensor, quantised: QuantisedWeights) -> Tensor:
-    """Returns x W^T."""
-    return _Float8Linear.apply(x, weight, quantised.scale, *quantised.matrices)
+def linears(x: Tensor, weights: tuple[Tensor, ...], quantised: QuantisedWeights) -> tuple[Tensor, ...]:
+    """Returns (x W_1^T, x W_2^T, ...)."""
+    return _Float8Linears.apply(x, len(weights), *weights, quantised.scale, *quantised.matrices)
 
 
 def add_norm_mlp(
@@ -114,22 +114,26 @@ class _Float8NormLinears(torch.autograd.Function):
         return d_x_ND.view_as(x_BTD), d_norm_D, None, None, *d_weights, None, *[None] * len(matrices)
 
 
-class _Float8Linear(torch.autograd.Function):
+class _Float8Linears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, weight_scale: Tensor, matrix: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, num_weights: int, *weights_and_quantised: Tensor) -> tuple[Tensor, ...]:
+        weight_scale, *matrices = weights_and_quantised[num_weights:]
+        ctx.sizes = [len(weight) for weight in weights_and_quantised[:num_weights]]
         x8_ND, x8_DN, scale = quantise_with_transpose([x.reshape(-1, x.shape[-1])], E4M3)
-        ctx.save_for_backward(x8_DN, scale, weight_scale, matrix)
-        return scaled_product(x8_ND, scale, matrix, weight_scale, x.dtype, FAST_FORWARD).view(*x.shape[:-1], -1)
+        ctx.save_for_backward(x8_DN, scale, weight_scale, *matrices)
+        outputs = _outputs(x8_ND, scale, matrices, weight_scale, ctx.sizes, x.dtype)
+        return tuple(output.view(*x.shape[:-1], -1) for output in outputs)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        x8_DN, scale, weight_scale, matrix = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x8_DN, scale, weight_scale, *matrices = ctx.saved_tensors
+        dtype = gradients[0].dtype
         gradient8_NS, gradient8_SN, gradient_scale = quantise_with_transpose(
-            [gradient.reshape(x8_DN.shape[1], -1)], E5M2
+            [gradient.reshape(x8_DN.shape[1], -1) for gradient in gradients], E5M2
         )
-        d_x_ND = _input_gradient(gradient8_NS, gradient_scale, [matrix], weight_scale, gradient.dtype)
-        (d_weight,) = _weight_gradients(gradient8_SN, gradient_scale, x8_DN, scale, [len(matrix)], gradient.dtype)
-        return d_x_ND.view(*gradient.shape[:-1], -1), d_weight, None, None
+        d_x_ND = _input_gradient(gradient8_NS, gradient_scale, matrices, weight_scale, dtype)
+        d_weights = _weight_gradients(gradient8_SN, gradient_scale, x8_DN, scale, ctx.sizes, dtype)
+        return d_x_ND.view(*gradients[0].shape[:-1], -1), None, *d_weights, None, *[None] * len(matrices)
 
 
 class _Float8AddNormMlp(torch.autograd.Function):

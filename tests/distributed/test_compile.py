@@ -23,8 +23,8 @@ def _graphs_and_error(checkpointing: bool) -> tuple[int, int, float]:
     from megamtp.model import layers
     from tests.cases import global_batch, own_share
 
-    layers.compiled_layer_output = functools.cache(
-        lambda: torch.compile(layers.layer_output, dynamic=False, fullgraph=True, backend="aot_eager")
+    layers.compiled = functools.cache(
+        lambda function, _: torch.compile(function, dynamic=False, fullgraph=True, backend="aot_eager")
     )
     config = small_config(
         engine__kind="zero3",

@@ -68,8 +68,8 @@ def _errors(prefix: str, settings: dict) -> tuple[float, float, int]:
     from megamtp.engines.build import build_engine
     from megamtp.model import layers
 
-    layers.compiled_layer_output = functools.cache(
-        lambda: torch.compile(layers.layer_output, dynamic=False, fullgraph=True, backend="aot_eager")
+    layers.compiled = functools.cache(
+        lambda function, _: torch.compile(function, dynamic=False, fullgraph=True, backend="aot_eager")
     )
     counters.clear()
     pipelines = 1 if "engine__num_stages" in settings else 2

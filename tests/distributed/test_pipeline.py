@@ -188,7 +188,7 @@ def _counts(recompute: bool, settings: dict) -> tuple[Counter, Counter, int, lis
         return backward(*arguments, **options)
 
     def counted_all_reduce(tensor, *arguments, **options):
-        if engine.stage_module.unembedding_group and options.get("group") is engine.stage_module.unembedding_group:
+        if any(options.get("group") is group for _, group in engine.stage_module.copies):
             reduced.append(tensor.numel())
         return all_reduce(tensor, *arguments, **options)
 
@@ -234,7 +234,7 @@ def _reduction_before_the_last_backward(folder: str) -> bool:
 
     def reduce_and_signal(*arguments):
         reduce(*arguments)
-        if engine.stage_module.unembedding_group:
+        if engine.stage_module.copies:
             (Path(folder) / str(engine.rank)).touch()
 
     engine.deepspeed_engine._INSTRUCTION_MAP = instructions | {
@@ -242,7 +242,7 @@ def _reduction_before_the_last_backward(folder: str) -> bool:
         schedule.ReduceTiedGrads: reduce_and_signal,
     }
     _train(engine.config, engine, [0])
-    return engine.stage_module.unembedding_group is not None
+    return bool(engine.stage_module.copies)
 
 
 def test_copies_are_reduced_while_previous_stages_run_backward_passes(tmp_path):
@@ -257,7 +257,7 @@ def _reduced_gradient() -> torch.Tensor:
     engine = PipelineEngine(pipeline_config(2, 2, engine__stage_layers=[4, 1]))
     for parameter in engine.model.unembedding.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(engine.rank))
-    engine._reduce_unembedding(engine.deepspeed_engine)
+    engine._reduce_copies(engine.deepspeed_engine)
     return engine.model.unembedding.weight.grad
 
 

@@ -204,7 +204,7 @@ CASES = {
     "pipeline without stages": (lambda corpus, tmp: ["engine.kind=pipeline"], ["engine.num_stages=null", "at least 2"]),
     "more stages than layers": (
         lambda corpus, tmp: [*pipeline(5)],
-        ["engine.num_stages=5", "model.num_layers=4", "no more stages than layers"],
+        ["engine.num_stages=5", "4 trunk layers and heads", "no more stages than these"],
     ),
     "ranks that do not divide among stages": (
         lambda corpus, tmp: [*pipeline(2)],
@@ -212,7 +212,7 @@ CASES = {
     ),
     "cut that does not cover the layers": (
         lambda corpus, tmp: [*pipeline(2), "engine.stage_layers=[2,1]"],
-        ["[2, 1]", "sum to model.num_layers=4"],
+        ["[2, 1]", "sum to the 4 trunk layers and heads"],
     ),
     "cut with too few stages": (
         lambda corpus, tmp: [*pipeline(2), "engine.stage_layers=[4]"],

@@ -97,8 +97,7 @@ class MeasuredSpreadStage(MeasuredStage):
 
     def run(self, kind: PassKind, state: "StageMicroBatch") -> None:
         if kind == PassKind.FORWARD:
-            state.output = self.run_trunk(state.input.clone())
-            state.hidden = self.normed_head_outputs(state.output)
+            state.output, state.hidden = self.run_layers(state.input.clone(), next(self.batches))
         elif kind == PassKind.STATISTICS:
             state.slices = [self._statistics(index) for index in range(len(self.micro_batch_targets))]
         elif kind == PassKind.GRADIENTS:

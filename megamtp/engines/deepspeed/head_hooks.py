@@ -72,7 +72,7 @@ class ZeroHeadHooks(HeadHooks):
             # (b) The gradient is complete after the last head. Until then it must not enter a reduction bucket.
             parameter.ds_grad_is_ready = local_index == len(self.model.heads) - 1
         try:
-            with self._pinned(self.model.heads[local_index]):
+            with self._pinned(self.model.head(self.model.head_order[local_index])):
                 yield
         finally:
             for parameter in shared_parameters:

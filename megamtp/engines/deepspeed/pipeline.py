@@ -39,8 +39,8 @@ class DeepSpeedStageModule(PipelineModule):
 
     Attributes:
         part: the StagePart.
-        unembedding_group: all ranks with a copy of the unembedding. None if this stage has no copy, or is the only
-            stage with a copy.
+        copies: parameters of this stage of which other stages hold copies, with all ranks that hold them: those of the
+            unembedding, and of the embedding.
     """
 
     part: StagePart
@@ -53,7 +53,7 @@ class DeepSpeedStageModule(PipelineModule):
         names += [f"heads.{index}" for index in range(config.model.num_future_tokens)]
         with contextlib.redirect_stdout(io.StringIO()):  # PipelineModule prints the position of every rank
             PipelineModule.__init__(self, names, num_stages=len(partition.stages))
-        self.unembedding_group = self._new_unembedding_group()
+        self.copies = self._find_copies()
 
     def forward(self, x: Tensor) -> Tensor:
         """See StagePart.forward."""
@@ -83,16 +83,25 @@ class DeepSpeedStageModule(PipelineModule):
             self.add_module(name, module)
         for parameter in unsharded(self.parameters()):
             parameter.ds_pipe_replicated = False
-        for parameter in unsharded(part.copied_parameters) if part.stage.heads.start > 0 else ():
-            parameter.ds_pipe_replicated = True  # the gradient norm counts only the first copy
 
-    def _new_unembedding_group(self) -> dist.ProcessGroup | None:
-        stages = [index for index, stage in enumerate(self.partition.stages) if stage.heads]
-        if len(stages) == 1:
-            return None
-        ranks = sorted(stage_ranks[stage] for stage_ranks in self.ranks for stage in stages)
-        group = dist.new_group(ranks)
-        return group if self.part.stage.heads else None
+    def _find_copies(self) -> list[tuple[list[nn.Parameter], dist.ProcessGroup]]:
+        """Returns `copies`, and marks all but the first copy, so that norm and checkpoints have one. Collective."""
+        stages, model, copies = self.partition.stages, self.config.model, []
+        with_embedding = [
+            stage for stage in stages if stage.contents.has_embedding or stage.contents.reads_tokens(model)
+        ]
+        for parameters, holders in (
+            (self.part.copied_unembedding, [stage for stage in stages if stage.heads]),
+            (self.part.copied_embedding, with_embedding),
+        ):
+            if len(holders) == 1:
+                continue
+            group = dist.new_group(sorted(ranks[stages.index(stage)] for ranks in self.ranks for stage in holders))
+            if self.part.stage in holders:
+                copies.append((parameters, group))
+            for parameter in unsharded(parameters) if self.part.stage is not holders[0] else ():
+                parameter.ds_pipe_replicated = True
+        return copies
 
 
 def accumulate_gradients_in_place(engine: DeepSpeedPipelineEngine) -> None:

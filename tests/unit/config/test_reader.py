@@ -138,7 +138,7 @@ def paper_config(size: str, n: int) -> Config:
             "cluster.efficiency.all_gather=null",
             "cluster.efficiency.all_gather: Incompatible value 'None' for field of type 'float'; expected float",
         ),
-        ("foo={}", "unknown key foo; did you mean run.peak_flops? (--help lists every key)"),
+        ("foo={}", "unknown key foo; did you mean model.chain_form? (--help lists every key)"),
         ("engine.stage_layers=[1,{a: 2}]", "engine.stage_layers[1]={'a': 2}; expected int"),
         (
             "engine.deepspeed.a=!!binary aGk=",
@@ -309,7 +309,8 @@ def test_long_settings_are_refused(argument, words):
         ),
         (
             "engine.kind=pipeline engine.num_stages=2 engine.stage_layers=[3,4]",
-            "engine.stage_layers=[3, 4]; expected 2 numbers (engine.num_stages) that sum to model.num_layers=6",
+            "engine.stage_layers=[3, 4]; expected 2 numbers (engine.num_stages) that sum to the 6 trunk layers and "
+            "heads",
         ),
         (
             "engine.kind=pipeline engine.num_stages=2 engine.stage_layers=[0,6]",
@@ -333,7 +334,7 @@ def test_long_settings_are_refused(argument, words):
         ),
         (
             "engine.kind=pipeline engine.num_stages=7",
-            "engine.num_stages=7 with model.num_layers=6; expected no more stages than layers",
+            "engine.num_stages=7 with 6 trunk layers and heads; expected no more stages than these",
         ),
         (
             "engine.kind=pipeline engine.num_stages=1",

@@ -61,11 +61,12 @@ def test_targets_follow_their_inputs_and_are_ignored_only_beyond_the_end(shape):
     windows = Windows(Tokens(num_tokens), length, n, seed=0)
     ignored = False
     for index in range(len(windows)):
-        inputs, targets, _ = windows[index]
+        inputs, targets, _, following = windows[index]
         assert inputs.dtype == targets.dtype == torch.int64
         assert inputs.tolist() == list(range(index * length, (index + 1) * length))
         expected = inputs + torch.arange(1, n + 1)[:, None]
         assert torch.equal(targets, torch.where(expected < num_tokens, expected, IGNORED))
+        assert following.tolist() == targets[: n - 1, -1].tolist()
         ignored |= bool((targets == IGNORED).any())
     assert windows.targets_can_be_ignored == ignored
 
@@ -100,7 +101,7 @@ def test_windows_cross_documents(tmp_path):
         for document in ([11, 12, 1], [], [13, 1], [14, 65499]):
             writer.add_document(document)
     windows = Windows(IndexedDataset(tmp_path / "tokens"), sequence_length=2, num_future_tokens=3, seed=0)
-    assert [inputs.tolist() for inputs, _, _ in windows] == [[11, 12], [1, 13], [1, 14]]
+    assert [window.inputs.tolist() for window in windows] == [[11, 12], [1, 13], [1, 14]]
     assert windows[1][1].tolist() == [[13, 1], [1, 14], [14, 65499]]
     for outside in (-1, 3):
         with pytest.raises(IndexError):
@@ -141,7 +142,8 @@ def test_targets_in_another_document_are_masked(tmp_path_factory, lengths, lengt
     )
     assert masked.targets_can_be_ignored and isolated.targets_can_be_ignored
     for index in range(len(crossing)):
-        inputs, targets, documents = masked[index]
+        inputs, targets, documents, following = masked[index]
+        assert torch.equal(following, crossing[index].following)  # also of another document
         assert documents is None and crossing[index].documents is None
         for head in range(n):
             for position, owner in enumerate(owners[index * length : (index + 1) * length]):

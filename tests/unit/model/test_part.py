@@ -1,11 +1,13 @@
 """Parts run one after another equal the whole model for any cut: losses, gradients and parameter names."""
 
+import dataclasses
 import itertools
 
 import pytest
 import torch
 
 from megamtp.config import HeadLossConfig, ModelConfig
+from megamtp.model.heads import head_order
 from megamtp.model.initial import initial_value
 from megamtp.model.mtp import MTPModel
 from megamtp.model.part import Extent, ModelPart, NumberedModules
@@ -15,20 +17,38 @@ MODEL = ModelConfig(
     dim=16, num_layers=5, num_future_tokens=3, num_attention_heads=4, num_key_value_heads=2, mlp_dim=24, vocab_size=53
 )
 SCALES = [0.02, 0.01, 0.03]
+# Cuts of the two trunk layers and three heads.
 CUTS = [[0, 1, 5], [0, 2, 5], [0, 3, 5], [0, 4, 5], [0, 1, 3, 5], [0, 2, 3, 4, 5]]
+KINDS = {
+    "parallel": {},
+    "linear": {"head_kind": "linear"},
+    "linear, head 1 a layer": {"head_kind": "linear", "first_head": "layer"},
+    "causal": {"head_kind": "causal"},
+    "anticausal": {"head_kind": "anticausal"},
+    "deepseek": {"head_kind": "chained"},
+    "deepseek, shared": {"head_kind": "chained", "chain_weights": "shared"},
+    "eagle3": {"head_kind": "chained", "chain_form": "eagle3"},
+}
 
 
-def extent(first: int, end: int) -> Extent:
-    """Returns the extent of layers first, ..., end - 1, counted over the trunk and then the heads."""
-    trunk, heads = MODEL.num_trunk_layers, range(max(first, 2) - 2, max(end, 2) - 2)
-    return Extent(range(min(first, trunk), min(end, trunk)), heads, range(MODEL.vocab_size if heads else 0))
+def model_of(kind: str) -> ModelConfig:
+    """Returns the model with heads of this kind, always with two trunk layers."""
+    return dataclasses.replace(MODEL, num_layers=3, match_parameters=False, **KINDS[kind])
 
 
-def batch() -> tuple[torch.Tensor, torch.Tensor]:
+def extent(first: int, end: int, model: ModelConfig = MODEL) -> Extent:
+    """Returns the extent of layers first, ..., end - 1, counted over the trunk and then the heads in their order."""
+    heads = sorted(head_order(model)[max(first - 2, 0) : max(end - 2, 0)])
+    extent_of_heads = range(heads[0], heads[-1] + 1) if heads else range(0)
+    return Extent(range(min(first, 2), min(end, 2)), extent_of_heads, range(MODEL.vocab_size if heads else 0))
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns (inputs, targets, the tokens after the inputs)."""
     tokens = torch.randint(MODEL.vocab_size, (2, 11), generator=torch.Generator().manual_seed(3))
     targets = torch.stack([tokens[:, 1 + head : 9 + head] for head in range(3)])
     targets[1, 0, ::3] = IGNORED
-    return tokens[:, :8].contiguous(), targets
+    return tokens[:, :8].contiguous(), targets, tokens[:, 8:10]
 
 
 def initialised(part: ModelPart) -> ModelPart:
@@ -38,21 +58,33 @@ def initialised(part: ModelPart) -> ModelPart:
     return part
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cut", CUTS, ids=str)
-def test_parts_run_in_order_equal_the_model(cut):
-    """Passes activations from part to part, and gradients back, as a pipeline's stages do."""
-    inputs, targets = batch()
-    settings = HeadLossConfig(z_loss=1e-3, chunk_rows=5)
-    model = initialised(MTPModel(MODEL, settings, "deferred").double())
-    loss, nll_sums = model(inputs, targets, SCALES)
+def test_parts_run_in_order_equal_the_model(cut, kind):
+    """Passes activations from part to part, and gradients back, as a pipeline's stages do.
+
+    Heads that read tokens look them up in a copy of the embedding in each part that has such a head.
+    """
+    inputs, targets, following = batch()
+    config, settings = model_of(kind), HeadLossConfig(z_loss=1e-3, chunk_rows=5)
+    if config.shares_chain_weights and 4 in cut:
+        return  # engines keep heads that share their weights in one part
+    model = initialised(MTPModel(config, settings, "deferred").double())
+    loss, nll_sums = model(inputs, targets, SCALES, following=following)
     loss.backward()
-    parts = [initialised(ModelPart(MODEL, extent(*bounds), settings).double()) for bounds in itertools.pairwise(cut)]
-    received, results, part_nll_sums = [inputs], [], []
+    parts = [
+        initialised(ModelPart(config, extent(*bounds, config), settings).double()) for bounds in itertools.pairwise(cut)
+    ]
+    received, results, part_nll_sums = [inputs], [], torch.zeros_like(nll_sums)
     for part in parts:
-        x = part.run_trunk(received[-1])
+        x, embedded = received[-1], None
+        if part.embedding is not None:
+            embedded_inputs, embedded = part.embed(inputs, following)
+            x = x if received[1:] else embedded_inputs
+        x = part.run_trunk(x)
         if part.extent.heads:
-            x, sums = part.run_heads(x, targets, SCALES)
-            part_nll_sums.append(sums)
+            x, sums = part.run_heads(x, targets, SCALES, embedded=embedded)
+            part_nll_sums[part.extent.heads.start : part.extent.heads.stop] += sums
         results.append(x)
         received.append(x.detach().requires_grad_())
     gradient = None  # the last part returns the loss, whose backward pass takes no gradient
@@ -60,7 +92,7 @@ def test_parts_run_in_order_equal_the_model(cut):
         result.backward(gradient)
         gradient = part_input.grad
     assert parts[-1].has_last_head and not any(part.has_last_head for part in parts[:-1])
-    torch.testing.assert_close(torch.cat(part_nll_sums), nll_sums)
+    torch.testing.assert_close(part_nll_sums, nll_sums)
     gradients: dict[str, torch.Tensor] = {}
     for part in parts:
         for name, parameter in part.named_parameters():
@@ -73,7 +105,7 @@ def test_parts_run_in_order_equal_the_model(cut):
 
 def test_slices_of_the_unembedding_equal_the_whole():
     """Each slice computes some columns of the logits; the part with the heads holds the final norm."""
-    inputs, _ = batch()
+    inputs, *_ = batch()
     model = initialised(MTPModel(MODEL).double())
     z = model.z(inputs)
     rows = [range(0, 20), range(20, 53)]
@@ -83,7 +115,7 @@ def test_slices_of_the_unembedding_equal_the_whole():
     ]
     heads = initialised(ModelPart(MODEL, Extent(range(0), range(3), range(0))).double())
     assert heads.unembedding.weight is None and all(part.unembedding.norm is None for part in slices)
-    (hidden, *_) = heads.normed_head_outputs(z)
+    _, (hidden, *_) = heads.run_heads_without_losses(z)
     targets = torch.full((16,), IGNORED)
     logits = [part.slice_statistics(hidden.flatten(0, 1), targets)[0] for part in slices]
     torch.testing.assert_close(torch.cat(logits, dim=1), model.logits(inputs)[0].flatten(0, 1))

@@ -41,7 +41,7 @@ def test_linear():
     x, weight, gradient = _random(ROWS, DIM), _random(HIDDEN, DIM, seed=1), _random(ROWS, HIDDEN, seed=2)
     quantised = _quantised(weight)
     x.requires_grad_(), weight.requires_grad_()
-    output = float8.linear(x.view(2, ROWS // 2, DIM), weight, quantised)
+    (output,) = float8.linears(x.view(2, ROWS // 2, DIM), (weight,), quantised)
     output.backward(gradient.view_as(output))
     x8, weight8, gradient8 = (
         _restored(quantise(x.detach())),
@@ -173,5 +173,5 @@ def test_gradients_in_e4m3_without_a_scale_are_wrong(monkeypatch):
 
 def test_decoding_uses_the_weights_dtype():
     layer, x = _layer(True), _random(1, 8, DIM)
-    expected, _ = layers.transformer_layer(x, layer.weights, layer._rotary(0, x), layer.head_dim, layer.eps)
+    expected, _ = layers.transformer_layer(x, layer.weights, layer.rotary(0, x), layer.head_dim, layer.eps)
     assert torch.equal(layer.extend(x, None)[0], expected)

@@ -90,9 +90,9 @@ def layer_gradients(compiled: bool, size: float) -> dict[str, Tensor]:
 def test_layers_train_with_the_fault_also_when_compiled(monkeypatch):
     """A compiled layer has the same gradients. All gradients vanish if that of the output is small."""
     backend = functools.cache(
-        lambda: torch.compile(layers.layer_output, dynamic=False, fullgraph=True, backend="aot_eager")
+        lambda function, _: torch.compile(function, dynamic=False, fullgraph=True, backend="aot_eager")
     )
-    monkeypatch.setattr(layers, "compiled_layer_output", backend)
+    monkeypatch.setattr(layers, "compiled", backend)
     with unscaled_gradients.planted():
         assert float8.swiglu_backward is unscaled_gradients.swiglu_backward  # the fault before it hides its own
         faulty, compiled = (layer_gradients(compiled, size=1.0) for compiled in (False, True))
