@@ -10,6 +10,16 @@ from megamtp.targets import IGNORED
 
 ROOT = Path(__file__).parents[1]
 VOCABULARY, POSITIONS, WINDOWS = 97, 12, 2
+HEAD_KINDS = {
+    "parallel": {},
+    "linear": {"head_kind": "linear"},
+    "linear, head 1 a layer": {"head_kind": "linear", "first_head": "layer"},
+    "causal": {"head_kind": "causal"},
+    "anticausal": {"head_kind": "anticausal"},
+    "deepseek": {"head_kind": "chained"},
+    "deepseek, shared": {"head_kind": "chained", "chain_weights": "shared"},
+    "eagle3": {"head_kind": "chained", "chain_form": "eagle3"},
+}
 
 
 def small_config(world_size: int = 2, accumulation: int = 1, **overrides) -> Config:
@@ -73,7 +83,7 @@ def global_batch(config: Config, step: int, num_micro_batches: int) -> list[Batc
         targets[ignored] = IGNORED
         if num_micro_batches > 1 and index == (step + 1) % num_micro_batches:
             targets[:] = IGNORED
-        batches.append(Batch(tokens[:, :POSITIONS].contiguous(), targets))
+        batches.append(Batch(tokens[:, :POSITIONS].contiguous(), targets, following=tokens[:, POSITIONS:-1]))
     return batches
 
 

@@ -41,7 +41,8 @@ def reference_step(config: Config, model: MTPModel, micro_batches: list[Batch]) 
     n = config.model.num_future_tokens
     nll_sums, counts = [torch.zeros((), dtype=torch.float64) for _ in range(n)], [0] * n
     for batch in micro_batches:
-        for head, (logits, targets) in enumerate(zip(model.logits(batch.inputs), batch.targets, strict=True)):
+        logits_of_heads = model.logits(batch.inputs, batch.following, batch.documents)
+        for head, (logits, targets) in enumerate(zip(logits_of_heads, batch.targets, strict=True)):
             nll_sums[head] = nll_sums[head] + F.cross_entropy(
                 logits.flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=IGNORED
             )

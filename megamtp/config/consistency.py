@@ -21,6 +21,8 @@ def check(config: Config) -> None:
     _check_head_loss(config)
     if config.train.precision == "fp8":
         _check_float8(config)
+    if config.engine.kind == "zero3" and config.engine.communication == "deepspeed":
+        _check_shipped_communication(config)
     if config.train.cuda_graphs:
         _check_cuda_graphs(config)
     if config.engine.kind == "pipeline":
@@ -61,8 +63,17 @@ def _check_float8(config: Config) -> None:
     _check_float8_size(
         fp8, "train.micro_batch_size x train.sequence_length", train.micro_batch_size * train.sequence_length
     )
-    shipped = config.engine.kind == "zero3" and config.engine.communication == "deepspeed"
-    expect(not shipped, f"{fp8} with engine.communication=deepspeed", "grouped, which gathers weights in fp8")
+
+
+def _check_shipped_communication(config: Config) -> None:
+    found = "with engine.communication=deepspeed"
+    is_float8 = config.train.precision == "fp8"
+    expect(not is_float8, f"train.precision=fp8 {found}", "grouped, which gathers weights in fp8")
+    expect(
+        not config.model.shares_chain_weights or config.model.num_future_tokens <= 2,
+        f"heads that share their weights (model.chain_form, model.chain_weights) {found}",
+        "grouped: DeepSpeed would reduce a module's gradients once for each of its uses",
+    )
 
 
 def _check_float8_size(fp8: str, name: str, size: int) -> None:

@@ -102,7 +102,7 @@ def _build_model(config: Config, settings: dict, device: torch.device) -> MTPMod
             config.model, config.resolved_head_loss, config.engine.head_schedule, layer_options(config.train, device)
         )
     if sharded:
-        host.gather_as_one_module(model, (TransformerLayer, *map(type, model.heads)))
+        host.gather_as_one_module(model, {TransformerLayer, *map(type, model.heads)})
     else:
         model = model.to(DTYPES[config.train.dtype]).to_empty(device=device)
     if config.cluster.emulate and sharded:

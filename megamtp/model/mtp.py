@@ -94,14 +94,15 @@ class MTPModel(ModelPart):
         """Returns the trunk's output [B, T, D]."""
         return self.run_trunk(self.embedding(inputs_BT), document_mask)
 
-    def logits(self, inputs_BT: Tensor, following: Tensor | None = None) -> Tensor:
+    def logits(self, inputs_BT: Tensor, following: Tensor | None = None, documents_BT: Tensor | None = None) -> Tensor:
         """Returns the logits of every head [n, B, T, V], for inspection and tests: training never holds them all.
 
-        Args:
-            following: see `forward`.
+        Args: see `forward`.
         """
+        document_mask = self.document_mask(documents_BT)
         x_BTD, embedded = self.embed(inputs_BT, following)
-        _, normed = self.run_heads_without_losses(self.run_trunk(x_BTD), embedded=embedded)
+        z_BTD = self.run_trunk(x_BTD, document_mask)
+        _, normed = self.run_heads_without_losses(z_BTD, document_mask, embedded)
         weight = self.unembedding_weight
         return torch.stack([normed_BTD @ weight.T for normed_BTD in normed])
 

@@ -433,6 +433,36 @@ def test_missing_key_is_named():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        (
+            "model.first_head=layer",
+            "model.first_head=layer with model.head_kind=parallel; expected model.head_kind=linear",
+        ),
+        ("model.chain_form=eagle3", "model.chain_form=eagle3 with model.head_kind=parallel; expected .*=chained"),
+        (
+            "model.head_kind=chained model.chain_form=eagle3 model.chain_weights=own",
+            "model.chain_weights=own with model.chain_form=eagle3; expected null or shared: a draft layer of EAGLE-3 "
+            "has one set of weights",
+        ),
+        (
+            "model.head_kind=chained model.chain_form=eagle3 engine.communication=deepspeed",
+            r"heads that share their weights \(.*\) with engine.communication=deepspeed; expected grouped: DeepSpeed "
+            "would reduce a module's gradients once for each of its uses",
+        ),
+        (
+            "model.head_kind=chained model.chain_form=eagle3 engine.kind=pipeline engine.num_stages=2 "
+            "engine.stage_layers=[6,2]",
+            r"engine.stage_layers=\[6, 2\]; expected the last 3 heads in one stage: they share their weights",
+        ),
+    ],
+)
+def test_settings_of_head_kinds_are_refused_where_they_do_not_fit(settings, message):
+    with pytest.raises(InputError, match=f"^{message}"):
+        read_config([*GOOD, "model.num_future_tokens=4", *settings.split()])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
         ("engine.kind=zero1", "engine.kind=zero1; expected zero3"),
         ("engine.kind=pipeline engine.num_stages=2", "engine.kind=pipeline; expected zero3"),
         ("engine.communication=deepspeed", "engine.communication=deepspeed; expected grouped"),

@@ -12,6 +12,7 @@ from megamtp.model.initial import initial_value
 from megamtp.model.mtp import MTPModel
 from megamtp.model.part import Extent, ModelPart, NumberedModules
 from megamtp.targets import IGNORED
+from tests.cases import HEAD_KINDS
 
 MODEL = ModelConfig(
     dim=16, num_layers=5, num_future_tokens=3, num_attention_heads=4, num_key_value_heads=2, mlp_dim=24, vocab_size=53
@@ -19,21 +20,11 @@ MODEL = ModelConfig(
 SCALES = [0.02, 0.01, 0.03]
 # Cuts of the two trunk layers and three heads.
 CUTS = [[0, 1, 5], [0, 2, 5], [0, 3, 5], [0, 4, 5], [0, 1, 3, 5], [0, 2, 3, 4, 5]]
-KINDS = {
-    "parallel": {},
-    "linear": {"head_kind": "linear"},
-    "linear, head 1 a layer": {"head_kind": "linear", "first_head": "layer"},
-    "causal": {"head_kind": "causal"},
-    "anticausal": {"head_kind": "anticausal"},
-    "deepseek": {"head_kind": "chained"},
-    "deepseek, shared": {"head_kind": "chained", "chain_weights": "shared"},
-    "eagle3": {"head_kind": "chained", "chain_form": "eagle3"},
-}
 
 
 def model_of(kind: str) -> ModelConfig:
     """Returns the model with heads of this kind, always with two trunk layers."""
-    return dataclasses.replace(MODEL, num_layers=3, match_parameters=False, **KINDS[kind])
+    return dataclasses.replace(MODEL, num_layers=3, match_parameters=False, **HEAD_KINDS[kind])
 
 
 def extent(first: int, end: int, model: ModelConfig = MODEL) -> Extent:
@@ -58,7 +49,7 @@ def initialised(part: ModelPart) -> ModelPart:
     return part
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", HEAD_KINDS)
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 def test_parts_run_in_order_equal_the_model(cut, kind):
     """Passes activations from part to part, and gradients back, as a pipeline's stages do.

@@ -1,0 +1,180 @@
+"""Every kind of heads on every engine: gradients and losses equal the float64 reference, which runs the same heads.
+
+tests/unit/model/test_heads.py compares the heads with other implementations. Targets are ignored unevenly, and one
+micro-batch has no valid target. Pairs of all factors run by default, and the whole product with --full.
+"""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+from megamtp.data.loader import Batch
+from megamtp.model.part import ModelPart
+from tests.cases import HEAD_KINDS, POSITIONS, WINDOWS, global_batch, small_config
+from tests.distributed.test_gradients import BF16_BOUND, BF16_LOSS_BOUND, FP32_BOUND, pairwise
+from tests.engine_steps import errors_of_step
+from tests.ranks import run_ranks
+from tests.reference import reference_model, reference_step
+
+PIPELINE = {"engine__kind": "pipeline", "engine__num_stages": 2}
+BF16 = {"train__precision": "bf16"}
+# The trunk has two layers, so the first head to run is layer 3 of a pipeline.
+ENGINES = {
+    "zero1": {"engine__kind": "zero1"},
+    "zero1, bf16": {"engine__kind": "zero1"} | BF16,
+    "zero3": {"engine__kind": "zero3"},
+    "zero3, bf16": {"engine__kind": "zero3"} | BF16,
+    "zero3 of DeepSpeed": {"engine__kind": "zero3", "engine__communication": "deepspeed"},
+    "pipeline, heads on one stage": PIPELINE,
+    "pipeline, heads on two stages": PIPELINE,
+    "spread losses, heads on one stage": PIPELINE | {"engine__spread_losses": True},
+    "spread losses, heads on two stages": PIPELINE | {"engine__spread_losses": True},
+}
+FACTORS = {
+    "kind": tuple(kind for kind in HEAD_KINDS if kind != "parallel"),
+    "engine": tuple(ENGINES),
+    "num_future_tokens": (2, 4),
+    "accumulation": (1, 2),
+    "activation_checkpointing": (False, True),
+    "isolated documents": (False, True),
+}
+SHARED = ("deepseek, shared", "eagle3")  # refused with DeepSpeed's communication
+# (kind, stage layers, whether losses are spread) with heads on three stages
+THREE_STAGES = [
+    ("causal", [3, 2, 1], False),
+    ("anticausal", [1, 2, 3], True),
+    ("anticausal", [3, 1, 2], False),
+    ("deepseek", [3, 1, 2], False),
+    ("deepseek", [2, 2, 2], True),
+    ("eagle3", [2, 1, 3], False),
+    ("linear", [3, 1, 2], True),
+]
+
+
+def _config(kind: str, n: int, data_parallel_size: int, accumulation: int = 2, **settings):
+    heads = {f"model__{key}": value for key, value in HEAD_KINDS[kind].items()}
+    return small_config(
+        data_parallel_size,
+        accumulation,
+        model__num_future_tokens=n,
+        model__num_layers=3,
+        model__match_parameters=False,
+        head_loss__weights=[1.0, 0.5, 0.75, 0.25][:n],
+        **heads,
+        **settings,
+    )
+
+
+def _case_config(kind: str, engine: str, n: int, accumulation: int, checkpointing: bool):
+    settings = ENGINES[engine] | {"train__activation_checkpointing": checkpointing}
+    if settings["engine__kind"] == "pipeline":
+        num_first = 3 if engine.endswith("two stages") else 1
+        settings |= {"engine__stage_layers": [num_first, 2 + n - num_first]}
+    return _config(kind, n, 1 if settings["engine__kind"] == "pipeline" else 2, accumulation, **settings)
+
+
+def _with_documents(batch: Batch, step: int) -> Batch:
+    """Returns the batch with two documents in each window. Targets in the other document are kept, as is allowed."""
+    starts = (torch.arange(WINDOWS) * 3 + step) % (POSITIONS - 2) + 1
+    return dataclasses.replace(batch, documents=(torch.arange(POSITIONS) >= starts[:, None]).long())
+
+
+def _largest_errors(config, num_steps: int = 2, documents: bool = False) -> tuple[float, float]:
+    """Returns the largest relative (gradient error, loss error). Under ZeRO-3 the second step prefetches weights."""
+    from megamtp.engines.build import build_engine
+
+    engine, model, errors = build_engine(config), reference_model(config), []
+    for step in range(num_steps):
+        num_micro_batches = config.num_micro_batches(engine.data_parallel_size) * engine.data_parallel_size
+        batches = global_batch(config, step, num_micro_batches)
+        if documents:
+            batches = [_with_documents(batch, step) for batch in batches]
+        errors.append(errors_of_step(engine, batches, reference_step(config, model, batches))[1:])
+    gradient_errors, loss_errors = zip(*errors, strict=True)
+    return max(gradient_errors), max(loss_errors)
+
+
+def _errors_of_cases(cases: list[tuple]) -> list[tuple[float, float]]:
+    return [_largest_errors(_case_config(*case[:-1]), documents=case[-1]) for case in cases]
+
+
+def pytest_generate_tests(metafunc):
+    if "case" in metafunc.fixturenames:
+        full = metafunc.config.getoption("--full")
+        cases = list(itertools.product(*FACTORS.values())) if full else pairwise(FACTORS)
+        cases = [case for case in cases if not (case[0] in SHARED and case[1] == "zero3 of DeepSpeed")]
+        metafunc.parametrize("case", cases, ids=lambda case: "-".join(map(str, case)))
+
+
+@pytest.fixture(scope="module")
+def errors_of_all(request) -> dict[tuple, tuple[float, float]]:
+    """Returns the errors of all selected cases on the worst rank. All cases run in one group of ranks.
+
+    Pipelines run last: after one, DeepSpeed builds no other engine in the same process.
+    """
+    cases = [
+        item.callspec.params["case"]
+        for item in request.session.items
+        if item.path == request.path and hasattr(item, "callspec")
+    ]
+    cases.sort(key=lambda case: "engine__num_stages" in ENGINES[case[1]])
+    ranks = run_ranks(_errors_of_cases, 2, cases, timeout_seconds=20 * len(cases) + 60)
+    return {case: tuple(map(max, zip(*errors, strict=True))) for case, *errors in zip(cases, *ranks, strict=True)}
+
+
+@pytest.mark.timeout(4000)
+def test_gradients_equal_the_reference(case, errors_of_all):
+    gradient_error, loss_error = errors_of_all[case]
+    in_bf16 = case[1].endswith("bf16")
+    assert gradient_error < (BF16_BOUND if in_bf16 else FP32_BOUND)
+    assert loss_error < (BF16_LOSS_BOUND if in_bf16 else FP32_BOUND)
+
+
+def _errors_on_three_stages() -> list[tuple[float, float]]:
+    pipeline = {"engine__kind": "pipeline", "engine__num_stages": 3}
+    return [
+        _largest_errors(
+            _config(kind, 4, 1, 3, **pipeline, engine__stage_layers=layers, engine__spread_losses=spread), 1
+        )
+        for kind, layers, spread in THREE_STAGES
+    ]
+
+
+def test_gradients_with_heads_on_several_of_three_stages_equal_the_reference():
+    for errors in run_ranks(_errors_on_three_stages, 3):
+        assert max(max(pair) for pair in errors) < FP32_BOUND
+
+
+def _without_gradient(part: ModelPart, index: int, state_BTD: torch.Tensor, embedded):
+    return None if embedded is None or index == 0 else embedded[:, index : index + state_BTD.shape[1]].detach()
+
+
+def _shifted(part: ModelPart, index: int, state_BTD: torch.Tensor, embedded):
+    """Gives head i the embedding of the (i - 2)-th next token instead of the (i - 1)-th."""
+    return None if embedded is None or index == 0 else embedded[:, index - 1 : index - 1 + state_BTD.shape[1]]
+
+
+def _errors_with_faults() -> dict[str, tuple[float, float]]:
+    sound, errors = ModelPart._next_embeddings, {}
+    for name, fault in (("dropped gradient", _without_gradient), ("shifted tokens", _shifted)):
+        config = _config("deepseek", 2, 1, engine__kind="zero1")
+        reference = reference_model(config)
+        batches = global_batch(config, 0, config.num_micro_batches(1))
+        expected = reference_step(config, reference, batches)
+        ModelPart._next_embeddings = fault
+        try:
+            from megamtp.engines.build import build_engine
+
+            errors[name] = errors_of_step(build_engine(config), batches, expected)[1:]
+        finally:
+            ModelPart._next_embeddings = sound
+    return errors
+
+
+def test_planted_faults_of_chains_exceed_the_bounds():
+    (errors,) = run_ranks(_errors_with_faults, 1)
+    gradient_error, loss_error = errors["dropped gradient"]
+    assert gradient_error > 0.1 and loss_error < FP32_BOUND
+    assert min(errors["shifted tokens"]) > 10 * FP32_BOUND
