@@ -132,7 +132,7 @@ def test_heads_equal_another_implementation(kind):
     for row, row_tokens in enumerate(tokens):
         for head, hidden in enumerate(plain.hidden_states(row_tokens, 6)):
             expected = plain.norm(hidden, "unembedding.norm") @ model.unembedding.weight.T
-            # The model's rotary tables are in fp32: measured 3e-8. Tokens or heads that are mixed up give more than 0.1.
+            # The rotary tables are in fp32: measured 3e-8. Tokens or heads that are mixed up give more than 0.1.
             torch.testing.assert_close(logits[head, row], expected, rtol=1e-5, atol=1e-6)
 
 
