@@ -6,17 +6,21 @@ micro-batch has no valid target. Pairs of all factors run by default, and the wh
 
 import dataclasses
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 
+from megamtp.checkpoint import store
 from megamtp.data.loader import Batch
 from megamtp.model.part import ModelPart
 from tests.cases import HEAD_KINDS, POSITIONS, WINDOWS, global_batch, small_config
+from tests.distributed.test_checkpoints import BOUND, _train
 from tests.distributed.test_gradients import BF16_BOUND, BF16_LOSS_BOUND, FP32_BOUND, pairwise
 from tests.engine_steps import errors_of_step
 from tests.ranks import run_ranks
 from tests.reference import reference_model, reference_step
+from tests.saved import save
 
 PIPELINE = {"engine__kind": "pipeline", "engine__num_stages": 2}
 BF16 = {"train__precision": "bf16"}
@@ -178,3 +182,60 @@ def test_planted_faults_of_chains_exceed_the_bounds():
     gradient_error, loss_error = errors["dropped gradient"]
     assert gradient_error > 0.1 and loss_error < FP32_BOUND
     assert min(errors["shifted tokens"]) > 10 * FP32_BOUND
+
+
+RESUMED = ("linear", "anticausal", "deepseek", "eagle3")  # with heads of each of which checkpoints are saved
+STEPS, FURTHER_STEPS = 2, 2
+
+
+def _resume_config(kind: str, data_parallel_size: int, directory: Path, **settings):
+    return _config(kind, 4, data_parallel_size, 4 // data_parallel_size, run__directory=str(directory), **settings)
+
+
+def _saved(kind: str, directory: Path, data_parallel_size: int, settings: dict) -> list[list[float]]:
+    """Saves a checkpoint after STEPS steps; returns the losses of further steps."""
+    from megamtp.engines.build import build_engine
+
+    config = _resume_config(kind, data_parallel_size, directory, **settings)
+    engine = build_engine(config)
+    _train(config, engine, range(STEPS))
+    save(config, engine, STEPS)
+    return _train(config, engine, range(STEPS, STEPS + FURTHER_STEPS))
+
+
+def _resumed(kind: str, directory: Path, data_parallel_size: int, settings: dict) -> list[list[float]]:
+    """Returns the losses of further steps of a run that resumes from the checkpoint."""
+    from megamtp.engines.build import build_engine
+
+    config = _resume_config(kind, data_parallel_size, directory, **settings)
+    engine = build_engine(config)
+    engine.load(store.newest_checkpoint(directory))
+    return _train(config, engine, range(STEPS, STEPS + FURTHER_STEPS))
+
+
+def _zero3_saves_and_resumes(folder: Path) -> list[tuple]:
+    settings = {"engine__kind": "zero3"}
+    return [(_saved(kind, folder / kind, 2, settings), _resumed(kind, folder / kind, 2, settings)) for kind in RESUMED]
+
+
+def _pipeline_resumes_and_saves(folder: Path) -> list[tuple]:
+    settings = ENGINES["pipeline, heads on two stages"] | {"engine__stage_layers": [3, 3]}
+    return [
+        (_resumed(kind, folder / kind, 1, settings), _saved(kind, folder / f"{kind}, pipeline", 1, settings))
+        for kind in RESUMED
+    ]
+
+
+def _zero1_resumes_the_pipelines_runs(folder: Path) -> list[list]:
+    return [_resumed(kind, folder / f"{kind}, pipeline", 1, {"engine__kind": "zero1"}) for kind in RESUMED]
+
+
+def test_runs_resume_bit_for_bit_and_on_other_engines(tmp_path):
+    """All runs of one kind have the same losses. BOUND allows for fp32 sums in another order."""
+    zero3 = run_ranks(_zero3_saves_and_resumes, 2, tmp_path)[0]
+    pipeline = run_ranks(_pipeline_resumes_and_saves, 2, tmp_path)[0]
+    zero1 = run_ranks(_zero1_resumes_the_pipelines_runs, 1, tmp_path)[0]
+    for (uninterrupted, resumed), others, zero1_losses in zip(zero3, pipeline, zero1, strict=True):
+        assert resumed == uninterrupted
+        for losses in (*others, zero1_losses):
+            torch.testing.assert_close(torch.tensor(losses), torch.tensor(uninterrupted), rtol=BOUND, atol=0)

@@ -49,10 +49,6 @@ ENGINES = {
 }
 
 
-# Every test of an engine tests `parallel`.
-KINDS = (KIND["model__head_kind"], *(kind for kind in HEAD_KINDS if kind != "parallel"))
-
-
 def _config(data_parallel_size: int, accumulation: int, **settings):
     return small_config(data_parallel_size, accumulation, **KIND | settings)
 
@@ -64,11 +60,9 @@ def _errors(data_parallel_size: int, settings: dict) -> tuple[float, float]:
     return largest_errors(config, build_engine(config), num_steps=2)
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("engine", ENGINES)
-def test_gradients_equal_the_reference(engine, kind):
+def test_gradients_equal_the_reference(engine):
     ranks, data_parallel_size, settings = ENGINES[engine]
-    settings = settings | {"model__head_kind": kind}
     gradient_error, loss_error = map(max, zip(*run_ranks(_errors, ranks, data_parallel_size, settings), strict=True))
     assert gradient_error < 1e-5 and loss_error < 1e-5
 
