@@ -17,7 +17,7 @@ from megamtp.model.initial import initial_value
 from megamtp.model.layers import DEFAULT_OPTIONS, LayerCost, LayerOptions, TransformerLayer, linear
 from megamtp.model.mtp import MTPModel
 from megamtp.targets import IGNORED
-from tests.cases import global_batch, own_share, small_config
+from tests.cases import HEAD_KINDS, global_batch, own_share, small_config
 from tests.distributed.test_checkpoints import _train
 from tests.engine_steps import names_on_all_ranks, step_with_gradients
 from tests.ranks import run_ranks
@@ -25,6 +25,14 @@ from tests.reference import relative_error
 from tests.saved import save
 
 PIPELINE = {"engine__kind": "pipeline", "engine__num_stages": 2, "engine__stage_layers": [3, 2]}
+
+
+def _heads(kind: str) -> dict:
+    """Returns the settings of a kind of heads, with two trunk layers."""
+    shape = {"model__num_layers": 3, "model__match_parameters": False}
+    return shape | {f"model__{key}": value for key, value in HEAD_KINDS[kind].items()}
+
+
 SETTINGS = {
     "zero1": {"engine__kind": "zero1"},
     "zero3": {"engine__kind": "zero3"},
@@ -33,6 +41,12 @@ SETTINGS = {
     "zero3, persistent": {"engine__kind": "zero3", "engine__param_persistence_threshold": 300},
     "zero3, recomputed": {"engine__kind": "zero3", "train__activation_checkpointing": True},
     "zero3, losses in bf16": {"engine__kind": "zero3", "head_loss__precision": "bf16"},
+    "zero1, deepseek": {"engine__kind": "zero1"} | _heads("deepseek"),
+    "zero3, linear": {"engine__kind": "zero3"} | _heads("linear"),
+    "zero3, anticausal": {"engine__kind": "zero3"} | _heads("anticausal"),
+    "zero3, deepseek": {"engine__kind": "zero3"} | _heads("deepseek"),
+    "zero3, eagle3": {"engine__kind": "zero3"} | _heads("eagle3"),
+    "pipeline, deepseek": PIPELINE | _heads("deepseek"),
     "pipeline": PIPELINE,
     # Each slice of the unembedding has its own scale, so fp8 losses would differ from those of one process.
     "pipeline, spread losses": PIPELINE | {"engine__spread_losses": True, "head_loss__precision": "bf16"},
@@ -69,7 +83,7 @@ def _reference(config: Config, batches: list[Batch], options: LayerOptions) -> d
     counts = [sum(int((batch.targets[head] != IGNORED).sum()) for batch in batches) for head in range(3)]
     sums = {name: torch.zeros(parameter.shape, dtype=torch.float64) for name, parameter in model.named_parameters()}
     for batch in batches:
-        model(batch.inputs, batch.targets, [1 / count for count in counts])[0].backward()
+        model(batch.inputs, batch.targets, [1 / count for count in counts], None, batch.following)[0].backward()
         for name, parameter in model.named_parameters():
             sums[name] += parameter.grad
             parameter.grad = None
