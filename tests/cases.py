@@ -50,8 +50,12 @@ def small_config(world_size: int = 2, accumulation: int = 1, **overrides) -> Con
     return read_config([f"{key}={value}" for key, value in settings.items()])
 
 
-def published_config(size: str, heads: int, *settings: str) -> Config:
-    """The configuration of configs/ for this size and number of heads, with neither data nor a run's directory."""
+def published_config(size: str, heads: int | str, *settings: str) -> Config:
+    """The configuration of configs/ for this size and number of heads, with neither data nor a run's directory.
+
+    Args:
+        heads: their number, followed by `_` and their kind unless they are parallel.
+    """
     return read_config(
         [str(ROOT / f"configs/{size}_n{heads}.yaml"), "data.train=none", "run.directory=none", *settings]
     )

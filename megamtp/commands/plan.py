@@ -13,8 +13,10 @@ import sys
 from megamtp.commands.command_line import Parser, run
 from megamtp.config import Config, read_config
 from megamtp.errors import InputError
+from megamtp.model.cost import describe_trunk
 from megamtp.planning.gpus import GPUS, Gpu
 from megamtp.planning.loss_choice import describe_speed, with_other_loss_placement
+from megamtp.planning.memory import describe_heads
 from megamtp.planning.partition import Partition
 from megamtp.planning.planner import SECONDS_PER_DAY, Plan, nearest_fitting, plan
 from megamtp.planning.precision_choice import with_bf16
@@ -40,6 +42,8 @@ def main() -> None:
     gpu = GPUS[options.gpu]
     planned = plan(config, options.gpus, gpu)
     print(_stage_table(planned.partition, gpu) if planned.partition else _memory_table(planned, gpu))
+    for line in filter(None, (describe_trunk(config.model), describe_heads(config))):
+        print(f"\n{line}")
     print(_host_table(planned, config, options.gpus))
     if planned.peak_bytes > gpu.memory_bytes:
         _print_misfit(planned, config, options.gpus, gpu)

@@ -1,6 +1,6 @@
 """Settings of the model, and the arithmetic that gives models with n heads as many parameters as a model with one.
 
-Tests: tests/unit/config/test_reader.py, tests/unit/config/test_model_schema.py.
+Tests: tests/unit/config/test_reader.py, tests/unit/model/test_heads.py.
 """
 
 from dataclasses import dataclass

@@ -8,6 +8,7 @@ in the matrices of a layer. Causal attention counts half of full attention; norm
 recomputation do not count.
 """
 
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -90,6 +91,20 @@ def num_parameters(model: ModelConfig) -> int:
 def num_unembedding_parameters(model: ModelConfig) -> int:
     """Returns the number of parameters of the unembedding, with the final norm."""
     return _num_module_parameters(meta_model(model).unembedding)
+
+
+def describe_trunk(model: ModelConfig) -> str | None:
+    """Returns a sentence that compares the model with that of one head; None if both have equally many parameters."""
+    single = replace(
+        model, num_future_tokens=1, head_kind="parallel", first_head="same", chain_form="deepseek", chain_weights=None
+    )
+    size, single_size = num_parameters(model), num_parameters(single)
+    if size == single_size:
+        return None
+    return (
+        f"{model.num_trunk_layers} trunk layers and {model.num_future_tokens} heads have {size:,} parameters, "
+        f"{size / single_size - 1:+.2%} compared with {single.num_trunk_layers} trunk layers and one head"
+    )
 
 
 def unembedding_flops(model: ModelConfig) -> int:

@@ -54,6 +54,17 @@ def zero_memory(config: Config, world_size: int) -> dict[str, float]:
     }
 
 
+def describe_heads(config: Config) -> str | None:
+    """Returns a sentence about the activations of heads that read each other; None for other heads."""
+    if not head_class(config.model).is_chain:
+        return None
+    saved = sum(bytes_saved_by_heads(config, range(config.model.num_future_tokens)))
+    return (
+        f"heads read each other, so the activations of all heads exist at the same time: {saved / 2**30:.2f} GiB for a "
+        "micro-batch (in a pipeline, of the heads on a stage, for each micro-batch in flight)"
+    )
+
+
 def host_memory(config: Config, share: float) -> dict[str, float]:
     """Returns CPU bytes by kind. `share`: parameters whose optimizer state the rank keeps, on the GPU or the CPU."""
     engine = config.engine

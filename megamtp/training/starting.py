@@ -17,6 +17,7 @@ from megamtp.data.loader import TrainLoader
 from megamtp.data.position import DataPosition
 from megamtp.engines.initial_weights import open_initial_weights, without_initial_weights
 from megamtp.errors import InputError
+from megamtp.model.cost import describe_trunk
 from megamtp.training.metrics import FILE as METRICS
 from megamtp.training.metrics import lacks_validation
 from megamtp.training.preflight import CheckedRun, find_position, report_vocabulary
@@ -114,6 +115,8 @@ def prepare(run: CheckedRun, start: Start, loader: TrainLoader, place: Place) ->
     if place.rank > 0:
         return
     report_vocabulary(run.config)
+    if trunk := describe_trunk(run.config.model):
+        print_line(trunk)
     at_end = start.position.advanced(start.position.blend(run.train), loader.first_window(run.config.train.steps))
     for line in (*run.changes, *start.notes, *at_end.describe_epochs(), *at_end.warnings()):
         print_line(line)

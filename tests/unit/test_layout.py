@@ -174,7 +174,7 @@ def test_skeletons_of_a_head_and_an_optimizer_work():
     names: dict = {}
     exec("".join(CODE_BLOCKS[:2]), names)
     model, settings = small_config().model, OptimizerConfig()
-    head = names["LinearHead"](model, 0)
+    head = names["ResidualHead"](model, 0)
     with torch.no_grad():
         head.matrix.weight.copy_(torch.eye(model.dim))
     z_BTD = torch.randn(2, 3, model.dim)

@@ -27,6 +27,12 @@ def test_output_for_configurations_that_fit_and_do_not_fit():
     )
     assert "\n| optimizer, s per step | on the host: not planned |" in offloaded.stdout
     assert "\n| exposed communication, without weights from the host (not planned), s per step |" in offloaded.stdout
+    chained = run("configs/6.7b_n4.yaml", "--gpus", "64", "model.head_kind=chained")
+    # a depth has the parameters of 1 + 2 * 4096**2 / 202.4e6 = 1.166 layers, so three depths replace 3 of 31 layers
+    assert "\n28 trunk layers and 4 heads have " in chained.stdout
+    assert "compared with 31 trunk layers and one head\n" in chained.stdout
+    assert "\nheads read each other, so the activations of all heads exist at the same time: " in chained.stdout
+    assert "heads read each other" not in fits.stdout and "compared with" not in fits.stdout
     large = run("configs/13b_n4.yaml", "--gpus", "8")
     assert large.returncode == 1
     assert "does not fit: needs" in large.stdout

@@ -1,5 +1,6 @@
 """Configuration: what is accepted, what is refused and in which words, and every file in configs/."""
 
+import dataclasses
 import re
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ from megamtp.config.reader import _keys
 from megamtp.console import print_error
 from megamtp.errors import InputError
 from megamtp.model import cost
+from tests.cases import published_config
 
 ROOT = Path(__file__).parents[3]
 GOOD = [
@@ -428,6 +430,24 @@ def test_heads_in_fp8():
 def test_missing_key_is_named():
     with pytest.raises(InputError, match=r"run\.directory is not set"):
         read_config(GOOD[:-1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "num_trunk_layers"),
+    [
+        ("linear", {"head_kind": "linear"}, 32),
+        ("causal", {"head_kind": "causal"}, 28),
+        ("anticausal", {"head_kind": "anticausal"}, 28),
+        ("deepseek", {"head_kind": "chained"}, 28),
+        ("eagle3", {"head_kind": "chained", "chain_form": "eagle3"}, 30),
+    ],
+)
+def test_configurations_of_head_kinds_differ_from_that_of_parallel_heads_only_in_the_kind(
+    kind, settings, num_trunk_layers
+):
+    parallel, other = published_config("6.7b", 4), published_config("6.7b", f"4_{kind}")
+    assert other == dataclasses.replace(parallel, model=dataclasses.replace(parallel.model, **settings))
+    assert other.model.num_trunk_layers == num_trunk_layers
 
 
 @pytest.mark.parametrize(
