@@ -8,7 +8,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
+from multiprocessing import connection
 from pathlib import Path
 
 import psutil
@@ -44,29 +46,96 @@ def run(command: list[str], cwd: Path = ROOT, timeout: float = 240, **variables:
     )
 
 
-def pretrain_on_one_rank(arguments: list[str], timeout: float = 240) -> subprocess.CompletedProcess:
-    """Does what `python -m megamtp.pretrain arguments...` does, in a process forked from the server of tests/ranks.py.
+class ForkedJob:
+    """A job without a launcher, whose ranks are forked from the server of tests/ranks.py. Kills them at its exit.
 
-    The server has already imported torch and DeepSpeed, which takes a new process several seconds.
+    The server has already imported torch and DeepSpeed, which takes a new process several seconds. Tests of launchers,
+    of signals and of a process's start and end use `run` or the fixture `start` instead.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        outputs = [f"{folder}/stdout", f"{folder}/stderr"]
-        process = fork_server.Process(target=_pretrain, args=(arguments, outputs))
-        process.start()
-        process.join(timeout)
-        assert process.exitcode is not None, f"still runs after {timeout} s"
-        texts = [Path(output).read_text() for output in outputs]
-        return subprocess.CompletedProcess(arguments, process.exitcode, *texts)
+
+    def __init__(self, arguments: list[str], num_ranks: int, entry: Callable[[], None], variables: dict[str, str]):
+        """Starts the job: see `pretrain`."""
+        self._folder, self._arguments, self.ranks = tempfile.TemporaryDirectory(), arguments, []
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(reserve_port())}
+        for rank in range(num_ranks):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)} | address
+            own = (place if num_ranks > 1 else {}) | variables
+            process = fork_server.Process(target=_run_entry, args=(entry, arguments, self._files(rank), own))
+            process.start()
+            self.ranks.append(process)
+
+    def _files(self, rank: int) -> list[str]:
+        """Returns the files that receive a rank's stdout and stderr."""
+        return [f"{self._folder.name}/{name}{rank}" for name in ("stdout", "stderr")]
+
+    def __enter__(self) -> "ForkedJob":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for rank in self.ranks:
+            rank.kill()
+            rank.join()
+        self._folder.cleanup()
+
+    def join(self, timeout: float = 240) -> list[str]:
+        """Waits until every rank has ended. Returns what each has printed."""
+        deadline = time.monotonic() + timeout
+        for rank in self.ranks:
+            rank.join(max(0, deadline - time.monotonic()))
+            assert rank.exitcode is not None, f"still runs after {timeout} s"
+        return ["".join(Path(file).read_text() for file in self._files(rank)) for rank in range(len(self.ranks))]
+
+    def wait(self, timeout: float = 240) -> subprocess.CompletedProcess:
+        """Waits until all ranks have ended. When one has failed, ends the others, as launchers do."""
+        deadline, failed = time.monotonic() + timeout, []
+        while not failed and time.monotonic() < deadline and (running := [r for r in self.ranks if r.is_alive()]):
+            connection.wait([rank.sentinel for rank in running], timeout=1)
+            failed = [rank.exitcode for rank in self.ranks if rank.exitcode]
+        for rank in self.ranks if failed else ():
+            rank.terminate()
+        self.join(max(30, deadline - time.monotonic()))
+        printed = zip(*(map(Path, self._files(rank)) for rank in range(len(self.ranks))), strict=True)
+        stdout, stderr = ("".join(file.read_text() for file in files) for files in printed)
+        return subprocess.CompletedProcess(self._arguments, failed[0] if failed else 0, stdout, stderr)
 
 
-def _pretrain(arguments: list[str], outputs: list[str]) -> None:
+def _pretrain() -> None:
     from megamtp import pretrain
 
-    for stream, output in zip((sys.stdout, sys.stderr), outputs, strict=True):
-        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), stream.fileno())
+    pretrain.entry()
+
+
+def start_pretrain(
+    arguments: list[str], num_ranks: int = 1, entry: Callable[[], None] = _pretrain, **variables: str
+) -> ForkedJob:
+    """Starts what `pretrain` runs, for a `with` statement."""
+    return ForkedJob(arguments, num_ranks, entry, variables)
+
+
+def pretrain(
+    arguments: list[str],
+    num_ranks: int = 1,
+    entry: Callable[[], None] = _pretrain,
+    timeout: float = 240,
+    **variables: str,
+) -> subprocess.CompletedProcess:
+    """Does what `python -m megamtp.pretrain arguments...` does on every rank of a ForkedJob, until it ends.
+
+    Args:
+        entry: a function of a module, to be called instead of megamtp.pretrain.entry.
+    """
+    with start_pretrain(arguments, num_ranks, entry, **variables) as job:
+        return job.wait(timeout)
+
+
+def _run_entry(entry: Callable[[], None], arguments: list[str], files: list[str], variables: dict[str, str]) -> None:
+    for stream, file in zip((sys.stdout, sys.stderr), files, strict=True):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream.fileno())
+    os.environ |= environment(**variables)
+    warnings.simplefilter("ignore")
     os.chdir(ROOT)
     sys.argv = ["pretrain", *arguments]
-    pretrain.entry()
+    entry()
 
 
 def records(run_directory: Path, kind: str = "train") -> list[dict]:

@@ -7,14 +7,12 @@ Every final state must be bitwise equal to that of an uninterrupted run. test_ki
 
 import argparse
 import random
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 from megamtp.checkpoint.store import newest_checkpoint, verify
-from megamtp.cluster.ports import reserve_port
-from tests.end_to_end.jobs import MODULE, ROOT, environment, losses
+from tests.end_to_end.jobs import ForkedJob, losses, start_pretrain
 
 SAVING_SECONDS = 0.03  # a kill during a save comes within this time after the save has begun
 SURVIVOR_SECONDS = 1.0  # time for a rank to notice that its peer was killed
@@ -36,70 +34,37 @@ class Killer:
             after_steps: number of steps that the job takes before the kill.
         """
         before = self._num_steps()
-        processes = self._start()
-        try:
-            self._wait(processes, lambda: self._num_steps() >= before + after_steps)
+        with self._start() as job:
+            self._wait(job, lambda: self._num_steps() >= before + after_steps)
             if saving:
-                self._wait(processes, lambda: list((self.directory / "checkpoints").glob("*.partial")))
+                self._wait(job, lambda: list((self.directory / "checkpoints").glob("*.partial")))
             time.sleep(self.random.uniform(0, SAVING_SECONDS if saving else 0.3))
-            running = [rank for rank in ranks if processes[rank].poll() is None]
+            running = [rank for rank in ranks if job.ranks[rank].is_alive()]
             for rank in ranks:
-                processes[rank].kill()
-            for process in processes:
-                _wait_briefly(process)
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
+                job.ranks[rank].kill()
+            for process in job.ranks:
+                process.join(SURVIVOR_SECONDS)
         leftovers = [path.name for path in (self.directory / "checkpoints").glob("*.partial")]
         return f"killed ranks {running} after {self._num_steps()} steps; left {leftovers}"
 
     def run_to_the_end(self) -> None:
         """Runs the job until it finishes. Raises AssertionError with the output of a rank that fails."""
-        outputs = [(process, process.communicate(timeout=600)[0]) for process in self._start(captured=True)]
-        for process, output in outputs:
-            assert process.returncode == 0, output
+        with self._start() as job:
+            finished = job.wait(timeout=600)
+        assert finished.returncode == 0, finished.stdout + finished.stderr
 
     def _num_steps(self) -> int:
         """Returns the number of steps in metrics.jsonl."""
         path = self.directory / "metrics.jsonl"
         return path.read_text().count('"kind": "train"') if path.exists() else 0
 
-    def _start(self, captured: bool = False) -> list[subprocess.Popen]:
-        output, port = subprocess.PIPE if captured else subprocess.DEVNULL, str(reserve_port())
-        variables_of_ranks = [
-            {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-            }
-            for rank in range(2)
-        ]
-        return [
-            subprocess.Popen(
-                [sys.executable, "-m", MODULE, *self.arguments],
-                env=environment(**variables),
-                cwd=ROOT,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for variables in variables_of_ranks
-        ]
+    def _start(self) -> ForkedJob:
+        return start_pretrain(self.arguments, 2)
 
-    def _wait(self, processes: list[subprocess.Popen], condition) -> None:
+    def _wait(self, job: ForkedJob, condition) -> None:
         """Waits until the condition is true or a rank has ended."""
-        while not condition() and all(process.poll() is None for process in processes):
+        while not condition() and all(rank.is_alive() for rank in job.ranks):
             time.sleep(0.001)
-
-
-def _wait_briefly(process: subprocess.Popen) -> None:
-    try:
-        process.wait(SURVIVOR_SECONDS)
-    except subprocess.TimeoutExpired:
-        return
 
 
 def final_state(run_directory: Path) -> tuple[list, dict, dict]:

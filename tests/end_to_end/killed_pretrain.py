@@ -32,6 +32,10 @@ def die_in_killed_step(train_step):
     return dying_train_step
 
 
-if __name__ == "__main__":
+def entry() -> None:
     Training._train_step = die_in_killed_step(Training._train_step)
     pretrain.entry()
+
+
+if __name__ == "__main__":
+    entry()

@@ -1,10 +1,14 @@
 """Tests of bad input: one clear line, exit status 2, and no partial output."""
 
+import functools
 import json
+import os
 import shutil
+import signal
 import socket
 import time
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import numpy as np
 import pytest
@@ -13,12 +17,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megamtp.checkpoint import canonical
 from megamtp.checkpoint.shards import shard_name
 from megamtp.checkpoint.store import MANIFEST, newest_checkpoint, read_manifest
-from megamtp.cluster.ports import reserve_port
+from megamtp.commands import convert_checkpoint, generate
 from megamtp.config import read_config
 from megamtp.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from megamtp.data.windows import CHECKED_TOKENS, Windows
 from tests.checkpoints import SMALL, contents, random_model
-from tests.end_to_end.jobs import MODULE, damage, deepspeed, pretrain_on_one_rank, records, run, wait_for
+from tests.end_to_end import faulty_pretrain
+from tests.end_to_end.jobs import MODULE, damage, deepspeed, pretrain, records, run, start_pretrain, wait_for
 
 ONE_RANK = ["-m", MODULE]  # without a launcher
 
@@ -275,13 +280,13 @@ def test_mistake_is_one_line(case, arguments, corpus, tmp_path):
     make, words = CASES[case]
     folder = tmp_path / "made"
     folder.mkdir()
-    finished = pretrain_on_one_rank([*arguments, f"run.directory={tmp_path}/run", *make(corpus, folder)])
+    finished = pretrain([*arguments, f"run.directory={tmp_path}/run", *make(corpus, folder)])
     assert_one_line(finished, words)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
-    "case", ["unknown key", "truncated .bin file", full("batch not divisible"), full("no cut that fits")]
+    "case", ["truncated .bin file", full("unknown key"), full("batch not divisible"), full("no cut that fits")]
 )
 def test_mistake_is_one_line_under_a_launcher(case, arguments, corpus, tmp_path):
     if case == "batch not divisible":  # depends on the number of ranks
@@ -330,7 +335,7 @@ def test_damage_inside_a_corpus_ends_all_ranks_before_they_train_on_it(detected_
             f"train.bin: the checksum of bytes {first} to {first + 4096}, in {documents}, differs from "
             f"{tmp_path}/train.crc"
         )
-    finished = run([*deepspeed(2), *arguments, f"data.train={tmp_path}/train", f"run.directory={tmp_path}/run"])
+    finished = pretrain([*arguments, f"data.train={tmp_path}/train", f"run.directory={tmp_path}/run"], 2)
     output = finished.stdout + finished.stderr
     assert finished.returncode == 2, output
     assert "Traceback" not in output
@@ -340,18 +345,19 @@ def test_damage_inside_a_corpus_ends_all_ranks_before_they_train_on_it(detected_
     assert read_manifest(newest_checkpoint(tmp_path / "run")).step == 3
 
 
-def test_damage_of_the_validation_corpus_during_a_run_ends_all_ranks_after_a_save(arguments, corpus, tmp_path, start):
+def test_damage_of_the_validation_corpus_during_a_run_ends_all_ranks_after_a_save(arguments, corpus, tmp_path):
     """A bit flips after the run has started and before its next evaluation."""
     shutil.copytree(corpus, tmp_path / "corpus")
     many = ["train.steps=1000000", "run.evaluate_every_steps=5", f"data.validation={tmp_path}/corpus/validation"]
-    process = start([*deepspeed(2), *arguments, *many, f"run.directory={tmp_path}/run"])
-    wait_for(lambda: records(tmp_path / "run", "validation"))
-    with open(tmp_path / "corpus/validation.bin", "r+b") as stream:
-        first = stream.read(1)[0]
-        stream.seek(0)
-        stream.write(bytes([first ^ 1]))
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 2, output
+    with start_pretrain([*arguments, *many, f"run.directory={tmp_path}/run"], 2) as job:
+        wait_for(lambda: records(tmp_path / "run", "validation"))
+        with open(tmp_path / "corpus/validation.bin", "r+b") as stream:
+            first = stream.read(1)[0]
+            stream.seek(0)
+            stream.write(bytes([first ^ 1]))
+        finished = job.wait(timeout=120)
+    output = finished.stdout + finished.stderr
+    assert finished.returncode == 2, output
     assert "Traceback" not in output
     (line,) = (line for line in output.splitlines() if line.startswith("megamtp: error: "))
     assert f"{tmp_path}/corpus/validation.bin: the checksum of bytes 0 to" in line
@@ -360,41 +366,22 @@ def test_damage_of_the_validation_corpus_during_a_run_ends_all_ranks_after_a_sav
     assert records(tmp_path / "run", "validation")[-1]["step"] < step
 
 
-FAILS = """
-import os
-from megamtp import pretrain
-from megamtp.checkpoint import shards
-from megamtp.cluster import exiting
-from megamtp.engines import initial_weights
-from megamtp.errors import CheckpointError
-
-def fail(*_):
-    raise CheckpointError("damaged since the run began")
-
-exiting.REPORT_SECONDS = 1
-if os.environ["RANK"] == "1":
-    {} = fail
-pretrain.entry()
-"""
-
-
 @pytest.mark.parametrize(
     ("failing", "settings"),
     [
-        ("shards.ShardedTensors.read", []),  # while a run resumes
-        full("initial_weights.initial_value", []),
-        ("initial_weights.initial_value", pipeline(2)),
+        (("megamtp.checkpoint.shards", "ShardedTensors.read"), []),  # while a run resumes
+        full(("megamtp.engines.initial_weights", "initial_value"), []),
+        (("megamtp.engines.initial_weights", "initial_value"), pipeline(2)),
     ],
 )
-def test_error_of_one_rank_ends_both_ranks(failing, settings, trained, arguments, tmp_path, start):
+def test_error_of_one_rank_ends_both_ranks(failing, settings, trained, arguments, tmp_path):
     """Rank 1 fails and rank 0 prints the error. There is no launcher, which would end the other rank."""
-    if failing == "shards.ShardedTensors.read":
+    if "ShardedTensors.read" in failing:
         shutil.copytree(trained, tmp_path / "run")
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(reserve_port()), "WORLD_SIZE": "2"}
-    command = ["-c", FAILS.format(failing), *arguments, *settings, "train.steps=2", f"run.directory={tmp_path}/run"]
-    ranks = [start(command, RANK=str(rank), LOCAL_RANK=str(rank), **address) for rank in range(2)]
-    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [2, 2], outputs
+    arguments = [*arguments, *settings, "train.steps=2", f"run.directory={tmp_path}/run"]
+    with start_pretrain(arguments, 2, functools.partial(faulty_pretrain.fail_on_rank_1, *failing)) as job:
+        outputs = job.join(timeout=120)
+    assert [rank.exitcode for rank in job.ranks] == [2, 2], outputs
     assert "Traceback" not in "".join(outputs)
     lines = [line for line in outputs[0].splitlines() if line.startswith("megamtp: error: ")]
     assert lines == ["megamtp: error: damaged since the run began"] and "megamtp: error" not in outputs[1]
@@ -403,14 +390,14 @@ def test_error_of_one_rank_ends_both_ranks(failing, settings, trained, arguments
 @pytest.fixture(scope="module")
 def trained(arguments, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("trained") / "run"
-    finished = run([*ONE_RANK, *arguments, "train.steps=1", f"run.directory={directory}"])
+    finished = pretrain([*arguments, "train.steps=1", f"run.directory={directory}"])
     assert finished.returncode == 0, finished.stderr
     return directory
 
 
 def test_checkpoint_of_another_model(trained, arguments):
     before = sorted(path.name for path in trained.rglob("*"))
-    finished = run([*ONE_RANK, *arguments, f"run.directory={trained}", "model.mlp_dim=64"])
+    finished = pretrain([*arguments, f"run.directory={trained}", "model.mlp_dim=64"])
     assert_one_line(finished, ["another model", "model.mlp_dim=48", "expected 64"])
     assert sorted(path.name for path in trained.rglob("*")) == before
 
@@ -419,7 +406,7 @@ def test_checkpoint_of_a_newer_format(trained, arguments, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     manifest = newest_checkpoint(tmp_path / "run") / MANIFEST
     manifest.write_text(manifest.read_text().replace('"format_version": 2', '"format_version": 3'))
-    finished = run([*ONE_RANK, *arguments, f"run.directory={tmp_path}/run"])
+    finished = pretrain([*arguments, f"run.directory={tmp_path}/run"])
     assert_one_line(finished, ["manifest.json is of format 3", "expected format 2", "newer megamtp"])
 
 
@@ -429,7 +416,7 @@ def test_damage_of_the_only_checkpoint_is_an_error(kind, trained, arguments, tmp
     shutil.copytree(trained, tmp_path / "run")
     file = newest_checkpoint(tmp_path / "run") / shard_name(0)
     damage(file, kind)
-    finished = run([*ONE_RANK, *arguments, "train.steps=2", f"run.directory={tmp_path}/run"])
+    finished = pretrain([*arguments, "train.steps=2", f"run.directory={tmp_path}/run"])
     assert finished.returncode == 2, finished.stderr
     (line,) = [line for line in finished.stderr.splitlines() if "megamtp: error: " in line]
     assert "none of 1 checkpoints is intact" in line and file.name in line
@@ -438,20 +425,16 @@ def test_damage_of_the_only_checkpoint_is_an_error(kind, trained, arguments, tmp
     assert len(records(tmp_path / "run")) == 1
 
 
-def test_model_name_that_is_too_long(tmp_path):
-    finished = run(["-m", "megamtp.commands.generate", str(tmp_path / ("x" * 300)), "--prompt", "a"])
+def test_model_name_that_is_too_long(tmp_path, call_command):
+    finished = CompletedProcess([], *call_command(generate, tmp_path / ("x" * 300), "--prompt", "a"))
     assert_one_line(finished, ["cannot be read: File name too long"])
 
 
-@pytest.mark.parametrize(
-    "command", [["megamtp.commands.convert_checkpoint", "{}", "{}/hf"], ["megamtp.commands.generate", "{}"]]
-)
-def test_missing_checkpoint(command, tmp_path):
-    module, *rest = (word.format(tmp_path) for word in command)
-    assert_one_line(
-        run(["-m", module, *rest]),
-        [f"{tmp_path} is not a checkpoint of a known format; expected one of these: run, canonical"],
-    )
+@pytest.mark.parametrize(("command", "rest"), [(convert_checkpoint, ["{}/hf"]), (generate, ["--prompt", "a"])])
+def test_missing_checkpoint(command, rest, tmp_path, call_command):
+    finished = CompletedProcess([], *call_command(command, tmp_path, *(word.format(tmp_path) for word in rest)))
+    expected = f"{tmp_path} is not a checkpoint of a known format; expected one of these: run, canonical"
+    assert_one_line(finished, [expected])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -483,7 +466,7 @@ def test_damaged_metrics(trained, arguments, tmp_path):
     metrics = tmp_path / "run/metrics.jsonl"
     metrics.write_text("{not json\n" + metrics.read_text())
     before = metrics.read_text()
-    assert_one_line(run([*ONE_RANK, *arguments, f"run.directory={tmp_path}/run"]), ["metrics.jsonl, line 1", "damaged"])
+    assert_one_line(pretrain([*arguments, f"run.directory={tmp_path}/run"]), ["metrics.jsonl, line 1", "damaged"])
     assert metrics.read_text() == before
 
 
@@ -491,7 +474,7 @@ def test_damaged_metrics(trained, arguments, tmp_path):
 def test_file_in_the_place_of_a_folder(arguments, tmp_path, name):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / name).write_text("mine")
-    assert_one_line(run([*ONE_RANK, *arguments, f"run.directory={tmp_path}/run"]), [f"run/{name} is a file", "folder"])
+    assert_one_line(pretrain([*arguments, f"run.directory={tmp_path}/run"]), [f"run/{name} is a file", "folder"])
     assert (tmp_path / "run" / name).read_text() == "mine"
 
 
@@ -501,19 +484,14 @@ def test_full_disk_while_saving(trained, arguments, tmp_path):
     TensorBoard's thread, slowed down here, has not yet written all events when the run fails. No event may be lost.
     """
     shutil.copytree(trained, tmp_path / "run")
-    limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (102400, 102400)); "
-    slow = (
-        "from tensorboard.summary.writer.record_writer import RecordWriter; import time; write = RecordWriter.write; "
-    )
-    slow += "RecordWriter.write = lambda *data: (time.sleep(0.02), write(*data)); "
-    program = limited + slow + f"sys.argv[0] = '{MODULE}'; runpy.run_module('{MODULE}', run_name='__main__')"
     settings = [
         "train.steps=1000000",
         "run.save_every_steps=2",
         "run.tensorboard=true",
         f"run.directory={tmp_path}/run",
     ]
-    finished = run(["-c", program, *arguments, *settings])
+    entry = functools.partial(faulty_pretrain.limit_files_and_slow_tensorboard, 102400)
+    finished = pretrain([*arguments, *settings], entry=entry)
     assert finished.returncode == 2, finished.stderr
     (line,) = [line for line in finished.stderr.splitlines() if "megamtp: error" in line]
     assert "step-0000002 cannot be written (File too large); allow larger files (ulimit -f), and start" in line
@@ -522,7 +500,7 @@ def test_full_disk_while_saving(trained, arguments, tmp_path):
     events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
     reported = [record["step"] for record in records(tmp_path / "run") if record["step"] > 1]
     assert reported and [event.step for event in events.Scalars("train/lr")] == reported
-    finished = run([*ONE_RANK, *arguments, "train.steps=2", f"run.directory={tmp_path}/run"])
+    finished = pretrain([*arguments, "train.steps=2", f"run.directory={tmp_path}/run"])
     assert finished.returncode == 0, finished.stderr
 
 
@@ -536,7 +514,7 @@ def assert_same_checkpoints(run_directory: Path, expected: Path) -> None:
 def test_damaged_configuration_of_a_run_is_replaced(content, trained, arguments, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     (tmp_path / "run/config.yaml").write_text(content)
-    finished = run([*ONE_RANK, *arguments, "train.steps=2", f"run.directory={tmp_path}/run"])
+    finished = pretrain([*arguments, "train.steps=2", f"run.directory={tmp_path}/run"])
     assert finished.returncode == 0, finished.stderr
     assert "the run's settings cannot be compared with the earlier ones" in finished.stdout
     assert read_config([str(tmp_path / "run/config.yaml")]).train.steps == 2
@@ -544,57 +522,47 @@ def test_damaged_configuration_of_a_run_is_replaced(content, trained, arguments,
 
 def test_lock_that_cannot_be_opened(arguments, tmp_path):
     (tmp_path / "run/lock").mkdir(parents=True)
-    assert_one_line(run([*ONE_RANK, *arguments, f"run.directory={tmp_path}/run"]), ["run/lock", "Is a directory"])
+    assert_one_line(pretrain([*arguments, f"run.directory={tmp_path}/run"]), ["run/lock", "Is a directory"])
 
 
 def test_disk_is_full_at_the_start(arguments, tmp_path):
-    limited = (
-        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); sys.argv[0] = "
-        f"'{MODULE}'; "
-    )
-    finished = run(
-        [
-            "-c",
-            limited + f"runpy.run_module('{MODULE}', run_name='__main__')",
-            *arguments,
-            f"run.directory={tmp_path}/run",
-        ]
-    )
+    entry = functools.partial(faulty_pretrain.limit_files, 4096)
+    finished = pretrain([*arguments, f"run.directory={tmp_path}/run"], entry=entry)
     assert_one_line(finished, [f"{tmp_path}/run", "cannot be written to"])
 
 
 def test_second_job_under_a_launcher_ends_soon(arguments, tmp_path, start):
     endless = [*arguments, "train.steps=1000000", f"run.directory={tmp_path}/run"]
-    start([*ONE_RANK, *endless])
-    wait_for(lambda: records(tmp_path / "run"))
-    process = start([*deepspeed(2), *endless])
-    lines, reported = [], None
-    for line in process.stdout:
-        lines.append(line)
-        if "belongs to a running job" in line:
-            assert reported is None
-            reported = time.monotonic()
-    assert process.wait() == 2
+    with start_pretrain(endless) as first:
+        wait_for(lambda: records(tmp_path / "run"))
+        os.kill(first.ranks[0].pid, signal.SIGSTOP)  # leaves the processors to the second job
+        process = start([*deepspeed(2), *endless])
+        lines, reported = [], None
+        for line in process.stdout:
+            lines.append(line)
+            if "belongs to a running job" in line:
+                assert reported is None
+                reported = time.monotonic()
+        assert process.wait() == 2
     assert reported is not None and "Traceback" not in "".join(lines)
     # The launcher kills ranks that do not end within 30 s.
     assert time.monotonic() - reported < 25
 
 
-def test_second_job_in_one_run_directory_is_an_error(arguments, tmp_path, start):
+def test_second_job_in_one_run_directory_is_an_error(arguments, tmp_path):
     endless = [*arguments, "train.steps=1000000", f"run.directory={tmp_path}/run"]
-    first = start([*ONE_RANK, *endless])
-    wait_for(lambda: records(tmp_path / "run"))
-    assert_one_line(run([*ONE_RANK, *endless]), [f"{tmp_path}/run belongs to a running job", f"process {first.pid}"])
-    assert first.poll() is None
-    first.kill()
-    first.wait()
-    finished = run([*ONE_RANK, *arguments, "train.steps=2", f"run.directory={tmp_path}/run"])
+    with start_pretrain(endless) as first:
+        wait_for(lambda: records(tmp_path / "run"))
+        words = [f"{tmp_path}/run belongs to a running job", f"process {first.ranks[0].pid}"]
+        assert_one_line(pretrain(endless), words)
+        assert first.ranks[0].is_alive()
+    finished = pretrain([*arguments, "train.steps=2", f"run.directory={tmp_path}/run"])
     assert finished.returncode == 0, finished.stderr  # the lock was released when the first job died
 
 
 def test_resumed_run_prints_changed_settings(trained, arguments, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
-    finished = run([*ONE_RANK, *arguments, "train.steps=2", "optimizer.lr=0.5", f"run.directory={tmp_path}/run"])
+    finished = pretrain([*arguments, "train.steps=2", "optimizer.lr=0.5", f"run.directory={tmp_path}/run"])
     assert finished.returncode == 0, finished.stderr
     changes = [line for line in finished.stdout.splitlines() if line.startswith("changed since the run began: ")]
     assert any("optimizer.lr: 0.01 -> 0.5" in line for line in changes) and any(
@@ -604,9 +572,7 @@ def test_resumed_run_prints_changed_settings(trained, arguments, tmp_path):
 
 
 def test_too_large_learning_rate_ends_the_run(arguments, tmp_path):
-    finished = run(
-        [*ONE_RANK, *arguments, "optimizer.lr=1e36", "run.save_every_steps=2", f"run.directory={tmp_path}/run"]
-    )
+    finished = pretrain([*arguments, "optimizer.lr=1e36", "run.save_every_steps=2", f"run.directory={tmp_path}/run"])
     assert finished.returncode == 2
     *_, line = finished.stderr.splitlines()
     problem = "step 11: all losses are finite, but the gradient is not; non-finite steps in a row: 10"
@@ -626,15 +592,14 @@ def taken_port():
 
 def test_one_rank_needs_no_address(arguments, tmp_path, taken_port):
     """No host has the address 192.0.2.1. A rank that tried to connect to it would wait for half an hour."""
-    arguments = [*ONE_RANK, *arguments, "train.steps=1", f"run.directory={tmp_path}/run"]
-    finished = run(arguments, timeout=90, MASTER_ADDR="192.0.2.1", MASTER_PORT=taken_port)
+    arguments = [*arguments, "train.steps=1", f"run.directory={tmp_path}/run"]
+    finished = pretrain(arguments, timeout=90, MASTER_ADDR="192.0.2.1", MASTER_PORT=taken_port)
     assert finished.returncode == 0, finished.stderr
     assert len(records(tmp_path / "run")) == 1
 
 
 def test_taken_port(arguments, tmp_path, taken_port):
-    launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", taken_port, "--module", MODULE]
-    finished = run([*launcher, *arguments, f"run.directory={tmp_path}/run"])
+    finished = pretrain([*arguments, f"run.directory={tmp_path}/run"], 2, MASTER_PORT=taken_port)
     output = finished.stdout + finished.stderr
     assert finished.returncode == 2, output
     assert "Traceback" not in output
@@ -643,9 +608,7 @@ def test_taken_port(arguments, tmp_path, taken_port):
 
 
 def test_launcher_variables_without_a_valid_rank(tmp_path):
-    finished = run(
-        [*ONE_RANK, "configs/quickstart.yaml", f"run.directory={tmp_path}/run"], RANK="first", WORLD_SIZE="2"
-    )
+    finished = pretrain(["configs/quickstart.yaml", f"run.directory={tmp_path}/run"], RANK="first", WORLD_SIZE="2")
     assert_one_line(finished, ["RANK=first", "expected 0 to"])
     assert not (tmp_path / "run").exists()
 

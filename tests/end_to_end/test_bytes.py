@@ -4,7 +4,7 @@ from transformers import AutoTokenizer
 
 from megamtp.commands import convert_checkpoint, generate, prepare_data
 from megamtp.data.tokenizer import ByteTokenizer
-from tests.end_to_end.jobs import ROOT, run
+from tests.end_to_end.jobs import ROOT, pretrain
 
 MODEL = [
     "model.dim=32",
@@ -30,11 +30,11 @@ def test_byte_level_model_from_text_to_export(call_command, tmp_path):
     assert not (corpus / "tokenizer.model").exists()
 
     arguments = [*MODEL, f"data.train={corpus}/train", "data.tokenizer=bytes", f"run.directory={directory}"]
-    refused = run(["-m", "megamtp.pretrain", *arguments, "model.vocab_size=256"])
+    refused = pretrain([*arguments, "model.vocab_size=256"])
     assert refused.returncode == 2
     assert "bytes has 257 pieces, model.vocab_size is 256" in refused.stderr
     # 272 is a multiple of 16, as fp8 matrix products require.
-    trained = run(["-m", "megamtp.pretrain", *arguments, "model.vocab_size=272"])
+    trained = pretrain([*arguments, "model.vocab_size=272"])
     assert trained.returncode == 0, trained.stderr
     assert (
         "model.vocab_size is 272, the tokenizer has 257 pieces: 15 rows have no token; they are part of every softmax"

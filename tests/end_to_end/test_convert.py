@@ -27,7 +27,7 @@ from megamtp.errors import InputError
 from megamtp.model.mtp import MTPModel
 from tests.cases import small_config
 from tests.checkpoints import MOMENTS, SMALL, STATE, with_moments
-from tests.end_to_end.jobs import ROOT, environment, records, run
+from tests.end_to_end.jobs import ROOT, environment, pretrain, records
 
 MODULE = "megamtp.commands.convert_checkpoint"
 WITH_STATE = ["run", "canonical", "universal"]
@@ -92,14 +92,14 @@ def test_byte_level_model_keeps_its_tokenizer(tmp_path, monkeypatch):
 
 def test_run_resumes_from_a_converted_checkpoint(arguments, tmp_path, monkeypatch):
     """Run -> canonical -> universal -> run, then more steps: bitwise equal to the run without conversions."""
-    finished = run(["-m", "megamtp.pretrain", *arguments, f"run.directory={tmp_path}/whole"])
+    finished = pretrain([*arguments, f"run.directory={tmp_path}/whole"])
     assert finished.returncode == 0, finished.stderr
     tokenizer = formats.read(tmp_path / "whole").tokenizer
     steps = [("whole/checkpoints/step-0000010", "canonical"), ("canonical", "universal"), ("universal", "zero3")]
     for source, target in steps:
         convert(monkeypatch, tmp_path / source, tmp_path / target, "--to", target)
         assert formats.read(tmp_path / target).tokenizer.read_bytes() == tokenizer.read_bytes()
-    finished = run(["-m", "megamtp.pretrain", *arguments, f"run.directory={tmp_path}/zero3"])
+    finished = pretrain([*arguments, f"run.directory={tmp_path}/zero3"])
     assert finished.returncode == 0, finished.stderr
     assert [record["step"] for record in records(tmp_path / "zero3")] == list(range(11, 21))
     expected, resumed = (formats.read(tmp_path / name) for name in ("whole", "zero3"))
@@ -166,7 +166,7 @@ def test_training_starts_from_a_converted_llama(arguments, tmp_path, monkeypatch
     ]
 
     def train(name: str, *settings: str) -> None:
-        finished = run(["-m", "megamtp.pretrain", *common, f"run.directory={tmp_path}/{name}", *settings])
+        finished = pretrain([*common, f"run.directory={tmp_path}/{name}", *settings])
         assert finished.returncode == 0, finished.stderr
 
     train("next-token", "model.num_layers=4", "model.num_future_tokens=1")
@@ -196,7 +196,7 @@ def test_run_keeps_the_special_ids_of_its_initial_weights(arguments, tmp_path):
     config = ModelConfig(dim=32, num_layers=4, num_future_tokens=2, num_attention_heads=2, mlp_dim=48, vocab_size=400)
     canonical.write(dataclasses.replace(with_moments(config), special_ids=ids), tmp_path / "initial")
     settings = [f"run.initial_weights={tmp_path}/initial", "data.tokenizer=null", f"run.directory={tmp_path}/run"]
-    finished = run(["-m", "megamtp.pretrain", *arguments, *settings, "train.steps=1"])
+    finished = pretrain([*arguments, *settings, "train.steps=1"])
     assert finished.returncode == 0, finished.stderr
     assert formats.read(tmp_path / "run").special_ids == ids
 

@@ -1,5 +1,6 @@
 """Tests of a full disk: one line, exit status 2, complete files stay intact, partial ones go, and work can continue."""
 
+import functools
 import os
 import resource
 import shutil
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from megamtp.checkpoint.store import checkpoints, newest_checkpoint, verify
-from tests.end_to_end.jobs import ROOT, deepspeed, environment, records
+from tests.end_to_end import faulty_pretrain
+from tests.end_to_end.jobs import ROOT, environment, pretrain, records
 
 TMPFS_BYTES = 32 * 2**20
 RANKS = 2
@@ -50,6 +52,10 @@ class SmallDisk:
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (self._limit, self._limit)),
         )
 
+    def pretrain(self, arguments: list[str]) -> subprocess.CompletedProcess:
+        """Trains on RANKS ranks."""
+        return pretrain(arguments, RANKS, functools.partial(faulty_pretrain.limit_files, self._limit))
+
 
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[SmallDisk]:
@@ -74,19 +80,19 @@ def error_of(finished: subprocess.CompletedProcess) -> str:
 def test_checkpoint_that_does_not_fit_ends_the_run_and_keeps_the_previous_one(small_disk, arguments):
     """The disk has room for the file of either rank, but not for both."""
     run = small_disk.folder / "run"
-    command = [*deepspeed(RANKS), *arguments, "run.save_every_steps=2", "data.validation=null", f"run.directory={run}"]
-    finished = small_disk.run([*command, "train.steps=2"])
+    arguments = [*arguments, "run.save_every_steps=2", "data.validation=null", f"run.directory={run}"]
+    finished = small_disk.pretrain([*arguments, "train.steps=2"])
     assert finished.returncode == 0, finished.stderr
     previous = newest_checkpoint(run)
     manifest = verify(previous)
     small_disk.leave(manifest.file_bytes * 3 // 4)
-    line = error_of(small_disk.run([*command, "train.steps=1000000"]))
+    line = error_of(small_disk.pretrain([*arguments, "train.steps=1000000"]))
     assert f"{run}/checkpoints/step-0000004 cannot be written" in line
     assert ("make room" if small_disk.is_mounted else "allow larger files") in line
     assert list((run / "checkpoints").iterdir()) == [previous]
     assert verify(previous) == manifest
     small_disk.make_room()
-    finished = small_disk.run([*command, "train.steps=4"])
+    finished = small_disk.pretrain([*arguments, "train.steps=4"])
     assert finished.returncode == 0, finished.stderr
     assert [record["step"] for record in records(run)] == [1, 2, 3, 4]
     assert [verify(checkpoint).step for checkpoint in checkpoints(run)] == [2, 4]

@@ -1,5 +1,7 @@
 """Tests that a job gives the same losses under every launcher."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +10,7 @@ import pytest
 import torch
 
 from megamtp.cluster.ports import reserve_port
-from tests.end_to_end.jobs import MODULE, ROOT, deepspeed, environment, losses, run, wait_for
+from tests.end_to_end.jobs import MODULE, ROOT, deepspeed, environment, losses, pretrain, run, start_pretrain, wait_for
 
 STEPS = ["train.steps=4", "data.validation=null", "run.save_every_steps=100"]
 
@@ -16,7 +18,7 @@ STEPS = ["train.steps=4", "data.validation=null", "run.save_every_steps=100"]
 @pytest.fixture(scope="module")
 def expected(arguments, tmp_path_factory) -> list[list[float]]:
     directory = tmp_path_factory.mktemp("plain") / "run"
-    finished = run(["-m", MODULE, *arguments, *STEPS, f"run.directory={directory}"])
+    finished = pretrain([*arguments, *STEPS, f"run.directory={directory}"])
     assert finished.returncode == 0, finished.stderr
     return losses(directory)
 
@@ -92,12 +94,13 @@ def test_failed_rank_ends_the_job_under_mpirun():
     assert "barrier" in finished.stderr  # rank 0 did not wait forever: it was told that the other rank had failed
 
 
-def test_error_of_one_rank_ends_all_ranks_under_mpirun(arguments, tmp_path, start):
+def test_error_of_one_rank_ends_all_ranks_under_mpirun(arguments, tmp_path):
     """Only rank 0 notices that another job uses the run directory."""
     endless = [*arguments, "train.steps=1000000", f"run.directory={tmp_path}/run"]
-    start(["-m", MODULE, *endless])
-    wait_for(lambda: losses(tmp_path / "run"))
-    finished = run([*launcher("mpirun"), *endless], timeout=100)
+    with start_pretrain(endless) as first:
+        wait_for(lambda: losses(tmp_path / "run"))
+        os.kill(first.ranks[0].pid, signal.SIGSTOP)  # leaves the processors to the second job
+        finished = run([*launcher("mpirun"), *endless], timeout=100)
     assert finished.returncode == 2
     errors = [line for line in (finished.stdout + finished.stderr).splitlines() if "megamtp: error: " in line]
     assert len(errors) == 1 and "belongs to a running job" in errors[0]
@@ -153,7 +156,7 @@ def test_two_nodes_give_the_losses_of_one(arguments, expected, tmp_path, start):
 
 def test_emulated_cluster_trains_as_one_rank_and_writes_no_checkpoint(arguments, tmp_path):
     settings = ["cluster.emulate=4", "train.global_batch_tokens=256", "train.micro_batch_size=1"]
-    finished = run(["-m", MODULE, *arguments, *STEPS, *settings, f"run.directory={tmp_path}/run"])
+    finished = pretrain([*arguments, *STEPS, *settings, f"run.directory={tmp_path}/run"])
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert "no checkpoint is written" in finished.stdout + finished.stderr
     assert len(losses(tmp_path / "run")) == 4

@@ -13,7 +13,8 @@ from megamtp.checkpoint.shards import shard_name
 from megamtp.checkpoint.slices import SLICES
 from megamtp.checkpoint.store import checkpoints, read_manifest, verify
 from tests.cases import global_batch, own_share, small_config
-from tests.end_to_end.jobs import MODULE, damage, deepspeed, losses, records, run
+from tests.end_to_end import killed_pretrain
+from tests.end_to_end.jobs import damage, losses, pretrain, records
 from tests.end_to_end.killed_pretrain import KILLED_STEP
 from tests.ranks import run_ranks
 from tests.saved import load_weights
@@ -35,7 +36,7 @@ KILLED = [
 @pytest.mark.timeout(600)
 def test_killed_and_resumed_equals_uninterrupted(num_ranks, settings, arguments, tmp_path):
     whole, killed, arguments = tmp_path / "whole", tmp_path / "killed", [*arguments, *settings]
-    finished = run([*deepspeed(num_ranks), *arguments, f"run.directory={whole}"])
+    finished = pretrain([*arguments, f"run.directory={whole}"], num_ranks)
     assert finished.returncode == 0, finished.stderr
     if settings:
         output = finished.stdout + finished.stderr
@@ -43,10 +44,10 @@ def test_killed_and_resumed_equals_uninterrupted(num_ranks, settings, arguments,
         # "is predicted to be faster" or "is not predicted to be faster"
         assert f"engine.spread_losses={str(SPREAD not in settings).lower()} is " in output
         assert "megamtp: warning:" in output and "so the 2 stages are idle for" in output
-    run([*deepspeed(num_ranks, "tests.end_to_end.killed_pretrain"), *arguments, f"run.directory={killed}"])
+    pretrain([*arguments, f"run.directory={killed}"], num_ranks, killed_pretrain.entry)
     assert [record["step"] for record in records(killed)] == list(range(1, KILLED_STEP))
     assert [path.name for path in checkpoints(killed)] == ["step-0000010"]
-    resumed = run([*deepspeed(num_ranks), *arguments, f"run.directory={killed}"])
+    resumed = pretrain([*arguments, f"run.directory={killed}"], num_ranks)
     assert resumed.returncode == 0, resumed.stderr
     assert [record["step"] for record in records(killed)] == list(range(1, 21))
     assert losses(killed) == losses(whole)
@@ -63,7 +64,7 @@ def test_killed_and_resumed_equals_uninterrupted(num_ranks, settings, arguments,
 def twice_saved(arguments, tmp_path_factory) -> Path:
     """A ZeRO-3 run of 20 steps on two ranks, with checkpoints at steps 10 and 20."""
     directory = tmp_path_factory.mktemp("twice_saved") / "run"
-    finished = run([*deepspeed(2), *arguments, f"run.directory={directory}"])
+    finished = pretrain([*arguments, f"run.directory={directory}"], 2)
     assert finished.returncode == 0, finished.stderr
     return directory
 
@@ -84,7 +85,7 @@ def test_resumes_from_the_newest_intact_checkpoint(kind, twice_saved, arguments,
     shutil.copytree(twice_saved, tmp_path / "run")
     old, new = checkpoints(tmp_path / "run")
     damage(new / shard_name(1), kind)
-    resumed = run([*deepspeed(2), *arguments, f"run.directory={tmp_path}/run"])
+    resumed = pretrain([*arguments, f"run.directory={tmp_path}/run"], 2)
     assert resumed.returncode == 0, resumed.stderr
     (line,) = [line for line in resumed.stdout.splitlines() if "skipped" in line]
     assert f"skipped {new.name}: " in line and shard_name(1) in line
@@ -96,10 +97,10 @@ def test_resumes_from_the_newest_intact_checkpoint(kind, twice_saved, arguments,
 def test_another_global_batch_size_continues_at_the_next_window(arguments, tmp_path):
     """With a learning rate of 0, losses identify windows: two steps of half the size read the windows of one step."""
     arguments = [*arguments, "optimizer.lr=0", "train.global_batch_tokens=512", "data.validation=null"]
-    plain, run_directory = ["-m", MODULE], tmp_path / "run"
+    run_directory = tmp_path / "run"
 
     def job(directory: Path, *settings: str) -> subprocess.CompletedProcess:
-        return run([*plain, *arguments, *settings, f"run.directory={directory}"])
+        return pretrain([*arguments, *settings, f"run.directory={directory}"])
 
     assert job(run_directory, "train.steps=4").returncode == 0
     shutil.copytree(run_directory, tmp_path / "whole")
@@ -132,7 +133,7 @@ def test_resumes_with_another_engine_and_number_of_ranks(twice_saved, arguments,
     """Two pipelines of two stages resume step 10 of two ZeRO-3 ranks: the same losses up to the order of sums."""
     shutil.copytree(twice_saved, tmp_path / "run")
     shutil.rmtree(checkpoints(tmp_path / "run")[-1])
-    finished = run([*deepspeed(4), *arguments, *PIPELINE, f"run.directory={tmp_path}/run"])
+    finished = pretrain([*arguments, *PIPELINE, f"run.directory={tmp_path}/run"], 4)
     assert finished.returncode == 0, finished.stderr
     assert "engine.kind: zero3 -> pipeline" in finished.stdout
     actual, expected = losses(tmp_path / "run"), losses(twice_saved)
@@ -145,7 +146,7 @@ def test_pipeline_reads_and_reports_the_same_as_zero3(arguments, tmp_path):
     """One ZeRO-3 rank, two pipelines of two stages, and one pipeline with spread losses give the same metrics."""
     arguments = [*arguments, "train.steps=5", "run.evaluate_every_steps=5"]
     for name, ranks, settings in (("zero3", 1, []), ("pipeline", 4, PIPELINE), ("spread", 2, [*PIPELINE, SPREAD])):
-        finished = run([*deepspeed(ranks), *arguments, *settings, f"run.directory={tmp_path}/{name}"])
+        finished = pretrain([*arguments, *settings, f"run.directory={tmp_path}/{name}"], ranks)
         assert finished.returncode == 0, finished.stderr
     compared = {"train": ("losses", "gradient_norm", "lr"), "validation": ("losses",)}
     for name, (kind, keys) in itertools.product(("pipeline", "spread"), compared.items()):

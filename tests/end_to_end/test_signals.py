@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from megamtp.checkpoint.store import newest_checkpoint, read_manifest
-from tests.end_to_end.jobs import MODULE, ROOT, deepspeed, environment, ranks, records, run, wait_for
+from tests.end_to_end.jobs import MODULE, ROOT, deepspeed, environment, pretrain, ranks, records, wait_for
 
 FULL = pytest.mark.full
 
@@ -139,7 +139,7 @@ def test_signal_during_a_long_evaluation(arguments, corpus, tmp_path, start):
     assert process.returncode == 0 and "asked to stop: saved at step 3" in output
     assert read_manifest(newest_checkpoint(tmp_path / "run")).step == 3 and not records(tmp_path / "run", "validation")
     for _ in range(2):
-        finished = run(["-m", MODULE, *arguments])
+        finished = pretrain(arguments)
         assert finished.returncode == 0
         assert [record["step"] for record in records(tmp_path / "run", "validation")] == [3]
     assert "nothing to do" in finished.stdout
