@@ -4,6 +4,7 @@ Ranks are forked from a server process that has already imported torch and DeepS
 """
 
 import contextlib
+import gc
 import os
 import pickle
 import tempfile
@@ -26,6 +27,7 @@ fork_server.set_forkserver_preload(
         # Imports torch's compiler, which takes two seconds; otherwise every engine's optimizer imports it.
         "deepspeed.runtime.zero.muon.original_muon",
         "matplotlib.figure",  # all benchmarks import it, which takes a second
+        "deepspeed.module_inject.auto_ep_layer",  # every engine imports it
     ]
 )
 
@@ -135,6 +137,7 @@ def _rank_main(
     __compatible_ops__["deepspeed_shm_comm"] = False
     ordered_backend.register()
     torch.set_num_threads(1)
+    gc.freeze()  # DeepSpeed collects garbage for each engine: 0.2 s if that scans the modules of the server, too
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     if os.environ["DS_ACCELERATOR"] == "cuda":
         torch.cuda.set_device(rank)
