@@ -1,5 +1,6 @@
 """The corrections (a) to (e) of head_hooks.py, the number of gathers and reductions, and the trace of evaluations."""
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -12,6 +13,7 @@ from tests.ranks import run_ranks
 
 N = 3  # heads
 COMMUNICATIONS = ("grouped", "deepspeed")
+DEEPSPEED = {"engine__kind": "zero3", "engine__communication": "deepspeed"}
 
 
 def zero3(communication: str, **settings) -> Config:
@@ -20,48 +22,72 @@ def zero3(communication: str, **settings) -> Config:
     )
 
 
-def _gradient_error(settings: dict, loss_scale: float | None = None) -> float:
+# name -> (settings, loss scale); the first letter is that of the correction.
+CASES = {
+    "a zero1": ({"engine__kind": "zero1", "accumulation": 2}, None),
+    "a zero3": ({"engine__kind": "zero3", "accumulation": 2}, None),
+    # The loss scale of fp16, here with fp32 gradients, must scale the gradients of trunk and heads alike.
+    "a zero1, scaled": ({"engine__kind": "zero1"}, 256.0),
+    "a zero3, scaled": ({"engine__kind": "zero3"}, 256.0),
+    "b grouped, small buckets": ({"engine__kind": "zero3", "engine__reduce_bucket_size": 300}, None),
+    "b deepspeed, small buckets": (DEEPSPEED | {"engine__reduce_bucket_size": 300}, None),
+    "b deepspeed, large buckets": (DEEPSPEED | {"engine__reduce_bucket_size": 100_000}, None),
+    "c zero1": ({"engine__kind": "zero1", "accumulation": 2, "engine__reduce_bucket_size": 300}, None),
+    "c zero3, offloaded": (
+        {
+            "engine__kind": "zero3",
+            "engine__offload_optimizer": True,
+            "accumulation": 2,
+            "engine__reduce_bucket_size": 300,
+        },
+        None,
+    ),
+    "d zero1, bf16": ({"engine__kind": "zero1", "accumulation": 2, "train__precision": "bf16"}, None),
+}
+
+
+def _gradient_errors(names: list[str]) -> list[float]:
     from megamtp.engines.zero import ZeroEngine
 
-    config = small_config(model__num_future_tokens=N, **settings)
-    engine = ZeroEngine(config)
-    if loss_scale:
-        engine.deepspeed_engine.optimizer.override_loss_scale(loss_scale)
-    return largest_errors(config, engine, num_steps=3)[0]
+    errors = []
+    for settings, loss_scale in (CASES[name] for name in names):
+        config = small_config(model__num_future_tokens=N, **settings)
+        engine = ZeroEngine(config)
+        if loss_scale:
+            engine.deepspeed_engine.optimizer.override_loss_scale(loss_scale)
+        errors.append(largest_errors(config, engine, num_steps=3)[0])
+    return errors
 
 
-def gradient_error(**settings) -> float:
-    return max(run_ranks(_gradient_error, 2, settings))
+@pytest.fixture(scope="module")
+def gradient_errors() -> dict[str, float]:
+    """Returns each case's largest error of any rank. All cases run in one group of ranks."""
+    by_rank = run_ranks(_gradient_errors, 2, list(CASES))
+    return dict(zip(CASES, map(max, zip(*by_rank, strict=True)), strict=True))
 
 
-@pytest.mark.parametrize("kind", ["zero1", "zero3"])
-def test_a_heads_start_from_the_outer_loss_gradient(kind):
-    assert gradient_error(accumulation=2, engine__kind=kind) < 1e-5
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("a") and "scaled" not in name])
+def test_a_heads_start_from_the_outer_loss_gradient(name, gradient_errors):
+    assert gradient_errors[name] < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["zero1", "zero3"])
-def test_a_heads_use_the_loss_scale(kind):
-    """The loss scale of fp16, here with fp32 gradients, must scale the gradients of trunk and heads alike."""
-    assert max(run_ranks(_gradient_error, 2, {"engine__kind": kind}, 256.0)) < 1e-5
+@pytest.mark.parametrize("name", [name for name in CASES if "scaled" in name])
+def test_a_heads_use_the_loss_scale(name, gradient_errors):
+    assert gradient_errors[name] < 1e-5
 
 
-@pytest.mark.parametrize(("communication", "bucket"), [("grouped", 300), ("deepspeed", 300), ("deepspeed", 100_000)])
-def test_b_shared_gradients_are_reduced_after_the_last_head(communication, bucket):
-    assert (
-        gradient_error(engine__kind="zero3", engine__communication=communication, engine__reduce_bucket_size=bucket)
-        < 1e-5
-    )
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("b")])
+def test_b_shared_gradients_are_reduced_after_the_last_head(name, gradient_errors):
+    assert gradient_errors[name] < 1e-5
 
 
-@pytest.mark.parametrize(
-    "settings", [{"engine__kind": "zero1"}, {"engine__kind": "zero3", "engine__offload_optimizer": True}]
-)
-def test_c_optimizer_learns_of_the_last_micro_batch_before_the_heads(settings):
-    assert gradient_error(accumulation=2, engine__reduce_bucket_size=300, **settings) < 1e-5
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("c")])
+def test_c_optimizer_learns_of_the_last_micro_batch_before_the_heads(name, gradient_errors):
+    assert gradient_errors[name] < 1e-5
 
 
-def test_d_bf16_optimizer_sums_the_heads_gradients():
-    assert gradient_error(accumulation=2, engine__kind="zero1", train__precision="bf16") < 0.04
+def test_d_bf16_optimizer_sums_the_heads_gradients(gradient_errors):
+    assert gradient_errors["d zero1, bf16"] < 0.04
 
 
 def _errors_after_interruptions(settings: dict) -> list[float]:
@@ -123,7 +149,7 @@ def _interrupt(config: Config, engine, owner: object, method: str, after_calls: 
         {"engine__kind": "zero1"},
         {"engine__kind": "zero1", "train__precision": "bf16"},
         {"engine__kind": "zero3"},
-        {"engine__kind": "zero3", "engine__communication": "deepspeed"},
+        DEEPSPEED,
     ],
 )
 def test_e_interrupted_steps_leave_no_gradients(settings):
@@ -213,8 +239,8 @@ def _communication_of_steps(communication: str, checkpointing: bool) -> list[tup
 
 @pytest.mark.parametrize("communication", COMMUNICATIONS)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_heads_and_unembedding_are_gathered_and_reduced_once(communication, checkpointing):
-    records, _ = run_ranks(_communication_of_steps, 2, communication, checkpointing)
+def test_heads_and_unembedding_are_gathered_and_reduced_once(communication, checkpointing, recorded):
+    records = recorded[_communication_of_steps.__name__, communication, checkpointing]
     assert [complete for complete, _, _ in records] == [False, True, True, True, True]
     for _, gathers, reductions in records:
         heads = [name for name in gathers if name.startswith(("heads.", "unembedding."))]
@@ -243,8 +269,8 @@ def _events_of_a_prefetching_step(communication: str) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("communication", COMMUNICATIONS)
-def test_next_head_is_prefetched_during_the_backward_pass_of_a_head(communication):
-    events, _ = run_ranks(_events_of_a_prefetching_step, 2, communication)
+def test_next_head_is_prefetched_during_the_backward_pass_of_a_head(communication, recorded):
+    events = recorded[_events_of_a_prefetching_step.__name__, communication]
     for index in range(N - 1):
         gathered = events.index(("gather", f"heads.{index + 1}.attention_norm.weight"))
         assert gathered < events.index(("gradient", f"heads.{index}.attention_norm.weight"))
@@ -271,8 +297,8 @@ def _events_of_an_accumulating_step() -> tuple[list[tuple[str, str]], list[str]]
     return log.events, [type(unit.module).__name__ for unit in units if unit.buffer is not None]
 
 
-def test_micro_batches_start_with_kept_or_prefetched_weights():
-    events, still_gathered = run_ranks(_events_of_an_accumulating_step, 2)[0]
+def test_micro_batches_start_with_kept_or_prefetched_weights(recorded):
+    events, still_gathered = recorded[(_events_of_an_accumulating_step.__name__,)]
     first_layer, embedding = "trunk.0.attention_norm.weight", "embedding.weight"
     gathers = Counter(name for kind, name in events if kind == "gather")
     assert gathers["trunk.1.attention_norm.weight"] == 2 * MICRO_BATCHES  # forward and backward
@@ -314,8 +340,8 @@ def _trace_around_evaluation(communication: str) -> tuple[list[bool], list[str],
 
 
 @pytest.mark.parametrize("communication", COMMUNICATIONS)
-def test_evaluations_do_not_disturb_the_prefetch_trace(communication):
-    (complete, before, after), _ = run_ranks(_trace_around_evaluation, 2, communication)
+def test_evaluations_do_not_disturb_the_prefetch_trace(communication, recorded):
+    complete, before, after = recorded[_trace_around_evaluation.__name__, communication]
     assert all(complete)
     assert before == after
     assert len(before) > 9 * 5
@@ -341,3 +367,19 @@ def _evaluation_and_reference(settings: dict) -> tuple[list[float], list[float]]
 def test_evaluation_equals_the_reference(kind):
     for losses, expected in run_ranks(_evaluation_and_reference, 2, {"engine__kind": kind}):
         torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-6, atol=0)
+
+
+def _all_recorded() -> dict[tuple, tuple | list]:
+    """Returns (name of a function above, its arguments) -> its result."""
+    calls = [
+        *((_communication_of_steps, *arguments) for arguments in itertools.product(COMMUNICATIONS, (False, True))),
+        *itertools.product((_events_of_a_prefetching_step, _trace_around_evaluation), COMMUNICATIONS),
+        (_events_of_an_accumulating_step,),
+    ]
+    return {(function.__name__, *arguments): function(*arguments) for function, *arguments in calls}
+
+
+@pytest.fixture(scope="module")
+def recorded() -> dict[tuple, tuple | list]:
+    """Returns what _all_recorded returns on rank 0. All calls run in one group of ranks."""
+    return run_ranks(_all_recorded, 2)[0]
