@@ -35,6 +35,17 @@ class Batch:
     documents: Tensor | None = None
     following: Tensor | None = None
 
+    @classmethod
+    def from_tokens(cls, tokens: Tensor, sequence_length: int) -> "Batch":
+        """Returns a micro-batch of windows of one document each, all of whose targets are known.
+
+        Args:
+            tokens: int64 [B, T + n]: the inputs of each window, and the n tokens after them.
+            sequence_length: T.
+        """
+        inputs, targets = tokens[:, :sequence_length].contiguous(), tokens[:, 1:].unfold(1, sequence_length, 1)
+        return cls(inputs, targets.permute(1, 0, 2), following=tokens[:, sequence_length:-1])
+
     def to(self, device: torch.device) -> "Batch":
         """Returns a copy on another device."""
         documents, following = (

@@ -66,7 +66,7 @@ def _gradient_errors() -> dict[tuple[bool, int, int, bool], list[float]]:
             for index in range(accumulation):
                 generator = torch.Generator().manual_seed(step * accumulation + index)
                 tokens = torch.randint(4096, (2, 512 + 3), generator=generator).cuda()
-                batches.append(Batch(tokens[:, :512].contiguous(), tokens[:, 1:].unfold(1, 512, 1).permute(1, 0, 2)))
+                batches.append(Batch.from_tokens(tokens, 512))
                 plain(batches[-1].inputs, batches[-1].targets, [1 / 1024 / accumulation] * 3)[0].backward()
             engine.train_batch(batches, [1024 * accumulation] * 3, lr=0.0)
             sums = engine.deepspeed_engine.optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition

@@ -83,7 +83,7 @@ def _peak_bytes() -> dict[tuple[str, int], int]:
         )
         engine = ZeroEngine(config)
         tokens = torch.randint(vocabulary, (4, positions + n))
-        batch = Batch(tokens[:, :positions].contiguous(), tokens[:, 1:].unfold(1, positions, 1).permute(1, 0, 2))
+        batch = Batch.from_tokens(tokens, positions)
         for _ in range(2):
             engine.train_batch([batch], [4 * positions] * n, lr=1e-3)
         torch.cuda.synchronize()

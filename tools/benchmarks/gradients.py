@@ -16,6 +16,7 @@ from torch import Tensor
 from benchmarks import emulation, output
 from benchmarks.device import find_device
 from megamtp.config import Config
+from megamtp.data.loader import Batch
 from megamtp.engines.base import DTYPES, layer_options
 from megamtp.model.initial import initial_value
 from megamtp.model.mtp import MTPModel
@@ -69,9 +70,10 @@ def _gradients(config: Config, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     part.quantise_weights()
     n, batch, length = model.num_future_tokens, train.micro_batch_size, train.sequence_length
     generator = torch.Generator().manual_seed(0)
-    tokens_BT = torch.randint(model.vocab_size, (batch, length + n), generator=generator).to(device)
-    targets_nBT = torch.stack([tokens_BT[:, index + 1 : index + 1 + length] for index in range(n)])
-    loss, _ = part(tokens_BT[:, :length], targets_nBT, [1 / (batch * length)] * n)
+    tokens = torch.randint(model.vocab_size, (batch, length + n), generator=generator).to(device)
+    micro_batch = Batch.from_tokens(tokens, length)
+    scales = [1 / (batch * length)] * n
+    loss, _ = part(micro_batch.inputs, micro_batch.targets, scales, None, micro_batch.following)
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in part.named_parameters()}
     return {name: gradient for name, gradient in gradients.items() if gradient is not None}

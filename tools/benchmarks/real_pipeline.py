@@ -141,8 +141,7 @@ class PlanEngine:
         self.device = self.engine.device
         tokens = torch.randint(config.model.vocab_size, (1, train.sequence_length + n), device=self.device)
         dist.broadcast(tokens, src=0)  # a pipeline's stages read the same batches
-        targets = tokens[:, 1:].unfold(1, train.sequence_length, 1).permute(1, 0, 2)
-        batch = Batch(tokens[:, : train.sequence_length].contiguous(), targets)
+        batch = Batch.from_tokens(tokens, train.sequence_length)
         self.micro_batches = [batch] * config.num_micro_batches(self.engine.data_parallel_size)
         self.counts = [config.train.global_batch_tokens] * n
         self.end_of_passes = 0.0

@@ -42,8 +42,9 @@ class Variant:
         shape = config.train.micro_batch_size, config.train.sequence_length
         self.device = find_device()
         tokens = torch.randint(vocabulary, (shape[0], shape[1] + n), device=self.device)
-        self.batch = Batch(tokens[:, : shape[1]].contiguous(), tokens[:, 1:].unfold(1, shape[1], 1).permute(1, 0, 2))
+        self.batch = Batch.from_tokens(tokens, shape[1])
         self.scales = [1.0 / (shape[0] * shape[1])] * n
+        self.inputs = self.batch.inputs, self.batch.targets, self.scales, None, self.batch.following
         self.build()
 
     def build(self) -> None:
@@ -108,7 +109,7 @@ class Plain(Variant):
             parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
 
     def one_micro_batch(self) -> Tensor:
-        loss, _ = self.model(self.batch.inputs, self.batch.targets, self.scales)
+        loss, _ = self.model(*self.inputs)
         loss.backward()
         return loss
 
@@ -136,7 +137,7 @@ class Ours(Variant):
         engine = self.engine.deepspeed_engine
         for index in range(self.micro_batches):
             engine.set_gradient_accumulation_boundary(index == self.micro_batches - 1)
-            loss, _ = engine(self.batch.inputs, self.batch.targets, self.scales)
+            loss, _ = engine(*self.inputs)
             engine.backward(loss)
             if index < self.micro_batches - 1:
                 engine.step()  # counts the micro-batch; `finish` calls it for the last micro-batch
@@ -200,7 +201,7 @@ class FsdpOneBackward(Variant):
         _shard(self.model)
 
     def one_micro_batch(self) -> Tensor:
-        loss, _ = self.model(self.batch.inputs, self.batch.targets, self.scales)
+        loss, _ = self.model(*self.inputs)
         loss.backward()
         return loss
 
