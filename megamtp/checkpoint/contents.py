@@ -15,6 +15,9 @@ from megamtp.config import ModelConfig
 from megamtp.errors import CheckpointError, InputError
 from megamtp.model.mtp import MTPModel
 
+# Older checkpoints lack these fields of the model, which then have their defaults.
+ADDED_FIELDS = ("head_kind", "first_head", "chain_form", "chain_weights", "match_parameters")
+
 
 @dataclass(frozen=True)
 class Contents:
@@ -71,7 +74,12 @@ class Contents:
 
 def resolve_defaults(model: ModelConfig) -> ModelConfig:
     """Returns the same model with explicit values instead of None."""
-    return dataclasses.replace(model, num_key_value_heads=model.key_value_heads, mlp_dim=model.hidden_dim)
+    chain_weights = model.chain_weights
+    if model.head_kind == "chained":
+        chain_weights = "shared" if model.shares_chain_weights else "own"
+    return dataclasses.replace(
+        model, num_key_value_heads=model.key_value_heads, mlp_dim=model.hidden_dim, chain_weights=chain_weights
+    )
 
 
 def positive_integer(settings: Mapping[str, Any], key: str, where: Path) -> int:
@@ -86,8 +94,11 @@ def check_model(model: ModelConfig, where: Path) -> ModelConfig:
     """Returns `model` unchanged. Raises CheckpointError if its settings, from the file `where`, are invalid."""
     for field in dataclasses.fields(ModelConfig):
         value = getattr(model, field.name)
-        if isinstance(value, bool) or not isinstance(value, field.type | int):
-            raise CheckpointError(f"{where}: model.{field.name} is {value!r}; expected a number: correct it")
+        # A whole number is a valid float, and a bool is an int in Python. `check` finds numbers instead of text.
+        if isinstance(value, bool) != (field.type is bool) or not isinstance(value, field.type | int):
+            kinds: dict[Any, str] = {bool: "true or false", str: "text", str | None: "text or null"}
+            expected = kinds.get(field.type, "a number")
+            raise CheckpointError(f"{where}: model.{field.name} is {value!r}; expected {expected}: correct it")
     try:
         model.check("model")
     except InputError as error:
@@ -101,10 +112,10 @@ def model_from_fields(settings: Mapping[str, Any], where: Path) -> ModelConfig:
     Raises:
         CheckpointError: a field is missing, unknown or invalid.
     """
-    names = {field.name for field in dataclasses.fields(ModelConfig)}
-    settings = {"head_kind": "parallel", **settings}  # megamtp 0.1 had only this kind and did not save the field
-    for name in sorted(names.symmetric_difference(settings)):
-        raise CheckpointError(f"{where}: model.{name} is missing or unknown; expected {sorted(names)}")
+    defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
+    settings = {**{name: defaults[name] for name in ADDED_FIELDS}, **settings}
+    for name in sorted(defaults.keys() ^ settings.keys()):
+        raise CheckpointError(f"{where}: model.{name} is missing or unknown; expected {sorted(defaults)}")
     return check_model(ModelConfig(**settings), where)
 
 

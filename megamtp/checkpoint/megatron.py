@@ -156,7 +156,7 @@ def _model(args: dict[str, Any], path: Path, num_future_tokens: int) -> ModelCon
         raise CheckpointError(
             f"{path}: args.kv_channels is {args['kv_channels']}, expected {model.head_dim}: unsupported architecture"
         )
-    if model.num_trunk_layers < 1:
+    if num_layers < 2:
         raise CheckpointError(
             f"{path} has one layer; expected two or more: the last becomes head 1, the others the trunk"
         )

@@ -168,7 +168,7 @@ def _rows(model: ModelConfig, interleave: bool) -> dict[str, torch.Tensor]:
 def _params(model: ModelConfig) -> dict[str, Any]:
     params = {
         "dim": model.dim,
-        "n_layers": model.num_layers,
+        "n_layers": model.num_layers_and_heads,
         "n_heads": model.num_attention_heads,
         "n_kv_heads": model.key_value_heads,
         "vocab_size": model.vocab_size,
@@ -214,7 +214,7 @@ def _model(
         rope_theta=params.get("rope_theta", DEFAULT_ROPE_THETA),
         norm_eps=cast("float", params.get("norm_eps")),
     )
-    if model.num_trunk_layers < 1:
+    if num_layers <= num_heads - num_copies:
         raise CheckpointError(f"{path}: n_layers is {num_layers}; expected more than n_future_tokens")
     return check_model(model, path)
 

@@ -71,6 +71,11 @@ def test_defaults_of_a_model_are_resolved():
     resolved = resolve_defaults(model)
     assert (resolved.num_key_value_heads, resolved.mlp_dim) == (4, model.hidden_dim)
     assert Contents(model, {}).model == resolved == resolve_defaults(resolved)
+    assert resolved.chain_weights is None
+    for form, weights in (("deepseek", "own"), ("eagle3", "shared")):
+        chained = dataclasses.replace(model, head_kind="chained", chain_form=form)
+        assert resolve_defaults(chained).chain_weights == weights
+        assert resolve_defaults(dataclasses.replace(chained, chain_weights="shared")).chain_weights == "shared"
 
 
 def test_has_optimizer_state():
@@ -103,11 +108,23 @@ def test_model_with_missing_unknown_or_invalid_fields_is_refused():
     settings, where = dataclasses.asdict(SMALL), Path("canonical.json")
     assert model_from_fields(settings, where) == SMALL
     del settings["head_kind"]  # as megamtp 0.1 wrote it
+    for added_later in ("first_head", "chain_form", "chain_weights", "match_parameters"):
+        del settings[added_later]
     assert model_from_fields(settings, where) == SMALL
+    eagle = {"head_kind": "chained", "chain_form": "eagle3", "chain_weights": "shared", "match_parameters": False}
+    assert model_from_fields(settings | eagle, where) == dataclasses.replace(SMALL, **eagle)
     with pytest.raises(CheckpointError, match=r"canonical.json: model\.depth is missing or unknown"):
         model_from_fields(settings | {"depth": 3}, where)
-    with pytest.raises(CheckpointError, match=r"canonical.json: model\.dim is '32'; expected a number: correct it"):
-        check_model(dataclasses.replace(SMALL, dim="32"), where)
+    for field, value, expected in (
+        ("dim", "32", "a number"),
+        ("dim", True, "a number"),
+        ("match_parameters", 1, "true or false"),
+        ("head_kind", None, "text"),
+        ("chain_weights", True, "text or null"),
+    ):
+        with pytest.raises(CheckpointError) as error:
+            check_model(dataclasses.replace(SMALL, **{field: value}), where)
+        assert str(error.value) == f"canonical.json: model.{field} is {value!r}; expected {expected}: correct it"
     with pytest.raises(CheckpointError, match=r"^canonical.json: model\.dim=30"):
         check_model(dataclasses.replace(SMALL, dim=30), where)
 

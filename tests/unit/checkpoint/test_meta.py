@@ -154,6 +154,7 @@ def test_several_files_and_scaled_rope_are_refused(tmp_path):
         ({"ffn_dim_multiplier": -1.0}, "ffn_dim_multiplier is -1.0; expected a number above 0"),
         ({"norm_eps": None}, "model.norm_eps is None; expected a number"),
         ({"n_kv_heads": 3}, "num_key_value_heads=3; expected a divisor"),
+        ({"n_kv_heads": "2"}, "model.num_key_value_heads is '2'; expected a number"),
     ],
 )
 def test_invalid_numbers_are_refused(tmp_path, settings, message):
@@ -162,6 +163,16 @@ def test_invalid_numbers_are_refused(tmp_path, settings, message):
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
     with pytest.raises(CheckpointError, match=message):
         meta.read(tmp_path / "meta")
+
+
+def test_a_trunk_that_keeps_its_layers_is_read_as_the_same_model(tmp_path):
+    """params.json counts the layers of trunk and heads."""
+    config = dataclasses.replace(SMALL, match_parameters=False)
+    expected = random_model(config).state_dict()
+    meta.write(contents(config, expected), tmp_path / "meta")
+    read = meta.read(tmp_path / "meta")
+    assert read.model == dataclasses.replace(config, num_layers=7, match_parameters=True)
+    assert all(torch.equal(read_tensor(read.weights, name), weight) for name, weight in expected.items())
 
 
 @pytest.mark.parametrize("parent", ["meta", "."])
