@@ -28,6 +28,18 @@ SMALL = ModelConfig(
 TEXT_MODEL = ModelConfig(
     dim=32, num_layers=5, num_future_tokens=2, num_attention_heads=4, num_key_value_heads=2, mlp_dim=48, vocab_size=500
 )
+# Settings of each kind of heads.
+HEADS = {
+    "parallel": {},
+    "parallel, all trunk layers": {"match_parameters": False},
+    "linear": {"head_kind": "linear"},
+    "linear, head 1 a layer": {"head_kind": "linear", "first_head": "layer"},
+    "causal": {"head_kind": "causal"},
+    "anticausal": {"head_kind": "anticausal"},
+    "deepseek": {"head_kind": "chained"},
+    "deepseek, shared": {"head_kind": "chained", "chain_weights": "shared"},
+    "eagle3": {"head_kind": "chained", "chain_form": "eagle3"},
+}
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE = RunState(OptimizerState("adamw", MOMENTS, (7,)), {"global_steps": 9, "global_samples": 18, "skipped_steps": 2})
 
@@ -43,12 +55,12 @@ def random_model(config: ModelConfig) -> MTPModel:
     return model
 
 
-def text_model() -> MTPModel:
-    """Returns a model of TEXT_MODEL whose most likely next token depends on the whole prompt."""
-    model = MTPModel(TEXT_MODEL)
+def text_model(config: ModelConfig = TEXT_MODEL) -> MTPModel:
+    """Returns a model whose most likely next token depends on the whole prompt."""
+    model = MTPModel(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            value = initial_value(name, parameter.shape, TEXT_MODEL, seed=2)
+            value = initial_value(name, parameter.shape, config, seed=2)
             parameter.copy_(value * (8 if parameter.dim() == 2 else 1))
     return model
 

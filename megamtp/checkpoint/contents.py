@@ -156,12 +156,13 @@ def check_contents(contents: Contents, where: Path | str) -> None:
         check_tensors(source.shapes, expected, where if kind == WEIGHT else f"{where} ({kind})")
 
 
-def require_parallel_heads(contents: Contents, format_name: str) -> None:
-    """Raises CheckpointError if the model has other heads than the transformer layers that the format can hold."""
+def require_head_kinds(contents: Contents, format_name: str, kinds: tuple[str, ...] = ("parallel",)) -> None:
+    """Raises CheckpointError if the model's heads are of a kind that the format cannot hold."""
     kind = contents.model.head_kind
-    if kind != "parallel":
+    if kind not in kinds:
         raise CheckpointError(
-            f"{format_name} cannot hold heads of the kind {kind}; expected model.head_kind=parallel: use canonical"
+            f"{format_name} cannot hold heads of the kind {kind}; expected model.head_kind={' or '.join(kinds)}: use "
+            "canonical"
         )
 
 

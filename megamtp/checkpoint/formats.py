@@ -114,7 +114,7 @@ FORMATS = {
         canonical.write,
     ),
     "hf": Format(
-        "trunk and head 1 as a LlamaForCausalLM of transformers",
+        "trunk and head 1 as a LlamaForCausalLM of transformers; with anticausal heads, all of them",
         lambda path: contains(hf_settings.CONFIG)(path) and not contains(hf_mtp.MODEL_FILE)(path),
         lambda path, options: hf.read(path, options.num_heads),
         hf.export,

@@ -1,11 +1,12 @@
-"""Exports trunk and head 1 as a LlamaForCausalLM of transformers, and starts multi-token models from such folders.
+"""Exports a Llama of transformers: the trunk and head 1. Starts multi-token models from such folders.
 
     export(contents, Path("exported"))
     contents = read(Path("exported"))                      # the ordinary next-token model
     contents = read(Path("llama"), num_future_tokens=4)    # the last layer becomes head 1; heads 2 to 4 are copies
 
 Head 1 becomes the last layer of the Llama. Heads 2 to n are not exported, because LlamaForCausalLM has no place for
-them (hf_mtp.py exports all heads). Versions 4 and 5 of transformers load the result.
+them (hf_mtp.py exports all heads); but anticausal heads n to 2 are layers before head 1. Versions 4 and 5 of
+transformers load the result.
 """
 
 from pathlib import Path
@@ -18,13 +19,15 @@ from megamtp.checkpoint.contents import (
     check_tensors,
     parameter_shapes,
     rename_tensors,
-    require_parallel_heads,
+    require_head_kinds,
 )
 from megamtp.checkpoint.folder import atomic_folder
-from megamtp.checkpoint.hf_settings import make_contents, model_config, read_settings, write_settings
+from megamtp.checkpoint.hf_settings import llama_layers, make_contents, model_config, read_settings, write_settings
 from megamtp.checkpoint.hf_weights import num_bytes, open_weights, write_weights
 from megamtp.config import ModelConfig
+from megamtp.errors import CheckpointError
 
+KINDS = ("parallel", "linear", "causal", "anticausal", "chained")  # kinds of heads that transformers' folders can hold
 # In older files; ignored, as by transformers, because it follows from the settings.
 DERIVED = ".self_attn.rotary_emb.inv_freq"
 
@@ -55,10 +58,15 @@ def export(contents: Contents, directory: Path, dtype: torch.dtype = torch.float
         dtype: of the weights.
 
     Raises:
-        CheckpointError: the destination holds something else or cannot be written, a weight is missing, has a wrong
-            shape, or is unknown, or transformers cannot reproduce the tokenizer.
+        CheckpointError: trunk and head 1 are not a Llama, the destination holds something else or cannot be written, a
+            weight is missing, has a wrong shape, or is unknown, or transformers cannot reproduce the tokenizer.
     """
-    require_parallel_heads(contents, "hf")
+    require_head_kinds(contents, "hf", KINDS)
+    if contents.model.head_kind == "linear" and contents.model.first_head != "layer":
+        raise CheckpointError(
+            "hf cannot hold heads of the kind linear with model.first_head=same; expected model.first_head=layer, "
+            "because each layer of a Llama is a transformer layer: use hf-mtp"
+        )
     check_contents(contents, "the checkpoint")
     weights = rename_tensors(contents.weights, {theirs: ours for ours, theirs in names_of(contents.model).items()})
     with atomic_folder(directory, num_bytes(weights, dtype), replaceable=True) as folder:
@@ -95,11 +103,11 @@ def names_of(model: ModelConfig, copies: bool = False) -> dict[str, str]:
     """Returns {MTPModel's name: LlamaForCausalLM's name} of the exported parameters.
 
     Args:
-        copies: include heads 2 to n, with LlamaForCausalLM's names of head 1.
+        copies: include parallel heads 2 to n, with LlamaForCausalLM's names of head 1.
     """
-    layers = [(f"trunk.{index}", index) for index in range(model.num_trunk_layers)]
-    heads = range(model.num_future_tokens if copies else 1)
-    layers += [(f"heads.{index}", model.num_trunk_layers) for index in heads]
+    layers = [(layer, number) for number, layer in enumerate(llama_layers(model))]
+    copied = range(1, model.num_future_tokens if copies else 1)
+    layers += [(f"heads.{index}", model.num_trunk_layers) for index in copied]
     return OUTER_NAMES | {
         f"{layer}.{ours}": f"model.layers.{number}.{theirs}"
         for layer, number in layers

@@ -15,7 +15,7 @@ from megamtp.checkpoint.contents import (
     check_tensors,
     parameter_shapes,
     rename_tensors,
-    require_parallel_heads,
+    require_head_kinds,
 )
 from megamtp.checkpoint.folder import atomic_folder
 from megamtp.checkpoint.hf_settings import CONFIG, make_contents, model_config, read_settings, write_settings
@@ -41,7 +41,7 @@ def write(contents: Contents, directory: Path, dtype: torch.dtype = torch.float3
     Raises:
         CheckpointError: see hf.export.
     """
-    require_parallel_heads(contents, "hf-mtp")
+    require_head_kinds(contents, "hf-mtp")
     check_contents(contents, "the checkpoint")
     weights = rename_tensors(contents.weights, {theirs: ours for ours, theirs in _names(contents.model).items()})
     with atomic_folder(directory, num_bytes(weights, dtype), replaceable=True) as folder:

@@ -1,5 +1,6 @@
 """The files of a transformers folder besides weights: config.json, generation_config.json and the tokenizer's files."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ from megamtp.checkpoint.tensors import TensorSource
 from megamtp.config import ModelConfig
 from megamtp.data.tokenizer import SentencePieceTokenizer
 from megamtp.errors import CheckpointError
+from megamtp.model.heads import head_order
 
 CONFIG = "config.json"
 DEFAULT_ROPE_THETA = 10000.0  # the default of transformers
@@ -33,7 +35,7 @@ def write_settings(folder: Path, contents: Contents, dtype: torch.dtype, archite
     """Writes config.json, generation_config.json and the tokenizer.
 
     Args:
-        architecture: settings of config.json besides those of trunk and head 1.
+        architecture: settings of config.json besides those of a Llama.
     """
     model = contents.model
     sequence_length = contents.sequence_length or DEFAULT_POSITIONS
@@ -46,7 +48,7 @@ def write_settings(folder: Path, contents: Contents, dtype: torch.dtype, archite
         "vocab_size": model.vocab_size,
         "hidden_size": model.dim,
         "intermediate_size": model.hidden_dim,
-        "num_hidden_layers": model.num_trunk_layers + 1,
+        "num_hidden_layers": len(llama_layers(model)),
         "num_attention_heads": model.num_attention_heads,
         "num_key_value_heads": model.key_value_heads,
         "head_dim": model.head_dim,
@@ -63,6 +65,16 @@ def write_settings(folder: Path, contents: Contents, dtype: torch.dtype, archite
         write_tokenizer(folder, tokenizer, sequence_length)
     elif contents.tokens_are_bytes:
         write_byte_tokenizer(folder, sequence_length)
+
+
+def llama_layers(model: ModelConfig) -> list[str]:
+    """Returns MTPModel's names of the layers that run one after another up to head 1: those of a Llama.
+
+    If head 1 is a matrix, these are the layers of the trunk.
+    """
+    order = head_order(model)
+    heads = order[: order.index(0) + 1] if model.head_kind != "linear" or model.first_head == "layer" else ()
+    return [f"trunk.{index}" for index in range(model.num_trunk_layers)] + [f"heads.{index}" for index in heads]
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
@@ -116,9 +128,17 @@ def make_contents(
 
 
 def model_config(
-    settings: dict[str, Any], directory: Path, num_future_tokens: int, model_type: str = "llama"
+    settings: dict[str, Any],
+    directory: Path,
+    num_future_tokens: int,
+    model_type: str = "llama",
+    head_settings: Mapping[str, Any] | None = None,
 ) -> ModelConfig:
-    """Returns the model that config.json describes, with `num_future_tokens` heads; its last layer is head 1.
+    """Returns the model that config.json describes, with `num_future_tokens` heads.
+
+    Args:
+        head_settings: fields of ModelConfig that say what the heads are; None or empty: the last layer is head 1, and
+            the heads are parallel.
 
     Raises:
         CheckpointError: the architecture is not supported, or a setting is missing or wrong.
@@ -130,7 +150,7 @@ def model_config(
     dim, num_layers, num_attention_heads, mlp_dim, vocab_size = (positive_integer(settings, key, path) for key in keys)
     if "rms_norm_eps" not in settings:
         raise CheckpointError(f"{path} has no rms_norm_eps; expected all settings of a Llama: add it")
-    if num_layers < 2:
+    if num_layers < 2 and not head_settings:
         raise CheckpointError(
             f"{directory} has one layer; expected two or more: the last becomes head 1, the others the trunk"
         )
@@ -146,7 +166,9 @@ def model_config(
         norm_eps=settings["rms_norm_eps"],
     )
     _require(path, "head_dim", settings.get("head_dim") or model.head_dim, model.head_dim)
-    return check_model(model, path)
+    model = check_model(dataclasses.replace(model, **head_settings or {}), path)
+    _require(path, "num_hidden_layers", num_layers, len(llama_layers(model)))
+    return model
 
 
 def _rope(settings: dict[str, Any], path: Path) -> dict[str, Any]:

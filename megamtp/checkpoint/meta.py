@@ -26,7 +26,7 @@ from megamtp.checkpoint.contents import (
     check_tensors,
     parameter_shapes,
     positive_integer,
-    require_parallel_heads,
+    require_head_kinds,
 )
 from megamtp.checkpoint.folder import atomic_folder, write_json
 from megamtp.checkpoint.hf_tokenizer import TOKENIZER, copy_tokenizer, fits_vocabulary
@@ -73,7 +73,7 @@ def write(contents: Contents, directory: Path, dtype: torch.dtype = torch.float3
         CheckpointError: the destination exists or cannot be written, there is not enough space, or a tensor is missing,
             has a wrong shape, or is unknown.
     """
-    require_parallel_heads(contents, "meta")
+    require_head_kinds(contents, "meta")
     check_contents(contents, "the checkpoint")
     model = contents.model
     names = _names(model, range(model.num_future_tokens))

@@ -16,7 +16,7 @@ from megamtp.checkpoint.contents import (
     parameter_shapes,
     positive_integer,
     rename_tensors,
-    require_parallel_heads,
+    require_head_kinds,
     resolve_defaults,
 )
 from megamtp.checkpoint.tensors import InMemory
@@ -129,7 +129,14 @@ def test_model_with_missing_unknown_or_invalid_fields_is_refused():
         check_model(dataclasses.replace(SMALL, dim=30), where)
 
 
-def test_formats_that_hold_only_parallel_heads_refuse_other_heads():
-    require_parallel_heads(Contents(SMALL, {}), "hf-mtp")
-    with pytest.raises(CheckpointError, match=r"^hf-mtp cannot hold heads of the kind own:Head; expected"):
-        require_parallel_heads(Contents(dataclasses.replace(SMALL, head_kind="own:Head"), {}), "hf-mtp")
+def test_formats_refuse_kinds_of_heads_that_they_cannot_hold():
+    own, causal = (Contents(dataclasses.replace(SMALL, head_kind=kind), {}) for kind in ("own:Head", "causal"))
+    require_head_kinds(Contents(SMALL, {}), "meta")
+    require_head_kinds(causal, "hf", ("parallel", "causal"))
+    for refused, kinds, message in (
+        (causal, ("parallel",), "causal; expected model.head_kind=parallel"),
+        (own, ("parallel", "causal"), "own:Head; expected model.head_kind=parallel or causal"),
+    ):
+        with pytest.raises(CheckpointError) as error:
+            require_head_kinds(refused, "x", kinds)
+        assert str(error.value) == f"x cannot hold heads of the kind {message}: use canonical"

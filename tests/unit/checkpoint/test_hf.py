@@ -13,7 +13,7 @@ from megamtp.checkpoint.tensors import read_tensor
 from megamtp.config import ModelConfig
 from megamtp.errors import CheckpointError
 from megamtp.model.mtp import MTPModel
-from tests.checkpoints import SMALL, VOCABULARY, contents, random_model
+from tests.checkpoints import HEADS, SMALL, VOCABULARY, contents, random_model
 from tests.llama import save_llama
 
 
@@ -43,6 +43,51 @@ def test_transformers_computes_the_same_logits(tmp_path, key_value_heads, num_fu
         expected, logits = model.logits(tokens)[0], llama(tokens).logits
     assert expected.std() > 0.5
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("heads", [heads for heads in HEADS if heads != "linear"])
+def test_trunk_and_head_1_of_every_kind_are_a_llama(tmp_path, heads):
+    config = dataclasses.replace(SMALL, **HEADS[heads])
+    model = random_model(config)
+    hf.export(contents(config, model.state_dict()), tmp_path / "exported")
+    llama, loading = LlamaForCausalLM.from_pretrained(tmp_path / "exported", output_loading_info=True)
+    assert not any(loading.values()), loading
+    num_heads = 3 if heads == "anticausal" else 1
+    assert llama.config.num_hidden_layers == len(model.trunk) + num_heads
+    tokens = torch.randint(VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, logits = model.logits(tokens, tokens[:, :2])[0], llama(tokens).logits
+    assert expected.std() > 0.5
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    read, weights = read_back(tmp_path / "exported")
+    assert (read.head_kind, read.num_future_tokens) == ("parallel", 1)
+    ours = [*model.trunk, *(model.heads[index] for index in range(num_heads)[::-1])]
+    theirs = [f"trunk.{index}" for index in range(read.num_trunk_layers)] + ["heads.0"]
+    for layer, their_name in zip(ours, theirs, strict=True):
+        for name, weight in layer.state_dict().items():
+            assert torch.equal(weights[f"{their_name}.{name}"], weight)
+
+
+@pytest.mark.parametrize(
+    ("heads", "message"),
+    [
+        (
+            {"head_kind": "linear"},
+            "hf cannot hold heads of the kind linear with model.first_head=same; expected model.first_head=layer, "
+            "because each layer of a Llama is a transformer layer: use hf-mtp",
+        ),
+        (
+            {"head_kind": "own:Head"},
+            "hf cannot hold heads of the kind own:Head; expected model.head_kind=parallel or linear or causal or "
+            "anticausal or chained: use canonical",
+        ),
+    ],
+)
+def test_heads_that_are_no_layers_are_refused(tmp_path, heads, message):
+    with pytest.raises(CheckpointError) as error:
+        hf.export(contents(dataclasses.replace(SMALL, **heads), {}), tmp_path / "exported")
+    assert str(error.value) == message
+    assert not list(tmp_path.iterdir())
 
 
 def test_round_trip_is_bit_exact(exported):

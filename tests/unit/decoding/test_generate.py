@@ -1,6 +1,7 @@
 """Decoding with a cache against decoding without it and against transformers; sampling."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from megamtp.checkpoint import hf
 from megamtp.decoding.generate import _sample, generate
 from megamtp.errors import InputError
 from megamtp.model.mtp import MTPModel
-from tests.checkpoints import TEXT_MODEL, contents, text_model
+from tests.checkpoints import HEADS, TEXT_MODEL, contents, text_model
 
 PROMPT = [5, 17, 300, 42]
 
@@ -24,22 +25,27 @@ def model() -> MTPModel:
 
 def greedy_without_cache(model: MTPModel, ids: list[int], count: int) -> list[int]:
     """Returns the next `count` likeliest tokens, each computed from the whole window."""
-    ids = list(ids)
+    ids, following = list(ids), torch.zeros(1, 1, dtype=torch.long)  # head 1 reads no token that follows
     with torch.no_grad():
         for _ in range(count):
-            ids.append(int(model.logits(torch.tensor([ids]))[0, 0, -1].argmax()))
+            ids.append(int(model.logits(torch.tensor([ids]), following)[0, 0, -1].argmax()))
     return ids[-count:]
 
 
-def test_the_cache_changes_no_token(model):
+@pytest.mark.parametrize("heads", HEADS)
+def test_the_cache_changes_no_token(heads):
+    model = text_model(dataclasses.replace(TEXT_MODEL, **HEADS[heads]))
     ids = generate(model, PROMPT, 40)
     assert ids == greedy_without_cache(model, PROMPT, 40)
     assert len(set(ids)) > 5
     assert ids != generate(model, [6, *PROMPT[1:]], 40)
 
 
-def test_transformers_generates_the_same_tokens(model, tmp_path):
-    hf.export(contents(TEXT_MODEL, model.state_dict()), tmp_path / "exported")
+@pytest.mark.parametrize("heads", ["parallel", "causal", "anticausal"])
+def test_transformers_generates_the_same_tokens(heads, tmp_path):
+    config = dataclasses.replace(TEXT_MODEL, **HEADS[heads])
+    model = text_model(config)
+    hf.export(contents(config, model.state_dict()), tmp_path / "exported")
     llama = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
     expected = llama.generate(torch.tensor([PROMPT]), max_new_tokens=40, do_sample=False)[0, len(PROMPT) :].tolist()
     assert generate(model, PROMPT, 40) == expected
