@@ -1,130 +1,43 @@
 """A multi-token prediction model for transformers: a Llama with n heads on a shared trunk.
 
-Head i predicts the i-th next token. Each head is one transformer layer, and all heads share the final norm and the
-unembedding. Head 1 is the last of `model.layers`; heads 2 to n are `extra_heads`. This file requires only torch and
-transformers.
+Head i predicts the i-th next token. All heads share the final norm and the unembedding. Head 1 is the last of
+`model.layers`; heads 2 to n are `extra_heads`. This file requires only torch, transformers, and layers_megamtp.py
+beside it.
 
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     model.generate(ids, max_new_tokens=100)               # uses head 1, like any causal language model
     model.generate_with_heads(ids, max_new_tokens=100)    # the same greedy text in fewer forward passes
     model.head_logits(ids)                                # logits of all heads, [n, B, T, V]
 
+A state goes through the heads, and is the trunk's output z at first. config.head_kind says what the heads are:
+
+    parallel      one layer each, which reads z
+    linear        one matrix each, which reads z. Head 1 is `first_head` if it is a matrix, too
+    causal        one layer each, which reads the output of the head before; head 1 reads z
+    anticausal    one layer each; head n reads z, head i reads the output of head i + 1. All are in `model.layers`
+    chained       head 1 is a layer. Head i > 1 reads the output of head i - 1 and the embedding of the (i - 1)-th next
+                  token: DeepSeekHead or EagleHead
+
 Shapes: B batch, T new positions, S all positions, D hidden size, H attention heads, K their dimension, V vocabulary.
-Source: Gloeckle et al. 2024, arXiv:2404.19737; for drafting: Stern et al. 2018, arXiv:1811.03115.
+Sources: Gloeckle et al. 2024, arXiv:2404.19737; DeepSeek-V3, arXiv:2412.19437; EAGLE-3, arXiv:2503.01840; for drafting:
+Stern et al. 2018, arXiv:1811.03115.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-# Takes the keys and values of new positions [B, H, T, K], and returns those of all positions [B, H, S, K].
-UpdateCache = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-class MegamtpConfig(PretrainedConfig):
-    """The configuration of MegamtpForCausalLM.
-
-    Args:
-        num_hidden_layers: the layers of the trunk, plus one for head 1.
-        num_future_tokens: the number of heads, n.
-    """
-
-    model_type = "megamtp"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - transformers declares it as a list
-
-    def __init__(
-        self,
-        vocab_size: int = 32000,
-        hidden_size: int = 4096,
-        intermediate_size: int = 11008,
-        num_hidden_layers: int = 29,
-        num_attention_heads: int = 32,
-        num_key_value_heads: int | None = None,
-        head_dim: int | None = None,
-        num_future_tokens: int = 4,
-        max_position_embeddings: int = 4096,
-        rms_norm_eps: float = 1e-5,
-        rope_theta: float = 10000.0,
-        hidden_act: str = "silu",
-        tie_word_embeddings: bool = False,
-        **others: Any,
-    ):
-        self.vocab_size, self.hidden_size, self.intermediate_size = vocab_size, hidden_size, intermediate_size
-        self.num_hidden_layers, self.num_future_tokens = num_hidden_layers, num_future_tokens
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_key_value_heads or num_attention_heads
-        self.head_dim = head_dim or hidden_size // num_attention_heads
-        self.max_position_embeddings = max_position_embeddings
-        self.rms_norm_eps, self.rope_theta, self.hidden_act = rms_norm_eps, rope_theta, hidden_act
-        super().__init__(**{"tie_word_embeddings": tie_word_embeddings, **others})
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, config: MegamtpConfig):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(config.hidden_size)), config.rms_norm_eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
-
-
-class Attention(nn.Module):
-    def __init__(self, config: MegamtpConfig):
-        super().__init__()
-        query_dim = config.num_attention_heads * config.head_dim
-        key_value_dim = config.num_key_value_heads * config.head_dim
-        self.head_dim = config.head_dim
-        self.queries_per_key = config.num_attention_heads // config.num_key_value_heads
-        self.q_proj = nn.Linear(config.hidden_size, query_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, key_value_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, key_value_dim, bias=False)
-        self.o_proj = nn.Linear(query_dim, config.hidden_size, bias=False)
-
-    def forward(
-        self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, update_cache: UpdateCache
-    ) -> Tensor:
-        queries, keys, values = (
-            projection(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        queries = rotate(queries, *rotary)
-        keys, values = update_cache(rotate(keys, *rotary), values)
-        keys, values = (tensor.repeat_interleave(self.queries_per_key, dim=1) for tensor in (keys, values))
-        outputs = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=mask is None)
-        return self.o_proj(outputs.transpose(1, 2).flatten(-2))
-
-
-class SwiGLU(nn.Module):
-    def __init__(self, config: MegamtpConfig):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class Layer(nn.Module):
-    def __init__(self, config: MegamtpConfig):
-        super().__init__()
-        self.input_layernorm, self.self_attn = RMSNorm(config), Attention(config)
-        self.post_attention_layernorm, self.mlp = RMSNorm(config), SwiGLU(config)
-
-    def forward(
-        self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, update_cache: UpdateCache
-    ) -> Tensor:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotary, mask, update_cache)
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+# Relative, because transformers copies both files out of the exported folder.
+from .layers_megamtp import Layer, MatrixHead, MegamtpConfig, RMSNorm, UpdateCache, make_extra_heads
 
 
 class Body(nn.Module):
-    """The embedding, the trunk, head 1 and the final norm, with the module names of a Llama."""
+    """The embedding, the layers up to head 1 and the final norm, with the module names of a Llama."""
 
     def __init__(self, config: MegamtpConfig):
         super().__init__()
@@ -138,13 +51,14 @@ class MegamtpForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = MegamtpConfig
     base_model_prefix = "model"
-    _no_split_modules = ["Layer"]  # noqa: RUF012 - transformers declares it as a list
+    _no_split_modules = ["Layer", "DeepSeekHead", "EagleHead"]  # noqa: RUF012 - transformers declares it as a list
     _supports_sdpa = True
 
     def __init__(self, config: MegamtpConfig):
         super().__init__(config)
         self.model = Body(config)
-        self.extra_heads = nn.ModuleList(Layer(config) for _ in range(config.num_future_tokens - 1))
+        self.first_head = MatrixHead(config) if config.first_head_is_matrix else None
+        self.extra_heads = make_extra_heads(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
@@ -185,6 +99,8 @@ class MegamtpForCausalLM(PreTrainedModel, GenerationMixin):
         rotary, mask = self._positions(x_BTD, past, attention_mask, position_ids)
         for index, layer in enumerate(self.model.layers):
             x_BTD = layer(x_BTD, rotary, mask, _update_of(past_key_values, index))
+        if self.first_head is not None:
+            x_BTD = self.first_head(x_BTD)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self._logits(x_BTD[:, kept])
         loss = None
@@ -196,13 +112,19 @@ class MegamtpForCausalLM(PreTrainedModel, GenerationMixin):
         return output.to_tuple() if return_dict is False else output
 
     def head_logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Returns the logits of all heads, [n, B, T, V]. Head i, at index i - 1, predicts the i-th next token."""
-        x_BTD = self.model.embed_tokens(input_ids)
+        """Returns the logits of all heads, [n, B, T, V]. Head i, at index i - 1, predicts the i-th next token.
+
+        Chained heads read the tokens of `input_ids` that follow a position. Beyond the last token they read token 0
+        instead: in the last i - 1 positions, the logits of head i are not those of a longer text.
+        """
+        config, length = self.config, input_ids.shape[1]
+        embedded = self.model.embed_tokens(F.pad(input_ids, (0, config.num_future_tokens - 1)))
+        x_BTD = embedded[:, :length]
         rotary, mask = self._positions(x_BTD, 0, attention_mask, None)
-        for layer in self.model.layers[:-1]:
+        for layer in self.model.layers[: config.num_trunk_layers]:
             x_BTD = layer(x_BTD, rotary, mask, _without_cache)
-        heads = [self.model.layers[-1], *self.extra_heads]
-        return torch.stack([self._logits(head(x_BTD, rotary, mask, _without_cache)) for head in heads])
+        outputs, _ = self._run_heads(self._head_order, x_BTD, rotary, mask, lambda _: _without_cache, embedded)
+        return torch.stack([self._logits(outputs[index]) for index in range(config.num_future_tokens)])
 
     @torch.no_grad()
     def generate_with_heads(
@@ -225,7 +147,7 @@ class MegamtpForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"input_ids has shape {list(input_ids.shape)}; expected a single text, [1, T]")
         end_ids = self.generation_config.eos_token_id if eos_token_id is None else eos_token_id
         end_ids = set(end_ids if isinstance(end_ids, (list, tuple)) else [end_ids])
-        decoder = _DraftingDecoder(self, len(self.extra_heads) + 1 if num_heads is None else num_heads)
+        decoder = DraftingDecoder(self, self.config.num_future_tokens if num_heads is None else num_heads)
         ids, length, num_passes = input_ids[0].tolist(), input_ids.shape[1] + max_new_tokens, 0
         drafts: list[int] = []
         while len(ids) < length:
@@ -240,6 +162,53 @@ class MegamtpForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _logits(self, x: Tensor) -> Tensor:
         return self.lm_head(self.model.norm(x))
+
+    @property
+    def _head_order(self) -> range:
+        """The indices of the heads, from 0, in the order in which they run."""
+        indices = range(self.config.num_future_tokens)
+        return indices[::-1] if self.config.head_kind == "anticausal" else indices
+
+    def _head(self, index: int) -> nn.Module:
+        """Returns the module of the head at `index`, from 0."""
+        if self.config.head_kind == "anticausal":
+            return self.model.layers[-1 - index]
+        if index > 0:
+            return self.extra_heads[min(index, len(self.extra_heads)) - 1]
+        return self.model.layers[-1] if self.first_head is None else self.first_head
+
+    def _next_state(self, index: int, state_BTD: Tensor, output_BTD: Tensor) -> Tensor:
+        """Returns the state after the head at `index`, whose output before the final norm is given."""
+        kind, form = self.config.head_kind, self.config.chain_form
+        if kind in ("parallel", "linear") or (kind == "chained" and form == "eagle3" and index == 0):
+            return state_BTD
+        return self.model.norm(output_BTD) if kind == "chained" and form == "deepseek" else output_BTD
+
+    def _run_heads(
+        self,
+        indices: Iterable[int],
+        state_BTD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        update_of: Callable[[int], UpdateCache],
+        embedded: Tensor | None = None,
+    ) -> tuple[dict[int, Tensor], Tensor]:
+        """Runs the heads at `indices`, one after another.
+
+        Args:
+            update_of: returns the cache update of the head at an index.
+            embedded: the embeddings of the tokens of all positions and of the n - 1 after them. Only heads after head 1
+                of a chain read them.
+
+        Returns:
+            (outputs [B, T, D] before the final norm, by index; the state after the last of these heads).
+        """
+        outputs = {}
+        for index in indices:
+            next_BTD = None if embedded is None else embedded[:, index : index + state_BTD.shape[1]]
+            outputs[index] = self._head(index)(state_BTD, rotary, mask, update_of(index), next_BTD)
+            state_BTD = self._next_state(index, state_BTD, outputs[index])
+        return outputs, state_BTD
 
     def _positions(
         self, x_BTD: Tensor, past: int, attention_mask: Tensor | None, position_ids: Tensor | None
@@ -270,19 +239,28 @@ class MegamtpForCausalLM(PreTrainedModel, GenerationMixin):
         return rotary, mask
 
 
-class _DraftingDecoder:
+class DraftingDecoder:
     """Decodes one text by drafting and verifying.
 
+    Drafts come from the position that predicted the newest verified token. Heads of a chain run afterwards, one after
+    another, because each reads the draft of the one before.
+
     Attributes:
-        cache: keys and values [1, H, S, K] of each layer in use (the trunk first), only of verified tokens.
+        cache: keys and values [1, H, S, K] of each layer in use (the trunk first, then the heads by index). They depend
+            on verified tokens only.
+        states: chained: what each of heads 2 to n will read next at positions that have been cached for the head before
+            and not for itself [1, T, D]. Such positions have read drafts.
     """
 
     def __init__(self, model: MegamtpForCausalLM, num_heads: int):
-        if not 1 <= num_heads <= len(model.extra_heads) + 1:
-            raise ValueError(f"num_heads is {num_heads}; expected 1 to {len(model.extra_heads) + 1}")
-        self.model, self.trunk = model, model.model.layers[:-1]
-        self.heads = [model.model.layers[-1], *model.extra_heads[: num_heads - 1]]
+        if not 1 <= num_heads <= model.config.num_future_tokens:
+            raise ValueError(f"num_heads is {num_heads}; expected 1 to {model.config.num_future_tokens}")
+        self.model, self.num_heads, self.trunk = model, num_heads, model.model.layers[: model.config.num_trunk_layers]
+        self.is_chained, is_anticausal = (model.config.head_kind == kind for kind in ("chained", "anticausal"))
+        num_at_once = 1 if self.is_chained else num_heads
+        self.indices = [index for index in model._head_order if is_anticausal or index < num_at_once]
         self.cache: dict[int, tuple[Tensor, Tensor]] = {}
+        self.states: dict[int, Tensor] = {}
 
     def step(self, ids: list[int], drafts: list[int]) -> tuple[list[int], list[int]]:
         """Verifies the drafts of the previous step in one forward pass.
@@ -295,39 +273,69 @@ class _DraftingDecoder:
             (verified tokens, new drafts for the tokens after them). There is at least one verified token.
         """
         past = self.cache[0][0].shape[2] if self.cache else 0
-        pending = torch.tensor([ids[past:] + drafts], device=self.model.device)
-        x_BTD = self.model.model.embed_tokens(pending)
+        pending = ids[past:] + drafts
+        x_BTD = self._embed(pending)
         rotary, mask = self.model._positions(x_BTD, past, None, None)
         for index, layer in enumerate(self.trunk):
-            x_BTD = layer(x_BTD, rotary, mask, lambda *new, index=index: self._update_cache(index, *new))
-        outputs = [
-            head(x_BTD, rotary, mask, lambda *new, index=index: self._update_cache(index, *new))
-            for index, head in enumerate(self.heads, start=len(self.trunk))
-        ]
-        last = pending.shape[1] - len(drafts) - 1  # position of the last token of `ids`
+            x_BTD = layer(x_BTD, rotary, mask, self._update_of(index))
+        outputs, state_BTD = self.model._run_heads(self.indices, x_BTD, rotary, mask, self._update_of_head)
+        last = len(pending) - len(drafts) - 1  # position of the last token of `ids`
         greedy = self.model._logits(outputs[0][0, last:]).argmax(-1).tolist()
         num_accepted = 0
         while num_accepted < len(drafts) and drafts[num_accepted] == greedy[num_accepted]:
             num_accepted += 1
-        drafting = torch.stack([output[0, last + num_accepted] for output in outputs[1:]]) if outputs[1:] else None
-        length = len(ids) + num_accepted
-        self.cache = {
-            index: (keys[:, :, :length], values[:, :, :length]) for index, (keys, values) in self.cache.items()
-        }
-        new_drafts = [] if drafting is None else self.model._logits(drafting).argmax(-1).tolist()
-        return greedy[: num_accepted + 1], new_drafts
+        for index in self.cache:
+            self._keep(index, len(ids) + num_accepted)
+        newest, verified = last + num_accepted, greedy[: num_accepted + 1]
+        if self.is_chained:
+            return verified, self._draft_in_turn(ids + verified, state_BTD[:, : newest + 1])
+        drafting = [outputs[index][0, newest] for index in range(1, self.num_heads)]
+        return verified, self.model._logits(torch.stack(drafting)).argmax(-1).tolist() if drafting else []
 
-    def _update_cache(self, index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        if index in self.cache:
-            keys, values = (torch.cat(pair, dim=2) for pair in zip(self.cache[index], (keys, values)))  # noqa: B905
-        self.cache[index] = keys, values
-        return keys, values
+    def _draft_in_turn(self, ids: list[int], state_BTD: Tensor) -> list[int]:
+        """Returns the drafts of a chain for the tokens after `ids`.
 
+        Args:
+            ids: all verified tokens.
+            state_BTD: the state after head 1 at the new positions, up to that of the last but one of `ids`.
+        """
+        drafts: list[int] = []
+        kept_before = len(ids) - 1
+        for index in range(1, self.num_heads):
+            if index in self.states:
+                state_BTD = torch.cat((self.states[index], state_BTD), dim=1)
+            past = len(ids) - 1 - state_BTD.shape[1]
+            next_BTD = self._embed([*ids, *drafts][past + index :])
+            rotary, mask = self.model._positions(state_BTD, past, None, None)
+            output_BTD = self.model._head(index)(state_BTD, rotary, mask, self._update_of_head(index), next_BTD)
+            drafts.append(int(self.model._logits(output_BTD[0, -1]).argmax()))
+            # Position t has read token t + index. Positions that have read a draft will run again.
+            kept = max(len(ids) - index, 0)
+            self._keep(len(self.trunk) + index, kept)
+            self.states[index], kept_before = state_BTD[:, kept - past : kept_before - past], kept
+            state_BTD = self.model._next_state(index, state_BTD, output_BTD)
+        return drafts
 
-def rotate(x_BHTK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Applies the rotary embedding: rotates each pair (k, k + K/2) by the angle of its position."""
-    first, second = x_BHTK.chunk(2, dim=-1)
-    return x_BHTK * cos + torch.cat((-second, first), dim=-1) * sin
+    def _embed(self, ids: list[int]) -> Tensor:
+        return self.model.model.embed_tokens(torch.tensor([ids], device=self.model.device))
+
+    def _keep(self, index: int, length: int) -> None:
+        """Removes the positions from `length` on from a layer's cache."""
+        keys, values = self.cache[index]
+        self.cache[index] = keys[:, :, :length], values[:, :, :length]
+
+    def _update_of_head(self, index: int) -> UpdateCache:
+        return self._update_of(len(self.trunk) + index)
+
+    def _update_of(self, index: int) -> UpdateCache:
+        def update(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+            if index in self.cache:
+                past_keys, past_values = self.cache[index]
+                keys, values = torch.cat((past_keys, keys), dim=2), torch.cat((past_values, values), dim=2)
+            self.cache[index] = keys, values
+            return keys, values
+
+        return update
 
 
 def _without_cache(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
