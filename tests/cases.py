@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from megamtp.config import Config, read_config
+from megamtp.config.fields import shown
 from megamtp.data.loader import Batch
 from megamtp.targets import IGNORED
 
@@ -47,7 +48,7 @@ def small_config(world_size: int = 2, accumulation: int = 1, **overrides) -> Con
         "data.train": "unused",
         "run.directory": "unused",
     } | {key.replace("__", "."): value for key, value in overrides.items()}
-    return read_config([f"{key}={value}" for key, value in settings.items()])
+    return read_config([f"{key}={shown(value)}" for key, value in settings.items()])
 
 
 def published_config(size: str, heads: int | str, *settings: str) -> Config:

@@ -11,6 +11,7 @@ from megamtp.checkpoint.tensors import InMemory
 from megamtp.config import ModelConfig
 from megamtp.model.initial import initial_value
 from megamtp.model.mtp import MTPModel
+from tests.cases import HEAD_KINDS
 
 VOCABULARY = 300
 SMALL = ModelConfig(
@@ -28,18 +29,7 @@ SMALL = ModelConfig(
 TEXT_MODEL = ModelConfig(
     dim=32, num_layers=5, num_future_tokens=2, num_attention_heads=4, num_key_value_heads=2, mlp_dim=48, vocab_size=500
 )
-# Settings of each kind of heads.
-HEADS = {
-    "parallel": {},
-    "parallel, all trunk layers": {"match_parameters": False},
-    "linear": {"head_kind": "linear"},
-    "linear, head 1 a layer": {"head_kind": "linear", "first_head": "layer"},
-    "causal": {"head_kind": "causal"},
-    "anticausal": {"head_kind": "anticausal"},
-    "deepseek": {"head_kind": "chained"},
-    "deepseek, shared": {"head_kind": "chained", "chain_weights": "shared"},
-    "eagle3": {"head_kind": "chained", "chain_form": "eagle3"},
-}
+HEADS = HEAD_KINDS | {"parallel, all trunk layers": {"match_parameters": False}}
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE = RunState(OptimizerState("adamw", MOMENTS, (7,)), {"global_steps": 9, "global_samples": 18, "skipped_steps": 2})
 

@@ -11,6 +11,7 @@ from megamtp.checkpoint.modeling_megamtp import DraftingDecoder, MegamtpForCausa
 from megamtp.config import ModelConfig
 from megamtp.decoding.generate import generate
 from megamtp.model.mtp import MTPModel
+from tests.cases import HEAD_KINDS
 from tests.checkpoints import HEADS, SMALL, VOCABULARY, contents, random_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -145,7 +146,7 @@ def drafts_from_whole_windows(model: MTPModel, ids: list[int], num_heads: int) -
     return drafts
 
 
-@pytest.mark.parametrize("heads", [heads for heads in HEADS if "trunk" not in heads])
+@pytest.mark.parametrize("heads", HEAD_KINDS)
 def test_every_kind_drafts_what_its_heads_predict(tmp_path, heads):
     """And the text is head 1's greedy text, whichever number of drafts is correct in each pass."""
     settings = {"num_layers": 2, "num_future_tokens": 4} | HEADS[heads] | {"match_parameters": False}
