@@ -16,7 +16,7 @@ from megamtp.errors import CheckpointError, InputError
 from megamtp.model.mtp import MTPModel
 
 # Older checkpoints lack these fields of the model, which then have their defaults.
-ADDED_FIELDS = ("head_kind", "first_head", "chain_form", "chain_weights", "match_parameters")
+ADDED_FIELDS = ("head_kind", "first_head", "chain_form", "chain_weights", "unembedding", "match_parameters")
 
 
 @dataclass(frozen=True)
@@ -157,12 +157,16 @@ def check_contents(contents: Contents, where: Path | str) -> None:
 
 
 def require_head_kinds(contents: Contents, format_name: str, kinds: tuple[str, ...] = ("parallel",)) -> None:
-    """Raises CheckpointError if the model's heads are of a kind that the format cannot hold."""
+    """Raises CheckpointError if the model's heads are of a kind that the format cannot hold, or have unembeddings of their own."""
     kind = contents.model.head_kind
     if kind not in kinds:
         raise CheckpointError(
             f"{format_name} cannot hold heads of the kind {kind}; expected model.head_kind={' or '.join(kinds)}: use "
             "canonical"
+        )
+    if contents.model.unembedding == "replicated":
+        raise CheckpointError(
+            f"{format_name} cannot hold an unembedding of each head; expected model.unembedding=shared: use canonical"
         )
 
 

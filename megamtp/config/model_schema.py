@@ -48,6 +48,12 @@ class ModelConfig(Section):
         one_of=("own", "shared", None),
         only={"head_kind": CHAINED},
     )
+    unembedding: str = option(
+        "shared",
+        "final norm and projection to the vocabulary: shared by all heads; or replicated, each head has its own, as in "
+        "the paper's byte models",
+        one_of=("shared", "replicated"),
+    )
     match_parameters: bool = option(
         True,
         "the trunk gets the number of layers with which the parameters are nearest to those of n = 1; false: it keeps "
@@ -74,6 +80,8 @@ class ModelConfig(Section):
         if not self.match_parameters:
             return self.num_layers - 1
         added = sum(self.head_parameters) - self._layer_parameters
+        if self.unembedding == "replicated":
+            added += (self.num_future_tokens - 1) * (self.vocab_size * self.dim + self.dim)
         return self.num_layers - 1 - round(added / self._layer_parameters)
 
     @property
@@ -147,5 +155,6 @@ class ModelConfig(Section):
         expect(
             self.num_trunk_layers >= 1,
             f"model.num_future_tokens={self.num_future_tokens} with model.num_layers={self.num_layers}",
-            "fewer heads than layers: num_layers counts trunk and heads together, and the trunk needs one",
+            "fewer heads than layers: num_layers counts trunk and heads together, and the trunk needs one"
+            + ("; model.unembedding=replicated takes layers from it, too" if self.unembedding == "replicated" else ""),
         )

@@ -11,13 +11,13 @@ planning/spread_schedule.py describes the passes and decides their order.
 Tests: tests/distributed/test_spread_pipeline.py.
 """
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from megamtp.data.loader import Batch
 from megamtp.engines.base import DTYPES
@@ -59,7 +59,7 @@ class MicroBatchState:
         normed: the normed outputs of the heads, for all slices.
         num_gradient_passes_left: number of GRADIENTS passes that have not run yet; there is one per stage with heads.
         losses: by the stage with the heads.
-        d_weight: fp32 gradient of this stage's rows, summed over the GRADIENTS passes so far.
+        d_weights: fp32 gradients of this stage's rows of each unembedding, summed over the GRADIENTS passes so far.
     """
 
     received: Tensor
@@ -67,7 +67,7 @@ class MicroBatchState:
     normed: list[Tensor]
     num_gradient_passes_left: int
     losses: dict[int, SliceLosses] = field(default_factory=dict)
-    d_weight: Tensor | None = None
+    d_weights: dict[nn.Parameter, Tensor] = field(default_factory=dict)
 
 
 class SpreadPassRunner:
@@ -108,7 +108,8 @@ class SpreadPassRunner:
         """
         self.batches, self.loss_scales, self.training = micro_batches, loss_scales, training
         self.states: dict[int, MicroBatchState] = {}  # by the index of the micro-batch
-        self.float8_weight = Float8Weight()  # weights do not change within a step
+        # by unembedding; weights do not change within a step
+        self.float8_weights: defaultdict[nn.Parameter, Float8Weight] = defaultdict(Float8Weight)
         self.queued_passes: deque[torch.cuda.Event] = deque()  # the ends of passes that the GPU may not have finished
         schedule, stage = self.schedule, self.stage
         own_transfers = [
@@ -168,10 +169,11 @@ class SpreadPassRunner:
         for head, hidden_ND, targets_N in zip(self._heads(head_stage), losses.hidden, targets, strict=True):
             if self.part.extent.rows:
                 if self.training:  # evaluations stay in the model's dtype, so that their losses are comparable
-                    products = self.part.slice_products(head, hidden_ND, self.float8_weight, self._factor(head))
+                    float8_weight = self.float8_weights[self.part.unembedding_weight(head)]
+                    products = self.part.slice_products(head, hidden_ND, float8_weight, self._factor(head))
                 else:
                     products = None
-                logits_NR, statistics_3N = self.part.slice_statistics(hidden_ND, targets_N, products)
+                logits_NR, statistics_3N = self.part.slice_statistics(head, hidden_ND, targets_N, products)
                 losses.logits.append(logits_NR)
                 losses.products.append(products)
             else:
@@ -203,9 +205,9 @@ class SpreadPassRunner:
         if self.training:
             self.queue.put(Transfer(TransferKind.HIDDEN_GRADIENT, head_stage, micro_batch), d_hidden)
         state.num_gradient_passes_left -= 1
-        if self.training and state.num_gradient_passes_left == 0 and state.d_weight is not None:
-            weight, gradient = self.part.unembedding_weight, state.d_weight
-            state.d_weight = None
+        is_shared = self.part.unembedding is not None
+        while state.d_weights and (state.num_gradient_passes_left == 0 or not is_shared):
+            weight, gradient = state.d_weights.popitem()
             with torch.enable_grad():  # through autograd, so that DeepSpeed's gradient hooks run
                 torch.autograd.backward(weight.view_as(weight), gradient.to(weight.dtype))
         if not self.training and state.num_gradient_passes_left == 0:
@@ -223,12 +225,12 @@ class SpreadPassRunner:
         hidden_ND = losses.hidden[local_index]
         if not self.part.extent.rows:
             return torch.zeros_like(hidden_ND)
-        if state.d_weight is None:
-            weight = self.part.unembedding_weight
-            state.d_weight = torch.zeros_like(weight, dtype=accumulation_dtype(weight.dtype))
+        weight = self.part.unembedding_weight(head)
+        if weight not in state.d_weights:
+            state.d_weights[weight] = torch.zeros_like(weight, dtype=accumulation_dtype(weight.dtype))
         logits_NR, products, factor = losses.logits[local_index], losses.products[local_index], self._factor(head)
         return self.part.slice_gradients(
-            logits_NR, hidden_ND, targets_N, log_partition_N, state.d_weight, factor, products
+            head, logits_NR, hidden_ND, targets_N, log_partition_N, state.d_weights[weight], factor, products
         )
 
     def _backward(self, state: MicroBatchState, index: int) -> None:

@@ -53,14 +53,16 @@ class StagePart(ModelPart):
         self.run_config, self.stage, self.device = config, stage, device
         self.to(DTYPES[train.dtype]).to_empty(device=device)
         if stage.contents.spread and self.extent.rows:  # checkpoints store the slice as part of the full tensor
-            weight = cast(RowSlice, self.unembedding_weight)
-            weight.full_shape = config.model.vocab_size, config.model.dim
-            weight.first_element = first_row * config.model.dim
+            for name, parameter in self.named_parameters():
+                if _has_rows(name):
+                    row_slice = cast(RowSlice, parameter)
+                    row_slice.full_shape = config.model.vocab_size, config.model.dim
+                    row_slice.first_element = first_row * config.model.dim
         self.initialise()
 
     @property
     def copied_unembedding(self) -> list[torch.nn.Parameter]:
-        """The parameters of the unembedding that every stage with heads holds a copy of."""
+        """The parameters of a shared unembedding that every stage with heads holds a copy of."""
         if self.unembedding is None or not self.stage.heads:
             return []
         return (
@@ -132,7 +134,7 @@ class StagePart(ModelPart):
             parameter.copy_(self._initial_slice(name, parameter, initial))
 
     def _initial_slice(self, name: str, parameter: Tensor, initial: Callable[[str, tuple[int, ...]], Tensor]) -> Tensor:
-        if name != "unembedding.weight":
+        if not _has_rows(name):
             return initial(name, tuple(parameter.shape))
         rows = self.extent.rows
         return initial(name, (self.config.vocab_size, self.config.dim))[rows.start : rows.stop]
@@ -147,4 +149,10 @@ def stage_part(config: Config, partition: Partition | SpreadPartition, index: in
 def _extent(config: Config, stage: Stage, first_row: int) -> Extent:
     num_trunk_layers = config.model.num_trunk_layers
     trunk = range(min(stage.first, num_trunk_layers), min(stage.end, num_trunk_layers))
-    return Extent(trunk, stage.heads, range(first_row, first_row + stage.contents.rows))
+    rows = range(first_row, first_row + stage.contents.rows)
+    return Extent(trunk, stage.heads, rows, stage.contents.spread)
+
+
+def _has_rows(name: str) -> bool:
+    """Returns whether a parameter is the projection of an unembedding, of which a stage may hold some rows only."""
+    return name.startswith(("unembedding.", "unembeddings.")) and name.endswith(".weight")

@@ -24,6 +24,7 @@ from megamtp.engines.initial_weights import initial_weights
 from megamtp.model.initial import STANDARD_DEVIATION
 from megamtp.model.layers import TransformerLayer
 from megamtp.model.mtp import MTPModel
+from megamtp.model.unembedding import Unembedding
 from megamtp.targets import IGNORED
 
 
@@ -41,7 +42,8 @@ class ZeroEngine(HostedEngine):
         self.attach_model(_build_model(config, deepspeed_config(config, self.data_parallel_size), self.device))
         self.communication = None
         if config.engine.kind == "zero3" and config.engine.communication == "grouped":
-            modules = [self.model.embedding, *self.model.trunk, *self.model.heads, self.model.unembedding]
+            modules = [self.model.embedding, *self.model.trunk, *self.model.heads]
+            modules += [module for module in self.model.modules() if isinstance(module, Unembedding)]
             self.communication = GroupedCommunication(self.deepspeed_engine, modules, config.engine.prefetch_modules)
         self.head_hooks = ZeroHeadHooks(self.deepspeed_engine, self.model, self.communication)
         self.model.head_hooks = self.head_hooks

@@ -83,14 +83,14 @@ def num_head_parameters(model: ModelConfig, index: int) -> int:
 
 @lru_cache
 def num_parameters(model: ModelConfig) -> int:
-    """Returns the number of parameters of the whole model: embedding, trunk, heads and unembedding."""
+    """Returns the number of parameters of the whole model: embedding, trunk, heads and unembeddings."""
     return _num_module_parameters(meta_model(model))
 
 
 @lru_cache
 def num_unembedding_parameters(model: ModelConfig) -> int:
-    """Returns the number of parameters of the unembedding, with the final norm."""
-    return _num_module_parameters(meta_model(model).unembedding)
+    """Returns the number of parameters of one unembedding, with the final norm."""
+    return _num_module_parameters(meta_model(model).unembedding_of(0))
 
 
 def describe_trunk(model: ModelConfig) -> str | None:

@@ -6,8 +6,8 @@
                                                                       +-> head n -> unembedding -> token t + n
 
 Each head is one transformer layer, and all heads read the same z; heads.py has other kinds, some of which read the head
-before, or the next tokens. All heads share one unembedding (final norm and projection to the vocabulary). With n = 1
-this is an ordinary decoder-only model.
+before, or the next tokens. All heads share one unembedding (final norm and projection to the vocabulary), or each has
+its own (model.unembedding). With n = 1 this is an ordinary decoder-only model.
 
 MTPModel is a ModelPart that holds the whole model; each pipeline stage is also a ModelPart. MTPModel.forward
 returns the training loss. Where to read on:
@@ -36,7 +36,6 @@ from megamtp.model.attention import DocumentMask, KeyValueCache
 from megamtp.model.head import Head
 from megamtp.model.layers import DEFAULT_OPTIONS, LayerOptions, TransformerLayer
 from megamtp.model.part import Extent, ModelPart
-from megamtp.model.unembedding import Unembedding
 
 
 class MTPModel(ModelPart):
@@ -46,7 +45,6 @@ class MTPModel(ModelPart):
     """
 
     embedding: nn.Embedding
-    unembedding: Unembedding
 
     def __init__(
         self,
@@ -103,8 +101,7 @@ class MTPModel(ModelPart):
         x_BTD, embedded = self.embed(inputs_BT, following)
         z_BTD = self.run_trunk(x_BTD, document_mask)
         _, normed = self.run_heads_without_losses(z_BTD, document_mask, embedded)
-        weight = self.unembedding_weight
-        return torch.stack([normed_BTD @ weight.T for normed_BTD in normed])
+        return torch.stack([normed_BTD @ self.unembedding_weight(index).T for index, normed_BTD in enumerate(normed)])
 
     def next_token_logits(
         self, inputs_BT: Tensor, caches: list[KeyValueCache] | None
@@ -125,4 +122,4 @@ class MTPModel(ModelPart):
         for layer, past_cache in zip(layers, past_caches, strict=True):
             hidden_BTD, extended_cache = layer.extend(hidden_BTD, past_cache)
             extended_caches.append(extended_cache)
-        return self.unembedding(hidden_BTD[:, -1]), extended_caches
+        return self.unembedding_of(0)(hidden_BTD[:, -1]), extended_caches

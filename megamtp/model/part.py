@@ -31,18 +31,21 @@ class Extent:
     """The layers, heads and rows of the unembedding that a part holds.
 
     The part with trunk layer 0 also holds the embedding, and so does every part with a head that reads tokens. Every
-    part with heads holds a copy of the final norm.
+    part with heads holds the final norms that they use.
 
     Attributes:
         trunk: indices of trunk layers, from 0.
         heads: indices of heads, from 0, contiguous: index i - 1 is head i.
         rows: rows of the unembedding: all rows in a part that computes its own heads' losses, a slice in a part of a
             pipeline with spread losses.
+        spread: whether losses are spread: if each head has its own unembedding, the part then holds the rows for all
+            heads, and otherwise for its own.
     """
 
     trunk: range
     heads: range
     rows: range
+    spread: bool = False
 
     @classmethod
     def whole(cls, model: ModelConfig) -> "Extent":
@@ -91,6 +94,8 @@ class ModelPart(nn.Module):
         options: how the layers of trunk and heads run.
 
     Attributes:
+        unembedding: the one that all heads share; None if each head has its own, or this part needs none.
+        unembeddings: those of heads with their own, under the heads' indices.
         head_hooks: the engine's hooks around sequential heads. Each engine assigns its own.
     """
 
@@ -112,13 +117,21 @@ class ModelPart(nn.Module):
         self.trunk = NumberedModules({index: TransformerLayer(model, options) for index in extent.trunk})
         self.heads = NumberedModules(self._make_heads(replace(options, recompute=False)))
         self._weight_quantiser: WeightQuantiser | None = None
-        self.unembedding = (
-            Unembedding(model, len(extent.rows), bool(extent.heads)) if extent.heads or extent.rows else None
-        )
+        self._make_unembeddings()
 
     def _make_heads(self, options: LayerOptions) -> dict[int, Head]:
         modules = sorted({self.head_class.module_index(self.config, index) for index in self.extent.heads})
         return {index: self.head_class.make(self.config, index, options) for index in modules}
+
+    def _make_unembeddings(self) -> None:
+        model, heads, num_rows = self.config, self.extent.heads, len(self.extent.rows)
+        is_shared = model.unembedding == "shared"
+        needs_one = bool(heads or num_rows)
+        self.unembedding = Unembedding(model, num_rows, bool(heads)) if is_shared and needs_one else None
+        own = range(0) if is_shared else heads
+        if self.extent.spread and num_rows and not is_shared:
+            own = range(model.num_future_tokens)
+        self.unembeddings = NumberedModules({index: Unembedding(model, num_rows, index in heads) for index in own})
 
     def head(self, index: int) -> Head:
         """Returns the module of the head at `index` (from 0). Several heads may share one."""
@@ -134,11 +147,15 @@ class ModelPart(nn.Module):
         """The indices of the part's heads in the order in which they run."""
         return [index for index in head_order(self.config) if index in self.extent.heads]
 
-    @property
-    def unembedding_weight(self) -> nn.Parameter:
-        """The part's rows of the unembedding [R, D]; the part must have some."""
-        assert self.unembedding is not None and self.unembedding.weight is not None
-        return self.unembedding.weight
+    def unembedding_of(self, index: int) -> Unembedding:
+        """Returns the unembedding of the head at `index` (from 0); the part must hold the norm or some rows of it."""
+        return self.unembedding or self.unembeddings[index]
+
+    def unembedding_weight(self, index: int) -> nn.Parameter:
+        """Returns the part's rows [R, D] of the unembedding of the head at `index`; the part must have some."""
+        weight = self.unembedding_of(index).weight
+        assert weight is not None
+        return weight
 
     def quantise_weights(self) -> None:
         """Quantises the weights that layers use in fp8; call it whenever the weights have changed.
@@ -216,18 +233,18 @@ class ModelPart(nn.Module):
             head that runs last, else the state for the next part; `nll_sums` holds the summed negative log-likelihood
             of each of the part's heads, by index.
         """
-        order, settings, unembedding = self.head_order, self.head_loss_config, self.unembedding
-        assert unembedding is not None
+        order, settings = self.head_order, self.head_loss_config
         in_training = torch.is_grad_enabled() and state_BTD.requires_grad
         sequential = self.schedule == "sequential" and in_training and not self.head_class.is_chain
-        shared_gradient, float8_weight = SharedGradient(num_uses=len(order)), Float8Weight()
+        of_all_heads = (SharedGradient(num_uses=len(order)), Float8Weight()) if self.unembedding else None
         loss_gradient = self.head_hooks.loss_gradient()
 
         def run_head(place: int, state_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             index = order[place]
             head = self.head(index)
             hidden_BTD = head(state_BTD, document_mask, self._next_embeddings(index, state_BTD, embedded))
-            loss, nll_sum, normed_BTD = unembedding(
+            shared_gradient, float8_weight = of_all_heads or (None, Float8Weight())
+            loss, nll_sum, normed_BTD = self.unembedding_of(index)(
                 hidden_BTD,
                 targets_nBT[index],
                 scale=loss_scales[index],
@@ -266,10 +283,9 @@ class ModelPart(nn.Module):
         """
         normed = {}
         for index in self.head_order:
-            assert self.unembedding is not None
             head = self.head(index)
             hidden_BTD = head(state_BTD, document_mask, self._next_embeddings(index, state_BTD, embedded))
-            normed[index] = self.unembedding.normed(hidden_BTD)
+            normed[index] = self.unembedding_of(index).normed(hidden_BTD)
             state_BTD = head.next_state(state_BTD, hidden_BTD, normed[index])
         return state_BTD, [normed[index] for index in self.extent.heads]
 
@@ -292,18 +308,19 @@ class ModelPart(nn.Module):
         """
         if not self.head_loss_config.in_float8(index):
             return None
-        return float8_weight.products(self.unembedding_weight.detach(), hidden_ND, factor)
+        return float8_weight.products(self.unembedding_weight(index).detach(), hidden_ND, factor)
 
     def slice_statistics(
-        self, hidden_ND: Tensor, targets_N: Tensor, float8_products: Float8Products | None = None
+        self, index: int, hidden_ND: Tensor, targets_N: Tensor, float8_products: Float8Products | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Calls losses/vocabulary_slice.py's slice_statistics for the part's rows."""
+        """Calls losses/vocabulary_slice.py's slice_statistics for the part's rows and the head at `index`."""
         return slice_statistics(
-            hidden_ND, self.unembedding_weight.detach(), targets_N, self.extent.rows.start, float8_products
+            hidden_ND, self.unembedding_weight(index).detach(), targets_N, self.extent.rows.start, float8_products
         )
 
     def slice_gradients(
         self,
+        index: int,
         logits_NR: Tensor,
         hidden_ND: Tensor,
         targets_N: Tensor,
@@ -312,11 +329,11 @@ class ModelPart(nn.Module):
         factor: float,
         float8_products: Float8Products | None = None,
     ) -> Tensor:
-        """Calls losses/vocabulary_slice.py's slice_gradients for the part's rows."""
+        """Calls losses/vocabulary_slice.py's slice_gradients for the part's rows and the head at `index`."""
         return slice_gradients(
             logits_NR,
             hidden_ND,
-            self.unembedding_weight.detach(),
+            self.unembedding_weight(index).detach(),
             targets_N,
             self.extent.rows.start,
             log_partition_N,

@@ -1,4 +1,4 @@
-"""The final norm and the projection to the vocabulary, which all heads share."""
+"""The final norm and the projection to the vocabulary: one for all heads, or one for each (model.unembedding)."""
 
 from typing import Any
 
@@ -11,13 +11,13 @@ from megamtp.model.layers import rms_norm
 
 
 class Unembedding(nn.Module):
-    """The final norm and the projection to the vocabulary, shared by all heads.
+    """The final norm and the projection to the vocabulary.
 
     One module holds both parameters directly, so that ZeRO-3 gathers them together, once.
 
     Args:
         rows: number of rows of the projection in this part of the model; 0 if it has only the norm.
-        has_norm: whether this part has the norm; every part with heads does.
+        has_norm: whether this part has the norm; every part with a head that uses this unembedding does.
     """
 
     def __init__(self, model: ModelConfig, rows: int, has_norm: bool = True):

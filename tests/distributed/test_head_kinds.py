@@ -37,27 +37,30 @@ ENGINES = {
     "spread losses, heads on two stages": PIPELINE | {"engine__spread_losses": True},
 }
 FACTORS = {
-    "kind": tuple(kind for kind in HEAD_KINDS if kind != "parallel"),
+    "kind": tuple(HEAD_KINDS),
     "engine": tuple(ENGINES),
     "num_future_tokens": (2, 4),
     "accumulation": (1, 2),
     "activation_checkpointing": (False, True),
     "isolated documents": (False, True),
+    "unembedding": ("shared", "replicated"),
 }
 SHARED = ("deepseek, shared", "eagle3")  # refused with DeepSpeed's communication
-# (kind, stage layers, whether losses are spread) with heads on three stages
+# (kind, stage layers, whether losses are spread, unembedding) with heads on three stages
 THREE_STAGES = [
-    ("causal", [3, 2, 1], False),
-    ("anticausal", [1, 2, 3], True),
-    ("anticausal", [3, 1, 2], False),
-    ("deepseek", [3, 1, 2], False),
-    ("deepseek", [2, 2, 2], True),
-    ("eagle3", [2, 1, 3], False),
-    ("linear", [3, 1, 2], True),
+    ("causal", [3, 2, 1], False, "shared"),
+    ("anticausal", [1, 2, 3], True, "shared"),
+    ("anticausal", [3, 1, 2], False, "shared"),
+    ("deepseek", [3, 1, 2], False, "shared"),
+    ("deepseek", [2, 2, 2], True, "shared"),
+    ("eagle3", [2, 1, 3], False, "shared"),
+    ("linear", [3, 1, 2], True, "shared"),
+    ("anticausal", [3, 1, 2], True, "replicated"),
+    ("deepseek", [3, 1, 2], False, "replicated"),
 ]
 
 
-def _config(kind: str, n: int, data_parallel_size: int, accumulation: int = 2, **settings):
+def _config(kind: str, n: int, data_parallel_size: int, accumulation: int = 2, unembedding: str = "shared", **settings):
     heads = {f"model__{key}": value for key, value in HEAD_KINDS[kind].items()}
     return small_config(
         data_parallel_size,
@@ -65,18 +68,20 @@ def _config(kind: str, n: int, data_parallel_size: int, accumulation: int = 2, *
         model__num_future_tokens=n,
         model__num_layers=3,
         model__match_parameters=False,
+        model__unembedding=unembedding,
         head_loss__weights=[1.0, 0.5, 0.75, 0.25][:n],
         **heads,
         **settings,
     )
 
 
-def _case_config(kind: str, engine: str, n: int, accumulation: int, checkpointing: bool):
+def _case_config(kind: str, engine: str, n: int, accumulation: int, checkpointing: bool, _: bool, unembedding: str):
     settings = ENGINES[engine] | {"train__activation_checkpointing": checkpointing}
     if settings["engine__kind"] == "pipeline":
         num_first = 3 if engine.endswith("two stages") else 1
         settings |= {"engine__stage_layers": [num_first, 2 + n - num_first]}
-    return _config(kind, n, 1 if settings["engine__kind"] == "pipeline" else 2, accumulation, **settings)
+    data_parallel_size = 1 if settings["engine__kind"] == "pipeline" else 2
+    return _config(kind, n, data_parallel_size, accumulation, unembedding, **settings)
 
 
 def _with_documents(batch: Batch, step: int) -> Batch:
@@ -101,14 +106,16 @@ def _largest_errors(config, num_steps: int = 2, documents: bool = False) -> tupl
 
 
 def _errors_of_cases(cases: list[tuple]) -> list[tuple[float, float]]:
-    return [_largest_errors(_case_config(*case[:-1]), documents=case[-1]) for case in cases]
+    return [_largest_errors(_case_config(*case), documents=case[-2]) for case in cases]
 
 
 def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames:
         full = metafunc.config.getoption("--full")
         cases = list(itertools.product(*FACTORS.values())) if full else pairwise(FACTORS)
-        cases = [case for case in cases if not (case[0] in SHARED and case[1] == "zero3 of DeepSpeed")]
+        # Other tests have parallel heads that share the unembedding.
+        cases = [case if case[0] != "parallel" else (*case[:-1], "replicated") for case in cases]
+        cases = [case for case in dict.fromkeys(cases) if not (case[0] in SHARED and case[1] == "zero3 of DeepSpeed")]
         metafunc.parametrize("case", cases, ids=lambda case: "-".join(map(str, case)))
 
 
@@ -140,9 +147,10 @@ def _errors_on_three_stages() -> list[tuple[float, float]]:
     pipeline = {"engine__kind": "pipeline", "engine__num_stages": 3}
     return [
         _largest_errors(
-            _config(kind, 4, 1, 3, **pipeline, engine__stage_layers=layers, engine__spread_losses=spread), 1
+            _config(kind, 4, 1, 3, unembedding, **pipeline, engine__stage_layers=layers, engine__spread_losses=spread),
+            1,
         )
-        for kind, layers, spread in THREE_STAGES
+        for kind, layers, spread, unembedding in THREE_STAGES
     ]
 
 

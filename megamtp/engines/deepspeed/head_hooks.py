@@ -5,7 +5,8 @@ assumption: their backward passes run inside the forward pass. The outer backwar
 runs the trunk's backward pass. Without five corrections gradients are wrong, often silently. DeepSpeed would
 
     (a) scale the loss only for the outer backward pass. The heads' backward passes start from the same scaled gradient.
-    (b) reduce the unembedding's gradient before every head has added to it. We mark it as ready only for the last head.
+    (b) reduce a shared unembedding's gradient before every head has added to it. We mark it as ready only for the last
+        head.
     (c) set whether the micro-batch is the last of its step at the outer backward pass, which is too late for the heads'
         reductions. zero.py sets it before the forward pass.
     (d) set the heads' bf16 gradients to zero at the outer backward pass. We add them to BF16_Optimizer's fp32 sums
@@ -60,36 +61,41 @@ class ZeroHeadHooks(HeadHooks):
         optimizer = self.engine.optimizer
         if is_bf16(optimizer):
             optimizer.clear_lp_grads()  # (d) as DeepSpeed does before a backward pass
-        with self._pinned(self.model.unembedding), torch.profiler.record_function(HEADS_PROFILER_RANGE):
+        shared = filter(None, [self.model.unembedding])
+        with self._pinned(*shared), torch.profiler.record_function(HEADS_PROFILER_RANGE):
             yield
         if is_bf16(optimizer):
             optimizer.update_hp_grads(clear_lp_grads=True)  # (d) before the outer backward pass sets them to zero
 
     @contextlib.contextmanager
     def one_head(self, local_index: int) -> Iterator[None]:
-        shared_parameters = trained(self.model.unembedding.parameters())
+        index, shared = self.model.head_order[local_index], self.model.unembedding
+        own = [self.model.head(index)] if shared else [self.model.head(index), self.model.unembedding_of(index)]
+        shared_parameters = trained(shared.parameters()) if shared else []
         for parameter in shared_parameters:
             # (b) The gradient is complete after the last head. Until then it must not enter a reduction bucket.
             parameter.ds_grad_is_ready = local_index == len(self.model.heads) - 1
         try:
-            with self._pinned(self.model.head(self.model.head_order[local_index])):
+            with self._pinned(*own):
                 yield
         finally:
             for parameter in shared_parameters:
                 parameter.ds_grad_is_ready = True
 
     @contextlib.contextmanager
-    def _pinned(self, module: nn.Module) -> Iterator[None]:
-        """Keeps a module's weights gathered until the end of the block, so that they are gathered only once."""
+    def _pinned(self, *modules: nn.Module) -> Iterator[None]:
+        """Keeps the modules' weights gathered until the end of the block, so that they are gathered only once."""
         if self.communication:
-            with self.communication.pinned(module):
+            with contextlib.ExitStack() as pins:
+                for module in modules:
+                    pins.enter_context(self.communication.pinned(module))
                 yield
             return
         optimizer = self.engine.optimizer
         if not is_zero3(optimizer):
             yield
             return
-        parameters = sharded(module.parameters())
+        parameters = [parameter for module in modules for parameter in sharded(module.parameters())]
         for parameter in parameters:
             parameter.ds_active_sub_modules.add(PIN)
         try:
@@ -97,8 +103,9 @@ class ZeroHeadHooks(HeadHooks):
         finally:
             for parameter in parameters:
                 parameter.ds_active_sub_modules.discard(PIN)
-            # forward=True, because no backward hook of DeepSpeed runs that could look up the module.
-            optimizer.parameter_offload.get_param_coordinator().release_sub_module(module, forward=True)
+            for module in modules:
+                # forward=True, because no backward hook of DeepSpeed runs that could look up the module.
+                optimizer.parameter_offload.get_param_coordinator().release_sub_module(module, forward=True)
 
     @contextlib.contextmanager
     def discard_gradients_on_error(self) -> Iterator[None]:

@@ -39,8 +39,8 @@ class DeepSpeedStageModule(PipelineModule):
 
     Attributes:
         part: the StagePart.
-        copies: parameters of this stage of which other stages hold copies, with all ranks that hold them: those of the
-            unembedding, and of the embedding.
+        copies: parameters of this stage of which other stages hold copies, with all ranks that hold them: those of a
+            shared unembedding, and of the embedding.
     """
 
     part: StagePart
@@ -87,14 +87,15 @@ class DeepSpeedStageModule(PipelineModule):
     def _find_copies(self) -> list[tuple[list[nn.Parameter], dist.ProcessGroup]]:
         """Returns `copies`, and marks all but the first copy, so that norm and checkpoints have one. Collective."""
         stages, model, copies = self.partition.stages, self.config.model, []
+        with_shared_unembedding = [stage for stage in stages if stage.heads and model.unembedding == "shared"]
         with_embedding = [
             stage for stage in stages if stage.contents.has_embedding or stage.contents.reads_tokens(model)
         ]
         for parameters, holders in (
-            (self.part.copied_unembedding, [stage for stage in stages if stage.heads]),
+            (self.part.copied_unembedding, with_shared_unembedding),
             (self.part.copied_embedding, with_embedding),
         ):
-            if len(holders) == 1:
+            if len(holders) < 2:
                 continue
             group = dist.new_group(sorted(ranks[stages.index(stage)] for ranks in self.ranks for stage in holders))
             if self.part.stage in holders:

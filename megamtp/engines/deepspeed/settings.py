@@ -122,11 +122,12 @@ def _zero_settings(config: Config) -> dict[str, Any]:
     if engine.kind == "zero3":
         layer, unembedding = num_layer_parameters(model), num_unembedding_parameters(model)
         head = max(num_head_parameters(model, index) for index in range(model.num_future_tokens))
+        num_unembeddings = 1 if model.unembedding == "shared" else 2
         settings |= {
             # Prefetch one layer: head i + 1 is gathered while head i computes.
             "stage3_prefetch_bucket_size": max(layer, head),
-            # A trunk layer, two heads and the unembedding.
-            "stage3_max_live_parameters": layer + 2 * head + unembedding,
+            # A trunk layer, two heads and their unembeddings.
+            "stage3_max_live_parameters": layer + 2 * head + num_unembeddings * unembedding,
             # Release weights after each use, also if the next use is near: backward gathers them again.
             "stage3_max_reuse_distance": 0,
             "stage3_param_persistence_threshold": engine.param_persistence_threshold,

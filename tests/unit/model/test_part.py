@@ -22,9 +22,10 @@ SCALES = [0.02, 0.01, 0.03]
 CUTS = [[0, 1, 5], [0, 2, 5], [0, 3, 5], [0, 4, 5], [0, 1, 3, 5], [0, 2, 3, 4, 5]]
 
 
-def model_of(kind: str) -> ModelConfig:
+def model_of(kind: str, unembedding: str = "shared") -> ModelConfig:
     """Returns the model with heads of this kind, always with two trunk layers."""
-    return dataclasses.replace(MODEL, num_layers=3, match_parameters=False, **HEAD_KINDS[kind])
+    settings = HEAD_KINDS[kind] | {"unembedding": unembedding}
+    return dataclasses.replace(MODEL, num_layers=3, match_parameters=False, **settings)
 
 
 def extent(first: int, end: int, model: ModelConfig = MODEL) -> Extent:
@@ -49,15 +50,17 @@ def initialised(part: ModelPart) -> ModelPart:
     return part
 
 
+@pytest.mark.parametrize("unembedding", ["shared", "replicated"])
 @pytest.mark.parametrize("kind", HEAD_KINDS)
 @pytest.mark.parametrize("cut", CUTS, ids=str)
-def test_parts_run_in_order_equal_the_model(cut, kind):
+def test_parts_run_in_order_equal_the_model(cut, kind, unembedding):
     """Passes activations from part to part, and gradients back, as a pipeline's stages do.
 
-    Heads that read tokens look them up in a copy of the embedding in each part that has such a head.
+    Heads that read tokens look them up in a copy of the embedding in each part that has such a head. Each part holds
+    its heads' own unembeddings, or a copy of the shared one.
     """
     inputs, targets, following = batch()
-    config, settings = model_of(kind), HeadLossConfig(z_loss=1e-3, chunk_rows=5)
+    config, settings = model_of(kind, unembedding), HeadLossConfig(z_loss=1e-3, chunk_rows=5)
     if config.shares_chain_weights and 4 in cut:
         return  # engines keep heads that share their weights in one part
     model = initialised(MTPModel(config, settings, "deferred").double())
@@ -85,6 +88,9 @@ def test_parts_run_in_order_equal_the_model(cut, kind):
     assert parts[-1].has_last_head and not any(part.has_last_head for part in parts[:-1])
     torch.testing.assert_close(part_nll_sums, nll_sums)
     gradients: dict[str, torch.Tensor] = {}
+    if unembedding == "replicated":
+        names = [name for part in parts for name, _ in part.named_parameters() if name.startswith("unembedding")]
+        assert sorted(names) == [f"unembeddings.{index}.{name}" for index in range(3) for name in ("norm", "weight")]
     for part in parts:
         for name, parameter in part.named_parameters():
             gradients[name] = gradients.get(name, 0) + parameter.grad
@@ -94,28 +100,34 @@ def test_parts_run_in_order_equal_the_model(cut, kind):
         torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-12)
 
 
-def test_slices_of_the_unembedding_equal_the_whole():
-    """Each slice computes some columns of the logits; the part with the heads holds the final norm."""
+@pytest.mark.parametrize("unembedding", ["shared", "replicated"])
+def test_slices_of_the_unembedding_equal_the_whole(unembedding):
+    """Each slice computes some columns of the logits of every head; the part with the heads holds the final norms."""
     inputs, *_ = batch()
-    model = initialised(MTPModel(MODEL).double())
+    config = model_of("parallel", unembedding)
+    model = initialised(MTPModel(config).double())
     z = model.z(inputs)
     rows = [range(0, 20), range(20, 53)]
     slices = [
-        with_rows_of(model, ModelPart(MODEL, Extent(range(0), range(0), slice_rows), HeadLossConfig()).double())
+        with_rows_of(model, ModelPart(config, Extent(range(0), range(0), slice_rows, spread=True)).double())
         for slice_rows in rows
     ]
-    heads = initialised(ModelPart(MODEL, Extent(range(0), range(3), range(0))).double())
-    assert heads.unembedding.weight is None and all(part.unembedding.norm is None for part in slices)
-    _, (hidden, *_) = heads.run_heads_without_losses(z)
-    targets = torch.full((16,), IGNORED)
-    logits = [part.slice_statistics(hidden.flatten(0, 1), targets)[0] for part in slices]
-    torch.testing.assert_close(torch.cat(logits, dim=1), model.logits(inputs)[0].flatten(0, 1))
+    heads = initialised(ModelPart(config, Extent(range(0), range(3), range(0), spread=True)).double())
+    assert all(heads.unembedding_of(index).weight is None for index in range(3))
+    assert all(part.unembedding_of(index).norm is None for part in slices for index in range(3))
+    _, hidden_of_heads = heads.run_heads_without_losses(z)
+    targets, expected = torch.full((16,), IGNORED), model.logits(inputs)
+    for index, hidden in enumerate(hidden_of_heads):
+        logits = [part.slice_statistics(index, hidden.flatten(0, 1), targets)[0] for part in slices]
+        torch.testing.assert_close(torch.cat(logits, dim=1), expected[index].flatten(0, 1))
 
 
 def with_rows_of(model: MTPModel, part: ModelPart) -> ModelPart:
     """Copies the model's unembedding rows to the part."""
     with torch.no_grad():
-        part.unembedding.weight.copy_(model.unembedding.weight[part.extent.rows.start : part.extent.rows.stop])
+        for index in range(MODEL.num_future_tokens):
+            rows = slice(part.extent.rows.start, part.extent.rows.stop)
+            part.unembedding_weight(index).copy_(model.unembedding_weight(index)[rows])
     return part
 
 
