@@ -39,7 +39,9 @@ class Link:
         )
 
     def unembedding_reduction(self, config: Config, num_copies: int) -> float:
-        """Returns the time of summing the fp32 gradients of all copies of the unembedding, once per step."""
+        """Returns the time of summing the fp32 gradients of all copies of a shared unembedding, once per step."""
+        if config.model.unembedding == "replicated":  # each head's is on one stage
+            return 0.0
         size_bytes = 4 * num_unembedding_parameters(config.model)
         return 2 * self.seconds(size_bytes * (num_copies - 1) / num_copies, num_copies - 1) if num_copies > 1 else 0.0
 

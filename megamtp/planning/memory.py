@@ -25,24 +25,30 @@ def zero_memory(config: Config, world_size: int) -> dict[str, float]:
     model, tokens = config.model, num_tokens(config)
     share = num_parameters(model) / world_size
     heads, vocabulary = range(model.num_future_tokens), 2 * model.vocab_size * model.dim
+    is_chain, is_shared = head_class(model).is_chain, model.unembedding == "shared"
     largest = 2 * max(num_layer_parameters(model), *(num_head_parameters(model, index) for index in heads))
+    largest = largest if is_shared else max(largest, vocabulary)
     layer_bytes, head_bytes = gathered_bytes(config)
     # The heads' backward passes follow all losses if heads read each other.
-    alive = sum if head_class(model).is_chain else max
+    alive = sum if is_chain else max
     saved_by_layer, saved_by_head = bytes_saved_by_layer(config), alive(bytes_saved_by_heads(config, heads))
     boundaries = 2 * tokens * model.dim * model.num_trunk_layers
     chunk = chunk_bytes(config, logit_bytes=2)
     # dW in fp32 and in the dtype of the reduction, and a chunk of logits. In fp8 also two copies of the weight, one of
     # the hidden states, and one of the chunk's gradient.
-    head_loss = (2 + gradient_scale(config)) * vocabulary + chunk
+    num_sums = len(heads) if is_chain and not is_shared else 1
+    head_loss = (2 * num_sums + gradient_scale(config)) * vocabulary + chunk
     head_loss += vocabulary + tokens * model.dim + chunk // 2 if num_float8_heads(config) else 0
     in_layer = LAYER_RATES[config.train.precision].backward_bytes * tokens * model.hidden_dim
+    num_gathered = 1 + config.engine.prefetch_modules
+    # Of the modules from one head's unembedding on, every second is an unembedding.
+    num_unembeddings = 1 if is_shared else min(len(heads), (num_gathered + 1) // 2)
     on_device, gathers = 0 if config.engine.offload_optimizer else 1, world_size > 1 or config.engine.offload_parameters
     return {
         "weights": 0 if config.engine.offload_parameters else _shard_bytes(config, share),
         "gradients": 4 * share * on_device,
         "optimizer": state_bytes(config) * share * on_device,
-        "gathered weights": (1 + config.engine.prefetch_modules) * max(layer_bytes, *head_bytes) + 2 * vocabulary
+        "gathered weights": num_gathered * max(layer_bytes, *head_bytes) + (1 + num_unembeddings) * vocabulary
         if gathers
         else 0,
         "gradients in flight": gradient_scale(config) * largest,

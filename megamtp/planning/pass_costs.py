@@ -15,8 +15,8 @@ class PassCosts:
         layer_forward, layer_backward: one trunk layer, without recomputation.
         head_forward, head_backward: each head, by index, without its loss.
         loss: one head's unembedding and cross-entropy, forward and backward.
-        unembedding_copy: paid once by a stage with heads for its copy of the unembedding, such as adding its gradient
-            to the fp32 sum.
+        unembedding_copy: paid once by a stage with heads for its copy of a shared unembedding, such as adding its
+            gradient to the fp32 sum. If each head has its own, `loss` includes it.
         embedding: lookup and gradient, on the first stage.
         slice_statistics: per row of the unembedding, for a loss spread by vocabulary: the logits and their statistics.
         slice_gradients: per row, once all slices know the statistics: the gradients of the hidden states and of the

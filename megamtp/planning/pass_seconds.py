@@ -30,6 +30,7 @@ def pass_seconds(config: Config, gpu: Gpu) -> PassCosts:
     (layer_forward, layer_backward), *heads = (_both_passes(config, cost, gpu) for cost in _costs(config))
     product = 2 * num_tokens(config) * model.dim / gpu.matrix_flops
     saved = num_float8_heads(config) / n * (1 - 1 / gpu.float8_speedup)  # share of a product that fp8 heads save
+    unembedding, is_shared = adding * num_unembedding_parameters(model), model.unembedding == "shared"
     return PassCosts(
         layer_forward=layer_forward,
         layer_backward=layer_backward + adding * num_layer_parameters(model),
@@ -37,8 +38,8 @@ def pass_seconds(config: Config, gpu: Gpu) -> PassCosts:
         head_backward=tuple(
             backward + adding * num_head_parameters(model, index) for index, (_, backward) in enumerate(heads)
         ),
-        loss=max(LOSS_HOST_SECONDS, model.vocab_size * product * (3 - 2 * saved)),
-        unembedding_copy=adding * num_unembedding_parameters(model),
+        loss=max(LOSS_HOST_SECONDS, model.vocab_size * product * (3 - 2 * saved)) + unembedding * (not is_shared),
+        unembedding_copy=unembedding * is_shared,
         embedding=adding * model.vocab_size * model.dim,
         slice_statistics=product * (1 - saved),
         slice_gradients=product * (2 - saved),
@@ -87,8 +88,9 @@ def _seconds_on_gpu(config: Config, gpu: Gpu) -> float:
     product = 2 * num_tokens(config) * model.vocab_size * model.dim / gpu.matrix_flops
     in_float8 = num_float8_heads(config)
     losses = 3 * product * model.num_future_tokens - 2 * product * in_float8 * (1 - 1 / gpu.float8_speedup)
-    if in_float8:  # reads the weight to find its largest element, and to write two copies in 8 bits
-        losses += 6 * model.vocab_size * model.dim / gpu.memory_bandwidth
+    if in_float8:  # reads each weight to find its largest element, and to write two copies in 8 bits
+        num_weights = 1 if model.unembedding == "shared" else in_float8
+        losses += num_weights * 6 * model.vocab_size * model.dim / gpu.memory_bandwidth
     recomputation = model.num_trunk_layers * forward if config.train.activation_checkpointing else 0.0
     return 3 * (model.num_trunk_layers * forward + sum(heads)) + losses + recomputation
 
@@ -112,14 +114,20 @@ def _exposed_seconds(config: Config, world_size: int, gpu: Gpu, compute: float) 
     head_reductions = [
         network.seconds("reduce_scatter", 2 * scale * num_head_parameters(model, index)) for index in range(len(heads))
     ]
-    vocabulary = 2 * model.vocab_size * model.dim
+    vocabulary, hiding = 2 * model.vocab_size * model.dim, [head_backward for _, head_backward in heads]
+    if model.unembedding == "replicated":  # gathered and reduced with each head, while its loss is computed
+        loss = 3 * num_tokens(config) * vocabulary / gpu.matrix_flops
+        for index in range(len(heads)):
+            head_gathers[index] += network.seconds("all_gather", vocabulary)
+            head_reductions[index] += network.seconds("reduce_scatter", scale * vocabulary)
+            hiding[index] += loss
     embedding = network.seconds("all_gather", vocabulary) + network.seconds("reduce_scatter", scale * vocabulary)
     # Nothing runs before the first gathers or after the last reductions, which are those of the embedding and a layer.
     at_ends = embedding + gather + reduction
     between_layers = (model.num_trunk_layers - 1) * max(0.0, gather - forward)
     between_layers += (model.num_trunk_layers - 1) * max(0.0, gather + reduction - backward)
-    for head_gather, head_reduction, (_, head_backward) in zip(head_gathers, head_reductions, heads, strict=True):
-        between_layers += max(0.0, head_gather + head_reduction - head_backward)
+    for head_gather, head_reduction, computation in zip(head_gathers, head_reductions, hiding, strict=True):
+        between_layers += max(0.0, head_gather + head_reduction - computation)
     transfers = (2 * gather + reduction) * model.num_trunk_layers + 2 * sum(head_gathers) + sum(head_reductions)
     slowed = min(compute, transfers)  # time of computation while transfers occupy multiprocessors
     slowdown = slowed * config.cluster.communication_sms / gpu.multiprocessors if world_size > 1 else 0.0

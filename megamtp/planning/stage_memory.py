@@ -63,7 +63,8 @@ def stage_memory(
     parameters = contents.num_trunk_layers * num_layer_parameters(model)
     parameters += sum(num_head_parameters(model, index) for index in contents.heads)
     has_embedding = contents.has_embedding or contents.reads_tokens(model)
-    parameters += (has_embedding * model.vocab_size + contents.rows) * model.dim + bool(contents.rows) * model.dim
+    parameters += has_embedding * model.vocab_size * model.dim
+    parameters += num_unembeddings(model, contents) * (contents.rows + bool(contents.rows)) * model.dim
     saved = _saved_bytes(config, contents, dtype_bytes)
     return {
         "weights": dtype_bytes * parameters + num_float8_parameters(config, contents.num_trunk_layers, contents.heads),
@@ -75,6 +76,13 @@ def stage_memory(
             _embedding_gradient_bytes(config, contents, dtype_bytes) - saved,
         ),
     }
+
+
+def num_unembeddings(model: ModelConfig, contents: StageContents) -> int:
+    """Returns the number of unembeddings of which the stage has rows; at least 1."""
+    if model.unembedding == "shared":
+        return 1
+    return model.num_future_tokens if contents.spread else max(1, contents.num_heads)
 
 
 def num_float8_parameters(config: Config, num_trunk_layers: int, heads: range) -> int:
@@ -151,7 +159,7 @@ def _largest_pass_bytes(config: Config, contents: StageContents, dtype_bytes: in
         # two fp8 copies of the weight, one of hidden, one of the chunk's gradient
         chunk += 2 * vocabulary + boundary // dtype_bytes + chunk_bytes(config, 1)
     # The sum of dW stays in memory while all heads except for the last run their layer's backward pass.
-    waiting = 4 * vocabulary if contents.num_heads > 1 else 0
+    waiting = 4 * vocabulary if contents.num_heads > 1 and model.unembedding == "shared" else 0
     # dz in fp32. For the running head: the gradient of its z, its layer's output, the normed output and its gradient.
     saved = max(bytes_saved_by_heads(config, contents.heads))
     head = 4 * boundary // dtype_bytes + 4 * boundary + saved + max(rounding, chunk, waiting + layer)
@@ -162,18 +170,18 @@ def _slice_pass_bytes(config: Config, contents: StageContents, dtype_bytes: int)
     """Returns the bytes of a pass over all heads' losses in this stage's slice.
 
     These are the hidden states of all heads, their gradients, the slice's logits, which are kept until the statistics
-    of the other slices arrive, and the slice's gradient: in fp32, and in the model's dtype for autograd.
+    of the other slices arrive, and the slice's gradients: in fp32, and one in the model's dtype for autograd.
     """
     if not contents.rows:
         return 0
     model, tokens = config.model, config.train.micro_batch_size * config.train.sequence_length
     losses = model.num_future_tokens * (2 * _boundary_bytes(config, dtype_bytes) + tokens * contents.rows * dtype_bytes)
-    slice_elements = contents.rows * model.dim
+    slice_elements, num_slices = contents.rows * model.dim, num_unembeddings(model, contents)
     if config.resolved_head_loss.precision == "fp8":
-        # copies of the slice, of all hidden states and of one head's gradient
-        losses += 2 * slice_elements + model.num_future_tokens * tokens * model.dim
+        # copies of the slices, of all hidden states and of one head's gradient
+        losses += 2 * num_slices * slice_elements + model.num_future_tokens * tokens * model.dim
         losses += (dtype_bytes + 1) * tokens * contents.rows
-    return losses + (4 + dtype_bytes) * slice_elements
+    return losses + (4 * num_slices + dtype_bytes) * slice_elements
 
 
 def _embedding_gradient_bytes(config: Config, contents: StageContents, dtype_bytes: int) -> int:

@@ -102,13 +102,17 @@ class MeasuredSpreadStage(MeasuredStage):
             state.slices = [self._statistics(index) for index in range(len(self.micro_batch_targets))]
         elif kind == PassKind.GRADIENTS:
             assert state.slices is not None
-            weight = self.unembedding_weight
-            d_weight = torch.zeros_like(weight, dtype=accumulation_dtype(weight.dtype))
+            weights = [self.unembedding_weight(index) for index in range(len(state.slices))]
+            d_weights = {
+                weight: torch.zeros_like(weight, dtype=accumulation_dtype(weight.dtype)) for weight in set(weights)
+            }
             state.gradients = [
-                self._gradients(index, *head_slice, d_weight) for index, head_slice in enumerate(state.slices)
+                self._gradients(index, *head_slice, d_weights[weight])
+                for index, (head_slice, weight) in enumerate(zip(state.slices, weights, strict=True))
             ]
-            # through autograd, so that the hook that adds gradients to the sums runs
-            torch.autograd.backward(weight.view_as(weight), d_weight.to(weight.dtype))
+            for weight, d_weight in d_weights.items():
+                # through autograd, so that the hook that adds gradients to the sums runs
+                torch.autograd.backward(weight.view_as(weight), d_weight.to(weight.dtype))
             state.slices = None
         else:
             assert state.output is not None
@@ -126,7 +130,7 @@ class MeasuredSpreadStage(MeasuredStage):
         """Returns (hidden states as received from the head's stage, logits, statistics) of one head."""
         hidden_ND = self.received.clone().flatten(0, -2)
         targets_N = self.micro_batch_targets[index].flatten()
-        return hidden_ND, *self.slice_statistics(hidden_ND, targets_N)
+        return hidden_ND, *self.slice_statistics(index, hidden_ND, targets_N)
 
     def _gradients(
         self, index: int, hidden_ND: Tensor, logits_NR: Tensor, statistics_3N: Tensor, d_weight_RD: Tensor
@@ -134,7 +138,7 @@ class MeasuredSpreadStage(MeasuredStage):
         targets_N = self.micro_batch_targets[index].flatten()
         _, log_partition_N = combine_statistics(statistics_3N[None], targets_N)
         return self.slice_gradients(
-            logits_NR, hidden_ND, targets_N, log_partition_N, d_weight_RD, self.loss_scales[index]
+            index, logits_NR, hidden_ND, targets_N, log_partition_N, d_weight_RD, self.loss_scales[index]
         )
 
     @property

@@ -18,6 +18,7 @@ from megamtp.engines.base import layer_options
 from megamtp.engines.zero import ZeroEngine
 from megamtp.model.initial import STANDARD_DEVIATION
 from megamtp.model.mtp import MTPModel
+from megamtp.model.unembedding import Unembedding
 from megamtp.training.loop import freeze_garbage_collector
 
 SHIPPED = "deepspeed as shipped"  # the name of Shipped in result files
@@ -189,7 +190,8 @@ def _shard(model: MTPModel) -> None:
     mesh = init_device_mesh(find_device().type, (dist.get_world_size(),))
     for layer in [*model.trunk, *model.heads, model.embedding]:
         fully_shard(layer, mesh=mesh)
-    fully_shard(model.unembedding, mesh=mesh, reshard_after_forward=False)
+    for unembedding in (module for module in model.modules() if isinstance(module, Unembedding)):
+        fully_shard(unembedding, mesh=mesh, reshard_after_forward=False)
     fully_shard(model, mesh=mesh)
 
 
@@ -220,8 +222,9 @@ class FsdpPerHead(FsdpOneBackward):
         z = self.model(self.batch.inputs)
         z_heads = z.detach().requires_grad_()
         losses = []
-        for head, targets, scale in zip(self.model.heads, self.batch.targets, self.scales, strict=True):
-            loss, _ = self.model.unembedding(head(z_heads), targets, scale=scale)
+        for index, (targets, scale) in enumerate(zip(self.batch.targets, self.scales, strict=True)):
+            hidden = self.model.head(index)(z_heads)
+            loss, *_ = self.model.unembedding_of(index)(hidden, targets, scale=scale)
             loss.backward()
             losses.append(loss.detach())
         z.backward(z_heads.grad)

@@ -17,6 +17,8 @@ def test_link_times():
     reduction = Link(50e9, 0.0).unembedding_reduction(config, 2)
     assert reduction == pytest.approx(4 * 32001 * 4096 / 50e9)
     assert Link(50e9, 1.0).unembedding_reduction(config, 1) == 0.0
+    replicated = paper_config("6.7b", "model.unembedding=replicated")
+    assert Link(50e9, 1.0).unembedding_reduction(replicated, 2) == 0.0
 
 
 def test_only_latency_grows_with_the_number_of_hops():

@@ -2,9 +2,11 @@
 
 import pytest
 
+from megamtp.planning.gpus import GPUS
 from megamtp.planning.pass_costs import PassCosts, flop_costs
+from megamtp.planning.pass_seconds import pass_seconds
 from megamtp.planning.stage_memory import StageContents
-from tests.cases import small_config
+from tests.cases import pipeline_config, small_config
 
 COSTS = PassCosts(
     layer_forward=10.0,
@@ -50,3 +52,12 @@ def test_flops_of_a_micro_batch(windows):
     assert costs.loss == positions * 3 * (2 * 97 * 16)
     assert 97 * (costs.slice_statistics + costs.slice_gradients) == costs.loss
     assert costs.unembedding_copy == costs.embedding == 0
+
+
+def test_each_head_pays_for_its_own_unembedding():
+    shared, replicated = (
+        pass_seconds(pipeline_config("6.7b", 4, f"model.unembedding={unembedding}"), GPUS["h100"])
+        for unembedding in ("shared", "replicated")
+    )
+    assert shared.unembedding_copy > 0 == replicated.unembedding_copy
+    assert replicated.losses(range(3)) == pytest.approx(3 * (shared.loss + shared.unembedding_copy))

@@ -259,3 +259,18 @@ def test_pipeline_that_does_not_fit_gets_more_stages_instead_of_offloading():
 def test_unmeasured_settings_are_not_planned(setting):
     with pytest.raises(InputError, match=f"{setting}.*not planned; expected"):
         plan(published_config("0.3b", 4, setting), 8, GPUS["h100"])
+
+
+def test_unembeddings_of_heads_are_gathered_and_reduced_with_their_heads():
+    settings = ["model.match_parameters=false", "cluster.flat_bandwidth=20e9"]
+    shared, replicated = (
+        plan(published_config("6.7b", 4, f"model.unembedding={unembedding}", *settings), 64, GPUS["h100"])
+        for unembedding in ("shared", "replicated")
+    )
+    vocabulary = 2 * 32000 * 4096
+    more = 3 * (32000 + 1) * 4096
+    assert replicated.memory["weights"] - shared.memory["weights"] == pytest.approx(2 * more / 64)
+    assert replicated.memory["gathered weights"] - shared.memory["gathered weights"] == vocabulary
+    assert replicated.memory["head loss"] == shared.memory["head loss"]  # one sum of dW at a time
+    assert replicated.compute_seconds == shared.compute_seconds
+    assert replicated.exposed_seconds > shared.exposed_seconds

@@ -40,3 +40,26 @@ def test_memory_prediction_is_within_5_percent_of_all_recorded_stages():
             assert predicted == pytest.approx(peak, rel=0.05), (result["plan"], contents)
             num_stages += 1
     assert num_stages == 312
+
+
+@pytest.mark.parametrize(
+    ("contents", "num_more", "rows"),
+    [
+        (StageContents(1, range(1, 4), False, 32000), 2, 32000),  # three heads with their own
+        (StageContents(1, range(3, 4), False, 32000), 0, 32000),
+        (StageContents(3, range(0), False, 8000, spread=True), 3, 8000),  # rows of all four
+        (StageContents(3, range(0), True, 0), 0, 0),
+    ],
+)
+def test_unembeddings_of_heads_take_memory(contents, num_more, rows):
+    settings = ["engine.kind=pipeline", "engine.num_stages=4", "train.micro_batch_size=1"]
+    shared, replicated = (
+        stage_memory(published_config("6.7b", 4, f"model.unembedding={unembedding}", *settings), 1, contents, 2)
+        for unembedding in ("shared", "replicated")
+    )
+    more = num_more * (rows + 1) * 4096
+    differences = {kind: size - shared[kind] for kind, size in replicated.items()}
+    within = differences.pop("within a pass")
+    assert differences == {"weights": 2 * more, "gradients": 4 * more, OPTIMIZER: 12 * more, "activations": 0}
+    # Slices need a sum of dW each. A stage with several heads no longer keeps a sum while the next head runs.
+    assert within == 4 * num_more * rows * 4096 if contents.spread else within <= 0
