@@ -130,14 +130,15 @@ def _saved_bytes(config: Config, contents: StageContents, dtype_bytes: int) -> i
 
     These are the stage's input and output, its heads' dz, and what its layers save for their backward pass. Heads with
     spread losses, and heads that read each other, save as much as trunk layers do, and their outputs. Other heads have
-    run their backward pass already.
+    run their backward pass already. The losses of heads that read each other also keep the sums of dW, in fp32.
     """
     boundary = _boundary_bytes(config, dtype_bytes)
     layer = boundary if config.train.activation_checkpointing else bytes_saved_by_layer(config)
     trunk = contents.num_trunk_layers * layer
     if contents.spread or head_class(config.model).is_chain:
         heads = bytes_saved_by_heads(config, contents.heads)
-        return 2 * boundary + trunk + sum(saved + 2 * boundary for saved in heads)
+        sums = 0 if contents.spread else 4 * num_unembeddings(config.model, contents) * contents.rows * config.model.dim
+        return 2 * boundary + trunk + sum(saved + 2 * boundary for saved in heads) + sums
     return (2 + bool(contents.num_heads)) * boundary + trunk
 
 
@@ -153,13 +154,14 @@ def _largest_pass_bytes(config: Config, contents: StageContents, dtype_bytes: in
     if not contents.num_heads:
         return layer
     vocabulary = model.vocab_size * model.dim
-    rounding = (4 + dtype_bytes) * vocabulary  # the sum of dW in fp32, and its copy in the model's dtype for autograd
-    chunk = 4 * vocabulary + chunk_bytes(config, dtype_bytes)
+    total = 0 if head_class(model).is_chain else 4 * vocabulary  # the sum of dW in fp32, or 0: _saved_bytes counts it
+    rounding = total + dtype_bytes * vocabulary  # with its copy in the model's dtype for autograd
+    chunk = total + chunk_bytes(config, dtype_bytes)
     if config.resolved_head_loss.precision == "fp8":
         # two fp8 copies of the weight, one of hidden, one of the chunk's gradient
         chunk += 2 * vocabulary + boundary // dtype_bytes + chunk_bytes(config, 1)
     # The sum of dW stays in memory while all heads except for the last run their layer's backward pass.
-    waiting = 4 * vocabulary if contents.num_heads > 1 and model.unembedding == "shared" else 0
+    waiting = total if contents.num_heads > 1 and model.unembedding == "shared" else 0
     # dz in fp32. For the running head: the gradient of its z, its layer's output, the normed output and its gradient.
     saved = max(bytes_saved_by_heads(config, contents.heads))
     head = 4 * boundary // dtype_bytes + 4 * boundary + saved + max(rounding, chunk, waiting + layer)

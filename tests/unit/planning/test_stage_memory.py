@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megamtp.planning.stage_memory import OPTIMIZER, StageContents, stage_memory
+from megamtp.planning.stage_memory import OPTIMIZER, StageContents, bytes_saved_by_layer, stage_memory
 from tests.cases import ROOT, published_config
 
 
@@ -63,3 +63,15 @@ def test_unembeddings_of_heads_take_memory(contents, num_more, rows):
     assert differences == {"weights": 2 * more, "gradients": 4 * more, OPTIMIZER: 12 * more, "activations": 0}
     # Slices need a sum of dW each. A stage with several heads no longer keeps a sum while the next head runs.
     assert within == 4 * num_more * rows * 4096 if contents.spread else within <= 0
+
+
+def test_heads_that_read_each_other_keep_gradient_sums_of_micro_batches_in_flight():
+    settings = ["engine.kind=pipeline", "engine.num_stages=4", "model.head_kind=causal", "train.micro_batch_size=1"]
+    for unembedding, num_sums in (("shared", 1), ("replicated", 2)):
+        config = published_config("6.7b", 4, f"model.unembedding={unembedding}", *settings)
+        one, three = (
+            stage_memory(config, 1, StageContents(0, range(2), False, 32000), num_in_flight)["activations"]
+            for num_in_flight in (1, 3)
+        )
+        layers = 2 * bytes_saved_by_layer(config) + 3 * 2 * 2 * 4096 * 4096  # with the outputs of heads and stage
+        assert one == layers + num_sums * 4 * 32000 * 4096 and three == 3 * one
