@@ -3,8 +3,8 @@
     [embedding] trunk layer 1 | trunk layer 2 ... | ... head 1 | head 2 ... head n        "|": a stage ends
 
 Stages are contiguous ranges of the L layers, trunk layers and then heads, counted from 0. The embedding belongs to the
-first layer. Every head uses the unembedding, so every stage with a head has a copy of it. planning/spread.py has the
-partition in which losses are spread over all stages instead.
+first layer. Every head uses an unembedding: a stage with a head has a copy of the shared one, or its heads' own.
+planning/spread.py has the partition in which losses are spread over all stages instead.
 
 Costs are in FLOPs unless measured costs are given. They do not include the optimizer and the reduction over pipelines.
 """

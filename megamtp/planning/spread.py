@@ -1,9 +1,9 @@
 """Partitions the layers into pipeline stages with spread losses.
 
 Layers are not divided, but the rows of the unembedding are: they fill up the faster stages. A stage with rows computes
-the logits of these rows for all heads (losses/vocabulary_slice.py). So there is one copy of the unembedding in
-total, and no weights are tied. Rows are assigned so that the slowest stage is as fast as possible; if the layers allow
-it, all stages take equally long.
+the logits of these rows for all heads (losses/vocabulary_slice.py), whether they share one unembedding or each has its
+own. So there is one copy of each unembedding in total, and no weights are tied. Rows are assigned so that the slowest
+stage is as fast as possible; if the layers allow it, all stages take equally long.
 
 engines/spread_pipeline.py runs such a partition. `tools/benchmark.py pipeline` simulates it with measured times.
 """

@@ -192,12 +192,14 @@ def test_planted_faults_of_chains_exceed_the_bounds():
     assert min(errors["shifted tokens"]) > 10 * FP32_BOUND
 
 
-RESUMED = ("linear", "anticausal", "deepseek", "eagle3")  # with heads of each of which checkpoints are saved
+# Kinds with which checkpoints are saved, and their unembedding. Pipelines with replicated ones hold some rows of each.
+RESUMED = {"linear": "shared", "anticausal": "replicated", "deepseek": "shared", "eagle3": "shared"}
 STEPS, FURTHER_STEPS = 2, 2
 
 
 def _resume_config(kind: str, data_parallel_size: int, directory: Path, **settings):
-    return _config(kind, 4, data_parallel_size, 4 // data_parallel_size, run__directory=str(directory), **settings)
+    settings |= {"run__directory": str(directory)}
+    return _config(kind, 4, data_parallel_size, 4 // data_parallel_size, RESUMED[kind], **settings)
 
 
 def _saved(kind: str, directory: Path, data_parallel_size: int, settings: dict) -> list[list[float]]:
@@ -227,11 +229,12 @@ def _zero3_saves_and_resumes(folder: Path) -> list[tuple]:
 
 
 def _pipeline_resumes_and_saves(folder: Path) -> list[tuple]:
-    settings = ENGINES["pipeline, heads on two stages"] | {"engine__stage_layers": [3, 3]}
-    return [
-        (_resumed(kind, folder / kind, 1, settings), _saved(kind, folder / f"{kind}, pipeline", 1, settings))
-        for kind in RESUMED
-    ]
+    losses = []
+    for kind, unembedding in RESUMED.items():
+        settings = PIPELINE | {"engine__stage_layers": [3, 3], "engine__spread_losses": unembedding == "replicated"}
+        resumed = _resumed(kind, folder / kind, 1, settings)
+        losses.append((resumed, _saved(kind, folder / f"{kind}, pipeline", 1, settings)))
+    return losses
 
 
 def _zero1_resumes_the_pipelines_runs(folder: Path) -> list[list]:
