@@ -108,7 +108,7 @@ def test_model_with_missing_unknown_or_invalid_fields_is_refused():
     settings, where = dataclasses.asdict(SMALL), Path("canonical.json")
     assert model_from_fields(settings, where) == SMALL
     del settings["head_kind"]  # as megamtp 0.1 wrote it
-    for added_later in ("first_head", "chain_form", "chain_weights", "match_parameters"):
+    for added_later in ("first_head", "chain_form", "chain_weights", "unembedding", "match_parameters"):
         del settings[added_later]
     assert model_from_fields(settings, where) == SMALL
     eagle = {"head_kind": "chained", "chain_form": "eagle3", "chain_weights": "shared", "match_parameters": False}
@@ -140,3 +140,5 @@ def test_formats_refuse_kinds_of_heads_that_they_cannot_hold():
         with pytest.raises(CheckpointError) as error:
             require_head_kinds(refused, "x", kinds)
         assert str(error.value) == f"x cannot hold heads of the kind {message}: use canonical"
+    with pytest.raises(CheckpointError, match=r"^meta cannot hold .* expected model\.unembedding=shared: use canonical"):
+        require_head_kinds(Contents(dataclasses.replace(SMALL, unembedding="replicated"), {}), "meta")
