@@ -218,14 +218,23 @@ class CommunicationLog:
         setattr(optimizer, attribute, recording_reduce)
 
 
-def _communication_of_steps(communication: str, checkpointing: bool) -> list[tuple[bool, Counter, Counter]]:
+UNEMBEDDINGS = ("shared", "replicated")
+
+
+def _communication_of_steps(communication: str, unembedding: str) -> list[tuple[bool, Counter, Counter]]:
     """Returns (whether the trace is complete, gathers, reductions) of each of five steps with one micro-batch.
 
-    The first step records the trace.
+    The first step records the trace. The trunk, which has two layers, is recomputed in one of the two cases.
     """
     from megamtp.engines.zero import ZeroEngine
 
-    config = zero3(communication, train__activation_checkpointing=checkpointing)
+    config = zero3(
+        communication,
+        model__num_layers=3,
+        model__match_parameters=False,
+        model__unembedding=unembedding,
+        train__activation_checkpointing=unembedding == "shared",
+    )
     engine = ZeroEngine(config)
     log = CommunicationLog(engine)
     records = []
@@ -238,17 +247,17 @@ def _communication_of_steps(communication: str, checkpointing: bool) -> list[tup
 
 
 @pytest.mark.parametrize("communication", COMMUNICATIONS)
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_heads_and_unembedding_are_gathered_and_reduced_once(communication, checkpointing, recorded):
-    records = recorded[_communication_of_steps.__name__, communication, checkpointing]
+@pytest.mark.parametrize("unembedding", UNEMBEDDINGS)
+def test_heads_and_unembedding_are_gathered_and_reduced_once(communication, unembedding, recorded):
+    records = recorded[_communication_of_steps.__name__, communication, unembedding]
     assert [complete for complete, _, _ in records] == [False, True, True, True, True]
     for _, gathers, reductions in records:
-        heads = [name for name in gathers if name.startswith(("heads.", "unembedding."))]
-        assert len(heads) == 9 * N + 2
+        heads = [name for name in gathers if name.startswith(("heads.", "unembedding"))]
+        assert len(heads) == 9 * N + 2 * (1 if unembedding == "shared" else N)
         assert all(gathers[name] == 1 for name in heads)
         assert all(reductions[name] == 1 for name in heads)
         trunk = [name for name in gathers if name.startswith("trunk.")]
-        assert len(trunk) == 9 * (5 - N)
+        assert len(trunk) == 9 * 2
         assert all(gathers[name] <= 2 and reductions[name] == 1 for name in trunk)
 
 
@@ -372,7 +381,7 @@ def test_evaluation_equals_the_reference(kind):
 def _all_recorded() -> dict[tuple, tuple | list]:
     """Returns (name of a function above, its arguments) -> its result."""
     calls = [
-        *((_communication_of_steps, *arguments) for arguments in itertools.product(COMMUNICATIONS, (False, True))),
+        *((_communication_of_steps, *arguments) for arguments in itertools.product(COMMUNICATIONS, UNEMBEDDINGS)),
         *itertools.product((_events_of_a_prefetching_step, _trace_around_evaluation), COMMUNICATIONS),
         (_events_of_an_accumulating_step,),
     ]
