@@ -13,7 +13,8 @@ from megamtp.config import Config
 from megamtp.data.loader import Batch
 from megamtp.engines.base import DTYPES, layer_options
 from megamtp.engines.initial_weights import initial_weights
-from megamtp.model.part import Extent, ModelPart
+from megamtp.model.extent import Extent
+from megamtp.model.part import ModelPart
 from megamtp.planning.partition import Partition, Stage
 from megamtp.planning.spread import SpreadPartition
 

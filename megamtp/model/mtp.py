@@ -33,9 +33,10 @@ from torch import Tensor, nn
 
 from megamtp.config import HeadLossConfig, ModelConfig
 from megamtp.model.attention import DocumentMask, KeyValueCache
+from megamtp.model.extent import Extent
 from megamtp.model.head import Head
 from megamtp.model.layers import DEFAULT_OPTIONS, LayerOptions, TransformerLayer
-from megamtp.model.part import Extent, ModelPart
+from megamtp.model.part import ModelPart
 
 
 class MTPModel(ModelPart):

@@ -3,8 +3,8 @@
 MTPModel (mtp.py) is the part that holds the whole model. Each pipeline stage is also a part.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Generic, TypeVar
 
 import torch
@@ -17,6 +17,7 @@ from megamtp.losses.sequential import AddedLoss, HeadHooks, IntermediateStageHea
 from megamtp.losses.vocabulary_slice import slice_gradients, slice_statistics
 from megamtp.model.attention import DocumentMask
 from megamtp.model.documents import make_document_mask
+from megamtp.model.extent import Extent
 from megamtp.model.head import Head
 from megamtp.model.heads import head_class, head_order
 from megamtp.model.layers import DEFAULT_OPTIONS, LayerOptions, TransformerLayer, weight_groups
@@ -24,37 +25,6 @@ from megamtp.model.unembedding import Unembedding
 from megamtp.precision.weights import WeightQuantiser, quantiser_of
 
 M = TypeVar("M", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class Extent:
-    """The layers, heads and rows of the unembedding that a part holds.
-
-    The part with trunk layer 0 also holds the embedding, and so does every part with a head that reads tokens. Every
-    part with heads holds the final norms that they use.
-
-    Attributes:
-        trunk: indices of trunk layers, from 0.
-        heads: indices of heads, from 0, contiguous: index i - 1 is head i.
-        rows: rows of the unembedding: all rows in a part that computes its own heads' losses, a slice in a part of a
-            pipeline with spread losses.
-        spread: whether losses are spread: if each head has its own unembedding, the part then holds the rows for all
-            heads, and otherwise for its own.
-    """
-
-    trunk: range
-    heads: range
-    rows: range
-    spread: bool = False
-
-    @classmethod
-    def whole(cls, model: ModelConfig) -> "Extent":
-        """Returns the extent of the whole model."""
-        return cls(range(model.num_trunk_layers), range(model.num_future_tokens), range(model.vocab_size))
-
-    def has_embedding(self, model: ModelConfig) -> bool:
-        """Returns whether the part holds the embedding, or a copy of it."""
-        return 0 in self.trunk or (head_class(model).reads_tokens and any(self.heads))
 
 
 class NumberedModules(nn.Module, Generic[M]):
@@ -263,8 +233,18 @@ class ModelPart(nn.Module):
                 state_BTD, lambda place, z_BTD: run_head(place, z_BTD)[:2], len(order), self.head_hooks
             )
             return loss_or_state, self._by_index(nll_sums)
+        return self._run_in_one_graph(run_head, state_BTD, loss_gradient)
+
+    def _run_in_one_graph(
+        self, run_head: Callable[[int, Tensor], tuple[Tensor, Tensor, Tensor]], state_BTD: Tensor, loss_gradient: float
+    ) -> tuple[Tensor, Tensor]:
+        """Returns what `run_heads` returns; the backward pass of all heads follows later.
+
+        Args:
+            run_head: (place of a head in head_order, state) -> (loss, summed negative log-likelihood, next state).
+        """
         losses, sums = [], []
-        for place in range(len(order)):
+        for place in range(len(self.head_order)):
             loss, nll_sum, state_BTD = run_head(place, state_BTD)
             losses.append(loss)
             sums.append(nll_sum)

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from megamtp.config import HeadLossConfig, ModelConfig
+from megamtp.model.extent import Extent
 from megamtp.model.heads import head_order
 from megamtp.model.initial import initial_value
 from megamtp.model.mtp import MTPModel
-from megamtp.model.part import Extent, ModelPart, NumberedModules
+from megamtp.model.part import ModelPart, NumberedModules
 from megamtp.targets import IGNORED
 from tests.cases import HEAD_KINDS
 
