@@ -157,7 +157,7 @@ def check_contents(contents: Contents, where: Path | str) -> None:
 
 
 def require_head_kinds(contents: Contents, format_name: str, kinds: tuple[str, ...] = ("parallel",)) -> None:
-    """Raises CheckpointError if the model's heads are of a kind that the format cannot hold, or have unembeddings of their own."""
+    """Raises CheckpointError if the model's heads or unembeddings are of a kind that the format cannot hold."""
     kind = contents.model.head_kind
     if kind not in kinds:
         raise CheckpointError(

@@ -32,28 +32,27 @@ class EagleDepth(TransformerLayer, Head):
     Source: Li et al. 2025, arXiv:2503.01840, section 3; vLLM's LlamaForCausalLMEagle3 computes the same.
     """
 
+    reads_tokens = True
     parameter_order = (*WEIGHTS, "embedding_norm.weight")
 
     def __init__(self, model: ModelConfig, index: int, options: LayerOptions = DEFAULT_OPTIONS):
         TransformerLayer.__init__(self, model, options, attention_inputs=2)
         self.embedding_norm = NormWeight(model.dim)
 
-    def forward(
-        self, state_BTD: Tensor, document_mask: DocumentMask | None = None, next_BTD: Tensor | None = None
+    def forward(  # type: ignore[override]  # reads_tokens
+        self, state_BTD: Tensor, document_mask: DocumentMask | None, next_BTD: Tensor
     ) -> Tensor:
         """See Head.forward."""
-        assert next_BTD is not None
         return self.run(eagle_output, document_mask, state_BTD, next_BTD)
 
     def next_state(self, state_BTD: Tensor, hidden_BTD: Tensor, normed_BTD: Tensor) -> Tensor:
         """See Head.next_state."""
         return hidden_BTD
 
-    def extend(
-        self, state_BTD: Tensor, cache: KeyValueCache | None, next_BTD: Tensor | None = None
+    def extend(  # type: ignore[override]  # reads_tokens
+        self, state_BTD: Tensor, cache: KeyValueCache | None, next_BTD: Tensor
     ) -> tuple[Tensor, KeyValueCache]:
         """See Head.extend."""
-        assert next_BTD is not None
         rotary = self.rotary(cache[0].shape[2] if cache else 0, state_BTD)
         return eagle_layer(state_BTD, next_BTD, self.weights, rotary, self.head_dim, self.eps, cache)
 

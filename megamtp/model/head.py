@@ -25,7 +25,8 @@ class Head(nn.Module):
         is_chain: whether a head may read the output of another head. The backward passes of all heads then run after
             all losses, and the activations of all heads are alive. Otherwise a head's backward pass follows its loss.
         farthest_first: whether head n runs first and head 1 last.
-        reads_tokens: whether head i reads the embedding of the (i - 1)-th next token. Head 1 never does.
+        reads_tokens: whether head i reads the embedding of the (i - 1)-th next token, which is then the third argument
+            of `forward` and `extend`. Head 1 never does.
     """
 
     is_chain: ClassVar[bool] = False
@@ -42,15 +43,12 @@ class Head(nn.Module):
         """Returns the index of the head whose module the head at `index` uses: its own, unless heads share weights."""
         return index
 
-    def forward(
-        self, state_BTD: Tensor, document_mask: DocumentMask | None = None, next_BTD: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, state_BTD: Tensor, document_mask: DocumentMask | None = None) -> Tensor:
         """Returns the hidden state [B, T, D] before the final norm.
 
         Args:
             state_BTD: z, or what the head before returned from next_state.
             document_mask: keeps attention inside documents; None: a position attends to all earlier positions.
-            next_BTD: the embedding of the (i - 1)-th next token of each position, if the kind reads tokens.
         """
         raise NotImplementedError
 
@@ -66,9 +64,7 @@ class Head(nn.Module):
         """Returns the forward cost of one position of a window of `sequence_length`."""
         raise NotImplementedError
 
-    def extend(
-        self, state_BTD: Tensor, cache: KeyValueCache | None, next_BTD: Tensor | None = None
-    ) -> tuple[Tensor, KeyValueCache]:
+    def extend(self, state_BTD: Tensor, cache: KeyValueCache | None) -> tuple[Tensor, KeyValueCache]:
         """Returns the hidden states of T positions that follow the cached positions, and the extended cache.
 
         Decoding calls this method.

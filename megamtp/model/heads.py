@@ -52,18 +52,6 @@ class ParallelHead(TransformerLayer, Head):
     def __init__(self, model: ModelConfig, index: int, options: LayerOptions = DEFAULT_OPTIONS):
         TransformerLayer.__init__(self, model, options)
 
-    def forward(
-        self, state_BTD: Tensor, document_mask: DocumentMask | None = None, next_BTD: Tensor | None = None
-    ) -> Tensor:
-        """See Head.forward."""
-        return TransformerLayer.forward(self, state_BTD, document_mask)
-
-    def extend(
-        self, state_BTD: Tensor, cache: KeyValueCache | None, next_BTD: Tensor | None = None
-    ) -> tuple[Tensor, KeyValueCache]:
-        """See Head.extend."""
-        return TransformerLayer.extend(self, state_BTD, cache)
-
 
 class LinearHead(Float8Module, Head):
     """One matrix that multiplies z. With model.first_head=layer, head 1 is a layer instead."""
@@ -78,9 +66,7 @@ class LinearHead(Float8Module, Head):
         super().__init__([("matrix.weight",)], options)
         self.matrix = nn.Linear(model.dim, model.dim, bias=False)
 
-    def forward(
-        self, state_BTD: Tensor, document_mask: DocumentMask | None = None, next_BTD: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, state_BTD: Tensor, document_mask: DocumentMask | None = None) -> Tensor:
         """See Head.forward."""
         (quantised,) = self.quantised or (None,)
         return linear(state_BTD, self.matrix.weight, quantised)
@@ -90,9 +76,7 @@ class LinearHead(Float8Module, Head):
         dim = self.matrix.in_features
         return LayerCost(2 * dim * dim, 0, dim, dim, float8_kept_bytes=3 * dim)
 
-    def extend(
-        self, state_BTD: Tensor, cache: KeyValueCache | None, next_BTD: Tensor | None = None
-    ) -> tuple[Tensor, KeyValueCache]:
+    def extend(self, state_BTD: Tensor, cache: KeyValueCache | None) -> tuple[Tensor, KeyValueCache]:
         """See Head.extend. The cache is empty."""
         return self(state_BTD), cache or (state_BTD[:, :0], state_BTD[:, :0])
 
@@ -148,14 +132,16 @@ class DeepSeekDepth(Float8Module, Head):
     Source: DeepSeek-V3, arXiv:2412.19437, equations 21 to 23.
     """
 
+    reads_tokens = True
+
     def __init__(self, model: ModelConfig, index: int, options: LayerOptions = DEFAULT_OPTIONS):
         super().__init__([("projection.weight",)], options)
         self.state_norm, self.embedding_norm = NormWeight(model.dim), NormWeight(model.dim)
         self.projection = nn.Linear(2 * model.dim, model.dim, bias=False)
         self.layer = TransformerLayer(model, options)
 
-    def forward(
-        self, state_BTD: Tensor, document_mask: DocumentMask | None = None, next_BTD: Tensor | None = None
+    def forward(  # type: ignore[override]  # reads_tokens
+        self, state_BTD: Tensor, document_mask: DocumentMask | None, next_BTD: Tensor
     ) -> Tensor:
         """See Head.forward."""
         return self.layer(self._projected(state_BTD, next_BTD), document_mask)
@@ -175,14 +161,13 @@ class DeepSeekDepth(Float8Module, Head):
             float8_kept_bytes=(layer.float8_kept_bytes or 0) + 3 * input_dim,
         )
 
-    def extend(
-        self, state_BTD: Tensor, cache: KeyValueCache | None, next_BTD: Tensor | None = None
+    def extend(  # type: ignore[override]  # reads_tokens
+        self, state_BTD: Tensor, cache: KeyValueCache | None, next_BTD: Tensor
     ) -> tuple[Tensor, KeyValueCache]:
         """See Head.extend."""
         return self.layer.extend(self._projected(state_BTD, next_BTD), cache)
 
-    def _projected(self, state_BTD: Tensor, next_BTD: Tensor | None) -> Tensor:
-        assert next_BTD is not None
+    def _projected(self, state_BTD: Tensor, next_BTD: Tensor) -> Tensor:
         eps = self.layer.eps
         normed_state_BTD = rms_norm(state_BTD, self.state_norm.weight, eps)
         normed_next_BTD = rms_norm(next_BTD, self.embedding_norm.weight, eps)

@@ -211,8 +211,7 @@ class ModelPart(nn.Module):
 
         def run_head(place: int, state_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             index = order[place]
-            head = self.head(index)
-            hidden_BTD = head(state_BTD, document_mask, self._next_embeddings(index, state_BTD, embedded))
+            hidden_BTD = self._hidden(index, state_BTD, document_mask, embedded)
             shared_gradient, float8_weight = of_all_heads or (None, Float8Weight())
             loss, nll_sum, normed_BTD = self.unembedding_of(index)(
                 hidden_BTD,
@@ -225,7 +224,7 @@ class ModelPart(nn.Module):
                 shared_gradient=shared_gradient,
                 float8_weight=float8_weight if settings.in_float8(index) else None,
             )
-            return loss, nll_sum, head.next_state(state_BTD, hidden_BTD, normed_BTD)
+            return loss, nll_sum, self.head(index).next_state(state_BTD, hidden_BTD, normed_BTD)
 
         if sequential:
             function = SequentialHeadLoss if self.has_last_head else IntermediateStageHeads
@@ -263,15 +262,25 @@ class ModelPart(nn.Module):
         """
         normed = {}
         for index in self.head_order:
-            head = self.head(index)
-            hidden_BTD = head(state_BTD, document_mask, self._next_embeddings(index, state_BTD, embedded))
+            hidden_BTD = self._hidden(index, state_BTD, document_mask, embedded)
             normed[index] = self.unembedding_of(index).normed(hidden_BTD)
-            state_BTD = head.next_state(state_BTD, hidden_BTD, normed[index])
+            state_BTD = self.head(index).next_state(state_BTD, hidden_BTD, normed[index])
         return state_BTD, [normed[index] for index in self.extent.heads]
 
-    def _next_embeddings(self, index: int, state_BTD: Tensor, embedded: Tensor | None) -> Tensor | None:
+    def _hidden(
+        self, index: int, state_BTD: Tensor, document_mask: DocumentMask | None, embedded: Tensor | None
+    ) -> Tensor:
+        """Returns the output [B, T, D] of the head at `index`, before the final norm."""
+        head = self.head(index)
+        if not head.reads_tokens:
+            return head(state_BTD, document_mask)
+        assert embedded is not None
+        return head(state_BTD, document_mask, self._next_embeddings(index, embedded, state_BTD.shape[1]))
+
+    @staticmethod
+    def _next_embeddings(index: int, embedded: Tensor, length: int) -> Tensor:
         """Returns the embeddings [B, T, D] that the head at `index` reads: those of the `index`-th next tokens."""
-        return None if embedded is None or index == 0 else embedded[:, index : index + state_BTD.shape[1]]
+        return embedded[:, index : index + length]
 
     def _by_index(self, values: Tensor) -> Tensor:
         """Returns values of the part's heads, which are in the order in which heads run, by index."""

@@ -159,13 +159,13 @@ def test_gradients_with_heads_on_several_of_three_stages_equal_the_reference():
         assert max(max(pair) for pair in errors) < FP32_BOUND
 
 
-def _without_gradient(part: ModelPart, index: int, state_BTD: torch.Tensor, embedded):
-    return None if embedded is None or index == 0 else embedded[:, index : index + state_BTD.shape[1]].detach()
+def _without_gradient(index: int, embedded: torch.Tensor, length: int) -> torch.Tensor:
+    return embedded[:, index : index + length].detach()
 
 
-def _shifted(part: ModelPart, index: int, state_BTD: torch.Tensor, embedded):
+def _shifted(index: int, embedded: torch.Tensor, length: int) -> torch.Tensor:
     """Gives head i the embedding of the (i - 2)-th next token instead of the (i - 1)-th."""
-    return None if embedded is None or index == 0 else embedded[:, index - 1 : index - 1 + state_BTD.shape[1]]
+    return embedded[:, index - 1 : index - 1 + length]
 
 
 def _errors_with_faults() -> dict[str, tuple[float, float]]:
@@ -175,13 +175,13 @@ def _errors_with_faults() -> dict[str, tuple[float, float]]:
         reference = reference_model(config)
         batches = global_batch(config, 0, config.num_micro_batches(1))
         expected = reference_step(config, reference, batches)
-        ModelPart._next_embeddings = fault
+        ModelPart._next_embeddings = staticmethod(fault)
         try:
             from megamtp.engines.build import build_engine
 
             errors[name] = errors_of_step(build_engine(config), batches, expected)[1:]
         finally:
-            ModelPart._next_embeddings = sound
+            ModelPart._next_embeddings = staticmethod(sound)
     return errors
 
 

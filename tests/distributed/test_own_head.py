@@ -123,7 +123,7 @@ def test_costs_come_from_the_head_class():
             "cannot be imported (No module named 'nowhere'); expected MODULE:CLASS that Python can import",
         ),
         (f"{__name__}:Missing", "cannot be imported"),
-        ("pathlib:Path", "expected a subclass of megamtp.model.heads:Head"),
+        ("pathlib:Path", "expected a subclass of megamtp.model.head:Head"),
     ],
 )
 def test_an_invalid_kind_is_named_in_the_error(kind, words):

@@ -140,5 +140,7 @@ def test_formats_refuse_kinds_of_heads_that_they_cannot_hold():
         with pytest.raises(CheckpointError) as error:
             require_head_kinds(refused, "x", kinds)
         assert str(error.value) == f"x cannot hold heads of the kind {message}: use canonical"
-    with pytest.raises(CheckpointError, match=r"^meta cannot hold .* expected model\.unembedding=shared: use canonical"):
+    with pytest.raises(
+        CheckpointError, match=r"^meta cannot hold .* expected model\.unembedding=shared: use canonical"
+    ):
         require_head_kinds(Contents(dataclasses.replace(SMALL, unembedding="replicated"), {}), "meta")
