@@ -171,6 +171,14 @@ def _quickstart(results: list[dict], on_gpu: bool) -> None:
     assert all(result["validation"] > 0 and result["unigram_entropy"] > 0 for result in results)
 
 
+def _train_step(results: list[dict], on_gpu: bool) -> None:
+    assert [(r["size"], r["heads"], r["precision"]) for r in results] == [("0.3b", 2, "bf16")]
+    (result,) = results
+    assert len(result["milliseconds"]) == 2 and result["tokens"] == 64 and result["flops"] > 0
+    parts = result["parts"]
+    assert 0 < parts["optimizer"] < parts["passes"] < max(result["milliseconds"]) and parts["data"] > 0
+
+
 CHECKS: dict[str, Callable[[list[dict], bool], None]] = {
     "overhead": _overhead,
     "world": _world,
@@ -188,5 +196,6 @@ CHECKS: dict[str, Callable[[list[dict], bool], None]] = {
     "saving": _saving,
     "recovery": _recovery,
     "learning": _learning,
+    "train_step": _train_step,
     "quickstart": _quickstart,
 }

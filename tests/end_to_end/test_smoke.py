@@ -36,6 +36,7 @@ ON_A_CPU = [
     "saving",
     "recovery",
     "learning",
+    "train_step",
 ]
 ON_A_CPU += [*ON_TWO_RANKS, "quickstart"]
 MEASURES_NOTHING = ["results"]

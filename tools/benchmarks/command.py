@@ -23,6 +23,7 @@ BENCHMARKS = {
     "data": "time and memory to open corpora of several sizes, and tokens per second of reading (needs no GPU)",
     "saving": "a training that saves often: step time while a checkpoint is written, compared with other steps",
     "recovery": "a training on all GPUs in which one rank is killed: losses, throughput, and the time lost",
+    "train_step": "whole steps of training: tokens per second, and the shares of optimizer, data and the rest",
     "learning": "training and validation losses of models trained in bf16 and in fp8, and with a planted fault",
     "results": "writes tools/results/README.md from the JSON files in its folder: measures nothing",
 }

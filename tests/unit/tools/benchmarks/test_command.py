@@ -41,7 +41,7 @@ def test_without_a_gpu_benchmarks_exit_with_one_line_and_status_2(name, tmp_path
         (layer, ["--sizes", "7b"], "invalid choice: '7b'.*see .*layer --help"),
         (loss, ["--rows", "1.5"], "--rows: 1.5; expected"),
         (pipeline, ["--heads", "4", "1"], "--heads 4 1; expected 1 first"),
-        (pipeline, ["--stages", "33"], "engine.num_stages=33 with model.num_layers=32; expected no more stages"),
+        (pipeline, ["--stages", "33"], "engine.num_stages=33 with 32 trunk layers and heads; expected no more stages"),
         (pipeline, ["--link-bandwidth", "0"], "--link-bandwidth 0 --latency 2e-05; expected bytes/s above 0"),
         (data, ["--sizes", "1e9", "1e14"], r"--sizes 1e\+14; expected 1e5 to 1e13 tokens"),
         (data, ["--read-tokens", "nan"], "--read-tokens nan; expected"),
