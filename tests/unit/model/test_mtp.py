@@ -31,8 +31,9 @@ def test_recomputation_changes_no_gradient():
         torch.testing.assert_close(plain, recomputed, rtol=1e-12, atol=1e-15)
 
 
-def test_cached_decoding_equals_decoding_of_the_whole_window():
-    model = built_model(model_config(num_key_value_heads=2))
+@pytest.mark.parametrize("unembedding", ["shared", "replicated"])
+def test_cached_decoding_equals_decoding_of_the_whole_window(unembedding):
+    model = built_model(model_config(num_key_value_heads=2, unembedding=unembedding))
     tokens = torch.randint(50, (2, 12))
     expected = model.logits(tokens)[0]
     logits, caches = model.next_token_logits(tokens[:, :5], None)
