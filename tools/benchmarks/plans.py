@@ -75,7 +75,7 @@ def stage_key(config: Config, stage: Stage) -> tuple:
     contents, model = stage.contents, config.model
     return (
         contents,
-        stage.end == model.num_layers,
+        stage.end == model.num_layers_and_heads,
         model.vocab_size if contents.has_embedding or contents.rows else None,
         model.num_future_tokens if contents.spread and contents.rows else None,
     )
@@ -96,12 +96,12 @@ def measured_costs(config: Config, meter: Meter) -> PassCosts:
     last_head = range(n - 1, n)
     head = meter.measure(config, _stage(StageContents(0, last_head, False, rows=0, spread=True))).seconds
     head_forward, head_backward = head[PassKind.FORWARD], head[PassKind.BACKWARD]
-    one_head = sum(_passes(config, meter, model.num_layers - 1, model.num_layers).values())
+    one_head = sum(_passes(config, meter, model.num_layers_and_heads - 1, model.num_layers_and_heads).values())
     # One head costs its passes, a loss and, once per stage, the copy of the unembedding (PassCosts.unembedding_copy). A
     # second head costs its passes and a loss. Loss and copy cannot be separated if n = 1: both count as the loss.
     loss, unembedding_copy = one_head - head_forward - head_backward, 0.0
     if n > 1:
-        two_heads = sum(_passes(config, meter, model.num_layers - 2, model.num_layers).values())
+        two_heads = sum(_passes(config, meter, model.num_layers_and_heads - 2, model.num_layers_and_heads).values())
         loss = two_heads - one_head - head_forward - head_backward
         unembedding_copy = one_head - head_forward - head_backward - loss
     rows = max(1, model.vocab_size // config.engine.pipeline_stages)
@@ -133,7 +133,11 @@ def _passes(config: Config, meter: Meter, first: int, end: int) -> dict[PassKind
 
 def naive_layers(config: Config) -> list[int]:
     """Returns equal numbers of layers per stage, with all heads in the last stage."""
-    num_layers, num_stages, n = config.model.num_layers, config.engine.pipeline_stages, config.model.num_future_tokens
+    num_layers, num_stages, n = (
+        config.model.num_layers_and_heads,
+        config.engine.pipeline_stages,
+        config.model.num_future_tokens,
+    )
     if num_layers // num_stages >= n:
         return _even(num_layers, num_stages)
     return [*_even(num_layers - n, num_stages - 1), n]

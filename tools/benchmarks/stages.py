@@ -120,7 +120,7 @@ class MeasuredSpreadStage(MeasuredStage):
             # size replace them: the gradients of this slice, or a fixed tensor if the stage has no rows.
             replacements = state.gradients or [self.gradient] * len(state.hidden)
             gradients = replacements[: len(state.hidden)]
-            roots = [(state.output, self.gradient)] if self.stage.end < self.config.num_layers else []
+            roots = [(state.output, self.gradient)] if self.stage.end < self.config.num_layers_and_heads else []
             roots += [
                 (hidden, gradient.view_as(hidden)) for hidden, gradient in zip(state.hidden, gradients, strict=True)
             ]

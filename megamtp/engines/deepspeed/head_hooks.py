@@ -74,7 +74,7 @@ class ZeroHeadHooks(HeadHooks):
         shared_parameters = trained(shared.parameters()) if shared else []
         for parameter in shared_parameters:
             # (b) The gradient is complete after the last head. Until then it must not enter a reduction bucket.
-            parameter.ds_grad_is_ready = local_index == len(self.model.heads) - 1
+            parameter.ds_grad_is_ready = local_index == len(self.model.head_order) - 1
         try:
             with self._pinned(*own):
                 yield

@@ -45,5 +45,7 @@ def test_all_micro_batches_are_copied_to_the_device_before_the_first_pass():
         torch.device("cpu"),
     )
     zero.head_hooks = SimpleNamespace(discard_gradients_on_error=contextlib.nullcontext)
-    zero.train_batch([Batch(inputs=index, targets=None, documents=None) for index in range(2)], [8] * n, 1e-3)
+    zero.train_batch(
+        [Batch(inputs=index, targets=None, documents=None, following=None) for index in range(2)], [8] * n, 1e-3
+    )
     assert events == ["copied 0", "copied 1", "ran 0", "ran 1"]
