@@ -29,7 +29,12 @@ SMALL = ModelConfig(
 TEXT_MODEL = ModelConfig(
     dim=32, num_layers=5, num_future_tokens=2, num_attention_heads=4, num_key_value_heads=2, mlp_dim=48, vocab_size=500
 )
-HEADS = HEAD_KINDS | {"parallel, all trunk layers": {"match_parameters": False}}
+REPLICATED = {"match_parameters": False, "unembedding": "replicated"}
+HEADS = HEAD_KINDS | {
+    "parallel, all trunk layers": {"match_parameters": False},
+    "parallel, replicated": REPLICATED,
+    "deepseek, replicated": REPLICATED | HEAD_KINDS["deepseek"],
+}
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE = RunState(OptimizerState("adamw", MOMENTS, (7,)), {"global_steps": 9, "global_samples": 18, "skipped_steps": 2})
 

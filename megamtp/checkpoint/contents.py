@@ -156,15 +156,22 @@ def check_contents(contents: Contents, where: Path | str) -> None:
         check_tensors(source.shapes, expected, where if kind == WEIGHT else f"{where} ({kind})")
 
 
-def require_head_kinds(contents: Contents, format_name: str, kinds: tuple[str, ...] = ("parallel",)) -> None:
-    """Raises CheckpointError if the model's heads or unembeddings are of a kind that the format cannot hold."""
+def require_head_kinds(
+    contents: Contents, format_name: str, kinds: tuple[str, ...] = ("parallel",), may_be_replicated: bool = False
+) -> None:
+    """Raises CheckpointError if the format cannot hold the model's heads or unembeddings.
+
+    Args:
+        kinds: of heads that the format can hold.
+        may_be_replicated: whether it can hold an unembedding of each head.
+    """
     kind = contents.model.head_kind
     if kind not in kinds:
         raise CheckpointError(
             f"{format_name} cannot hold heads of the kind {kind}; expected model.head_kind={' or '.join(kinds)}: use "
             "canonical"
         )
-    if contents.model.unembedding == "replicated":
+    if contents.model.unembedding == "replicated" and not may_be_replicated:
         raise CheckpointError(
             f"{format_name} cannot hold an unembedding of each head; expected model.unembedding=shared: use canonical"
         )

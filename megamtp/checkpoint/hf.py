@@ -5,8 +5,8 @@
     contents = read(Path("llama"), num_future_tokens=4)    # the last layer becomes head 1; heads 2 to 4 are copies
 
 Head 1 becomes the last layer of the Llama. Heads 2 to n are not exported, because LlamaForCausalLM has no place for
-them (hf_mtp.py exports all heads); but anticausal heads n to 2 are layers before head 1. Versions 4 and 5 of
-transformers load the result.
+them (hf_mtp.py exports all heads); but anticausal heads n to 2 are layers before head 1. Of replicated unembeddings,
+that of head 1 is exported. Versions 4 and 5 of transformers load the result.
 """
 
 from pathlib import Path
@@ -61,7 +61,7 @@ def export(contents: Contents, directory: Path, dtype: torch.dtype = torch.float
         CheckpointError: trunk and head 1 are not a Llama, the destination holds something else or cannot be written, a
             weight is missing, has a wrong shape, or is unknown, or transformers cannot reproduce the tokenizer.
     """
-    require_head_kinds(contents, "hf", KINDS)
+    require_head_kinds(contents, "hf", KINDS, may_be_replicated=True)
     if contents.model.head_kind == "linear" and contents.model.first_head != "layer":
         raise CheckpointError(
             "hf cannot hold heads of the kind linear with model.first_head=same; expected model.first_head=layer, "
@@ -108,7 +108,9 @@ def names_of(model: ModelConfig, copies: bool = False) -> dict[str, str]:
     layers = [(layer, number) for number, layer in enumerate(llama_layers(model))]
     copied = range(1, model.num_future_tokens if copies else 1)
     layers += [(f"heads.{index}", model.num_trunk_layers) for index in copied]
-    return OUTER_NAMES | {
+    own = "unembeddings.0." if model.unembedding == "replicated" else "unembedding."
+    outer = {ours.replace("unembedding.", own): theirs for ours, theirs in OUTER_NAMES.items()}
+    return outer | {
         f"{layer}.{ours}": f"model.layers.{number}.{theirs}"
         for layer, number in layers
         for ours, theirs in LAYER_NAMES.items()

@@ -4,7 +4,8 @@
     contents = read(Path("exported"))
 
 Trunk and head 1, and the heads that run before head 1, have the names of a Llama: see hf.py. A head 1 that is a matrix
-is `first_head`. Any other head i is `extra_heads.{i - 2}`, with a Llama's names in its transformer layer.
+is `first_head`. Any other head i is `extra_heads.{i - 2}`, with a Llama's names in its transformer layer. If it has an
+unembedding of its own, that is `extra_unembeddings.{i - 2}`.
 """
 
 from pathlib import Path
@@ -38,6 +39,7 @@ ARCHITECTURE = {
     },
 }
 
+UNEMBEDDING_NAMES = {"norm": "norm.weight", "weight": "lm_head.weight"}
 # Fields of ModelConfig in config.json besides those of a Llama; older exports have only the first.
 HEAD_SETTINGS = (
     "num_future_tokens",
@@ -45,6 +47,7 @@ HEAD_SETTINGS = (
     "first_head",
     "chain_form",
     "chain_weights",
+    "unembedding",
     "match_parameters",
     "num_layers",
 )
@@ -56,7 +59,7 @@ def write(contents: Contents, directory: Path, dtype: torch.dtype = torch.float3
     Raises:
         CheckpointError: see hf.export.
     """
-    require_head_kinds(contents, "hf-mtp", hf.KINDS)
+    require_head_kinds(contents, "hf-mtp", hf.KINDS, may_be_replicated=True)
     check_contents(contents, "the checkpoint")
     weights = rename_tensors(contents.weights, {theirs: ours for ours, theirs in _names(contents.model).items()})
     with atomic_folder(directory, num_bytes(weights, dtype), replaceable=True) as folder:
@@ -94,7 +97,10 @@ def _names(model: ModelConfig) -> dict[str, str]:
     """Returns {MTPModel's name: the exported model's name}."""
     names = hf.names_of(model)
     for name in [name for name in parameter_shapes(model) if name not in names]:
-        _, head, ours = name.split(".", maxsplit=2)
+        group, head, ours = name.split(".", maxsplit=2)
+        if group == "unembeddings":
+            names[name] = f"extra_unembeddings.{int(head) - 1}.{UNEMBEDDING_NAMES[ours]}"
+            continue
         layer, ours = ("layer.", ours.removeprefix("layer.")) if ours.startswith("layer.") else ("", ours)
         module = "first_head" if head == "0" else f"extra_heads.{int(head) - 1}"
         names[name] = f"{module}.{layer}{hf.LAYER_NAMES.get(ours, ours)}"

@@ -28,6 +28,7 @@ class MegamtpConfig(PretrainedConfig):
         first_head: linear: head 1 is a layer, or the same as the other heads.
         chain_form: chained: deepseek or eagle3.
         chain_weights: chained: own, each of heads 2 to n has weights; or shared, one module is used n - 1 times.
+        unembedding: shared, or replicated: each head has its own final norm and projection to the vocabulary.
         others: megamtp also keeps its own num_layers and match_parameters here, from which this model reads nothing.
     """
 
@@ -48,6 +49,7 @@ class MegamtpConfig(PretrainedConfig):
         first_head: str = "same",
         chain_form: str = "deepseek",
         chain_weights: str | None = None,
+        unembedding: str = "shared",
         max_position_embeddings: int = 4096,
         rms_norm_eps: float = 1e-5,
         rope_theta: float = 10000.0,
@@ -58,7 +60,7 @@ class MegamtpConfig(PretrainedConfig):
         self.vocab_size, self.hidden_size, self.intermediate_size = vocab_size, hidden_size, intermediate_size
         self.num_hidden_layers, self.num_future_tokens = num_hidden_layers, num_future_tokens
         self.head_kind, self.first_head = head_kind, first_head
-        self.chain_form, self.chain_weights = chain_form, chain_weights
+        self.chain_form, self.chain_weights, self.unembedding = chain_form, chain_weights, unembedding
         self.num_attention_heads = num_attention_heads
         self.num_key_value_heads = num_key_value_heads or num_attention_heads
         self.head_dim = head_dim or hidden_size // num_attention_heads
@@ -157,6 +159,16 @@ class Layer(nn.Module):
         return self.input_layernorm(x_BTD)
 
 
+class Body(nn.Module):
+    """The embedding, the layers up to head 1 and the final norm, with the module names of a Llama."""
+
+    def __init__(self, config: MegamtpConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config)
+
+
 class MatrixHead(nn.Module):
     """A linear head: one matrix."""
 
@@ -201,6 +213,20 @@ class EagleHead(Layer):
     def attention_input(self, x_BTD: Tensor, next_BTD: Tensor | None) -> Tensor:
         assert next_BTD is not None
         return torch.cat((self.embedding_norm(next_BTD), self.input_layernorm(x_BTD)), dim=-1)
+
+
+class OwnUnembedding(nn.Module):
+    """A head's own final norm and projection to the vocabulary."""
+
+    def __init__(self, config: MegamtpConfig):
+        super().__init__()
+        self.norm, self.lm_head = RMSNorm(config), nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+
+def make_extra_unembeddings(config: MegamtpConfig) -> nn.ModuleList:
+    """Returns the unembeddings of heads 2 to n; none if all heads share one."""
+    num_others = config.num_future_tokens - 1 if config.unembedding == "replicated" else 0
+    return nn.ModuleList(OwnUnembedding(config) for _ in range(num_others))
 
 
 def make_extra_heads(config: MegamtpConfig) -> nn.ModuleList:

@@ -1,8 +1,8 @@
 """A multi-token prediction model for transformers: a Llama with n heads on a shared trunk.
 
-Head i predicts the i-th next token. All heads share the final norm and the unembedding. Head 1 is the last of
-`model.layers`; heads 2 to n are `extra_heads`. This file requires only torch, transformers, and layers_megamtp.py
-beside it.
+Head i predicts the i-th next token. All heads share the final norm and the unembedding, or heads 2 to n have their own,
+`extra_unembeddings`. Head 1 is the last of `model.layers`; heads 2 to n are `extra_heads`. This file requires only
+torch, transformers, and layers_megamtp.py beside it.
 
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     model.generate(ids, max_new_tokens=100)               # uses head 1, like any causal language model
@@ -33,17 +33,7 @@ from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 # Relative, because transformers copies both files out of the exported folder.
-from .layers_megamtp import Layer, MatrixHead, MegamtpConfig, RMSNorm, UpdateCache, make_extra_heads
-
-
-class Body(nn.Module):
-    """The embedding, the layers up to head 1 and the final norm, with the module names of a Llama."""
-
-    def __init__(self, config: MegamtpConfig):
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config)
+from .layers_megamtp import Body, MatrixHead, MegamtpConfig, UpdateCache, make_extra_heads, make_extra_unembeddings
 
 
 class MegamtpForCausalLM(PreTrainedModel, GenerationMixin):
@@ -58,7 +48,7 @@ class MegamtpForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = Body(config)
         self.first_head = MatrixHead(config) if config.first_head_is_matrix else None
-        self.extra_heads = make_extra_heads(config)
+        self.extra_heads, self.extra_unembeddings = make_extra_heads(config), make_extra_unembeddings(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
@@ -124,7 +114,7 @@ class MegamtpForCausalLM(PreTrainedModel, GenerationMixin):
         for layer in self.model.layers[: config.num_trunk_layers]:
             x_BTD = layer(x_BTD, rotary, mask, _without_cache)
         outputs, _ = self._run_heads(self._head_order, x_BTD, rotary, mask, lambda _: _without_cache, embedded)
-        return torch.stack([self._logits(outputs[index]) for index in range(config.num_future_tokens)])
+        return torch.stack([self._logits(outputs[index], index) for index in range(config.num_future_tokens)])
 
     @torch.no_grad()
     def generate_with_heads(
@@ -160,8 +150,16 @@ class MegamtpForCausalLM(PreTrainedModel, GenerationMixin):
                     break
         return torch.tensor([ids], device=input_ids.device), num_passes
 
-    def _logits(self, x: Tensor) -> Tensor:
-        return self.lm_head(self.model.norm(x))
+    def _unembedding(self, index: int) -> tuple[nn.Module, nn.Module]:
+        """Returns the final norm and the projection of the head at `index`, from 0."""
+        if index and len(self.extra_unembeddings):
+            own: Any = self.extra_unembeddings[index - 1]
+            return own.norm, own.lm_head
+        return self.model.norm, self.lm_head
+
+    def _logits(self, x: Tensor, index: int = 0) -> Tensor:
+        norm, projection = self._unembedding(index)
+        return projection(norm(x))
 
     @property
     def _head_order(self) -> range:
@@ -182,7 +180,8 @@ class MegamtpForCausalLM(PreTrainedModel, GenerationMixin):
         kind, form = self.config.head_kind, self.config.chain_form
         if kind in ("parallel", "linear") or (kind == "chained" and form == "eagle3" and index == 0):
             return state_BTD
-        return self.model.norm(output_BTD) if kind == "chained" and form == "deepseek" else output_BTD
+        norm, _ = self._unembedding(index)
+        return norm(output_BTD) if kind == "chained" and form == "deepseek" else output_BTD
 
     def _run_heads(
         self,
@@ -289,8 +288,8 @@ class DraftingDecoder:
         newest, verified = last + num_accepted, greedy[: num_accepted + 1]
         if self.is_chained:
             return verified, self._draft_in_turn(ids + verified, state_BTD[:, : newest + 1])
-        drafting = [outputs[index][0, newest] for index in range(1, self.num_heads)]
-        return verified, self.model._logits(torch.stack(drafting)).argmax(-1).tolist() if drafting else []
+        drafting = [self.model._logits(outputs[index][0, newest], index) for index in range(1, self.num_heads)]
+        return verified, torch.stack(drafting).argmax(-1).tolist() if drafting else []
 
     def _draft_in_turn(self, ids: list[int], state_BTD: Tensor) -> list[int]:
         """Returns the drafts of a chain for the tokens after `ids`.
@@ -308,7 +307,7 @@ class DraftingDecoder:
             next_BTD = self._embed([*ids, *drafts][past + index :])
             rotary, mask = self.model._positions(state_BTD, past, None, None)
             output_BTD = self.model._head(index)(state_BTD, rotary, mask, self._update_of_head(index), next_BTD)
-            drafts.append(int(self.model._logits(output_BTD[0, -1]).argmax()))
+            drafts.append(int(self.model._logits(output_BTD[0, -1], index).argmax()))
             # Position t has read token t + index. Positions that have read a draft will run again.
             kept = max(len(ids) - index, 0)
             self._keep(len(self.trunk) + index, kept)

@@ -180,11 +180,10 @@ def test_correct_drafts_save_passes(tmp_path, heads):
     for name, weight in weights.items():
         if name.endswith(("matrix.weight", "projection.weight")):
             weight[:, : config.dim] = torch.eye(config.dim)
-        elif name.endswith("state_norm.weight"):
+        elif name == "embedding.weight" or name.endswith(("state_norm.weight", ".norm")):
             weight[:] = 1.0
-    weights["embedding.weight"][:] = 1.0
-    weights["unembedding.norm"][:] = 1.0
-    weights["unembedding.weight"][7] = 1.0
+        elif name.startswith("unembedding"):
+            weight[7] = 1.0
     exported = export(config, weights, tmp_path / "exported")
     generated, num_passes = exported.generate_with_heads(prompt(5), max_new_tokens=24)
     assert generated[0, 5:].tolist() == [7] * 24
