@@ -7,12 +7,15 @@ micro-batch has no valid target. Pairs of all factors run by default, and the wh
 import dataclasses
 import itertools
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from megamtp.checkpoint import store
 from megamtp.data.loader import Batch
+from megamtp.model.head import Head
+from megamtp.model.heads import AnticausalHead, CausalHead
 from megamtp.model.part import ModelPart
 from tests.cases import HEAD_KINDS, POSITIONS, WINDOWS, global_batch, small_config
 from tests.distributed.test_checkpoints import BOUND, _train
@@ -168,28 +171,41 @@ def _shifted(index: int, embedded: torch.Tensor, length: int) -> torch.Tensor:
     return embedded[:, index - 1 : index - 1 + length]
 
 
-def _errors_with_faults() -> dict[str, tuple[float, float]]:
-    sound, errors = ModelPart._next_embeddings, {}
-    for name, fault in (("dropped gradient", _without_gradient), ("shifted tokens", _shifted)):
-        config = _config("deepseek", 2, 1, engine__kind="zero1")
-        reference = reference_model(config)
-        batches = global_batch(config, 0, config.num_micro_batches(1))
-        expected = reference_step(config, reference, batches)
-        ModelPart._next_embeddings = staticmethod(fault)
-        try:
-            from megamtp.engines.build import build_engine
+def _without_state_gradient(
+    head: Head, state_BTD: torch.Tensor, hidden_BTD: torch.Tensor, normed_BTD: torch.Tensor
+) -> torch.Tensor:
+    """Passes the state on as if each head's backward pass ended before that of the next head, not after it."""
+    return hidden_BTD.detach()
 
+
+FAULTS = {
+    "dropped gradient": ("deepseek", ModelPart, "_next_embeddings", staticmethod(_without_gradient)),
+    "shifted tokens": ("deepseek", ModelPart, "_next_embeddings", staticmethod(_shifted)),
+    "order of backward passes": ("causal", CausalHead, "next_state", _without_state_gradient),
+    "order of heads": ("anticausal", AnticausalHead, "farthest_first", False),
+}
+
+
+def _errors_with_faults() -> dict[str, tuple[float, float]]:
+    from megamtp.engines.build import build_engine
+
+    errors = {}
+    for name, (kind, owner, attribute, fault) in FAULTS.items():
+        config = _config(kind, 2, 1, engine__kind="zero1")
+        batches = global_batch(config, 0, config.num_micro_batches(1))
+        expected = reference_step(config, reference_model(config), batches)
+        with patch.object(owner, attribute, fault):
             errors[name] = errors_of_step(build_engine(config), batches, expected)[1:]
-        finally:
-            ModelPart._next_embeddings = staticmethod(sound)
     return errors
 
 
 def test_planted_faults_of_chains_exceed_the_bounds():
     (errors,) = run_ranks(_errors_with_faults, 1)
-    gradient_error, loss_error = errors["dropped gradient"]
-    assert gradient_error > 0.1 and loss_error < FP32_BOUND
-    assert min(errors["shifted tokens"]) > 10 * FP32_BOUND
+    for name in ("dropped gradient", "order of backward passes"):
+        gradient_error, loss_error = errors[name]
+        assert gradient_error > 0.1 and loss_error < FP32_BOUND, name
+    for name in ("shifted tokens", "order of heads"):
+        assert min(errors[name]) > 10 * FP32_BOUND, name
 
 
 # Kinds with which checkpoints are saved, and their unembedding. Pipelines with replicated ones hold some rows of each.
