@@ -32,10 +32,10 @@ from torch import Tensor, nn
 from megamtp.config import ModelConfig
 from megamtp.extensions import find_kind
 from megamtp.model.attention import DocumentMask, KeyValueCache
-from megamtp.model.eagle import EagleDepth
 from megamtp.model.head import Head
 from megamtp.model.layers import (
     DEFAULT_OPTIONS,
+    WEIGHTS,
     Float8Module,
     LayerCost,
     LayerOptions,
@@ -173,6 +173,26 @@ class DeepSeekDepth(Float8Module, Head):
         normed_next_BTD = rms_norm(next_BTD, self.embedding_norm.weight, eps)
         (quantised,) = self.quantised or (None,)
         return linear(torch.cat((normed_state_BTD, normed_next_BTD), dim=-1), self.projection.weight, quantised)
+
+
+class EagleDepth(TransformerLayer, Head):
+    """EAGLE-3's draft layer: queries, keys and values read [norm(embedding of a next token), norm(state)].
+
+    The state is also the input of the residual stream. The weights belong to all of heads 2 to n.
+
+    Source: Li et al. 2025, arXiv:2503.01840, section 3; vLLM's LlamaForCausalLMEagle3 computes the same.
+    """
+
+    reads_tokens = True
+    parameter_order = (*WEIGHTS, "embedding_norm.weight")
+
+    def __init__(self, model: ModelConfig, index: int, options: LayerOptions = DEFAULT_OPTIONS):
+        TransformerLayer.__init__(self, model, options, attention_inputs=2)
+        self.embedding_norm = NormWeight(model.dim)
+
+    def next_state(self, state_BTD: Tensor, hidden_BTD: Tensor, normed_BTD: Tensor) -> Tensor:
+        """See Head.next_state."""
+        return hidden_BTD
 
 
 HEAD_KINDS: Mapping[str, type[Head]] = {

@@ -139,16 +139,23 @@ def transformer_layer(
     cache: KeyValueCache | None = None,
     mask: Tensor | BlockMask | None = None,
     quantised: QuantisedLayer | None = None,
+    next_BTD: Tensor | None = None,
 ) -> tuple[Tensor, KeyValueCache]:
     """Returns (output, keys and values of all positions): output = h + swiglu(norm(h)), h = x + attention(norm(x)).
 
     Args:
         weights: in the order of WEIGHTS. They are arguments so that all layers share one compiled function.
         quantised: the same weights in fp8, which the products then use; None: compute in the weights' dtype.
+        next_BTD: a second input of attention, which then reads [norm(next), norm(x)]. The norm of `next` is behind the
+            other weights.
     """
-    attention_norm, query, key, value, output, mlp_norm, gate, up, down = weights
+    attention_norm, query, key, value, output, mlp_norm, gate, up, down, *next_norm = weights
     query_key_value8, output8, gate_up8, down8 = quantised or (None, None, None, None)
-    x_BTD, queries, keys, values = norm_linears(x_BTD, attention_norm, (query, key, value), eps, query_key_value8)
+    if next_BTD is None:
+        x_BTD, queries, keys, values = norm_linears(x_BTD, attention_norm, (query, key, value), eps, query_key_value8)
+    else:
+        inputs = torch.cat((rms_norm(next_BTD, next_norm[0], eps), rms_norm(x_BTD, attention_norm, eps)), dim=-1)
+        queries, keys, values = linears(inputs, (query, key, value), query_key_value8)
     attended_BTD, cache = attention(queries, keys, values, rotary, head_dim, cache, mask)
     attended_BTD = linear(attended_BTD, output, output8)
     return add_norm_mlp(x_BTD, attended_BTD, mlp_norm, gate, up, down, eps, gate_up8, down8), cache
@@ -162,9 +169,11 @@ def layer_output(
     eps: float,
     mask: Tensor | BlockMask | None = None,
     quantised: QuantisedLayer | None = None,
+    next_BTD: Tensor | None = None,
 ) -> Tensor:
     """Returns the layer's output without keys and values: the function that training compiles."""
-    return transformer_layer(x_BTD, weights, rotary, head_dim, eps, mask=mask, quantised=quantised)[0]
+    output_BTD, _ = transformer_layer(x_BTD, weights, rotary, head_dim, eps, None, mask, quantised, next_BTD)
+    return output_BTD
 
 
 @functools.cache
@@ -302,29 +311,30 @@ class TransformerLayer(Float8Module):
         float8_bytes = 13 * dim + 6 * key_value_dim + 5 * hidden_dim + 2 * further
         return LayerCost(2 * matrices, 2 * sequence_length * dim, kept_elements, dim, float8_bytes)
 
-    def forward(self, x_BTD: Tensor, document_mask: DocumentMask | None = None) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, document_mask: DocumentMask | None = None, next_BTD: Tensor | None = None
+    ) -> Tensor:
         """Returns the layer's output [B, T, D].
 
         Args:
             document_mask: keeps attention inside documents; None: a position attends to all earlier positions.
+            next_BTD: the second input of attention, if there are two.
         """
-        return self.run(layer_output, document_mask, x_BTD)
-
-    def run(self, function: Callable[..., Tensor], document_mask: DocumentMask | None, *inputs_BTD: Tensor) -> Tensor:
-        """Calls function(*inputs, weights, rotary, head_dim, eps, mask, quantised), compiled or recomputed as asked."""
-        function = compiled(function, self.options.cuda_graphs) if self.options.compiled else function
-        mask, rotary = document_mask or (None, self.rotary(0, inputs_BTD[0]))
-        arguments = (*inputs_BTD, self.weights, rotary, self.head_dim, self.eps, mask, self.quantised)
+        function = compiled(layer_output, self.options.cuda_graphs) if self.options.compiled else layer_output
+        mask, rotary = document_mask or (None, self._rotary(0, x_BTD))
+        quantised = cast(QuantisedLayer | None, self.quantised)
+        arguments = (x_BTD, self.weights, rotary, self.head_dim, self.eps, mask, quantised, next_BTD)
         if self.options.recompute and torch.is_grad_enabled():
             return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
         return function(*arguments)
 
-    def extend(self, x_BTD: Tensor, cache: KeyValueCache | None) -> tuple[Tensor, KeyValueCache]:
+    def extend(
+        self, x_BTD: Tensor, cache: KeyValueCache | None, next_BTD: Tensor | None = None
+    ) -> tuple[Tensor, KeyValueCache]:
         """Returns the output for T positions that follow the cached positions, and the extended cache."""
-        past = cache[0].shape[2] if cache else 0
-        return transformer_layer(x_BTD, self.weights, self.rotary(past, x_BTD), self.head_dim, self.eps, cache)
+        rotary = self._rotary(cache[0].shape[2] if cache else 0, x_BTD)
+        return transformer_layer(x_BTD, self.weights, rotary, self.head_dim, self.eps, cache, next_BTD=next_BTD)
 
-    def rotary(self, past: int, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns (cos, sin), each [T, K], of the T positions after the first `past` positions."""
+    def _rotary(self, past: int, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = rotary_tables(past + x_BTD.shape[1], self.head_dim, self.theta, x_BTD.device, x_BTD.dtype)
         return cos[past:], sin[past:]

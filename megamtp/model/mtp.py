@@ -14,7 +14,7 @@ returns the training loss. Where to read on:
 
     part.py         ModelPart: builds the modules, runs the trunk, computes the heads' losses
     layers.py       one transformer layer (attention.py, rotary.py)
-    heads.py        the kinds of heads (head.py, eagle.py)
+    heads.py        the kinds of heads (head.py)
     unembedding.py  the final norm and the projection to the vocabulary
     documents.py    several documents in one window
     initial.py      initial weights

@@ -64,6 +64,7 @@ class ModelPart(nn.Module):
         options: how the layers of trunk and heads run.
 
     Attributes:
+        head_order: the indices of the part's heads in the order in which they run.
         unembedding: the one that all heads share; None if each head has its own, or this part needs none.
         unembeddings: those of heads with their own, under the heads' indices.
         head_hooks: the engine's hooks around sequential heads. Each engine assigns its own.
@@ -83,6 +84,7 @@ class ModelPart(nn.Module):
         self.options = options
         self.head_hooks = HeadHooks()
         self.head_class = head_class(model)
+        self.head_order = [index for index in head_order(model) if index in extent.heads]
         self.embedding = nn.Embedding(model.vocab_size, model.dim) if extent.has_embedding(model) else None
         self.trunk = NumberedModules({index: TransformerLayer(model, options) for index in extent.trunk})
         self.heads = NumberedModules(self._make_heads(replace(options, recompute=False)))
@@ -111,11 +113,6 @@ class ModelPart(nn.Module):
     def has_last_head(self) -> bool:
         """Whether this part holds the head that runs last, so that no later part needs the state."""
         return head_order(self.config)[-1] in self.extent.heads
-
-    @property
-    def head_order(self) -> list[int]:
-        """The indices of the part's heads in the order in which they run."""
-        return [index for index in head_order(self.config) if index in self.extent.heads]
 
     def unembedding_of(self, index: int) -> Unembedding:
         """Returns the unembedding of the head at `index` (from 0); the part must hold the norm or some rows of it."""

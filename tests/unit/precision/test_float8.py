@@ -173,5 +173,5 @@ def test_gradients_in_e4m3_without_a_scale_are_wrong(monkeypatch):
 
 def test_decoding_uses_the_weights_dtype():
     layer, x = _layer(True), _random(1, 8, DIM)
-    expected, _ = layers.transformer_layer(x, layer.weights, layer.rotary(0, x), layer.head_dim, layer.eps)
+    expected, _ = layers.transformer_layer(x, layer.weights, layer._rotary(0, x), layer.head_dim, layer.eps)
     assert torch.equal(layer.extend(x, None)[0], expected)
