@@ -110,8 +110,7 @@ def _check_pipeline(config: Config) -> None:
             f"engine.stage_layers={engine.stage_layers}",
             f"{num_stages} numbers (engine.num_stages) that sum to the {num_layers} trunk layers and heads",
         )
-        sharing = range(config.model.num_trunk_layers + 2, num_layers) if config.model.shares_chain_weights else ()
-        separated = any(end in sharing for end in accumulate(engine.stage_layers))
+        separated = any(end in config.model.inseparable for end in accumulate(engine.stage_layers))
         expected = f"the last {config.model.num_future_tokens - 1} heads in one stage: they share their weights"
         expect(not separated, f"engine.stage_layers={engine.stage_layers}", expected)
         has_memory_limit = engine.stage_memory_bytes is not None

@@ -1,7 +1,4 @@
-"""Settings of the model, and the arithmetic that gives models with n heads as many parameters as a model with one.
-
-Tests: tests/unit/config/test_reader.py, tests/unit/model/test_heads.py.
-"""
+"""Settings of the model, and the arithmetic that gives models with n heads as many parameters as a model with one."""
 
 from dataclasses import dataclass
 
@@ -95,6 +92,11 @@ class ModelConfig(Section):
         if self.head_kind != "chained":
             return False
         return (self.chain_weights or {"deepseek": "own", "eagle3": "shared"}[self.chain_form]) == "shared"
+
+    @property
+    def inseparable(self) -> range:
+        """Numbers of trunk layers and heads after which no stage may end: it would part heads that share weights."""
+        return range(self.num_trunk_layers + 2, self.num_layers_and_heads if self.shares_chain_weights else 0)
 
     @property
     def head_dim(self) -> int:

@@ -218,13 +218,6 @@ def heads_between(config: Config, first: int, end: int) -> range:
     return indices if indices.step > 0 else indices[::-1]
 
 
-def separates_shared_heads(config: Config, first: int, end: int) -> bool:
-    """Returns whether the layers first, ..., end - 1 are some, but not all, of the heads that share one module."""
-    heads = heads_between(config, first, end)
-    sharing = config.model.num_future_tokens - 1 if config.model.shares_chain_weights else 0
-    return 0 < sum(index > 0 for index in heads) < sharing
-
-
 def _best_bounds(config: Config, data_parallel_size: int, num_micro_batches: int, costs: PassCosts) -> list[int]:
     """Returns the first layers of all stages, and the end.
 
@@ -237,7 +230,7 @@ def _best_bounds(config: Config, data_parallel_size: int, num_micro_batches: int
         for first in range(num_layers):
             for end in range(first + 1, num_layers + 1):
                 stage = make_stage(config, data_parallel_size, num_micro_batches, index, first, end, costs)
-                fits = sum(stage.memory_bytes.values()) <= limit and not separates_shared_heads(config, first, end)
+                fits = sum(stage.memory_bytes.values()) <= limit and end not in config.model.inseparable
                 stage_costs[index, first, end] = stage.cost if fits else math.inf
     slowest, _ = cheapest_bounds(num_layers, num_stages, lambda *stage: stage_costs[stage], max)
     if slowest == math.inf:

@@ -25,7 +25,6 @@ from megamtp.planning.partition import (
     describe_stages,
     heads_between,
     imbalance,
-    separates_shared_heads,
     whole_loss_partition,
 )
 from megamtp.planning.pass_costs import PassCosts, flop_costs
@@ -156,7 +155,7 @@ def spread_layers(config: Config, costs: PassCosts) -> list[int]:
     losses = _row_cost(config, costs) * config.model.vocab_size
 
     def cost(_: int, first: int, end: int) -> float:
-        if separates_shared_heads(config, first, end):
+        if end in config.model.inseparable:
             return math.inf
         return sum(_forward_and_backward(config, costs, first, end))
 
