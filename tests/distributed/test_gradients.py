@@ -74,14 +74,19 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("case", cases, ids=lambda case: "-".join(map(str, case)))
 
 
-@pytest.fixture(scope="module")
-def errors_of_all(request) -> dict[tuple, tuple[float, float]]:
-    """Returns the errors of all selected cases, which run in one group of ranks."""
-    cases = [
+def selected_cases(request) -> list[tuple]:
+    """Returns the cases of a file's tests that pytest has selected."""
+    return [
         item.callspec.params["case"]
         for item in request.session.items
         if item.path == request.path and hasattr(item, "callspec")
     ]
+
+
+@pytest.fixture(scope="module")
+def errors_of_all(request) -> dict[tuple, tuple[float, float]]:
+    """Returns the errors of all selected cases, which run in one group of ranks."""
+    cases = selected_cases(request)
     first_rank, _ = run_ranks(gradient_errors, 2, cases, timeout_seconds=20 * len(cases) + 60)
     return dict(zip(cases, first_rank, strict=True))
 

@@ -19,7 +19,7 @@ from megamtp.model.heads import AnticausalHead, CausalHead
 from megamtp.model.part import ModelPart
 from tests.cases import HEAD_KINDS, POSITIONS, WINDOWS, global_batch, small_config
 from tests.distributed.test_checkpoints import BOUND, _train
-from tests.distributed.test_gradients import BF16_BOUND, BF16_LOSS_BOUND, FP32_BOUND, pairwise
+from tests.distributed.test_gradients import BF16_BOUND, BF16_LOSS_BOUND, FP32_BOUND, pairwise, selected_cases
 from tests.engine_steps import errors_of_step
 from tests.ranks import run_ranks
 from tests.reference import reference_model, reference_step
@@ -128,11 +128,7 @@ def errors_of_all(request) -> dict[tuple, tuple[float, float]]:
 
     Pipelines run last: after one, DeepSpeed builds no other engine in the same process.
     """
-    cases = [
-        item.callspec.params["case"]
-        for item in request.session.items
-        if item.path == request.path and hasattr(item, "callspec")
-    ]
+    cases = selected_cases(request)
     cases.sort(key=lambda case: "engine__num_stages" in ENGINES[case[1]])
     ranks = run_ranks(_errors_of_cases, 2, cases, timeout_seconds=20 * len(cases) + 60)
     return {case: tuple(map(max, zip(*errors, strict=True))) for case, *errors in zip(cases, *ranks, strict=True)}
